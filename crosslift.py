@@ -1,0 +1,144 @@
+"""The front door: the command line. Each command is a few lines that call a room.
+
+Heavy imports happen inside commands, so that `--help` answers at once. Errors that the user can mend carry
+`exit_status = 2` and are printed as one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="crosslift lifts the languages that a language model is weak in.",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a run's data and its order.")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run file, YAML")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override its keys")]
+Output = Annotated[Path, typer.Option("--output", help="folder to write; must not exist")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[Optional[int], typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint's or run's folder")] = "auto",
+    accept_changes: Annotated[bool, typer.Option(help="resume although data or config differ")] = False,
+) -> None:
+    """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
+    from training.config import load_config
+    from training.launch import launch, visible_gpus
+    from training.prepare import prepare
+
+    prepare(load_config(config, overrides or []))  # its errors come before any rank starts
+    options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
+    raise SystemExit(launch(config, overrides or [], nproc or visible_gpus() or 1, options))
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """All that can be known before a run. Example: crosslift check configs/gsm8k-parallel.yaml data_dir=DIR"""
+    from training.check import check_run
+    from training.config import load_config
+
+    for line in check_run(load_config(config, overrides or [])):
+        print(line)
+
+
+@data_app.command()
+def inspect(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="samples a language")] = 1,
+) -> None:
+    """A decoded sample a language, its label mask marked. Example: crosslift data inspect CONFIG --samples 2"""
+    from training.check import inspect_data
+    from training.config import load_config
+
+    for line in inspect_data(load_config(config, overrides or []), samples):
+        print(line)
+
+
+@data_app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[str, typer.Option(metavar="A:B", help="steps A to B-1")] = "0:1",
+    world_size: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
+) -> None:
+    """What every rank reads, a JSON line a micro-batch. Example: crosslift data plan CONFIG --steps 100:102"""
+    from training.check import plan_lines
+    from training.config import load_config
+    from training.errors import ConfigError
+
+    first, colon, last = steps.partition(":")
+    if not (colon and first.isdigit() and last.isdigit()):
+        raise ConfigError(f"--steps {steps!r}: must be A:B, such as 0:10")
+    for line in plan_lines(load_config(config, overrides or []), range(int(first), int(last)), world_size):
+        print(json.dumps(line, ensure_ascii=False))
+
+
+@app.command()
+def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> None:
+    """Train the tokenizer that `tokenizer.train` describes. Example: crosslift tokenizer CONFIG --output DIR"""
+    from training.config import load_config
+    from training.errors import ConfigError
+    from training.prepare import open_index, train_tokenizer_of
+
+    if output.exists():
+        raise ConfigError(f"--output {output}: exists already; give a new folder")
+    settings = load_config(config, overrides or [])
+    train_tokenizer_of(settings, open_index(settings), output)
+    print(output)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a complete checkpoint, or a run's folder for its newest")],
+    output: Output,
+) -> None:
+    """A checkpoint as a Hugging Face directory. Example: crosslift export runs/a --output runs/a/model-200"""
+    from training.checkpoint import find
+    from training.export import export_checkpoint
+
+    found = find(str(checkpoint), checkpoint)
+    assert found is not None
+    print(export_checkpoint(found, output))
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder that holds run folders")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="port on localhost")] = 5000,
+) -> None:
+    """Open MLflow's page on the runs. Example: crosslift ui runs --port 5001"""
+    from training.tracking import serve_ui
+
+    raise SystemExit(serve_ui(runs, port))
+
+
+def main() -> None:
+    """Entry point: one line and status 2 for what the user can mend."""
+    try:
+        app()
+    except Exception as error:
+        if getattr(error, "exit_status", None) != 2:
+            raise
+        print(f"crosslift: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _print(value: Any, as_json: bool) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1) if as_json else value)
+
+
+if __name__ == "__main__":
+    main()

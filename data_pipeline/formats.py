@@ -1,0 +1,229 @@
+"""Formats: a shard (one file or hub split) is scanned once from end to end and then read at any row.
+
+In: an address. Out: rows as dicts, each with its Place; a row that cannot be parsed comes as BadRow. Here are
+the text formats, in `tables.py` Parquet and the hub. Next: `sources.py`, which opens a SourceConfig as shards
+and turns rows into Records.
+
+Scan and random access meet in the same parser, so both see the same row. No shard keeps an open file or a
+file position: reading is safe in threads, after a fork and when pickled. No file is in memory whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+
+import fsspec
+
+from data_pipeline.records import BadRow, DataError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+BOM = "\ufeff"
+FIELD_LIMIT = 1 << 24  # characters of one CSV field: bounds what an unclosed quote can swallow
+
+Row = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a row is: a number for people (its line; in tables its row; from 1) and two for the shard."""
+
+    number: int
+    offset: int  # text: the row's first byte; Parquet: the batch; hub: the row
+    length: int  # text: bytes; Parquet: the row within its batch
+
+
+@dataclass(frozen=True)
+class Shard(ABC):
+    """One file or hub split."""
+
+    address: str  # what opens it, and what messages call it
+    name: str  # the same wherever the data directory lies: part of ids, groups and fingerprints
+    identity: str  # cheap to get, and another one once the content may be: size and times
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """The columns it has; in JSONL those of its first good row. Empty: no such row."""
+
+    @abstractmethod
+    def scan(self, digest: _Hash) -> Iterator[tuple[Place, Row | BadRow]]:
+        """Every row in order, in one pass that also feeds the whole content to `digest`."""
+
+    @abstractmethod
+    def read(self, place: Place) -> Row:
+        """One row. Raises the BadRow that the scan yielded."""
+
+    def origin(self, place: Place) -> str:
+        return f"{self.address}:{place.number}"
+
+
+class TextShard(Shard):
+    """A file of lines, local or at any fsspec address."""
+
+    @abstractmethod
+    def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
+        """The rows of an open file, from its beginning."""
+
+    def columns(self) -> list[str]:
+        with open_binary(self.address) as file:
+            return next((list(row) for _, row in self.rows(file) if not isinstance(row, BadRow)), [])
+
+    def scan(self, digest: _Hash) -> Iterator[tuple[Place, Row | BadRow]]:
+        with open_binary(self.address) as source:
+            yield from self.rows(io.BufferedReader(_Digesting(source, digest), 1 << 20))
+
+    def bytes_at(self, place: Place) -> bytes:
+        if "://" in self.address:
+            fs, path = fsspec.core.url_to_fs(self.address)
+            return cast(bytes, fs.cat_file(path, start=place.offset, end=place.offset + place.length))
+        with open(self.address, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), place.length, place.offset)
+
+
+class JsonLines(TextShard):
+    """One JSON object a line. Blank lines are skipped."""
+
+    def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            place = Place(number, offset, len(line))
+            offset += len(line)
+            if not line.isspace():
+                try:
+                    yield place, self._parse(line, place)
+                except BadRow as bad:
+                    yield place, bad
+
+    def read(self, place: Place) -> Row:
+        return self._parse(self.bytes_at(place), place)
+
+    def _parse(self, line: bytes, place: Place) -> Row:
+        try:
+            row = json.loads(line.decode().removeprefix(BOM).rstrip())
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 (byte 0x{line[error.start]:02x}, number {error.start + 1} of the line)"
+        except json.JSONDecodeError as error:
+            reason = f"not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+        except (ValueError, RecursionError) as error:
+            reason = f"not valid JSON ({error})"
+        else:
+            if isinstance(row, dict):
+                return row
+            reason = f"a JSON {type(row).__name__}; each line must be one JSON object"
+        raise BadRow(self.origin(place), reason)
+
+
+class _Lines:
+    """Decoded lines for the CSV parser, which keeps the bytes of the record in hand.
+
+    After an error only the record's first line is given up and the others are handed out again, so that a
+    stray quote does not swallow the rows after it.
+    """
+
+    def __init__(self, file: IO[bytes], at_start: bool) -> None:
+        self.file = file
+        self.at_start = at_start
+        self.taken: list[bytes] = []
+        self.again: deque[bytes] = deque()
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.file)
+        self.taken.append(line)
+        text = line.decode(errors="surrogateescape")  # RecordReader refuses what was not UTF-8
+        if self.at_start:
+            text, self.at_start = text.removeprefix(BOM), False
+        return text
+
+    def give_back(self) -> None:
+        self.again.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+
+@dataclass(frozen=True)
+class Delimited(TextShard):
+    """CSV or TSV with a header line; quoted fields may hold newlines. Blank lines are skipped."""
+
+    delimiter: str
+
+    def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
+        records = self._records(file, Place(1, 0, 0))
+        _, header = next(records, (None, []))
+        if isinstance(header, BadRow) or len(set(header)) < len(header):
+            raise DataError(f"{self.address}:1: not a header line, which must name each column once: {header}")
+        for place, fields in records:
+            try:
+                yield place, self._row(header, fields, place)
+            except BadRow as bad:
+                yield place, bad
+
+    def read(self, place: Place) -> Row:
+        records = self._records(io.BytesIO(self.bytes_at(place)), place)
+        _, fields = next(records, (place, BadRow(self.origin(place), "the line is gone")))
+        return self._row(self._header, fields, place)
+
+    @cached_property
+    def _header(self) -> list[str] | BadRow:
+        with open_binary(self.address) as file:
+            return next(self._records(file, Place(1, 0, 0)))[1]
+
+    def _records(self, file: IO[bytes], start: Place) -> Iterator[tuple[Place, list[str] | BadRow]]:
+        csv.field_size_limit(FIELD_LIMIT)
+        lines = _Lines(file, at_start=start.offset == 0)
+        parser = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        number, offset = start.number, start.offset
+        fields: list[str] | BadRow
+        while True:
+            lines.taken.clear()
+            try:
+                fields = next(parser)
+            except StopIteration:
+                return
+            except csv.Error:
+                lines.give_back()
+                reason = "wrongly quoted: a quoted field ends with the quote, and a quote within is doubled"
+                fields = BadRow(f"{self.address}:{number}", reason)
+            place = Place(number, offset, sum(map(len, lines.taken)))
+            number, offset = number + len(lines.taken), offset + place.length
+            if fields:
+                yield place, fields
+
+    def _row(self, header: list[str] | BadRow, fields: list[str] | BadRow, place: Place) -> Row:
+        if isinstance(header, BadRow) or isinstance(fields, BadRow):
+            raise fields if isinstance(fields, BadRow) else cast(BadRow, header)
+        if len(fields) != len(header):
+            raise BadRow(self.origin(place), f"{len(fields)} fields, but the header has {len(header)}")
+        return dict(zip(header, fields, strict=True))
+
+
+class _Digesting(io.RawIOBase):
+    """Hashes what passes through it."""
+
+    def __init__(self, source: IO[bytes], digest: _Hash) -> None:
+        self.source = source
+        self.digest = digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self.source.readinto(buffer)  # type: ignore[attr-defined]  # every binary file has it
+        self.digest.update(memoryview(buffer)[:count])
+        return count
+
+
+def open_binary(address: str) -> IO[bytes]:
+    if "://" in address:
+        return cast("IO[bytes]", fsspec.open(address, "rb").open())
+    return open(address, "rb")

@@ -1,0 +1,152 @@
+"""Composes the stages: plan -> this rank's share -> read -> tokenise -> pack, with background workers.
+
+In: a DataIndex, a Chat, a Planner and a Packer. Out: one RankStep a step. Next: `training.trainer`.
+
+A step depends on nothing but its number, so workers prepare steps in any order and a resume starts anywhere.
+An unusable, over-long or empty row leaves its slot empty; nothing else moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.chat import Chat, check_labels
+from data_pipeline.index import DataIndex
+from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
+from data_pipeline.plan import Planner, Slot, Unit, assign
+from data_pipeline.records import BadRow, TokenizedSample
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """One rank's share of a step's global batch."""
+
+    step: int
+    micro_batches: tuple[MicroBatch, ...]
+    label_tokens: int
+    pairs: int
+    tokens: npt.NDArray[np.int64]  # (languages,) processed tokens, by the sample's language
+    samples: npt.NDArray[np.int64]  # (languages,)
+    bad_rows: tuple[str, ...]  # one line each: "file:line: reason"
+    overlong: int
+
+
+class SampleReader:
+    """Row numbers -> tokenised samples."""
+
+    def __init__(self, index: DataIndex, chat: Chat, sequence_length: int) -> None:
+        self.index = index
+        self.chat = chat
+        self.sequence_length = sequence_length
+
+    def read(self, row: int, *, labelled: bool = True) -> TokenizedSample | None:
+        """The sample of a row; None where it is longer than `sequence_length`. Raises BadRow, DataError."""
+        record = self.index.record(row)
+        sample = self.chat.tokenize(record, labelled=labelled)
+        if len(sample) > self.sequence_length:
+            return None
+        if labelled:
+            check_labels(self.chat, record, sample)
+        return sample
+
+
+class StepLoader:
+    """Steps of one rank, prepared ahead by `workers` threads (tokenisers release the interpreter lock)."""
+
+    def __init__(
+        self, reader: SampleReader, planner: Planner, packer: Packer, rank: int, world_size: int, workers: int = 1
+    ) -> None:
+        self.reader = reader
+        self.planner = planner
+        self.packer = packer
+        self.rank = rank
+        self.world_size = world_size
+        self.workers = workers
+
+    def load(self, step: int) -> RankStep:
+        """This rank's share of step `step`; a pure function of (seed, config, data, step, rank, world size)."""
+        units = assign(self.planner.step(step), self.world_size)[self.rank]
+        bad_rows: list[str] = []
+        overlong = 0
+        tokenized = []
+        for unit in units:
+            read, too_long = self._read_unit(unit, bad_rows)
+            overlong += too_long
+            if read.samples:
+                tokenized.append(read)
+        n_languages = len(self.reader.index.languages)
+        samples = [sample for unit in tokenized for sample in unit.samples]
+        languages = np.array([sample.language for sample in samples], dtype=np.int64)
+        lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
+        return RankStep(
+            step=step,
+            micro_batches=tuple(self.packer.pack(tokenized)),
+            label_tokens=sum(int(sample.labels[1:].sum()) for sample in samples),
+            pairs=sum(len(unit.pairs) for unit in tokenized),
+            tokens=np.bincount(languages, weights=lengths, minlength=n_languages).astype(np.int64),
+            samples=np.bincount(languages, minlength=n_languages).astype(np.int64),
+            bad_rows=tuple(bad_rows),
+            overlong=overlong,
+        )
+
+    def steps(self, start: int, stop: int) -> Iterator[RankStep]:
+        """RankSteps `start` .. `stop - 1`, in order."""
+        ahead = self.workers + 1
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="data") as pool:
+            waiting: list[Future[RankStep]] = []
+            try:
+                for step in range(start, stop):
+                    while len(waiting) < ahead and (following := step + len(waiting)) < stop:
+                        waiting.append(pool.submit(self.load, following))
+                    yield waiting.pop(0).result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _read_unit(self, unit: Unit, bad_rows: list[str]) -> tuple[TokenizedUnit, int]:
+        """The unit's readable samples and the pairs that still have both sides; how many were too long."""
+        samples: list[TokenizedSample] = []
+        place: dict[int, int] = {}
+        overlong = 0
+        for number, slot in enumerate(unit.slots):
+            try:
+                sample = self.reader.read(slot.row, labelled=slot.labelled)
+            except BadRow as error:
+                bad_rows.append(str(error))
+                continue
+            if sample is None:
+                overlong += 1
+                continue
+            place[number] = len(samples)
+            samples.append(sample)
+        pairs = tuple((place[a], place[b]) for a, b in unit.pairs if a in place and b in place)
+        return TokenizedUnit(tuple(samples), pairs), overlong
+
+
+def fixed_batches(
+    samples: Sequence[TokenizedSample], packer: Packer, rank: int, world_size: int
+) -> list[MicroBatch]:
+    """Micro-batches of this rank over a fixed set (probe, held-out): equal in number on every rank.
+
+    Every rank sees all samples and packs every rank's share, so no communication is needed to agree on the
+    number; idle micro-batches fill up the shorter ones.
+    """
+    shares = [packer.pack([TokenizedUnit((s,)) for s in samples[r::world_size]]) for r in range(world_size)]
+    longest = max(len(share) for share in shares)
+    return [*shares[rank], *(packer.idle() for _ in range(longest - len(shares[rank])))]
+
+
+def slot_ids(index: DataIndex, slots: Sequence[Slot]) -> list[str]:
+    """Record ids of slots, "(bad row)" for one that cannot be read: for `data plan` and error messages."""
+    ids = []
+    for slot in slots:
+        try:
+            ids.append(index.record(slot.row).id)
+        except BadRow:
+            ids.append("(bad row)")
+    return ids

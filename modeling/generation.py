@@ -1,0 +1,231 @@
+"""Generation from an exported model, each prompt shifted by its own language.
+
+In: an export (a Hugging Face directory, with `crosslift.json` beside it and, for ShifCon, the language
+vectors) and tokenised prompts. Out: texts in the prompts' order. Next: `evals/` scores them.
+
+The shift runs on every token, prompt and generated (arXiv 2410.19453, section 3.2): prompt tokens take the
+prompt's language, generated ones the response's. A ShifCon model without its own vectors does not load.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling.errors import ModelError
+from modeling.language_vectors import LanguageVectors
+from modeling.loading import AttentionName, load_pretrained, resolve_directory
+from modeling.shifcon import LanguageShift
+from modeling.weight_files import directory_hash, one_line
+
+EXPORT_FILE = "crosslift.json"
+VECTORS_FILE = "language_vectors.safetensors"
+FORMAT = 1
+NO_LANGUAGE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids that end where the answer begins; languages as codes, None for unknown.
+
+    Without a `response_language` the export's own is taken, and without that the prompt's.
+    """
+
+    ids: list[int]
+    language: str | None = None
+    response_language: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer. `token_ids` end before the end token.
+
+    `finished`: the end token came. `shifted`: the model shifts, and both languages have a vector (the
+    dominant language's shift is zero); if not, the tokens of the one without ran unshifted.
+    """
+
+    text: str
+    token_ids: list[int]
+    finished: bool
+    shifted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What `crosslift.json` says of a model; the defaults are a plain Hugging Face directory's."""
+
+    objective: str = "sft"
+    languages: tuple[str, ...] = ()
+    dominant: str | None = None
+    template: dict[str, Any] | None = None
+    response_language: str | None = None
+    shift_first_token: bool = True
+
+    @classmethod
+    def read(cls, directory: Path) -> ExportInfo:
+        """Raises ModelError on a file that is not of this format."""
+        file = directory / EXPORT_FILE
+        if not file.is_file():
+            return cls()
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ModelError(
+                    f"{file}: written by another version of crosslift; format {FORMAT} is read here"
+                )
+            if content["objective"] not in ("sft", "shifcon"):
+                raise ModelError(f"{file}: objective {content['objective']!r} is neither sft nor shifcon")
+            return cls(**{**content, "languages": tuple(content["languages"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{file}: not an export's description ({one_line(error)}); export again"
+            ) from error
+
+
+class ShiftedGenerator:
+    """A model that generates with each row shifted by its language; unshifted if it is no ShifCon one."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        info: ExportInfo,
+        vectors: LanguageVectors | None,
+    ) -> None:
+        self.model, self.tokenizer, self.info, self.vectors = model, tokenizer, info, vectors
+        self.shift: LanguageShift | None = None
+        if vectors is not None:
+            self.shift = LanguageShift(model, *vectors.area)
+            self.shift.set_vectors(vectors)
+        self.end_ids = _end_ids(model, tokenizer)
+        # Sampling and penalties that the model's authors set would be mixed into every call of generate.
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=self.end_ids, pad_token_id=self._padding_id()
+        )
+
+    @classmethod
+    def from_directory(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attention: AttentionName = "auto",
+    ) -> ShiftedGenerator:
+        """Opens an export or a plain Hugging Face directory (or hub name).
+
+        Raises ModelError on a ShifCon model without its vectors or with those of other weights.
+        """
+        directory = resolve_directory(path)
+        info = ExportInfo.read(directory)
+        vectors = _own_vectors(directory) if info.objective == "shifcon" else None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{directory}: no usable tokenizer ({one_line(error)})") from error
+        return cls(load_pretrained(directory, dtype, attention, device), tokenizer, info, vectors)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        num_beams: int = 1,
+        batch_size: int = 16,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Generation]:
+        """Answers in the order of `prompts`; greedy, or beam search; at most `max_new_tokens` tokens each.
+
+        Prompts of like length share a batch, the longest first. `progress(n)` is told of n more answers.
+        """
+        for i, prompt in enumerate(prompts):
+            if not prompt.ids:
+                raise ModelError(f"prompt {i} has no tokens; it needs at least one")
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True
+        )
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+        answers: dict[int, Generation] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            answers.update(zip(chosen, self._batch([prompts[i] for i in chosen], config), strict=True))
+            if progress is not None:
+                progress(len(chosen))
+        return [answers[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _batch(self, prompts: Sequence[Prompt], config: GenerationConfig) -> list[Generation]:
+        ids_BT, mask_BT = self._left_padded([prompt.ids for prompt in prompts])
+        model: Any = self.model
+        with self.shifted(prompts, mask_BT):
+            output: Any = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
+        answers = []
+        for prompt, row in zip(prompts, output[:, ids_BT.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(row) if token in self.end_ids), None)
+            answer = row[:end]
+            text = self.tokenizer.decode(answer, skip_special_tokens=True)
+            answers.append(Generation(str(text), answer, end is not None, self._is_shifted(prompt)))
+        return answers
+
+    def shifted(self, prompts: Sequence[Prompt], mask_BT: Tensor) -> AbstractContextManager[None]:
+        """Inside, forward passes over these rows are shifted; `mask_BT` (B, T) is 0 on padding."""
+        if self.shift is None:
+            return nullcontext()
+        prompt_B = torch.tensor([self._index(prompt.language) for prompt in prompts])
+        response_B = torch.tensor([self._index(self._response_language(prompt)) for prompt in prompts])
+        shifts_BT = mask_BT.bool()
+        if not self.info.shift_first_token:
+            shifts_BT = shifts_BT & (mask_BT.cumsum(1) > 1)
+        languages_BT = prompt_B.to(mask_BT.device)[:, None].masked_fill(~shifts_BT, NO_LANGUAGE)
+        return self.shift.batch(languages_BT, response_B.to(mask_BT.device))
+
+    def _left_padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (B, T) int64 on the model's device, every row ending in the last column."""
+        width = max(map(len, rows))
+        ids = [[self._padding_id()] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _padding_id(self) -> int:
+        return next(id for id in (self.tokenizer.pad_token_id, *self.end_ids, 0) if id is not None)
+
+    def _response_language(self, prompt: Prompt) -> str | None:
+        return prompt.response_language or self.info.response_language or prompt.language
+
+    def _index(self, language: str | None) -> int:
+        if self.vectors is None or language is None or not self.vectors.has(language):
+            return NO_LANGUAGE
+        return self.vectors.languages.index(language)
+
+    def _is_shifted(self, prompt: Prompt) -> bool:
+        return NO_LANGUAGE not in (self._index(prompt.language), self._index(self._response_language(prompt)))
+
+
+def _own_vectors(directory: Path) -> LanguageVectors:
+    file = directory / VECTORS_FILE
+    if not file.is_file():
+        raise ModelError(
+            f"{file}: missing, and a ShifCon model does not run without; copy it from the export"
+        )
+    vectors = LanguageVectors.load(file)
+    if vectors.model_hash != (found := directory_hash(directory)):
+        raise ModelError(
+            f"{file}: of the model {vectors.model_hash or 'unnamed'}, but the weights beside it are {found}; "
+            "put the two back together or export again"
+        )
+    return vectors
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the model's own (chat models have several) and the tokenizer's."""
+    known = model.generation_config.eos_token_id
+    ids = known if isinstance(known, list) else [known]
+    return sorted({id for id in (*ids, tokenizer.eos_token_id) if id is not None})

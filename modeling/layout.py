@@ -1,0 +1,143 @@
+"""Chooses how samples lie in a batch: packed end to end in rows, or one padded row each.
+
+In: a model's config and attention implementation. Out: `packed` only where a tiny model of the same class,
+given packed rows, shows the logits it gives the samples one by one: some classes ignore restarting position
+ids (BLOOM, OPT, MPT, Falcon), and others may come to. Next: `data_pipeline/packing.py` lays batches out so.
+
+Shapes: T tokens of one sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from modeling.weight_files import one_line
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # relative, in fp32; samples that see each other are some 50 % off
+TOLERANCE_BF16 = 3e-2  # flash-attn has no fp32
+VOCABULARY = 64
+SAMPLE_LENGTHS = (7, 3, 12, 1, 9)
+WINDOW = 5  # shorter than the longer samples, so that sliding windows are met
+EXPERTS = 16  # more than any router chooses
+MAX_LAYERS = 8
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "num_attention_heads": 2,
+    **dict.fromkeys(("intermediate_size", "ffn_dim"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size"), WINDOW),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # none fits a small vocabulary
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutChoice:
+    """`max_difference`: of packed and single logits, relative to the largest; None if packed did not run."""
+
+    layout: Literal["packed", "padded"]
+    max_difference: float | None
+    reason: str
+
+
+def choose_layout(config: PreTrainedConfig, attention: str) -> LayoutChoice:
+    """Packed if a tiny random model of this class keeps packed samples apart, else padded.
+
+    `attention` is a resolved name (`resolve_attention`). Runs in fp32 on the CPU, in a moment; with
+    flash_attention_2 in bf16 on the GPU. Random state is left as it was. A class that cannot be made small,
+    or fails on packed rows, runs padded: padded batches are exact on every class.
+    """
+    flash = attention == "flash_attention_2"
+    tolerance = TOLERANCE_BF16 if flash else TOLERANCE
+    device, dtype = ("cuda", torch.bfloat16) if flash else ("cpu", torch.float32)
+    try:
+        model: nn.Module = tiny_model(config, attention)
+        difference = packing_difference(model.to(device=device, dtype=dtype))
+    except Exception as error:  # any class may fail in its own way; padded is then right, and says why
+        reason = f"a tiny {config.model_type} did not run packed: {one_line(error)}"
+        choice = LayoutChoice("padded", None, reason)
+    else:
+        reason = (
+            f"packed logits of a tiny {config.model_type} are {difference:.1e} off single ones, "
+            f"{tolerance:.0e} is allowed"
+        )
+        choice = LayoutChoice("packed" if difference <= tolerance else "padded", difference, reason)
+    logger.info("layout %s with %s attention: %s", choice.layout, attention, choice.reason)
+    return choice
+
+
+def tiny_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    """A small random model of the config's class, in eval mode; its attention matters to its logits."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            tiny_config(config), dtype=torch.float32, attn_implementation=attention
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:  # the usual 0.02 hides what one token takes from another
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with small sizes: every kind of layer once, head size and position encoding as they are."""
+    tiny = copy.deepcopy(config)
+    text = tiny.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    grouped = (getattr(text, "num_key_value_heads", None) or heads) < heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    _keep_layers(text)
+    small: dict[str, Any] = {
+        **SMALL,
+        "num_key_value_heads": 1 if grouped else 2,
+        "hidden_size": 2 * head_size,
+    }
+    for name, value in small.items():
+        if getattr(text, name, None) is not None:  # a model without windows or experts stays without
+            setattr(text, name, value)
+    return tiny
+
+
+def _keep_layers(text: PreTrainedConfig) -> None:
+    """Cuts the layers down to one of each kind, and the config's per-layer lists with them; at least two."""
+    number = text.num_hidden_layers
+    lists = {name: value for name, value in vars(text).items() if isinstance(value, list)}
+    per_layer = {name: value for name, value in lists.items() if len(value) == number}
+    first: dict[str, int] = {}
+    for layer in range(number):
+        first.setdefault(str([value[layer] for value in per_layer.values()]), layer)
+    kept = list(first.values())[:MAX_LAYERS]
+    kept += [layer for layer in range(number) if layer not in kept][: max(0, 2 - len(kept))]
+    for name, value in per_layer.items():
+        setattr(text, name, [value[layer] for layer in sorted(kept)])
+    text.num_hidden_layers = len(kept)
+
+
+@torch.no_grad()
+def packing_difference(model: nn.Module) -> float:
+    """Largest difference of logits, packed in one row against one by one, relative to the largest logit."""
+    generator, device = torch.Generator().manual_seed(1), next(model.parameters()).device
+    samples = [torch.randint(VOCABULARY, (length,), generator=generator) for length in SAMPLE_LENGTHS]
+
+    def logits(samples: list[Tensor]) -> Tensor:
+        positions = torch.cat([torch.arange(len(sample)) for sample in samples])
+        output = model(
+            input_ids=torch.cat(samples)[None].to(device),
+            attention_mask=None,  # the three arguments with which transformers keeps packed samples apart
+            position_ids=positions[None].to(device),
+            use_cache=False,
+        )
+        return output.logits[0].float()
+
+    single = torch.cat([logits([sample]) for sample in samples])
+    return float((logits(samples) - single).abs().max() / single.abs().max())

@@ -1,0 +1,254 @@
+"""From a Hugging Face directory (or hub name) to a model: built, filled, checked.
+
+In: a directory with `config.json` and safetensors weights, or the description of a from-scratch model.
+Out: a `PreTrainedModel`; for training its architecture first (`build_model`, under any construction context
+such as ZeRO-3's) and its weights second (`load_weights`, one tensor at a time); for evaluation both at once
+(`load_pretrained`). Every way of loading stops on missing, unexpected or wrongly shaped weights.
+Next: `training/engine.py` partitions and trains it; `generation.py` opens its exports.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+
+from modeling.errors import ModelError
+from modeling.initial_model import write_initial_model
+from modeling.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
+
+__all__ = [
+    "build_model",
+    "directory_hash",
+    "load_config",
+    "load_pretrained",
+    "load_weights",
+    "resolve_attention",
+    "resolve_directory",
+    "write_initial_model",
+]
+
+AttentionName = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+ATTENTION: tuple[str, ...] = get_args(AttentionName)
+Write = Callable[[nn.Parameter, Callable[[], Tensor] | None], None]
+
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
+# stored by old releases, computed by new ones
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+
+def resolve_attention(name: str, config: PreTrainedConfig | None = None) -> str:
+    """The attention implementation to ask transformers for.
+
+    `auto`: flash-attn where it runs, else sdpa, else (a `config` whose class has neither, such as BLOOM's)
+    eager. Raises ModelError on a name that is none, or that this machine or class does not run.
+    """
+    if name not in ATTENTION:
+        raise ModelError(f"attention: {name!r} is not one of {', '.join(ATTENTION)}")
+    model_class: Any = PreTrainedModel if config is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    if name == "flash_attention_2" and not flash:
+        raise ModelError("attention: flash_attention_2 needs flash-attn and an NVIDIA GPU; use auto or sdpa")
+    runs = {
+        "flash_attention_2": flash and (config is None or model_class._supports_flash_attn),
+        "sdpa": config is None or model_class._supports_sdpa,
+        "eager": True,
+    }
+    if name == "auto":
+        return next(choice for choice, does_run in runs.items() if does_run)
+    if not runs[name]:
+        raise ModelError(f"attention: {model_class.__name__} has no {name}; use auto or eager")
+    return name
+
+
+def resolve_directory(directory_or_name: str | Path) -> Path:
+    """A local directory as it is; a hub name as the directory it is downloaded to, or cached in."""
+    path = Path(directory_or_name)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(directory_or_name), allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:  # every hub error is one of the two
+        raise ModelError(
+            f"model {str(directory_or_name)!r}: no directory here, and the hub: {one_line(error)}"
+        ) from error
+
+
+def _named(names: Iterable[str], limit: int = 5) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (f" (and {len(ordered) - limit} more)" if len(ordered) > limit else "")
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The config of a decoder. Raises ModelError where it is absent, unknown, no decoder's or quantised."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{directory}: {one_line(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{directory}: a {config.model_type} model is no decoder language model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{directory}: the weights are quantised; take the model's unquantised release")
+    return config
+
+
+def build_model(
+    directory_or_name: str | Path,
+    *,
+    attention: AttentionName,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+    construction: AbstractContextManager[Any] | None = None,
+) -> PreTrainedModel:
+    """The architecture with uninitialised weights, in train mode, to be filled by `load_weights`.
+
+    `construction` wraps the making of the modules: ZeRO-3's caller gives `deepspeed.zero.Init(...)` here, so
+    no rank ever holds the whole model (inside transformers' `prevent_arange_dtype_change`, or rotary
+    frequencies come out in bf16, which is refused here). The KV cache is off: packed rows are only kept apart
+    without it.
+    """
+    directory = resolve_directory(directory_or_name)
+    config = load_config(directory)
+    config.use_cache = False
+    with construction or nullcontext(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=resolve_attention(attention, config)
+        )
+    model.tie_weights()  # which no_init_weights leaves out
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise ModelError(f"{name}: made in {buffer.dtype}; the construction context must keep float32")
+    if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"{type(model).__name__} has no gradient checkpointing; switch it off")
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is_reader: bool) -> None:
+    """Fill the model from the directory's safetensors files, one tensor at a time.
+
+    Every rank calls this. `write(parameter, read)` is called once a parameter, for the same parameters in
+    the same order on every rank: `read()` gives the stored tensor on the reader, `read` is None elsewhere;
+    the caller gathers, copies and partitions. Persistent buffers, which ZeRO-3 does not partition, each rank
+    reads itself. All checks come first and need file headers only, so every rank raises the same ModelError:
+    missing, unexpected, wrongly shaped or quantised weights, named; layouts that need conversion, and how.
+    """
+    directory = resolve_directory(directory)
+    sources = _match(model, stored_tensors(directory), directory)
+    with ExitStack() as stack:
+        handles: dict[Path, Any] = {}
+
+        def read(tensor: StoredTensor) -> Tensor:
+            if tensor.file not in handles:
+                handles[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
+            return handles[tensor.file].get_tensor(tensor.key)
+
+        for parameter in model.parameters():
+            write(parameter, partial(read, sources[id(parameter)]) if is_reader else None)
+        for buffer in model.buffers():
+            if id(buffer) in sources:  # the others are computed by the model itself
+                with torch.no_grad():
+                    buffer.copy_(read(sources[id(buffer)]))
+
+
+def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], directory: Path) -> dict[int, StoredTensor]:
+    """Which stored tensor fills which parameter or buffer, by `id`; raises on anything left over."""
+    state = model.state_dict(keep_vars=True)  # tied weights appear under each of their names, as one object
+    found, unexpected = _rename(model, stored, state, directory)
+    sources: dict[int, StoredTensor] = {}
+    wrong: list[str] = []
+    for name, tensor in found.items():
+        target = state[name]
+        shape = tuple(getattr(target, "ds_shape", target.shape))  # ZeRO-3 keeps the whole shape there
+        if shape != tensor.shape or (target.is_floating_point() and tensor.dtype not in ("F64", "F32", "F16", "BF16")):
+            wrong.append(f"{name} ({tensor.dtype} {list(tensor.shape)} stored, {list(shape)} wanted)")
+        twin = sources.setdefault(id(target), tensor)
+        if twin is not tensor and twin.sample() != tensor.sample():
+            raise ModelError(
+                f"{directory}: {twin.key} and {tensor.key} differ, but config.json ties them; "
+                "set tie_word_embeddings to false there"
+            )
+    missing = [name for name, target in state.items() if id(target) not in sources]
+    for problem, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("wrongly shaped or typed", wrong),
+    ):
+        if names:
+            raise ModelError(f"{directory}: {len(names)} {problem} weights for {type(model).__name__}: {_named(names)}")
+    return sources
+
+
+def _rename(
+    model: PreTrainedModel, stored: dict[str, StoredTensor], state: dict[str, Any], directory: Path
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Stored tensors under the model's names (renamed as from_pretrained does), and what has no place."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    old = [*(model._keys_to_ignore_on_load_unexpected or ()), *OLD_BUFFERS]
+    prefix = model.base_model_prefix
+    found: dict[str, StoredTensor] = {}
+    unexpected: list[str] = []
+    for key, tensor in stored.items():
+        name, converter = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, converter = key, None
+        if converter is not None:
+            raise ModelError(
+                f"{directory}: {key} is stored in a layout that needs conversion; convert once with "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW, save_original_format=False)"
+            )
+        if name in state and name not in found:
+            found[name] = tensor
+        elif not any(re.search(pattern, name) for pattern in old):
+            unexpected.append(key)
+    return found, unexpected
+
+
+def load_pretrained(
+    directory: str | Path, dtype: torch.dtype, attention: AttentionName, device: str | torch.device
+) -> PreTrainedModel:
+    """The whole model on one device, in eval mode, for evaluation; stops on weights that do not fit."""
+    directory = resolve_directory(directory)
+    config = load_config(directory)
+    stored_tensors(directory)  # whole files, safetensors only
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        attn_implementation=resolve_attention(attention, config),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they come in the report with the others
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    model, report = loaded
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[problem]]:
+            what = problem.removesuffix("_keys")
+            raise ModelError(f"{directory}: {len(names)} {what} weights for {type(model).__name__}: {_named(names)}")
+    return model.to(device)

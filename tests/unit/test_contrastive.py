@@ -1,0 +1,229 @@
+"""Pooling is a plain mean of content states; the loss is the one a loop over pairs would write."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling.contrastive import ContentPooling, contrastive_loss
+from modeling.errors import ModelError
+from modeling.language_vectors import LanguageVectors
+from modeling.shifcon import LanguageShift
+
+IDS = torch.arange(1, 21).view(2, 10)
+SEGMENTS = torch.tensor([[0, 0, 0, 0, 2, 2, 2, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1, 3, 3]])
+CONTENT = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 1, 0, 1, 0, 0]]).bool()  # 3 has none
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3)).train()
+
+
+def by_loop(pooled: list[Tensor], pairs: Tensor, sets: Tensor, groups: Tensor, content: Tensor, scale: float) -> float:
+    """The loss in words: for each layer and pair, both directions, over the candidates that may be there."""
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float(a @ b / (a.norm() * b.norm()))
+
+    def may_stand_against(i: int, j: int) -> bool:
+        if i == j:
+            return True
+        same_text = bool({*content[i].tolist()} & {*content[j].tolist()})
+        return bool(sets[i] == sets[j]) and not bool(groups[i] == groups[j]) and not same_text
+
+    total = 0.0
+    for states in (layer.detach() for layer in pooled):
+        for i, (dominant, other) in enumerate(pairs.tolist()):
+            candidates = [j for j in range(len(pairs)) if may_stand_against(i, j)]
+            right = math.exp(scale * cosine(states[dominant], states[other]))
+            row = sum(math.exp(scale * cosine(states[dominant], states[pairs[j, 1]])) for j in candidates)
+            column = sum(math.exp(scale * cosine(states[pairs[j, 0]], states[other])) for j in candidates)
+            total += (-math.log(right / row) - math.log(right / column)) / 2 / len(pooled)
+    return total
+
+
+def make_pairs(number: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pairs": torch.randperm(2 * number, generator=generator).view(number, 2),
+        "sets": torch.randint(0, 3, (number,), generator=generator),
+        "groups": torch.arange(number) + 100,
+        "content": torch.arange(2 * number).view(number, 2) + 2**60,
+    }
+
+
+def states(number: int, layers: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(number, 8, generator=generator, requires_grad=True) for _ in range(layers)]
+
+
+def test_pooling_is_the_mean_over_content_tokens_of_each_segment() -> None:
+    model = tiny()
+    pooling = ContentPooling(model, 1, 4)
+    with pooling.batch(SEGMENTS, CONTENT, 5) as pooled:
+        reported = model(IDS, output_hidden_states=True).hidden_states
+    assert [state.shape for state in pooled] == [(5, 16)] * 3
+    for layer, state in zip((1, 2, 3), pooled, strict=True):
+        for segment in (0, 1, 2):
+            tokens = ((segment == SEGMENTS) & CONTENT).nonzero().tolist()
+            expected = torch.stack([reported[layer][b, t] for b, t in tokens]).mean(0)
+            torch.testing.assert_close(state[segment], expected)
+        assert (state[3:] == 0).all()  # one without content, one without tokens
+
+
+def test_pooling_sees_shifted_states_in_fp32() -> None:
+    model = tiny().to(torch.bfloat16)
+    shift = LanguageShift(model, 1, 3)
+    mean = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))
+    norm, tokens = torch.ones(2, 2), torch.ones(2, dtype=torch.int64)
+    shift.set_vectors(LanguageVectors(("en", "de"), "en", (1, 3), (1, 3), mean, norm, tokens, "", ""))
+    pooling = ContentPooling(model, 1, 3)
+    with pooling.batch(SEGMENTS, CONTENT, 4) as plain:
+        model(IDS)
+    with shift.batch(torch.ones(2, 10, dtype=torch.long)), pooling.batch(SEGMENTS, CONTENT, 4) as moved:
+        model(IDS)
+    assert moved[0].dtype == torch.float32
+    difference = (mean[0, 0] - mean[1, 0]).expand(3, -1)
+    torch.testing.assert_close((moved[0] - plain[0])[:3], difference, rtol=0.02, atol=0.02)
+
+
+def test_one_forward_a_batch_and_none_outside() -> None:
+    model = tiny()
+    pooling = ContentPooling(model, 1, 3)
+    with pooling.batch(SEGMENTS, CONTENT, 4) as pooled:
+        model(IDS)
+        with pytest.raises(ModelError, match="a second forward pass"):
+            model(IDS)
+    model(IDS)
+    assert len(pooled) == 2
+    pooling.remove()
+    with pooling.batch(SEGMENTS, CONTENT, 4) as pooled:
+        model(IDS)
+    assert pooled == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 12.5])
+@pytest.mark.parametrize("number", [1, 2, 7, 24])
+def test_loss_is_the_one_written_as_a_loop(number: int, scale: float) -> None:
+    pooled, pairs = states(2 * number), make_pairs(number)
+    loss = contrastive_loss(pooled, **pairs, scale=scale)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(by_loop(pooled, **pairs, scale=scale), rel=1e-4, abs=1e-5)
+
+
+def test_same_item_and_same_text_are_no_negatives() -> None:
+    pooled, pairs = states(16), make_pairs(8)
+    pairs["sets"].zero_()
+    plain = contrastive_loss(pooled, **pairs, scale=5.0).item()
+    changes = {
+        "same item": ("groups", (0,), (3,)),
+        "same dominant text": ("content", (1, 0), (4, 0)),
+        "same other text": ("content", (2, 1), (5, 1)),
+        "one's translation is another's original": ("content", (6, 1), (7, 0)),
+    }
+    for name, (key, source, target) in changes.items():
+        changed = {**pairs, key: pairs[key].clone()}
+        changed[key][target] = changed[key][source]
+        loss = contrastive_loss(pooled, **changed, scale=5.0).item()
+        assert loss < plain - 1e-3, name
+        assert loss == pytest.approx(by_loop(pooled, **changed, scale=5.0), rel=1e-4), name
+
+
+def test_the_loss_of_sets_is_the_sum_of_each_alone() -> None:
+    pooled, pairs = states(24), make_pairs(12)
+    together = contrastive_loss(pooled, **pairs, scale=4.0)
+    alone = sum(
+        contrastive_loss(pooled, **{key: value[pairs["sets"] == number] for key, value in pairs.items()}, scale=4.0)
+        for number in range(3)
+    )
+    torch.testing.assert_close(together, alone)
+    gradients = [torch.autograd.grad(loss, pooled) for loss in (together, alone)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_set_of_one_pair_gives_zero_and_no_gradient() -> None:
+    pooled, pairs = states(6), make_pairs(3)
+    pairs["sets"] = torch.arange(3)
+    loss = contrastive_loss(pooled, **pairs, scale=7.0)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all((state.grad == 0).all() for state in pooled)
+
+
+def test_perfect_and_reversed_alignment() -> None:
+    eye = torch.eye(4, 8)
+    pairs = make_pairs(4)
+    pairs["pairs"] = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])
+    pairs["sets"].zero_()
+    right = contrastive_loss([torch.cat([eye, eye])], **pairs, scale=50.0)
+    wrong = contrastive_loss([torch.cat([eye, eye.roll(1, 0)])], **pairs, scale=50.0)
+    assert right.item() == pytest.approx(0.0, abs=1e-6)
+    assert wrong.item() == pytest.approx(4 * 50.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_without_pairs_it_is_a_zero_that_reaches_the_whole_area(idle: bool) -> None:
+    model = tiny()
+    pooling = ContentPooling(model, 1, 3)
+    ids = torch.tensor([[1]]) if idle else IDS  # a short rank's micro-batch: one token, no content
+    segments, content = (torch.tensor([[0]]), torch.tensor([[False]])) if idle else (SEGMENTS, CONTENT)
+    with pooling.batch(segments, content, 1 if idle else 4) as pooled:
+        model(ids)
+    assert all(state.isfinite().all() for state in pooled)
+    nothing = {key: value[:0] for key, value in make_pairs(1).items()}
+    loss = contrastive_loss(pooled, **nothing, scale=3.0)
+    assert loss.item() == 0.0
+    loss.backward()
+    reached = [parameter.grad for parameter in model.model.layers[:2].parameters()]
+    assert all(gradient is not None and (gradient == 0).all() for gradient in reached)
+
+
+def test_pairs_whose_content_is_empty_give_finite_gradients() -> None:
+    model = tiny()
+    pooling = ContentPooling(model, 1, 3)
+    with pooling.batch(SEGMENTS, CONTENT & (SEGMENTS != 0), 4) as pooled:
+        model(IDS)
+    pairs = make_pairs(2)
+    pairs |= {"pairs": torch.tensor([[0, 1], [2, 3]]), "sets": torch.zeros(2, dtype=torch.long)}
+    contrastive_loss(pooled, **pairs, scale=10.0).backward()
+    assert all(p.grad.isfinite().all() for p in model.model.layers[:2].parameters())
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    model = tiny()
+    pooling = ContentPooling(model, 1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pooling.batch(SEGMENTS, CONTENT, 4) as pooled:
+            model(IDS)
+        inside = contrastive_loss(states(14), **make_pairs(7), scale=9.0)
+    assert pooled[0].dtype == torch.float32
+    assert torch.equal(inside, contrastive_loss(states(14), **make_pairs(7), scale=9.0))
+
+
+def test_no_step_waits_for_a_value_on_the_device() -> None:
+    """Fake tensors hold no values: whatever would read one, and so wait for a GPU, raises."""
+    norm, tokens = torch.ones(2, 2), torch.ones(2, dtype=torch.int64)
+    mean = torch.ones(2, 2, 16)
+    vectors = LanguageVectors(("en", "de"), "en", (1, 3), (1, 3), mean, norm, tokens, "", "")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = tiny()
+        shift = LanguageShift(model, 1, 3)
+        shift.set_vectors(vectors)
+        pooling = ContentPooling(model, 1, 3)
+        languages = torch.zeros(2, 10, dtype=torch.long)
+        # A ready-made mask, because transformers itself reads positions to make one.
+        mask = torch.zeros(2, 1, 10, 10)
+        with shift.batch(languages), pooling.batch(SEGMENTS.clone(), CONTENT.clone(), 4) as pooled:
+            model(IDS.clone(), attention_mask=mask, use_cache=False)
+        pairs = {key: value.clone() for key, value in make_pairs(2).items()}
+        contrastive_loss(pooled, **pairs, scale=3.0).backward()
+        with shift.batch(languages):
+            assert shift._token_languages(languages, 10, 6, 1, False).shape == (6, 1)
+        with pytest.raises(DataDependentOutputException):
+            pooled[0].sum().item()

@@ -1,0 +1,220 @@
+"""Batched, cached, left-padded, shifted generation equals one prompt at a time without a cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from modeling.errors import ModelError
+from modeling.generation import ExportInfo, Generation, Prompt, ShiftedGenerator
+from modeling.language_vectors import LanguageVectors
+from modeling.loading import directory_hash
+
+LANGUAGES = ("en", "de", "sw", "xx")  # xx has no vector
+AREA = (1, 3)
+END = 1
+
+
+def write_tokenizer(directory: Path) -> None:
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", "<unk>", *map(str, range(60))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(directory)
+
+
+def write_export(directory: Path, model_type: str = "llama", vectors: bool = True, **description: Any) -> Path:
+    torch.manual_seed(3)
+    extra = {} if model_type == "gpt_neox" else {"num_key_value_heads": 2, "head_dim": 8}
+    extra |= {"sliding_window": 6} if model_type == "mistral" else {}
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        initializer_range=0.3,
+        eos_token_id=END,
+        pad_token_id=2,
+        **extra,
+    )
+    config.use_cache = False  # as a training run leaves it
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, eos_token_id=[END]
+    )
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+    if vectors:
+        LanguageVectors(
+            languages=LANGUAGES,
+            dominant="en",
+            layers=AREA,
+            area=AREA,
+            mean=torch.randn(4, 2, 32) * 2,
+            state_norm=torch.ones(4, 2),
+            tokens=torch.tensor([9, 9, 9, 0]),
+            estimator="test",
+            model_hash=directory_hash(directory),
+        ).save(directory / "language_vectors.safetensors")
+    about = {
+        "format": 1,
+        "objective": "shifcon",
+        "languages": list(LANGUAGES),
+        "dominant": "en",
+        "template": {"name": "plain"},
+        "response_language": None,
+        "shift_first_token": True,
+    }
+    (directory / "crosslift.json").write_text(json.dumps({**about, **description}))
+    return directory
+
+
+def prompts() -> list[Prompt]:
+    generator = torch.Generator().manual_seed(1)
+    languages = [("de", None), ("sw", "en"), ("en", None), ("xx", None), (None, None), ("de", "sw")]
+    return [
+        Prompt(torch.randint(4, 64, (length,), generator=generator).tolist(), *language)
+        for length, language in zip((7, 3, 12, 5, 1, 9), languages, strict=True)
+    ]
+
+
+def slow(generator: ShiftedGenerator, prompt: Prompt, tokens: int) -> list[int]:
+    """The definition: no cache, no batch, every token's shift added to the states by hand."""
+    vectors, ids = generator.vectors, list(prompt.ids)
+    response = prompt.response_language or generator.info.response_language or prompt.language
+    for _ in range(tokens):
+        of_token = [prompt.language] * len(prompt.ids) + [response] * (len(ids) - len(prompt.ids))
+        if not generator.info.shift_first_token:
+            of_token[0] = None
+        deltas = []
+        for place, sign in ((0, 1), (1, -1)):
+            rows = torch.zeros(len(ids), 32)
+            for t, language in enumerate(of_token):
+                if vectors is not None and language is not None and vectors.has(language):
+                    mean = vectors.mean[:, place]
+                    rows[t] = sign * (mean[0] - mean[vectors.languages.index(language)])
+            deltas.append(rows)
+        layers = generator.model.model.layers if hasattr(generator.model, "model") else generator.model.gpt_neox.layers
+
+        def adding(delta: Tensor) -> Any:
+            return lambda _, args: (args[0] + delta, *args[1:])
+
+        handles = [layers[at].register_forward_pre_hook(adding(d)) for at, d in zip(AREA, deltas, strict=True)]
+        with torch.no_grad():
+            token = int(generator.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        for handle in handles:
+            handle.remove()
+        if token == END:
+            break
+        ids.append(token)
+    return ids[len(prompt.ids) :]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gpt_neox"])
+def test_batched_cached_generation_equals_the_definition(tmp_path: Path, model_type: str, first: bool) -> None:
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path, model_type, shift_first_token=first))
+    answers = generator.generate(prompts(), max_new_tokens=8, batch_size=4)
+    expected = [slow(generator, prompt, 8) for prompt in prompts()]
+    assert [answer.token_ids for answer in answers] == expected
+    assert [answer.shifted for answer in answers] == [True, True, True, False, False, True]
+    for answer in answers:
+        assert answer.text.split() == [str(id - 4) for id in answer.token_ids if id > 3]  # none special
+        assert answer.finished == (len(answer.token_ids) < 8)
+    unshifted = ShiftedGenerator(generator.model, generator.tokenizer, ExportInfo(), None)
+    assert generator.shift is not None
+    with generator.shift.disabled():
+        plain = unshifted.generate(prompts(), max_new_tokens=8)
+    assert [a.token_ids == b.token_ids for a, b in zip(plain, answers, strict=True)] == (
+        [False, False, True, True, True, False]
+    )
+
+
+def test_beams_batched_equal_single(tmp_path: Path) -> None:
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path))
+    batched = generator.generate(prompts(), max_new_tokens=6, num_beams=3)
+    single = [generator.generate([prompt], max_new_tokens=6, num_beams=3)[0] for prompt in prompts()]
+    assert batched == single
+    assert batched != generator.generate(prompts(), max_new_tokens=6)
+
+
+def test_order_progress_and_batch_size(tmp_path: Path) -> None:
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path))
+    told: list[int] = []
+    many = prompts() * 2
+    answers = generator.generate(many, max_new_tokens=4, batch_size=5, progress=told.append)
+    assert told == [5, 5, 2]
+    assert answers[:6] == answers[6:] == generator.generate(prompts(), max_new_tokens=4, batch_size=1)
+    assert generator.generate([], max_new_tokens=4) == []
+    with pytest.raises(ModelError, match="prompt 1 has no tokens"):
+        generator.generate([Prompt([5]), Prompt([])], max_new_tokens=4)
+
+
+def test_the_export_s_response_language_is_the_default(tmp_path: Path) -> None:
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path, response_language="en"))
+    (ids, _, _) = (prompt.ids for prompt in prompts()[:3])
+    implied, said, other = generator.generate(
+        [Prompt(ids, "de"), Prompt(ids, "de", "en"), Prompt(ids, "de", "de")], max_new_tokens=8
+    )
+    assert implied == said != other
+
+
+def test_the_end_token_ends_an_answer(tmp_path: Path) -> None:
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path))
+    (answer,) = generator.generate(prompts()[:1], max_new_tokens=8)
+    assert not answer.finished
+    generator.end_ids[:] = [answer.token_ids[3]]
+    generator.model.generation_config.eos_token_id = generator.end_ids
+    stop = answer.token_ids.index(answer.token_ids[3])
+    (ended, _) = generator.generate(prompts()[:2], max_new_tokens=8)
+    assert ended == Generation(ended.text, answer.token_ids[:stop], True, True)
+
+
+def test_a_plain_directory_runs_unshifted(tmp_path: Path) -> None:
+    write_export(tmp_path, vectors=False)
+    (tmp_path / "crosslift.json").unlink()
+    generator = ShiftedGenerator.from_directory(tmp_path)
+    answers = generator.generate(prompts(), max_new_tokens=5)
+    assert [answer.token_ids for answer in answers] == [slow(generator, prompt, 5) for prompt in prompts()]
+    assert not any(answer.shifted for answer in answers)
+
+
+def test_shifcon_models_refuse_to_load_without_their_own_vectors(tmp_path: Path) -> None:
+    whole = write_export(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"language_vectors\.safetensors: missing"):
+        ShiftedGenerator.from_directory(write_export(tmp_path / "without", vectors=False))
+    other = write_export(tmp_path / "other", "qwen3", vectors=False)
+    vectors = (whole / "language_vectors.safetensors").read_bytes()
+    (other / "language_vectors.safetensors").write_bytes(vectors)
+    with pytest.raises(ModelError, match="but the weights beside it are"):
+        ShiftedGenerator.from_directory(other)
+    (whole / "language_vectors.safetensors").write_bytes(vectors[:-7])
+    with pytest.raises(ModelError, match=r"language_vectors\.safetensors"):
+        ShiftedGenerator.from_directory(whole)
+    assert (
+        not ShiftedGenerator.from_directory(write_export(tmp_path / "sft", vectors=False, objective="sft"))
+        .generate(prompts()[:1], 2)[0]
+        .shifted
+    )
+
+
+def test_descriptions_that_cannot_be_read(tmp_path: Path) -> None:
+    for content, message in {
+        "{": "not an export's description",
+        '{"format": 2}': "another version of crosslift",
+        '{"format": 1, "objective": "dpo", "languages": []}': "neither sft nor shifcon",
+        '{"format": 1, "objective": "sft", "languages": [], "dominent": "en"}': "dominent",
+        "[]": "not an export's description",
+    }.items():
+        (tmp_path / "crosslift.json").write_text(content)
+        with pytest.raises(ModelError, match=message) as caught:
+            ExportInfo.read(tmp_path)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,167 @@
+"""Vectors are plain means, their file is checked, and the restoration error is what the formula says."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling.errors import ModelError
+from modeling.language_vectors import LanguageVectors, StateMeans, restoration_error
+from modeling.shifcon import LanguageShift
+
+IDS = torch.arange(1, 21).view(2, 10)
+LANGUAGES = torch.tensor([[-1, 0, 0, 1, 1, 1, 0, -1, 3, 3], [3, 3, 1, 0, 0, 0, -1, -1, -1, -1]])
+NAMES = ("en", "de", "xx", "sw")  # xx gets no token
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3)).eval()
+
+
+def measured(model: LlamaForCausalLM, languages: Tensor = LANGUAGES) -> LanguageVectors:
+    with StateMeans(model, (1, 3, 4), 4) as means, torch.no_grad():
+        for row in range(2):  # in two passes: sums add up
+            with means.batch(languages[row : row + 1]):
+                model(IDS[row : row + 1])
+    return means.vectors(NAMES, "en", (1, 3), model_hash="abc")
+
+
+def test_means_and_norms_are_those_of_the_reported_states() -> None:
+    model = tiny()
+    vectors = measured(model)
+    states = model(IDS, output_hidden_states=True).hidden_states
+    assert vectors.tokens.tolist() == [(language == LANGUAGES).sum() for language in range(4)]
+    for position, layer in enumerate((1, 3)):
+        for language in (0, 1, 3):
+            tokens = torch.stack([states[layer][b, t] for b, t in (language == LANGUAGES).nonzero().tolist()])
+            torch.testing.assert_close(vectors.mean[language, position], tokens.mean(0))
+            torch.testing.assert_close(vectors.state_norm[language, position], tokens.norm(dim=1).mean())
+    assert (vectors.mean[2] == 0).all()
+    assert vectors.has("sw")
+    assert not vectors.has("xx")
+    assert not vectors.has("unheard of")
+
+
+def test_measuring_sees_shifted_states_and_leaves_no_hook() -> None:
+    model = tiny()
+    shift = LanguageShift(model, 1, 3)
+    shift.set_vectors(measured(model))
+    with StateMeans(model, (1,), 4) as means, torch.no_grad():
+        with shift.batch(LANGUAGES), means.batch(LANGUAGES):
+            model(IDS)
+        model(IDS)  # outside a batch: not counted
+    mean = means.means()[:, 0]
+    # Shifted toward it, every language's mean is the dominant language's.
+    for language in (0, 1, 3):
+        torch.testing.assert_close(mean[language], mean[0], rtol=1e-4, atol=1e-4)
+    assert means.counts.tolist() == [6, 4, 0, 4]
+    assert sum(len(layer._forward_pre_hooks) for layer in model.model.layers) == 3  # the shift's own
+
+
+def test_restoration_error_by_hand() -> None:
+    model = tiny()
+    vectors = measured(model)
+    back = vectors.at(3)
+    assert list(restoration_error(vectors, back)) == ["de", "sw"]
+    assert all(error == 0 for error in restoration_error(vectors, back).values())
+    away = back.clone()
+    away[1] = back[0]  # never came back: one whole way off
+    away[3] += 0.25 * (back[3] - back[0])
+    errors = restoration_error(vectors, away)
+    assert errors["de"] == pytest.approx(1.0)
+    assert errors["sw"] == pytest.approx(0.25)
+    # The way a refresh measures it: mean h[back] with the shift on, against the unshifted vector.
+    shift = LanguageShift(model, 1, 3)
+    shift.set_vectors(vectors)
+    states: list[Tensor] = []
+    with StateMeans(model, (3,), 4) as means, torch.no_grad():
+        model.model.layers[3].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        with shift.batch(LANGUAGES), means.batch(LANGUAGES):
+            model(IDS)
+    german = torch.stack([states[0][b, t] for b, t in (LANGUAGES == 1).nonzero().tolist()]).mean(0)
+    expected = (german - back[1]).norm() / (back[1] - back[0]).norm()
+    errors = restoration_error(vectors, means.means()[:, 0])
+    assert errors["de"] == pytest.approx(expected.item(), rel=1e-4)
+    assert errors["de"] > 0.01
+
+
+def test_nearest_is_the_language_measured() -> None:
+    vectors = measured(tiny())
+    for language in ("en", "de", "sw"):
+        index = NAMES.index(language)
+        assert vectors.nearest(vectors.at(1)[index] + 0.01, 1) == language
+    # A language without a vector is never the nearest, though its zeros are.
+    assert vectors.nearest(torch.zeros(16), 1) != "xx"
+    with pytest.raises(ModelError, match="layer 2 was not measured"):
+        vectors.nearest(torch.zeros(16), 2)
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    vectors = measured(tiny())
+    path = tmp_path / "vectors.safetensors"
+    vectors.save(path)
+    loaded = LanguageVectors.load(path)
+    for field in dataclasses.fields(LanguageVectors):
+        before, after = getattr(vectors, field.name), getattr(loaded, field.name)
+        assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
+    assert [file.name for file in tmp_path.iterdir()] == ["vectors.safetensors"]
+
+
+def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.safetensors"
+    measured(tiny()).save(path)
+    good = path.read_bytes()
+    for cut in (0, 5, 100, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:cut])
+        with pytest.raises(ModelError, match="no usable language vectors"):
+            LanguageVectors.load(path)
+    for place in range(0, len(good), 7):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
+        with pytest.raises(ModelError) as caught:
+            LanguageVectors.load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="no usable language vectors"):
+        LanguageVectors.load(tmp_path / "absent.safetensors")
+
+
+def test_files_of_another_make_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.safetensors"
+    save_file({"mean": torch.zeros(1, 1, 1)}, path)
+    with pytest.raises(ModelError, match="its format is None"):
+        LanguageVectors.load(path)
+    measured(tiny()).save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    about = json.loads(metadata["about"])
+    save_file(tensors, path, {**metadata, "about": json.dumps({**about, "dominant": "de"})})
+    with pytest.raises(ModelError, match="does not match its checksum"):
+        LanguageVectors.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dominant": "xx"}, "dominant language 'xx' has no vector"),
+        ({"dominant": "fr"}, "dominant language 'fr' has no vector"),
+        ({"languages": ("en", "en", "de", "sw")}, "languages are not distinct"),
+        ({"languages": ("en",)}, "mean is not"),
+        ({"area": (1, 2)}, "is not two measured layers"),
+        ({"area": (3, 1)}, "is not two measured layers"),
+        ({"mean": torch.full((4, 3, 16), torch.nan)}, "a value is not finite"),
+        ({"mean": torch.zeros(4, 3, 16, dtype=torch.float64)}, "mean is not"),
+        ({"tokens": torch.ones(3, dtype=torch.int64)}, "tokens is not"),
+        ({"state_norm": torch.ones(4)}, "state_norm is not"),
+    ],
+)
+def test_impossible_vectors_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        dataclasses.replace(measured(tiny()), **change)

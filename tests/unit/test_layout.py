@@ -1,0 +1,85 @@
+"""The start-up check tells classes that keep packed samples apart from those that do not."""
+
+import time
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from modeling import layout
+from modeling.layout import choose_layout, packing_difference, tiny_config, tiny_model
+
+KNOWN = {
+    "llama": "packed",
+    "qwen3": "packed",
+    "mistral": "packed",
+    "gpt_neox": "packed",
+    "gemma3_text": "packed",
+    "qwen3_moe": "packed",
+    "bloom": "padded",
+    "opt": "padded",
+    "mpt": "padded",
+    "falcon": "padded",
+}
+
+
+def full_size(model_type: str) -> PreTrainedConfig:
+    """Sizes of a released model: the check must be small all the same."""
+    extra = {"sliding_window": 4096} if model_type == "mistral" else {}
+    return AutoConfig.for_model(model_type, **extra)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_known_classes(model_type: str, attention: str) -> None:
+    before, start = torch.get_rng_state(), time.perf_counter()
+    choice = choose_layout(full_size(model_type), attention)
+    assert choice.layout == KNOWN[model_type], choice.reason
+    assert time.perf_counter() - start < 10
+    assert torch.equal(before, torch.get_rng_state())
+    if choice.layout == "packed":
+        assert choice.max_difference is not None
+        assert choice.max_difference < 1e-5
+    elif choice.max_difference is not None:
+        assert choice.max_difference > 0.1  # nowhere near the limit
+
+
+def test_a_leak_between_samples_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = full_size("llama")
+    model = tiny_model(config, "sdpa")
+    original = type(model).forward
+
+    def leaking(self: torch.nn.Module, **kwargs: object) -> object:
+        return original(self, **{**kwargs, "use_cache": True})  # transformers then packs nothing apart
+
+    monkeypatch.setattr(type(model), "forward", leaking)
+    assert packing_difference(model) > 0.1
+    assert choose_layout(config, "sdpa").layout == "padded"
+
+
+def test_windows_are_shorter_than_samples_and_matter() -> None:
+    config = full_size("mistral")
+    windowed = tiny_model(config, "eager")
+    assert windowed.config.sliding_window == layout.WINDOW < max(layout.SAMPLE_LENGTHS)
+    config.sliding_window = None
+    unlimited = tiny_model(config, "eager")
+    assert unlimited.config.sliding_window is None
+    ids = torch.arange(12)[None]
+    assert not torch.allclose(windowed(ids).logits, unlimited(ids).logits, atol=1e-2)
+
+
+def test_every_kind_of_layer_is_kept() -> None:
+    config = full_size("gemma3_text")
+    assert len(config.layer_types) == config.num_hidden_layers == 26
+    tiny = tiny_config(config)
+    assert tiny.layer_types == ["sliding_attention", "full_attention"]
+    assert (tiny.head_dim, tiny.rope_parameters) == (config.head_dim, config.rope_parameters)
+    assert tiny_config(full_size("llama")).num_hidden_layers == 2
+    assert config.num_hidden_layers == 26  # the run's own config is left alone
+
+
+def test_a_class_that_fails_runs_padded_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        choice = choose_layout(full_size("mamba2"), "sdpa")
+    assert (choice.layout, choice.max_difference) == ("padded", None)
+    assert "mamba2 did not run packed" in caplog.text

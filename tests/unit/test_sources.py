@@ -1,0 +1,324 @@
+"""Sources: every format and layout gives the same Records by scan and by random access, and bad data says where."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from data_pipeline.config import ColumnMap, SourceConfig
+from data_pipeline.formats import Shard
+from data_pipeline.records import BadRow, DataError, Message, Record
+from data_pipeline.sources import RecordReader, open_source
+
+LANGUAGES = ("en", "sw", "th")
+COLUMNS = {"id": "id", "language": "lang", "prompt": "question", "completion": "answer"}
+# newlines, quotes, delimiters, scripts of 1 to 4 bytes a letter, text that looks like other types
+ROWS = [
+    {"id": "a", "lang": "en", "question": 'Say "hi",\nthen\tstop.', "answer": "hi"},
+    {"id": "b", "lang": "sw", "question": "Je, watoto 3 wana vitabu vingapi?", "answer": "6"},
+    {"id": "c", "lang": "th", "question": "สามบวกสี่เท่ากับเท่าไร 🙂\r\nตอบ", "answer": "7\n#### 7"},
+    {"id": "d", "lang": "sw", "question": "null", "answer": '""'},
+]
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="")
+
+
+def write_delimited(path: Path, rows: list[dict[str, Any]], delimiter: str) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write(kind: str, folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Writes the rows in one of the formats; returns what a SourceConfig says about them."""
+    if kind == "jsonl":
+        write_jsonl(folder / "data.jsonl", rows)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet", row_group_size=3)
+    elif kind in ("csv", "tsv"):
+        write_delimited(folder / f"data.{kind}", rows, "," if kind == "csv" else "\t")
+    elif kind == "hub":
+        write_jsonl(folder / "data" / "train.jsonl", rows)
+        return {"hub": "data"}
+    elif kind == "saved":
+        import datasets
+
+        datasets.Dataset.from_list(rows).save_to_disk(str(folder / "data"))
+        return {"hub": "data"}
+    return {"files": f"data.{kind}"}
+
+
+def shards(folder: Path, **source: Any) -> tuple[SourceConfig, list[Shard]]:
+    config = SourceConfig(name="source", **{"columns": COLUMNS, **source})
+    return config, open_source(config, folder, folder / "cache")
+
+
+def scan(folder: Path, **source: Any) -> list[Record | BadRow]:
+    """Every row by the scan, after checking that random access, in reverse order, gives the same."""
+    config, opened = shards(folder, **source)
+    results = []
+    for shard in opened:
+        reader = RecordReader(config, shard, LANGUAGES)
+        scanned = [(place, row, list(reader.records(row, place))) for place, row in shard.scan(hashlib.sha256())]
+        for place, row, _ in reversed(scanned):
+            if isinstance(row, BadRow):
+                with pytest.raises(BadRow) as again:
+                    shard.read(place)
+                assert str(again.value) == str(row)
+            else:
+                assert shard.read(place) == row
+        results += [result for _, _, found in scanned for _, result in found]
+    return results
+
+
+def one_bad(folder: Path, **source: Any) -> str:
+    (bad,) = [result for result in scan(folder, **source) if isinstance(result, BadRow)]
+    assert "\n" not in str(bad)
+    assert bad.exit_status == 2
+    return str(bad)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "tsv", "hub", "saved"])
+def test_every_format_gives_the_same_records(kind: str, tmp_path: Path) -> None:
+    records = scan(tmp_path, **write(kind, tmp_path, ROWS), response_language="en")
+    assert [(r.id, r.group, r.language, r.response_language, r.messages) for r in records] == [
+        (
+            row["id"],
+            row["id"],
+            row["lang"],
+            "en",
+            (Message("user", row["question"]), Message("assistant", row["answer"])),
+        )
+        for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "tsv", "hub"])
+def test_wide_layout_gives_a_record_a_language(kind: str, tmp_path: Path) -> None:
+    rows = [
+        {"q_en": "One?", "q_sw": "Moja?", "a": "1", "said": "th"},
+        {"q_en": "Two?", "q_sw": "", "a": "2", "said": "th"},  # no translation: no record, and no error
+    ]
+    columns = {"prompt": "q_{language}", "completion": "a", "response_language": "said"}
+    records = scan(tmp_path, **write(kind, tmp_path, rows), languages=["en", "sw"], columns=columns)
+    assert [(r.language, r.response_language, r.user_text) for r in records] == [
+        ("en", "th", "One?"),
+        ("sw", "th", "Moja?"),
+        ("en", "th", "Two?"),
+    ]
+    assert records[0].group == records[1].group != records[2].group
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "hub"])
+def test_messages(kind: str, tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Habari?"},
+        {"role": "assistant", "content": "Nzuri."},
+        {"role": "user", "content": "3+4?"},
+        {"role": "assistant", "content": "7"},
+    ]
+    row = {"turns": json.dumps(turns) if kind == "csv" else turns, "rules": "Be brief."}
+    columns = {"messages": "turns", "system": "rules"}
+    (record,) = scan(tmp_path, **write(kind, tmp_path, [row]), language="sw", columns=columns)
+    assert [m.role for m in record.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert record.user_text == "Habari?\n3+4?"
+    assert (record.language, record.response_language) == ("sw", "sw")
+    assert record.id.endswith(":2" if kind == "csv" else ":1")  # the line or the row
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([{"role": "user", "content": "?"}], "must hold a user turn and end with the assistant's answer"),
+        ([{"role": "human", "content": "?"}], "role 'human'; it must be system, user or assistant"),
+        ([{"role": "user", "content": "?"}, {"role": "assistant", "content": " "}], "[1].content is empty"),
+        ("[{", "'turns' is not valid JSON"),
+        ([], "must hold a user turn"),
+        ({"role": "user"}, "must be a list"),
+    ],
+)
+def test_bad_messages(turns: Any, reason: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"turns": turns}])
+    error = one_bad(tmp_path, files="x.jsonl", language="en", columns={"messages": "turns"})
+    assert error.startswith(f"{tmp_path}/x.jsonl:1: ")
+    assert reason in error
+
+
+def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
+    lines = ['"question","answer"', '"Habari,\r\ndunia?","ndiyo"', "", "Moja?,1", '"Mbili?","2"']
+    (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    columns = {"prompt": "question", "completion": "answer"}
+    records = scan(tmp_path, files="x.csv", language="sw", columns=columns)
+    assert [(r.user_text, r.messages[-1].content) for r in records] == [
+        ("Habari,\r\ndunia?", "ndiyo"),
+        ("Moja?", "1"),
+        ("Mbili?", "2"),
+    ]
+    assert [r.origin.rsplit(":")[-1] for r in records] == ["2", "5", "6"]  # lines, also after a quoted newline
+    json_lines = [json.dumps({"question": q, "answer": "1"}) for q in ("Moja?", "Mbili?")]
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + ("\r\n\r\n".join(json_lines)).encode())
+    records = scan(tmp_path, files="x.jsonl", language="sw", columns=columns)
+    assert [(r.user_text, r.id) for r in records] == [("Moja?", "x:1"), ("Mbili?", "x:3")]
+
+
+GOOD = b'{"id": 1, "lang": "en", "question": "?", "answer": "!"}\n'
+BAD_LINES = [
+    (b'{"id": 2, "lang": "en", "question"\n', "not valid JSON (Expecting ':' delimiter at column 35)"),
+    (b'["en", "?", "!"]\n', "a JSON list; each line must be one JSON object"),
+    (b'{"id": 2, "lang": "en", "question": "?"}\n', "no field 'answer'; the row has 'id', 'lang', 'question'"),
+    (b'{"id": 2, "lang": "en", "question": "?", "answer": ""}\n', "'answer' is empty"),
+    (b'{"id": 2, "lang": "en", "question": "?", "answer": " \\n"}\n', "'answer' is empty"),
+    (b'{"id": 2, "lang": "en", "question": null, "answer": "!"}\n', "'question' is empty"),
+    (b'{"id": 2, "lang": "en", "question": 5, "answer": "!"}\n', "'question' is int; it must be text"),
+    (b'{"id": 2, "lang": "en", "question": "caf\xe9", "answer": "!"}\n', "not UTF-8 (byte 0xe9, number 41 of the"),
+    (b'{"id": 2, "lang": "en", "question": "\\ud800", "answer": "!"}\n', "'question' is not UTF-8"),
+    (b'{"id": 2, "lang": "xx", "question": "?", "answer": "!"}\n', "language 'xx' is not declared; data.languages are"),
+    (b'{"id": 2, "lang": "", "question": "?", "answer": "!"}\n', "'lang' is empty; it must name the row's language"),
+    (b'{"id": true, "lang": "en", "question": "?", "answer": "!"}\n', "'id' is bool; it must be text"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_a_bad_line_says_where_and_why(line: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD + b"\n" + line + GOOD)
+    assert one_bad(tmp_path, files="x.jsonl").startswith(f"{tmp_path}/x.jsonl:3: {reason}")
+    assert len(scan(tmp_path, files="x.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'2,en,"never closed,!\n', "wrongly quoted: "),
+        (b'2,en,"a" b,!\n', "wrongly quoted: "),
+        (b"2,en,?\n", "3 fields, but the header has 4"),
+        (b"2,en,caf\xe9,!\n", "'question' is not UTF-8"),
+        (b"2,en,?,\n", "'answer' is empty"),
+    ],
+)
+def test_a_bad_csv_row_costs_only_itself(line: bytes, reason: str, tmp_path: Path) -> None:
+    rows = [b'1,en,"two\nlines",!\n', line, b'3,en,"?",!\n', b"4,en,?,!\n"]
+    (tmp_path / "x.csv").write_bytes(b"id,lang,question,answer\n" + b"".join(rows))
+    assert one_bad(tmp_path, files="x.csv").startswith(f"{tmp_path}/x.csv:4: {reason}")
+    good = [result.id for result in scan(tmp_path, files="x.csv") if isinstance(result, Record)]
+    assert good == ["1", "3", "4"]
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    table = pa.table({"lang": ["en"] * 3, "question": ["a", "b", "c"]})
+    answers = pa.Array.from_buffers(pa.string(), 3, pa.array([b"x", b"\xff", b"z"], pa.binary()).buffers())
+    pq.write_table(table.append_column("answer", answers), tmp_path / "x.parquet")
+    columns = {"language": "lang", "prompt": "question", "completion": "answer"}
+    assert "x.parquet:2: not UTF-8" in one_bad(tmp_path, files="x.parquet", columns=columns)
+
+
+def test_parquet_with_dictionaries_that_change_between_batches(tmp_path: Path) -> None:
+    rows = [{"lang": LANGUAGES[i % 2 + (i > 2000)], "question": f"q{i}", "answer": "!"} for i in range(4000)]
+    table = pa.Table.from_pylist(rows)
+    coded = table.set_column(0, "lang", table["lang"].dictionary_encode())
+    pq.write_table(coded, tmp_path / "x.parquet", row_group_size=1500)
+    columns = {"language": "lang", "prompt": "question", "completion": "answer"}
+    records = scan(tmp_path, files="x.parquet", columns=columns)
+    assert [(r.language, r.user_text) for r in records] == [(row["lang"], row["question"]) for row in rows]
+
+
+def test_files_are_sorted_relative_to_data_dir_and_each_once(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", ROWS[:1])
+    (tmp_path / "in" / "d.jsonl").mkdir()
+    write_jsonl(tmp_path / "in" / "[x].jsonl", ROWS[:1])
+    _, opened = shards(tmp_path, files=["{data_dir}/in/c.jsonl", "in/?.jsonl", "in/[x].jsonl"])
+    assert [shard.name for shard in opened] == ["in/c.jsonl", "in/a.jsonl", "in/b.jsonl", "in/[x].jsonl"]
+
+
+def test_fsspec_address(tmp_path: Path) -> None:
+    with fsspec.open("memory://crosslift/x.csv", "wb") as file:
+        file.write('id,lang,question,answer\n1,sw,"Moja\nau?",1\n2,th,สอง,2\n'.encode())
+    assert [r.user_text for r in scan(tmp_path, files="memory://crosslift/*.csv")] == ["Moja\nau?", "สอง"]
+    with pytest.raises(DataError, match=r"no file matches memory://crosslift/\*\.tsv"):
+        shards(tmp_path, files="memory://crosslift/*.tsv")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"files": "*.parquet"}, r"source 'source': no file matches .*/\*\.parquet$"),
+        ({"files": "folder"}, r"no file matches .*/folder; it is a directory: name the files in it"),
+        ({"files": "x.jsonl.gz"}, r"x\.jsonl\.gz: source 'source' has format: auto, and the suffix '\.gz'"),
+        (
+            {"files": "x.jsonl", "columns": COLUMNS | {"completion": "output"}},
+            r"x\.jsonl: source 'source' maps column 'output', which is not there; the columns are 'id', 'lang', 'q",
+        ),
+        (
+            {"files": "x.jsonl", "languages": ["en"], "columns": {"prompt": "q_{language}", "completion": "answer"}},
+            r"x\.jsonl: source 'source' maps column 'q_en', which is not there",
+        ),
+        ({"files": "x.jsonl", "format": "parquet"}, r"x\.jsonl: not a Parquet file"),
+        ({"files": "twice.csv"}, r"twice\.csv:1: not a header line, which must name each column once: \['id', 'id'\]"),
+        ({"hub": "folder"}, r"folder: split 'train' cannot be loaded \("),
+        ({"hub": "hubdir", "split": "test"}, r"hubdir: split 'test' cannot be loaded \(Unknown split"),
+    ],
+)
+def test_sources_that_cannot_be_opened(source: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    write_jsonl(tmp_path / "hubdir" / "train.jsonl", ROWS)
+    (tmp_path / "x.jsonl.gz").write_bytes(b"")
+    (tmp_path / "twice.csv").write_text("id,id\n1,2\n")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=message) as error:
+        shards(tmp_path, **source)
+    assert "\n" not in str(error.value)
+
+
+def test_data_dir_in_a_pattern_needs_a_data_dir() -> None:
+    source = SourceConfig(name="s", files="{data_dir}/x.jsonl", columns=COLUMNS)
+    with pytest.raises(DataError, match=r"names \{data_dir\}, but data_dir is not set"):
+        open_source(source, None, Path("cache"))
+
+
+LONG = {"language": "lang", "prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"columns": LONG}, "exactly one of files and hub"),
+        ({"files": "x", "hub": "y", "columns": LONG}, "exactly one of files and hub"),
+        ({"files": [], "columns": LONG}, "files is empty"),
+        ({"files": "x", "split": "test", "columns": LONG}, "go with hub"),
+        ({"hub": "x", "format": "csv", "columns": LONG}, "format goes with files"),
+        ({"files": "x", "columns": {"prompt": "q", "completion": "a"}}, "the language is not known"),
+        ({"files": "x", "columns": LONG | {"prompt": "q_{language}"}}, "list the languages"),
+        ({"files": "x", "columns": LONG | {"language": "{language}"}}, "long layout"),
+        ({"files": "x", "languages": ["en"], "columns": {"prompt": "q", "completion": "a"}}, "a column must hold"),
+        ({"files": "x", "languages": ["en", "en"], "columns": {"messages": "{language}"}}, "each language once"),
+        ({"files": "x", "languages": ["en"], "language": "en", "columns": {"messages": "{language}"}}, "excludes"),
+        ({"files": "x", "columns": LONG | {"promt": "q"}}, "Extra inputs"),
+    ],
+)
+def test_configs_that_contradict_themselves(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SourceConfig(name="s", **source)
+
+
+@pytest.mark.parametrize("columns", [{}, {"prompt": "q"}, {"messages": "m", "prompt": "q"}])
+def test_messages_or_prompt_and_completion(columns: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="give messages, or"):
+        ColumnMap(**columns)

@@ -1,0 +1,481 @@
+"""The record survives what kills a run; MLflow gets all of it once; nothing of MLflow reaches the loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from training.errors import ConfigError
+from training.mlflow_feed import STATE_NAME, RecordFeeder
+from training.mlflow_store import (
+    MAX_KEY,
+    MAX_PARAM,
+    artifact_root,
+    default_store,
+    mlflow_key,
+    on_shared_disk,
+    open_client,
+    without_password,
+)
+from training.provenance import git_state, versions
+from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_events
+from training.tracking import Tracker, TrackingConfig, serve_ui, sync_record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; MLflow takes seconds to make one."""
+    folder = tmp_path_factory.mktemp("store")
+    open_client(default_store(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def run(tmp_path: Path, migrated: Path) -> Path:
+    """A run folder with an empty store in it."""
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    shutil.copy(migrated, folder / "mlflow.db")
+    return folder
+
+
+def tracked(folder: Path, resumed_step: int | None = None, params: Any = None, **config: Any) -> Tracker:
+    tracker = Tracker(folder, TrackingConfig(sync_seconds=0.05, **config))
+    tracker.start(params or {"lr": 1e-4}, {"host": "here"}, resumed_step)
+    return tracker
+
+
+def stored(folder: Path) -> tuple[Any, Any]:
+    """The client of the folder's store and its only run."""
+    client = open_client(default_store(folder))
+    (experiment,) = [e for e in client.search_experiments() if e.name == "crosslift"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    return client, found
+
+
+def history(folder: Path, name: str) -> list[tuple[int, float]]:
+    client, found = stored(folder)
+    return sorted((m.step, m.value) for m in client.get_metric_history(found.info.run_id, name))
+
+
+# --- the record ---------------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_cut_off_and_a_whole_one_is_kept(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.append("metrics", step=1, values={"loss": 1.0})
+    record.close()
+    path = tmp_path / RECORD_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"time": 5, "kind": "metr')
+    assert [event["step"] for _, event in read_events(path)] == [1]
+    RunRecord(tmp_path).append("metrics", step=2, values={"loss": 2.0})
+    assert [event["step"] for _, event in read_events(path)] == [1, 2]
+
+    path.write_bytes(whole + whole.rstrip(b"\n").replace(b'"step": 1', b'"step": 7'))
+    RunRecord(tmp_path).append("metrics", step=8, values={"loss": 2.0})
+    assert [event["step"] for _, event in read_events(path)] == [1, 7, 8]
+
+
+def test_a_killed_process_loses_no_line_it_logged(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from training.tracking import *\n"
+        "t = Tracker(Path(sys.argv[1]), TrackingConfig(enabled=False)); t.start({}, {}, None)\n"
+        "for step in range(10**9):\n t.log(step, {'loss': 1.0}); print(step, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = [int(process.stdout.readline()) for _ in range(500)]
+    process.kill()
+    said += [int(line) for line in process.stdout if line.endswith("\n")]
+    process.wait()
+    steps = [event["step"] for _, event in read_events(tmp_path / RECORD_NAME) if event["kind"] == "metrics"]
+    assert steps[: len(said)] == said
+
+
+def test_damaged_lines_are_told_from_good_ones(tmp_path: Path) -> None:
+    good = '{"time": 1, "kind": "metrics", "step": 3, "values": {}}\n'
+    bad = ['{"time": 1, "kind"\n', "\0\0\0\n", '{"time": 1, "kind": "metrics"}\n', '{"kind": []}\n', "7\n"]
+    (tmp_path / RECORD_NAME).write_text(good + "".join(bad) + good)
+    kinds = [event["kind"] for _, event in read_events(tmp_path / RECORD_NAME)]
+    assert kinds == ["metrics", *["damaged"] * len(bad), "metrics"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1])
+def test_every_value_comes_back_from_strict_json(tmp_path: Path, value: float) -> None:
+    record = RunRecord(tmp_path)
+    record.append("metrics", step=0, values={"x": number(value)})
+    line = (tmp_path / RECORD_NAME).read_text()
+    assert not any(word in line.replace('"NaN"', "").replace('Infinity"', "") for word in ("NaN", "Infinity"))
+    back = float(json.loads(line)["values"]["x"])
+    assert back == value or (math.isnan(back) and math.isnan(value))
+
+
+def test_a_full_disk_costs_lines_and_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = RunRecord(tmp_path)
+    record.append("metrics", step=1, values={})
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:9]))  # a disk with nine bytes left
+        record.append("metrics", step=2, values={})
+        record.append("metrics", step=3, values={})
+    record.append("metrics", step=4, values={})
+    assert [event["step"] for _, event in read_events(record.path)] == [1, 4]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunRecord(tmp_path / "file")
+
+
+def test_nested_config_becomes_dotted_names() -> None:
+    config = {"data": {"languages": ["en", "zh"], "size": None}, "deepspeed": {}, "steps": 3}
+    assert flatten(config) == {
+        "data.languages": '["en", "zh"]',
+        "data.size": "None",
+        "deepspeed": "{}",
+        "steps": "3",
+    }
+
+
+# --- names, addresses, config -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train/loss/zh", "a//b", "/a", "../a", "a/../b", "a,b", "损失", "", ".", "x" * 400])
+def test_mlflow_takes_every_cleaned_name(name: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    key = mlflow_key(name)
+    _validate_metric_name(key)
+    assert 0 < len(key) <= MAX_KEY
+    if name == "train/loss/zh":
+        assert key == name
+
+
+def test_no_password_is_written_down() -> None:
+    assert without_password("http://me:secret@host:5000/x") == "http://host:5000/x"
+    assert without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"
+    assert without_password("sqlite:////a/b c/mlflow.db") == "sqlite:////a/b c/mlflow.db"
+
+
+def test_artifacts_lie_beside_the_database(tmp_path: Path) -> None:
+    assert artifact_root(tmp_path, default_store(tmp_path / "a b")) == (tmp_path / "a b/mlartifacts").as_uri()
+    assert artifact_root(tmp_path, "https://host") is None
+
+
+def test_network_disks_are_known(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "root / ext4 rw 0 0\nserver:/x /shared\\040disk nfs4 rw 0 0\ntmp /shared\\040disk/own tmpfs rw 0 0\n"
+    )
+    assert not on_shared_disk(Path("/home/run"), mounts)
+    assert on_shared_disk(Path("/shared disk/run"), mounts)
+    assert not on_shared_disk(Path("/shared disk/own/run"), mounts)
+    assert not on_shared_disk(Path("/shared disk"), tmp_path / "missing")
+
+
+def test_a_network_disk_gets_a_record_and_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("training.tracking.on_shared_disk", lambda folder: True)
+    tracker = tracked(tmp_path)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("FINISHED")
+    assert "network disk" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD_NAME]
+
+
+def test_config_mistakes_are_refused() -> None:
+    with pytest.raises(ValidationError, match="is no address"):
+        TrackingConfig(uri="localhost:5000")
+    with pytest.raises(ValidationError, match="extra"):
+        TrackingConfig(url="http://x")  # type: ignore[call-arg]
+
+
+def test_importing_and_making_a_tracker_imports_neither_mlflow_nor_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from training.tracking import *\n"
+        f"Tracker(Path({str(tmp_path)!r}), TrackingConfig())\n"
+        "print(sorted({'mlflow', 'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- into the store -----------------------------------------------------------------------------------------
+
+
+def test_a_run_arrives_whole(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    params = {f"p{i}": i for i in range(150)} | {"long": "x" * 7000}
+    tracker = tracked(run, params=params)
+    tracker.log(0, {f"train/loss/l{i}": float(i) for i in range(2500)})  # more than one log_batch takes
+    tracker.log(1, {"x": math.nan, "y": math.inf, "a,b": 1.0})
+    (run / "plots").mkdir()
+    (run / "plots" / "areas.txt").write_text("seen")
+    tracker.artifact(run / "plots" / "areas.txt", "pictures")
+    tracker.artifact(run / "plots")
+    with pytest.raises(ValueError, match="subpath"):
+        tracker.artifact(run.parent / "secret")
+    tracker.finish("FINISHED")
+
+    client, found = stored(run)
+    first = next(read_events(run / RECORD_NAME))[1]
+    assert (found.info.status, found.info.run_name, found.info.start_time) == (
+        "FINISHED",
+        "my run",
+        first["time"],
+    )
+    assert found.info.end_time >= found.info.start_time
+    assert len(found.data.params) == 151
+    assert len(found.data.params["long"]) == MAX_PARAM
+    assert found.data.tags["host"] == "here"
+    assert history(run, "train/loss/l2499") == [(0, 2499.0)]
+    assert math.isnan(history(run, "x")[0][1])
+    assert history(run, "y")[0][1] > 1e308
+    assert history(run, "a_b") == [(1, 1.0)]
+    assert [f.path for f in client.list_artifacts(found.info.run_id, "pictures")] == ["pictures/areas.txt"]
+    assert [f.path for f in client.list_artifacts(found.info.run_id)] == ["areas.txt", "pictures"]
+    assert (run / "mlartifacts").is_dir()
+    result = sync_record(run)
+    assert (result.fed, result.left, result.refused, result.error) == (0, 0, {}, None)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")  # nothing to say, so nothing is said
+
+
+def test_a_resume_goes_on_with_the_same_run_and_feeds_only_what_differs(run: Path) -> None:
+    tracker = tracked(run, params={"lr": 1, "seed": 0})
+    for step in range(1, 6):
+        tracker.log(step, {"loss": float(step), "nan": math.nan})
+    tracker.finish("KILLED")
+    first_id = stored(run)[1].info.run_id
+
+    tracker = tracked(run, resumed_step=3, params={"lr": 2, "seed": 0})
+    deadline = time.monotonic() + 20
+    while stored(run)[1].info.status != "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert stored(run)[1].info.status == "RUNNING"
+    for step in range(4, 8):
+        tracker.log(step, {"loss": 50.0 if step == 5 else float(step), "nan": math.nan})
+    tracker.finish("FINISHED")
+
+    _, found = stored(run)
+    assert found.info.run_id == first_id
+    assert found.info.status == "FINISHED"
+    assert history(run, "loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (5, 50), (6, 6), (7, 7)]
+    assert [step for step, _ in history(run, "nan")] == list(range(1, 8))
+    assert (found.data.params, found.data.tags["resumed.lr"]) == ({"lr": "1", "seed": "0"}, "2")
+    assert "resumed.seed" not in found.data.tags
+
+
+def test_an_interrupted_replay_is_not_fed_twice(run: Path) -> None:
+    """A feeder that begins in the middle of a replay still knows what was recorded before the resume."""
+    first = tracked(run, enabled=False)
+    for step in range(1, 5):
+        first.log(step, {"loss": float(step)})
+    first.finish("KILLED")
+    second = tracked(run, resumed_step=2, enabled=False)
+    second.log(3, {"loss": 3.0})
+    sync_record(run)
+    second.log(4, {"loss": 4.0})
+    second.log(5, {"loss": 5.0})
+    sync_record(run)
+    assert history(run, "loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage", "cursor behind the end"])
+def test_a_lost_tracking_file_doubles_nothing(run: Path, damage: str) -> None:
+    tracker = tracked(run)
+    tracker.log(1, {"loss": 1.0, "bad": math.nan})
+    tracker.finish("FINISHED")
+    state = run / STATE_NAME
+    if damage == "missing":
+        state.unlink()
+    elif damage == "garbage":
+        state.write_text("{")
+    else:
+        content = json.loads(state.read_text())
+        content["stores"][default_store(run)]["cursor"] = 10**6
+        state.write_text(json.dumps(content))
+    result = sync_record(run)
+    assert (result.left, result.error, result.refused) == (0, None, {})
+    assert history(run, "loss") == [(1, 1.0)]  # `stored` holds that there is one run
+    assert len(history(run, "bad")) == 1
+
+
+def test_a_store_that_was_deleted_is_filled_again(run: Path, migrated: Path) -> None:
+    tracker = tracked(run)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("FINISHED")
+    shutil.copy(migrated, run / "mlflow.db")
+    assert sync_record(run).error is None
+    assert history(run, "loss") == [(1, 1.0)]
+
+
+def test_a_run_deleted_in_mlflow_stays_so_until_it_goes_on(run: Path) -> None:
+    tracker = tracked(run)
+    tracker.finish("FAILED")
+    client, found = stored(run)
+    client.delete_run(found.info.run_id)
+    assert sync_record(run).error is None
+    assert client.get_run(found.info.run_id).info.lifecycle_stage == "deleted"
+    tracker = tracked(run)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("FINISHED")
+    assert history(run, "loss") == [(1, 1.0)]
+
+
+def test_what_mlflow_refuses_does_not_block_the_rest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = tracked(run, enabled=False)
+    tracker.log(1, {"loss": 1.0})
+    with (run / RECORD_NAME).open("a") as file:
+        file.write('{"time": -5, "kind": "metrics", "step": 2, "values": {"loss": 2.0}}\n')
+        file.write("not json\n")
+        file.write('{"time": 5, "kind": "artifact", "path": "../outside.txt", "folder": ""}\n')
+    (run.parent / "outside.txt").write_text("")
+    tracker = tracked(run)
+    tracker.artifact(run / "never-written.png")
+    tracker.log(3, {"loss": 3.0})
+    tracker.finish("FINISHED")
+    assert history(run, "loss") == [(1, 1.0), (3, 3.0)]
+    assert stored(run)[1].info.status == "FINISHED"
+    assert "4 items" in capsys.readouterr().err
+
+
+def test_one_artifact_that_fails_holds_up_neither_metrics_nor_the_next(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = tracked(run, enabled=False)
+    for name in ("first", "second"):
+        (run / name).write_text(name)
+        tracker.artifact(run / name)
+    tracker.log(1, {"loss": 1.0})
+    client = open_client(default_store(run))
+    upload = type(client).log_artifact
+
+    def failing(self: Any, run_id: str, path: str, folder: str | None) -> None:
+        if path.endswith("first"):
+            raise OSError("no space there")
+        upload(self, run_id, path, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(client), "log_artifact", failing)
+        feeder = RecordFeeder(run, default_store(run))
+        for _ in range(2):
+            with pytest.raises(OSError, match="no space there"):
+                feeder.feed()
+    assert history(run, "loss") == [(1, 1.0)]
+    result = sync_record(run)
+    assert (result.left, result.error) == (0, None)
+    client, found = stored(run)
+    assert [f.path for f in client.list_artifacts(found.info.run_id)] == ["first", "second"]
+
+
+def test_two_stores_keep_their_own_places(run: Path, tmp_path: Path, migrated: Path) -> None:
+    tracker = tracked(run)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("FINISHED")
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    assert sync_record(run, default_store(tmp_path)).fed == 5
+    assert sync_record(run, default_store(tmp_path)).fed == 0
+    assert sync_record(run).fed == 0
+    assert history(tmp_path, "loss") == [(1, 1.0)]
+
+
+# --- nothing of MLflow reaches the loop ---------------------------------------------------------------------
+
+
+def test_a_server_that_never_answers_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        tracker = tracked(tmp_path, uri=f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}")
+        longest = 0.0
+        for step in range(200):
+            at = time.monotonic()
+            tracker.log(step, {"loss": 1.0})
+            longest = max(longest, time.monotonic() - at)
+            time.sleep(0.01)
+        tracker.finish("FINISHED", timeout=5)
+        took = time.monotonic() - began
+    assert longest < 0.5
+    assert took < 20
+    err = capsys.readouterr().err
+    assert "crosslift ui" in err
+    assert "204 lines" in err  # start, params, tags, 200 metrics, finish
+    assert "secret" not in err + (tmp_path / RECORD_NAME).read_text()
+    assert err.count("\n") == 2
+
+
+def test_log_costs_less_than_a_millisecond(tmp_path: Path) -> None:
+    tracker = tracked(tmp_path, enabled=False)
+    metrics = {f"train/loss/{i}": float(i) for i in range(50)}
+    began = time.process_time()
+    for step in range(500):
+        tracker.log(step, metrics)
+    assert (time.process_time() - began) / 500 < 1e-3
+
+
+# --- the page, and what a run was made with -----------------------------------------------------------------
+
+
+def test_the_page_needs_runs_and_a_free_port(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=RECORD_NAME):
+        serve_ui(tmp_path)
+    with pytest.raises(ConfigError, match="holds no run"):
+        sync_record(tmp_path)
+    tracked(tmp_path / "run", enabled=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="in use"):
+            serve_ui(tmp_path, port=taken.getsockname()[1])
+
+
+def test_git_state_tells_clean_from_dirty_and_is_absent_elsewhere(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == {}
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    git("init")
+    assert git_state(tmp_path) == {}  # a checkout without a commit
+    (tmp_path / "a.py").write_text("")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = git_state(tmp_path)
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] == "false"
+    (tmp_path / "a.py").write_text("changed")
+    assert git_state(tmp_path) == {"commit": clean["commit"], "dirty": "true"}
+    (tmp_path / "package").mkdir()
+    assert git_state(tmp_path / "package") == {}
+
+
+def test_versions_name_what_is_installed() -> None:
+    import transformers
+
+    found = versions()
+    assert found["transformers"] == transformers.__version__
+    assert found["python"].count(".") == 2

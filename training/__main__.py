@@ -1,0 +1,76 @@
+"""One rank of a run: `torchrun --nproc-per-node N -m training CONFIG [k=v ...]`, `deepspeed --module training ...`
+or `srun` start this same loop; `crosslift train` does it for one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from training.config import load_config
+from training.distributed import rank
+
+USER_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run this rank to the end; 0, or 2 after one line about what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's or run's folder")
+    parser.add_argument("--accept-changes", action="store_true", help="resume although data or config differ")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    options = parser.parse_args(arguments)
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if options.local_rank is not None:
+        os.environ["LOCAL_RANK"] = str(options.local_rank)
+    _log_on_rank_0()
+    try:
+        _run(options)
+    except Exception as error:
+        if getattr(error, "exit_status", None) == USER_ERROR:
+            if rank() == 0 or not os.environ.get("CROSSLIFT_ONE_MESSAGE"):
+                print(f"crosslift: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR
+        if type(error).__module__.startswith("training."):  # it says all there is to say
+            print(f"crosslift: rank {rank()}: {error}", file=sys.stderr, flush=True)
+            return 1
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from training.export import export_checkpoint
+    from training.trainer import fit
+
+    config = load_config(options.config, options.overrides)
+    last = fit(config, options.resume, options.accept_changes)
+    model = config.output_dir / "model"
+    if int(os.environ["RANK"]) == 0 and not model.exists():
+        export_checkpoint(last, model)
+        logging.getLogger(__name__).info("exported to %s", model)
+
+
+def _log_on_rank_0() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    level = logging.INFO if os.environ["RANK"] == "0" else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for room in ("training", "modeling", "data_pipeline"):
+        logging.getLogger(room).setLevel(level)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A rank that failed must not wait in the interpreter's exit for peers that are stuck in a collective.
+    os._exit(status) if status else sys.exit(0)

@@ -1,0 +1,177 @@
+"""From a config to the parts of a run, made in the one order that works.
+
+In: a RunConfig and what `prepare` made. Out: Run. Next: `trainer.py`.
+
+The order: data first (its errors are cheap), then the layout check on a tiny model, then the architecture
+(sharded as it is made), its weights (streamed), the objective's hooks, and DeepSpeed's engine last, so that
+the hooks stand before the engine's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline.chat import Chat
+from data_pipeline.index import DataIndex
+from data_pipeline.loader import SampleReader, StepLoader, fixed_batches
+from data_pipeline.mixture import Quotas, language_weights
+from data_pipeline.packing import Layout, Packer
+from data_pipeline.plan import Planner
+from modeling.layout import choose_layout
+from modeling.loading import build_model, load_config, load_weights, resolve_attention, resolve_directory
+from training.config import RunConfig, ShifConConfig
+from training.distributed import rank, world_size
+from training.engine import DTYPES, Construction, Engine, deepspeed_settings
+from training.errors import ConfigError
+from training.evaluation import HeldOut
+from training.objectives import Objective, build_objective
+from training.prepare import Prepared, sample_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+COST_SAMPLES = 32  # rows a language that tokens per byte are measured on
+CHECKED_STEPS = 64  # steps whose contrast sets are held against the micro-batch budget at the start
+
+
+@dataclass(frozen=True, slots=True)
+class DataParts:
+    """The data side of a run: needs no model weights."""
+
+    index: DataIndex
+    tokenizer: PreTrainedTokenizerBase
+    reader: SampleReader
+    planner: Planner
+    packer: Packer
+
+    def loader(self, config: RunConfig, rank: int, world_size: int) -> StepLoader:
+        return StepLoader(self.reader, self.planner, self.packer, rank, world_size, config.data.workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All parts of a run on one rank."""
+
+    config: RunConfig
+    data: DataParts
+    loader: StepLoader
+    objective: Objective
+    engine: Engine
+    heldout: HeldOut | None
+
+
+def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
+    """Tokenizer, reader, planner and packer; the start-up checks that need no weights.
+
+    Raises:
+        DataError, ConfigError: a wrong label mask, a contrast set above the micro-batch budget.
+    """
+    from transformers import AutoTokenizer
+
+    index, data = prepared.index, config.data
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
+    chat = Chat(tokenizer, data.template, data.languages)
+    reader = SampleReader(index, chat, data.sequence_length)
+    planner = build_planner(config, index, tokens_per_byte(config, reader))
+    packer = build_packer(config, prepared.model_dir, tokenizer)
+    check_contrast_sets(config, planner)
+    return DataParts(index, tokenizer, reader, planner, packer)
+
+
+def assemble(config: RunConfig, prepared: Prepared) -> Run:
+    """Everything; every rank calls it, under an initialised process group."""
+    data = assemble_data(config, prepared)
+    ranks = world_size()
+    settings = deepspeed_settings(config, ranks)
+    construction = Construction(settings, DTYPES[config.precision])
+    directory = resolve_directory(prepared.model_dir)
+    model = build_model(
+        directory, attention=config.model.attention, dtype=DTYPES[config.precision],
+        gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
+    )  # fmt: skip
+    vocabulary, embeddings = len(data.tokenizer), model.config.get_text_config().vocab_size
+    if vocabulary > embeddings:
+        raise ConfigError(
+            f"tokenizer {prepared.tokenizer_dir}: {vocabulary} tokens, but the model embeds only {embeddings}; "
+            "resize the model's embeddings once, offline, and save it"
+        )
+    load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
+    objective = build_objective(config, model, _probe(config, data, ranks))
+    engine = Engine(model, config, settings, ranks)
+    heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
+    return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout)
+
+
+def build_planner(config: RunConfig, index: DataIndex, costs: list[float] | None) -> Planner:
+    """The planner of a run; `costs` are tokens per byte by language."""
+    data, objective = config.data, config.objective
+    rows = {language: len(index.rows(number)) for number, language in enumerate(data.languages)}
+    weights = language_weights(data.mixture, rows)
+    return Planner(
+        index,
+        dominant=data.languages.index(data.dominant),
+        quotas=Quotas(weights, data.languages, data.mixture.period),
+        pairing=data.mixture.pairing,
+        slots_per_step=data.slots_per_step,
+        set_size=objective.contrastive.set_size if isinstance(objective, ShifConConfig) else None,
+        seed=config.seed,
+        tokens_per_byte=costs,
+    )
+
+
+def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokenizerBase) -> Packer:
+    """The packer, its layout chosen by a check on a tiny model of the same class unless the config says."""
+    data = config.data
+    attention = resolve_attention(config.model.attention)
+    layout: Layout
+    if data.layout == "auto":
+        choice = choose_layout(load_config(resolve_directory(model_dir)), attention)
+        layout = choice.layout
+        if rank() == 0:
+            log.info("layout: %s (%s)", layout, choice.reason)
+    else:
+        layout = data.layout
+    # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
+    row = data.micro_batch_tokens if attention == "flash_attention_2" else data.sequence_length
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Packer(layout, data.micro_batch_tokens, row, int(pad or 0))
+
+
+def tokens_per_byte(config: RunConfig, reader: SampleReader) -> list[float]:
+    """Measured on the first samples of every language's probe order; the plan's costs rest on it."""
+    ratios = []
+    for language in range(len(config.data.languages)):
+        rows = sample_rows(reader.index, language, COST_SAMPLES, config.seed)
+        lengths = [len(reader.chat.tokenize(reader.index.record(row))) for row in rows]
+        n_bytes = int(np.sum(reader.index.n_bytes[rows], dtype=np.int64)) if rows else 0
+        ratios.append(sum(lengths) / n_bytes if n_bytes else 1.0)
+    return ratios
+
+
+def check_contrast_sets(config: RunConfig, planner: Planner) -> None:
+    """Refuse at the start what would not fit: a contrast set is one rank's, in one micro-batch."""
+    if not isinstance(config.objective, ShifConConfig):
+        return
+    steps = range(min(config.max_steps, CHECKED_STEPS))
+    largest = max((unit.cost for step in steps for unit in planner.step(step).units if unit.pairs), default=0.0)
+    if largest > config.data.micro_batch_tokens:
+        raise ConfigError(
+            f"objective.contrastive.set_size: a set of {config.objective.contrastive.set_size} pairs takes about "
+            f"{largest:.0f} tokens, data.micro_batch_tokens is {config.data.micro_batch_tokens}; "
+            "lower the one or raise the other"
+        )
+
+
+def _probe(config: RunConfig, data: DataParts, ranks: int) -> list:
+    if not isinstance(config.objective, ShifConConfig):
+        return []
+    samples = []
+    for language in range(len(config.data.languages)):
+        rows = sample_rows(data.index, language, config.objective.probe_items, config.seed)
+        samples += [sample for row in rows if (sample := data.reader.read(row)) is not None]
+    return fixed_batches(samples, data.packer, rank(), ranks)

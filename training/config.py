@@ -1,0 +1,347 @@
+"""The one run file: composes each room's own config model, reads YAML, applies overrides, reports all errors.
+
+In: a YAML file and `key.sub=value` overrides. Out: a frozen RunConfig. Next: `prepare.py`.
+No heavy import here: `crosslift --help` and `crosslift check` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_pipeline.chat import TemplateConfig
+from data_pipeline.config import SourceConfig
+from data_pipeline.mixture import MixtureConfig
+from data_pipeline.tokenizer import TokenizerTrainingConfig
+from training.errors import ConfigError
+from training.tracking import TrackingConfig
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which model is trained: a directory or hub name, or `init:`, a Hugging Face config, from scratch."""
+
+    path: str | None = Field(None, description="Hugging Face directory (safetensors) or hub name")
+    init: dict[str, Any] | None = Field(
+        None, description="model config to start from scratch, with model_type"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelConfig:
+        if (self.path is None) == (self.init is None):
+            raise ValueError(
+                "give exactly one of 'path' (a model to fine-tune) and 'init' (a config from scratch)"
+            )
+        return self
+
+
+class TokenizerConfig(Section):
+    """The tokenizer: the model's own by default, another directory or hub name, or trained from the sources."""
+
+    path: str | None = None
+    train: TokenizerTrainingConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TokenizerConfig:
+        if self.path is not None and self.train is not None:
+            raise ValueError("give 'path' or 'train', not both")
+        return self
+
+
+class DataConfig(Section):
+    """From files to batches."""
+
+    languages: tuple[str, ...] = Field(
+        min_length=1, description="every language of the run, in a fixed order"
+    )
+    dominant: str = Field("en", description="the language whose subspace the others are shifted into")
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    template: TemplateConfig = TemplateConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    slots_per_step: int = Field(gt=0, description="labelled samples in a step's global batch, over all ranks")
+    sequence_length: int = Field(
+        gt=1, description="longest sample in tokens; longer ones are left out, counted"
+    )
+    micro_batch_tokens: int = Field(gt=1, description="rows x row length of one forward pass on one rank")
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
+    heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
+    workers: int = Field(1, gt=0, description="background threads a rank that read, tokenise and pack")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if len(set(self.languages)) < len(self.languages):
+            raise ValueError("'languages' names a language twice")
+        if self.dominant not in self.languages:
+            raise ValueError(f"'dominant' is {self.dominant!r}, which is not among 'languages'")
+        if self.sequence_length > self.micro_batch_tokens:
+            raise ValueError(
+                f"'sequence_length' ({self.sequence_length}) is above 'micro_batch_tokens' "
+                f"({self.micro_batch_tokens}): the longest sample would fit no micro-batch"
+            )
+        return self
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning: token-weighted cross-entropy on the answers (MSFT, the baseline)."""
+
+    name: Literal["sft"]
+
+
+class ContrastiveConfig(Section):
+    """The multilingual contrastive loss (methods.md, step 6)."""
+
+    weight: float = Field(ge=0, description="b of loss = a * SFT + b * contrastive")
+    scale: float = Field(
+        gt=0, description="what the cosine similarities are multiplied by; b means nothing without it"
+    )
+    set_size: int = Field(16, gt=1, description="pairs in a contrast set; a set stays in one micro-batch")
+
+
+AUTHORS_SHIFCON = {
+    "sft_weight": 0.5,
+    "contrastive": {"weight": 2.0, "scale": 1.0, "set_size": 12},
+    "layers": (12, 15),
+}
+
+
+class ShifConConfig(Section):
+    """ShifCon (arXiv 2410.19453): shift, contrast, shift back."""
+
+    name: Literal["shifcon"]
+    preset: Literal["authors"] | None = Field(
+        None, description="'authors': their weights, scale, pairs and layers (12 to 15 of Llama-2-7B's 32)"
+    )
+    layers: tuple[int, int] = Field(
+        description="[toward, back): states entering `toward` are shifted, `back` shifts back"
+    )
+    sft_weight: float = Field(1.0, ge=0, description="a of loss = a * SFT + b * contrastive")
+    contrastive: ContrastiveConfig
+    probe_items: int = Field(
+        64, gt=0, description="samples a language that the language vectors are estimated on"
+    )
+    refresh_every: int = Field(100, gt=0, description="steps between two estimates of the language vectors")
+    shift_first_token: bool = Field(
+        True, description="also shift a sequence's first token, an attention sink"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "authors":
+            return merged(AUTHORS_SHIFCON, values)
+        return values
+
+    @field_validator("layers")
+    @classmethod
+    def _ordered(cls, layers: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= layers[0] < layers[1]:
+            raise ValueError(f"must be [toward, back] with 0 <= toward < back, not {list(layers)}")
+        return layers
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only: biases and norms are left out")
+    max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a function of the step: linear warm-up, then one of three shapes."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.01, ge=0, lt=1, description="share of max_steps")
+    final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / peak (cosine, linear)")
+
+
+class CheckpointConfig(Section):
+    """When a run is saved, and how much of it is kept."""
+
+    every: int = Field(100, gt=0, description="steps between two checkpoints; the last step is always saved")
+    keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
+
+
+class EvaluationConfig(Section):
+    """Held-out loss per language during training; reads `data.heldout_items`."""
+
+    every: int = Field(0, ge=0, description="steps between two evaluations; 0: none")
+    items: int = Field(64, gt=0, description="held-out samples a language")
+    swapped_prompts: bool = Field(
+        False,
+        description="also the loss with prompts swapped between items: does the model read the question?",
+    )
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    data_dir: Path | None = Field(None, description="where relative source files lie")
+    output_dir: Path = Field(description="everything the run writes lies here")
+    seed: int = 0
+    max_steps: int = Field(gt=0, description="optimiser steps")
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    objective: Annotated[SFTConfig | ShifConConfig, Field(discriminator="name")]
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    zero_stage: Literal[1, 2, 3] = 3
+    deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, merged last")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.model.init is not None and self.tokenizer.path is None and self.tokenizer.train is None:
+            raise ValueError("'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'")
+        if self.evaluation.every and not self.data.heldout_items:
+            raise ValueError("'evaluation.every' needs held-out samples: set 'data.heldout_items'")
+        if isinstance(self.objective, ShifConConfig):
+            if self.data.mixture.pairing == "none" and self.objective.contrastive.weight:
+                raise ValueError(
+                    "the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'"
+                )
+            if len(self.data.languages) < 2:
+                raise ValueError(
+                    "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
+                )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `key.sub=value` overrides, validate.
+
+    Raises:
+        ConfigError: with one line for every mistake found, each naming file and key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f":{place.line + 1}" if place else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return validate(values, str(path))
+
+
+def validate(values: dict[str, Any], origin: str) -> RunConfig:
+    """RunConfig of a mapping; ConfigError with all mistakes at once, `origin` in front of each."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{origin}: {_explain(item)}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The config as plain YAML-ready values, every default filled in."""
+    return config.model_dump(mode="json")
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` with `above` on top, section by section."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r}: must be key.sub=value, e.g. max_steps=100")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = values
+    for depth, name in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_list_index(node, name, text)]
+        else:
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {text!r}: {where!r} holds a value, not a section")
+    if isinstance(node, list):
+        node[_list_index(node, last, text)] = value
+    else:
+        node[last] = value
+
+
+def _list_index(node: list[Any], name: str, text: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise ConfigError(
+            f"override {text!r}: {name!r} is no entry of a list of {len(node)} (0 to {len(node) - 1})"
+        )
+    return int(name)
+
+
+def _explain(item: Any) -> str:
+    location = [part for part in item["loc"] if part not in ("sft", "shifcon")]
+    path = ".".join(map(str, location)) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1], item["loc"])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{path}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: required, but missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("value_error", "model_type", "dict_type"):
+        return f"{path}: {message}"
+    return f"{path}: {message[0].lower()}{message[1:]} (found {item['input']!r})"
+
+
+def _keys_at(location: Iterable[Any], full: Sequence[Any]) -> list[str]:
+    """Valid keys of the section at `location`, found by walking the models' own fields."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        options = _models_in(model.model_fields[part].annotation)
+        tagged = [each for each in options if "name" in each.model_fields and _tag(each) in full]
+        model = (tagged or options)[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    arguments = getattr(model.model_fields["name"].annotation, "__args__", (None,))
+    return arguments[0]

@@ -1,0 +1,112 @@
+"""Ranks, seeds, and the checks that all ranks agree.
+
+In: what one rank knows. Out: what all know, or an error that names the odd rank. Next: `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.records import stable_hash
+
+END_OF_FORWARD = "(end of the forward pass)"
+
+
+class RanksDisagree(Exception):
+    """Ranks are about to run different modules: ZeRO-3 would wait for ever."""
+
+
+def rank() -> int:
+    """This process's rank; 0 outside a distributed run."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks; 1 outside a distributed run."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Element-wise sum over ranks, fp64, on CPU."""
+    total = torch.as_tensor(values, dtype=torch.float64).to(device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.cpu()
+
+
+def all_max(value: float, device: torch.device) -> float:
+    """Largest value over ranks."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order; for rare events, not for each step."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Random streams (dropout) of a step and rank: derived, so that nothing about them is saved."""
+    torch.manual_seed(stable_hash(seed, "dropout", step, rank()))
+
+
+@contextmanager
+def same_modules_on_every_rank(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, every module call is compared across ranks before it runs (design, decision 5).
+
+    Used for the first training forward only. The comparison comes before the module's own collective calls,
+    so a rank that skips a module is named instead of waited for. Enter it before the model's other forward
+    hooks can communicate: hooks are put in front.
+
+    Raises:
+        RanksDisagree: naming the ranks and the modules they are about to run.
+    """
+    calls = 0
+
+    def compare(name: str) -> None:
+        nonlocal calls
+        calls += 1
+        mine = torch.tensor([stable_hash(name)], dtype=torch.int64, device=device)
+        bounds = torch.cat([mine, -mine])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+        if bounds[0] != -bounds[1]:
+            raise RanksDisagree(_who_differs(gather_objects(name), calls))
+
+    names = {module: name for name, module in model.named_modules() if name}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: compare(names[module]), prepend=True)
+        for module in names
+    ]
+    try:
+        yield
+        compare(END_OF_FORWARD)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _who_differs(names: Sequence[str], call: int) -> str:
+    usual, votes = Counter(names).most_common(1)[0]
+    odd = [f"rank {number} runs {name!r}" for number, name in enumerate(names) if name != usual]
+    rest = f"rank {names.index(usual)}" if votes == 1 or len(names) == 2 else f"the other {votes} ranks"
+    return f"ranks differ at module call {call} of the forward pass: {', '.join(odd)}, {rest} runs {usual!r}"

@@ -1,0 +1,246 @@
+"""The only file that imports deepspeed: construction, forward, backward, step, saving, gathering.
+
+In: a model that `modeling.loading` built, and optimiser settings. Out: an Engine whose gradients are those of
+the global batch, however it was split. Next: `trainer.py`.
+
+What DeepSpeed needs to be told, each verified and held by a test:
+- `gradient_accumulation_steps` stays 1 and the boundary is set by hand, since micro-batches vary by step;
+- gradients are averaged over ranks, so a loss share is multiplied by the world size before backward;
+- every training forward goes through the engine (only there its micro-step counter advances);
+- bf16 accumulates and reduces in fp32;
+- ZeRO-3 drops a non-finite update without a word: `step()` raises instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_grad
+from transformers.integrations import HfDeepSpeedConfig
+
+from training.config import RunConfig, merged
+
+deepspeed_logger.setLevel(logging.WARNING)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKPOINT_TAG = "zero"
+
+
+class NonFiniteUpdate(Exception):
+    """A gradient that is not a finite number; the weights were not touched under ZeRO-3."""
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_process_group(timeout_minutes: float) -> None:
+    """Join the ranks that the launcher started: NCCL on GPUs, gloo on CPU, no compiler needed."""
+    from datetime import timedelta
+
+    # On CPU DeepSpeed would compile a shared-memory op here; gloo does the same without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False
+    )
+
+
+def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run; `config.deepspeed` is merged last."""
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": on_gpu,
+            "contiguous_gradients": True,
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.optimizer.learning_rate,
+                "betas": list(config.optimizer.betas),
+                "eps": config.optimizer.eps,
+                "weight_decay": config.optimizer.weight_decay,
+                "torch_adam": True,  # needs no compiled op; an offload section may set it to false
+            },
+        },
+        "steps_per_print": 10**12,
+    }
+    return merged(settings, config.deepspeed)
+
+
+class Construction:
+    """Builds a model for the engine: under ZeRO-3 every parameter is sharded as soon as it exists.
+
+    Keep the object alive as long as the model: transformers looks up the live HfDeepSpeedConfig.
+    """
+
+    def __init__(self, settings: dict[str, Any], dtype: torch.dtype) -> None:
+        self.sharded = settings["zero_optimization"]["stage"] == 3
+        self.settings = settings
+        self.dtype = dtype
+        self._alive = HfDeepSpeedConfig(settings) if self.sharded else None
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Inside, modules come into being sharded (ZeRO-3), or plainly."""
+        if not self.sharded:
+            return nullcontext()
+        return deepspeed.zero.Init(config_dict_or_path=self.settings, dtype=self.dtype)
+
+    def write(self, parameter: nn.Parameter, read: Callable[[], Tensor] | None) -> None:
+        """Fill one parameter from the reader's tensor; called for the same parameters in order on all ranks.
+
+        Only one whole parameter exists at a time, so memory stays at the shards plus what is in flight.
+        """
+        with gathered([parameter], modifier_rank=0), torch.no_grad():
+            if read is not None:
+                parameter.data.copy_(read())
+            elif not _is_partitioned(parameter):
+                raise RuntimeError("every rank reads for itself when parameters are not sharded")
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    """The given parameters whole on every rank; what rank `modifier_rank` changes is kept."""
+    sharded = [parameter for parameter in parameters if _is_partitioned(parameter)]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank, enabled=bool(sharded)):
+        yield
+
+
+class Engine:
+    """A model with its optimiser under DeepSpeed."""
+
+    def __init__(
+        self, model: nn.Module, config: RunConfig, settings: dict[str, Any], world_size: int
+    ) -> None:
+        self.world_size = world_size
+        self.sharded = settings["zero_optimization"]["stage"] == 3
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=_parameter_groups(model, config.optimizer.weight_decay),
+            config=settings,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        return device()
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before each training forward: only the last one's backward ends the step's accumulation."""
+        self._engine.train()
+        self._engine.set_gradient_accumulation_boundary(last)
+
+    def forward(self, **inputs: Any) -> Any:
+        """One forward pass; equal in number and modules on every rank."""
+        return self._engine(**inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without gradients and dropout (probe, held-out loss)."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def backward(self, loss_share: Tensor) -> None:
+        """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
+        self._engine.backward(loss_share * self.world_size)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, and give the gradient norm before clipping.
+
+        Raises:
+            NonFiniteUpdate: the gradient holds a NaN or an infinity.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        norm = float(norm.item() if isinstance(norm, Tensor) else norm or 0.0)
+        if not self._engine.was_step_applied() or not torch.isfinite(torch.tensor(norm)):
+            raise NonFiniteUpdate(f"gradient norm {norm}")
+        return norm
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Whole fp32 gradients by parameter name, after the last backward and before `step`: for tests."""
+        return {
+            name: gradient.detach().float().cpu().clone()
+            for name, parameter in self.module.named_parameters()
+            if (gradient := safe_get_full_grad(parameter)) is not None
+        }
+
+    def save_state(self, directory: Path) -> None:
+        """Every rank writes its shards of weights and optimiser state under `directory`."""
+        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, save_latest=False)
+
+    def load_state(self, directory: Path) -> None:
+        """Take weights and optimiser state back from `save_state`, on the same number of ranks."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
+        if path is None:
+            raise FileNotFoundError(f"{directory}: DeepSpeed found no state to load")
+
+    def destroy(self) -> None:
+        """Release hooks and buffers."""
+        self._engine.destroy()
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, biases and norms are not."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            (decayed if dimensions > 1 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def consolidated(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 tensor) from what `Engine.save_state` wrote, without starting ranks.
+
+    Tensors are put together one at a time. Of tied weights only the first is given, as in a Hugging Face file.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    parts = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=CHECKPOINT_TAG, lazy_mode=True)
+    seen: set[int] = set()
+    for name, part in parts.items():
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield name, part.contiguous()

@@ -1,0 +1,89 @@
+"""Held-out loss per language during training.
+
+In: the held-out items of the index. Out: `eval/loss/<language>`, and with `evaluation.swapped_prompts`
+`eval/loss_swapped/<language>`: the loss of the same answers behind another item's prompt. A model that reads
+the question does worse on those. Next: `trainer.py` logs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from data_pipeline.loader import SampleReader, fixed_batches
+from data_pipeline.packing import MicroBatch, Packer
+from data_pipeline.records import Record, TokenizedSample
+from training.config import EvaluationConfig
+from training.distributed import all_sum
+from training.engine import Engine
+from training.errors import ConfigError
+from training.objectives import Objective
+
+
+class HeldOut:
+    """A fixed held-out set, packed once, split over ranks."""
+
+    def __init__(
+        self, reader: SampleReader, packer: Packer, config: EvaluationConfig, rank: int, world_size: int
+    ) -> None:
+        """Raises ConfigError where a language has no held-out sample that fits."""
+        self.languages = reader.index.languages
+        records = [self._records(reader, number, config.items) for number in range(len(self.languages))]
+        self.sets = {"loss": self._pack(reader, records, packer, rank, world_size)}
+        if config.swapped_prompts:
+            swapped = [_swap_prompts(language_records) for language_records in records]
+            self.sets["loss_swapped"] = self._pack(reader, swapped, packer, rank, world_size)
+
+    def metrics(self, engine: Engine, objective: Objective) -> dict[str, float]:
+        """`eval/loss/<language>` in nats per label token, and their unweighted mean `eval/loss`."""
+        return {
+            f"eval/{name}{suffix}": value
+            for name, batches in self.sets.items()
+            for suffix, value in self._losses(engine, objective, batches).items()
+        }
+
+    def _losses(self, engine: Engine, objective: Objective, batches: Sequence[MicroBatch]) -> dict[str, float]:
+        n_languages = len(self.languages)
+        sums = torch.zeros(2, n_languages, dtype=torch.float64, device=engine.device)
+        with engine.evaluating():
+            for batch in batches:
+                on_device = batch.to(engine.device)
+                losses = objective.loss_terms(engine, on_device).token_losses.double()
+                sums[0].index_add_(0, on_device.label_languages, losses)
+                sums[1].index_add_(0, on_device.label_languages, on_device.label_weights.double())
+        totals, tokens = all_sum(sums, engine.device)
+        means = (totals / tokens.clamp(min=1)).tolist()
+        each = {f"/{language}": mean for language, mean in zip(self.languages, means, strict=True)}
+        return {"": float(np.mean(means)), **each}
+
+    def _records(self, reader: SampleReader, language: int, items: int) -> list[Record]:
+        rows = reader.index.rows(language, heldout=True)
+        usable = [int(row) for row in rows if not reader.index.bad[row]]
+        fitting = [row for row in usable[: 4 * items] if reader.read(row) is not None][:items]
+        if not fitting:
+            raise ConfigError(
+                f"data.heldout_items: none of them in {self.languages[language]!r} has a sample within "
+                f"data.sequence_length ({reader.sequence_length}); hold out more items"
+            )
+        return [reader.index.record(row) for row in fitting]
+
+    def _pack(
+        self, reader: SampleReader, records: Sequence[Sequence[Record]], packer: Packer, rank: int, world: int
+    ) -> list[MicroBatch]:
+        samples: list[TokenizedSample] = []
+        for language_records in records:
+            tokenized = [reader.chat.tokenize(record) for record in language_records]
+            samples += [sample for sample in tokenized if len(sample) <= reader.sequence_length]
+        return fixed_batches(samples, packer, rank, world)
+
+
+def _swap_prompts(records: Sequence[Record]) -> list[Record]:
+    """Every answer behind the next item's prompt."""
+    shifted = [*records[1:], *records[:1]]
+    return [
+        replace(record, messages=(*other.messages[:-1], record.messages[-1]))
+        for record, other in zip(records, shifted, strict=True)
+    ]

@@ -1,0 +1,152 @@
+"""A checkpoint -> a plain Hugging Face directory, reopened and checked.
+
+In: a complete checkpoint. Out: safetensors shards, config, tokenizer, and `crosslift.json` (what the model was
+trained to be: objective, languages, template) with the language vectors of a ShifCon model beside it.
+Next: `modeling.generation`, `evals`.
+
+Runs in one process, after the ranks are gone: shards are read one by one, never the whole model twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modeling.language_vectors import LanguageVectors
+from training.checkpoint import REFERENCE_FILE, RunState, problem
+from training.config import RunConfig, ShifConConfig, validate
+from training.errors import ConfigError
+from training.objectives import VECTORS_FILE
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+SHARD_BYTES = 5 * 10**9
+DESCRIPTION_FILE = "crosslift.json"
+LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative to the largest logit
+
+
+def export_checkpoint(checkpoint: Path, output: Path) -> Path:
+    """Write `checkpoint` as a Hugging Face directory to `output`.
+
+    Written under a temporary name, reopened with plain transformers, its logits compared with those that the
+    run itself computed when it saved, then renamed.
+
+    Raises:
+        ConfigError: `checkpoint` is not complete, or `output` exists.
+        RuntimeError: the reopened export does not compute what the run computed.
+    """
+    if (reason := problem(checkpoint)) is not None:
+        raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; give a new folder")
+    state = RunState.read(checkpoint)
+    config = validate(state.config, str(checkpoint / "state.json"))
+    temporary = output.with_name(f".incomplete-{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _write(checkpoint, config, temporary)
+    _check(checkpoint, config, temporary)
+    temporary.rename(output)
+    return output
+
+
+def _write(checkpoint: Path, config: RunConfig, output: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from modeling.loading import directory_hash
+    from training.engine import DTYPES
+
+    _write_weights(checkpoint, output, DTYPES[config.precision])
+    model_config = AutoConfig.from_pretrained(checkpoint / "model_config")
+    model_config.dtype = DTYPES[config.precision]
+    model_config.use_cache = True
+    model_config.save_pretrained(output)
+    AutoTokenizer.from_pretrained(checkpoint / "model_config").save_pretrained(output)
+    shifted = isinstance(config.objective, ShifConConfig)
+    description: dict[str, Any] = {
+        "format": 1,
+        "objective": config.objective.name,
+        "languages": list(config.data.languages),
+        "dominant": config.data.dominant,
+        "template": config.data.template.model_dump(mode="json"),
+        "response_language": _fixed_response_language(config),
+        "shift_first_token": not isinstance(config.objective, ShifConConfig)
+        or config.objective.shift_first_token,
+    }
+    (output / DESCRIPTION_FILE).write_text(
+        json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
+    if shifted:
+        vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
+        replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
+
+
+def _write_weights(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
+    """Safetensors shards and their index; never more than one shard in memory."""
+    from safetensors.torch import save_file
+
+    from training.engine import consolidated
+
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    n_bytes = total = 0
+
+    def flush() -> None:
+        nonlocal shard, n_bytes
+        save_file(shard, output / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard, n_bytes = {}, 0
+
+    for name, tensor in consolidated(checkpoint):
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        size = tensor.numel() * tensor.element_size()
+        if shard and n_bytes + size > SHARD_BYTES:
+            flush()
+        shard[name] = tensor
+        n_bytes, total = n_bytes + size, total + size
+    flush()
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for number, name in enumerate(names):
+        (output / f"part-{number}.safetensors").rename(output / name)
+
+
+def _fixed_response_language(config: RunConfig) -> str | None:
+    """The one language every answer is in, where the sources say so; else answers follow the prompt."""
+    said = {source.response_language for source in config.data.sources}
+    return said.pop() if len(said) == 1 else None
+
+
+def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from modeling.loading import load_pretrained
+    from training.engine import DTYPES
+
+    reference = load_file(checkpoint / REFERENCE_FILE)
+    model = load_pretrained(str(output), dtype=DTYPES[config.precision], attention="eager", device="cpu")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise RuntimeError(f"{output}: {name} holds values that are not finite")
+    with torch.no_grad():
+        logits_NV = model(input_ids=reference["input_ids"], use_cache=False).logits[0].float()
+    expected_NV = reference["logits"].float()
+    scale = expected_NV.abs().max()
+    error = float((logits_NV[-len(expected_NV) :] - expected_NV).abs().max() / scale)
+    if not error <= LOGITS_TOLERANCE[config.precision]:
+        raise RuntimeError(
+            f"{output}: reopened, its logits differ from the run's by {error:.1e} of the largest"
+        )
+    log.info("%s: reopened; logits agree with the run's to %.1e", output, error)

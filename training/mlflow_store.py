@@ -1,0 +1,113 @@
+"""What MLflow demands and how it is kept quiet: the one file that opens an MLflow client.
+
+In: a store's address. Out: a client whose calls end in bounded time, names and addresses as MLflow takes
+them. Next: `mlflow_feed.py`. mlflow takes seconds to import and a new SQLite store seconds to migrate, so
+both happen inside `open_client`, which a training process calls from a thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+MAX_METRICS, MAX_PARAMS_AND_TAGS = 1000, 100  # of one log_batch
+MAX_KEY, MAX_PARAM, MAX_TAG = 250, 6000, 8000  # characters
+# MLflow's own defaults let one call to a silent server take some 20 minutes, print to stdout and phone home.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+}
+_BOUNDED = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+# Where SQLite's locks are not to be trusted.
+_SHARED_DISKS = re.compile(
+    r"(nfs4?|cifs|smb3|smbfs|lustre|gpfs|beegfs|ceph|afs|glusterfs|panfs|orangefs|wekafs)$|fuse\.(?!portal|snap)"
+)
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client for the store at `uri`. Environment variables that the user has set are kept."""
+    for name, value in {**QUIET, **_BOUNDED}.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    for name in (
+        "mlflow",
+        "alembic",
+        "sqlalchemy",
+    ):  # said by us in one line, and set too late if already imported
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return MlflowClient(tracking_uri=uri)
+
+
+def default_store(folder: Path) -> str:
+    """The address of the SQLite store in a folder."""
+    return f"sqlite:///{folder.resolve()}/mlflow.db"
+
+
+def artifact_root(output_dir: Path, uri: str) -> str | None:
+    """Where a new experiment keeps its artifacts: a server decides itself, a database has them beside it."""
+    address = urllib.parse.urlsplit(uri)
+    if address.scheme in ("http", "https"):
+        return None
+    folder = Path(address.path[1:]).parent if address.scheme.startswith("sqlite") else output_dir
+    return (folder.resolve() / "mlartifacts").as_uri()
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be written down. A server's loses the user too: half a login would be tried."""
+    address = urllib.parse.urlsplit(uri)
+    user = f"{address.username}@" if address.username and not address.scheme.startswith("http") else ""
+    return uri.replace(address.netloc, user + address.netloc.rpartition("@")[2], 1) if address.netloc else uri
+
+
+def mlflow_key(name: str) -> str:
+    """A metric's, param's or tag's name with what MLflow does not take replaced by `_`."""
+    clean = re.sub(r"[^/\w.\- :]", "_", name)
+    return posixpath.normpath(f"/{clean}").lstrip("/")[:MAX_KEY].rstrip("/") or "_"
+
+
+def reason(error: BaseException) -> str:
+    """The first cause in one line: MLflow wraps a refused connection three times."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def server_answers(uri: str, timeout: float = 3.0) -> bool:
+    """True if an MLflow server is there, whatever it thinks of us."""
+    if not uri.startswith(("http://", "https://")):
+        return False
+    try:
+        urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def on_shared_disk(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """True if the folder lies on a network disk. False where the system does not tell."""
+    try:
+        table = mounts.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    folder, depth, kind = folder.resolve(), -1, ""
+    for line in table.splitlines():
+        _, mount, mount_kind, *_ = line.split(" ")
+        point = Path(mount.replace("\\040", " "))
+        if folder.is_relative_to(point) and len(point.parts) >= depth:  # a later mount hides an earlier one
+            depth, kind = len(point.parts), mount_kind
+    return _SHARED_DISKS.match(kind) is not None

@@ -1,0 +1,55 @@
+"""Plots of a run, drawn from its own record: loss per language, contrastive loss, restoration error.
+
+In: `record.jsonl`. Out: PNG files under `<output_dir>/plots`, uploaded to MLflow. Next: people.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from training.run_record import RECORD_NAME, read_events
+
+# file name: (title, y axis, metric names or prefixes that end in "/")
+PLOTS = {
+    "train_loss": ("Training loss", "nats per label token", ("train/loss/",)),
+    "eval_loss": ("Held-out loss", "nats per label token", ("eval/loss/",)),
+    "swapped_prompts": ("Held-out loss behind another item's prompt", "nats per label token", ("eval/loss_swapped/",)),
+    "contrastive": ("Contrastive loss", "nats per pair", ("train/contrastive",)),
+    "restoration_error": ("What the shift back leaves", "share of the shift", ("shift/restoration_error/",)),
+    "shift_norm": ("Length of the shift", "share of the states' length", ("shift/norm/",)),
+}
+
+
+def draw_plots(output_dir: Path) -> list[Path]:
+    """Draw every plot that the record has metrics for; the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for _, event in read_events(output_dir / RECORD_NAME):
+        if event["kind"] == "metrics":
+            for name, value in event["values"].items():
+                curves[name][event["step"]] = float(value)  # a step done again after a resume replaces the lost one
+    folder = output_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    files = []
+    for name, (title, axis, wanted) in PLOTS.items():
+        chosen = sorted(metric for metric in curves if metric.startswith(wanted))
+        if not chosen:
+            continue
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for metric in chosen:
+            points = sorted(curves[metric].items())
+            mark = "." if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), label=metric.rsplit("/", 1)[-1], linewidth=1.2, marker=mark)
+        axes.set(title=title, xlabel="step", ylabel=axis)
+        axes.grid(alpha=0.3)
+        if len(chosen) > 1:
+            axes.legend(ncols=2, fontsize="small")
+        files.append(folder / f"{name}.png")
+        figure.savefig(files[-1], dpi=120)
+        pyplot.close(figure)
+    return files
