@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -115,6 +116,94 @@ def export(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
+    prompt: Annotated[Optional[str], typer.Option(help="one question")] = None,
+    file: Annotated[Optional[Path], typer.Option(help="JSONL: prompt, and optionally language")] = None,
+    language: Annotated[str, typer.Option(help="the questions' language; auto: nearest vector; none: no shift")] = "auto",
+    response_language: Annotated[Optional[str], typer.Option(help="the answers'; default: the model's, else the same")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON line an answer")] = False,
+) -> None:
+    """Answer questions, the shift on. Example: crosslift generate runs/a/model --language sw --prompt "..." """
+    from evals.errors import EvalError
+    from evals.opening import Question, answer, open_model, read_questions
+
+    if (prompt is None) == (file is None):
+        raise EvalError("give exactly one of --prompt and --file")
+    questions = [Question(prompt, language, None)] if prompt is not None else read_questions(file, language)
+    if response_language:
+        questions = [Question(each.text, each.language, response_language) for each in questions]
+    generator, chat = open_model(model)
+    bar = _progress(len(questions), "answers")
+    for row in answer(generator, chat, questions, max_new_tokens=max_new_tokens, num_beams=num_beams,
+                      batch_size=batch_size, progress=bar):  # fmt: skip
+        print(json.dumps(row, ensure_ascii=False) if as_json else row["output"])
+
+
+@app.command()
+def eval(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
+    output: Annotated[Path, typer.Option(help="folder for results.json and all raw outputs")],
+    data_dir: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv")],
+    tasks: Annotated[str, typer.Option(help="mgsm")] = "mgsm",
+    languages: Annotated[Optional[str], typer.Option(help="comma-separated; default: all in the folder")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="problems a language")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 600,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    template: Annotated[str, typer.Option(help="alpaca: the published protocol; model: the model's own")] = "alpaca",
+    as_json: Annotated[bool, typer.Option("--json", help="print results.json instead of the table")] = False,
+) -> None:
+    """Score a model. Example: crosslift eval runs/a/model --tasks mgsm --data-dir mgsm --output runs/a/mgsm"""
+    from evals.errors import EvalError
+    from evals.mgsm import evaluate_mgsm, find_files, mgsm_table, read_problems
+    from evals.opening import open_model
+
+    if tasks != "mgsm":
+        raise EvalError(f"--tasks {tasks}: known tasks: mgsm")
+    chosen = languages.split(",") if languages else None
+    total = sum(len(read_problems(file)[:limit]) for file in find_files(data_dir, ".tsv", chosen).values())
+    generator, chat = open_model(model, template=None if template == "model" else template)
+    results = evaluate_mgsm(
+        generator, chat, data_dir, output, languages=chosen, limit=limit, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, progress=_progress(total, "problems"),
+    )  # fmt: skip
+    print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({Path(model).name: results}))
+    print(f"{output / 'results.json'}; every output: {output / 'predictions'}", file=sys.stderr)
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="mgsm")],
+    predictions: Annotated[Path, typer.Option(help="an evaluation's folder, or its predictions")],
+    labels: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Judge kept outputs anew. Example: crosslift score mgsm --predictions runs/a/mgsm --labels mgsm"""
+    from evals.errors import EvalError
+    from evals.mgsm import mgsm_table, score_mgsm
+    from evals.numbers import RULES
+
+    if task != "mgsm":
+        raise EvalError(f"{task}: known tasks: mgsm")
+    results = score_mgsm(predictions, labels)
+    print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({"": results}, list(RULES)))
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="folder for data, runs and results")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="of data, weights and order")] = 0,
+) -> None:
+    """The whole story at toy scale, on CPU, in minutes. Example: crosslift quickstart --output runs/quickstart"""
+    from evals.quickstart import run_quickstart
+
+    run_quickstart(output, seed)
+
+
+@app.command()
 def ui(
     runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder that holds run folders")] = Path("runs"),
     port: Annotated[int, typer.Option(help="port on localhost")] = 5000,
@@ -136,8 +225,13 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _print(value: Any, as_json: bool) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1) if as_json else value)
+def _progress(total: int, unit: str) -> Callable[[int], object] | None:
+    """A progress bar when a person watches, nothing when piped."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=f" {unit}", dynamic_ncols=True).update
 
 
 if __name__ == "__main__":

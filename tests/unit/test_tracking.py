@@ -313,9 +313,10 @@ def test_a_lost_tracking_file_doubles_nothing(run: Path, damage: str) -> None:
         content = json.loads(state.read_text())
         content["stores"][default_store(run)]["cursor"] = 10**6
         state.write_text(json.dumps(content))
+    tracked(run, resumed_step=1, enabled=False).log(2, {"loss": 2.0})
     result = sync_record(run)
     assert (result.left, result.error, result.refused) == (0, None, {})
-    assert history(run, "loss") == [(1, 1.0)]  # `stored` holds that there is one run
+    assert history(run, "loss") == [(1, 1.0), (2, 2.0)]  # `stored` holds that there is one run
     assert len(history(run, "bad")) == 1
 
 
@@ -381,9 +382,10 @@ def test_one_artifact_that_fails_holds_up_neither_metrics_nor_the_next(
             with pytest.raises(OSError, match="no space there"):
                 feeder.feed()
     assert history(run, "loss") == [(1, 1.0)]
+    client, found = stored(run)
+    assert [f.path for f in client.list_artifacts(found.info.run_id)] == ["second"]
     result = sync_record(run)
     assert (result.left, result.error) == (0, None)
-    client, found = stored(run)
     assert [f.path for f in client.list_artifacts(found.info.run_id)] == ["first", "second"]
 
 
