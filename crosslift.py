@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look a
 app.add_typer(data_app, name="data")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run file, YAML")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override its keys")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override its keys")]
 Output = Annotated[Path, typer.Option("--output", help="folder to write; must not exist")]
 
 
@@ -30,7 +30,7 @@ Output = Annotated[Path, typer.Option("--output", help="folder to write; must no
 def train(
     config: Config,
     overrides: Overrides = None,
-    nproc: Annotated[Optional[int], typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint's or run's folder")] = "auto",
     accept_changes: Annotated[bool, typer.Option(help="resume although data or config differ")] = False,
 ) -> None:
@@ -118,10 +118,14 @@ def export(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
-    prompt: Annotated[Optional[str], typer.Option(help="one question")] = None,
-    file: Annotated[Optional[Path], typer.Option(help="JSONL: prompt, and optionally language")] = None,
-    language: Annotated[str, typer.Option(help="the questions' language; auto: nearest vector; none: no shift")] = "auto",
-    response_language: Annotated[Optional[str], typer.Option(help="the answers'; default: the model's, else the same")] = None,
+    prompt: Annotated[str | None, typer.Option(help="one question")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL: prompt, and optionally language")] = None,
+    language: Annotated[
+        str, typer.Option(help="the questions' language; auto: nearest vector; none: no shift")
+    ] = "auto",
+    response_language: Annotated[
+        str | None, typer.Option(help="the answers'; default: the model's, else the same")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
@@ -133,7 +137,7 @@ def generate(
 
     if (prompt is None) == (file is None):
         raise EvalError("give exactly one of --prompt and --file")
-    questions = [Question(prompt, language, None)] if prompt is not None else read_questions(file, language)
+    questions = read_questions(file, language) if file else [Question(prompt or "", language, None)]
     if response_language:
         questions = [Question(each.text, each.language, response_language) for each in questions]
     generator, chat = open_model(model)
@@ -149,11 +153,13 @@ def eval(
     output: Annotated[Path, typer.Option(help="folder for results.json and all raw outputs")],
     data_dir: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv")],
     tasks: Annotated[str, typer.Option(help="mgsm")] = "mgsm",
-    languages: Annotated[Optional[str], typer.Option(help="comma-separated; default: all in the folder")] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="problems a language")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all in the folder")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="problems a language")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 600,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    template: Annotated[str, typer.Option(help="alpaca: the published protocol; model: the model's own")] = "alpaca",
+    template: Annotated[
+        Literal["alpaca", "model"], typer.Option(help="alpaca: the published protocol; model: the model's own")
+    ] = "alpaca",
     as_json: Annotated[bool, typer.Option("--json", help="print results.json instead of the table")] = False,
 ) -> None:
     """Score a model. Example: crosslift eval runs/a/model --tasks mgsm --data-dir mgsm --output runs/a/mgsm"""

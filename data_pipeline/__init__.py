@@ -1,0 +1,1 @@
+"""From files to batches: records -> sources -> index -> order -> mixture -> plan -> chat -> packing -> loader."""

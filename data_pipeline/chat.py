@@ -59,10 +59,11 @@ class Chat:
         self._backend.no_truncation()
         self._backend.no_padding()
         added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
-        written = str(tokenizer.chat_template) if template.name == "chat" else ""
-        self._special = _occurrences(token.content for token in added if token.special)
+        end = str(self._backend.id_to_token(self.template.end_id))
+        written = str(tokenizer.chat_template if template.name == "chat" else template.prompt)
+        self._special = _occurrences(t.content for t in added if t.special or t.content == end)
         # In a prompt also tokens that only the template may write, marked as special or not.
-        self._control = _occurrences(t.content for t in added if t.special or t.content in written)
+        self._control = _occurrences(t.content for t in added if t.special or t.content in written + end)
         self._turns: dict[tuple[tuple[Role, ...], str, str], list[Turn]] = {}
 
     def prompt_ids(self, messages: Sequence[Message], language: str, response_language: str) -> tuple[Ids, Mask]:
@@ -137,7 +138,7 @@ class Chat:
                 new, _ = self._encode(answer, [(0, len(answer))], self._special)
                 ids += [*new, self.template.end_id]
                 marks += [_ANSWER] * len(new) + [_END]
-        if marks[0] == _CONTENT:
+        if marks[:1] == [_CONTENT]:
             marks[0] = _TEMPLATE  # an attention sink, whatever it says
         return np.array(ids, dtype=np.int32), np.array(marks, dtype=np.int8)
 

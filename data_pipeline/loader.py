@@ -19,7 +19,9 @@ from data_pipeline.chat import Chat, check_labels
 from data_pipeline.index import DataIndex
 from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
 from data_pipeline.plan import Planner, Slot, Unit, assign
-from data_pipeline.records import BadRow, TokenizedSample
+from data_pipeline.records import BadRow, TokenizedSample, stable_hash
+
+FINGERPRINT_RANGE = 2**40  # 8,192 samples add up to less than 2**53, which a float holds exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class RankStep:
     samples: npt.NDArray[np.int64]  # (languages,)
     bad_rows: tuple[str, ...]  # one line each: "file:line: reason"
     overlong: int
+    fingerprint: int  # sum over samples of a hash of each: adds up over ranks to one number for the step
 
 
 class SampleReader:
@@ -92,6 +95,7 @@ class StepLoader:
             samples=np.bincount(languages, minlength=n_languages).astype(np.int64),
             bad_rows=tuple(bad_rows),
             overlong=overlong,
+            fingerprint=sum(stable_hash(sample.language, sample.id) % FINGERPRINT_RANGE for sample in samples),
         )
 
     def steps(self, start: int, stop: int) -> Iterator[RankStep]:
@@ -128,9 +132,7 @@ class StepLoader:
         return TokenizedUnit(tuple(samples), pairs), overlong
 
 
-def fixed_batches(
-    samples: Sequence[TokenizedSample], packer: Packer, rank: int, world_size: int
-) -> list[MicroBatch]:
+def fixed_batches(samples: Sequence[TokenizedSample], packer: Packer, rank: int, world_size: int) -> list[MicroBatch]:
     """Micro-batches of this rank over a fixed set (probe, held-out): equal in number on every rank.
 
     Every rank sees all samples and packs every rank's share, so no communication is needed to agree on the

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             spec.name: value.to(device, non_blocking=True)
             for spec in fields(self)
             if isinstance(value := getattr(self, spec.name), Tensor)
@@ -207,7 +207,7 @@ class _Grid:
         positions = row * self.length + start + targets - 1
         self.labels.append((positions, sample.input_ids[targets], sample.language))
 
-    def tensors(self, with_mask: bool) -> dict[str, Tensor | None]:
+    def tensors(self, with_mask: bool) -> dict[str, Any]:
         padding = self.segment_ids == PADDING
         # Padding is one more sample at the row's end: its positions restart, so no real token sees it.
         ramp = np.arange(self.length)[None, :] - self.filled[:, None]
@@ -235,7 +235,7 @@ class _Grid:
             "label_languages": label_languages,
             "label_weights": label_weights,
         }
-        tensors: dict[str, Tensor | None] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         mask = (~padding).astype(np.int64)
         if not self.filled.any():
             mask[:, 0] = 1  # an idle micro-batch: its one token sees itself

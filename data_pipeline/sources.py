@@ -44,7 +44,10 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
     else:
         shards = [_file_shard(source, path, data_dir, wanted, cache_dir) for path in _files(source, data_dir)]
     for shard in shards:
-        present = shard.columns()
+        try:
+            present = shard.columns()
+        except OSError as error:
+            raise DataError(f"{shard.address}: cannot be read ({error})") from error
         if present and (missing := [name for name in wanted if name not in present]):
             raise DataError(
                 f"{shard.address}: source {source.name!r} maps column {missing[0]!r}, which is not there;"

@@ -7,7 +7,7 @@ Next: `sources.py`.
 from __future__ import annotations
 
 import hashlib
-import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,20 +75,28 @@ class Parquet(Shard):
         path = Path(self.copy_dir, f"{key}.arrow")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with open_binary(self.address) as file:
-                # both, or a row group's whole column would be read at once
-                table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-                # dictionary-encoded columns (pandas' categoricals) change dictionaries between batches
-                schema = pa.schema(
-                    field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-                    for field in (table.schema_arrow.field(name) for name in self.wanted)
-                )
-                with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                    for batch in table.iter_batches(BATCH, columns=list(self.wanted)):
-                        writer.write_batch(batch.select(list(self.wanted)).cast(schema))
-            os.replace(temporary, path)
+            temporary = path.with_suffix(f".building-{uuid.uuid4().hex}")
+            try:
+                self._write_arrow(temporary)
+                temporary.replace(path)
+            except pa.ArrowException as error:
+                raise DataError(f"{self.address}: cannot be read ({str(error).splitlines()[0]})") from error
+            finally:
+                temporary.unlink(missing_ok=True)  # gone after the renaming
         return path
+
+    def _write_arrow(self, path: Path) -> None:
+        with open_binary(self.address) as file:
+            # both, or a row group's whole column would be read at once
+            table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            # dictionary-encoded columns (pandas' categoricals) change dictionaries between batches
+            schema = pa.schema(
+                field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+                for field in (table.schema_arrow.field(name) for name in self.wanted)
+            )
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                for batch in table.iter_batches(BATCH, columns=list(self.wanted)):
+                    writer.write_batch(batch.select(list(self.wanted)).cast(schema))
 
 
 @lru_cache(maxsize=256)

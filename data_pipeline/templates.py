@@ -128,8 +128,8 @@ class PatternTemplate:
             for pattern in patterns[config.name]
         )
         self.end_id = _token_id(tokenizer, config.end_token or _eos(tokenizer))
-        first = tokenizer("x")["input_ids"][0]
-        self.bos_id: int | None = first if first == tokenizer.bos_token_id else None
+        writes_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.bos_id: int | None = tokenizer.bos_token_id if writes_bos else None
         self.answer_slot = Slot(-1)
 
     def turns(self, roles: tuple[Role, ...], language: str, response_language: str) -> list[Turn]:

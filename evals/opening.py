@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from data_pipeline.records import Message
 from evals.errors import EvalError
@@ -17,7 +17,9 @@ from evals.errors import EvalError
 if TYPE_CHECKING:
     from data_pipeline.chat import Chat
     from modeling.generation import ShiftedGenerator
+    from modeling.loading import AttentionName
 
+TemplateName = Literal["plain", "alpaca", "chat"]
 NO_SHIFT = "none"
 NEAREST = "auto"
 
@@ -32,7 +34,7 @@ class Question:
 
 
 def open_model(
-    path: str, *, dtype: str = "auto", template: str | None = None, attention: str = "auto"
+    path: str, *, dtype: str = "auto", template: TemplateName | None = None, attention: AttentionName = "auto"
 ) -> tuple[ShiftedGenerator, Chat]:
     """The generator and the prompt template of a model.
 

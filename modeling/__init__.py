@@ -1,0 +1,11 @@
+"""Changes to models: ShifCon's shift, vectors and loss, loading, generation."""
+
+import os
+
+import torch
+from transformers.utils import logging
+
+# transformers imports deepspeed when it is installed, and deepspeed guesses its device aloud unless told.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+logging.disable_progress_bar()

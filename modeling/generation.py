@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from modeling.errors import ModelError
 from modeling.language_vectors import LanguageVectors
+from modeling.layers import state_hook
 from modeling.loading import AttentionName, load_pretrained, resolve_directory
 from modeling.shifcon import LanguageShift
 from modeling.weight_files import directory_hash, one_line
@@ -80,16 +81,12 @@ class ExportInfo:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
-                raise ModelError(
-                    f"{file}: written by another version of crosslift; format {FORMAT} is read here"
-                )
+                raise ModelError(f"{file}: written by another version of crosslift; format {FORMAT} is read here")
             if content["objective"] not in ("sft", "shifcon"):
                 raise ModelError(f"{file}: objective {content['objective']!r} is neither sft nor shifcon")
             return cls(**{**content, "languages": tuple(content["languages"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{file}: not an export's description ({one_line(error)}); export again"
-            ) from error
+            raise ModelError(f"{file}: not an export's description ({one_line(error)}); export again") from error
 
 
 class ShiftedGenerator:
@@ -149,9 +146,7 @@ class ShiftedGenerator:
         for i, prompt in enumerate(prompts):
             if not prompt.ids:
                 raise ModelError(f"prompt {i} has no tokens; it needs at least one")
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True
-        )
+        config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         answers: dict[int, Generation] = {}
         for start in range(0, len(order), batch_size):
@@ -160,6 +155,25 @@ class ShiftedGenerator:
             if progress is not None:
                 progress(len(chosen))
         return [answers[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def nearest_language(self, ids: Sequence[int]) -> str | None:
+        """The language whose vector is nearest to the mean unshifted `h[toward]` over a prompt's tokens.
+
+        The first token, an attention sink, is left out where there are others (methods.md, "Routing"). None for
+        a model that does not shift.
+        """
+        if self.vectors is None or self.shift is None:
+            return None
+        toward = self.vectors.area[0]
+        states: list[Tensor] = []
+        hook = state_hook(self.model, toward, lambda hidden_BTH: states.append(hidden_BTH))
+        try:
+            with self.shift.disabled():
+                self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
+        finally:
+            hook.remove()
+        return self.vectors.nearest(states[0][0, min(1, len(ids) - 1) :].float().mean(dim=0), toward)
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[Prompt], config: GenerationConfig) -> list[Generation]:
@@ -212,9 +226,7 @@ class ShiftedGenerator:
 def _own_vectors(directory: Path) -> LanguageVectors:
     file = directory / VECTORS_FILE
     if not file.is_file():
-        raise ModelError(
-            f"{file}: missing, and a ShifCon model does not run without; copy it from the export"
-        )
+        raise ModelError(f"{file}: missing, and a ShifCon model does not run without; copy it from the export")
     vectors = LanguageVectors.load(file)
     if vectors.model_hash != (found := directory_hash(directory)):
         raise ModelError(

@@ -62,9 +62,7 @@ def write_initial_model(
     return output
 
 
-def _initial_config(
-    config: Mapping[str, Any] | str | Path, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedConfig:
+def _initial_config(config: Mapping[str, Any] | str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     if not isinstance(config, Mapping):
         try:
             config = dict(json.loads(Path(config).read_text(encoding="utf-8")))

@@ -88,7 +88,7 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     data = assemble_data(config, prepared)
     ranks = world_size()
     settings = deepspeed_settings(config, ranks)
-    construction = Construction(settings, DTYPES[config.precision])
+    construction = Construction(settings)
     directory = resolve_directory(prepared.model_dir)
     model = build_model(
         directory, attention=config.model.attention, dtype=DTYPES[config.precision],

@@ -58,9 +58,7 @@ class RunState:
     def read(cls, directory: Path) -> RunState:
         values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
-            raise ConfigError(
-                f"{directory / STATE_FILE}: format {values.get('format')}, this version reads {FORMAT}"
-            )
+            raise ConfigError(f"{directory / STATE_FILE}: format {values.get('format')}, this version reads {FORMAT}")
         return cls(**values)
 
 
@@ -88,7 +86,7 @@ def begin(output_dir: Path, step: int) -> Path:
 
 
 def commit(output_dir: Path, step: int, keep: int) -> Path:
-    """Rank 0, after every rank has written: sync, mark COMPLETE, rename, drop all but the newest `keep`."""
+    """Rank 0, after every rank has written: sync, mark COMPLETE, rename, drop older ones so that `keep` are left."""
     temporary, final = incomplete_path(output_dir, step), checkpoint_path(output_dir, step)
     sizes = {}
     for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
@@ -101,7 +99,8 @@ def commit(output_dir: Path, step: int, keep: int) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     _sync(final.parent)
-    complete = [path for path in _step_folders(output_dir) if problem(path) is None]
+    # A run that was resumed from an earlier step saves below what lies there already, which is not its to drop.
+    complete = [path for path in _step_folders(output_dir) if path <= final and problem(path) is None]
     for old in complete[:-keep]:
         shutil.rmtree(old)
     return final
@@ -115,6 +114,8 @@ def problem(path: Path) -> str | None:
     try:
         sizes = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:
+        sizes = None
+    if not isinstance(sizes, dict):
         return f"its {MARKER} marker is torn"
     for name, size in sizes.items():
         file = path / name
@@ -155,9 +156,7 @@ def find(resume: str, output_dir: Path) -> Path | None:
         return None
     path = Path(resume)
     if not path.is_dir():
-        raise ConfigError(
-            f"--resume {resume}: no such folder; give auto, never, or a checkpoint's or run's folder"
-        )
+        raise ConfigError(f"--resume {resume}: no such folder; give auto, never, or a checkpoint's or run's folder")
     if checkpoint_root(path).is_dir():
         if (found := latest(path)) is None:
             raise ConfigError(f"--resume {resume}: this run has no complete checkpoint")
@@ -173,8 +172,7 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
     lines = [
         f"config {key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        if old.get(key) != new.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
     ]
     lines += [
         f"data {name}: {_change(saved.fingerprint.get(name), fingerprint.get(name))}"

@@ -32,17 +32,13 @@ class ModelConfig(Section):
     """Which model is trained: a directory or hub name, or `init:`, a Hugging Face config, from scratch."""
 
     path: str | None = Field(None, description="Hugging Face directory (safetensors) or hub name")
-    init: dict[str, Any] | None = Field(
-        None, description="model config to start from scratch, with model_type"
-    )
+    init: dict[str, Any] | None = Field(None, description="model config to start from scratch, with model_type")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelConfig:
         if (self.path is None) == (self.init is None):
-            raise ValueError(
-                "give exactly one of 'path' (a model to fine-tune) and 'init' (a config from scratch)"
-            )
+            raise ValueError("give exactly one of 'path' (a model to fine-tune) and 'init' (a config from scratch)")
         return self
 
 
@@ -62,17 +58,13 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """From files to batches."""
 
-    languages: tuple[str, ...] = Field(
-        min_length=1, description="every language of the run, in a fixed order"
-    )
+    languages: tuple[str, ...] = Field(min_length=1, description="every language of the run, in a fixed order")
     dominant: str = Field("en", description="the language whose subspace the others are shifted into")
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     template: TemplateConfig = TemplateConfig()
     mixture: MixtureConfig = MixtureConfig()
     slots_per_step: int = Field(gt=0, description="labelled samples in a step's global batch, over all ranks")
-    sequence_length: int = Field(
-        gt=1, description="longest sample in tokens; longer ones are left out, counted"
-    )
+    sequence_length: int = Field(gt=1, description="longest sample in tokens; longer ones are left out, counted")
     micro_batch_tokens: int = Field(gt=1, description="rows x row length of one forward pass on one rank")
     layout: Literal["auto", "packed", "padded"] = "auto"
     max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
@@ -103,9 +95,7 @@ class ContrastiveConfig(Section):
     """The multilingual contrastive loss (methods.md, step 6)."""
 
     weight: float = Field(ge=0, description="b of loss = a * SFT + b * contrastive")
-    scale: float = Field(
-        gt=0, description="what the cosine similarities are multiplied by; b means nothing without it"
-    )
+    scale: float = Field(gt=0, description="what the cosine similarities are multiplied by; b means nothing without it")
     set_size: int = Field(16, gt=1, description="pairs in a contrast set; a set stays in one micro-batch")
 
 
@@ -128,13 +118,9 @@ class ShifConConfig(Section):
     )
     sft_weight: float = Field(1.0, ge=0, description="a of loss = a * SFT + b * contrastive")
     contrastive: ContrastiveConfig
-    probe_items: int = Field(
-        64, gt=0, description="samples a language that the language vectors are estimated on"
-    )
+    probe_items: int = Field(64, gt=0, description="samples a language that the language vectors are estimated on")
     refresh_every: int = Field(100, gt=0, description="steps between two estimates of the language vectors")
-    shift_first_token: bool = Field(
-        True, description="also shift a sequence's first token, an attention sink"
-    )
+    shift_first_token: bool = Field(True, description="also shift a sequence's first token, an attention sink")
 
     @model_validator(mode="before")
     @classmethod
@@ -166,7 +152,9 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.01, ge=0, lt=1, description="share of max_steps")
-    final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / peak (cosine, linear)")
+    final_ratio: float = Field(
+        0.0, ge=0, le=1, description="what cosine and linear fall to after the last step, / peak"
+    )
 
 
 class CheckpointConfig(Section):
@@ -216,9 +204,7 @@ class RunConfig(Section):
             raise ValueError("'evaluation.every' needs held-out samples: set 'data.heldout_items'")
         if isinstance(self.objective, ShifConConfig):
             if self.data.mixture.pairing == "none" and self.objective.contrastive.weight:
-                raise ValueError(
-                    "the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'"
-                )
+                raise ValueError("the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'")
             if len(self.data.languages) < 2:
                 raise ValueError(
                     "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
@@ -256,7 +242,11 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"{origin}: {_explain(item)}" for item in error.errors()]
+        found = error.errors()
+        # A list with a wrong entry is also reported as too short, which it is not.
+        wrong_inside = {item["loc"][:length] for item in found for length in range(len(item["loc"]))}
+        shown = [item for item in found if item["type"] != "too_short" or item["loc"] not in wrong_inside]
+        lines = [f"{origin}: {_explain(item)}" for item in shown]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -302,9 +292,7 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 def _list_index(node: list[Any], name: str, text: str) -> int:
     if not name.isdigit() or int(name) >= len(node):
-        raise ConfigError(
-            f"override {text!r}: {name!r} is no entry of a list of {len(node)} (0 to {len(node) - 1})"
-        )
+        raise ConfigError(f"override {text!r}: {name!r} is no entry of a list of {len(node)} (0 to {len(node) - 1})")
     return int(name)
 
 
@@ -318,8 +306,14 @@ def _explain(item: Any) -> str:
         return f"{path}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{path}: required, but missing"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] in ("value_error", "model_type", "dict_type"):
+    if item["type"] == "union_tag_not_found":
+        return f"{path}.name: required, but missing"
+    if item["type"] == "union_tag_invalid":
+        return f"{path}.name: {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"
+    if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{path}: must be a section of keys (found {item['input']!r})"
+    message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    if item["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path}: {message[0].lower()}{message[1:]} (found {item['input']!r})"
 

@@ -94,8 +94,7 @@ def same_modules_on_every_rank(model: nn.Module, device: torch.device) -> Iterat
 
     names = {module: name for name, module in model.named_modules() if name}
     hooks = [
-        module.register_forward_pre_hook(lambda module, _: compare(names[module]), prepend=True)
-        for module in names
+        module.register_forward_pre_hook(lambda module, _: compare(names[module]), prepend=True) for module in names
     ]
     try:
         yield

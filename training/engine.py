@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from training.config import RunConfig, merged
 
@@ -58,9 +60,7 @@ def init_process_group(timeout_minutes: float) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(
-        dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False
-    )
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -100,17 +100,23 @@ class Construction:
     Keep the object alive as long as the model: transformers looks up the live HfDeepSpeedConfig.
     """
 
-    def __init__(self, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.sharded = settings["zero_optimization"]["stage"] == 3
         self.settings = settings
-        self.dtype = dtype
         self._alive = HfDeepSpeedConfig(settings) if self.sharded else None
 
-    def context(self) -> AbstractContextManager[Any]:
-        """Inside, modules come into being sharded (ZeRO-3), or plainly."""
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Inside, modules come into being sharded (ZeRO-3), or plainly.
+
+        The number format follows from the settings: DeepSpeed 0.19 misreads an explicit dtype on CPU. Rotary
+        frequencies are kept in fp32, which zero.Init alone would make in the model's format.
+        """
         if not self.sharded:
-            return nullcontext()
-        return deepspeed.zero.Init(config_dict_or_path=self.settings, dtype=self.dtype)
+            yield
+            return
+        with deepspeed.zero.Init(config_dict_or_path=self.settings), prevent_arange_dtype_change():
+            yield
 
     def write(self, parameter: nn.Parameter, read: Callable[[], Tensor] | None) -> None:
         """Fill one parameter from the reader's tensor; called for the same parameters in order on all ranks.
@@ -139,9 +145,7 @@ def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = Non
 class Engine:
     """A model with its optimiser under DeepSpeed."""
 
-    def __init__(
-        self, model: nn.Module, config: RunConfig, settings: dict[str, Any], world_size: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: RunConfig, settings: dict[str, Any], world_size: int) -> None:
         self.world_size = world_size
         self.sharded = settings["zero_optimization"]["stage"] == 3
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -151,8 +155,8 @@ class Engine:
         )
 
     @property
-    def module(self) -> nn.Module:
-        module: nn.Module = self._engine.module
+    def module(self) -> PreTrainedModel:
+        module: PreTrainedModel = self._engine.module
         return module
 
     @property
@@ -222,7 +226,8 @@ class Engine:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices are decayed, biases and norms are not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))

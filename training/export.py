@@ -76,12 +76,9 @@ def _write(checkpoint: Path, config: RunConfig, output: Path) -> None:
         "dominant": config.data.dominant,
         "template": config.data.template.model_dump(mode="json"),
         "response_language": _fixed_response_language(config),
-        "shift_first_token": not isinstance(config.objective, ShifConConfig)
-        or config.objective.shift_first_token,
+        "shift_first_token": not isinstance(config.objective, ShifConConfig) or config.objective.shift_first_token,
     }
-    (output / DESCRIPTION_FILE).write_text(
-        json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
+    (output / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
     if shifted:
         vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
         replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
@@ -146,7 +143,5 @@ def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:
     scale = expected_NV.abs().max()
     error = float((logits_NV[-len(expected_NV) :] - expected_NV).abs().max() / scale)
     if not error <= LOGITS_TOLERANCE[config.precision]:
-        raise RuntimeError(
-            f"{output}: reopened, its logits differ from the run's by {error:.1e} of the largest"
-        )
+        raise RuntimeError(f"{output}: reopened, its logits differ from the run's by {error:.1e} of the largest")
     log.info("%s: reopened; logits agree with the run's to %.1e", output, error)

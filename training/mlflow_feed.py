@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from training.mlflow_store import (
     MAX_METRICS,
     MAX_PARAM,
-    MAX_PARAMS_AND_TAGS,
     MAX_TAG,
     artifact_root,
     mlflow_key,
@@ -210,12 +208,9 @@ class RecordFeeder:
 
     def _flush(self, arrived: int) -> None:
         """Sends what was taken and notes that the record's first `arrived` bytes have arrived."""
-        for metrics in _chunks(self._metrics, MAX_METRICS):
-            self._send("metrics", metrics)
-        for params in _chunks(self._params, MAX_PARAMS_AND_TAGS):
-            self._send("params", params)
-        for tags in _chunks(self._tags, MAX_PARAMS_AND_TAGS):
-            self._send("tags", tags)
+        self._send("metrics", self._metrics)
+        self._send("params", self._params)
+        self._send("tags", self._tags)
         self._metrics, self._params, self._tags = [], [], []
         self.fed, self._taken = self.fed + self._taken, 0
         if arrived != self._state.cursor:
@@ -223,7 +218,9 @@ class RecordFeeder:
             self._save()
 
     def _send(self, kind: str, items: list[Any]) -> None:
-        """One log_batch. Values that the store refuses are left out one by one and do not block the rest."""
+        """Sends items, in requests as large as MLflow takes. Those it refuses are searched for by halving and
+        left out, so that they do not block the rest.
+        """
         from mlflow.exceptions import MlflowException
 
         batch: dict[str, Any] = {kind: items}
@@ -237,8 +234,9 @@ class RecordFeeder:
             if len(items) == 1:
                 self.refused[f"{kind}: {items[0].key}"] += 1
                 return
-            for item in items:
-                self._send(kind, [item])
+            half = len(items) // 2
+            self._send(kind, items[:half])
+            self._send(kind, items[half:])
 
     def _upload(self) -> None:
         """Uploads pending artifacts. One that fails goes to the end of the queue, behind the others."""
@@ -289,7 +287,3 @@ def _read_states(output_dir: Path) -> dict[str, _StoreState]:
         return {uri: _StoreState(**state) for uri, state in stores.items()}
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-MAX_METRICS, MAX_PARAMS_AND_TAGS = 1000, 100  # of one log_batch
+MAX_METRICS = 1000  # of one request
 MAX_KEY, MAX_PARAM, MAX_TAG = 250, 6000, 8000  # characters
 # MLflow's own defaults let one call to a silent server take some 20 minutes, print to stdout and phone home.
 QUIET = {

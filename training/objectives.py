@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from data_pipeline.packing import MicroBatch
 from data_pipeline.records import NO_LANGUAGE
@@ -59,7 +60,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-def build_objective(config: RunConfig, model: nn.Module, probe: Sequence[MicroBatch]) -> Objective:
+def build_objective(config: RunConfig, model: PreTrainedModel, probe: Sequence[MicroBatch]) -> Objective:
     """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
     if isinstance(config.objective, SFTConfig):
         return SupervisedFineTuning(model)
@@ -73,7 +74,7 @@ class SupervisedFineTuning:
     sft_weight = 1.0
     contrastive_weight = 0.0
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.head = LabelHead(model)
 
     def loss_terms(self, engine: Engine, batch: MicroBatch) -> LossTerms:
@@ -99,7 +100,7 @@ class ShifCon(SupervisedFineTuning):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         config: ShifConConfig,
         languages: Sequence[str],
         dominant: str,

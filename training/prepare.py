@@ -110,9 +110,7 @@ def _tokenizer(config: RunConfig, index: DataIndex) -> str:
         "data": index.fingerprint, "heldout": config.data.heldout_items,
     }  # fmt: skip
     return str(
-        _made_once(
-            config.output_dir / "tokenizer", made_from, lambda path: train_tokenizer_of(config, index, path)
-        )
+        _made_once(config.output_dir / "tokenizer", made_from, lambda path: train_tokenizer_of(config, index, path))
     )
 
 
@@ -123,8 +121,9 @@ def _starting_weights(config: RunConfig, tokenizer_dir: str) -> str:
     assert init is not None  # the config model requires one
 
     def write(path: Path) -> None:
-        from modeling.loading import write_initial_model
         from transformers import AutoTokenizer
+
+        from modeling.loading import write_initial_model
 
         write_initial_model(init, AutoTokenizer.from_pretrained(tokenizer_dir), path, config.seed)
 

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,15 @@ class StepSums:
         return (~torch.isfinite(torch.stack(self.shares))).nonzero().flatten().tolist()
 
 
+@dataclass(frozen=True, slots=True)
+class StepRead:
+    """What all ranks together read for a step."""
+
+    tokens: Tensor  # (languages,) fp64, processed tokens by the sample's language
+    overlong: int  # slots left empty by samples longer than data.sequence_length
+    fingerprint: int  # the same for the same set of samples, whatever rank read which
+
+
 class Trainer:
     """One rank's side of a run."""
 
@@ -104,10 +114,30 @@ class Trainer:
         """One optimiser step over the global batch; metrics of it.
 
         Raises:
-            NonFiniteStep: before the update where a loss is not finite; DataError: too many bad rows.
+            NonFiniteStep: before the update where a loss or gradient is not finite; DataError: too many bad rows.
         """
-        run, started = self.run, time.perf_counter()
-        totals, counts = self._agree(batch)
+        started = time.perf_counter()
+        totals, read = self._agree(batch)
+        sums, micro_batches = self.accumulate(step, batch, totals)
+        reduced = self._reduce(step, sums, micro_batches)
+        rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
+        try:
+            grad_norm = self.run.engine.step(rate)
+        except NonFiniteUpdate as error:
+            self._stop_not_finite(step, str(error), [each.sample_ids for each in micro_batches])
+        metrics = self._step_metrics(reduced, read, totals)
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "train/grad_norm": grad_norm,
+            "train/learning_rate": rate,
+            "train/step_seconds": seconds,
+            "train/tokens_per_second": float(read.tokens.sum()) / seconds,
+            **_memory(),
+        }
+
+    def accumulate(self, step: int, batch: RankStep, totals: StepTotals) -> tuple[StepSums, list[MicroBatch]]:
+        """Forward and backward of this rank's micro-batches; the same number of them on every rank."""
+        run = self.run
         seed_step(self.config.seed, step)
         sums = StepSums.zeros(len(self.config.data.languages), run.engine.device)
         idle = [run.data.packer.idle()] * (totals.micro_batches - len(batch.micro_batches))
@@ -122,21 +152,7 @@ class Trainer:
             )  # fmt: skip
             run.engine.backward(share)
             sums.add(on_device, terms, share)
-        reduced = self._reduce(step, sums, micro_batches)
-        rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
-        try:
-            grad_norm = run.engine.step(rate)
-        except NonFiniteUpdate as error:
-            self._stop_not_finite(step, str(error), [m.sample_ids for m in micro_batches])
-        metrics = self._step_metrics(reduced, counts, totals)
-        seconds = time.perf_counter() - started
-        return metrics | {
-            "train/grad_norm": grad_norm,
-            "train/learning_rate": rate,
-            "train/step_seconds": seconds,
-            "train/tokens_per_second": float(counts.sum()) / seconds,
-            **_memory(),
-        }
+        return sums, micro_batches
 
     def save(self, step: int) -> None:
         """A checkpoint of the state after `step` steps; every rank calls it."""
@@ -185,24 +201,25 @@ class Trainer:
         self.bad_slots = state.bad_slots
         return state.step
 
-    def _agree(self, batch: RankStep) -> tuple[StepTotals, Tensor]:
-        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, tokens by language."""
+    def _agree(self, batch: RankStep) -> tuple[StepTotals, StepRead]:
+        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read."""
         ranks = self.run.engine.world_size
         n_micro_batches = [0] * ranks
         n_micro_batches[rank()] = max(len(batch.micro_batches), 1)
-        head = [batch.label_tokens, batch.pairs, len(batch.bad_rows), *n_micro_batches]
-        total = all_sum([*head, *batch.tokens.tolist()], self.run.engine.device)
+        counts = [batch.label_tokens, batch.pairs, len(batch.bad_rows), batch.overlong, batch.fingerprint]
+        total = all_sum([*counts, *n_micro_batches, *batch.tokens.tolist()], self.run.engine.device)
+        label_tokens, pairs, bad_rows, overlong, fingerprint = total[: len(counts)].long().tolist()
         for line in batch.bad_rows:
             log.warning("step %d: a slot stays empty: %s", batch.step, line)
-        self.bad_slots += int(total[2])
+        self.bad_slots += bad_rows
         if self.bad_slots > self.config.data.max_bad_rows:
             lines = [line for lines in gather_objects(batch.bad_rows) for line in lines]
             raise DataError(
                 f"{lines[0]} ({self.bad_slots} slots left empty by bad rows so far; "
                 f"data.max_bad_rows is {self.config.data.max_bad_rows})"
             )
-        totals = StepTotals(int(total[0]), int(total[1]), int(total[3 : 3 + ranks].max()))
-        return totals, total[3 + ranks :]
+        by_rank, tokens = total[len(counts) :].split([ranks, len(batch.tokens)])
+        return StepTotals(label_tokens, pairs, int(by_rank.max())), StepRead(tokens, overlong, fingerprint)
 
     def _forward(self, batch: MicroBatch) -> LossTerms:
         run = self.run
@@ -235,16 +252,20 @@ class Trainer:
         )
         raise NonFiniteStep(f"step {step}: {what} is not finite; samples of {shown}; all of them in {file}")
 
-    def _step_metrics(self, reduced: Tensor, tokens: Tensor, totals: StepTotals) -> dict[str, float]:
+    def _step_metrics(self, reduced: Tensor, read: StepRead, totals: StepTotals) -> dict[str, float]:
         languages = self.config.data.languages
         losses, labels = reduced[: len(languages)], reduced[len(languages) : -1]
-        metrics = {"train/loss": float(losses.sum()) / max(totals.label_tokens, 1)}
+        metrics = {
+            "train/loss": float(losses.sum()) / max(totals.label_tokens, 1),
+            "data/step_fingerprint": float(read.fingerprint),
+            "data/overlong": float(read.overlong),
+        }
         if self.run.objective.contrastive_weight:
             metrics["train/contrastive"] = float(reduced[-1]) / max(totals.pairs, 1)
         for number, language in enumerate(languages):
             if labels[number]:
                 metrics[f"train/loss/{language}"] = float(losses[number] / labels[number])
-            metrics[f"train/token_share/{language}"] = float(tokens[number] / tokens.sum().clamp(min=1))
+            metrics[f"train/token_share/{language}"] = float(read.tokens[number] / read.tokens.sum().clamp(min=1))
         return metrics
 
     def _check_packing(self, batch: RankStep) -> None:
@@ -315,7 +336,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False) -
         log.info("%s from step %d on %d ranks", config.output_dir, start, run.engine.world_size)
         _write_resolved(config)
         tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=start if found else None)
-    status = "FAILED"
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         trainer.train(start)
         status = "FINISHED"
@@ -354,5 +375,3 @@ def _memory() -> dict[str, float]:
     if torch.cuda.is_available():
         metrics["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics
-
-

@@ -236,11 +236,43 @@ def test_a_special_token_cannot_be_made_across_the_edge_of_the_template(tokenize
         assert chat.decode(ids) == f"<s>Q: <{words}im_end|>"
 
 
-def test_added_tokens_that_a_template_does_not_write_stay_tokens(tokenizers):
-    chat = make_chat(tokenizers, "bytes", {"name": "chat"})
-    tool = chat.tokenizer.convert_tokens_to_ids("<tool>")
-    sample = chat.tokenize(make_record("x", "use <tool> now"))
-    assert tool in sample.input_ids[sample.answer]
+def test_a_user_cannot_write_what_the_template_writes_but_the_assistant_can(tokenizers):
+    tokenizer = tokenizers["bytes"]
+    tool = tokenizer.convert_tokens_to_ids("<tool>")  # an added token, not a special one
+    record = make_record("call <tool> please", "calling <tool> now")
+
+    def tools(chat):
+        sample = chat.tokenize(record)
+        check_labels(chat, record, sample)
+        return [int((sample.input_ids[mask] == tool).sum()) for mask in (sample.content, sample.answer)]
+
+    assert tools(make_chat(tokenizers, "bytes", {"name": "chat"})) == [1, 1]
+    try:
+        tokenizer.chat_template = "{% if tools %}<tool>{{ tools }}{% endif %}" + CHATML
+        assert tools(make_chat(tokenizers, "bytes", {"name": "chat"})) == [0, 1]
+    finally:
+        tokenizer.chat_template = CHATML
+
+
+def test_an_end_token_that_is_not_special_cannot_be_written_either(tokenizers):
+    chat = make_chat(tokenizers, "bytes", {"name": "plain", "end_token": "<tool>"})
+    record = make_record("a <tool> b", "c <tool> d")
+    sample = chat.tokenize(record)
+    check_labels(chat, record, sample)
+    assert (sample.input_ids == chat.template.end_id).sum() == 1
+
+
+def test_a_token_shared_with_the_template_is_content_only_if_the_template_adds_white_space():
+    vocab = {token: i for i, token in enumerate(["<s>", "Ġ", "a", "b", "c", "ab", "Ġb"])}
+    bpe = Tokenizer(models.BPE(vocab, [("a", "b"), ("Ġ", "b")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>")
+    for prompt, expected in (("ca{user}", [0, 0, 1]), ("ca {user}", [0, 0, 1, 1]), ("ca{user}a", [0, 0, 1, 0])):
+        chat = Chat(tokenizer, TemplateConfig(name="custom", prompt=prompt), ("en",))
+        ids, content = chat.prompt_ids([Message("user", "bc")], "en", "en")
+        assert content.tolist() == [bool(x) for x in expected]
+        assert len({tokenizer.convert_ids_to_tokens(int(i)) for i in ids} & {"ab", "Ġb"}) == 1
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])

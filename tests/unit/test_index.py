@@ -17,7 +17,7 @@ import pytest
 from data_pipeline.config import SourceConfig
 from data_pipeline.index import DataIndex, build_index
 from data_pipeline.records import BadRow, DataError, stable_hash
-from data_pipeline.scan import Scan
+from data_pipeline.scan import Arrays, Scan
 
 LANGUAGES = ["en", "sw", "th"]
 COLUMNS = {"id": "id", "language": "lang", "prompt": "question", "completion": "answer"}
@@ -187,6 +187,18 @@ def test_nothing_to_train_on(parallel: Path) -> None:
         build(parallel, source(files="few.jsonl"))
 
 
+def test_a_damaged_parquet_file_is_an_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    rows = [row(item, "en") for item in range(2000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", use_dictionary=False)
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[60:3_000] = bytes(2_940)  # the footer is whole
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.parquet: cannot be read \(") as error:
+        build(tmp_path, source(files="x.parquet"), languages=["en"])
+    assert "\n" not in str(error.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
 def test_languages_and_names_of_sources_are_checked(parallel: Path) -> None:
     with pytest.raises(DataError, match=r"source 'items': language 'de' is not declared; data.languages are en, sw"):
         build(parallel, source(response_language="de"))
@@ -253,6 +265,24 @@ def test_a_torn_index_is_built_again(parallel: Path, name: str) -> None:
     assert [path.name for path in (parallel / "cache").iterdir()] == [folder.name]  # no temporary folder stays
 
 
+def test_an_index_that_another_process_built_first_is_left_alone(
+    parallel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have mapped its files already, which on a network disk must not be replaced."""
+    files: dict[Path, int] = {}
+
+    def someone_is_first(scan: Scan) -> Arrays:
+        monkeypatch.undo()
+        build(parallel)
+        files.update({path: path.stat().st_ino for path in (parallel / "cache").rglob("*")})
+        return scan.arrays()
+
+    monkeypatch.setattr(Scan, "arrays", someone_is_first)
+    check_whole(build(parallel))
+    assert len(files) > 10
+    assert {path: path.stat().st_ino for path in (parallel / "cache").rglob("*")} == files
+
+
 def _build_at_once(folder: Path, barrier: Any, answers: Any) -> None:
     barrier.wait()
     index = build(folder, source(), source(name="table", files="*.parquet"), heldout_items=3)
@@ -273,7 +303,7 @@ def test_processes_that_build_at_once_agree(parallel: Path) -> None:
         assert process.exitcode == 0
     assert found[0] == found[1]
     assert found[0][0] == 110 + 4500
-    left = [path.name for path in (parallel / "cache").rglob("*") if "building" in path.name or "tmp" in path.name]
+    left = [path.name for path in (parallel / "cache").rglob("*") if "building" in path.name]
     assert left == []
 
 

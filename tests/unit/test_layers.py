@@ -26,7 +26,6 @@ def tiny(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     extra = {"num_key_value_heads": 1, "head_dim": 8} if name not in ("gpt_neox", "bloom", "gpt2", "opt") else {}
     extra |= {"word_embed_proj_dim": 16, "ffn_dim": 32} if name == "opt" else {}
-    extra |= {"num_local_experts": 4} if name == "mixtral" else {}  # as many experts as layers
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES, **extra)).eval()
 
 
@@ -97,6 +96,16 @@ def test_layers_are_found_through_wrappers() -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert decoder_layers(adapted) is layers
     assert decoder_layers(model.model) is layers
+
+
+def test_lists_of_equal_length_inside_a_layer_are_not_the_layers() -> None:
+    model = tiny("llama")
+    layers = decoder_layers(model)
+    layers[0].experts = nn.ModuleList(nn.Linear(2, 2) for _ in layers)
+    assert decoder_layers(model) is layers
+    model.model.twins = nn.ModuleList(nn.Linear(2, 2) for _ in layers)
+    with pytest.raises(ModelError, match=r"expected one list of 4 layers .* found layers, twins"):
+        decoder_layers(model)
 
 
 def test_an_encoder_has_layers_too() -> None:

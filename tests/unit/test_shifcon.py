@@ -160,11 +160,11 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) 
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-5, atol=1e-6, msg=key)
 
 
-# Generation: a left-padded batch of one German and one Swahili prompt, answered in English and Swahili.
+# Generation: a left-padded batch of one German and one Swahili prompt, each answered in the other's language.
 PROMPTS = torch.tensor([[0, 0, 5, 6, 7], [9, 10, 11, 12, 13]])
 MASK = (PROMPTS > 0).long()
 PROMPT_LANGUAGES = torch.tensor([[-1, -1, DE, DE, DE], [SW] * 5])
-RESPONSES = torch.tensor([EN, SW])
+RESPONSES = torch.tensor([SW, DE])
 NEW = 6
 
 

@@ -199,8 +199,17 @@ BAD_LINES = [
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
 def test_a_bad_line_says_where_and_why(line: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(GOOD + b"\n" + line + GOOD)
-    assert one_bad(tmp_path, files="x.jsonl").startswith(f"{tmp_path}/x.jsonl:3: {reason}")
-    assert len(scan(tmp_path, files="x.jsonl")) == 3
+    source = {"files": "x.jsonl", "response_language": "en"}
+    assert one_bad(tmp_path, **source).startswith(f"{tmp_path}/x.jsonl:3: {reason}")
+    assert len(scan(tmp_path, **source)) == 3
+
+
+def test_the_answers_language_must_be_declared_too(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"lang": "en", "said": said, "q": "?", "a": "!"} for said in ("xx", "", "sw")])
+    columns = {"language": "lang", "response_language": "said", "prompt": "q", "completion": "a"}
+    assert "x.jsonl:1: language 'xx' is not declared" in one_bad(tmp_path, files="x.jsonl", columns=columns)
+    good = [r.response_language for r in scan(tmp_path, files="x.jsonl", columns=columns) if isinstance(r, Record)]
+    assert good == ["en", "sw"]  # without its own, the prompt's
 
 
 @pytest.mark.parametrize(
@@ -230,10 +239,12 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_parquet_with_dictionaries_that_change_between_batches(tmp_path: Path) -> None:
-    rows = [{"lang": LANGUAGES[i % 2 + (i > 2000)], "question": f"q{i}", "answer": "!"} for i in range(4000)]
-    table = pa.Table.from_pylist(rows)
-    coded = table.set_column(0, "lang", table["lang"].dictionary_encode())
-    pq.write_table(coded, tmp_path / "x.parquet", row_group_size=1500)
+    rows = [{"lang": LANGUAGES[i % 2 + (i >= 600)], "question": f"q{i}", "answer": "!"} for i in range(1200)]
+    parts = [pa.Table.from_pylist(part) for part in (rows[:600], rows[600:])]
+    coded = [part.set_column(0, "lang", part["lang"].dictionary_encode()) for part in parts]
+    with pq.ParquetWriter(tmp_path / "x.parquet", coded[0].schema) as writer:
+        for part in coded:
+            writer.write_table(part)
     columns = {"language": "lang", "prompt": "question", "completion": "answer"}
     records = scan(tmp_path, files="x.parquet", columns=columns)
     assert [(r.language, r.user_text) for r in records] == [(row["lang"], row["question"]) for row in rows]

@@ -182,9 +182,12 @@ def test_artifacts_lie_beside_the_database(tmp_path: Path) -> None:
 
 def test_network_disks_are_known(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
-    mounts.write_text(
-        "root / ext4 rw 0 0\nserver:/x /shared\\040disk nfs4 rw 0 0\ntmp /shared\\040disk/own tmpfs rw 0 0\n"
-    )
+    lines = [
+        "tmp /shared\\040disk/own tmpfs rw 0 0",
+        "server:/x /shared\\040disk nfs4 rw 0 0",
+        "root / ext4 rw 0 0",
+    ]
+    mounts.write_text("\n".join(lines))
     assert not on_shared_disk(Path("/home/run"), mounts)
     assert on_shared_disk(Path("/shared disk/run"), mounts)
     assert not on_shared_disk(Path("/shared disk/own/run"), mounts)
@@ -222,7 +225,8 @@ def test_importing_and_making_a_tracker_imports_neither_mlflow_nor_torch(tmp_pat
 # --- into the store -----------------------------------------------------------------------------------------
 
 
-def test_a_run_arrives_whole(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_arrives_whole(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # as a strict server has it
     params = {f"p{i}": i for i in range(150)} | {"long": "x" * 7000}
     tracker = tracked(run, params=params)
     tracker.log(0, {f"train/loss/l{i}": float(i) for i in range(2500)})  # more than one log_batch takes
@@ -282,6 +286,7 @@ def test_a_resume_goes_on_with_the_same_run_and_feeds_only_what_differs(run: Pat
     assert [step for step, _ in history(run, "nan")] == list(range(1, 8))
     assert (found.data.params, found.data.tags["resumed.lr"]) == ({"lr": "1", "seed": "0"}, "2")
     assert "resumed.seed" not in found.data.tags
+    assert len({e["id"] for _, e in read_events(run / RECORD_NAME) if e["kind"] == "start"}) == 1
 
 
 def test_an_interrupted_replay_is_not_fed_twice(run: Path) -> None:

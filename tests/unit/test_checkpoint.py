@@ -1,0 +1,307 @@
+"""checkpoint.py: a checkpoint exists when it is complete; the newest complete one is found, whatever was torn."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import checkpoint
+from training.checkpoint import MARKER, RunState
+from training.errors import ConfigError
+
+CONFIG = {
+    "seed": 1,
+    "output_dir": "runs/a",
+    "data_dir": "data",
+    "max_steps": 10,
+    "data": {"languages": ["en", "de"], "workers": 1, "max_bad_rows": 0, "mixture": {"weights": None}},
+    "checkpoint": {"every": 2, "keep": 2},
+    "evaluation": {"every": 0},
+    "tracking": {"uri": None},
+    "deepspeed": {},
+}
+FINGERPRINT = {"en.jsonl": "aa", "de.jsonl": "bb", "languages": "en de"}
+
+
+def state(step: int = 0) -> RunState:
+    return RunState(
+        step=step, world_size=2, bad_slots=1, fingerprint=FINGERPRINT, config=CONFIG, versions={"torch": "2"}
+    )
+
+
+def save(output_dir: Path, step: int, keep: int = 9) -> Path:
+    """A checkpoint the way the trainer writes one."""
+    directory = checkpoint.begin(output_dir, step)
+    (directory / "zero").mkdir()
+    (directory / "zero" / "rank_0.pt").write_bytes(b"x" * 1000)
+    state(step).write(directory)
+    return checkpoint.commit(output_dir, step, keep)
+
+
+def steps_of(output_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in checkpoint.checkpoint_root(output_dir).iterdir())
+
+
+def cut(path: Path, size: int = 10) -> None:
+    os.truncate(path, size)
+
+
+TORN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "marker missing": (lambda path: (path / MARKER).unlink(), "no COMPLETE marker"),
+    "marker torn": (lambda path: cut(path / MARKER), "its COMPLETE marker is torn"),
+    "marker empty": (lambda path: cut(path / MARKER, 0), "its COMPLETE marker is torn"),
+    "marker of zeros": (lambda path: (path / MARKER).write_bytes(bytes(80)), "its COMPLETE marker is torn"),
+    "marker of something else": (lambda path: (path / MARKER).write_text("null"), "its COMPLETE marker is torn"),
+    "marker not text": (lambda path: (path / MARKER).write_bytes(b"\xff\xfe\x80"), "its COMPLETE marker is torn"),
+    "file truncated": (lambda path: cut(path / "zero/rank_0.pt"), "zero/rank_0.pt has 10 bytes instead of 1000"),
+    "file grown": (lambda path: (path / "zero/rank_0.pt").write_bytes(b"x" * 1001), "has 1001 bytes instead of 1000"),
+    "file missing": (lambda path: (path / "zero/rank_0.pt").unlink(), "zero/rank_0.pt is missing"),
+    "folder missing": (lambda path: shutil.rmtree(path / "zero"), "zero/rank_0.pt is missing"),
+    "state missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    "all missing": (
+        lambda path: [shutil.rmtree(each) if each.is_dir() else each.unlink() for each in path.iterdir()],
+        "no COMPLETE marker",
+    ),
+}
+
+
+def test_a_committed_checkpoint_is_complete_and_marks_every_file(tmp_path: Path) -> None:
+    path = save(tmp_path, 100)
+    assert path == tmp_path / "checkpoints" / "step-00000100"
+    assert checkpoint.problem(path) is None
+    sizes = json.loads((path / MARKER).read_text())
+    files = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    assert files.pop(MARKER)
+    assert sizes == files
+    assert set(sizes) == {"zero/rank_0.pt", "state.json"}
+
+
+def test_state_comes_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    assert RunState.read(path) == state(7)
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    file = path / checkpoint.STATE_FILE
+    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(ConfigError, match=r"state\.json: format 99, this version reads 1"):
+        RunState.read(path)
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_checkpoint_is_passed_over_and_the_log_says_why(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save(tmp_path, 10), save(tmp_path, 20)
+    assert checkpoint.latest(tmp_path) == newer
+    tear, reason = TORN[how]
+    tear(newer)
+    assert reason in str(checkpoint.problem(newer))
+    with caplog.at_level(logging.WARNING, logger="training.checkpoint"):
+        assert checkpoint.latest(tmp_path) == older
+    (message,) = caplog.messages
+    assert message.startswith(f"{newer} is passed over: ")
+    assert reason in message
+
+
+def test_when_all_are_torn_there_is_none(tmp_path: Path) -> None:
+    for step in (10, 20):
+        cut(save(tmp_path, step) / MARKER)
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "never started") is None
+
+
+def test_the_newest_is_by_number(tmp_path: Path) -> None:
+    for step in (900, 1000, 99):
+        save(tmp_path, step)
+    assert checkpoint.latest(tmp_path) == checkpoint.checkpoint_path(tmp_path, 1000)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    for step in range(10, 60, 10):
+        save(tmp_path, step, keep)
+        assert steps_of(tmp_path) == list(range(10, step + 1, 10))[-keep:]
+
+
+def test_a_torn_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    save(tmp_path, 10, keep=2)
+    cut(save(tmp_path, 20, keep=2) / MARKER)
+    save(tmp_path, 30, keep=2)
+    assert [step for step in steps_of(tmp_path) if step != 20] == [10, 30]
+
+
+def test_what_was_just_saved_is_never_dropped(tmp_path: Path) -> None:
+    """A run resumed from an earlier checkpoint on purpose saves below the numbers that lie there."""
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    assert save(tmp_path, 15, keep=2).is_dir()
+    assert steps_of(tmp_path) == [10, 15, 20, 30, 40]
+    assert save(tmp_path, 17, keep=2).is_dir()
+    assert steps_of(tmp_path) == [15, 17, 20, 30, 40]
+
+
+def test_nothing_has_its_final_name_before_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before every single sync and before the rename: an older checkpoint is all there is to be found."""
+    older = save(tmp_path, 10)
+    synced: list[Path] = []
+    real_sync, real_replace = checkpoint._sync, os.replace
+
+    def watched_sync(path: Path) -> None:
+        synced.append(path)
+        if not checkpoint.checkpoint_path(tmp_path, 20).exists():
+            assert checkpoint.latest(tmp_path) == older
+            assert not list(checkpoint.checkpoint_root(tmp_path).glob("step-00000020*"))
+        real_sync(path)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        assert checkpoint.problem(Path(source)) is None, "complete before it gets its name"
+        written = list(Path(source).rglob("*"))
+        assert set(written) | {Path(source)} <= set(synced), "all on disk before the rename"
+        files = [path for path in synced if path.is_file()]
+        assert files[-1].name == MARKER, "the marker is written last"
+        real_replace(source, target)
+
+    monkeypatch.setattr(checkpoint, "_sync", watched_sync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    newer = save(tmp_path, 20)
+    assert synced[-1] == newer.parent, "the rename itself is synced"
+    assert checkpoint.latest(tmp_path) == newer
+
+
+def test_a_save_that_died_is_begun_anew(tmp_path: Path) -> None:
+    directory = checkpoint.begin(tmp_path, 10)
+    (directory / "left over").write_text("x")
+    assert checkpoint.latest(tmp_path) is None
+    assert not list(checkpoint.begin(tmp_path, 10).iterdir())
+    path = save(tmp_path, 10)
+    assert not (path / "left over").exists()
+
+
+def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
+    path = save(tmp_path, 10)
+    (path / "old").write_text("x")
+    assert save(tmp_path, 10) == path
+    assert not (path / "old").exists()
+    assert checkpoint.problem(path) is None
+
+
+def test_find_auto(tmp_path: Path) -> None:
+    assert checkpoint.find("auto", tmp_path) is None
+    path = save(tmp_path, 10)
+    assert checkpoint.find("auto", tmp_path) == path
+
+
+def test_find_never(tmp_path: Path) -> None:
+    assert checkpoint.find("never", tmp_path) is None
+    path = save(tmp_path, 10)
+    with pytest.raises(ConfigError) as refusal:
+        checkpoint.find("never", tmp_path)
+    assert str(refusal.value).startswith(f"{path}: --resume never")
+    assert "--resume auto" in str(refusal.value)
+    cut(path / MARKER)
+    assert checkpoint.find("never", tmp_path) is None, "a torn one is nothing to lose"
+
+
+def test_find_path(tmp_path: Path) -> None:
+    """A checkpoint or a run, of this or another run."""
+    older, newer = save(tmp_path / "a", 10), save(tmp_path / "a", 20)
+    here = tmp_path / "b"
+    assert checkpoint.find(str(older), here) == older
+    assert checkpoint.find(str(tmp_path / "a"), here) == newer
+    cut(newer / MARKER)
+    assert checkpoint.find(str(tmp_path / "a"), here) == older
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "no such folder; give auto, never, or a checkpoint's or run's folder"),
+        ("file", "no such folder"),
+        ("torn", "this run has no complete checkpoint"),
+        ("torn/checkpoints/step-00000010", "not a complete checkpoint: its COMPLETE marker is torn"),
+        ("empty", "not a complete checkpoint: no COMPLETE marker"),
+    ],
+)
+def test_find_says_what_is_wrong_with_a_path(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    cut(save(tmp_path / "torn", 10) / MARKER)
+    with pytest.raises(ConfigError) as refusal:
+        checkpoint.find(str(tmp_path / name), tmp_path)
+    assert str(refusal.value).startswith(f"--resume {tmp_path / name}: {message}")
+
+
+def with_key(key: str, value: Any) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(json.dumps(CONFIG))
+    node = config
+    *parents, last = key.split(".")
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    return config
+
+
+def test_the_same_run_has_no_differences() -> None:
+    assert checkpoint.differences(state(), dict(FINGERPRINT), json.loads(json.dumps(CONFIG))) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "lines"),
+    [
+        ("seed", 2, ["config seed: was 1, now 2"]),
+        ("max_steps", 20, ["config max_steps: was 10, now 20"]),
+        ("data.languages", ["en", "fr"], ["config data.languages: was ['en', 'de'], now ['en', 'fr']"]),
+        (
+            "data.mixture.weights",
+            {"en": 0.5},
+            ["config data.mixture.weights: was None, now None", "config data.mixture.weights.en: was None, now 0.5"][
+                1:
+            ],
+        ),
+        ("deepspeed.fp16", True, ["config deepspeed.fp16: was None, now True"]),
+        ("data.workers_too", 1, ["config data.workers_too: was None, now 1"]),
+    ],
+)
+def test_a_changed_key_is_named_with_both_values(key: str, value: Any, lines: list[str]) -> None:
+    found = checkpoint.differences(state(), FINGERPRINT, with_key(key, value))
+    assert set(lines) <= set(found)
+    assert all(line.startswith(f"config {key.rsplit('.', 1)[0] if '.' in key else key}") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output_dir", "runs/b"),
+        ("data_dir", "elsewhere"),
+        ("checkpoint.every", 3),
+        ("evaluation.every", 3),
+        ("tracking.uri", "http://x"),
+        ("data.workers", 4),
+        ("data.max_bad_rows", 4),
+    ],
+)
+def test_keys_that_change_no_sample_and_no_gradient_are_free(key: str, value: Any) -> None:
+    assert checkpoint.differences(state(), FINGERPRINT, with_key(key, value)) == []
+
+
+def test_changed_new_and_gone_files_are_named() -> None:
+    now = {"en.jsonl": "aa", "de.jsonl": "changed", "fr.jsonl": "cc"}
+    assert checkpoint.differences(state(), now, CONFIG) == [
+        "data de.jsonl: has changed",
+        "data fr.jsonl: is new",
+        "data languages: is gone",
+    ]
+
+
+def test_data_and_config_are_reported_together() -> None:
+    found = checkpoint.differences(state(), FINGERPRINT | {"en.jsonl": "zz"}, with_key("seed", 5))
+    assert found == ["config seed: was 1, now 5", "data en.jsonl: has changed"]

@@ -1,0 +1,362 @@
+"""config.py: one YAML file, every mistake named at once, and no option that nothing reads."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from training.config import (
+    ContrastiveConfig,
+    RunConfig,
+    SFTConfig,
+    ShifConConfig,
+    _models_in,
+    load_config,
+    resolved,
+    validate,
+)
+from training.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+ROOMS = ("crosslift.py", "training", "modeling", "data_pipeline", "evals", "slurm")
+Values = dict[str, Any]
+REMOVED = object()
+
+
+@pytest.fixture
+def values(tiny_run: Callable[..., Values]) -> Values:
+    return tiny_run(Path("run"))
+
+
+def changed(values: Values, key: str, value: Any) -> Values:
+    """`values` with one dotted key set, or taken away."""
+    node: Any = values
+    *parents, last = key.split(".")
+    for name in parents:
+        node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+    if value is REMOVED:
+        del node[last]
+    else:
+        node[last] = value
+    return values
+
+
+def mistakes(values: Values) -> list[str]:
+    """The lines of the refusal; each names the file."""
+    with pytest.raises(ConfigError) as refusal:
+        validate(values, "run.yaml")
+    assert refusal.value.exit_status == 2
+    lines = str(refusal.value).splitlines()
+    assert all(line.startswith("run.yaml: ") for line in lines)
+    return [line.removeprefix("run.yaml: ") for line in lines]
+
+
+def test_the_tiny_run_loads_and_never_changes(values: Values) -> None:
+    config = validate(values, "run.yaml")
+    assert (config.data.languages, config.data.sources[0].name) == (("en", "de", "sw", "zh"), "problems")
+    for section, field in ((config, "seed"), (config.data, "dominant"), (config.data.sources[0], "name")):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(section, field, "x")
+
+
+def test_the_resolved_config_is_plain_and_gives_the_same_config_again(values: Values) -> None:
+    config = validate(values, "run.yaml")
+    plain = resolved(config)
+    assert plain["data"]["mixture"]["period"] == 65536, "defaults are filled in"
+    assert plain["objective"]["layers"] == [1, 2]
+    assert validate(plain, "again") == config
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("max_stepz", "max_stepz: unknown key; did you mean 'max_steps'?"),
+        ("data.slots_per_stp", "data.slots_per_stp: unknown key; did you mean 'slots_per_step'?"),
+        ("data.mixture.temprature", "data.mixture.temprature: unknown key; did you mean 'temperature'?"),
+        ("data.sources.0.colums", "data.sources.0.colums: unknown key; did you mean 'columns'?"),
+        ("data.sources.0.columns.promt", "data.sources.0.columns.promt: unknown key; did you mean 'prompt'?"),
+        ("objective.layer", "objective.layer: unknown key; did you mean 'layers'?"),
+        ("objective.contrastive.scael", "objective.contrastive.scael: unknown key; did you mean 'scale'?"),
+        ("tokenizer.train.vocabsize", "tokenizer.train.vocabsize: unknown key; did you mean 'vocab_size'?"),
+        ("checkpoint.zzz", "checkpoint.zzz: unknown key; known keys: every, keep"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_valid_one(values: Values, key: str, line: str) -> None:
+    assert mistakes(changed(values, key, 1)) == [line]
+
+
+def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -> None:
+    values["objective"] = {"name": "sft", "layers": [1, 2]}
+    assert mistakes(values) == ["objective.layers: unknown key; known keys: name"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("max_steps", "many", r"max_steps: .*integer.* \(found 'many'\)"),
+        ("max_steps", 0, r"max_steps: .*greater than 0 \(found 0\)"),
+        ("max_steps", REMOVED, r"max_steps: required, but missing"),
+        ("precision", "fp16", r"precision: .*'bf16' or 'fp32' \(found 'fp16'\)"),
+        ("data", [1], r"data: must be a section of keys \(found \[1\]\)"),
+        ("model.init", 3, r"model\.init: must be a section of keys \(found 3\)"),
+        ("data.sources", [], r"data\.sources: .*at least 1 .*"),
+        ("data.sources.0.split", 3, r"data\.sources\.0\.split: .*string \(found 3\)"),
+        ("data.languages", "en", r"data\.languages: .*list \(found 'en'\)"),
+        ("data.languages", [], r"data\.languages: .*at least 1 .*"),
+        ("data.languages", ["en", False], r"data\.languages\.1: .*string \(found False\)"),
+        ("objective", {}, r"objective\.name: required, but missing"),
+        ("objective.name", "dpo", r"objective\.name: 'dpo' is none of 'sft', 'shifcon'"),
+        ("objective.layers", [2, 1], r"objective\.layers: must be \[toward, back\] .*not \[2, 1\].*"),
+        ("objective.contrastive.set_size", 1, r"objective\.contrastive\.set_size: .*greater than 1 \(found 1\)"),
+        ("optimizer.betas", [0.9], r"optimizer\.betas\.1: required, but missing"),
+        ("schedule", {"warmup_ratio": 1.0}, r"schedule\.warmup_ratio: .*less than 1 \(found 1\.0\)"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_found(values: Values, key: str, value: Any, line: str) -> None:
+    (found,) = mistakes(changed(values, key, value))
+    assert re.fullmatch(line, found)
+
+
+def test_all_mistakes_are_reported_at_once(values: Values) -> None:
+    changed(values, "max_steps", "many")
+    changed(values, "data.mixture.temprature", 3)
+    changed(values, "data.sources.0.columns.completion", REMOVED)
+    changed(values, "objective.contrastive.scale", REMOVED)
+    found = mistakes(values)
+    assert [line.split(":")[0] for line in found] == [
+        "max_steps",
+        "data.sources.0.columns",
+        "data.mixture.temprature",
+        "objective.contrastive.scale",
+    ]
+
+
+def test_the_contrastive_scale_has_no_default() -> None:
+    assert ContrastiveConfig.model_fields["scale"].is_required()
+    assert ContrastiveConfig.model_fields["weight"].is_required()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model": {}}, "model: give exactly one of 'path' .*"),
+        ({"model": {"path": "m", "init": {"model_type": "llama"}}}, "model: give exactly one of 'path' .*"),
+        ({"tokenizer": {"path": "t", "train": {"vocab_size": 300}}}, "tokenizer: give 'path' or 'train', not both"),
+        ({"tokenizer": {}}, r"\(top level\): 'model.init' starts from scratch, so 'tokenizer' needs .*"),
+        ({"data.dominant": "fr"}, "data: 'dominant' is 'fr', which is not among 'languages'"),
+        ({"data.languages": ["en", "de", "en"]}, "data: 'languages' names a language twice"),
+        ({"data.sequence_length": 400}, r"data: 'sequence_length' \(400\) is above 'micro_batch_tokens' \(384\).*"),
+        ({"data.mixture": {"pairing": "none"}}, r"\(top level\): the contrastive loss needs pairs: .*"),
+        ({"data.languages": ["en"]}, r"\(top level\): objective 'shifcon' needs .* at least one other .*"),
+        ({"evaluation": {"every": 5}}, r"\(top level\): 'evaluation.every' needs held-out samples.*"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(values: Values, changes: Values, line: str) -> None:
+    for key, value in changes.items():
+        changed(values, key, value)
+    (found,) = mistakes(values)
+    assert re.fullmatch(line, found)
+
+
+def test_what_does_fit_together_is_taken(values: Values) -> None:
+    changed(values, "data.mixture.pairing", "none")
+    changed(values, "objective.contrastive.weight", 0)
+    validate(values, "no contrastive loss, so no pairs are needed")
+    values["objective"] = {"name": "sft"}
+    values["data"]["languages"] = ["en"]
+    validate(values, "one language is enough for SFT")
+    values["model"], values["tokenizer"] = {"path": "somewhere"}, {}
+    validate(values, "a model that exists brings its tokenizer")
+    changed(values, "data.heldout_items", 4)
+    changed(values, "evaluation.every", 5)
+    validate(values, "held-out items to evaluate on")
+
+
+def test_the_authors_preset_gives_their_numbers_and_yields_to_the_file(values: Values) -> None:
+    values["objective"] = {"name": "shifcon", "preset": "authors"}
+    objective = validate(values, "run.yaml").objective
+    assert isinstance(objective, ShifConConfig)
+    assert (objective.layers, objective.sft_weight) == ((12, 15), 0.5)
+    assert objective.contrastive == ContrastiveConfig(weight=2.0, scale=1.0, set_size=12)
+    values["objective"] |= {"layers": [1, 2], "contrastive": {"scale": 20.0}}
+    objective = validate(values, "run.yaml").objective
+    assert isinstance(objective, ShifConConfig)
+    assert (objective.layers, objective.sft_weight) == ((1, 2), 0.5)
+    assert objective.contrastive == ContrastiveConfig(weight=2.0, scale=20.0, set_size=12)
+
+
+def test_a_preset_that_is_not_known_fills_in_nothing(values: Values) -> None:
+    values["objective"] = {"name": "shifcon", "preset": "mine"}
+    found = mistakes(values)
+    assert {line.split(":")[0] for line in found} == {
+        "objective.preset",
+        "objective.layers",
+        "objective.contrastive",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\ndata: [1, 2\nmax_steps: 3\n", r":3: not valid YAML: .*"),
+        ("seed: 1\n\tmax_steps: 3\n", r":2: not valid YAML: .*"),
+        ("- seed\n", r": must hold a mapping of keys, not list"),
+        ("", r": must hold a mapping of keys, not NoneType"),
+        (b"seed: \xff\xfe", r": cannot be read: .*utf-8.*"),
+        ("a: !!python/object/apply:os.getcwd []", r":1: not valid YAML: .*"),
+    ],
+)
+def test_a_file_that_is_no_run_file(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as refusal:
+        load_config(path)
+    assert re.fullmatch(re.escape(str(path)) + message, str(refusal.value))
+
+
+def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such file$"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match=r": cannot be read: "):
+        load_config(tmp_path)
+
+
+def test_overrides_reach_every_depth(tmp_path: Path, run_file: Callable[..., Path]) -> None:
+    config = load_config(
+        run_file(tmp_path),
+        [
+            "max_steps=7",
+            "data.mixture.period=128",
+            "evaluation.every=5",
+            "data.heldout_items=2",
+            "data.sources.0.columns.system=hint",
+            "data.languages.3=fr",
+            "objective.contrastive={weight: 0.5, scale: 3}",
+            "optimizer.learning_rate=1e-3",
+            "data_dir=a=b",
+            "model.init.rope_theta=5",
+        ],
+    )
+    assert (config.max_steps, config.data.mixture.period, config.evaluation.every) == (7, 128, 5)
+    assert config.data.sources[0].columns.system == "hint"
+    assert config.data.languages == ("en", "de", "sw", "fr")
+    assert isinstance(config.objective, ShifConConfig)
+    assert config.objective.contrastive == ContrastiveConfig(weight=0.5, scale=3)
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.data_dir == Path("a=b")
+    assert config.model.init is not None
+    assert (config.model.init["rope_theta"], config.model.init["hidden_size"]) == (5, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_steps", "must be key.sub=value"),
+        ("=3", "must be key.sub=value"),
+        ("data.languages=[en", "the value is not valid YAML"),
+        ("seed.deeper=1", "'seed' holds a value, not a section"),
+        ("data.sources.0.name.x=1", "'data.sources.0.name' holds a value, not a section"),
+        ("data.sources.1.name=x", "'1' is no entry of a list of 1"),
+        ("data.sources.first.name=x", "'first' is no entry of a list of 1"),
+        ("data.languages.4=fr", "'4' is no entry of a list of 4"),
+        ("data.languages.-1=fr", "'-1' is no entry of a list of 4"),
+    ],
+)
+def test_a_bad_override_is_quoted(tmp_path: Path, run_file: Callable[..., Path], override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(run_file(tmp_path), [override])
+    assert str(refusal.value).startswith(f"override {override!r}: ")
+    assert message in str(refusal.value)
+
+
+def test_an_override_is_validated_like_the_file(tmp_path: Path, run_file: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml: data\.slots_per: unknown key; did you mean 'slots_per_step'\?"):
+        load_config(run_file(tmp_path), ["data.slots_per=4"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_file_in_configs_loads(path: Path) -> None:
+    load_config(path, ["data_dir=somewhere"])
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+# --- no option that nothing reads
+
+
+def sections() -> dict[type[BaseModel], set[type[BaseModel]]]:
+    """Every config model and those that hold it, directly or not, itself included."""
+    holders: dict[type[BaseModel], set[type[BaseModel]]] = {}
+
+    def walk(model: type[BaseModel], above: set[type[BaseModel]]) -> None:
+        holders.setdefault(model, set()).update({model} | above)
+        for field in model.model_fields.values():
+            for inner in _models_in(field.annotation):
+                walk(inner, {model} | above)
+
+    walk(RunConfig, set())
+    return holders
+
+
+def reads(source: ast.AST, inside: str = "") -> Iterator[tuple[str, str]]:
+    """(attribute that code reads, the class that the code stands in)."""
+    inside = source.name if isinstance(source, ast.ClassDef) else inside
+    if isinstance(source, ast.Attribute) and isinstance(source.ctx, ast.Load):
+        yield source.attr, inside
+    for child in ast.iter_child_nodes(source):
+        yield from reads(child, inside)
+
+
+def names_known(source: ast.AST) -> set[str]:
+    """Classes that a file imports or defines."""
+    imported = {alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return imported | {node.name for node in ast.walk(source) if isinstance(node, ast.ClassDef)}
+
+
+def read_by_pydantic(model: type[BaseModel], field: str) -> bool:
+    """What chooses or fills in the other options while the file is loaded: an objective's name, a preset."""
+    return (model, field) in {(SFTConfig, "name"), (ShifConConfig, "name"), (ShifConConfig, "preset")}
+
+
+@cache
+def sources() -> list[tuple[set[str], set[tuple[str, str]]]]:
+    """(classes it knows, attributes it reads) of every source file."""
+    files = [file for room in ROOMS for file in ((ROOT / room).rglob("*.py") if "." not in room else [ROOT / room])]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    return [(names_known(tree), set(reads(tree))) for tree in trees]
+
+
+OPTIONS = [
+    pytest.param(model, holders, field, id=f"{model.__name__}.{field}")
+    for model, holders in sections().items()
+    for field in model.model_fields
+    if not read_by_pydantic(model, field)
+]
+
+
+def test_the_walk_finds_the_sections_of_every_room() -> None:
+    found = {model.__name__ for model in sections()}
+    assert found >= {"RunConfig", "DataConfig", "SourceConfig", "ColumnMap", "MixtureConfig", "TemplateConfig"}
+    assert found >= {"TokenizerTrainingConfig", "SFTConfig", "ShifConConfig", "ContrastiveConfig", "TrackingConfig"}
+
+
+@pytest.mark.parametrize(("model", "holders", "field"), OPTIONS)
+def test_every_option_is_read(model: type[BaseModel], holders: set[type[BaseModel]], field: str) -> None:
+    """In a file that knows the option's section, or one that holds it: `path.name` elsewhere counts for nothing."""
+    knowing = {each.__name__ for each in holders}
+    readers = [
+        attributes
+        for known, attributes in sources()
+        if knowing & known and any(name == field and inside != model.__name__ for name, inside in attributes)
+    ]
+    assert readers, f"nothing reads {model.__name__}.{field}"
