@@ -127,13 +127,12 @@ def build_planner(config: RunConfig, index: DataIndex, costs: list[float] | None
 def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokenizerBase) -> Packer:
     """The packer, its layout chosen by a check on a tiny model of the same class unless the config says."""
     data = config.data
-    attention = resolve_attention(config.model.attention)
+    model_config = load_config(resolve_directory(model_dir))
+    attention = resolve_attention(config.model.attention, model_config)
     layout: Layout
     if data.layout == "auto":
-        choice = choose_layout(load_config(resolve_directory(model_dir)), attention)
+        choice = choose_layout(model_config, attention)
         layout = choice.layout
-        if rank() == 0:
-            log.info("layout: %s (%s)", layout, choice.reason)
     else:
         layout = data.layout
     # Varlen attention takes one long row; without it a row costs its square, so rows stay short.

@@ -30,7 +30,6 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad
 from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from training.config import RunConfig, merged
@@ -95,15 +94,11 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 class Construction:
-    """Builds a model for the engine: under ZeRO-3 every parameter is sharded as soon as it exists.
-
-    Keep the object alive as long as the model: transformers looks up the live HfDeepSpeedConfig.
-    """
+    """Builds a model for the engine: under ZeRO-3 every parameter is sharded as soon as it exists."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.sharded = settings["zero_optimization"]["stage"] == 3
         self.settings = settings
-        self._alive = HfDeepSpeedConfig(settings) if self.sharded else None
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -148,11 +143,14 @@ class Engine:
     def __init__(self, model: PreTrainedModel, config: RunConfig, settings: dict[str, Any], world_size: int) -> None:
         self.world_size = world_size
         self.sharded = settings["zero_optimization"]["stage"] == 3
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+        groups = _parameter_groups(model, config.optimizer.weight_decay)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=_parameter_groups(model, config.optimizer.weight_decay),
-            config=settings,
+            model=model, model_parameters=groups, config=settings
         )
+        for name, buffer in buffers.items():  # bf16 without sharding would cast rotary frequencies too
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, buffer.to(device()))
 
     @property
     def module(self) -> PreTrainedModel:

@@ -9,9 +9,9 @@ from typing import Any
 
 LANGUAGES = ["en", "sw", "th"]
 WORDS = {
-    "en": "apples pears buy sells gives has more total morning evening farm book".split(),
-    "sw": "maembe mapapai nunua uza toa ana zaidi jumla asubuhi jioni shamba kitabu".split(),
-    "th": "แอปเปิล ลูกแพร์ ซื้อ ขาย ให้ มี เพิ่ม รวม เช้า เย็น ฟาร์ม หนังสือ".split(),
+    "en": ["apples", "pears", "buy", "sells", "gives", "has", "more", "total", "morning", "evening", "farm", "book"],
+    "sw": ["maembe", "mapapai", "nunua", "uza", "toa", "ana", "zaidi", "jumla", "asubuhi", "jioni", "shamba", "kitabu"],
+    "th": ["แอปเปิล", "ลูกแพร์", "ซื้อ", "ขาย", "ให้", "มี", "เพิ่ม", "รวม", "เช้า", "เย็น", "ฟาร์ม", "หนังสือ"],
 }
 
 
@@ -63,7 +63,7 @@ def run_values(data_dir: Path, output_dir: Path, objective: str = "shifcon", **c
                 for language in LANGUAGES
             ],
             "mixture": {"strategy": "explicit", "weights": {"en": 0.5, "sw": 0.25, "th": 0.25}, "pairing": "reuse"},
-            "slots_per_step": 64,
+            "slots_per_step": 80,
             "sequence_length": 128,
             "micro_batch_tokens": 1024,
             "heldout_items": 12,

@@ -33,7 +33,6 @@ class Maker:
 
     def sample(self, length: int | None = None, labelled: bool = True) -> TokenizedSample:
         length = length or int(self.random.integers(1, LONGEST + 1))
-        # [first token, content, template, answer, end]; turns of it in longer samples
         kinds = self.random.choice(["content", "template", "answer", "end"], size=length)
         labels = np.isin(kinds, ["answer", "end"]) & labelled
         self.tokens += length
@@ -235,9 +234,9 @@ def test_both_layouts_hold_the_same_samples_and_labels(seed: int) -> None:
     packed, padded = (packer(layout).pack(units) for layout in LAYOUTS)
 
     def contents(batches: list[MicroBatch]) -> tuple[list[str], list[int], int]:
-        labels = [torch.masked_select(batch.label_ids, batch.label_weights > 0).tolist() for batch in batches]
+        labels = [label for batch in batches for label in batch.label_ids[batch.label_weights > 0].tolist()]
         names = [name for batch in batches for name in batch.sample_ids]
-        return sorted(names), sorted(sum(labels, [])), sum(len(batch.pairs) for batch in batches)
+        return sorted(names), sorted(labels), sum(len(batch.pairs) for batch in batches)
 
     assert contents(packed) == contents(padded)
     assert len(packed) <= len(padded)

@@ -1,0 +1,359 @@
+"""loader.py: ranks share a step without loss, an empty slot moves nothing, steps come in order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from data_pipeline.chat import Chat
+from data_pipeline.index import DataIndex, build_index
+from data_pipeline.loader import RankStep, SampleReader, StepLoader, fixed_batches, slot_ids
+from data_pipeline.mixture import Pairing, Quotas
+from data_pipeline.packing import MicroBatch, Packer
+from data_pipeline.plan import Planner
+from data_pipeline.records import BadRow, TokenizedSample
+
+STEPS = 12
+SLOTS = 16
+Name = tuple[str, int]  # (id, language) names a sample of the corpus
+
+
+@pytest.fixture(scope="session")
+def reader(prepared_run: Any) -> SampleReader:
+    config, prepared = prepared_run.config, prepared_run.prepared
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
+    return SampleReader(prepared.index, Chat(tokenizer, config.data.template, config.data.languages), 96)
+
+
+@pytest.fixture
+def make(reader: SampleReader) -> Callable[..., StepLoader]:
+    """A loader of one rank; what is not asked for is the same each time."""
+
+    def loader(
+        rank: int = 0,
+        world_size: int = 1,
+        reader: SampleReader = reader,
+        pairing: Pairing = "fill",
+        workers: int = 1,
+    ) -> StepLoader:
+        index = reader.index
+        quotas = Quotas({"en": 0.3, "de": 0.3, "sw": 0.2, "zh": 0.2}, index.languages, 1000)
+        planner = Planner(index, 0, quotas, pairing, SLOTS, 3, 7, [0.5] * 4)
+        return StepLoader(reader, planner, Packer("packed", 480, 96, 3), rank, world_size, workers)
+
+    return loader
+
+
+def samples_of(step: RankStep) -> list[TokenizedSample]:
+    return [sample for batch in step.micro_batches for unit in batch.units for sample in unit.samples]
+
+
+def names_of(*steps: RankStep) -> Counter[Name]:
+    return Counter((sample.id, sample.language) for step in steps for sample in samples_of(step))
+
+
+def pairs_of(*steps: RankStep) -> Counter[tuple[Name, Name]]:
+    """From the packed tensors: which samples the segments of each pair are."""
+    found: Counter[tuple[Name, Name]] = Counter()
+    for step in steps:
+        for batch in step.micro_batches:
+            languages = {
+                int(segment): int(language)
+                for segment, language, position in zip(
+                    batch.segment_ids.flatten(), batch.languages.flatten(), batch.position_ids.flatten(), strict=True
+                )
+                if segment >= 0 and position == 0
+            }
+            for a, b in batch.pairs.tolist():
+                found[(batch.sample_ids[a], languages[a]), (batch.sample_ids[b], languages[b])] += 1
+    return found
+
+
+def same(one: RankStep, other: RankStep) -> bool:
+    return [batch.input_ids.tolist() for batch in one.micro_batches] == [
+        batch.input_ids.tolist() for batch in other.micro_batches
+    ] and (one.step, one.label_tokens, one.pairs) == (other.step, other.label_tokens, other.pairs)
+
+
+@pytest.mark.parametrize("pairing", ["none", "reuse", "fill"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_share_a_step_whatever_their_number(
+    make: Callable[..., StepLoader], pairing: Pairing, world_size: int
+) -> None:
+    alone = make(pairing=pairing)
+    ranks = [make(rank, world_size, pairing=pairing) for rank in range(world_size)]
+    for number in range(STEPS):
+        whole, shares = alone.load(number), [loader.load(number) for loader in ranks]
+        assert names_of(*shares) == names_of(whole)
+        assert pairs_of(*shares) == pairs_of(whole)
+        assert sum(share.label_tokens for share in shares) == whole.label_tokens
+        assert sum(share.pairs for share in shares) == whole.pairs
+        assert sum(share.fingerprint for share in shares) == whole.fingerprint
+        assert sum(share.tokens for share in shares).tolist() == whole.tokens.tolist()
+        assert sum(share.samples for share in shares).tolist() == whole.samples.tolist()
+        assert all(share.micro_batches for share in shares), "16 slots are enough for everyone"
+
+
+def test_slots_are_all_there_and_pairs_too(make: Callable[..., StepLoader]) -> None:
+    """`none`: the plan's slots and no pair; `reuse`: as many samples, with pairs; `fill`: more samples and pairs."""
+    steps = {pairing: [make(pairing=pairing).load(t) for t in range(STEPS)] for pairing in ("none", "reuse", "fill")}
+    counts = {pairing: (names_of(*each).total(), pairs_of(*each).total()) for pairing, each in steps.items()}
+    assert counts["none"] == (SLOTS * STEPS, 0)
+    assert counts["reuse"][0] == SLOTS * STEPS
+    assert 0 < counts["reuse"][1] < counts["fill"][1]
+    assert counts["fill"][0] - SLOTS * STEPS == counts["fill"][1] - counts["reuse"][1], "a fill a pair more"
+    for pairing, each in steps.items():
+        for step in each:
+            assert step.pairs == pairs_of(step).total()
+            assert all(a[0] == b[0] and a[1] == 0 != b[1] for a, b in pairs_of(step)), "(dominant, translation)"
+            labelled = sum(bool(sample.labels.any()) for sample in samples_of(step))
+            assert labelled == SLOTS, f"{pairing}: fills have no label"
+
+
+def test_counts_are_those_of_the_micro_batches(make: Callable[..., StepLoader]) -> None:
+    for number in range(STEPS):
+        step = make().load(number)
+        tokens, samples, labels = [0] * 4, [0] * 4, 0
+        for sample in samples_of(step):
+            tokens[sample.language] += len(sample)
+            samples[sample.language] += 1
+        for batch in step.micro_batches:
+            labels += int(batch.label_weights.sum())
+        assert (step.tokens.tolist(), step.samples.tolist()) == (tokens, samples)
+        assert step.label_tokens == labels > 0
+        assert sum(int((batch.segment_ids >= 0).sum()) for batch in step.micro_batches) == sum(tokens)
+        assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
+
+
+def test_the_fingerprint_tells_other_samples_apart(make: Callable[..., StepLoader]) -> None:
+    fingerprints = [make().load(number).fingerprint for number in range(STEPS)]
+    assert len(set(fingerprints)) == STEPS
+    assert max(fingerprints) < 2**53, "a float holds it exactly"
+
+
+def test_a_step_depends_on_its_number_alone(make: Callable[..., StepLoader]) -> None:
+    forwards = [make().load(number) for number in range(4)]
+    loader = make()
+    backwards = [loader.load(number) for number in reversed(range(4))][::-1]
+    assert all(map(same, forwards, backwards))
+
+
+# --- what cannot be read leaves its slot empty
+
+
+def kept_pairs(pairs: Counter[tuple[Name, Name]], gone: Callable[[Name], bool]) -> Counter[tuple[Name, Name]]:
+    return Counter({pair: count for pair, count in pairs.items() if not gone(pair[0]) and not gone(pair[1])})
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_overlong_sample_leaves_its_slot_empty(
+    make: Callable[..., StepLoader], reader: SampleReader, world_size: int
+) -> None:
+    limit = 50
+    short = SampleReader(reader.index, reader.chat, limit)
+    left_out = lost_pairs = 0
+    for number in range(STEPS):
+        for rank in range(world_size):
+            whole = make(rank, world_size).load(number)
+            cut = make(rank, world_size, reader=short).load(number)
+            fits = Counter((s.id, s.language) for s in samples_of(whole) if len(s) <= limit)
+            assert names_of(cut) == fits, "the same rank reads the same others"
+            # a language's samples of one item are equally long, but for fills: judge each sample on its own
+            long = {(s.id, s.language) for s in samples_of(whole) if len(s) > limit}
+            assert pairs_of(cut) >= kept_pairs(pairs_of(whole), lambda name, long=long: name in long)
+            assert set(pairs_of(cut)) <= set(pairs_of(whole))
+            assert cut.overlong == names_of(whole).total() - fits.total()
+            assert cut.pairs == pairs_of(cut).total()
+            left_out += cut.overlong
+            lost_pairs += whole.pairs - cut.pairs
+    assert left_out > 10
+    assert lost_pairs > 3
+
+
+class BrokenReader(SampleReader):
+    """Some rows turn out to be unusable when they are read."""
+
+    def __init__(self, reader: SampleReader, broken: set[int]) -> None:
+        super().__init__(reader.index, reader.chat, reader.sequence_length)
+        self.broken = broken
+
+    def read(self, row: int, *, labelled: bool = True) -> TokenizedSample | None:
+        if row in self.broken:
+            raise BadRow(f"file.jsonl:{row}", "the tokenizer cannot write it")
+        return super().read(row, labelled=labelled)
+
+
+def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Callable[..., StepLoader], reader: SampleReader) -> None:
+    broken = set(range(0, len(reader.index), 9))
+    gone = {(reader.index.record(row).id, int(reader.index.language[row])) for row in broken}
+    empty = lost_pairs = 0
+    for number in range(STEPS):
+        whole, torn = make().load(number), make(reader=BrokenReader(reader, broken)).load(number)
+        left = Counter({name: count for name, count in names_of(whole).items() if name not in gone})
+        assert names_of(torn) == left
+        assert pairs_of(torn) == kept_pairs(pairs_of(whole), lambda name: name in gone)
+        assert len(torn.bad_rows) == names_of(whole).total() - left.total()
+        assert all(line.endswith(": the tokenizer cannot write it") for line in torn.bad_rows)
+        assert torn.pairs == pairs_of(torn).total()
+        empty += len(torn.bad_rows)
+        lost_pairs += whole.pairs - torn.pairs
+    assert empty > 10
+    assert lost_pairs > 3
+
+
+def broken_corpus(corpus: Path, folder: Path, line: int) -> Path:
+    """The corpus with one torn line in German."""
+    shutil.copytree(corpus, folder)
+    lines = (folder / "de.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[line - 1] = lines[line - 1][:20] + "\n"
+    (folder / "de.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_a_broken_line_moves_no_other_slot(
+    make: Callable[..., StepLoader], reader: SampleReader, prepared_run: Any, corpus: Path, tmp_path: Path
+) -> None:
+    data = prepared_run.config.data
+    folder = broken_corpus(corpus, tmp_path / "data", line=18)
+    index: DataIndex = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=3, max_bad_rows=1)
+    torn_reader = SampleReader(index, reader.chat, 96)
+    bad_rows: list[str] = []
+    gone = ("item-17", 1)
+    for number in range(STEPS):
+        whole, torn = make(pairing="none").load(number), make(reader=torn_reader, pairing="none").load(number)
+        assert names_of(torn) == names_of(whole) - Counter({gone: names_of(whole)[gone]})
+        bad_rows += torn.bad_rows
+    assert bad_rows, "the row came up"
+    assert all(line.startswith(f"{folder / 'de.jsonl'}:18: not valid JSON") for line in bad_rows)
+    plan = make(reader=torn_reader, pairing="none").planner
+    slots = [slot for number in range(STEPS) for slot in plan.step(number).slots]
+    assert slot_ids(index, slots).count("(bad row)") == len(bad_rows)
+
+
+def test_a_slot_is_named_by_its_record(reader: SampleReader, make: Callable[..., StepLoader]) -> None:
+    slots = make().planner.step(0).slots
+    assert slot_ids(reader.index, slots) == [reader.index.record(slot.row).id for slot in slots]
+
+
+# --- workers
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_steps_come_in_order_from_any_start(
+    make: Callable[..., StepLoader], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Workers finish out of order; not more than `workers` + 1 steps are made ahead of the one handed out."""
+    loader = make(workers=workers)
+    expected = [loader.load(number) for number in range(3, 11)]
+    begun: list[int] = []
+    load = loader.load
+
+    def slow_load(step: int) -> RankStep:
+        begun.append(step)
+        time.sleep(0.02 if step % 2 else 0.0)
+        return load(step)
+
+    monkeypatch.setattr(loader, "load", slow_load)
+    got = []
+    for step in loader.steps(3, 11):
+        assert max(begun) <= step.step + workers
+        got.append(step)
+    assert all(map(same, got, expected))
+    assert [step.step for step in got] == list(range(3, 11))
+    assert sorted(begun) == list(range(3, 11)), "each is made once, and none beyond the last"
+
+
+def test_no_steps(make: Callable[..., StepLoader]) -> None:
+    assert list(make().steps(5, 5)) == []
+
+
+def test_an_error_comes_up_at_its_own_step(make: Callable[..., StepLoader], monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make(workers=2)
+    load = loader.load
+
+    def failing_load(step: int) -> RankStep:
+        if step == 3:
+            raise OSError("the disk is gone")
+        return load(step)
+
+    monkeypatch.setattr(loader, "load", failing_load)
+    steps = loader.steps(0, 9)
+    assert [next(steps).step for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(steps)
+
+
+def test_stopping_early_leaves_no_thread(make: Callable[..., StepLoader]) -> None:
+    steps = make(workers=2).steps(0, 1000)
+    next(steps)
+    steps.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+# --- fixed sets
+
+
+@pytest.mark.parametrize("n_samples", [0, 1, 3, 25])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_fixed_batches_are_equal_in_number_and_cover_all(
+    make: Callable[..., StepLoader], reader: SampleReader, n_samples: int, world_size: int
+) -> None:
+    rows = np.linspace(0, len(reader.index) - 1, n_samples).astype(int).tolist()
+    samples = [sample for row in rows if (sample := reader.read(row)) is not None]
+    assert len(samples) == n_samples
+    packer = make().packer
+    shares: list[list[MicroBatch]] = [fixed_batches(samples, packer, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    seen = Counter((s.id, s.language) for share in shares for b in share for unit in b.units for s in unit.samples)
+    assert seen == Counter((sample.id, sample.language) for sample in samples)
+    idle = [batch for share in shares for batch in share if not batch.units]
+    assert all(batch.label_weights.sum() == 0 and (batch.languages == -1).all() for batch in idle)
+
+
+def test_read_keeps_to_the_limit(reader: SampleReader) -> None:
+    """A sample of exactly `sequence_length` tokens is taken, a longer one is not."""
+    sample = reader.read(0)
+    assert sample is not None
+    exact = SampleReader(reader.index, reader.chat, len(sample))
+    assert exact.read(0) is not None
+    assert SampleReader(reader.index, reader.chat, len(sample) - 1).read(0) is None
+
+
+def test_labels_are_checked_when_a_sample_is_read(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong mask stops the run instead of training on it; a label-free sample has nothing to check."""
+    tokenize = reader.chat.tokenize
+
+    def without_end(record: Any, *, labelled: bool = True) -> TokenizedSample:
+        sample = tokenize(record, labelled=labelled)
+        labels = sample.labels.copy()
+        labels[-1] = False
+        return replace(sample, labels=labels)
+
+    monkeypatch.setattr(reader.chat, "tokenize", without_end)
+    with pytest.raises(Exception, match="label mask") as refusal:
+        reader.read(0)
+    assert not isinstance(refusal.value, BadRow)
+    sample = reader.read(0, labelled=False)
+    assert sample is not None
+    assert not sample.labels.any()
+
+
+def test_the_corpus_is_what_these_tests_take_it_for(corpus: Path, reader: SampleReader) -> None:
+    """Parallel, and with samples both above and below the limit that the tests set."""
+    ids = [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in corpus.glob("*.jsonl")]
+    assert len(ids) == 4
+    assert all(each == ids[0] for each in ids)
+    lengths = [len(reader.chat.tokenize(reader.index.record(row))) for row in range(len(reader.index))]
+    assert min(lengths) < 20
+    assert 50 < max(lengths) <= 96
