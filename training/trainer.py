@@ -93,6 +93,7 @@ class Trainer:
     def train(self, start: int) -> None:
         """Steps `start` .. `max_steps - 1`, with refreshes, evaluations and checkpoints when due."""
         config, run = self.config, self.run
+        self._warm_up()
         steps = range(start, config.max_steps)
         progress = tqdm(
             run.loader.steps(start, config.max_steps), total=config.max_steps, initial=start, unit="step",
@@ -220,6 +221,13 @@ class Trainer:
             )
         by_rank, tokens = total[len(counts) :].split([ranks, len(batch.tokens)])
         return StepTotals(label_tokens, pairs, int(by_rank.max())), StepRead(tokens, overlong, fingerprint)
+
+    def _warm_up(self) -> None:
+        """One forward of one token: ranks whose models differ are named before anything can wait for them."""
+        run = self.run
+        idle = run.data.packer.idle().to(run.engine.device)
+        with run.engine.evaluating(), same_modules_on_every_rank(run.engine.module, run.engine.device):
+            run.objective.loss_terms(run.engine, idle)
 
     def _forward(self, batch: MicroBatch) -> LossTerms:
         run = self.run

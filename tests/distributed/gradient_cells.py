@@ -1,6 +1,6 @@
 """One rank of the gradient test: the same global batch in 1, 2 and 4 micro-batches a rank; rank 0 keeps the gradients.
 
-    python gradient_cells.py DATA_DIR WORK_DIR OUTPUT
+python gradient_cells.py DATA_DIR WORK_DIR OUTPUT
 """
 
 from __future__ import annotations

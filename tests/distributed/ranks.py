@@ -34,9 +34,13 @@ def run_ranks(
         }  # fmt: skip
         processes.append(
             subprocess.Popen(
-                [sys.executable, *program], env=environment({**place, **(extra or {})}), text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=SOURCE,
-            )  # fmt: skip
+                [sys.executable, *program],
+                env=environment({**place, **(extra or {})}),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=SOURCE,
+            )
         )
     deadline = time.monotonic() + timeout
     results = []

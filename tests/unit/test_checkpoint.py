@@ -53,6 +53,11 @@ def cut(path: Path, size: int = 10) -> None:
     os.truncate(path, size)
 
 
+def empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
 TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "marker missing": (lambda path: (path / MARKER).unlink(), "no COMPLETE marker"),
     "marker torn": (lambda path: cut(path / MARKER), "its COMPLETE marker is torn"),
@@ -65,10 +70,7 @@ TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "file missing": (lambda path: (path / "zero/rank_0.pt").unlink(), "zero/rank_0.pt is missing"),
     "folder missing": (lambda path: shutil.rmtree(path / "zero"), "zero/rank_0.pt is missing"),
     "state missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
-    "all missing": (
-        lambda path: [shutil.rmtree(each) if each.is_dir() else each.unlink() for each in path.iterdir()],
-        "no COMPLETE marker",
-    ),
+    "all missing": (empty, "no COMPLETE marker"),
 }
 
 

@@ -18,6 +18,7 @@ from data_pipeline.toy_problems.corpus import (
     LANGUAGES,
     SHARES,
     CorpusSizes,
+    Split,
     ToyItem,
     items_of,
     phrasings,
@@ -27,7 +28,7 @@ from data_pipeline.toy_problems.corpus import (
 )
 from data_pipeline.toy_problems.structures import STRUCTURES, Structure
 
-SPLITS = ("base", "finetune", "test_seen", "test_unseen")
+SPLITS: tuple[Split, ...] = ("base", "finetune", "test_seen", "test_unseen")
 SIZES = CorpusSizes(english_base=400, other_base=60, finetune=300, test_seen=120, test_unseen=120)
 SEED = 5
 SCRIPTS = {
@@ -284,10 +285,8 @@ def test_tests_are_also_in_the_layout_of_mgsm(corpus: Path, split: str) -> None:
 
 def test_the_default_sizes_are_there_to_be_had() -> None:
     sizes = CorpusSizes()
-    for split, n in (
-        ("base", sizes.english_base), ("finetune", sizes.finetune),
-        ("test_seen", sizes.test_seen), ("test_unseen", sizes.test_unseen),
-    ):  # fmt: skip
+    asked = dict(zip(SPLITS, (sizes.english_base, sizes.finetune, sizes.test_seen, sizes.test_unseen), strict=True))
+    for split, n in asked.items():
         assert len({item.id for item in items_of(split, n, 0)}) == n
     assert sizes.other_base <= sizes.english_base
 

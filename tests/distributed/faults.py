@@ -1,0 +1,68 @@
+"""One rank of the fault tests: causes the named fault on rank 1 and lets the trainer meet it.
+
+    python faults.py FAULT DATA_DIR OUTPUT_DIR
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tiny_run import run_values
+
+from training.__main__ import main as run_rank
+from training.config import validate
+from training.distributed import rank
+from training.objectives import LossTerms, ShifCon, SupervisedFineTuning
+
+FAULTY_RANK, FAULTY_CALL = 1, 5
+
+
+def skip_a_module(init):
+    def build(self, model, *arguments):
+        init(self, model, *arguments)
+        if rank() == FAULTY_RANK:
+            model.model.layers[1].mlp.act_fn = None  # no longer a module
+            model.model.layers[1].mlp.__dict__["act_fn"] = torch.nn.functional.silu
+
+    return build
+
+
+def spoil(loss_terms, where: str):
+    calls = 0
+
+    def spoiled(self, engine, batch) -> LossTerms:
+        nonlocal calls
+        terms = loss_terms(self, engine, batch)
+        calls += torch.is_grad_enabled()
+        if rank() == FAULTY_RANK and calls == FAULTY_CALL:
+            if where == "loss":
+                return replace(terms, token_losses=terms.token_losses * float("nan"))
+            if where == "gradient":
+                terms.token_losses.register_hook(lambda gradient: gradient * float("inf"))
+        return terms
+
+    return spoiled
+
+
+def main() -> int:
+    fault, data_dir, output_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    import training.__main__ as entry
+
+    changes = {"checkpoint": {"every": 100}}
+    entry.load_config = lambda *_: validate(run_values(data_dir, output_dir, **changes), "test")
+    if fault == "module":
+        SupervisedFineTuning.__init__ = skip_a_module(SupervisedFineTuning.__init__)
+    else:
+        ShifCon.loss_terms = spoil(ShifCon.loss_terms, fault)
+    return run_rank(["unused.yaml"])
+
+
+if __name__ == "__main__":
+    import os
+
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,327 @@
+"""The command line: help at once, one line and status 2 for what a user can mend, and a look at a run's data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+import yaml
+
+import crosslift
+
+ROOT = Path(__file__).resolve().parents[2]
+HELP_SECONDS = 1.0
+
+
+class Answer(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Answer]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`crosslift ARGUMENTS`, in this process: torch is imported once for all tests."""
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["crosslift", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            crosslift.main()
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return Answer(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def shared_file(tmp_path_factory: pytest.TempPathFactory, prepared_run: Any) -> Path:
+    """The run file of the run that is prepared already."""
+    values = prepared_run.config.model_dump(mode="json")
+    path = tmp_path_factory.mktemp("cli") / "run.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def refused(answer: Answer) -> str:
+    """The one line of a refusal; `check` may have said by then what was in order."""
+    assert answer.status == 2
+    assert "ready to train" not in answer.out
+    assert answer.err.endswith("\n")
+    (line,) = answer.err.splitlines()
+    assert line.startswith("crosslift: ")
+    return line.removeprefix("crosslift: ")
+
+
+def objects(answer: Answer) -> list[dict[str, Any]]:
+    assert answer.status == 0, answer.err
+    return [json.loads(line) for line in answer.out.splitlines()]
+
+
+# --- help
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command and group of commands, by its words."""
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*path, name))
+
+
+COMMANDS = list(commands(typer.main.get_command(crosslift.app)))
+
+
+def help_of(command: tuple[str, ...]) -> tuple[subprocess.CompletedProcess[str], float]:
+    started = time.perf_counter()
+    arguments = [sys.executable, str(ROOT / "crosslift.py"), *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return done, time.perf_counter() - started
+
+
+def test_the_walk_finds_commands_at_every_depth() -> None:
+    assert {(), ("train",), ("check",), ("data",), ("data", "plan"), ("data", "inspect"), ("export",)} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "crosslift")
+def test_help_answers_at_once(command: tuple[str, ...]) -> None:
+    """Best of up to three, since other processes may be in the way; with an example for each command."""
+    best = float("inf")
+    for _ in range(3):
+        done, seconds = help_of(command)
+        best = min(best, seconds)
+        if best < HELP_SECONDS:
+            break
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    is_group = any(each[: len(command)] == command and each != command for each in COMMANDS)
+    assert is_group or f"Example: crosslift {' '.join(command)} " in text
+    assert best < HELP_SECONDS, f"took {best:.2f} s: find the import with python -X importtime"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("crosslift", {"torch", "transformers", "deepspeed", "mlflow", "datasets", "numpy", "pydantic", "yaml"}),
+        ("training.config", {"torch", "transformers", "deepspeed", "mlflow", "datasets"}),
+    ],
+)
+def test_what_answers_at_once_imports_nothing_heavy(module: str, heavy: set[str]) -> None:
+    """What the second above rests on, told by name; and a wrong key in a run file is told at once, too."""
+    code = f"import {module}, sys; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+# --- errors
+
+
+def test_a_real_process_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "crosslift", "check", str(tmp_path / "absent.yaml")],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"crosslift: {tmp_path / 'absent.yaml'}: no such file\n"
+
+
+@pytest.mark.parametrize("command", [("check",), ("train",), ("data", "inspect"), ("data", "plan")])
+def test_every_command_refuses_a_bad_config(cli: Cli, shared_file: Path, command: tuple[str, ...]) -> None:
+    line = refused(cli(*command, shared_file, "max_stepz=3"))
+    assert line == f"{shared_file}: max_stepz: unknown key; did you mean 'max_steps'?"
+
+
+def test_two_mistakes_are_two_lines(cli: Cli, shared_file: Path) -> None:
+    answer = cli("check", shared_file, "max_steps=0", "precision=fp8")
+    assert (answer.status, answer.out) == (2, "")
+    assert [line.split(": ")[-2].split(":")[-1].strip() for line in answer.err.splitlines()] == [
+        "max_steps",
+        "precision",
+    ]
+
+
+def test_a_bad_override_names_itself(cli: Cli, shared_file: Path) -> None:
+    assert refused(cli("check", shared_file, "max_steps")).startswith("override 'max_steps': must be key.sub=value")
+
+
+def write_data(folder: Path, *lines: str, name: str = "en.jsonl") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def row(number: int, language: str = "en", **changes: str) -> str:
+    return json.dumps({"id": f"i{number}", "language": language, "question": f"{number}?", "answer": "1"} | changes)
+
+
+@pytest.fixture
+def data_file(tmp_path: Path, run_file: Callable[..., Path]) -> Path:
+    """A run file whose data_dir is `tmp_path/data`, with English and German declared."""
+    return run_file(tmp_path, **{"data_dir": str(tmp_path / "data"), "data.languages": ["en", "de"]})
+
+
+def test_a_missing_data_dir_is_named(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    line = refused(cli("check", data_file))
+    assert line == f"source 'problems': no file matches {tmp_path / 'data' / '*.jsonl'}"
+
+
+def test_sources_without_rows_are_named(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    assert "source 'problems' has no usable rows" in refused(cli("check", data_file))
+
+
+def test_a_declared_language_without_rows_is_named(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "data", row(1), row(2))
+    line = refused(cli("check", data_file))
+    assert line.startswith("language 'de' of data.languages has nothing to train on")
+
+
+def test_a_language_that_is_not_declared_is_named_with_its_line(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data", row(1), row(1, "de"), row(2, "fr"))
+    line = refused(cli("check", data_file))
+    assert line.startswith(f"{folder / 'en.jsonl'}:3: language 'fr' is not declared; data.languages are de, en")
+
+
+def test_a_broken_line_is_named_with_file_and_line(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data", row(1), row(1, "de"), '{"id": "i2", "lang')
+    line = refused(cli("data", "plan", data_file))
+    assert line.startswith(f"{folder / 'en.jsonl'}:3: not valid JSON")
+    assert "max_bad_rows is 0" in line
+
+
+def test_a_missing_column_is_named_with_those_that_are_there(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data", json.dumps({"id": "1", "language": "en", "prompt": "a", "answer": "b"}))
+    line = refused(cli("check", data_file))
+    assert line.startswith(str(folder / "en.jsonl"))
+    assert all(name in line for name in ("'question'", "'prompt'", "'answer'"))
+
+
+def test_steps_of_the_plan_are_checked(cli: Cli, shared_file: Path) -> None:
+    for steps in ("5", "a:b", "3:", ":"):
+        assert refused(cli("data", "plan", shared_file, "--steps", steps)).startswith(f"--steps '{steps}': must be A:B")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokenizer.train.vocab_size=90000", "tokenizer.train.vocab_size: 90000 is too large"),
+        ("model.init.hidden_sise=3", "hidden_sise: not a key of LlamaConfig; the nearest is 'hidden_size'"),
+        ("model.init.model_type=lama", "model_type: 'lama' is not a type that transformers knows"),
+        ("data.template={name: chat}", "has no chat template"),
+        ("data.mixture={strategy: explicit, weights: {fr: 1}}", "data.mixture.weights.fr: not a declared language"),
+        ("data.micro_batch_tokens=96", "objective.contrastive.set_size: a set of 2 pairs takes about"),
+        ("data.heldout_items=40", "heldout_items is 40, but the sources have only 40 items"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_trained(
+    cli: Cli, tmp_path: Path, run_file: Callable[..., Path], override: str, message: str
+) -> None:
+    assert message in refused(cli("check", run_file(tmp_path), override))
+
+
+# --- a look at the data
+
+
+def test_check_says_all_and_ends_with_ready(cli: Cli, shared_file: Path) -> None:
+    answer = cli("check", shared_file)
+    assert answer.status == 0, answer.err
+    lines = answer.out.splitlines()
+    assert lines[-1] == "ready to train"
+    for language in ("en", "de", "sw", "zh"):
+        assert re.search(rf"^{language} +40 +0$", answer.out, re.MULTILINE)
+        assert re.search(
+            rf"^--- {language}  .*{language}\.jsonl:\d+  \d+ tokens, \d+ labels$", answer.out, re.MULTILINE
+        )
+    assert answer.out.count("⟦label: ") == 4
+    assert any(line.startswith("layout: packed") for line in lines)
+    assert any(line.startswith("model: ") and "2 layers" in line for line in lines)
+
+
+def test_inspect_shows_every_language(cli: Cli, shared_file: Path, corpus: Path) -> None:
+    """As many samples as asked for, the user's words and the answer marked."""
+    answer = cli("data", "inspect", shared_file, "--samples", 3)
+    assert answer.status == 0, answer.err
+    shown = re.findall(r"^--- (\w+)  (.*):(\d+)  ", answer.out, re.MULTILINE)
+    assert Counter(language for language, _, _ in shown) == dict.fromkeys(("en", "de", "sw", "zh"), 3)
+    assert len(set(shown)) == 12
+    for language, file, number in shown:
+        assert file == str(corpus / f"{language}.jsonl")
+        record = json.loads((corpus / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()[int(number) - 1])
+        assert f"⟦content: {record['question']}⟧\n⟦label: {record['answer']}</s>⟧" in answer.out
+
+
+def test_heldout_items_are_counted(cli: Cli, shared_file: Path) -> None:
+    answer = cli("data", "inspect", shared_file, "data.heldout_items=5")
+    assert len(re.findall(r"^\w\w +35 +5$", answer.out, re.MULTILINE)) == 4
+
+
+def test_plan_prints_a_json_line_a_micro_batch(cli: Cli, shared_file: Path) -> None:
+    lines = objects(cli("data", "plan", shared_file, "--steps", "2:5", "--world-size", 2))
+    assert [set(line) for line in lines] == [{"step", "rank", "micro_batch", "ids", "languages"}] * len(lines)
+    places = [(line["step"], line["rank"], line["micro_batch"]) for line in lines]
+    assert places == sorted(places)
+    assert {(step, rank) for step, rank, _ in places} == {(step, rank) for step in (2, 3, 4) for rank in (0, 1)}
+    for line in lines:
+        assert len(line["ids"]) == len(line["languages"]) > 0
+        assert set(line["languages"]) <= {"en", "de", "sw", "zh"}
+
+
+def read_by_step(lines: list[dict[str, Any]]) -> dict[int, Counter[tuple[str, str]]]:
+    read: dict[int, Counter[tuple[str, str]]] = {}
+    for line in lines:
+        read.setdefault(line["step"], Counter()).update(zip(line["ids"], line["languages"], strict=True))
+    return read
+
+
+def test_the_plan_is_the_same_on_any_number_of_ranks_and_from_any_step(cli: Cli, shared_file: Path) -> None:
+    one, two, four = (
+        read_by_step(objects(cli("data", "plan", shared_file, "--steps", "0:6", "--world-size", ranks)))
+        for ranks in (1, 2, 4)
+    )
+    assert one == two == four
+    assert {step: samples.total() for step, samples in one.items()} == dict.fromkeys(range(6), 8)
+    later = read_by_step(objects(cli("data", "plan", shared_file, "--steps", "4:6")))
+    assert later == {step: one[step] for step in (4, 5)}
+    other = read_by_step(objects(cli("data", "plan", shared_file, "seed=4", "--steps", "0:6")))
+    assert other != one
+
+
+def test_a_range_of_no_steps_prints_nothing(cli: Cli, shared_file: Path) -> None:
+    assert cli("data", "plan", shared_file, "--steps", "3:3") == Answer(0, "", "")
+
+
+def test_nothing_is_printed_beside_the_lines(cli: Cli, shared_file: Path) -> None:
+    assert cli("data", "plan", shared_file).err == ""
+
+
+def test_tokenizer_is_trained_into_a_new_folder(cli: Cli, shared_file: Path, tmp_path: Path) -> None:
+    answer = cli("tokenizer", shared_file, "--output", tmp_path / "tokenizer")
+    assert (answer.status, answer.out.splitlines()[-1:]) == (0, [str(tmp_path / "tokenizer")])
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+    line = refused(cli("tokenizer", shared_file, "--output", tmp_path / "tokenizer"))
+    assert line == f"--output {tmp_path / 'tokenizer'}: exists already; give a new folder"
+
+
+def test_export_of_what_is_no_run_is_refused(cli: Cli, tmp_path: Path) -> None:
+    line = refused(cli("export", tmp_path / "absent", "--output", tmp_path / "model"))
+    assert line.startswith(f"--resume {tmp_path / 'absent'}: no such folder")
+    (tmp_path / "empty").mkdir()
+    line = refused(cli("export", tmp_path / "empty", "--output", tmp_path / "model"))
+    assert "not a complete checkpoint: no COMPLETE marker" in line
+    assert not (tmp_path / "model").exists()
