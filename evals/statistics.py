@@ -62,6 +62,24 @@ def paired_difference(
     return PairedDifference(n, both, only_a, only_b, neither, difference, difference - down, difference + up, p_value)
 
 
+def clustered_mean(values_by_item: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean over items of each item's mean, with Student's t interval over items: (mean, low, high).
+
+    For scores over several languages that share their items: the languages' answers to one item are not
+    independent, so the item is what counts. ValueError with fewer than two items.
+    """
+    from scipy.stats import t
+
+    means = [math.fsum(values) / len(values) for values in values_by_item]
+    n = len(means)
+    if n < 2:
+        raise ValueError("an interval over items needs at least two items")
+    mean = math.fsum(means) / n
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in means) / (n - 1) / n)
+    reach = float(t.ppf((1 + confidence) / 2, n - 1)) * spread
+    return mean, mean - reach, mean + reach
+
+
 def _joined(one: float, other: float, phi: float) -> float:
     return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
 

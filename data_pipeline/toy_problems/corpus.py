@@ -48,7 +48,7 @@ class CorpusSizes:
     """Rows a language and split."""
 
     english_base: int = 8000
-    other_base: int = 300
+    other_base: int = 120
     finetune: int = 1500
     test_seen: int = 100
     test_unseen: int = 100

@@ -1,6 +1,6 @@
 """One rank of the fault tests: causes the named fault on rank 1 and lets the trainer meet it.
 
-    python faults.py FAULT DATA_DIR OUTPUT_DIR
+python faults.py FAULT DATA_DIR OUTPUT_DIR
 """
 
 from __future__ import annotations

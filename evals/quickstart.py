@@ -1,0 +1,155 @@
+"""The project's story at toy scale, told with the project's own commands: `crosslift quickstart`.
+
+In: nothing but a folder. Out: a generated parallel corpus, three runs (an English-dominant base, then plain
+SFT and ShifCon from it), every answer of all three on held-out problems, and a table. Next: `crosslift ui`.
+
+It claims no more than it measured: see `verdict`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
+from evals.errors import EvalError
+from evals.mgsm import evaluate_mgsm, find_files, read_predictions, read_problems
+from evals.numbers import HEADLINE
+from evals.opening import open_model
+from evals.report import Accuracy, accuracy_table
+from evals.results import write_atomically
+from evals.statistics import clustered_mean, wilson_interval
+
+SOURCE = Path(__file__).resolve().parents[1]
+DOMINANT = "en"
+OTHERS = tuple(language for language in LANGUAGES if language != DOMINANT)
+MODELS = {"base": "base", "msft": "MSFT", "shifcon": "ShifCon"}  # run folder: column
+TESTS = {"test_seen": "known situations, new numbers", "test_unseen": "situations never seen in training"}
+LEAST_ENGLISH, LEAST_GAP = 0.50, 0.10  # below these there is no dominance that a method could use
+ANSWER_TOKENS = 40
+
+Correct = dict[str, list[bool]]  # by language, in the order of the items
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What may be said of ShifCon against plain SFT on one test, over the languages but English."""
+
+    english: float
+    gap: float  # English minus the mean of the others, both of the base model
+    difference: float
+    low: float
+    high: float
+    text: str
+
+
+def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
+    """Everything, from corpus to table; prints as it goes. A second call goes on where the first stopped."""
+    started = time.monotonic()
+    data = output / "data"
+    _say(f"1/5  parallel word problems in {len(LANGUAGES)} languages: {data}")
+    write_corpus(data, CorpusSizes(), seed)
+    _say("2/5  tokenizer and an English-dominant toy Llama, from scratch")
+    _train("quickstart-base", output / "base", data, seed, ranks=1)
+    start = output / "base" / "model"
+    _say("3/5  plain SFT on all languages (MSFT), ZeRO-3 on 2 ranks")
+    _train("quickstart-msft", output / "msft", data, seed, ranks=2, start=start)
+    _say("4/5  ShifCon from the same start, same steps, same label tokens, ZeRO-3 on 2 ranks")
+    _train("quickstart-shifcon", output / "shifcon", data, seed, ranks=2, start=start)
+    _say("5/5  all three answer held-out problems")
+    correct = {test: {model: _answers(output, model, test) for model in MODELS} for test in TESTS}
+    verdicts = {test: verdict(*correct[test].values()) for test in TESTS}
+    for test, title in TESTS.items():
+        items = len(correct[test]["base"][DOMINANT])
+        print(f"\nAccuracy on {title} ({items} problems a language, 95 % intervals)\n")
+        print(table(correct[test]))
+        print(f"\n{verdicts[test].text}")
+    minutes = (time.monotonic() - started) / 60
+    results = {"seed": seed, "minutes": minutes, **{test: asdict(each) for test, each in verdicts.items()}}
+    write_atomically(output / "quickstart.json", json.dumps(results, indent=1))
+    print(f"\n{minutes:.1f} minutes. Every answer: {output}/scores. The three runs in MLflow: {output}")
+    print(f"Open its page:  crosslift ui {output}")
+    return results
+
+
+def verdict(base: Correct, msft: Correct, shifcon: Correct) -> Verdict:
+    """What was measured, in words: no claim without a dominance gap, no gain unless the interval is above zero."""
+    english = sum(base[DOMINANT]) / len(base[DOMINANT])
+    others = sum(sum(base[language]) for language in OTHERS) / sum(len(base[language]) for language in OTHERS)
+    gap = english - others
+    difference, low, high = clustered_mean(
+        [
+            [float(shifcon[language][item]) - float(msft[language][item]) for language in OTHERS]
+            for item in range(len(base[DOMINANT]))
+        ]
+    )
+    measured = f"ShifCon minus MSFT over the {len(OTHERS)} other languages: {_points(difference, low, high)}."
+    if english < LEAST_ENGLISH:
+        text = f"No claim is possible: base English is {english:.0%}, below {LEAST_ENGLISH:.0%}. {measured}"
+    elif gap < LEAST_GAP:
+        text = (
+            f"No claim is possible: base English is only {100 * gap:.0f} points above the others' mean, "
+            f"and a dominance gap needs {100 * LEAST_GAP:.0f}. {measured}"
+        )
+    elif low > 0:
+        text = f"ShifCon gained: {measured} Toy scale, one seed: it shows the machinery, not the method's worth."
+    elif high < 0:
+        text = f"ShifCon lost here: {measured}"
+    else:
+        text = f"No gain shown: {measured} The interval holds zero."
+    return Verdict(english, gap, difference, low, high, text)
+
+
+def table(correct: Mapping[str, Correct]) -> str:
+    """Language by model, each with its interval; the last row is the mean without English."""
+    rows = [(language, [_accuracy(correct[model][language]) for model in MODELS]) for language in LANGUAGES]
+    rows.append((f"mean but {DOMINANT}", [_mean(correct[model]) for model in MODELS]))
+    return accuracy_table(rows, list(MODELS.values()))
+
+
+def _train(config: str, output: Path, data: Path, seed: int, ranks: int, start: Path | None = None) -> None:
+    """`crosslift train` as a user would call it."""
+    overrides = [f"data_dir={data}", f"output_dir={output}", f"seed={seed}"]
+    if start is not None:
+        overrides.append(f"model.path={start}")
+    command = ["train", str(SOURCE / "configs" / f"{config}.yaml"), *overrides, "--nproc", str(ranks)]
+    print("     crosslift " + " ".join(command), flush=True)
+    status = subprocess.run([sys.executable, str(SOURCE / "crosslift.py"), *command]).returncode
+    if status:
+        raise EvalError(f"{config}: training ended with status {status}; its messages are above")
+
+
+def _answers(output: Path, model: str, test: str) -> Correct:
+    """Right or wrong by language and item, generated unless it was already."""
+    data, scores = output / "data" / f"mgsm_{test}", output / "scores" / model / test
+    generator, chat = open_model(str(output / model / "model"))
+    evaluate_mgsm(generator, chat, data, scores, languages=LANGUAGES, max_new_tokens=ANSWER_TOKENS, batch_size=100)
+    correct: Correct = {}
+    for language, file in find_files(data, ".tsv", LANGUAGES).items():
+        predictions = scores / "predictions" / f"mgsm_{language}.jsonl"
+        rows = read_predictions(predictions, language, read_problems(file))
+        correct[language] = [row["correct"][HEADLINE] for row in rows]
+    return correct
+
+
+def _accuracy(correct: Sequence[bool]) -> Accuracy:
+    return Accuracy(sum(correct) / len(correct), *wilson_interval(sum(correct), len(correct)))
+
+
+def _mean(correct: Correct) -> Accuracy:
+    items = range(len(correct[DOMINANT]))
+    return Accuracy(*clustered_mean([[float(correct[language][item]) for language in OTHERS] for item in items]))
+
+
+def _points(difference: float, low: float, high: float) -> str:
+    return f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
