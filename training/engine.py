@@ -13,10 +13,11 @@ What DeepSpeed needs to be told, each verified and held by a test:
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,8 @@ def consolidated(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    parts = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=CHECKPOINT_TAG, lazy_mode=True)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed's progress, for nobody
+        parts = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=CHECKPOINT_TAG, lazy_mode=True)
     seen: set[int] = set()
     for name, part in parts.items():
         if id(part) not in seen:

@@ -144,4 +144,4 @@ def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:
     error = float((logits_NV[-len(expected_NV) :] - expected_NV).abs().max() / scale)
     if not error <= LOGITS_TOLERANCE[config.precision]:
         raise RuntimeError(f"{output}: reopened, its logits differ from the run's by {error:.1e} of the largest")
-    log.info("%s: reopened; logits agree with the run's to %.1e", output, error)
+    log.info("reopened the export: its logits agree with the run's to %.1e of the largest", error)

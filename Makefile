@@ -1,0 +1,34 @@
+# Two commands: `make quickstart` and `make test`. Both make the environment first (CPU torch unless one is there).
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test lint unit clean
+
+quickstart: $(STAMP)
+	$(BIN)/crosslift quickstart
+
+test: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+# torch goes first: otherwise the resolver may take one with several GB of CUDA packages. deepspeed comes as source and
+# builds without its CUDA ops.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install --quiet $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

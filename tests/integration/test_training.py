@@ -1,0 +1,196 @@
+"""A run as a user makes it: trained without a compiler, exported, opened, asked, scored; and by every launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+
+from ranks import SOURCE, checked, environment, run_ranks
+from tiny_run import LANGUAGES, run_values, write_config, write_data
+
+from data_pipeline.records import Message
+
+
+def crosslift(*arguments: str, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "crosslift.py", *arguments]
+    return subprocess.run(command, env=environment(extra), cwd=SOURCE, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished ShifCon run on one rank, with no compiler on the PATH and MLflow on."""
+    folder = tmp_path_factory.mktemp("run")
+    output = folder / "run"
+    values = run_values(
+        data, output, max_steps=6, tracking={"enabled": True, "sync_seconds": 0.5},
+        evaluation={"every": 3, "items": 4, "swapped_prompts": True},
+    )  # fmt: skip
+    bare = folder / "bin"
+    bare.mkdir()
+    (bare / "python").symlink_to(sys.executable)
+    for tool in ("ps", "uname", "git"):
+        if found := shutil.which(tool):
+            (bare / tool).symlink_to(found)
+    extra = {"PATH": str(bare), "CC": "", "CXX": "", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    assert shutil.which("cc", path=str(bare)) is None
+    done = crosslift("train", str(write_config(folder / "run.yaml", values)), "--nproc", "1", extra=extra)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (folder / "extensions").exists(), "DeepSpeed compiled something"
+    return output
+
+
+def test_the_export_opens_in_plain_transformers(trained: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(trained / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert AutoTokenizer.from_pretrained(trained / "model").decode([5, 6]) is not None
+    assert model.config.use_cache
+
+
+def test_the_run_folder_records_metrics_of_every_kind(trained: Path) -> None:
+    names: set[str] = set()
+    for line in (trained / "record.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        names |= set(event["values"]) if event["kind"] == "metrics" else set()
+    wanted = {"train/loss", "train/contrastive", "train/grad_norm", "train/tokens_per_second", "train/step_seconds"}
+    wanted |= {"memory/host_peak_gib", "eval/loss", "shift/norm/sw", "shift/restoration_error/th"}
+    wanted |= {f"{kind}/{code}" for code in LANGUAGES for kind in ("train/loss", "train/token_share", "eval/loss")}
+    wanted |= {f"eval/loss_swapped/{code}" for code in LANGUAGES}
+    assert wanted <= names
+
+
+def test_mlflow_has_the_run_with_its_artefacts(trained: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{trained}/mlflow.db")
+    experiment = client.get_experiment_by_name("crosslift")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["objective.name"] == "shifcon"
+    assert "deepspeed" in run.data.tags
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, 7))
+    found = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "language_vectors.safetensors", "plots"} <= found
+
+
+def test_generate_answers_with_the_shift_on(trained: Path) -> None:
+    done = crosslift(
+        "generate", str(trained / "model"), "--language", "sw", "--prompt", "3 maembe 4 ?", "--json",
+        "--max-new-tokens", "4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert (row["language"], row["shifted"]) == ("sw", True)
+
+
+def test_generation_from_the_export_is_what_training_saw(trained: Path) -> None:
+    """The shifted loss of a sample, from the export alone, is the loss inside the trainer's own objective."""
+    import torch
+
+    from evals.opening import open_model
+    from modeling.generation import Prompt
+
+    generator, chat = open_model(str(trained / "model"))
+    ids, _ = chat.prompt_ids([Message("user", "3 maembe 4 ?")], "sw", "sw")
+    prompt = Prompt([int(i) for i in ids], "sw", "sw")
+    with torch.no_grad():
+        rows = torch.tensor([prompt.ids])
+        plain = generator.model(rows).logits
+        with generator.shifted([prompt], torch.ones_like(rows)):
+            shifted = generator.model(rows).logits
+    assert (plain - shifted).abs().max() > 1e-4
+
+
+def test_a_shifcon_export_without_vectors_is_refused(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(trained / "model", copy)
+    (copy / "language_vectors.safetensors").unlink()
+    done = crosslift("generate", str(copy), "--prompt", "x")
+    assert done.returncode == 2
+    assert "language_vectors.safetensors: missing" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_eval_scores_mgsm_and_keeps_every_output(trained: Path, tmp_path: Path) -> None:
+    tests = tmp_path / "mgsm"
+    tests.mkdir()
+    for language in ("en", "sw", "bn"):
+        (tests / f"mgsm_{language}.tsv").write_text("2 apples 3 ?\t5\n4 apples 4 ?\t8\n", encoding="utf-8")
+    output = tmp_path / "scores"
+    done = crosslift(
+        "eval", str(trained / "model"), "--tasks", "mgsm", "--data-dir", str(tests), "--output", str(output),
+        "--max-new-tokens", "8", "--limit", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "bn*" in done.stdout
+    assert "no language vector: ran unshifted" in done.stdout
+    results = json.loads((output / "results.json").read_text())
+    assert set(results["languages"]) == {"en", "sw", "bn"}
+    for language in results["languages"]:
+        assert len((output / "predictions" / f"mgsm_{language}.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def by_launcher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Losses of one 2-rank run, started by three launchers."""
+    folder = tmp_path_factory.mktemp("launchers")
+    rank_program = ["-m", "training"]
+    launchers = {
+        "crosslift": [sys.executable, "crosslift.py", "train"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *rank_program],
+        "bare": [],
+    }
+    losses = {}
+    for name, command in launchers.items():
+        output = folder / name
+        config = str(write_config(folder / f"{name}.yaml", run_values(data, output, max_steps=2)))
+        if name == "bare":
+            checked(run_ranks([*rank_program, config], world_size=2))
+        else:
+            tail = ["--nproc", "2"] if name == "crosslift" else []
+            extra = {"MASTER_PORT": "29611"}
+            done = subprocess.run(
+                [*command, config, *tail], env={**environment(), **extra}, cwd=SOURCE, capture_output=True, text=True,
+                timeout=240,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+        events = [json.loads(line) for line in (output / "record.jsonl").read_text().splitlines()]
+        losses[name] = [event["values"]["train/loss"] for event in events if event["kind"] == "metrics"]
+    return losses
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "bare"])
+def test_every_launcher_starts_the_same_loop(by_launcher: dict[str, list[float]], launcher: str) -> None:
+    assert len(by_launcher["crosslift"]) == 2
+    assert by_launcher[launcher] == by_launcher["crosslift"]
+
+
+@pytest.mark.skipif(
+    shutil.which("deepspeed", path=os.path.dirname(sys.executable)) is None, reason="no deepspeed launcher"
+)
+def test_the_deepspeed_launcher_starts_it_too(data: Path, tmp_path: Path, by_launcher: dict[str, list[float]]) -> None:
+    config = write_config(tmp_path / "run.yaml", run_values(data, tmp_path / "run", max_steps=2))
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", "2", "--master_port", "29612", "--module", "training", str(config)]
+    extra = {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, env=environment(extra), cwd=SOURCE, capture_output=True, text=True, timeout=240
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    events = [json.loads(line) for line in (tmp_path / "run" / "record.jsonl").read_text().splitlines()]
+    assert [e["values"]["train/loss"] for e in events if e["kind"] == "metrics"] == by_launcher["crosslift"]
