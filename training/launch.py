@@ -22,11 +22,13 @@ def visible_gpus() -> int:
 
 def launch(config: Path, overrides: Sequence[str], nproc: int, options: Sequence[str]) -> int:
     """Start `nproc` ranks of `python -m training` and wait: 0, or the exit status of the first that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What failed is said by the rank itself; elastic's own report of it is noise.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # What failed is said by the rank itself; elastic's own reports of it are noise.
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     source = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
@@ -43,4 +45,8 @@ def launch(config: Path, overrides: Sequence[str], nproc: int, options: Sequence
         if first.exitcode < 0:
             print(f"crosslift: rank {first.local_rank} was killed by signal {-first.exitcode}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 1
+    except SignalException as stopped:
+        print(f"crosslift: stopped by {stopped.sigval.name}; the same command goes on from the last checkpoint",
+              file=sys.stderr)  # fmt: skip
+        return 128 + stopped.sigval
     return 0

@@ -302,6 +302,13 @@ def test_the_plan_is_the_same_on_any_number_of_ranks_and_from_any_step(cli: Cli,
     assert other != one
 
 
+def test_the_plan_keeps_to_the_mixture(cli: Cli, shared_file: Path) -> None:
+    """Three English slots to one Swahili slot; samples are in the language that the line says."""
+    mixture = "data.mixture={strategy: explicit, weights: {en: 3, sw: 1}}"
+    lines = objects(cli("data", "plan", shared_file, mixture, "--steps", "0:4"))
+    assert Counter(language for line in lines for language in line["languages"]) == {"en": 24, "sw": 8}
+
+
 def test_a_range_of_no_steps_prints_nothing(cli: Cli, shared_file: Path) -> None:
     assert cli("data", "plan", shared_file, "--steps", "3:3") == Answer(0, "", "")
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from evals.statistics import paired_difference, wilson_interval
+from evals.statistics import clustered_mean, paired_difference, wilson_interval
 
 
 def table(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -77,3 +77,20 @@ def test_paired_difference_wants_the_same_items() -> None:
         paired_difference([True], [True, False])
     with pytest.raises(ValueError, match="at least one item"):
         paired_difference([], [])
+
+
+def test_clustered_mean_is_students_interval_over_item_means() -> None:
+    # Items with means 0, 1/2, 1: mean 1/2, standard error sqrt(1/4 / 3), t(0.975, 2) = 4.3027.
+    mean, low, high = clustered_mean([[0, 0], [0, 1], [1, 1]])
+    assert mean == pytest.approx(0.5)
+    assert (high - mean, mean - low) == pytest.approx((4.302653 * math.sqrt(0.25 / 3),) * 2)
+
+
+def test_languages_that_repeat_one_item_add_no_certainty() -> None:
+    once = clustered_mean([[0], [1], [1], [0], [1]])
+    assert clustered_mean([[0] * 9, [1] * 9, [1] * 9, [0] * 9, [1] * 9]) == pytest.approx(once)
+
+
+def test_one_item_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        clustered_mean([[1, 0]])

@@ -1,0 +1,49 @@
+"""What both benchmarks share: ranks on this machine, and what the machine is.
+
+In: a module to run and how many ranks. Out: an exit status; facts that a figure is worth nothing without.
+Next: `step_time.py`, `load_memory.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.provenance import git_state, versions
+
+SOURCE = Path(__file__).resolve().parent.parent
+
+
+def run_ranks(module: str, arguments: Sequence[str], nproc: int) -> None:
+    """`python -m MODULE ARGUMENTS` as `nproc` ranks; the first that fails ends all, and raises ChildFailedError."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
+    settings = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.2,
+    )  # fmt: skip
+    elastic_launch(settings, sys.executable)("-m", module, *arguments)
+
+
+def machine(nproc: int) -> dict[str, Any]:
+    """Hardware, software, commit and command line."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": f"{os.cpu_count()} cores {platform.machine()}",
+        "memory_gib": round(memory / 2**30, 1),
+        "gpu": gpu,
+        "ranks": nproc,
+        "threads_a_rank": int(os.environ.get("OMP_NUM_THREADS", max((os.cpu_count() or 1) // nproc, 1))),
+        "versions": versions(),
+        "source": git_state(),
+    }

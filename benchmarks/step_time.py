@@ -1,0 +1,288 @@
+"""Seconds per step: plain SFT, one-pass ShifCon, three-pass ShifCon, interleaved in one launch under ZeRO-3.
+
+    python -m benchmarks.step_time --json FILE
+
+All three train the same model from the same weights on the same batches of generated parallel data. Each round is
+one step of each, in turning order, so that a noisy machine slows all three alike; ratios are taken within a round.
+A round's time is that of the slowest rank. The refresh of the language vectors is timed by itself, at the default
+`refresh_every` and `probe_items`, and added to one-pass in equal shares; three-pass gets its vectors for nothing.
+CPU: gloo, fp32; GPU: NCCL, bf16, one rank a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ranks import machine, run_ranks
+
+LETTERS = {  # consonants, vowels
+    "en": ("bcdfghlmnprstw", "aeiou"), "de": ("bdfghklmnrstwz", "aeiouäöü"), "es": ("bcdlmnprstvñ", "aeioué"),
+    "ru": ("бвгдзклмнпрст", "аеиоуя"), "sw": ("bdghjklmnpstwz", "aeiou"),
+}  # fmt: skip
+LANGUAGES = list(LETTERS)
+WEIGHTS = {language: 0.3 if language == "en" else 0.175 for language in LANGUAGES}
+LEXICON = 400  # words a language
+ITEMS = 600
+QUESTION_WORDS, ANSWER_WORDS = (35, 110), (20, 80)  # about one token a word
+OBJECTIVES = ("SFT", "one-pass", "three-pass")
+SIZES: dict[str, dict[str, Any]] = {
+    "0.1M": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
+    "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "20M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6},
+}
+AREAS = {"0.1M": [1, 2], "5M": [2, 4], "20M": [4, 7]}
+
+
+def write_data(folder: Path) -> None:
+    """`<language>.jsonl`: the same items, word for word, in words of each language's own."""
+    folder.mkdir(parents=True)
+    for language, (consonants, vowels) in LETTERS.items():
+        chance = random.Random(language)
+        lexicon = [
+            "".join(chance.choice(consonants) + chance.choice(vowels) for _ in range(chance.randint(1, 3)))
+            for _ in range(LEXICON)
+        ]
+        lines = []
+        for item in range(ITEMS):
+            chance = random.Random(item)  # the same words in every language
+            texts = [
+                " ".join(lexicon[int(LEXICON * chance.random() ** 2)] for _ in range(chance.randint(*words)))
+                for words in (QUESTION_WORDS, ANSWER_WORDS)
+            ]
+            lines.append(json.dumps({"id": f"i{item}", "question": texts[0], "answer": texts[1]}))
+        (folder / f"{language}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run_values(folder: Path, size: str, slots: int, on_gpu: bool) -> dict[str, Any]:
+    """The run file of the one-pass run; the other two take everything but the objective from it."""
+    columns = {"id": "id", "prompt": "question", "completion": "answer"}
+    model = {**SIZES[size], "num_key_value_heads": SIZES[size]["num_attention_heads"]}
+    return {
+        "data_dir": str(folder / "data"),
+        "output_dir": str(folder / size),
+        "max_steps": 1000,
+        "model": {"init": {"model_type": "llama", "max_position_embeddings": 512, **model}},
+        "tokenizer": {"train": {"vocab_size": 2400}},
+        "data": {
+            "languages": LANGUAGES,
+            "sources": [
+                {"name": language, "files": f"{language}.jsonl", "language": language, "columns": columns}
+                for language in LANGUAGES
+            ],
+            "mixture": {"strategy": "explicit", "weights": WEIGHTS, "pairing": "reuse"},
+            "slots_per_step": slots,
+            "sequence_length": 256,
+            "micro_batch_tokens": 4096,
+        },
+        "objective": {
+            "name": "shifcon", "layers": AREAS[size], "contrastive": {"weight": 0.1, "scale": 10.0, "set_size": 6},
+        },
+        "optimizer": {"learning_rate": 1e-4},
+        "precision": "bf16" if on_gpu else "fp32",
+        "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        "tracking": {"enabled": False},
+    }  # fmt: skip
+
+
+def build_trainers(config: Any) -> dict[str, Any]:
+    """One Trainer an objective: three models and engines, one data side."""
+    from benchmarks.three_pass import ThreePassShifCon
+    from modeling.loading import build_model, load_weights, resolve_directory
+    from training.assembly import Run, _probe, assemble_data
+    from training.distributed import rank
+    from training.engine import DTYPES, Construction, Engine, deepspeed_settings
+    from training.objectives import ShifCon, SupervisedFineTuning
+    from training.prepare import prepare
+    from training.trainer import Trainer
+
+    prepared = prepare(config, rank())
+    data = assemble_data(config, prepared)
+    nproc = int(os.environ["WORLD_SIZE"])
+    settings = deepspeed_settings(config, nproc)
+    shifcon = (config.objective, config.data.languages, config.data.dominant, _probe(config, data, nproc))
+    makers: tuple[Callable[[Any], Any], ...] = (
+        SupervisedFineTuning,
+        lambda model: ShifCon(model, *shifcon),
+        lambda model: ThreePassShifCon(model, *shifcon),
+    )
+    trainers = {}
+    for name, make in zip(OBJECTIVES, makers, strict=True):
+        construction = Construction(settings)
+        directory = resolve_directory(prepared.model_dir)
+        model = build_model(
+            directory, attention=config.model.attention, dtype=DTYPES[config.precision],
+            gradient_checkpointing=False, construction=construction.context(),
+        )  # fmt: skip
+        load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
+        objective = make(model)  # its hooks come before the engine's, as in training.assembly
+        engine = Engine(model, config, settings, nproc)
+        trainers[name] = Trainer(Run(config, data, data.loader(config, rank(), nproc), objective, engine, None), None)
+    return trainers
+
+
+def timed(work: Callable[[], Any], device: Any) -> float:
+    """Seconds until the slowest rank is done; all start together."""
+    import torch
+
+    from training.distributed import all_max, barrier
+
+    barrier()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return all_max(time.perf_counter() - started, device)
+
+
+def measure(config: Any, rounds: int) -> dict[str, Any]:
+    """Times of every round, and what was in the batches; the same on every rank."""
+    from training.distributed import all_max, all_sum
+
+    trainers = build_trainers(config)
+    one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run
+    device, packer, loader = one_pass.engine.device, one_pass.data.packer, one_pass.loader
+    seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
+    counts, refreshes, loads = [], [], []
+    for number in range(rounds + 1):
+        batch = loader.load(number)
+        extra = three_pass.objective.prepare(batch, packer, device)
+        if number == 0:  # unmeasured: first passes, DeepSpeed's traces, the allocator
+            for trainer in trainers.values():
+                trainer.train_step(number, batch)
+        if number in (0, rounds):
+            refreshes.append(timed(lambda: one_pass.objective.refresh(one_pass.engine), device))
+            three_pass.objective.set_vectors(one_pass.objective.vectors)
+        if number == 0:
+            continue
+        for place in range(len(OBJECTIVES)):
+            name = OBJECTIVES[(place + number) % len(OBJECTIVES)]
+            seconds[name].append(timed(lambda name=name: trainers[name].train_step(number, batch), device))
+        grid = sum(each.input_ids.numel() for each in batch.micro_batches)
+        sums = all_sum([batch.tokens.sum(), batch.label_tokens, batch.pairs, extra, grid], device).tolist()
+        keys = ("tokens", "label_tokens", "pairs", "three_pass_extra_tokens", "grid_tokens")
+        busiest = all_max(grid, device)
+        counts.append({**dict(zip(keys, map(int, sums), strict=True)), "busiest_rank_grid_tokens": int(busiest)})
+        loads.append(round(os.getloadavg()[0], 2))
+    parameters = sum(parameter.ds_numel for parameter in one_pass.engine.module.parameters())
+    for trainer in trainers.values():
+        trainer.run.engine.destroy()
+    return {
+        "parameters": parameters, "layers": one_pass.engine.module.config.num_hidden_layers,
+        "area": list(config.objective.layers), "precision": config.precision,
+        "refresh_every": config.objective.refresh_every, "probe_items": config.objective.probe_items,
+        "slots_per_step": config.data.slots_per_step, "seconds": seconds, "refresh_seconds": refreshes,
+        "rounds": counts, "load_average": loads,
+    }  # fmt: skip
+
+
+def summary(measured: dict[str, Any]) -> dict[str, Any]:
+    """Medians, and ratios paired by round with the refresh in one-pass's time."""
+    seconds, rounds = measured["seconds"], measured["rounds"]
+    share = statistics.median(measured["refresh_seconds"]) / measured["refresh_every"]
+    whole = {**seconds, "one-pass": [each + share for each in seconds["one-pass"]]}
+    rows = {}
+    for name in OBJECTIVES:
+        extra = name == "three-pass"
+        processed = [each["tokens"] + extra * each["three_pass_extra_tokens"] for each in rounds]
+        labels = [each["label_tokens"] for each in rounds]
+        rows[name] = {
+            "seconds_a_step": statistics.median(whole[name]),
+            "us_a_processed_token": 1e6 * statistics.median(_ratios(whole[name], processed)),
+            "us_a_label_token": 1e6 * statistics.median(_ratios(whole[name], labels)),
+            "ratio_to_sft": _spread(_ratios(whole[name], whole["SFT"])),
+        }
+    return {
+        "objectives": rows,
+        "one_pass_ratio_without_refresh": _spread(_ratios(seconds["one-pass"], seconds["SFT"])),
+        "one_pass_to_three_pass": _spread(_ratios(whole["one-pass"], whole["three-pass"])),
+        "refresh_share_of_one_pass": share / rows["one-pass"]["seconds_a_step"],
+    }
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    return [min(values), statistics.median(values), max(values)]
+
+
+def table(size: str, measured: dict[str, Any]) -> str:
+    """Markdown."""
+    found = measured["summary"]
+    lines = [
+        f"\n{size}: {measured['parameters'] / 1e6:.1f}M parameters, {measured['layers']} layers, area "
+        f"{measured['area']}, {measured['precision']}, {measured['slots_per_step']} samples a step, "
+        f"{len(measured['rounds'])} rounds, load average {min(measured['load_average'])} to "
+        f"{max(measured['load_average'])}\n",
+        "| objective | s/step | µs/processed token | µs/label token | ratio to SFT: min, median, max |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found["objectives"].items():
+        ratio = ", ".join(f"{value:.3f}" for value in row["ratio_to_sft"])
+        each = f"{row['us_a_processed_token']:.1f} | {row['us_a_label_token']:.1f}"
+        lines.append(f"| {name} | {row['seconds_a_step']:.3f} | {each} | {ratio} |")
+    for text, key in (("without the refresh", "one_pass_ratio_without_refresh"),
+                      ("to three-pass", "one_pass_to_three_pass")):  # fmt: skip
+        lines.append(f"\nOne-pass {text}: " + ", ".join(f"{value:.3f}" for value in found[key]))
+    lines.append(f"\nRefresh: {found['refresh_share_of_one_pass']:.2%} of a one-pass step")
+    return "\n".join(lines)
+
+
+def rank_main(folder: Path, options: argparse.Namespace) -> None:
+    """One rank: every size in turn; rank 0 keeps the figures."""
+    import torch
+
+    from training.config import validate
+    from training.distributed import rank
+    from training.engine import init_process_group
+
+    init_process_group(timeout_minutes=10)
+    results = {}
+    for size in options.sizes:
+        values = run_values(folder, size, options.slots, torch.cuda.is_available())
+        results[size] = measure(validate(values, "benchmark"), options.rounds)
+    if rank() == 0:
+        (folder / "measured.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["5M", "20M"], choices=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--slots", type=int, default=64, help="samples in a step's global batch")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks (on GPUs: at most as many as there are)")
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_folder is not None:
+        rank_main(options.rank_folder, options)
+        return
+    from training.launch import visible_gpus
+
+    nproc = min(options.nproc, visible_gpus() or options.nproc)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_data(folder / "data")
+        shared = ["--rounds", str(options.rounds), "--slots", str(options.slots), "--sizes", *options.sizes]
+        run_ranks("benchmarks.step_time", [*shared, "--rank-folder", temporary], nproc)
+        measured = json.loads((folder / "measured.json").read_text())
+    for size, each in measured.items():
+        each["summary"] = summary(each)
+        print(table(size, each))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": machine(nproc), "sizes": measured}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

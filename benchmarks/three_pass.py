@@ -1,0 +1,112 @@
+"""Three-pass ShifCon, the yardstick of `step_time.py`: a step as the authors' public code runs it.
+
+Three full forward passes: the English texts of the pairs, their translations, and the SFT batch. The first two
+run unshifted on bare text (no template), through the LM head at every position, for logits nobody reads. The
+contrastive loss takes sentence means at every layer of the area: L2-normalised, the translations recentred onto
+the English batch mean, candidates from the whole batch. The third pass is the shifted SFT pass of `ShifCon`.
+
+Generous to the yardstick: texts are packed like ours instead of padded, only label positions meet the LM head in
+the SFT pass, states are pooled by hooks instead of kept by `output_hidden_states`, language vectors are taken as
+given, and pairs are those of our plan (the authors' run had 12 pairs to 14 SFT samples).
+
+In: the micro-batches of `ShifCon`. Out: LossTerms. Next: `step_time.py`.
+Shapes: T tokens, S segments, P pairs, H hidden.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_pipeline.loader import RankStep
+from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
+from data_pipeline.records import TokenizedSample
+from modeling.contrastive import contrastive_loss
+from training.engine import Engine
+from training.objectives import LossTerms, ShifCon, model_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """One side of a micro-batch's pairs, packed; `segments` (P,) finds pair i's text."""
+
+    batch: MicroBatch
+    segments: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return int((self.batch.segment_ids >= 0).sum())
+
+
+class ThreePassShifCon(ShifCon):
+    """Give each step's RankStep to `prepare` before it is trained on."""
+
+    def prepare(self, step: RankStep, packer: Packer, device: torch.device) -> int:
+        """Packs both sides' texts, which the authors' loader would do; the tokens that they add to the step."""
+        self._texts: dict[int, tuple[Texts, Texts]] = {}
+        for micro_batch in step.micro_batches:
+            sides = pair_texts(micro_batch, packer)
+            self._texts[id(micro_batch.units)] = tuple(replace(side, batch=side.batch.to(device)) for side in sides)
+        idle = Texts(packer.idle().to(device), torch.zeros(0, dtype=torch.int64, device=device))
+        self._idle = (idle, idle)
+        return sum(side.tokens for sides in self._texts.values() for side in sides)
+
+    def loss_terms(self, engine: Engine, batch: MicroBatch) -> LossTerms:
+        english, translated = (
+            self._sentence_means(engine, side) for side in self._texts.get(id(batch.units), self._idle)
+        )
+        with self.shift.batch(self._shifted_languages(batch)):
+            losses = self._token_losses(engine, batch)
+        return LossTerms(losses, self._batch_contrastive(english, translated, batch))
+
+    def _sentence_means(self, engine: Engine, texts: Texts) -> list[Tensor]:
+        """A full forward pass; (P, H) for each layer of the area."""
+        side = texts.batch
+        with self.pooling.batch(side.segment_ids, side.content, side.n_segments) as pooled:
+            engine.forward(**model_inputs(side))
+        return [states_SH[texts.segments.to(states_SH.device)] for states_SH in pooled]
+
+    def _batch_contrastive(self, english: Sequence[Tensor], translated: Sequence[Tensor], batch: MicroBatch) -> Tensor:
+        states = []
+        for english_PH, other_PH in zip(english, translated, strict=True):
+            if len(english_PH):
+                english_PH, other_PH = F.normalize(english_PH, dim=-1), F.normalize(other_PH, dim=-1)
+                other_PH = other_PH - other_PH.mean(0) + english_PH.mean(0)
+            states.append(torch.cat([english_PH, other_PH]))
+        numbers = torch.arange(len(batch.pairs), device=batch.pairs.device)
+        pairs = torch.stack([numbers, numbers + len(numbers)], dim=1)
+        return contrastive_loss(
+            states, pairs, torch.zeros_like(numbers), batch.pair_groups, batch.pair_contents,
+            scale=self.config.contrastive.scale,
+        )  # fmt: skip
+
+
+def pair_texts(batch: MicroBatch, packer: Packer) -> tuple[Texts, Texts]:
+    """The texts of the micro-batch's pairs, dominant and other side, each packed into one forward pass."""
+    samples = [(unit.samples[a], unit.samples[b]) for unit in batch.units for a, b in unit.pairs]
+    whole = Packer(packer.layout, sys.maxsize, packer.row_tokens, packer.pad_id)
+    sides = []
+    for side in range(2):
+        bare = [_bare(pair[side], str(number)) for number, pair in enumerate(samples)]
+        packed = whole.pack([TokenizedUnit((sample,)) for sample in bare])
+        texts = packed[0] if packed else whole.idle()
+        place = {name: segment for segment, name in enumerate(texts.sample_ids)}
+        segments = torch.tensor([place[sample.id] for sample in bare], dtype=torch.int64)
+        sides.append(Texts(texts, segments))
+    return sides[0], sides[1]
+
+
+def _bare(sample: TokenizedSample, name: str) -> TokenizedSample:
+    """The user's words without a template, behind the sequence's first token."""
+    input_ids = np.concatenate([sample.input_ids[:1], sample.input_ids[sample.content]])
+    content = np.ones(len(input_ids), dtype=np.bool_)
+    content[0] = False
+    none = np.zeros_like(content)
+    return replace(sample, id=name, input_ids=input_ids, labels=none, content=content, answer=none)
