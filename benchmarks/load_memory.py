@@ -130,6 +130,7 @@ def run_config(folder: Path) -> Any:
 def rank_main(folder: Path) -> None:
     """One rank: load as `training.assembly.assemble` does; rank 0 keeps every rank's figures."""
     import torch.distributed as dist
+    from transformers import LlamaForCausalLM  # noqa: F401  an import, so part of the baseline
 
     from modeling.loading import build_model, load_weights
     from training.distributed import barrier, gather_objects, rank, world_size

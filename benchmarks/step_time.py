@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,13 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
             for trainer in trainers.values():
                 trainer.train_step(number, batch)
         if number in (0, rounds):
-            refreshes.append(timed(lambda: one_pass.objective.refresh(one_pass.engine), device))
+            refreshes.append(timed(partial(one_pass.objective.refresh, one_pass.engine), device))
             three_pass.objective.set_vectors(one_pass.objective.vectors)
         if number == 0:
             continue
         for place in range(len(OBJECTIVES)):
             name = OBJECTIVES[(place + number) % len(OBJECTIVES)]
-            seconds[name].append(timed(lambda name=name: trainers[name].train_step(number, batch), device))
+            seconds[name].append(timed(partial(trainers[name].train_step, number, batch), device))
         grid = sum(each.input_ids.numel() for each in batch.micro_batches)
         sums = all_sum([batch.tokens.sum(), batch.label_tokens, batch.pairs, extra, grid], device).tolist()
         keys = ("tokens", "label_tokens", "pairs", "three_pass_extra_tokens", "grid_tokens")
