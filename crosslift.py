@@ -47,10 +47,12 @@ def train(
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """All that can be known before a run. Example: crosslift check configs/gsm8k-parallel.yaml data_dir=DIR"""
-    from training.check import check_run
     from training.config import load_config
 
-    for line in check_run(load_config(config, overrides or [])):
+    settings = load_config(config, overrides or [])  # its errors come before heavy imports
+    from training.check import check_run
+
+    for line in check_run(settings):
         print(line)
 
 
@@ -61,10 +63,12 @@ def inspect(
     samples: Annotated[int, typer.Option(min=1, help="samples a language")] = 1,
 ) -> None:
     """A decoded sample a language, its label mask marked. Example: crosslift data inspect CONFIG --samples 2"""
-    from training.check import inspect_data
     from training.config import load_config
 
-    for line in inspect_data(load_config(config, overrides or []), samples):
+    settings = load_config(config, overrides or [])
+    from training.check import inspect_data
+
+    for line in inspect_data(settings, samples):
         print(line)
 
 
@@ -76,14 +80,16 @@ def plan(
     world_size: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
 ) -> None:
     """What every rank reads, a JSON line a micro-batch. Example: crosslift data plan CONFIG --steps 100:102"""
-    from training.check import plan_lines
     from training.config import load_config
     from training.errors import ConfigError
 
     first, colon, last = steps.partition(":")
     if not (colon and first.isdigit() and last.isdigit()):
         raise ConfigError(f"--steps {steps!r}: must be A:B, such as 0:10")
-    for line in plan_lines(load_config(config, overrides or []), range(int(first), int(last)), world_size):
+    settings = load_config(config, overrides or [])
+    from training.check import plan_lines
+
+    for line in plan_lines(settings, range(int(first), int(last)), world_size):
         print(json.dumps(line, ensure_ascii=False))
 
 
@@ -107,11 +113,11 @@ def export(
     output: Output,
 ) -> None:
     """A checkpoint as a Hugging Face directory. Example: crosslift export runs/a --output runs/a/model-200"""
-    from training.checkpoint import find
+    from training.checkpoint import at
+
+    found = at(checkpoint)
     from training.export import export_checkpoint
 
-    found = find(str(checkpoint), checkpoint)
-    assert found is not None
     print(export_checkpoint(found, output))
 
 

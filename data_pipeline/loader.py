@@ -18,7 +18,7 @@ import numpy.typing as npt
 from data_pipeline.chat import Chat, check_labels
 from data_pipeline.index import DataIndex
 from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
-from data_pipeline.plan import Planner, Slot, Unit, assign
+from data_pipeline.plan import Planner, Unit, assign
 from data_pipeline.records import BadRow, TokenizedSample, stable_hash
 
 FINGERPRINT_RANGE = 2**40  # 8,192 samples add up to less than 2**53, which a float holds exactly
@@ -141,14 +141,3 @@ def fixed_batches(samples: Sequence[TokenizedSample], packer: Packer, rank: int,
     shares = [packer.pack([TokenizedUnit((s,)) for s in samples[r::world_size]]) for r in range(world_size)]
     longest = max(len(share) for share in shares)
     return [*shares[rank], *(packer.idle() for _ in range(longest - len(shares[rank])))]
-
-
-def slot_ids(index: DataIndex, slots: Sequence[Slot]) -> list[str]:
-    """Record ids of slots, "(bad row)" for one that cannot be read: for `data plan` and error messages."""
-    ids = []
-    for slot in slots:
-        try:
-            ids.append(index.record(slot.row).id)
-        except BadRow:
-            ids.append("(bad row)")
-    return ids

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from data_pipeline.chat import describe
-from data_pipeline.loader import slot_ids
 from data_pipeline.plan import assign
-from training.assembly import DataParts, assemble_data, build_planner
+from training.assembly import DataParts, assemble_data
 from training.config import RunConfig
-from training.prepare import Prepared, open_index, prepare, sample_rows
+from training.prepare import Prepared, prepare, sample_rows
 
 COUNTED_STEPS = 64
 # Bytes a parameter, sharded over ranks: weights, gradients (bf16: with an fp32 accumulator), Adam's two
@@ -58,13 +57,6 @@ def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dic
                     "ids": [sample.id for sample in samples],
                     "languages": [config.data.languages[sample.language] for sample in samples],
                 }
-
-
-def planned_ids(config: RunConfig, steps: range) -> Iterator[list[str]]:
-    """Ids of each step's slots in slot order, without tokenising: the order that a resume must keep."""
-    planner = build_planner(config, index := open_index(config), None)
-    for step in steps:
-        yield slot_ids(index, planner.step(step).slots)
 
 
 def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:

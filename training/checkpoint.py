@@ -154,16 +154,30 @@ def find(resume: str, output_dir: Path) -> Path | None:
                 "take another output_dir, remove the folder, or use --resume auto"
             )
         return None
-    path = Path(resume)
+    return at(Path(resume))
+
+
+def at(path: Path) -> Path:
+    """A checkpoint's own folder, or a run's newest complete one. Raises ConfigError where there is none."""
     if not path.is_dir():
-        raise ConfigError(f"--resume {resume}: no such folder; give auto, never, or a checkpoint's or run's folder")
+        raise ConfigError(f"{path}: no such folder; give a checkpoint's or a run's")
     if checkpoint_root(path).is_dir():
         if (found := latest(path)) is None:
-            raise ConfigError(f"--resume {resume}: this run has no complete checkpoint")
+            raise ConfigError(f"{path}: this run has no complete checkpoint")
         return found
     if (reason := problem(path)) is not None:
-        raise ConfigError(f"--resume {resume}: not a complete checkpoint: {reason}")
+        raise ConfigError(f"{path}: not a complete checkpoint: {reason}")
     return path
+
+
+def set_aside_newer(output_dir: Path, step: int) -> None:
+    """Rank 0, on resuming from an older checkpoint: the newer ones are another branch, which `auto` must not take."""
+    for path in _step_folders(output_dir):
+        if path > checkpoint_path(output_dir, step):
+            aside = path.with_name(f"set-aside-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is newer than the checkpoint resumed from; kept as %s", path, aside.name)
 
 
 def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:

@@ -54,6 +54,11 @@ def prepare(config: RunConfig, rank: int = 0) -> Prepared:
     return Prepared(open_index(config), tokenizer_dir, model_dir)
 
 
+def forget_preparation(config: RunConfig) -> None:
+    """Rank 0, before a barrier: the others shall wait for this start's preparation, not take an earlier one's."""
+    _ready_file(config).unlink(missing_ok=True)
+
+
 def open_index(config: RunConfig) -> DataIndex:
     """The index of the run's sources, built where it is missing."""
     data = config.data

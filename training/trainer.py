@@ -31,7 +31,7 @@ from training.engine import NonFiniteUpdate, init_process_group
 from training.errors import ConfigError
 from training.objectives import VECTORS_FILE, LossTerms
 from training.plots import draw_plots
-from training.prepare import prepare
+from training.prepare import forget_preparation, prepare
 from training.provenance import git_state, versions
 from training.scaling import StepTotals, learning_rate, step_loss_share
 from training.tracking import Tracker
@@ -331,6 +331,9 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False) -
         accept_changes: go on although data or config differ from the checkpoint's.
     """
     init_process_group(timeout_minutes=30)
+    if rank() == 0:
+        forget_preparation(config)
+    barrier()  # nobody takes an earlier start's word for it
     prepared = prepare(config, rank())
     found = checkpoint.find(resume, config.output_dir)
     if found is not None and checkpoint.RunState.read(found).step >= config.max_steps:
@@ -340,6 +343,8 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False) -
     run = assemble(config, prepared)
     trainer = Trainer(run, tracker)
     start = trainer.restore(found, accept_changes) if found is not None else 0
+    if rank() == 0:
+        checkpoint.set_aside_newer(config.output_dir, start)
     if tracker is not None:
         log.info("%s from step %d on %d ranks", config.output_dir, start, run.engine.world_size)
         _write_resolved(config)

@@ -327,7 +327,7 @@ def test_tokenizer_is_trained_into_a_new_folder(cli: Cli, shared_file: Path, tmp
 
 def test_export_of_what_is_no_run_is_refused(cli: Cli, tmp_path: Path) -> None:
     line = refused(cli("export", tmp_path / "absent", "--output", tmp_path / "model"))
-    assert line.startswith(f"--resume {tmp_path / 'absent'}: no such folder")
+    assert line.startswith(f"{tmp_path / 'absent'}: no such folder")
     (tmp_path / "empty").mkdir()
     line = refused(cli("export", tmp_path / "empty", "--output", tmp_path / "model"))
     assert "not a complete checkpoint: no COMPLETE marker" in line

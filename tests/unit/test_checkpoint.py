@@ -239,7 +239,7 @@ def test_find_says_what_is_wrong_with_a_path(tmp_path: Path, name: str, message:
     cut(save(tmp_path / "torn", 10) / MARKER)
     with pytest.raises(ConfigError) as refusal:
         checkpoint.find(str(tmp_path / name), tmp_path)
-    assert str(refusal.value).startswith(f"--resume {tmp_path / name}: {message}")
+    assert str(refusal.value).startswith(f"{tmp_path / name}: {message}")
 
 
 def with_key(key: str, value: Any) -> dict[str, Any]:
