@@ -182,7 +182,7 @@ def eval(
         generator, chat, data_dir, output, languages=chosen, limit=limit, max_new_tokens=max_new_tokens,
         batch_size=batch_size, progress=_progress(total, "problems"),
     )  # fmt: skip
-    print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({Path(model).name: results}))
+    print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({_model_name(model): results}))
     print(f"{output / 'results.json'}; every output: {output / 'predictions'}", file=sys.stderr)
 
 
@@ -235,6 +235,12 @@ def main() -> None:
             raise
         print(f"crosslift: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _model_name(path: str) -> str:
+    """What a table calls a model: the run's folder where it is a run's `model`."""
+    here = Path(path)
+    return here.resolve().parent.name if here.name == "model" else here.name
 
 
 def _progress(total: int, unit: str) -> Callable[[int], object] | None:

@@ -19,6 +19,7 @@ import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 from benchmarks.ranks import machine, run_ranks
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 12000},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
 }
@@ -53,7 +54,7 @@ def write_model(folder: Path, size: str) -> None:
             filled = 0
         shards[-1].append(name)
         filled += 2 * tensor.numel()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         generator = torch.Generator().manual_seed(number)
@@ -136,6 +137,7 @@ def rank_main(folder: Path) -> None:
     from training.distributed import barrier, gather_objects, rank, world_size
     from training.engine import DTYPES, Construction, deepspeed_settings, init_process_group
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     init_process_group(timeout_minutes=10)
     config = run_config(folder)
     barrier()
@@ -151,7 +153,8 @@ def rank_main(folder: Path) -> None:
         barrier()
     seconds = time.perf_counter() - started
     after = memory()
-    shard = sum(parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in model.parameters())
+    parameters: list[Any] = list(model.parameters())  # with ZeRO-3's own attributes
+    shard = sum(each.ds_tensor.numel() * each.ds_tensor.element_size() for each in parameters)
     check_weights(model, folder)
     over = {key: peak[key] - before[key] for key in (*STATUS_KEYS, "unreclaimable")}
     # The high-water mark counts from what was resident when it was reset.
@@ -163,8 +166,8 @@ def rank_main(folder: Path) -> None:
     }  # fmt: skip
     ranks = gather_objects(mine)
     if rank() == 0:
-        parameters = sum(parameter.ds_numel for parameter in model.parameters())
-        (folder / "measured.json").write_text(json.dumps({"parameters": parameters, "ranks": ranks}))
+        total = sum(each.ds_numel for each in parameters)
+        (folder / "measured.json").write_text(json.dumps({"parameters": total, "ranks": ranks}))
     dist.destroy_process_group()
 
 

@@ -14,26 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
 from benchmarks.ranks import machine, run_ranks
 
-LETTERS = {  # consonants, vowels
-    "en": ("bcdfghlmnprstw", "aeiou"), "de": ("bdfghklmnrstwz", "aeiouäöü"), "es": ("bcdlmnprstvñ", "aeioué"),
-    "ru": ("бвгдзклмнпрст", "аеиоуя"), "sw": ("bdghjklmnpstwz", "aeiou"),
-}  # fmt: skip
-LANGUAGES = list(LETTERS)
-WEIGHTS = {language: 0.3 if language == "en" else 0.175 for language in LANGUAGES}
-LEXICON = 400  # words a language
-ITEMS = 600
-QUESTION_WORDS, ANSWER_WORDS = (35, 110), (20, 80)  # about one token a word
 OBJECTIVES = ("SFT", "one-pass", "three-pass")
 SIZES: dict[str, dict[str, Any]] = {
     "0.1M": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
@@ -41,26 +34,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "20M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6},
 }
 AREAS = {"0.1M": [1, 2], "5M": [2, 4], "20M": [4, 7]}
-
-
-def write_data(folder: Path) -> None:
-    """`<language>.jsonl`: the same items, word for word, in words of each language's own."""
-    folder.mkdir(parents=True)
-    for language, (consonants, vowels) in LETTERS.items():
-        chance = random.Random(language)
-        lexicon = [
-            "".join(chance.choice(consonants) + chance.choice(vowels) for _ in range(chance.randint(1, 3)))
-            for _ in range(LEXICON)
-        ]
-        lines = []
-        for item in range(ITEMS):
-            chance = random.Random(item)  # the same words in every language
-            texts = [
-                " ".join(lexicon[int(LEXICON * chance.random() ** 2)] for _ in range(chance.randint(*words)))
-                for words in (QUESTION_WORDS, ANSWER_WORDS)
-            ]
-            lines.append(json.dumps({"id": f"i{item}", "question": texts[0], "answer": texts[1]}))
-        (folder / f"{language}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run_values(folder: Path, size: str, slots: int, on_gpu: bool) -> dict[str, Any]:
@@ -146,32 +119,37 @@ def timed(work: Callable[[], Any], device: Any) -> float:
 
 def measure(config: Any, rounds: int) -> dict[str, Any]:
     """Times of every round, and what was in the batches; the same on every rank."""
+    from training.assembly import build_planner, tokens_per_byte
+    from training.config import SFTConfig
     from training.distributed import all_max, all_sum
 
     trainers = build_trainers(config)
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run
     device, packer, loader = one_pass.engine.device, one_pass.data.packer, one_pass.loader
+    # A plain SFT run has the same rows but no contrast sets to keep whole: how its ranks would be loaded.
+    plain = config.model_copy(update={"objective": SFTConfig(name="sft")})
+    free = build_planner(plain, one_pass.data.index, tokens_per_byte(plain, one_pass.data.reader))
+    loaders = {"contrast sets": loader, "single samples": copy(loader)}
+    loaders["single samples"].planner = free
     seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
-    counts, refreshes, loads = [], [], []
+    counts, loads = [], []
+    refresh = 0.0
     for number in range(rounds + 1):
         batch = loader.load(number)
         extra = three_pass.objective.prepare(batch, packer, device)
         if number == 0:  # unmeasured: first passes, DeepSpeed's traces, the allocator
             for trainer in trainers.values():
                 trainer.train_step(number, batch)
-        if number in (0, rounds):
-            refreshes.append(timed(partial(one_pass.objective.refresh, one_pass.engine), device))
+            refresh = timed(partial(one_pass.objective.refresh, one_pass.engine), device)
             three_pass.objective.set_vectors(one_pass.objective.vectors)
-        if number == 0:
             continue
         for place in range(len(OBJECTIVES)):
             name = OBJECTIVES[(place + number) % len(OBJECTIVES)]
             seconds[name].append(timed(partial(trainers[name].train_step, number, batch), device))
-        grid = sum(each.input_ids.numel() for each in batch.micro_batches)
-        sums = all_sum([batch.tokens.sum(), batch.label_tokens, batch.pairs, extra, grid], device).tolist()
-        keys = ("tokens", "label_tokens", "pairs", "three_pass_extra_tokens", "grid_tokens")
-        busiest = all_max(grid, device)
-        counts.append({**dict(zip(keys, map(int, sums), strict=True)), "busiest_rank_grid_tokens": int(busiest)})
+        sums = all_sum([batch.tokens.sum(), batch.label_tokens, batch.pairs, extra], device).tolist()
+        read = dict(zip(("tokens", "label_tokens", "pairs", "three_pass_extra_tokens"), map(int, sums), strict=True))
+        busiest = {name: int(all_max(_grid(each.load(number)), device)) for name, each in loaders.items()}
+        counts.append({**read, "grid_tokens_of_busiest_rank": busiest})
         loads.append(round(os.getloadavg()[0], 2))
     parameters = sum(parameter.ds_numel for parameter in one_pass.engine.module.parameters())
     for trainer in trainers.values():
@@ -180,15 +158,20 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
         "parameters": parameters, "layers": one_pass.engine.module.config.num_hidden_layers,
         "area": list(config.objective.layers), "precision": config.precision,
         "refresh_every": config.objective.refresh_every, "probe_items": config.objective.probe_items,
-        "slots_per_step": config.data.slots_per_step, "seconds": seconds, "refresh_seconds": refreshes,
+        "slots_per_step": config.data.slots_per_step, "seconds": seconds, "refresh_seconds": refresh,
         "rounds": counts, "load_average": loads,
     }  # fmt: skip
+
+
+def _grid(batch: Any) -> int:
+    """Tokens that a rank's forward passes run over, padding included."""
+    return sum(each.input_ids.numel() for each in batch.micro_batches)
 
 
 def summary(measured: dict[str, Any]) -> dict[str, Any]:
     """Medians, and ratios paired by round with the refresh in one-pass's time."""
     seconds, rounds = measured["seconds"], measured["rounds"]
-    share = statistics.median(measured["refresh_seconds"]) / measured["refresh_every"]
+    share = measured["refresh_seconds"] / measured["refresh_every"]
     whole = {**seconds, "one-pass": [each + share for each in seconds["one-pass"]]}
     rows = {}
     for name in OBJECTIVES:
@@ -236,6 +219,9 @@ def table(size: str, measured: dict[str, Any]) -> str:
                       ("to three-pass", "one_pass_to_three_pass")):  # fmt: skip
         lines.append(f"\nOne-pass {text}: " + ", ".join(f"{value:.3f}" for value in found[key]))
     lines.append(f"\nRefresh: {found['refresh_share_of_one_pass']:.2%} of a one-pass step")
+    grids = [each["grid_tokens_of_busiest_rank"] for each in measured["rounds"]]
+    sets, single = (sum(each[key] for each in grids) for key in ("contrast sets", "single samples"))
+    lines.append(f"\nBusiest rank's tokens, contrast sets kept whole to samples spread singly: {sets / single:.3f}")
     return "\n".join(lines)
 
 
@@ -247,6 +233,7 @@ def rank_main(folder: Path, options: argparse.Namespace) -> None:
     from training.distributed import rank
     from training.engine import init_process_group
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     init_process_group(timeout_minutes=10)
     results = {}
     for size in options.sizes:
@@ -260,8 +247,8 @@ def rank_main(folder: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["5M", "20M"], choices=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--slots", type=int, default=64, help="samples in a step's global batch")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--slots", type=int, default=48, help="samples in a step's global batch")
     parser.add_argument("--nproc", type=int, default=2, help="ranks (on GPUs: at most as many as there are)")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)

@@ -52,8 +52,8 @@ class ThreePassShifCon(ShifCon):
         """Packs both sides' texts, which the authors' loader would do; the tokens that they add to the step."""
         self._texts: dict[int, tuple[Texts, Texts]] = {}
         for micro_batch in step.micro_batches:
-            sides = pair_texts(micro_batch, packer)
-            self._texts[id(micro_batch.units)] = tuple(replace(side, batch=side.batch.to(device)) for side in sides)
+            english, translated = pair_texts(micro_batch, packer, device)
+            self._texts[id(micro_batch.units)] = english, translated
         idle = Texts(packer.idle().to(device), torch.zeros(0, dtype=torch.int64, device=device))
         self._idle = (idle, idle)
         return sum(side.tokens for sides in self._texts.values() for side in sides)
@@ -71,7 +71,7 @@ class ThreePassShifCon(ShifCon):
         side = texts.batch
         with self.pooling.batch(side.segment_ids, side.content, side.n_segments) as pooled:
             engine.forward(**model_inputs(side))
-        return [states_SH[texts.segments.to(states_SH.device)] for states_SH in pooled]
+        return [states_SH[texts.segments] for states_SH in pooled]
 
     def _batch_contrastive(self, english: Sequence[Tensor], translated: Sequence[Tensor], batch: MicroBatch) -> Tensor:
         states = []
@@ -88,7 +88,7 @@ class ThreePassShifCon(ShifCon):
         )  # fmt: skip
 
 
-def pair_texts(batch: MicroBatch, packer: Packer) -> tuple[Texts, Texts]:
+def pair_texts(batch: MicroBatch, packer: Packer, device: torch.device) -> tuple[Texts, Texts]:
     """The texts of the micro-batch's pairs, dominant and other side, each packed into one forward pass."""
     samples = [(unit.samples[a], unit.samples[b]) for unit in batch.units for a, b in unit.pairs]
     whole = Packer(packer.layout, sys.maxsize, packer.row_tokens, packer.pad_id)
@@ -98,8 +98,8 @@ def pair_texts(batch: MicroBatch, packer: Packer) -> tuple[Texts, Texts]:
         packed = whole.pack([TokenizedUnit((sample,)) for sample in bare])
         texts = packed[0] if packed else whole.idle()
         place = {name: segment for segment, name in enumerate(texts.sample_ids)}
-        segments = torch.tensor([place[sample.id] for sample in bare], dtype=torch.int64)
-        sides.append(Texts(texts, segments))
+        segments = torch.tensor([place[sample.id] for sample in bare], dtype=torch.int64, device=device)
+        sides.append(Texts(texts.to(device), segments))
     return sides[0], sides[1]
 
 

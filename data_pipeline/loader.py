@@ -57,6 +57,20 @@ class SampleReader:
             check_labels(self.chat, record, sample)
         return sample
 
+    def readable(self, rows: Sequence[int]) -> tuple[list[int], list[TokenizedSample]]:
+        """Of these rows, those that are usable and fit, and their samples: for fixed sets, which need no slot."""
+        kept: list[int] = []
+        samples: list[TokenizedSample] = []
+        for row in rows:
+            try:
+                sample = self.read(row)
+            except BadRow:
+                continue  # counted, and bounded by max_bad_rows, where a slot of training meets it
+            if sample is not None:
+                kept.append(row)
+                samples.append(sample)
+        return kept, samples
+
 
 class StepLoader:
     """Steps of one rank, prepared ahead by `workers` threads (tokenisers release the interpreter lock)."""

@@ -100,9 +100,12 @@ def answer(
     """
     from modeling.generation import Prompt
 
+    known = generator.info.languages
     prompts = []
     for question in questions:
         language = None if question.language == NO_SHIFT else question.language
+        if known and language not in (None, NEAREST, *known):
+            raise EvalError(f"language {language!r}: the model has {', '.join(known)}; or say auto or none")
         messages = [Message("user", question.text)]
         if language == NEAREST:
             ids, _ = chat.prompt_ids(messages, generator.info.dominant or "", generator.info.dominant or "")

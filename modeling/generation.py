@@ -71,6 +71,7 @@ class ExportInfo:
     template: dict[str, Any] | None = None
     response_language: str | None = None
     shift_first_token: bool = True
+    step: int | None = None  # optimiser steps it had been trained for
 
     @classmethod
     def read(cls, directory: Path) -> ExportInfo:

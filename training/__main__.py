@@ -49,15 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from training.export import export_checkpoint
+    from training.export import export_newest
     from training.trainer import fit
 
     config = load_config(options.config, options.overrides)
     last = fit(config, options.resume, options.accept_changes)
-    model = config.output_dir / "model"
-    if int(os.environ["RANK"]) == 0 and not model.exists():
-        export_checkpoint(last, model)
-        logging.getLogger(__name__).info("exported to %s", model)
+    if int(os.environ["RANK"]) == 0:
+        export_newest(last, config.output_dir / "model")
 
 
 def _log_on_rank_0() -> None:

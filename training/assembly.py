@@ -145,10 +145,9 @@ def tokens_per_byte(config: RunConfig, reader: SampleReader) -> list[float]:
     """Measured on the first samples of every language's probe order; the plan's costs rest on it."""
     ratios = []
     for language in range(len(config.data.languages)):
-        rows = sample_rows(reader.index, language, COST_SAMPLES, config.seed)
-        lengths = [len(reader.chat.tokenize(reader.index.record(row))) for row in rows]
-        n_bytes = int(np.sum(reader.index.n_bytes[rows], dtype=np.int64)) if rows else 0
-        ratios.append(sum(lengths) / n_bytes if n_bytes else 1.0)
+        rows, samples = reader.readable(sample_rows(reader.index, language, COST_SAMPLES, config.seed))
+        n_bytes = int(np.sum(reader.index.n_bytes[rows], dtype=np.int64))
+        ratios.append(sum(map(len, samples)) / n_bytes if n_bytes else 1.0)
     return ratios
 
 
@@ -172,5 +171,5 @@ def _probe(config: RunConfig, data: DataParts, ranks: int) -> list:
     samples = []
     for language in range(len(config.data.languages)):
         rows = sample_rows(data.index, language, config.objective.probe_items, config.seed)
-        samples += [sample for row in rows if (sample := data.reader.read(row)) is not None]
+        samples += data.reader.readable(rows)[1]
     return fixed_batches(samples, data.packer, rank(), ranks)

@@ -5,6 +5,7 @@ under a temporary name, synced, marked COMPLETE, renamed (design, decision 9). N
 
     step-00000100/
         zero/                            DeepSpeed's shards of weights and optimiser state, one set a rank
+        model_config/                    the model's config and the tokenizer, as an export needs them
         state.json                       step, world size, data fingerprint, config, versions
         language_vectors.safetensors     ShifCon only
         reference.safetensors            a few tokens and their logits: every export is checked against them

@@ -297,7 +297,7 @@ def _list_index(node: list[Any], name: str, text: str) -> int:
 
 
 def _explain(item: Any) -> str:
-    location = [part for part in item["loc"] if part not in ("sft", "shifcon")]
+    location = [part for at, part in enumerate(item["loc"]) if at == 0 or item["loc"][at - 1] != "objective"]
     path = ".".join(map(str, location)) or "(top level)"
     if item["type"] == "extra_forbidden":
         known = _keys_at(location[:-1], item["loc"])

@@ -62,7 +62,7 @@ class HeldOut:
     def _records(self, reader: SampleReader, language: int, items: int) -> list[Record]:
         rows = reader.index.rows(language, heldout=True)
         usable = [int(row) for row in rows if not reader.index.bad[row]]
-        fitting = [row for row in usable[: 4 * items] if reader.read(row) is not None][:items]
+        fitting = reader.readable(usable[: 4 * items])[0][:items]
         if not fitting:
             raise ConfigError(
                 f"data.heldout_items: none of them in {self.languages[language]!r} has a sample within "

@@ -16,18 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modeling.generation import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from training.checkpoint import REFERENCE_FILE, RunState, problem
 from training.config import RunConfig, ShifConConfig, validate
 from training.errors import ConfigError
-from training.objectives import VECTORS_FILE
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5 * 10**9
-DESCRIPTION_FILE = "crosslift.json"
 LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative to the largest logit
 
 
@@ -50,13 +49,23 @@ def export_checkpoint(checkpoint: Path, output: Path) -> Path:
     temporary = output.with_name(f".incomplete-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write(checkpoint, config, temporary)
+    _write(checkpoint, config, state.step, temporary)
     _check(checkpoint, config, temporary)
     temporary.rename(output)
     return output
 
 
-def _write(checkpoint: Path, config: RunConfig, output: Path) -> None:
+def export_newest(checkpoint: Path, output: Path) -> None:
+    """`output` as the export of this checkpoint: made, made anew where it is of another step, or left alone."""
+    if output.exists():
+        if ExportInfo.read(output).step == RunState.read(checkpoint).step:
+            return
+        shutil.rmtree(output)
+    export_checkpoint(checkpoint, output)
+    log.info("exported to %s", output)
+
+
+def _write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from modeling.loading import directory_hash
@@ -70,7 +79,8 @@ def _write(checkpoint: Path, config: RunConfig, output: Path) -> None:
     AutoTokenizer.from_pretrained(checkpoint / "model_config").save_pretrained(output)
     shifted = isinstance(config.objective, ShifConConfig)
     description: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
+        "step": step,
         "objective": config.objective.name,
         "languages": list(config.data.languages),
         "dominant": config.data.dominant,
@@ -78,7 +88,7 @@ def _write(checkpoint: Path, config: RunConfig, output: Path) -> None:
         "response_language": _fixed_response_language(config),
         "shift_first_token": not isinstance(config.objective, ShifConConfig) or config.objective.shift_first_token,
     }
-    (output / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
+    (output / EXPORT_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
     if shifted:
         vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
         replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from data_pipeline.packing import MicroBatch
 from data_pipeline.records import NO_LANGUAGE
 from modeling.contrastive import ContentPooling, contrastive_loss
+from modeling.generation import VECTORS_FILE
 from modeling.label_head import LabelHead, token_losses
 from modeling.language_vectors import LanguageVectors, StateMeans, restoration_error
 from modeling.layers import decoder_layers
@@ -29,8 +30,6 @@ from training.config import RunConfig, SFTConfig, ShifConConfig
 from training.distributed import all_sum
 from training.engine import Engine
 from training.errors import ConfigError
-
-VECTORS_FILE = "language_vectors.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

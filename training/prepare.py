@@ -20,6 +20,7 @@ from typing import Any
 from data_pipeline.index import DataIndex, build_index
 from data_pipeline.order import row_at
 from data_pipeline.records import BadRow, stable_hash
+from training.checkpoint import checkpoint_root
 from training.config import RunConfig
 from training.errors import ConfigError
 
@@ -142,8 +143,14 @@ def _identity(tokenizer_dir: str) -> Any:
 
 
 def _made_once(path: Path, made_from: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    """`path`, made by `make` unless it is there already from the same ingredients."""
+    """`path`, made by `make` unless it is there already from the same ingredients.
+
+    What checkpoints rest on is never made anew: whether they may go on with other ingredients is decided, with
+    the difference, when one is loaded.
+    """
     note = path / "made_from.json"
+    if note.is_file() and any(checkpoint_root(path.parent).glob("step-*")):
+        return path
     wanted = json.dumps(made_from, sort_keys=True)
     if note.is_file() and note.read_text(encoding="utf-8") == wanted:
         return path

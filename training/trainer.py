@@ -23,13 +23,14 @@ from tqdm import tqdm
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.records import DataError
+from modeling.generation import VECTORS_FILE
 from training import checkpoint
 from training.assembly import Run, assemble
 from training.config import RunConfig, resolved
 from training.distributed import all_sum, barrier, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate, init_process_group
 from training.errors import ConfigError
-from training.objectives import VECTORS_FILE, LossTerms
+from training.objectives import LossTerms
 from training.plots import draw_plots
 from training.prepare import forget_preparation, prepare
 from training.provenance import git_state, versions
@@ -99,8 +100,10 @@ class Trainer:
             run.loader.steps(start, config.max_steps), total=config.max_steps, initial=start, unit="step",
             disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True,
         )  # fmt: skip
+        waiting_since = time.perf_counter()
         for step, batch in zip(steps, progress, strict=True):
-            metrics = run.objective.before_step(run.engine, step)
+            waited = time.perf_counter() - waiting_since
+            metrics = {"data/wait_seconds": waited, **run.objective.before_step(run.engine, step)}
             if self._first_step:
                 self._check_packing(batch)
             metrics |= self.train_step(step, batch)
@@ -110,6 +113,7 @@ class Trainer:
             self._log(done, metrics, progress)
             if done % config.checkpoint.every == 0 or done == config.max_steps:
                 self.save(done)
+            waiting_since = time.perf_counter()
 
     def train_step(self, step: int, batch: RankStep) -> dict[str, float]:
         """One optimiser step over the global batch; metrics of it.

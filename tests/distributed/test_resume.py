@@ -18,7 +18,10 @@ from tiny_run import run_values, write_config, write_data
 
 from training import checkpoint
 
-SAME = ("train/loss", "train/loss/", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/", "shift/")
+SAME = (
+    "train/loss", "train/loss/", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint",
+    "data/overlong", "shift/",
+)  # fmt: skip
 
 
 def train(config: Path, *arguments: str) -> list[str]:

@@ -226,7 +226,7 @@ def test_find_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent", "no such folder; give auto, never, or a checkpoint's or run's folder"),
+        ("absent", "no such folder; give a checkpoint's or a run's"),
         ("file", "no such folder"),
         ("torn", "this run has no complete checkpoint"),
         ("torn/checkpoints/step-00000010", "not a complete checkpoint: its COMPLETE marker is torn"),
@@ -240,6 +240,15 @@ def test_find_says_what_is_wrong_with_a_path(tmp_path: Path, name: str, message:
     with pytest.raises(ConfigError) as refusal:
         checkpoint.find(str(tmp_path / name), tmp_path)
     assert str(refusal.value).startswith(f"{tmp_path / name}: {message}")
+
+
+def test_newer_checkpoints_are_set_aside_on_resuming_from_an_older_one(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 10), save(tmp_path, 20)
+    checkpoint.set_aside_newer(tmp_path, 10)
+    assert checkpoint.latest(tmp_path) == older
+    assert (newer.parent / f"set-aside-{newer.name}" / MARKER).is_file(), "nothing is lost"
+    checkpoint.set_aside_newer(tmp_path, 10)
+    assert checkpoint.latest(tmp_path) == older
 
 
 def with_key(key: str, value: Any) -> dict[str, Any]:
