@@ -133,9 +133,9 @@ def rank_main(folder: Path) -> None:
     import torch.distributed as dist
     from transformers import LlamaForCausalLM  # noqa: F401  an import, so part of the baseline
 
-    from modeling.loading import build_model, load_weights
+    from training.assembly import starting_model
     from training.distributed import barrier, gather_objects, rank, world_size
-    from training.engine import DTYPES, Construction, deepspeed_settings, init_process_group
+    from training.engine import deepspeed_settings, init_process_group
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     init_process_group(timeout_minutes=10)
@@ -144,12 +144,7 @@ def rank_main(folder: Path) -> None:
     before = memory()
     started = time.perf_counter()
     with peak_memory() as peak:
-        construction = Construction(deepspeed_settings(config, world_size()))
-        model = build_model(
-            folder, attention=config.model.attention, dtype=DTYPES[config.precision],
-            gradient_checkpointing=False, construction=construction.context(),
-        )  # fmt: skip
-        load_weights(model, folder, construction.write, is_reader=rank() == 0 or not construction.sharded)
+        model = starting_model(config, folder, deepspeed_settings(config, world_size()))
         barrier()
     seconds = time.perf_counter() - started
     after = memory()
@@ -229,7 +224,8 @@ def main() -> None:
     print("\n".join(verdict(measured, files[-1])))
     passed = all(figures["passed"] for figures in measured["ranks"])
     if options.json is not None:
-        result = {"machine": machine(options.nproc), "files": files, **measured, "passed": passed}
+        settings = {"load_average": os.getloadavg()[0], "malloc": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default")}
+        result = {"machine": machine(options.nproc), **settings, "files": files, **measured, "passed": passed}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(0 if passed else 1)
 

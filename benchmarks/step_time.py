@@ -4,7 +4,8 @@
 
 All three train the same model from the same weights on the same batches of generated parallel data. Each round is
 one step of each, in turning order, so that a noisy machine slows all three alike; ratios are taken within a round.
-A round's time is that of the slowest rank. The refresh of the language vectors is timed by itself, at the default
+Two clocks: the wall clock of the slowest rank, and the CPU time that all ranks used, which other programs on the
+machine disturb less (on GPUs it says little). The refresh of the language vectors is timed by itself, at the default
 `refresh_every` and `probe_items`, and added to one-pass in equal shares; three-pass gets its vectors for nothing.
 CPU: gloo, fp32; GPU: NCCL, bf16, one rank a GPU.
 """
@@ -27,6 +28,7 @@ from typing import Any
 from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
 from benchmarks.ranks import machine, run_ranks
 
+CLOCKS = {"wall_seconds": "wall clock", "cpu_seconds": "CPU time, all ranks"}
 OBJECTIVES = ("SFT", "one-pass", "three-pass")
 SIZES: dict[str, dict[str, Any]] = {
     "0.1M": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
@@ -103,18 +105,19 @@ def build_trainers(config: Any) -> dict[str, Any]:
     return trainers
 
 
-def timed(work: Callable[[], Any], device: Any) -> float:
-    """Seconds until the slowest rank is done; all start together."""
+def timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
+    """Seconds until the slowest rank is done, all starting together; seconds of CPU that all ranks used."""
     import torch
 
-    from training.distributed import all_max, barrier
+    from training.distributed import all_max, all_sum, barrier
 
     barrier()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return all_max(time.perf_counter() - started, device)
+    wall, cpu = time.perf_counter() - started, time.process_time() - used
+    return all_max(wall, device), float(all_sum([cpu], device))
 
 
 def measure(config: Any, rounds: int) -> dict[str, Any]:
@@ -131,9 +134,9 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
     free = build_planner(plain, one_pass.data.index, tokens_per_byte(plain, one_pass.data.reader))
     loaders = {"contrast sets": loader, "single samples": copy(loader)}
     loaders["single samples"].planner = free
-    seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in OBJECTIVES}
     counts, loads = [], []
-    refresh = 0.0
+    refresh = (0.0, 0.0)
     for number in range(rounds + 1):
         batch = loader.load(number)
         extra = three_pass.objective.prepare(batch, packer, device)
@@ -145,7 +148,7 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
             continue
         for place in range(len(OBJECTIVES)):
             name = OBJECTIVES[(place + number) % len(OBJECTIVES)]
-            seconds[name].append(timed(partial(trainers[name].train_step, number, batch), device))
+            times[name].append(timed(partial(trainers[name].train_step, number, batch), device))
         sums = all_sum([batch.tokens.sum(), batch.label_tokens, batch.pairs, extra], device).tolist()
         read = dict(zip(("tokens", "label_tokens", "pairs", "three_pass_extra_tokens"), map(int, sums), strict=True))
         busiest = {name: int(all_max(_grid(each.load(number)), device)) for name, each in loaders.items()}
@@ -158,8 +161,11 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
         "parameters": parameters, "layers": one_pass.engine.module.config.num_hidden_layers,
         "area": list(config.objective.layers), "precision": config.precision,
         "refresh_every": config.objective.refresh_every, "probe_items": config.objective.probe_items,
-        "slots_per_step": config.data.slots_per_step, "seconds": seconds, "refresh_seconds": refresh,
-        "rounds": counts, "load_average": loads,
+        "slots_per_step": config.data.slots_per_step, "rounds": counts, "load_average": loads,
+        **{
+            clock: {**{name: [each[i] for each in times[name]] for name in OBJECTIVES}, "refresh": refresh[i]}
+            for i, clock in enumerate(CLOCKS)
+        },
     }  # fmt: skip
 
 
@@ -168,10 +174,10 @@ def _grid(batch: Any) -> int:
     return sum(each.input_ids.numel() for each in batch.micro_batches)
 
 
-def summary(measured: dict[str, Any]) -> dict[str, Any]:
+def summary(measured: dict[str, Any], clock: str) -> dict[str, Any]:
     """Medians, and ratios paired by round with the refresh in one-pass's time."""
-    seconds, rounds = measured["seconds"], measured["rounds"]
-    share = measured["refresh_seconds"] / measured["refresh_every"]
+    seconds, rounds = measured[clock], measured["rounds"]
+    share = seconds["refresh"] / measured["refresh_every"]
     whole = {**seconds, "one-pass": [each + share for each in seconds["one-pass"]]}
     rows = {}
     for name in OBJECTIVES:
@@ -201,28 +207,34 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 
 def table(size: str, measured: dict[str, Any]) -> str:
-    """Markdown."""
-    found = measured["summary"]
+    """Markdown: one table a clock."""
+    grids = [each["grid_tokens_of_busiest_rank"] for each in measured["rounds"]]
+    sets, single = (sum(each[key] for each in grids) for key in ("contrast sets", "single samples"))
     lines = [
         f"\n{size}: {measured['parameters'] / 1e6:.1f}M parameters, {measured['layers']} layers, area "
         f"{measured['area']}, {measured['precision']}, {measured['slots_per_step']} samples a step, "
         f"{len(measured['rounds'])} rounds, load average {min(measured['load_average'])} to "
-        f"{max(measured['load_average'])}\n",
-        "| objective | s/step | µs/processed token | µs/label token | ratio to SFT: min, median, max |",
-        "|---|---|---|---|---|",
+        f"{max(measured['load_average'])}. Contrast sets load the busiest rank {sets / single:.3f} times as much "
+        "as samples spread singly."
     ]
-    for name, row in found["objectives"].items():
-        ratio = ", ".join(f"{value:.3f}" for value in row["ratio_to_sft"])
-        each = f"{row['us_a_processed_token']:.1f} | {row['us_a_label_token']:.1f}"
-        lines.append(f"| {name} | {row['seconds_a_step']:.3f} | {each} | {ratio} |")
-    for text, key in (("without the refresh", "one_pass_ratio_without_refresh"),
-                      ("to three-pass", "one_pass_to_three_pass")):  # fmt: skip
-        lines.append(f"\nOne-pass {text}: " + ", ".join(f"{value:.3f}" for value in found[key]))
-    lines.append(f"\nRefresh: {found['refresh_share_of_one_pass']:.2%} of a one-pass step")
-    grids = [each["grid_tokens_of_busiest_rank"] for each in measured["rounds"]]
-    sets, single = (sum(each[key] for each in grids) for key in ("contrast sets", "single samples"))
-    lines.append(f"\nBusiest rank's tokens, contrast sets kept whole to samples spread singly: {sets / single:.3f}")
+    for clock, found in measured["summary"].items():
+        lines += [
+            f"\n| {CLOCKS[clock]} | s/step | µs/processed token | µs/label token | ratio to SFT: min, median, max |",
+            "|---|---|---|---|---|",
+        ]
+        for name, row in found["objectives"].items():
+            each = f"{row['us_a_processed_token']:.1f} | {row['us_a_label_token']:.1f}"
+            lines.append(f"| {name} | {row['seconds_a_step']:.3f} | {each} | {_shown(row['ratio_to_sft'])} |")
+        lines.append(
+            f"\nOne-pass without the refresh: {_shown(found['one_pass_ratio_without_refresh'])} of SFT; "
+            f"with it: {_shown(found['one_pass_to_three_pass'])} of three-pass; "
+            f"refresh: {found['refresh_share_of_one_pass']:.2%} of a one-pass step"
+        )
     return "\n".join(lines)
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def rank_main(folder: Path, options: argparse.Namespace) -> None:
@@ -266,7 +278,7 @@ def main() -> None:
         run_ranks("benchmarks.step_time", [*shared, "--rank-folder", temporary], nproc)
         measured = json.loads((folder / "measured.json").read_text())
     for size, each in measured.items():
-        each["summary"] = summary(each)
+        each["summary"] = {clock: summary(each, clock) for clock in CLOCKS}
         print(table(size, each))
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": machine(nproc), "sizes": measured}, indent=1) + "\n")

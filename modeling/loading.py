@@ -160,12 +160,14 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
     directory = resolve_directory(directory)
     sources = _match(model, stored_tensors(directory), directory)
     with ExitStack() as stack:
-        handles: dict[Path, Any] = {}
+        opened: dict[Path, Any] = {}
 
         def read(tensor: StoredTensor) -> Tensor:
-            if tensor.file not in handles:
-                handles[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
-            return handles[tensor.file].get_tensor(tensor.key)
+            if tensor.file not in opened:  # one file at a time: what is mapped counts as this process's memory
+                stack.close()
+                opened.clear()
+                opened[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
+            return opened[tensor.file].get_tensor(tensor.key)
 
         for parameter in model.parameters():
             write(parameter, partial(read, sources[id(parameter)]) if is_reader else None)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,17 +23,18 @@ from data_pipeline.mixture import Quotas, language_weights
 from data_pipeline.packing import Layout, Packer
 from data_pipeline.plan import Planner
 from modeling.layout import choose_layout
-from modeling.loading import build_model, load_config, load_weights, resolve_attention, resolve_directory
+from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
+from modeling.loading import load_config as load_model_config
 from training.config import RunConfig, ShifConConfig
 from training.distributed import rank, world_size
-from training.engine import DTYPES, Construction, Engine, deepspeed_settings
+from training.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
 from training.errors import ConfigError
 from training.evaluation import HeldOut
 from training.objectives import Objective, build_objective
 from training.prepare import Prepared, sample_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 COST_SAMPLES = 32  # rows a language that tokens per byte are measured on
@@ -88,23 +90,30 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     data = assemble_data(config, prepared)
     ranks = world_size()
     settings = deepspeed_settings(config, ranks)
-    construction = Construction(settings)
     directory = resolve_directory(prepared.model_dir)
-    model = build_model(
-        directory, attention=config.model.attention, dtype=DTYPES[config.precision],
-        gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
-    )  # fmt: skip
-    vocabulary, embeddings = len(data.tokenizer), model.config.get_text_config().vocab_size
+    vocabulary, embeddings = len(data.tokenizer), load_model_config(directory).get_text_config().vocab_size
     if vocabulary > embeddings:
         raise ConfigError(
             f"tokenizer {prepared.tokenizer_dir}: {vocabulary} tokens, but the model embeds only {embeddings}; "
             "resize the model's embeddings once, offline, and save it"
         )
-    load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
+    model = starting_model(config, directory, settings)
     objective = build_objective(config, model, _probe(config, data, ranks))
     engine = Engine(model, config, settings, ranks)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
     return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout)
+
+
+def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """The model of a directory with its weights, sharded as it is made and filled tensor by tensor (ZeRO-3)."""
+    construction = Construction(settings)
+    with freed_memory_goes_back():
+        model = build_model(
+            directory, attention=config.model.attention, dtype=DTYPES[config.precision],
+            gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
+        )  # fmt: skip
+        load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
+    return model
 
 
 def build_planner(config: RunConfig, index: DataIndex, costs: list[float] | None) -> Planner:
@@ -127,7 +136,7 @@ def build_planner(config: RunConfig, index: DataIndex, costs: list[float] | None
 def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokenizerBase) -> Packer:
     """The packer, its layout chosen by a check on a tiny model of the same class unless the config says."""
     data = config.data
-    model_config = load_config(resolve_directory(model_dir))
+    model_config = load_model_config(resolve_directory(model_dir))
     attention = resolve_attention(config.model.attention, model_config)
     layout: Layout
     if data.layout == "auto":

@@ -13,6 +13,7 @@ What DeepSpeed needs to be told, each verified and held by a test:
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import os
@@ -111,7 +112,7 @@ class Construction:
         if not self.sharded:
             yield
             return
-        with deepspeed.zero.Init(config_dict_or_path=self.settings), prevent_arange_dtype_change():
+        with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=self.settings):
             yield
 
     def write(self, parameter: nn.Parameter, read: Callable[[], Tensor] | None) -> None:
@@ -124,6 +125,25 @@ class Construction:
                 parameter.data.copy_(read())
             elif not _is_partitioned(parameter):
                 raise RuntimeError("every rank reads for itself when parameters are not sharded")
+
+
+@contextmanager
+def freed_memory_goes_back() -> Iterator[None]:
+    """While loading: blocks of 1 MiB and more return to the system when a tensor is freed.
+
+    glibc otherwise raises that threshold as it sees large blocks freed, keeps them in its heap, and a rank's peak
+    grows to twice its shard (measured by `benchmarks/load_memory.py`). Afterwards the threshold is where glibc's
+    own adjustment ends, 32 MiB, so that training reuses its memory. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    if mallopt is not None:
+        mallopt(threshold, 2**20)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(threshold, 2**25)
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

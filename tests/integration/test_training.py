@@ -145,6 +145,18 @@ def test_eval_scores_mgsm_and_keeps_every_output(trained: Path, tmp_path: Path) 
         assert len((output / "predictions" / f"mgsm_{language}.jsonl").read_text().splitlines()) == 2
 
 
+def test_bf16_trains_and_exports_under_zero_3(data: Path, tmp_path: Path) -> None:
+    values = run_values(data, tmp_path / "run", max_steps=2, precision="bf16", gradient_checkpointing=True)
+    done = crosslift("train", str(write_config(tmp_path / "run.yaml", values)), "--nproc", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reopened the export" in done.stderr
+    from safetensors.torch import load_file
+
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "run/model/model.safetensors").values()} == {
+        "torch.bfloat16"
+    }
+
+
 @pytest.fixture(scope="module")
 def by_launcher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Losses of one 2-rank run, started by three launchers."""
