@@ -133,17 +133,18 @@ def freed_memory_goes_back() -> Iterator[None]:
 
     glibc otherwise raises that threshold as it sees large blocks freed, keeps them in its heap, and a rank's peak
     grows to twice its shard (measured by `benchmarks/load_memory.py`). Afterwards the threshold is where glibc's
-    own adjustment ends, 32 MiB, so that training reuses its memory. Other C libraries are left alone.
+    own adjustment ends, 32 MiB (twice that for trimming), so that training reuses its memory. Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
     if mallopt is not None:
-        mallopt(threshold, 2**20)
+        mallopt(mmap_threshold, 2**20)
     try:
         yield
     finally:
         if mallopt is not None:
-            mallopt(threshold, 2**25)
+            mallopt(mmap_threshold, 2**25)
+            mallopt(trim_threshold, 2**26)
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
