@@ -133,7 +133,8 @@ def freed_memory_goes_back() -> Iterator[None]:
 
     glibc otherwise raises that threshold as it sees large blocks freed, keeps them in its heap, and a rank's peak
     grows to twice its shard (measured by `benchmarks/load_memory.py`). Afterwards the threshold is where glibc's
-    own adjustment ends, 32 MiB (twice that for trimming), so that training reuses its memory. Other C libraries are left alone.
+    own adjustment ends, 32 MiB (twice that for trimming), so that training reuses its memory. Other C libraries
+    are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     mmap_threshold, trim_threshold = -3, -1  # of malloc.h
