@@ -75,8 +75,9 @@ def _pairs(data: DataParts, config: RunConfig) -> str:
     dropped = sum(plan.dropped_pairs for plan in steps)
     balance = [sum(unit.cost for unit in share) for share in assign(steps[0], 1)]
     return (
-        f"first {len(steps)} steps: {sum(sets) / len(steps):.1f} pairs in {len(sets) / len(steps):.1f} units with "
-        f"pairs a step, {dropped} pairs dropped for identical content, about {balance[0]:.0f} tokens a step"
+        f"first {len(steps)} steps: {sum(sets) / len(steps):.1f} pairs a step, in {len(sets) / len(steps):.1f} "
+        f"contrast sets (plain SFT cuts none), {dropped} pairs dropped for identical content, "
+        f"about {balance[0]:.0f} tokens a step"
     )
 
 
