@@ -35,9 +35,9 @@ def train(
     accept_changes: Annotated[bool, typer.Option(help="resume although data or config differ")] = False,
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
-    from training.config import load_config
     from training.launch import launch, visible_gpus
     from training.prepare import prepare
+    from training.run_file import load_config
 
     prepare(load_config(config, overrides or []))  # its errors come before any rank starts
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
@@ -47,7 +47,7 @@ def train(
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """All that can be known before a run. Example: crosslift check configs/gsm8k-parallel.yaml data_dir=DIR"""
-    from training.config import load_config
+    from training.run_file import load_config
 
     settings = load_config(config, overrides or [])  # its errors come before heavy imports
     from training.check import check_run
@@ -63,7 +63,7 @@ def inspect(
     samples: Annotated[int, typer.Option(min=1, help="samples a language")] = 1,
 ) -> None:
     """A decoded sample a language, its label mask marked. Example: crosslift data inspect CONFIG --samples 2"""
-    from training.config import load_config
+    from training.run_file import load_config
 
     settings = load_config(config, overrides or [])
     from training.check import inspect_data
@@ -80,8 +80,8 @@ def plan(
     world_size: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
 ) -> None:
     """What every rank reads, a JSON line a micro-batch. Example: crosslift data plan CONFIG --steps 100:102"""
-    from training.config import load_config
     from training.errors import ConfigError
+    from training.run_file import load_config
 
     first, colon, last = steps.partition(":")
     if not (colon and first.isdigit() and last.isdigit()):
@@ -96,9 +96,9 @@ def plan(
 @app.command()
 def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> None:
     """Train the tokenizer that `tokenizer.train` describes. Example: crosslift tokenizer CONFIG --output DIR"""
-    from training.config import load_config
     from training.errors import ConfigError
     from training.prepare import open_index, train_tokenizer_of
+    from training.run_file import load_config
 
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; give a new folder")

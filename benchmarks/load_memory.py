@@ -106,7 +106,7 @@ def peak_memory() -> Iterator[dict[str, int]]:
 
 def run_config(folder: Path) -> Any:
     """A run that starts from the model in `folder`; its data are never read."""
-    from training.config import validate
+    from training.run_file import validate
 
     values = {
         "output_dir": str(folder / "run"),

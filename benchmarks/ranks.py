@@ -12,9 +12,12 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.provenance import git_state, versions
+
+if TYPE_CHECKING:
+    import torch
 
 SOURCE = Path(__file__).resolve().parent.parent
 
@@ -47,3 +50,13 @@ def machine(nproc: int) -> dict[str, Any]:
         "versions": versions(),
         "source": git_state(),
     }
+
+
+def all_max(value: float, device: torch.device) -> float:
+    """Largest value over ranks."""
+    import torch
+    import torch.distributed as dist
+
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest.item())

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
-from benchmarks.ranks import machine, run_ranks
+from benchmarks.ranks import all_max, machine, run_ranks
 
 CLOCKS = {"wall_seconds": "wall clock", "cpu_seconds": "CPU time, all ranks"}
 OBJECTIVES = ("SFT", "one-pass", "three-pass")
@@ -109,7 +109,7 @@ def timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
     """Seconds until the slowest rank is done, all starting together; seconds of CPU that all ranks used."""
     import torch
 
-    from training.distributed import all_max, all_sum, barrier
+    from training.distributed import all_sum, barrier
 
     barrier()
     started, used = time.perf_counter(), time.process_time()
@@ -124,7 +124,7 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
     """Times of every round, and what was in the batches; the same on every rank."""
     from training.assembly import build_planner, tokens_per_byte
     from training.config import SFTConfig
-    from training.distributed import all_max, all_sum
+    from training.distributed import all_sum
 
     trainers = build_trainers(config)
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run
@@ -241,9 +241,9 @@ def rank_main(folder: Path, options: argparse.Namespace) -> None:
     """One rank: every size in turn; rank 0 keeps the figures."""
     import torch
 
-    from training.config import validate
     from training.distributed import rank
     from training.engine import init_process_group
+    from training.run_file import validate
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     init_process_group(timeout_minutes=10)

@@ -29,7 +29,7 @@ from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
 from data_pipeline.records import TokenizedSample
 from modeling.contrastive import contrastive_loss
 from training.engine import Engine
-from training.objectives import LossTerms, ShifCon, model_inputs
+from training.objectives import LossTerms, ShifCon, SupervisedFineTuning, model_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,8 @@ class ThreePassShifCon(ShifCon):
             self._sentence_means(engine, side) for side in self._texts.get(id(batch.units), self._idle)
         )
         with self.shift.batch(self._shifted_languages(batch)):
-            losses = self._token_losses(engine, batch)
-        return LossTerms(losses, self._batch_contrastive(english, translated, batch))
+            fine_tuning = SupervisedFineTuning.loss_terms(self, engine, batch)
+        return self._with_contrastive(fine_tuning, self._batch_contrastive(english, translated, batch))
 
     def _sentence_means(self, engine: Engine, texts: Texts) -> list[Tensor]:
         """A full forward pass; (P, H) for each layer of the area."""

@@ -38,6 +38,11 @@ class RankStep:
     overlong: int
     fingerprint: int  # sum over samples of a hash of each: adds up over ranks to one number for the step
 
+    @property
+    def counts(self) -> dict[str, float]:
+        """This rank's part of what loss terms are divided by."""
+        return {"label_tokens": self.label_tokens, "pairs": self.pairs}
+
 
 class SampleReader:
     """Row numbers -> tokenised samples."""

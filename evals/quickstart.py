@@ -56,7 +56,7 @@ def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     _say(f"1/5  parallel word problems in {len(LANGUAGES)} languages: {data}")
     write_corpus(data, CorpusSizes(), seed)
     _say("2/5  tokenizer and an English-dominant toy Llama, from scratch")
-    _train("quickstart-base", output / "base", data, seed, ranks=1)
+    _train("quickstart-base", output / "base", data, seed, ranks=2)
     start = output / "base" / "model"
     _say("3/5  plain SFT on all languages (MSFT), ZeRO-3 on 2 ranks")
     _train("quickstart-msft", output / "msft", data, seed, ranks=2, start=start)

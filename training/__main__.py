@@ -12,8 +12,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-from training.config import load_config
 from training.distributed import rank
+from training.run_file import load_config
 
 USER_ERROR = 2
 

@@ -42,14 +42,6 @@ def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     return total.cpu()
 
 
-def all_max(value: float, device: torch.device) -> float:
-    """Largest value over ranks."""
-    largest = torch.tensor(value, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest.item())
-
-
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order; for rare events, not for each step."""
     if not dist.is_initialized():

@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.loader import SampleReader, fixed_batches
 from data_pipeline.packing import MicroBatch, Packer
-from data_pipeline.records import Record, TokenizedSample
+from data_pipeline.records import TokenizedSample
 from training.config import EvaluationConfig
 from training.distributed import all_sum
 from training.engine import Engine
@@ -31,11 +31,12 @@ class HeldOut:
     ) -> None:
         """Raises ConfigError where a language has no held-out sample that fits."""
         self.languages = reader.index.languages
-        records = [self._records(reader, number, config.items) for number in range(len(self.languages))]
-        self.sets = {"loss": self._pack(reader, records, packer, rank, world_size)}
+        chosen = [self._choose(reader, number, config.items) for number in range(len(self.languages))]
+        samples = [sample for _, of_language in chosen for sample in of_language]
+        self.sets = {"loss": fixed_batches(samples, packer, rank, world_size)}
         if config.swapped_prompts:
-            swapped = [_swap_prompts(language_records) for language_records in records]
-            self.sets["loss_swapped"] = self._pack(reader, swapped, packer, rank, world_size)
+            swapped = [sample for rows, _ in chosen for sample in _swapped_prompts(reader, rows)]
+            self.sets["loss_swapped"] = fixed_batches(swapped, packer, rank, world_size)
 
     def metrics(self, engine: Engine, objective: Objective) -> dict[str, float]:
         """`eval/loss/<language>` in nats per label token, and their unweighted mean `eval/loss`."""
@@ -51,39 +52,32 @@ class HeldOut:
         with engine.evaluating():
             for batch in batches:
                 on_device = batch.to(engine.device)
-                losses = objective.loss_terms(engine, on_device).token_losses.double()
-                sums[0].index_add_(0, on_device.label_languages, losses)
-                sums[1].index_add_(0, on_device.label_languages, on_device.label_weights.double())
+                terms = objective.loss_terms(engine, on_device)
+                sums[0].index_add_(0, terms.label_languages, terms.label_losses.double())
+                sums[1].index_add_(0, terms.label_languages, terms.label_weights.double())
         totals, tokens = all_sum(sums, engine.device)
         means = (totals / tokens.clamp(min=1)).tolist()
         each = {f"/{language}": mean for language, mean in zip(self.languages, means, strict=True)}
         return {"": float(np.mean(means)), **each}
 
-    def _records(self, reader: SampleReader, language: int, items: int) -> list[Record]:
+    def _choose(self, reader: SampleReader, language: int, items: int) -> tuple[list[int], list[TokenizedSample]]:
+        """The first held-out rows of a language that fit, and their samples."""
         rows = reader.index.rows(language, heldout=True)
         usable = [int(row) for row in rows if not reader.index.bad[row]]
-        fitting = reader.readable(usable[: 4 * items])[0][:items]
+        fitting, samples = reader.readable(usable[: 4 * items])
         if not fitting:
             raise ConfigError(
                 f"data.heldout_items: none of them in {self.languages[language]!r} has a sample within "
                 f"data.sequence_length ({reader.sequence_length}); hold out more items"
             )
-        return [reader.index.record(row) for row in fitting]
-
-    def _pack(
-        self, reader: SampleReader, records: Sequence[Sequence[Record]], packer: Packer, rank: int, world: int
-    ) -> list[MicroBatch]:
-        samples: list[TokenizedSample] = []
-        for language_records in records:
-            tokenized = [reader.chat.tokenize(record) for record in language_records]
-            samples += [sample for sample in tokenized if len(sample) <= reader.sequence_length]
-        return fixed_batches(samples, packer, rank, world)
+        return fitting[:items], samples[:items]
 
 
-def _swap_prompts(records: Sequence[Record]) -> list[Record]:
-    """Every answer behind the next item's prompt."""
-    shifted = [*records[1:], *records[:1]]
-    return [
-        replace(record, messages=(*other.messages[:-1], record.messages[-1]))
-        for record, other in zip(records, shifted, strict=True)
+def _swapped_prompts(reader: SampleReader, rows: Sequence[int]) -> list[TokenizedSample]:
+    """Every answer behind the next item's prompt, as far as that fits."""
+    records = [reader.index.record(row) for row in rows]
+    swapped = [
+        reader.chat.tokenize(replace(record, messages=(*other.messages[:-1], record.messages[-1])))
+        for record, other in zip(records, [*records[1:], *records[:1]], strict=True)
     ]
+    return [sample for sample in swapped if len(sample) <= reader.sequence_length]

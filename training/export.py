@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from modeling.generation import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from training.checkpoint import REFERENCE_FILE, RunState, problem
-from training.config import RunConfig, ShifConConfig, validate
+from training.config import RunConfig, ShifConConfig
 from training.errors import ConfigError
+from training.run_file import validate
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +61,18 @@ def export_newest(checkpoint: Path, output: Path) -> None:
     if output.exists():
         if ExportInfo.read(output).step == RunState.read(checkpoint).step:
             return
-        shutil.rmtree(output)
-    export_checkpoint(checkpoint, output)
+        stale = output.with_name(f".stale-{output.name}")
+        shutil.rmtree(stale, ignore_errors=True)
+        output.rename(stale)
+        try:
+            export_checkpoint(checkpoint, output)
+        except BaseException:  # an older export is better than none
+            if not output.exists():
+                stale.rename(output)
+            raise
+        shutil.rmtree(stale)
+    else:
+        export_checkpoint(checkpoint, output)
     log.info("exported to %s", output)
 
 
@@ -141,6 +152,7 @@ def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:
 
     from modeling.loading import load_pretrained
     from training.engine import DTYPES
+    from training.start_checks import reference_logits
 
     reference = load_file(checkpoint / REFERENCE_FILE)
     model = load_pretrained(str(output), dtype=DTYPES[config.precision], attention="eager", device="cpu")
@@ -148,10 +160,9 @@ def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:
         if not torch.isfinite(parameter).all():
             raise RuntimeError(f"{output}: {name} holds values that are not finite")
     with torch.no_grad():
-        logits_NV = model(input_ids=reference["input_ids"], use_cache=False).logits[0].float()
-    expected_NV = reference["logits"].float()
-    scale = expected_NV.abs().max()
-    error = float((logits_NV[-len(expected_NV) :] - expected_NV).abs().max() / scale)
+        found = reference_logits(model(input_ids=reference["input_ids"]))
+    expected = reference["logits"]
+    error = float((found - expected).abs().max() / expected.abs().max())
     if not error <= LOGITS_TOLERANCE[config.precision]:
         raise RuntimeError(f"{output}: reopened, its logits differ from the run's by {error:.1e} of the largest")
     log.info("reopened the export: its logits agree with the run's to %.1e of the largest", error)

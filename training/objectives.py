@@ -1,16 +1,16 @@
-"""What a step optimises: SFT, ShifCon. A micro-batch in, loss terms out.
+"""What a step optimises, on decoders: SFT, ShifCon. A micro-batch in, loss terms out.
 
 In: a MicroBatch on the device and the engine. Out: LossTerms, sums that `scaling.step_loss_share` weights.
 Next: `trainer.py`. An objective never runs a second forward pass, and runs the same modules on every rank
-whatever the batch holds.
+whatever the batch holds. Those for encoders are in `task_objectives.py`.
 
 Shapes: B rows, T tokens, H hidden, N label positions, S segments, P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,23 +30,29 @@ from training.config import RunConfig, SFTConfig, ShifConConfig
 from training.distributed import all_sum
 from training.engine import Engine
 from training.errors import ConfigError
+from training.scaling import LossTerm
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """Sums over one micro-batch, not yet divided by anything."""
+    """Sums over one micro-batch, not yet divided by anything.
 
-    token_losses: Tensor  # (N,) fp32, 0 at the stand-in of a micro-batch without labels
-    contrastive_sum: Tensor | None  # scalar: over pairs, mean over layers
+    The label losses are those that a person wants to see by language: of answer tokens, or of the target texts'
+    labels. `terms` are what is optimised (and, with weight 0, what is only reported).
+    """
+
+    label_losses: Tensor  # (N,) fp32, 0 at the stand-in of a micro-batch without labels
+    label_weights: Tensor  # (N,) 1, or 0 where the label does not count
+    label_languages: Tensor  # (N,) int64
+    terms: Mapping[str, LossTerm]
 
 
 class Objective(Protocol):
     """What the trainer asks of an objective."""
 
-    sft_weight: float
-    contrastive_weight: float
+    term_names: tuple[str, ...]  # of `LossTerms.terms`, the same on every rank and in every micro-batch
 
-    def loss_terms(self, engine: Engine, batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, engine: Engine, batch: Any) -> LossTerms:
         """One forward pass and its loss terms; works with and without gradients."""
 
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
@@ -61,23 +67,29 @@ class Objective(Protocol):
 
 def build_objective(config: RunConfig, model: PreTrainedModel, probe: Sequence[MicroBatch]) -> Objective:
     """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
-    if isinstance(config.objective, SFTConfig):
+    settings, data = config.objective, config.data
+    if isinstance(settings, SFTConfig):
         return SupervisedFineTuning(model)
-    data = config.data
-    return ShifCon(model, config.objective, data.languages, data.dominant, probe)
+    if isinstance(settings, ShifConConfig):
+        return ShifCon(model, settings, data.languages, data.dominant, probe)
+    from training.task_objectives import build_task_objective
+
+    return build_task_objective(settings, model, data.task)
 
 
 class SupervisedFineTuning:
     """Cross-entropy on label tokens; the LM head sees no other position."""
 
+    term_names: tuple[str, ...] = ("sft",)
     sft_weight = 1.0
-    contrastive_weight = 0.0
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.head = LabelHead(model)
 
     def loss_terms(self, engine: Engine, batch: MicroBatch) -> LossTerms:
-        return LossTerms(self._token_losses(engine, batch), contrastive_sum=None)
+        losses = self._token_losses(engine, batch)
+        sft = LossTerm(losses.sum(), per="label_tokens", weight=self.sft_weight)
+        return LossTerms(losses, batch.label_weights, batch.label_languages, {"sft": sft})
 
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
         return {}
@@ -97,6 +109,8 @@ class SupervisedFineTuning:
 class ShifCon(SupervisedFineTuning):
     """ShifCon in one pass: the SFT forward is shifted, and its states feed the contrastive loss (methods.md)."""
 
+    term_names: tuple[str, ...] = ("sft", "contrastive")
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -112,7 +126,6 @@ class ShifCon(SupervisedFineTuning):
             raise ConfigError(f"objective.layers: {list(config.layers)}, but the model has {n_layers} layers")
         self.config = config
         self.sft_weight = config.sft_weight
-        self.contrastive_weight = config.contrastive.weight
         self.languages = tuple(languages)
         self.dominant = dominant
         self.probe = probe
@@ -126,12 +139,16 @@ class ShifCon(SupervisedFineTuning):
             self.shift.batch(self._shifted_languages(batch)),
             self.pooling.batch(batch.segment_ids, batch.content, batch.n_segments) as pooled,
         ):
-            losses = self._token_losses(engine, batch)
+            fine_tuning = super().loss_terms(engine, batch)
         contrastive = contrastive_loss(
             pooled, batch.pairs, batch.pair_sets, batch.pair_groups, batch.pair_contents,
             scale=self.config.contrastive.scale,
         )  # fmt: skip
-        return LossTerms(losses, contrastive)
+        return self._with_contrastive(fine_tuning, contrastive)
+
+    def _with_contrastive(self, fine_tuning: LossTerms, contrastive: Tensor) -> LossTerms:
+        term = LossTerm(contrastive, per="pairs", weight=self.config.contrastive.weight)
+        return replace(fine_tuning, terms={**fine_tuning.terms, "contrastive": term})
 
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
         if step % self.config.refresh_every and self.vectors is not None:

@@ -1,16 +1,18 @@
-"""Token-weighted loss arithmetic and the learning-rate schedule: pure functions.
+"""Loss arithmetic over a whole step and the learning-rate schedule: pure functions.
 
 In: sums over one micro-batch, counts over the whole step. Out: the number that goes into backward.
 Next: `objectives.py` and `trainer.py`.
 
-The loss of a step is a sum over tokens divided by the step's global number of label tokens; the contrastive
-term has its own global denominator, the step's pairs (design, decision 4). A micro-batch contributes its share
-of both, so gradients do not depend on how the batch is split over micro-batches and ranks.
+A step's loss is a weighted sum of terms (SFT, contrastive; target, source, consistency), and each term is a sum
+over the step divided by that term's own global denominator: label tokens, pairs, samples (design, decision 4). A
+micro-batch contributes its share of each, so gradients do not depend on how the batch is split over micro-batches
+and ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,29 +21,30 @@ from training.config import ScheduleConfig
 
 
 @dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One term of the loss on one micro-batch."""
+
+    sum: Tensor  # scalar, not yet divided by anything
+    per: str  # which of the step's counts divides it
+    weight: float  # 0: only reported
+
+
+@dataclass(frozen=True, slots=True)
 class StepTotals:
     """What all ranks agree on before the first forward of a step."""
 
-    label_tokens: int
-    pairs: int
+    counts: Mapping[str, float]  # label tokens, pairs, ..., over all ranks
     micro_batches: int  # the largest number any rank has
 
+    def denominator(self, count: str) -> float:
+        """What sums are divided by; 1 where the step has nothing of the kind on any rank."""
+        return max(self.counts[count], 1)
 
-def step_loss_share(
-    token_loss_sum: Tensor,
-    contrastive_sum: Tensor | None,
-    totals: StepTotals,
-    sft_weight: float,
-    contrastive_weight: float,
-) -> Tensor:
-    """One micro-batch's share of `a * SFT + b * contrastive` (methods.md, step 7), a scalar.
 
-    A step without labels (or pairs) on any rank divides a zero sum by one.
-    """
-    share = sft_weight * token_loss_sum / max(totals.label_tokens, 1)
-    if contrastive_sum is not None:
-        share = share + contrastive_weight * contrastive_sum / max(totals.pairs, 1)
-    return share
+def step_loss_share(terms: Mapping[str, LossTerm], totals: StepTotals) -> Tensor:
+    """One micro-batch's share of the step's loss, `sum of weight * sum / denominator` over the terms, a scalar."""
+    shares = [term.weight * term.sum / totals.denominator(term.per) for term in terms.values()]
+    return sum(shares[1:], start=shares[0])
 
 
 def learning_rate(step: int, max_steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.loader import RankStep
-from data_pipeline.packing import MicroBatch, Packer
+from data_pipeline.packing import MicroBatch
 from data_pipeline.records import DataError
 from modeling.generation import VECTORS_FILE
 from training import checkpoint
 from training.assembly import Run, assemble
-from training.config import RunConfig, resolved
+from training.config import RunConfig
 from training.distributed import all_sum, barrier, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate, init_process_group
 from training.errors import ConfigError
@@ -34,51 +32,17 @@ from training.objectives import LossTerms
 from training.plots import draw_plots
 from training.prepare import forget_preparation, prepare
 from training.provenance import git_state, versions
+from training.run_file import resolved
 from training.scaling import StepTotals, learning_rate, step_loss_share
+from training.start_checks import check_packing, reference_outputs, warm_up
+from training.step_sums import StepRead, StepSums, memory
 from training.tracking import Tracker
 
 log = logging.getLogger(__name__)
-PACKING_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # relative, on the summed loss of one micro-batch
-REFERENCE_TOKENS = 16
 
 
 class NonFiniteStep(Exception):
     """A loss or gradient that is not a number; names step, ranks and sample ids."""
-
-
-@dataclass(slots=True)
-class StepSums:
-    """Sums over this rank's micro-batches of one step, kept on the device until the step's end."""
-
-    losses: Tensor  # (languages,) fp64
-    label_tokens: Tensor  # (languages,) fp64
-    contrastive: Tensor  # scalar fp64
-    shares: list[Tensor] = field(default_factory=list)  # loss share of each micro-batch
-
-    @classmethod
-    def zeros(cls, n_languages: int, device: torch.device) -> StepSums:
-        zeros = torch.zeros(2 * n_languages + 1, dtype=torch.float64, device=device)
-        return cls(zeros[:n_languages], zeros[n_languages:-1], zeros[-1:])
-
-    def add(self, batch: MicroBatch, terms: LossTerms, share: Tensor) -> None:
-        losses = terms.token_losses.detach().double()
-        self.losses.index_add_(0, batch.label_languages, losses)
-        self.label_tokens.index_add_(0, batch.label_languages, batch.label_weights.double())
-        if terms.contrastive_sum is not None:
-            self.contrastive += terms.contrastive_sum.detach().double()
-        self.shares.append(share.detach().float())
-
-    def bad_micro_batches(self) -> list[int]:
-        return (~torch.isfinite(torch.stack(self.shares))).nonzero().flatten().tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class StepRead:
-    """What all ranks together read for a step."""
-
-    tokens: Tensor  # (languages,) fp64, processed tokens by the sample's language
-    overlong: int  # slots left empty by samples longer than data.sequence_length
-    fingerprint: int  # the same for the same set of samples, whatever rank read which
 
 
 class Trainer:
@@ -94,7 +58,7 @@ class Trainer:
     def train(self, start: int) -> None:
         """Steps `start` .. `max_steps - 1`, with refreshes, evaluations and checkpoints when due."""
         config, run = self.config, self.run
-        self._warm_up()
+        warm_up(run)
         steps = range(start, config.max_steps)
         progress = tqdm(
             run.loader.steps(start, config.max_steps), total=config.max_steps, initial=start, unit="step",
@@ -105,7 +69,7 @@ class Trainer:
             waited = time.perf_counter() - waiting_since
             metrics = {"data/wait_seconds": waited, **run.objective.before_step(run.engine, step)}
             if self._first_step:
-                self._check_packing(batch)
+                check_packing(run, batch)
             metrics |= self.train_step(step, batch)
             done = step + 1
             if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
@@ -130,33 +94,32 @@ class Trainer:
             grad_norm = self.run.engine.step(rate)
         except NonFiniteUpdate as error:
             self._stop_not_finite(step, str(error), [each.sample_ids for each in micro_batches])
-        metrics = self._step_metrics(reduced, read, totals)
         seconds = time.perf_counter() - started
-        return metrics | {
+        languages = self.config.data.languages
+        return {
+            **sums.metrics(reduced, totals, languages),
+            **read.metrics(languages),
             "train/grad_norm": grad_norm,
             "train/learning_rate": rate,
             "train/step_seconds": seconds,
             "train/tokens_per_second": float(read.tokens.sum()) / seconds,
-            **_memory(),
+            **memory(),
         }
 
     def accumulate(self, step: int, batch: RankStep, totals: StepTotals) -> tuple[StepSums, list[MicroBatch]]:
         """Forward and backward of this rank's micro-batches; the same number of them on every rank."""
         run = self.run
         seed_step(self.config.seed, step)
-        sums = StepSums.zeros(len(self.config.data.languages), run.engine.device)
+        objective = run.objective
+        sums = StepSums.zeros(len(self.config.data.languages), len(objective.term_names), run.engine.device)
         idle = [run.data.packer.idle()] * (totals.micro_batches - len(batch.micro_batches))
         micro_batches = [*batch.micro_batches, *idle]
         for number, micro_batch in enumerate(micro_batches):
             run.engine.begin_micro_batch(last=number == len(micro_batches) - 1)
-            on_device = micro_batch.to(run.engine.device)
-            terms = self._forward(on_device)
-            share = step_loss_share(
-                terms.token_losses.sum(), terms.contrastive_sum, totals,
-                run.objective.sft_weight, run.objective.contrastive_weight,
-            )  # fmt: skip
+            terms = self._forward(micro_batch.to(run.engine.device))
+            share = step_loss_share(terms.terms, totals)
             run.engine.backward(share)
-            sums.add(on_device, terms, share)
+            sums.add(terms, share)
         return sums, micro_batches
 
     def save(self, step: int) -> None:
@@ -167,7 +130,7 @@ class Trainer:
         barrier()
         directory = checkpoint.incomplete_path(output_dir, step)
         run.engine.save_state(directory)
-        reference = self._reference_logits()
+        reference = reference_outputs(run)
         if rank() == 0:
             from safetensors.torch import save_file
 
@@ -211,9 +174,13 @@ class Trainer:
         ranks = self.run.engine.world_size
         n_micro_batches = [0] * ranks
         n_micro_batches[rank()] = max(len(batch.micro_batches), 1)
-        counts = [batch.label_tokens, batch.pairs, len(batch.bad_rows), batch.overlong, batch.fingerprint]
-        total = all_sum([*counts, *n_micro_batches, *batch.tokens.tolist()], self.run.engine.device)
-        label_tokens, pairs, bad_rows, overlong, fingerprint = total[: len(counts)].long().tolist()
+        seen = [len(batch.bad_rows), batch.overlong, batch.fingerprint]
+        total = all_sum(
+            [*seen, *batch.counts.values(), *n_micro_batches, *batch.tokens.tolist()], self.run.engine.device
+        )
+        sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens)]
+        seen_by_all, counts, by_rank, tokens = total.split(sizes)
+        bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
         for line in batch.bad_rows:
             log.warning("step %d: a slot stays empty: %s", batch.step, line)
         self.bad_slots += bad_rows
@@ -223,15 +190,8 @@ class Trainer:
                 f"{lines[0]} ({self.bad_slots} slots left empty by bad rows so far; "
                 f"data.max_bad_rows is {self.config.data.max_bad_rows})"
             )
-        by_rank, tokens = total[len(counts) :].split([ranks, len(batch.tokens)])
-        return StepTotals(label_tokens, pairs, int(by_rank.max())), StepRead(tokens, overlong, fingerprint)
-
-    def _warm_up(self) -> None:
-        """One forward of one token: ranks whose models differ are named before anything can wait for them."""
-        run = self.run
-        idle = run.data.packer.idle().to(run.engine.device)
-        with run.engine.evaluating(), same_modules_on_every_rank(run.engine.module, run.engine.device):
-            run.objective.loss_terms(run.engine, idle)
+        totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
+        return totals, StepRead(tokens, overlong, fingerprint)
 
     def _forward(self, batch: MicroBatch) -> LossTerms:
         run = self.run
@@ -245,8 +205,7 @@ class Trainer:
         """Step sums over ranks; stops the run where any rank's loss is not finite."""
         bad = sums.bad_micro_batches()
         flag = torch.tensor([float(len(bad))], dtype=torch.float64, device=sums.losses.device)
-        kept = [torch.nan_to_num(part) for part in (sums.losses, sums.label_tokens, sums.contrastive)]
-        reduced = all_sum(torch.cat([flag, *kept]), self.run.engine.device)
+        reduced = all_sum(torch.cat([flag, sums.finite()]), self.run.engine.device)
         if reduced[0]:
             self._stop_not_finite(step, "loss", [micro_batches[number].sample_ids for number in bad])
         return reduced[1:]
@@ -263,54 +222,6 @@ class Trainer:
             for number, ids in by_rank.items()
         )
         raise NonFiniteStep(f"step {step}: {what} is not finite; samples of {shown}; all of them in {file}")
-
-    def _step_metrics(self, reduced: Tensor, read: StepRead, totals: StepTotals) -> dict[str, float]:
-        languages = self.config.data.languages
-        losses, labels = reduced[: len(languages)], reduced[len(languages) : -1]
-        metrics = {
-            "train/loss": float(losses.sum()) / max(totals.label_tokens, 1),
-            "data/step_fingerprint": float(read.fingerprint),
-            "data/overlong": float(read.overlong),
-        }
-        if self.run.objective.contrastive_weight:
-            metrics["train/contrastive"] = float(reduced[-1]) / max(totals.pairs, 1)
-        for number, language in enumerate(languages):
-            if labels[number]:
-                metrics[f"train/loss/{language}"] = float(losses[number] / labels[number])
-            metrics[f"train/token_share/{language}"] = float(read.tokens[number] / read.tokens.sum().clamp(min=1))
-        return metrics
-
-    def _check_packing(self, batch: RankStep) -> None:
-        """The run's own first micro-batch: its packed loss must be its padded, sample-by-sample loss."""
-        run, packer = self.run, self.run.data.packer
-        if packer.layout == "padded":
-            return
-        packed = batch.micro_batches[0] if batch.micro_batches else packer.idle()
-        padder = Packer("padded", micro_batch_tokens=sys.maxsize, row_tokens=packer.row_tokens, pad_id=packer.pad_id)
-        padded = padder.pack(packed.units)[0] if packed.units else padder.idle()
-        with run.engine.evaluating():
-            losses = [
-                run.objective.loss_terms(run.engine, each.to(run.engine.device)).token_losses.double().sum()
-                for each in (packed, padded)
-            ]
-        one, other = all_sum(torch.stack(losses), run.engine.device).tolist()
-        difference = abs(one - other) / max(abs(other), 1e-12)
-        if not difference <= PACKING_TOLERANCE[self.config.precision]:
-            raise ConfigError(
-                f"data.layout: packed rows give a loss {difference:.1e} off the sample-by-sample one: samples see "
-                "each other with this model and attention; set data.layout=padded"
-            )
-
-    def _reference_logits(self) -> dict[str, Tensor]:
-        """A few tokens and the unshifted logits behind the last of them: what an export must reproduce."""
-        run = self.run
-        vocabulary = len(run.data.tokenizer)
-        ids = (torch.arange(REFERENCE_TOKENS, device=run.engine.device) * 7919 % vocabulary)[None]
-        positions = torch.arange(REFERENCE_TOKENS, device=run.engine.device)[None]
-        with run.engine.evaluating():
-            inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
-            logits = run.engine.forward(**inputs, use_cache=False).logits[0, -4:]
-        return {"input_ids": ids.cpu(), "logits": logits.float().cpu().contiguous()}
 
     def _log(self, step: int, metrics: dict[str, float], progress: tqdm) -> None:
         if self.tracker is None:
@@ -384,11 +295,3 @@ def _track_files(tracker: Tracker, output_dir: Path) -> None:
     newest = checkpoint.latest(output_dir)
     if newest is not None and (newest / VECTORS_FILE).is_file():
         tracker.artifact(newest / VECTORS_FILE)
-
-
-def _memory() -> dict[str, float]:
-    """Peak memory of this rank so far, GiB."""
-    metrics = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    if torch.cuda.is_available():
-        metrics["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return metrics

@@ -13,9 +13,9 @@ import torch
 from tiny_run import run_values
 
 from training.__main__ import main as run_rank
-from training.config import validate
 from training.distributed import rank
 from training.objectives import LossTerms, ShifCon, SupervisedFineTuning
+from training.run_file import validate
 
 FAULTY_RANK, FAULTY_CALL = 1, 5
 
@@ -39,9 +39,10 @@ def spoil(loss_terms, where: str):
         calls += torch.is_grad_enabled()
         if rank() == FAULTY_RANK and calls == FAULTY_CALL:
             if where == "loss":
-                return replace(terms, token_losses=terms.token_losses * float("nan"))
+                sft = terms.terms["sft"]
+                return replace(terms, terms={**terms.terms, "sft": replace(sft, sum=sft.sum * float("nan"))})
             if where == "gradient":
-                terms.token_losses.register_hook(lambda gradient: gradient * float("inf"))
+                terms.terms["sft"].sum.register_hook(lambda gradient: gradient * float("inf"))
         return terms
 
     return spoiled

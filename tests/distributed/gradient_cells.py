@@ -14,10 +14,10 @@ from tiny_run import run_values
 
 from data_pipeline.packing import Packer
 from training.assembly import assemble
-from training.config import validate
 from training.distributed import rank, world_size
 from training.engine import init_process_group
 from training.prepare import prepare
+from training.run_file import validate
 from training.trainer import Trainer
 
 STEP = 3
@@ -43,7 +43,7 @@ def main() -> None:
                 name = f"{objective}-{micro_batches}"
                 save_file(gradients, output / f"{name}.safetensors")
                 sets = sum(bool(unit.pairs) for unit in run.data.planner.step(STEP).units)
-                facts = {"pairs": totals.pairs, "label_tokens": totals.label_tokens, "norm": norm, "sets": sets}
+                facts = {**totals.counts, "norm": norm, "sets": sets}
                 (output / f"{name}.json").write_text(json.dumps(facts))
         run.engine.destroy()
 

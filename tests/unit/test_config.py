@@ -1,4 +1,4 @@
-"""config.py: one YAML file, every mistake named at once, and no option that nothing reads."""
+"""config.py and run_file.py: one YAML file, every mistake named at once, and no option that nothing reads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from training.config import (
-    ContrastiveConfig,
-    RunConfig,
-    SFTConfig,
-    ShifConConfig,
-    _models_in,
-    load_config,
-    resolved,
-    validate,
-)
+from training.config import ContrastiveConfig, RunConfig, SFTConfig, ShifConConfig
 from training.errors import ConfigError
+from training.run_file import _models_in, load_config, resolved, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from training.config import ScheduleConfig
-from training.scaling import StepTotals, learning_rate, step_loss_share
+from training.scaling import LossTerm, StepTotals, learning_rate, step_loss_share
 
 STEPS = 200
 PEAK = 3e-3
+
+
+def both(token_sum: Tensor, pair_sum: Tensor, a: float = 1.0, b: float = 1.0) -> dict[str, LossTerm]:
+    return {"sft": LossTerm(token_sum, "label_tokens", a), "contrastive": LossTerm(pair_sum, "pairs", b)}
 
 
 def random_split(generator: np.random.Generator, n: int, parts: int) -> list[np.ndarray]:
@@ -43,10 +47,10 @@ def test_any_split_gives_the_loss_and_gradient_of_one_global_mean(seed: int) -> 
 
     parts = int(generator.integers(1, 9))
     split = torch.full((5,), 0.1, dtype=torch.float64, requires_grad=True)
-    totals = StepTotals(label_tokens=tokens, pairs=pairs, micro_batches=parts)
+    totals = StepTotals({"label_tokens": tokens, "pairs": pairs}, micro_batches=parts)
     total = 0.0
     for token, pair in zip(random_split(generator, tokens, parts), random_split(generator, pairs, parts), strict=True):
-        share = step_loss_share(*terms(split, token, pair), totals, sft_weight=a, contrastive_weight=b)
+        share = step_loss_share(both(*terms(split, token, pair), a, b), totals)
         share.backward()
         total += share.item()
     assert total == pytest.approx(expected.item(), rel=1e-12)
@@ -55,16 +59,16 @@ def test_any_split_gives_the_loss_and_gradient_of_one_global_mean(seed: int) -> 
 
 
 def test_tokens_weigh_the_same_whatever_the_length_of_their_micro_batch() -> None:
-    totals = StepTotals(label_tokens=10, pairs=0, micro_batches=2)
-    short, long = torch.tensor(1 * 4.0), torch.tensor(9 * 2.0)
-    shares = [step_loss_share(part, None, totals, sft_weight=1.0, contrastive_weight=5.0) for part in (short, long)]
+    totals = StepTotals({"label_tokens": 10, "pairs": 0}, micro_batches=2)
+    parts = [LossTerm(torch.tensor(n * loss), "label_tokens", 1.0) for n, loss in ((1, 4.0), (9, 2.0))]
+    shares = [step_loss_share({"sft": part}, totals) for part in parts]
     assert sum(share.item() for share in shares) == pytest.approx((4 + 9 * 2) / 10)
 
 
 def test_a_step_without_labels_or_pairs_is_a_zero_that_has_a_gradient() -> None:
     weights = torch.ones(3, requires_grad=True)
     zero = (weights * 0).sum()
-    share = step_loss_share(zero, zero, StepTotals(0, 0, 1), sft_weight=1.0, contrastive_weight=2.0)
+    share = step_loss_share(both(zero, zero), StepTotals({"label_tokens": 0, "pairs": 0}, 1))
     share.backward()
     assert share.item() == 0
     assert weights.grad is not None

@@ -1,0 +1,138 @@
+"""Reads a run file: YAML, `key.sub=value` overrides, and every mistake in it at once.
+
+In: a YAML file. Out: a RunConfig, or one line for each mistake with its path and, for typos, the nearest valid key.
+Next: `prepare.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from training.config import RunConfig
+from training.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `key.sub=value` overrides, validate.
+
+    Raises:
+        ConfigError: with one line for every mistake found, each naming file and key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f":{place.line + 1}" if place else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return validate(values, str(path))
+
+
+def validate(values: dict[str, Any], origin: str) -> RunConfig:
+    """RunConfig of a mapping; ConfigError with all mistakes at once, `origin` in front of each."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()
+        # A list with a wrong entry is also reported as too short, which it is not.
+        wrong_inside = {item["loc"][:length] for item in found for length in range(len(item["loc"]))}
+        shown = [item for item in found if item["type"] != "too_short" or item["loc"] not in wrong_inside]
+        lines = [f"{origin}: {_explain(item)}" for item in shown]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The config as plain YAML-ready values, every default filled in."""
+    return config.model_dump(mode="json")
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r}: must be key.sub=value, e.g. max_steps=100")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = values
+    for depth, name in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_list_index(node, name, text)]
+        else:
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {text!r}: {where!r} holds a value, not a section")
+    if isinstance(node, list):
+        node[_list_index(node, last, text)] = value
+    else:
+        node[last] = value
+
+
+def _list_index(node: list[Any], name: str, text: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise ConfigError(f"override {text!r}: {name!r} is no entry of a list of {len(node)} (0 to {len(node) - 1})")
+    return int(name)
+
+
+def _explain(item: Any) -> str:
+    location = [part for at, part in enumerate(item["loc"]) if at == 0 or item["loc"][at - 1] != "objective"]
+    path = ".".join(map(str, location)) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1], item["loc"])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{path}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: required, but missing"
+    if item["type"] == "union_tag_not_found":
+        return f"{path}.name: required, but missing"
+    if item["type"] == "union_tag_invalid":
+        return f"{path}.name: {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"
+    if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{path}: must be a section of keys (found {item['input']!r})"
+    message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    if item["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message[0].lower()}{message[1:]} (found {item['input']!r})"
+
+
+def _keys_at(location: Iterable[Any], full: Sequence[Any]) -> list[str]:
+    """Valid keys of the section at `location`, found by walking the models' own fields."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        options = _models_in(model.model_fields[part].annotation)
+        tagged = [each for each in options if "name" in each.model_fields and _tag(each) in full]
+        model = (tagged or options)[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    arguments = getattr(model.model_fields["name"].annotation, "__args__", (None,))
+    return arguments[0]
