@@ -123,8 +123,8 @@ def timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
 def measure(config: Any, rounds: int) -> dict[str, Any]:
     """Times of every round, and what was in the batches; the same on every rank."""
     from training.assembly import build_planner, tokens_per_byte
-    from training.config import SFTConfig
     from training.distributed import all_sum
+    from training.objective_config import SFTConfig
 
     trainers = build_trainers(config)
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run

@@ -12,9 +12,38 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PLACEHOLDER = "{language}"
 
+TaskKind = Literal["classification", "tagging", "qa", "text"]
+
+# The columns of each kind of task: those that it cannot do without, and those that it may have.
+TASK_COLUMNS: dict[TaskKind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "classification": (("text_a",), ("text_b", "label", "back_text_a", "back_text_b")),
+    "tagging": (("words",), ("tags", "soft_tags", "back_words")),
+    "qa": (("question", "context"), ("answers", "back_question", "back_context", "back_answers")),
+    "text": (("text",), ()),
+}
+# Columns that say nothing without others.
+NEEDED_WITH = {
+    "back_text_b": ("back_text_a", "text_b"),
+    "back_question": ("back_context",),
+    "back_context": ("back_question",),
+    "back_answers": ("back_context",),
+}
+CHAT_COLUMNS = ("prompt", "completion", "messages", "system", "response_language")
+# What a row says in its own language: without it, it has no translation in the wide layout.
+TEXT_COLUMNS = ("prompt", "completion", "messages", "text_a", "text_b", "words", "question", "context", "text")
+# Some files of a source may lack these: English text has no back-translation, a translation no gold tags.
+OPTIONAL_COLUMNS = frozenset(
+    {"label", "tags", "soft_tags", "answers"}
+    | {f"back_{what}" for what in ("text_a", "text_b", "words", "question", "context", "answers")}
+)
+
 
 class ColumnMap(BaseModel):
-    """Which column of a row holds what. In the wide layout names hold "{language}": "question_{language}"."""
+    """Which column of a row holds what. In the wide layout names hold "{language}": "question_{language}".
+
+    The columns are those of a conversation, or those of one kind of task. `back_*` hold the row's text translated
+    into the dominant language.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,15 +62,74 @@ class ColumnMap(BaseModel):
         description="A list of {role, content} (in CSV and TSV: as JSON) instead of prompt and completion.",
     )
     system: str | None = Field(None, description="A system message, where the cell is not empty.")
+    text_a: str | None = Field(None, description="Classification: the text, or the first of two.")
+    text_b: str | None = Field(None, description="Classification: the second text, where texts come in pairs.")
+    label: str | None = Field(None, description="Classification: the label, one of task.labels.")
+    back_text_a: str | None = Field(None, description="The first text, translated.")
+    back_text_b: str | None = Field(None, description="The second text, translated.")
+    words: str | None = Field(
+        None, description="Tagging: the sentence's words, a list (in CSV and TSV, as all lists: as JSON)."
+    )
+    tags: str | None = Field(None, description="Tagging: a tag a word, each one of task.labels.")
+    soft_tags: str | None = Field(
+        None, description="Tagging: a list of probabilities a word, one a label; they come before tags in training."
+    )
+    back_words: str | None = Field(None, description="The sentence, translated, as words.")
+    question: str | None = Field(None, description="Question answering: the question.")
+    context: str | None = Field(None, description="Question answering: the text that holds the answer.")
+    answers: str | None = Field(
+        None,
+        description="Question answering: a list of {text, answer_start}, the start counted in characters of the"
+        " context. The first one is trained on.",
+    )
+    back_question: str | None = Field(None, description="The question, translated.")
+    back_context: str | None = Field(None, description="The context, translated.")
+    back_answers: str | None = Field(None, description="The answers in the translated context.")
+    text: str | None = Field(None, description="Masked language modelling: the text.")
+
+    @property
+    def kind(self) -> TaskKind | Literal["chat"]:
+        """Which kind of data these columns are."""
+        if self.text_a is not None:
+            return "classification"
+        if self.words is not None:
+            return "tagging"
+        if self.question is not None:
+            return "qa"
+        return "chat" if self.text is None else "text"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ColumnMap:
+        mapped = self.named()
+        families: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {"a conversation": ((), CHAT_COLUMNS)}
+        families.update(TASK_COLUMNS.items())
+        used = {
+            kind: found
+            for kind, (needed, others) in families.items()
+            if (found := [what for what in (*needed, *others) if what in mapped])
+        }
+        if len(used) > 1:
+            (kind, found), (other, too), *_ = used.items()
+            raise ValueError(f"{found[0]!r} belongs to {kind} and {too[0]!r} to {other}: a source is of one kind")
+        for kind, found in used.items():
+            for what in found:
+                for needed in (*families[kind][0], *NEEDED_WITH.get(what, ())):
+                    if needed not in mapped:
+                        raise ValueError(f"{what!r} needs {needed!r} too")
+        if "text_b" in mapped and "back_text_a" in mapped and "back_text_b" not in mapped:
+            raise ValueError("texts come in pairs, so 'back_text_a' needs 'back_text_b' too")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> ColumnMap:
+        if self.language is not None and PLACEHOLDER in self.language:
+            raise ValueError('language names a column of the long layout and cannot hold "{language}"')
+        if self.kind != "chat":
+            return self
         if self.messages is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError("give messages, or prompt and completion, not both")
         if self.messages is None and (self.prompt is None or self.completion is None):
             raise ValueError("give messages, or both prompt and completion")
-        if self.language is not None and PLACEHOLDER in self.language:
-            raise ValueError('language names a column of the long layout and cannot hold "{language}"')
         return self
 
     def named(self) -> dict[str, str]:
@@ -88,6 +176,8 @@ class SourceConfig(BaseModel):
             raise ValueError("hub_config and split go with hub, not with files")
         if self.hub is not None and self.format != "auto":
             raise ValueError("format goes with files, not with hub")
+        if self.response_language is not None and self.columns.kind != "chat":
+            raise ValueError(f"response_language goes with conversations, not with {self.columns.kind}")
         wide_columns = [name for name in self.columns.named().values() if PLACEHOLDER in name]
         if self.languages is None:
             if wide_columns:

@@ -28,7 +28,9 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.formats import Place
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
 from data_pipeline.scan import COLUMNS, Arrays, Scan, check_rows, lookups, refuse_bad
-from data_pipeline.sources import RecordReader, open_source
+from data_pipeline.sources import AnyRecord, RecordReader, open_source
+from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.records import TaskRecord
 
 VERSION = 1  # of the folder's layout and of every rule that decides what is in it
 ARRAYS = (
@@ -52,7 +54,7 @@ class DataIndex:
     language        (N,) int16
     group           (N,) int64, stable_hash of Record.group: equal in translations of the same item
     content         (N,) int64, stable_hash of Record.user_text
-    n_bytes         (N,) int32, UTF-8 bytes of all messages
+    n_bytes         (N,) int32, UTF-8 bytes of all messages, or of a task's texts
     bad             (N,) bool: unusable, keeps its place in the order
     heldout         (N,) bool: in no training batch
     groups_heldout  (items,) int64, sorted
@@ -111,6 +113,20 @@ class DataIndex:
         return int(entries[first + int(same_source.argmax())])
 
     def record(self, row: int) -> Record:
+        """Reads one entry of a source of conversations. Raises as `read` does, and DataError for a task's row."""
+        found = self.read(row)
+        if not isinstance(found, Record):
+            raise DataError(f"{found.origin}: a row of a task, where a conversation is needed (prompt, completion)")
+        return found
+
+    def task_record(self, row: int) -> TaskRecord:
+        """Reads one entry of a task's source. Raises as `read` does, and DataError for a conversation."""
+        found = self.read(row)
+        if not isinstance(found, TaskRecord):
+            raise DataError(f"{found.origin}: a conversation, where a row of a task is needed")
+        return found
+
+    def read(self, row: int) -> AnyRecord:
         """Reads one entry, and nothing else, from its file.
 
         Raises BadRow if it is unusable and DataError if the file has changed since it was indexed.
@@ -145,16 +161,19 @@ def build_index(
     heldout_items: int = 0,
     seed: int = 0,
     max_bad_rows: int = 0,
+    task: TaskConfig | None = None,
 ) -> DataIndex:
     """Opens the index of the sources, building it first where no earlier run did.
 
     The `heldout_items` items with the smallest hash of (seed, item) are held out, each in all its languages.
-    Raises DataError: no such file or column, a source without rows, a language without training rows, or more
-    than `max_bad_rows` unusable rows, naming the first.
+    With `task`, the sources must be of its kind, and a row without a label, or with one that `task.labels` lacks,
+    is unusable. Raises DataError: no such file or column, a source without rows, a language without training
+    rows, or more than `max_bad_rows` unusable rows, naming the first.
     """
     _check_languages(sources, languages)
+    _check_kinds(sources, task)
     readers = [
-        RecordReader(source, shard, languages)
+        RecordReader(source, shard, languages, task)
         for source in sources
         for shard in open_source(source, data_dir, cache_dir / "arrow")
     ]
@@ -163,7 +182,9 @@ def build_index(
         "languages": " ".join(languages),
         "held out": f"{heldout_items} items, seed {seed}" if heldout_items else "none",
         "sources": " ".join(source.name for source in sources),
-    } | {f"source {source.name}": source.model_dump_json(exclude={"files"}) for source in sources}
+    } | {f"source {source.name}": _settings_of(source) for source in sources}
+    if task is not None:
+        settings["task"] = f"{task.kind}: {' '.join(task.labels)}"
     shards = [(reader.source.name, reader.shard.address, reader.shard.identity) for reader in readers]
     directory = cache_dir / hashlib.sha256(json.dumps([settings, shards]).encode()).hexdigest()[:32]
     index = _opened(directory, readers)
@@ -207,6 +228,27 @@ def _opened(directory: Path, readers: Sequence[RecordReader]) -> DataIndex | Non
         return DataIndex(directory, readers)
     except (OSError, ValueError, KeyError):  # not there, or torn: it is built anew
         return None
+
+
+def _settings_of(source: SourceConfig) -> str:
+    """What a source says, as one line; a kind of column that it has not is not in it."""
+    return source.model_dump_json(exclude={"files"}, exclude_none=True)
+
+
+def _check_kinds(sources: Sequence[SourceConfig], task: TaskConfig | None) -> None:
+    """Raises DataError for a source whose columns are not what the task needs: conversations, where it is None."""
+    labels = {"classification": ("label",), "tagging": ("tags", "soft_tags"), "qa": ("answers",)}
+    for source in sources:
+        kind, mapped = source.columns.kind, source.columns.named()
+        if task is None:
+            if kind != "chat":
+                raise DataError(
+                    f"source {source.name!r} has the columns of {kind}, so the run needs 'data.task' with that kind"
+                )
+        elif kind != task.kind:
+            raise DataError(f"source {source.name!r} has the columns of {kind}, but data.task.kind is {task.kind!r}")
+        elif (needed := labels.get(kind)) and not any(what in mapped for what in needed):
+            raise DataError(f"source {source.name!r} maps no {' or '.join(needed)}, which training needs")
 
 
 def _check_languages(sources: Sequence[SourceConfig], languages: Sequence[str]) -> None:

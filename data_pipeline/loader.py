@@ -3,14 +3,17 @@
 In: a DataIndex, a Chat, a Planner and a Packer. Out: one RankStep a step. Next: `training.trainer`.
 
 A step depends on nothing but its number, so workers prepare steps in any order and a resume starts anywhere.
-An unusable, over-long or empty row leaves its slot empty; nothing else moves.
+An unusable, over-long or empty row leaves its slot empty; nothing else moves. What is the same for decoders and
+for the tasks of encoders (`tasks/reader.py`) is in PlannedLoader.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,11 @@ from data_pipeline.plan import Planner, Unit, assign
 from data_pipeline.records import BadRow, TokenizedSample, stable_hash
 
 FINGERPRINT_RANGE = 2**40  # 8,192 samples add up to less than 2**53, which a float holds exactly
+
+Step = TypeVar("Step")
+Item = TypeVar("Item")
+ItemOf = TypeVar("ItemOf", contravariant=True)
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +85,50 @@ class SampleReader:
         return kept, samples
 
 
-class StepLoader:
+class PlannedLoader(ABC, Generic[Step]):
     """Steps of one rank, prepared ahead by `workers` threads (tokenisers release the interpreter lock)."""
 
-    def __init__(
-        self, reader: SampleReader, planner: Planner, packer: Packer, rank: int, world_size: int, workers: int = 1
-    ) -> None:
-        self.reader = reader
+    def __init__(self, planner: Planner, rank: int, world_size: int, workers: int) -> None:
         self.planner = planner
-        self.packer = packer
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
 
-    def load(self, step: int) -> RankStep:
+    @abstractmethod
+    def load(self, step: int) -> Step:
         """This rank's share of step `step`; a pure function of (seed, config, data, step, rank, world size)."""
-        units = assign(self.planner.step(step), self.world_size)[self.rank]
+
+    def units(self, step: int) -> list[Unit]:
+        """This rank's share of the plan."""
+        return assign(self.planner.step(step), self.world_size)[self.rank]
+
+    def steps(self, start: int, stop: int) -> Iterator[Step]:
+        """Steps `start` .. `stop - 1`, in order."""
+        ahead = self.workers + 1
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="data") as pool:
+            waiting: list[Future[Step]] = []
+            try:
+                for step in range(start, stop):
+                    while len(waiting) < ahead and (following := step + len(waiting)) < stop:
+                        waiting.append(pool.submit(self.load, following))
+                    yield waiting.pop(0).result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+class StepLoader(PlannedLoader[RankStep]):
+    """Conversations, tokenised and packed for a decoder."""
+
+    def __init__(
+        self, reader: SampleReader, planner: Planner, packer: Packer, rank: int, world_size: int, workers: int = 1
+    ) -> None:
+        super().__init__(planner, rank, world_size, workers)
+        self.reader = reader
+        self.packer = packer
+
+    def load(self, step: int) -> RankStep:
+        units = self.units(step)
         bad_rows: list[str] = []
         overlong = 0
         tokenized = []
@@ -117,20 +153,6 @@ class StepLoader:
             fingerprint=sum(stable_hash(sample.language, sample.id) % FINGERPRINT_RANGE for sample in samples),
         )
 
-    def steps(self, start: int, stop: int) -> Iterator[RankStep]:
-        """RankSteps `start` .. `stop - 1`, in order."""
-        ahead = self.workers + 1
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="data") as pool:
-            waiting: list[Future[RankStep]] = []
-            try:
-                for step in range(start, stop):
-                    while len(waiting) < ahead and (following := step + len(waiting)) < stop:
-                        waiting.append(pool.submit(self.load, following))
-                    yield waiting.pop(0).result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
     def _read_unit(self, unit: Unit, bad_rows: list[str]) -> tuple[TokenizedUnit, int]:
         """The unit's readable samples and the pairs that still have both sides; how many were too long."""
         samples: list[TokenizedSample] = []
@@ -151,12 +173,27 @@ class StepLoader:
         return TokenizedUnit(tuple(samples), pairs), overlong
 
 
-def fixed_batches(samples: Sequence[TokenizedSample], packer: Packer, rank: int, world_size: int) -> list[MicroBatch]:
-    """Micro-batches of this rank over a fixed set (probe, held-out): equal in number on every rank.
+class SupportsPacking(Protocol[ItemOf, Batch]):
+    """`packing.Packer` and `tasks.batches.TaskPacker` are such."""
 
-    Every rank sees all samples and packs every rank's share, so no communication is needed to agree on the
+    def pack(self, items: Sequence[ItemOf], /) -> list[Batch]: ...
+
+    def idle(self) -> Batch: ...
+
+
+def shared_batches(
+    items: Sequence[Item], packer: SupportsPacking[Item, Batch], rank: int, world_size: int
+) -> list[Batch]:
+    """Micro-batches of this rank over a fixed set: equal in number on every rank.
+
+    Every rank sees all items and packs every rank's share, so no communication is needed to agree on the
     number; idle micro-batches fill up the shorter ones.
     """
-    shares = [packer.pack([TokenizedUnit((s,)) for s in samples[r::world_size]]) for r in range(world_size)]
+    shares = [packer.pack(items[r::world_size]) for r in range(world_size)]
     longest = max(len(share) for share in shares)
     return [*shares[rank], *(packer.idle() for _ in range(longest - len(shares[rank])))]
+
+
+def fixed_batches(samples: Sequence[TokenizedSample], packer: Packer, rank: int, world_size: int) -> list[MicroBatch]:
+    """`shared_batches` over samples that are each a unit of their own (probe, held-out)."""
+    return shared_batches([TokenizedUnit((sample,)) for sample in samples], packer, rank, world_size)

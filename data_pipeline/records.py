@@ -64,9 +64,19 @@ class Record:
     origin: str  # "file.jsonl:17", for messages to people
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything that is written in it."""
+        return tuple(message.content for message in self.messages)
+
+    @property
     def user_text(self) -> str:
         """All user turns, joined: what a translation pair has in common."""
         return "\n".join(message.content for message in self.messages if message.role == "user")
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of all messages."""
+        return sum(len(text.encode()) for text in self.texts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, Record, stable_hash
-from data_pipeline.sources import RecordReader
+from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, stable_hash
+from data_pipeline.sources import AnyRecord, RecordReader
 
 PENDING = -2  # a bad row whose language only the rest of its file can tell
 COLUMNS = {
@@ -92,9 +92,8 @@ class Scan:
         return {name: values[kept] for name, values in whole.items()}
 
 
-def _measure(record: Record) -> tuple[int, int, int]:
-    n_bytes = sum(len(message.content.encode()) for message in record.messages)
-    return stable_hash(record.group), stable_hash(record.user_text), n_bytes
+def _measure(record: AnyRecord) -> tuple[int, int, int]:
+    return stable_hash(record.group), stable_hash(record.user_text), record.n_bytes
 
 
 def lookups(arrays: Arrays, languages: Sequence[str], heldout_items: int, seed: int) -> Arrays:
@@ -129,11 +128,16 @@ def lookups(arrays: Arrays, languages: Sequence[str], heldout_items: int, seed: 
 
 
 def check_rows(arrays: Arrays, readers: Sequence[RecordReader]) -> None:
-    """Raises DataError for a source without usable rows."""
+    """Raises DataError for a source without usable rows, and for a mapped column that is empty in all of them."""
     good = {readers[shard].source.name for shard in np.unique(arrays["shard"][~arrays["bad"]])}
     for reader in readers:
-        if reader.source.name not in good:
-            raise DataError(f"{reader.shard.address}: source {reader.source.name!r} has no usable rows")
+        name, columns = reader.source.name, reader.source.columns.named()
+        if name not in good:
+            raise DataError(f"{reader.shard.address}: source {name!r} has no usable rows")
+        filled = {what for other in readers if other.source.name == name for what in other.filled}
+        if nowhere := sorted(reader.optional - filled):
+            what = nowhere[0]
+            raise DataError(f"source {name!r}: {what} is mapped to {columns[what]!r}, which no row of it has")
 
 
 def refuse_bad(bad_rows: Sequence[tuple[str, str]], count: int, max_bad_rows: int) -> None:

@@ -1,6 +1,6 @@
 """Sources: a SourceConfig opened as shards, and their rows turned into Records by its column map.
 
-In: a SourceConfig and rows from `formats.py` and `tables.py`. Out: Records, or BadRow with
+In: a SourceConfig and rows from `formats.py` and `tables.py`. Out: Records, or TaskRecords, or BadRow with
 the file, the line and the reason. Next: `scan.py`, which does so once for every row, and `index.py`.
 """
 
@@ -10,15 +10,22 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import fsspec
 
-from data_pipeline.config import PLACEHOLDER, ColumnMap, SourceConfig
+from data_pipeline.cells import Cells, blank
+from data_pipeline.config import OPTIONAL_COLUMNS, PLACEHOLDER, TEXT_COLUMNS, ColumnMap, SourceConfig
 from data_pipeline.formats import Delimited, JsonLines, Place, Row, Shard
 from data_pipeline.records import BadRow, DataError, Message, Record, Role
 from data_pipeline.tables import HubSplit, Parquet, load_hub
+from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.records import TaskRecord
+from data_pipeline.tasks.rows import check_example, read_example
+
+AnyRecord = Record | TaskRecord
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -34,25 +41,29 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
     """The source's shards, globs in sorted order, each checked to have the mapped columns.
 
     `cache_dir` is where Parquet files get their memory-mapped copies. Raises DataError: no file matches, an
-    unknown format, or a mapped column that is not there (naming those that are).
+    unknown format, or a mapped column that is not there (naming those that are). Labels and back-translations may
+    be missing in some of a source's files; `scan.py` sees whether they are in none.
     """
-    wanted = tuple(
-        dict.fromkeys(name for columns in source.column_maps().values() for name in columns.named().values())
-    )
+    mapped = [(what, name) for columns in source.column_maps().values() for what, name in columns.named().items()]
+    wanted = tuple(dict.fromkeys(name for _, name in mapped))
+    optional = {name for what, name in mapped if what in OPTIONAL_COLUMNS}
     if source.hub is not None:
         shards: list[Shard] = [_hub_shard(source, source.hub, data_dir, wanted)]
     else:
         shards = [_file_shard(source, path, data_dir, wanted, cache_dir) for path in _files(source, data_dir)]
-    for shard in shards:
+    for number, shard in enumerate(shards):
         try:
             present = shard.columns()
         except OSError as error:
             raise DataError(f"{shard.address}: cannot be read ({error})") from error
-        if present and (missing := [name for name in wanted if name not in present]):
+        missing = [name for name in wanted if name not in present]
+        if present and (needed := [name for name in missing if name not in optional]):
             raise DataError(
-                f"{shard.address}: source {source.name!r} maps column {missing[0]!r}, which is not there;"
+                f"{shard.address}: source {source.name!r} maps column {needed[0]!r}, which is not there;"
                 f" the columns are {', '.join(map(repr, present))}"
             )
+        if missing and isinstance(shard, Parquet | HubSplit):
+            shards[number] = replace(shard, wanted=tuple(name for name in wanted if name not in missing))
     return shards
 
 
@@ -114,25 +125,33 @@ def _hub_shard(source: SourceConfig, hub: str, data_dir: Path | None, wanted: tu
 
 
 class RecordReader:
-    """Turns the rows of one shard into Records."""
+    """Turns the rows of one shard into Records, or TaskRecords where the column map is that of a task.
 
-    def __init__(self, source: SourceConfig, shard: Shard, languages: Sequence[str]) -> None:
+    With `task`, a row must also carry what training on that task needs (`tasks/rows.py`).
+    """
+
+    def __init__(
+        self, source: SourceConfig, shard: Shard, languages: Sequence[str], task: TaskConfig | None = None
+    ) -> None:
         self.source = source
         self.shard = shard
         self.languages = frozenset(languages)
+        self.task = task
         self.maps = source.column_maps()
         # a translation is missing where a cell of its own columns is; shared columns say nothing about that
         self.own = {
             language: [
                 columns.named()[what]
                 for what, name in source.columns.named().items()
-                if PLACEHOLDER in name and what in ("prompt", "completion", "messages")
+                if PLACEHOLDER in name and what in TEXT_COLUMNS
             ]
             for language, columns in self.maps.items()
         }
         self.stem = Path(shard.name).stem
+        self.optional = OPTIONAL_COLUMNS & source.columns.named().keys()
+        self.filled: set[str] = set()  # of the optional columns, those that the scan met with something in them
 
-    def records(self, row: Row | BadRow, place: Place) -> Iterator[tuple[str | None, Record | BadRow]]:
+    def records(self, row: Row | BadRow, place: Place) -> Iterator[tuple[str | None, AnyRecord | BadRow]]:
         """Each (language, Record) of a row: one in the long layout, one a translation in the wide layout.
 
         A BadRow comes with the language whose place it keeps; None where nothing in the row tells it.
@@ -143,7 +162,7 @@ class RecordReader:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                language = wide or self._language(row, place)
+                language = wide or self._language(Cells(row, self.shard.origin(place)))
                 record = self.record(row, place, wide)
             except BadRow as bad:
                 empty = False
@@ -151,6 +170,9 @@ class RecordReader:
             else:
                 if record is not None:
                     empty = False
+                    if len(self.filled) < len(self.optional):
+                        names = self.maps[wide].named()
+                        self.filled.update(what for what in self.optional if not blank(row.get(names[what])))
                     yield record.language, record
         if empty:
             yield (
@@ -158,102 +180,62 @@ class RecordReader:
                 BadRow(self.shard.origin(place), f"no text in any language of {', '.join(map(str, self.maps))}"),
             )
 
-    def record(self, row: Row, place: Place, wide: str | None) -> Record | None:
+    def record(self, row: Row, place: Place, wide: str | None) -> AnyRecord | None:
         """The Record of a row, in the wide layout that of the language `wide`, or None if it has none.
 
         Raises BadRow.
         """
         columns = self.maps[wide]
-        if self.own[wide] and any(_blank(row.get(name)) for name in self.own[wide]):
+        if self.own[wide] and any(blank(row.get(name)) for name in self.own[wide]):
             return None
-        language = wide or self._language(row, place)
-        self._declared(language, place)
-        id = self._name(row, columns.id, place)
-        group = self._name(row, columns.group, place) or id
-        response = self._given(row, columns.response_language, place) or self.source.response_language or language
-        self._declared(response, place)
-        return Record(
-            id=id or f"{self.stem}:{place.number}",
-            group=group or f"{self.source.name}/{self.shard.name}:{place.number}",
-            language=language,
-            response_language=response,
-            messages=self._messages(row, columns, place),
-            origin=self.shard.origin(place),
-        )
+        cells = Cells(row, self.shard.origin(place))
+        language = wide or self._language(cells)
+        self._declared(language, cells)
+        name = cells.name(columns.id)
+        group = cells.name(columns.group) or name or f"{self.source.name}/{self.shard.name}:{place.number}"
+        id = name or f"{self.stem}:{place.number}"
+        if columns.kind != "chat":
+            example, back = read_example(cells, columns)
+            if self.task is not None:
+                check_example(example, self.task, cells.origin)
+            return TaskRecord(id, group, language, cells.origin, example, back)
+        response = cells.given(columns.response_language) or self.source.response_language or language
+        self._declared(response, cells)
+        return Record(id, group, language, response, _messages(cells, columns), cells.origin)
 
-    def _bad(self, place: Place, reason: str) -> BadRow:
-        return BadRow(self.shard.origin(place), reason)
-
-    def _language(self, row: Row, place: Place) -> str:
-        language = self._given(row, self.source.columns.language, place) or self.source.language
+    def _language(self, cells: Cells) -> str:
+        language = cells.given(self.source.columns.language) or self.source.language
         if language is None:
-            raise self._bad(place, f"{self.source.columns.language!r} is empty; it must name the row's language")
+            raise cells.bad(f"{self.source.columns.language!r} is empty; it must name the row's language")
         return language
 
-    def _declared(self, language: str, place: Place) -> None:
+    def _declared(self, language: str, cells: Cells) -> None:
         if language not in self.languages:
             declared = ", ".join(sorted(self.languages))
-            raise self._bad(place, f"language {language!r} is not declared; data.languages are {declared}")
-
-    def _given(self, row: Row, column: str | None, place: Place) -> str | None:
-        """The text of a column that may be unmapped, or empty in this row."""
-        return None if column is None or _blank(row.get(column)) else self._text(row, column, place)
-
-    def _name(self, row: Row, column: str | None, place: Place) -> str | None:
-        """The row's id or group: text or an integer."""
-        if column is None:
-            return None
-        value = self._cell(row, column, place)
-        return str(value) if type(value) is int else self._checked(value, repr(column), place)
-
-    def _text(self, row: Row, column: str, place: Place) -> str:
-        return self._checked(self._cell(row, column, place), repr(column), place)
-
-    def _cell(self, row: Row, column: str, place: Place) -> Any:
-        if column not in row:
-            raise self._bad(place, f"no field {column!r}; the row has {', '.join(map(repr, row))}")
-        return row[column]
-
-    def _checked(self, value: Any, what: str, place: Place) -> str:
-        if _blank(value):
-            raise self._bad(place, f"{what} is empty")
-        if not isinstance(value, str):
-            raise self._bad(place, f"{what} is {type(value).__name__}; it must be text")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise self._bad(place, f"{what} is not UTF-8") from None
-        return value
-
-    def _messages(self, row: Row, columns: ColumnMap, place: Place) -> tuple[Message, ...]:
-        system = self._given(row, columns.system, place)
-        start = () if system is None else (Message("system", system),)
-        if columns.messages is not None:
-            return start + self._turns(row, columns.messages, place)
-        prompt, completion = cast(str, columns.prompt), cast(str, columns.completion)  # the config's check
-        question = Message("user", self._text(row, prompt, place))
-        return (*start, question, Message("assistant", self._text(row, completion, place)))
-
-    def _turns(self, row: Row, column: str, place: Place) -> tuple[Message, ...]:
-        turns = self._cell(row, column, place)
-        if isinstance(turns, str):  # CSV and TSV have no lists
-            try:
-                turns = json.loads(turns)
-            except ValueError as error:
-                raise self._bad(place, f"{column!r} is not valid JSON ({error})") from None
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise self._bad(place, f"{column!r} must be a list of {{role, content}}")
-        messages = []
-        for number, turn in enumerate(turns):
-            role = turn.get("role")
-            if role not in get_args(Role):
-                raise self._bad(place, f"{column!r}[{number}] has role {role!r}; it must be system, user or assistant")
-            content = self._checked(turn.get("content"), f"{column!r}[{number}].content", place)
-            messages.append(Message(cast(Role, role), content))
-        if not messages or messages[-1].role != "assistant" or all(turn.role != "user" for turn in messages):
-            raise self._bad(place, f"{column!r} must hold a user turn and end with the assistant's answer")
-        return tuple(messages)
+            raise cells.bad(f"language {language!r} is not declared; data.languages are {declared}")
 
 
-def _blank(value: Any) -> bool:
-    return value is None or value == [] or (isinstance(value, str) and (not value or value.isspace()))
+def _messages(cells: Cells, columns: ColumnMap) -> tuple[Message, ...]:
+    system = cells.given(columns.system)
+    start = () if system is None else (Message("system", system),)
+    if columns.messages is not None:
+        return start + _turns(cells, columns.messages)
+    prompt, completion = cast(str, columns.prompt), cast(str, columns.completion)  # the config's check
+    question = Message("user", cells.text(prompt))
+    return (*start, question, Message("assistant", cells.text(completion)))
+
+
+def _turns(cells: Cells, column: str) -> tuple[Message, ...]:
+    turns = cells.listed(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise cells.bad(f"{column!r} must be a list of {{role, content}}")
+    messages = []
+    for number, turn in enumerate(turns):
+        role = turn.get("role")
+        if role not in get_args(Role):
+            raise cells.bad(f"{column!r}[{number}] has role {role!r}; it must be system, user or assistant")
+        content = cells.checked(turn.get("content"), f"{column!r}[{number}].content")
+        messages.append(Message(cast(Role, role), content))
+    if not messages or messages[-1].role != "assistant" or all(turn.role != "user" for turn in messages):
+        raise cells.bad(f"{column!r} must hold a user turn and end with the assistant's answer")
+    return tuple(messages)

@@ -1,10 +1,14 @@
 """Trains a tokenizer for a model made from scratch.
 
-In: texts. Out: a folder that `AutoTokenizer.from_pretrained` loads. Next: `chat.py`.
+In: texts. Out: a folder that `AutoTokenizer.from_pretrained` loads. Next: `chat.py`, or `tasks/tokenize.py`.
 
-A sentencepiece BPE with byte fallback, kept as a fast Llama tokenizer: any text comes back exactly, character
-for character, and since nothing is put in front of a text, its parts may be tokenised one by one. The one
-character that does not come back is U+2581, which sentencepiece uses for the space.
+For a decoder, a sentencepiece BPE with byte fallback, kept as a fast Llama tokenizer: any text comes back exactly,
+character for character, and since nothing is put in front of a text, its parts may be tokenised one by one. The
+one character that does not come back is U+2581, which sentencepiece uses for the space.
+
+For an encoder, a sentencepiece unigram model with XLM-R's conventions (arXiv 1911.02116), kept as a fast XLM-R
+tokenizer: `<s> A </s>` or `<s> A </s></s> B </s>`, a space in front of each word, compatible characters made one
+(NFKC), white space forgotten, rare characters unknown.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_pipeline.records import DataError
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
+ENCODER_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3; `<mask>` is the last id, as in XLM-R
 
 
 class TokenizerTrainingConfig(BaseModel):
@@ -30,14 +35,23 @@ class TokenizerTrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vocab_size: int = Field(gt=260, description="Tokens, the 4 special ones and the 256 bytes included.")
+    style: Literal["decoder", "encoder"] = Field(
+        "decoder", description="decoder: BPE with bytes, exact; encoder: XLM-R's conventions, with a mask token."
+    )
+    vocab_size: int = Field(gt=5, description="Tokens, special ones included and, for a decoder, the 256 bytes.")
     character_coverage: float = Field(
         0.9995,
         gt=0.9,
         le=1.0,
-        description="Share of characters with their own token; the rest become bytes.",
+        description="Share of characters with their own token; the rest become bytes, or unknown for an encoder.",
     )
     max_sentences: int = Field(100_000, gt=0, description="Samples to train on, the same number from every language.")
+
+    @model_validator(mode="after")
+    def _room_for_bytes(self) -> TokenizerTrainingConfig:
+        if self.style == "decoder" and self.vocab_size <= 260:
+            raise ValueError("'vocab_size' must be greater than 260: bytes and special tokens take that many")
+        return self
 
 
 def train_tokenizer(texts: Iterable[str], output: Path, config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:
@@ -46,64 +60,97 @@ def train_tokenizer(texts: Iterable[str], output: Path, config: TokenizerTrainin
     The same texts in the same order give the same tokenizer. Raises DataError if there is no text, or if
     `vocab_size` is too large or too small for it.
     """
-    from transformers import AutoTokenizer, LlamaTokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = _decoder(texts, config) if config.style == "decoder" else _encoder(texts, config)
+    tokenizer.save_pretrained(output)
+    return AutoTokenizer.from_pretrained(output)
+
+
+def _decoder(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:
+    import sentencepiece
+    from transformers import LlamaTokenizer
     from transformers.tokenization_utils_base import generate_merges
 
-    pieces = _train_pieces(texts, config)
-    vocab = {piece: number for number, piece in enumerate(pieces)}
     unk, bos, eos, pad = SPECIAL_TOKENS
-    tokenizer = LlamaTokenizer(
+    model = _train(
+        texts,
+        config,
+        model_type="bpe",
+        vocab_size=config.vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        required_chars="0123456789",  # a digit is one token even where the text lacks it
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+        unk_piece=unk, bos_piece=bos, eos_piece=eos, pad_piece=pad,
+    )  # fmt: skip
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model)
+    # the order of BPE pieces is the order of their merges
+    vocab = {trained.id_to_piece(number): number for number in range(len(trained))}
+    return LlamaTokenizer(
         vocab=vocab,
         merges=generate_merges(vocab, skip_tokens=SPECIAL_TOKENS),
         unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad,
         add_prefix_space=False, add_bos_token=True, add_eos_token=False,
     )  # fmt: skip
-    tokenizer.save_pretrained(output)
-    return AutoTokenizer.from_pretrained(output)
 
 
-def _train_pieces(texts: Iterable[str], config: TokenizerTrainingConfig) -> list[str]:
-    """The pieces by token id; the order of BPE pieces is the order of their merges."""
+def _encoder(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made when imported
+    from transformers import XLMRobertaTokenizer
+
+    bos, pad, eos, unk = ENCODER_TOKENS
+    model = ModelProto()
+    model.ParseFromString(
+        _train(
+            texts,
+            config,
+            model_type="unigram",
+            vocab_size=config.vocab_size - 1,  # `<mask>` is added
+            normalization_rule_name="nmt_nfkc",
+            bos_id=0, pad_id=1, eos_id=2, unk_id=3,
+            bos_piece=bos, pad_piece=pad, eos_piece=eos, unk_piece=unk,
+        )
+    )  # fmt: skip
+    return XLMRobertaTokenizer(
+        vocab=[*((piece.piece, piece.score) for piece in model.pieces), ("<mask>", 0.0)],
+        _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap,
+    )
+
+
+def _train(texts: Iterable[str], config: TokenizerTrainingConfig, **settings: Any) -> bytes:
+    """A sentencepiece model, serialised."""
     import sentencepiece
 
-    # Line ends stay bytes: one token each, never part of a word.
+    # Line ends are no part of words; a decoder has them as bytes.
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError("tokenizer.train: there is no text to train on")
-    unk, bos, eos, pad = SPECIAL_TOKENS
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            model_type="bpe",
-            vocab_size=config.vocab_size,
             character_coverage=config.character_coverage,
-            byte_fallback=True,
-            split_digits=True,
-            required_chars="0123456789",  # a digit is one token even where the text lacks it
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
             # Longer ones would be left out silently.
             max_sentence_length=max(len(line.encode()) for line in lines) + 1,
             num_threads=1,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-            unk_piece=unk, bos_piece=bos, eos_piece=eos, pad_piece=pad,
             minloglevel=2,
-        )  # fmt: skip
+            **settings,
+        )
     except RuntimeError as error:
         raise _size_error(error, config) from error
-    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return [trained.id_to_piece(number) for number in range(len(trained))]
+    return model.getvalue()
 
 
 def _size_error(error: RuntimeError, config: TokenizerTrainingConfig) -> DataError:
     wrong = f"tokenizer.train.vocab_size: {config.vocab_size}"
+    mask, what = (0, "characters and bytes") if config.style == "decoder" else (1, "characters")
     if most := re.search(r"value <= (\d+)", str(error)):
-        return DataError(f"{wrong} is too large for the text; it can be at most {most[1]}")
+        return DataError(f"{wrong} is too large for the text; it can be at most {int(most[1]) + mask}")
     if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-        return DataError(
-            f"{wrong} is too small: characters and bytes alone need {least[1]}; or lower character_coverage"
-        )
+        return DataError(f"{wrong} is too small: {what} alone need {int(least[1]) + mask}; or lower character_coverage")
     return DataError(f"tokenizer.train: sentencepiece failed: {' '.join(str(error).split())}")

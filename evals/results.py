@@ -26,7 +26,7 @@ RESULTS_FILE = "results.json"
 
 def described_model(generator: ShiftedGenerator) -> dict[str, Any]:
     """Path, hashes of weights and language vectors, number format; hash None if the model is in no folder."""
-    from modeling.generation import VECTORS_FILE
+    from modeling.export_info import VECTORS_FILE
     from modeling.weight_files import directory_hash
 
     path = str(generator.model.name_or_path)

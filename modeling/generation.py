@@ -11,7 +11,6 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,15 +22,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling.errors import ModelError
+from modeling.export_info import VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.layers import state_hook
 from modeling.loading import AttentionName, load_pretrained, resolve_directory
 from modeling.shifcon import LanguageShift
 from modeling.weight_files import directory_hash, one_line
 
-EXPORT_FILE = "crosslift.json"
-VECTORS_FILE = "language_vectors.safetensors"
-FORMAT = 1
 NO_LANGUAGE = -1
 
 
@@ -59,35 +56,6 @@ class Generation:
     token_ids: list[int]
     finished: bool
     shifted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
-    """What `crosslift.json` says of a model; the defaults are a plain Hugging Face directory's."""
-
-    objective: str = "sft"
-    languages: tuple[str, ...] = ()
-    dominant: str | None = None
-    template: dict[str, Any] | None = None
-    response_language: str | None = None
-    shift_first_token: bool = True
-    step: int | None = None  # optimiser steps it had been trained for
-
-    @classmethod
-    def read(cls, directory: Path) -> ExportInfo:
-        """Raises ModelError on a file that is not of this format."""
-        file = directory / EXPORT_FILE
-        if not file.is_file():
-            return cls()
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
-                raise ModelError(f"{file}: written by another version of crosslift; format {FORMAT} is read here")
-            if content["objective"] not in ("sft", "shifcon"):
-                raise ModelError(f"{file}: objective {content['objective']!r} is neither sft nor shifcon")
-            return cls(**{**content, "languages": tuple(content["languages"])})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{file}: not an export's description ({one_line(error)}); export again") from error
 
 
 class ShiftedGenerator:

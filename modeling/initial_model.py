@@ -1,6 +1,7 @@
 """A from-scratch model, written once as a Hugging Face directory that `loading.py` opens like any other.
 
-In: the keys of a `config.json`, a tokenizer, a seed. Out: a directory with config, weights and tokenizer.
+In: the keys of a `config.json`, an architecture, a tokenizer, a seed. Out: a directory with config, weights and
+tokenizer.
 Next: `loading.py` builds and fills the model from it.
 """
 
@@ -12,14 +13,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
+from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
 from modeling.weight_files import one_line
 
@@ -27,29 +29,50 @@ LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # be
 
 
 def write_initial_model(
-    config: Mapping[str, Any] | str | Path, tokenizer: PreTrainedTokenizerBase, output: Path, seed: int
+    config: Mapping[str, Any] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    seed: int,
+    architecture: Architecture = "causal-lm",
 ) -> Path:
     """Write a randomly initialised model with its tokenizer as a Hugging Face directory, once.
 
     Done in plain PyTorch on the CPU, because a model built inside ZeRO-3's context skips Hugging Face's own
     initialisation. `config`: the keys of a `config.json` (at least `model_type`), or such a file. Vocabulary
     size and special ids come from the tokenizer; a larger `vocab_size` may be given. Weights depend on
-    `config`, the tokenizer and `seed` alone. An `output` that holds the same model already is left as it is.
-    Raises ModelError on unknown keys and when `output` holds another model.
+    `config`, `architecture`, the tokenizer and `seed` alone. An `output` that holds the same model already is
+    left as it is. Raises ModelError on unknown keys, on a type without that architecture, and when `output`
+    holds another model.
     """
     model_config = _initial_config(config, tokenizer)
+    model_class(model_config, architecture)
     described = json.loads(model_config.to_json_string())
     del described["transformers_version"]  # a newer release may go on with the model
     vocabulary = hashlib.blake2b(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
-    stamp = json.dumps({"config": described, "vocabulary": vocabulary, "seed": seed}, sort_keys=True)
+    made_from = {"config": described, "vocabulary": vocabulary, "seed": seed}
+    if architecture != "causal-lm":  # which directories of before this choice do not name
+        made_from["architecture"] = architecture
+
+    def write(directory: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = auto_class(architecture).from_config(model_config, dtype=model_config.dtype or torch.float32)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return written_once(output, made_from, write)
+
+
+def written_once(output: Path, made_from: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """`output` as `write(directory)` makes it, with a stamp of what it was made from; left alone if it is there.
+
+    Written under a temporary name and renamed. Raises ModelError when `output` was made from something else.
+    """
+    stamp = json.dumps(made_from, sort_keys=True)
     stamp_file = output / "initial_model.json"
     if not output.exists():
         temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype or torch.float32)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        write(temporary)
         (temporary / stamp_file.name).write_text(stamp, encoding="utf-8")
         try:
             temporary.rename(output)

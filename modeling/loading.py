@@ -1,6 +1,7 @@
 """From a Hugging Face directory (or hub name) to a model: built, filled, checked.
 
-In: a directory with `config.json` and safetensors weights, or the description of a from-scratch model.
+In: a directory with `config.json` and safetensors weights, and the architecture wanted (a decoder language
+model unless said otherwise; the heads of `architectures.py`).
 Out: a `PreTrainedModel`; for training its architecture first (`build_model`, under any construction context
 such as ZeRO-3's) and its weights second (`load_weights`, one tensor at a time); for evaluation both at once
 (`load_pretrained`). Every way of loading stops on missing, unexpected or wrongly shaped weights.
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,18 +23,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
+from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
 from modeling.initial_model import write_initial_model
 from modeling.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
@@ -58,7 +54,9 @@ HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jin
 OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
-def resolve_attention(name: str, config: PreTrainedConfig | None = None) -> str:
+def resolve_attention(
+    name: str, config: PreTrainedConfig | None = None, architecture: Architecture = "causal-lm"
+) -> str:
     """The attention implementation to ask transformers for.
 
     `auto`: flash-attn where it runs, else sdpa, else (a `config` whose class has neither, such as BLOOM's)
@@ -66,19 +64,19 @@ def resolve_attention(name: str, config: PreTrainedConfig | None = None) -> str:
     """
     if name not in ATTENTION:
         raise ModelError(f"attention: {name!r} is not one of {', '.join(ATTENTION)}")
-    model_class: Any = PreTrainedModel if config is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    chosen: Any = PreTrainedModel if config is None else model_class(config, architecture)
     flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
     if name == "flash_attention_2" and not flash:
         raise ModelError("attention: flash_attention_2 needs flash-attn and an NVIDIA GPU; use auto or sdpa")
     runs = {
-        "flash_attention_2": flash and (config is None or model_class._supports_flash_attn),
-        "sdpa": config is None or model_class._supports_sdpa,
+        "flash_attention_2": flash and (config is None or chosen._supports_flash_attn),
+        "sdpa": config is None or chosen._supports_sdpa,
         "eager": True,
     }
     if name == "auto":
         return next(choice for choice, does_run in runs.items() if does_run)
     if not runs[name]:
-        raise ModelError(f"attention: {model_class.__name__} has no {name}; use auto or eager")
+        raise ModelError(f"attention: {chosen.__name__} has no {name}; use auto or eager")
     return name
 
 
@@ -95,19 +93,33 @@ def resolve_directory(directory_or_name: str | Path) -> Path:
         ) from error
 
 
-def _named(names: Iterable[str], limit: int = 5) -> str:
+def named(names: Iterable[str], limit: int = 5) -> str:
+    """The names, in order, and how many more there are."""
     ordered = sorted(names)
     return ", ".join(ordered[:limit]) + (f" (and {len(ordered) - limit} more)" if len(ordered) > limit else "")
 
 
-def load_config(directory: Path) -> PreTrainedConfig:
-    """The config of a decoder. Raises ModelError where it is absent, unknown, no decoder's or quantised."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers says nothing but errors: what it would say of a checkpoint is judged by the caller."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def load_config(directory: Path, architecture: Architecture = "causal-lm") -> PreTrainedConfig:
+    """The config of a model. Raises ModelError where it is absent, unknown, without that head or quantised."""
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{directory}: {one_line(error)}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{directory}: a {config.model_type} model is no decoder language model")
+    try:
+        model_class(config, architecture)
+    except ModelError as error:
+        raise ModelError(f"{directory}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{directory}: the weights are quantised; take the model's unquantised release")
     return config
@@ -120,6 +132,7 @@ def build_model(
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     construction: AbstractContextManager[Any] | None = None,
+    architecture: Architecture = "causal-lm",
 ) -> PreTrainedModel:
     """The architecture with uninitialised weights, in train mode, to be filled by `load_weights`.
 
@@ -129,11 +142,11 @@ def build_model(
     without it.
     """
     directory = resolve_directory(directory_or_name)
-    config = load_config(directory)
+    config = load_config(directory, architecture)
     config.use_cache = False
     with construction or nullcontext(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=resolve_attention(attention, config)
+        model: PreTrainedModel = auto_class(architecture).from_config(
+            config, dtype=dtype, attn_implementation=resolve_attention(attention, config, architecture)
         )
     model.tie_weights()  # which no_init_weights leaves out
     if (directory / "generation_config.json").is_file():
@@ -201,7 +214,7 @@ def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], directory: P
         ("wrongly shaped or typed", wrong),
     ):
         if names:
-            raise ModelError(f"{directory}: {len(names)} {problem} weights for {type(model).__name__}: {_named(names)}")
+            raise ModelError(f"{directory}: {len(names)} {problem} weights for {type(model).__name__}: {named(names)}")
     return sources
 
 
@@ -233,16 +246,20 @@ def _rename(
 
 
 def load_pretrained(
-    directory: str | Path, dtype: torch.dtype, attention: AttentionName, device: str | torch.device
+    directory: str | Path,
+    dtype: torch.dtype,
+    attention: AttentionName,
+    device: str | torch.device,
+    architecture: Architecture = "causal-lm",
 ) -> PreTrainedModel:
     """The whole model on one device, in eval mode, for evaluation; stops on weights that do not fit."""
     directory = resolve_directory(directory)
-    config = load_config(directory)
+    config = load_config(directory, architecture)
     stored_tensors(directory)  # whole files, safetensors only
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = auto_class(architecture).from_pretrained(
         directory,
         dtype=dtype,
-        attn_implementation=resolve_attention(attention, config),
+        attn_implementation=resolve_attention(attention, config, architecture),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that they come in the report with the others
         local_files_only=True,
@@ -252,5 +269,5 @@ def load_pretrained(
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[problem]]:
             what = problem.removesuffix("_keys")
-            raise ModelError(f"{directory}: {len(names)} {what} weights for {type(model).__name__}: {_named(names)}")
+            raise ModelError(f"{directory}: {len(names)} {what} weights for {type(model).__name__}: {named(names)}")
     return model.to(device)

@@ -20,18 +20,23 @@ from data_pipeline.chat import Chat
 from data_pipeline.index import DataIndex
 from data_pipeline.loader import SampleReader, StepLoader, fixed_batches
 from data_pipeline.mixture import Quotas, language_weights
-from data_pipeline.packing import Layout, Packer
+from data_pipeline.packing import Layout, MicroBatch, Packer
 from data_pipeline.plan import Planner
+from data_pipeline.tasks.batches import TaskPacker
+from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.reader import TaskLoader, TaskReader
+from data_pipeline.tasks.tokenize import TaskTokenizer
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
-from training.config import RunConfig, ShifConConfig
+from training.config import RunConfig
 from training.distributed import rank, world_size
 from training.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
 from training.errors import ConfigError
 from training.evaluation import HeldOut
+from training.objective_config import ShifConConfig, XMixupConfig
 from training.objectives import Objective, build_objective
-from training.prepare import Prepared, sample_rows
+from training.prepare import Prepared, architecture, sample_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,12 +52,17 @@ class DataParts:
 
     index: DataIndex
     tokenizer: PreTrainedTokenizerBase
-    reader: SampleReader
+    reader: SampleReader | TaskReader
     planner: Planner
-    packer: Packer
+    packer: Packer | TaskPacker
 
-    def loader(self, config: RunConfig, rank: int, world_size: int) -> StepLoader:
-        return StepLoader(self.reader, self.planner, self.packer, rank, world_size, config.data.workers)
+    def loader(self, config: RunConfig, rank: int, world_size: int) -> StepLoader | TaskLoader:
+        workers = config.data.workers
+        if isinstance(self.reader, TaskReader):
+            assert isinstance(self.packer, TaskPacker)  # made together
+            return TaskLoader(self.reader, self.planner, self.packer, rank, world_size, workers)
+        assert isinstance(self.packer, Packer)
+        return StepLoader(self.reader, self.planner, self.packer, rank, world_size, workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,7 @@ class Run:
 
     config: RunConfig
     data: DataParts
-    loader: StepLoader
+    loader: StepLoader | TaskLoader
     objective: Objective
     engine: Engine
     heldout: HeldOut | None
@@ -77,11 +87,33 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
 
     index, data = prepared.index, config.data
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
+    if data.task is not None:
+        return task_data(config, data.task, index, tokenizer)
     chat = Chat(tokenizer, data.template, data.languages)
     reader = SampleReader(index, chat, data.sequence_length)
     planner = build_planner(config, index, tokens_per_byte(config, reader))
     packer = build_packer(config, prepared.model_dir, tokenizer)
     check_contrast_sets(config, planner)
+    return DataParts(index, tokenizer, reader, planner, packer)
+
+
+def task_data(config: RunConfig, task: TaskConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> DataParts:
+    """The data side of an encoder's run: always padded, so there is no layout to choose."""
+    data, objective = config.data, config.objective
+    paired = isinstance(objective, XMixupConfig)
+    reader = TaskReader(
+        index,
+        TaskTokenizer(tokenizer, task, data.sequence_length, data.languages),
+        paired=paired,
+        dominant=data.languages.index(data.dominant),
+        seed=config.seed,
+        source_schedule=objective.source_schedule if isinstance(objective, XMixupConfig) else None,
+    )
+    packer = TaskPacker(
+        int(tokenizer.pad_token_id or 0), data.micro_batch_tokens, task, paired=paired,
+        has_token_types="token_type_ids" in tokenizer.model_input_names,
+    )  # fmt: skip
+    planner = build_planner(config, index, tokens_per_byte(config, reader))
     return DataParts(index, tokenizer, reader, planner, packer)
 
 
@@ -91,14 +123,17 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     ranks = world_size()
     settings = deepspeed_settings(config, ranks)
     directory = resolve_directory(prepared.model_dir)
-    vocabulary, embeddings = len(data.tokenizer), load_model_config(directory).get_text_config().vocab_size
+    vocabulary, embeddings = (
+        len(data.tokenizer),
+        load_model_config(directory, architecture(config)).get_text_config().vocab_size,
+    )
     if vocabulary > embeddings:
         raise ConfigError(
             f"tokenizer {prepared.tokenizer_dir}: {vocabulary} tokens, but the model embeds only {embeddings}; "
             "resize the model's embeddings once, offline, and save it"
         )
     model = starting_model(config, directory, settings)
-    objective = build_objective(config, model, _probe(config, data, ranks))
+    objective = build_objective(config, model, data.tokenizer, _probe(config, data, ranks))
     engine = Engine(model, config, settings, ranks)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
     return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout)
@@ -111,6 +146,7 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
         model = build_model(
             directory, attention=config.model.attention, dtype=DTYPES[config.precision],
             gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
+            architecture=architecture(config),
         )  # fmt: skip
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
     return model
@@ -150,13 +186,13 @@ def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokeniz
     return Packer(layout, data.micro_batch_tokens, row, int(pad or 0))
 
 
-def tokens_per_byte(config: RunConfig, reader: SampleReader) -> list[float]:
+def tokens_per_byte(config: RunConfig, reader: SampleReader | TaskReader) -> list[float]:
     """Measured on the first samples of every language's probe order; the plan's costs rest on it."""
     ratios = []
     for language in range(len(config.data.languages)):
         rows, samples = reader.readable(sample_rows(reader.index, language, COST_SAMPLES, config.seed))
         n_bytes = int(np.sum(reader.index.n_bytes[rows], dtype=np.int64))
-        ratios.append(sum(map(len, samples)) / n_bytes if n_bytes else 1.0)
+        ratios.append(sum(len(sample) for sample in samples) / n_bytes if n_bytes else 1.0)
     return ratios
 
 
@@ -174,9 +210,11 @@ def check_contrast_sets(config: RunConfig, planner: Planner) -> None:
         )
 
 
-def _probe(config: RunConfig, data: DataParts, ranks: int) -> list:
+def _probe(config: RunConfig, data: DataParts, ranks: int) -> list[MicroBatch]:
     if not isinstance(config.objective, ShifConConfig):
         return []
+    assert isinstance(data.reader, SampleReader)
+    assert isinstance(data.packer, Packer)
     samples = []
     for language in range(len(config.data.languages)):
         rows = sample_rows(data.index, language, config.objective.probe_items, config.seed)

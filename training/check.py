@@ -5,16 +5,21 @@ In: a RunConfig. Out: lines for people, or JSON objects. Nothing is trained; onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from data_pipeline.chat import describe
+from data_pipeline.loader import RankStep
+from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.plan import assign
+from data_pipeline.tasks.batches import SideLabels, TaskBatch
+from data_pipeline.tasks.reader import TaskReader, TaskStep
+from data_pipeline.tasks.tokenize import EncodedSide
 from training.assembly import DataParts, assemble_data
 from training.config import RunConfig
-from training.prepare import Prepared, prepare, sample_rows
+from training.prepare import Prepared, architecture, prepare, sample_rows
 
 COUNTED_STEPS = 64
 # Bytes a parameter, sharded over ranks: weights, gradients (bf16: with an fp32 accumulator), Adam's two
@@ -27,10 +32,11 @@ def check_run(config: RunConfig) -> Iterator[str]:
     prepared = prepare(config)
     yield from _rows(config, prepared)
     data = assemble_data(config, prepared)
-    yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
-    yield _pairs(data, config)
+    if isinstance(data.packer, Packer):
+        yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
+        yield _pairs(data, config)
     yield from _model(config, prepared)
-    yield "one sample a language, its label mask checked:"
+    yield "one sample a language, its labels checked:"
     yield from _samples(data, config, 1)
     yield "ready to train"
 
@@ -47,16 +53,25 @@ def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dic
     data = assemble_data(config, prepare(config))
     for step in steps:
         for rank in range(world_size):
-            loaded = data.loader(config, rank, world_size).load(step)
-            for number, micro_batch in enumerate(loaded.micro_batches):
-                samples = [sample for unit in micro_batch.units for sample in unit.samples]
+            loaded: RankStep | TaskStep = data.loader(config, rank, world_size).load(step)
+            batches: Sequence[MicroBatch | TaskBatch] = loaded.micro_batches
+            for number, micro_batch in enumerate(batches):
+                ids, languages = _contents(micro_batch)
                 yield {
                     "step": step,
                     "rank": rank,
                     "micro_batch": number,
-                    "ids": [sample.id for sample in samples],
-                    "languages": [config.data.languages[sample.language] for sample in samples],
+                    "ids": ids,
+                    "languages": [config.data.languages[language] for language in languages],
                 }
+
+
+def _contents(batch: MicroBatch | TaskBatch) -> tuple[list[str], list[int]]:
+    """Ids and languages of a micro-batch's samples."""
+    if isinstance(batch, TaskBatch):
+        return list(batch.sample_ids), batch.row_languages[: len(batch.sample_ids)].tolist()
+    samples = [sample for unit in batch.units for sample in unit.samples]
+    return [sample.id for sample in samples], [sample.language for sample in samples]
 
 
 def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:
@@ -82,14 +97,14 @@ def _pairs(data: DataParts, config: RunConfig) -> str:
 
 
 def _model(config: RunConfig, prepared: Prepared) -> Iterator[str]:
-    from transformers import AutoModelForCausalLM
-
+    from modeling.architectures import auto_class
     from modeling.layers import decoder_layers
     from modeling.loading import load_config, resolve_directory
     from training.launch import visible_gpus
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(resolve_directory(prepared.model_dir)))
+        head = architecture(config)
+        model = auto_class(head).from_config(load_config(resolve_directory(prepared.model_dir), head))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     state = parameters * STATE_BYTES[config.precision] / 2**30
     yield f"model: {parameters / 1e6:.1f}M parameters, {len(decoder_layers(model))} layers, {config.precision}"
@@ -103,6 +118,9 @@ def _model(config: RunConfig, prepared: Prepared) -> Iterator[str]:
 def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:
     for number, language in enumerate(config.data.languages):
         for row in sample_rows(data.index, number, samples, config.seed):
+            if isinstance(data.reader, TaskReader):
+                yield from _task_sample(data.reader, row, language)
+                continue
             sample = data.reader.read(row)
             origin = data.index.record(row).origin
             if sample is None:
@@ -110,3 +128,29 @@ def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:
             else:
                 yield f"--- {language}  {origin}  {len(sample)} tokens, {int(sample.labels.sum())} labels"
                 yield describe(sample, data.tokenizer)
+
+
+def _task_sample(reader: TaskReader, row: int, language: str) -> Iterator[str]:
+    """An encoder's sample as it is read for the first step: both sides decoded, with their labels."""
+    sample = reader.read(row, step=0)
+    yield f"--- {language}  {reader.index.task_record(row).origin}  {len(sample)} tokens"
+    yield f"target: {_decoded(reader, sample.target, sample.target_labels)}"
+    if sample.source is not None and sample.source_labels is not None:
+        kind = "itself" if sample.unpaired else "gold" if sample.source_is_gold else "back-translation"
+        yield f"source ({kind}): {_decoded(reader, sample.source, sample.source_labels)}"
+
+
+def _decoded(reader: TaskReader, side: EncodedSide, labels: SideLabels) -> str:
+    decode, names = reader.tokenizer.tokenizer.decode, reader.tokenizer.config.labels
+    text = decode(side.input_ids)
+    if labels.classes is not None:
+        best = [
+            names[each] if row.any() else "-"
+            for each, row in zip(labels.classes.argmax(1), labels.classes, strict=True)
+        ]
+        return f"{text}  ->  {' '.join(best)}"
+    if labels.ids is not None:
+        return f"{text}  ->  {decode(labels.ids)}"
+    if side.span is None or side.span == (0, 0):
+        return f"{text}  ->  (no answer in this window)"
+    return f"{text}  ->  {decode(side.input_ids[side.span[0] : side.span[1] + 1])}"

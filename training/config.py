@@ -9,19 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.chat import TemplateConfig
-from data_pipeline.config import SourceConfig
+from data_pipeline.config import SourceConfig, TaskKind
 from data_pipeline.mixture import MixtureConfig
+from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tokenizer import TokenizerTrainingConfig
+from training.objective_config import (
+    FineTuneConfig,
+    MaskedLMConfig,
+    Section,
+    SFTConfig,
+    ShifConConfig,
+    XMixupConfig,
+    merged,
+)
 from training.tracking import TrackingConfig
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Section):
@@ -55,7 +59,8 @@ class DataConfig(Section):
     """From files to batches."""
 
     languages: tuple[str, ...] = Field(min_length=1, description="every language of the run, in a fixed order")
-    dominant: str = Field("en", description="the language whose subspace the others are shifted into")
+    dominant: str = Field("en", description="the language that the others are shifted into, or translated to")
+    task: TaskConfig | None = Field(None, description="what an encoder learns; without it, rows are conversations")
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     template: TemplateConfig = TemplateConfig()
     mixture: MixtureConfig = MixtureConfig()
@@ -66,6 +71,14 @@ class DataConfig(Section):
     max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
     workers: int = Field(1, gt=0, description="background threads a rank that read, tokenise and pack")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_pair_nothing(cls, values: Any) -> Any:
+        """Contrast sets are a matter of conversations; an encoder's samples bring their sources along."""
+        if isinstance(values, dict) and values.get("task") is not None:
+            return merged({"mixture": {"pairing": "none"}}, values)
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -78,59 +91,12 @@ class DataConfig(Section):
                 f"'sequence_length' ({self.sequence_length}) is above 'micro_batch_tokens' "
                 f"({self.micro_batch_tokens}): the longest sample would fit no micro-batch"
             )
+        kind = self.task.kind if self.task is not None else "chat"
+        for source in self.sources:
+            if source.columns.kind != kind:
+                said = f"'task.kind' is {kind!r}" if self.task is not None else "there is no 'task'"
+                raise ValueError(f"source {source.name!r} has columns of kind {source.columns.kind!r}, but {said}")
         return self
-
-
-class SFTConfig(Section):
-    """Supervised fine-tuning: token-weighted cross-entropy on the answers (MSFT, the baseline)."""
-
-    name: Literal["sft"]
-
-
-class ContrastiveConfig(Section):
-    """The multilingual contrastive loss (methods.md, step 6)."""
-
-    weight: float = Field(ge=0, description="b of loss = a * SFT + b * contrastive")
-    scale: float = Field(gt=0, description="what the cosine similarities are multiplied by; b means nothing without it")
-    set_size: int = Field(16, gt=1, description="pairs in a contrast set; a set stays in one micro-batch")
-
-
-AUTHORS_SHIFCON = {
-    "sft_weight": 0.5,
-    "contrastive": {"weight": 2.0, "scale": 1.0, "set_size": 12},
-    "layers": (12, 15),
-}
-
-
-class ShifConConfig(Section):
-    """ShifCon (arXiv 2410.19453): shift, contrast, shift back."""
-
-    name: Literal["shifcon"]
-    preset: Literal["authors"] | None = Field(
-        None, description="'authors': their weights, scale, pairs and layers (12 to 15 of Llama-2-7B's 32)"
-    )
-    layers: tuple[int, int] = Field(
-        description="[toward, back): states entering `toward` are shifted, `back` shifts back"
-    )
-    sft_weight: float = Field(1.0, ge=0, description="a of loss = a * SFT + b * contrastive")
-    contrastive: ContrastiveConfig
-    probe_items: int = Field(64, gt=0, description="samples a language that the language vectors are estimated on")
-    refresh_every: int = Field(100, gt=0, description="steps between two estimates of the language vectors")
-    shift_first_token: bool = Field(True, description="also shift a sequence's first token, an attention sink")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") == "authors":
-            return merged(AUTHORS_SHIFCON, values)
-        return values
-
-    @field_validator("layers")
-    @classmethod
-    def _ordered(cls, layers: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= layers[0] < layers[1]:
-            raise ValueError(f"must be [toward, back] with 0 <= toward < back, not {list(layers)}")
-        return layers
 
 
 class OptimizerConfig(Section):
@@ -171,6 +137,16 @@ class EvaluationConfig(Section):
     )
 
 
+# Which kinds of rows an objective learns from; None: conversations.
+KINDS: dict[type[Section], tuple[TaskKind | None, ...]] = {
+    SFTConfig: (None,),
+    ShifConConfig: (None,),
+    MaskedLMConfig: ("text",),
+    FineTuneConfig: ("classification", "tagging", "qa"),
+    XMixupConfig: ("classification", "tagging", "qa"),
+}
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -181,7 +157,9 @@ class RunConfig(Section):
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
-    objective: Annotated[SFTConfig | ShifConConfig, Field(discriminator="name")]
+    objective: Annotated[
+        SFTConfig | ShifConConfig | MaskedLMConfig | FineTuneConfig | XMixupConfig, Field(discriminator="name")
+    ]
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -198,6 +176,17 @@ class RunConfig(Section):
             raise ValueError("'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'")
         if self.evaluation.every and not self.data.heldout_items:
             raise ValueError("'evaluation.every' needs held-out samples: set 'data.heldout_items'")
+        kinds = KINDS[type(self.objective)]
+        kind = self.data.task.kind if self.data.task is not None else None
+        if kind not in kinds:
+            wanted = (
+                "no 'data.task'" if None in kinds else f"'data.task.kind' to be one of {', '.join(map(str, kinds))}"
+            )
+            raise ValueError(f"objective {self.objective.name!r} needs {wanted}, not {kind!r}")
+        if self.data.task is not None and self.data.mixture.pairing != "none":
+            raise ValueError("an encoder's samples bring their sources along: 'data.mixture.pairing' must be 'none'")
+        if self.data.task is not None and self.evaluation.swapped_prompts:
+            raise ValueError("'evaluation.swapped_prompts' is of conversations; a task has no prompts")
         if isinstance(self.objective, ShifConConfig):
             if self.data.mixture.pairing == "none" and self.objective.contrastive.weight:
                 raise ValueError("the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'")
@@ -206,12 +195,3 @@ class RunConfig(Section):
                     "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
                 )
         return self
-
-
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` with `above` on top, section by section."""
-    result = dict(below)
-    for key, value in above.items():
-        inner = result.get(key)
-        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return result

@@ -17,7 +17,7 @@ import ctypes
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-from training.config import RunConfig, merged
+from training.config import RunConfig
+from training.objective_config import merged
 
 deepspeed_logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -257,10 +258,11 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def consolidated(directory: Path) -> Iterator[tuple[str, Tensor]]:
+def consolidated(directory: Path, tied: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """(name, whole fp32 tensor) from what `Engine.save_state` wrote, without starting ranks.
 
-    Tensors are put together one at a time. Of tied weights only the first is given, as in a Hugging Face file.
+    Tensors are put together one at a time. Names in `tied` are left out: each is another name of a weight that is
+    given, as in a Hugging Face file.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -268,6 +270,6 @@ def consolidated(directory: Path) -> Iterator[tuple[str, Tensor]]:
         parts = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=CHECKPOINT_TAG, lazy_mode=True)
     seen: set[int] = set()
     for name, part in parts.items():
-        if id(part) not in seen:
+        if name not in tied and id(part) not in seen:
             seen.add(id(part))
             yield name, part.contiguous()

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.loader import SampleReader, fixed_batches
+from data_pipeline.loader import SampleReader, fixed_batches, shared_batches
 from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.records import TokenizedSample
+from data_pipeline.tasks.batches import TaskBatch, TaskPacker
+from data_pipeline.tasks.reader import TaskReader
 from training.config import EvaluationConfig
 from training.distributed import all_sum
 from training.engine import Engine
@@ -27,14 +30,25 @@ class HeldOut:
     """A fixed held-out set, packed once, split over ranks."""
 
     def __init__(
-        self, reader: SampleReader, packer: Packer, config: EvaluationConfig, rank: int, world_size: int
+        self,
+        reader: SampleReader | TaskReader,
+        packer: Packer | TaskPacker,
+        config: EvaluationConfig,
+        rank: int,
+        world_size: int,
     ) -> None:
         """Raises ConfigError where a language has no held-out sample that fits."""
         self.languages = reader.index.languages
-        chosen = [self._choose(reader, number, config.items) for number in range(len(self.languages))]
-        samples = [sample for _, of_language in chosen for sample in of_language]
-        self.sets = {"loss": fixed_batches(samples, packer, rank, world_size)}
+        chosen = [_choose(reader, number, config.items) for number in range(len(self.languages))]
+        samples: list[Any] = [sample for _, of_language in chosen for sample in of_language]
+        self.sets: dict[str, Sequence[MicroBatch | TaskBatch]] = {}
+        if isinstance(packer, TaskPacker):
+            batches: list[TaskBatch] = shared_batches(samples, packer, rank, world_size)
+            self.sets["loss"] = batches
+            return
+        self.sets["loss"] = fixed_batches(samples, packer, rank, world_size)
         if config.swapped_prompts:
+            assert isinstance(reader, SampleReader)  # a packer of conversations comes with their reader
             swapped = [sample for rows, _ in chosen for sample in _swapped_prompts(reader, rows)]
             self.sets["loss_swapped"] = fixed_batches(swapped, packer, rank, world_size)
 
@@ -46,7 +60,9 @@ class HeldOut:
             for suffix, value in self._losses(engine, objective, batches).items()
         }
 
-    def _losses(self, engine: Engine, objective: Objective, batches: Sequence[MicroBatch]) -> dict[str, float]:
+    def _losses(
+        self, engine: Engine, objective: Objective, batches: Sequence[MicroBatch | TaskBatch]
+    ) -> dict[str, float]:
         n_languages = len(self.languages)
         sums = torch.zeros(2, n_languages, dtype=torch.float64, device=engine.device)
         with engine.evaluating():
@@ -60,17 +76,18 @@ class HeldOut:
         each = {f"/{language}": mean for language, mean in zip(self.languages, means, strict=True)}
         return {"": float(np.mean(means)), **each}
 
-    def _choose(self, reader: SampleReader, language: int, items: int) -> tuple[list[int], list[TokenizedSample]]:
-        """The first held-out rows of a language that fit, and their samples."""
-        rows = reader.index.rows(language, heldout=True)
-        usable = [int(row) for row in rows if not reader.index.bad[row]]
-        fitting, samples = reader.readable(usable[: 4 * items])
-        if not fitting:
-            raise ConfigError(
-                f"data.heldout_items: none of them in {self.languages[language]!r} has a sample within "
-                f"data.sequence_length ({reader.sequence_length}); hold out more items"
-            )
-        return fitting[:items], samples[:items]
+
+def _choose(reader: SampleReader | TaskReader, language: int, items: int) -> tuple[list[int], Sequence[Any]]:
+    """The first held-out rows of a language that fit, and their samples."""
+    rows = reader.index.rows(language, heldout=True)
+    usable = [int(row) for row in rows if not reader.index.bad[row]]
+    fitting, samples = reader.readable(usable[: 4 * items])
+    if not fitting:
+        raise ConfigError(
+            f"data.heldout_items: none of them in {reader.index.languages[language]!r} has a usable sample within "
+            "data.sequence_length; hold out more items"
+        )
+    return fitting[:items], samples[:items]
 
 
 def _swapped_prompts(reader: SampleReader, rows: Sequence[int]) -> list[TokenizedSample]:

@@ -12,15 +12,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling.generation import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
+from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
+from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
 from training.checkpoint import REFERENCE_FILE, RunState, problem
-from training.config import RunConfig, ShifConConfig
+from training.config import RunConfig
 from training.errors import ConfigError
+from training.objective_config import ShifConConfig, XMixupConfig
+from training.prepare import architecture
 from training.run_file import validate
 
 if TYPE_CHECKING:
@@ -77,35 +81,52 @@ def export_newest(checkpoint: Path, output: Path) -> None:
 
 
 def _write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None:
+    import torch
     from transformers import AutoConfig, AutoTokenizer
 
+    from modeling.architectures import auto_class
     from modeling.loading import directory_hash
     from training.engine import DTYPES
 
-    _write_weights(checkpoint, output, DTYPES[config.precision])
     model_config = AutoConfig.from_pretrained(checkpoint / "model_config")
+    with torch.device("meta"):
+        tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
+    _write_weights(checkpoint, output, DTYPES[config.precision], tied)
     model_config.dtype = DTYPES[config.precision]
-    model_config.use_cache = True
+    model_config.use_cache = config.data.task is None
     model_config.save_pretrained(output)
     AutoTokenizer.from_pretrained(checkpoint / "model_config").save_pretrained(output)
-    shifted = isinstance(config.objective, ShifConConfig)
-    description: dict[str, Any] = {
-        "format": FORMAT,
-        "step": step,
-        "objective": config.objective.name,
-        "languages": list(config.data.languages),
-        "dominant": config.data.dominant,
-        "template": config.data.template.model_dump(mode="json"),
-        "response_language": _fixed_response_language(config),
-        "shift_first_token": not isinstance(config.objective, ShifConConfig) or config.objective.shift_first_token,
-    }
+    description = _description(config, step)
     (output / EXPORT_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
-    if shifted:
+    if isinstance(config.objective, ShifConConfig):
         vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
         replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
+    if isinstance(config.objective, XMixupConfig):
+        mixup = MixupState.load(checkpoint / MIXUP_FILE)
+        replace(mixup, model_hash=directory_hash(output)).save(output / MIXUP_FILE)
 
 
-def _write_weights(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
+def _description(config: RunConfig, step: int) -> dict[str, Any]:
+    """What `modeling.export_info` reads."""
+    data, objective = config.data, config.objective
+    described: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "objective": objective.name,
+        "languages": list(data.languages),
+        "dominant": data.dominant,
+    }
+    if data.task is not None:
+        return {**described, "task": data.task.model_dump(mode="json"), "sequence_length": data.sequence_length}
+    return {
+        **described,
+        "template": data.template.model_dump(mode="json"),
+        "response_language": _fixed_response_language(config),
+        "shift_first_token": not isinstance(objective, ShifConConfig) or objective.shift_first_token,
+    }
+
+
+def _write_weights(checkpoint: Path, output: Path, dtype: torch.dtype, tied: Container[str]) -> None:
     """Safetensors shards and their index; never more than one shard in memory."""
     from safetensors.torch import save_file
 
@@ -121,7 +142,9 @@ def _write_weights(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         shards.append(list(shard))
         shard, n_bytes = {}, 0
 
-    for name, tensor in consolidated(checkpoint):
+    for name, tensor in consolidated(checkpoint, tied):
+        if is_mixup_weight(name):  # no part of the plain model; in a file of its own
+            continue
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         size = tensor.numel() * tensor.element_size()
         if shard and n_bytes + size > SHARD_BYTES:
@@ -152,15 +175,15 @@ def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:
 
     from modeling.loading import load_pretrained
     from training.engine import DTYPES
-    from training.start_checks import reference_logits
+    from training.start_checks import reference_inputs, reference_logits
 
     reference = load_file(checkpoint / REFERENCE_FILE)
-    model = load_pretrained(str(output), dtype=DTYPES[config.precision], attention="eager", device="cpu")
+    model = load_pretrained(output, DTYPES[config.precision], "eager", "cpu", architecture(config))
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise RuntimeError(f"{output}: {name} holds values that are not finite")
     with torch.no_grad():
-        found = reference_logits(model(input_ids=reference["input_ids"]))
+        found = reference_logits(model(**reference_inputs(reference["input_ids"])))
     expected = reference["logits"]
     error = float((found - expected).abs().max() / expected.abs().max())
     if not error <= LOGITS_TOLERANCE[config.precision]:

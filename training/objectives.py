@@ -16,20 +16,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_pipeline.packing import MicroBatch
 from data_pipeline.records import NO_LANGUAGE
 from modeling.contrastive import ContentPooling, contrastive_loss
-from modeling.generation import VECTORS_FILE
+from modeling.export_info import VECTORS_FILE
 from modeling.label_head import LabelHead, token_losses
 from modeling.language_vectors import LanguageVectors, StateMeans, restoration_error
 from modeling.layers import decoder_layers
 from modeling.shifcon import LanguageShift
-from training.config import RunConfig, SFTConfig, ShifConConfig
-from training.distributed import all_sum
+from training.config import RunConfig
+from training.distributed import all_sum, rank
 from training.engine import Engine
 from training.errors import ConfigError
+from training.objective_config import SFTConfig, ShifConConfig
 from training.scaling import LossTerm
 
 
@@ -58,14 +59,16 @@ class Objective(Protocol):
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
         """What is due before step `step` (a refresh of the vectors); metrics of it."""
 
-    def save(self, directory: Path) -> None:
-        """Write what a resume or an export needs, beside the engine's state; rank 0 only."""
+    def save(self, engine: Engine, directory: Path) -> None:
+        """Write what a resume or an export needs, beside the engine's state; every rank calls it, rank 0 writes."""
 
     def load(self, directory: Path) -> None:
         """Take it back."""
 
 
-def build_objective(config: RunConfig, model: PreTrainedModel, probe: Sequence[MicroBatch]) -> Objective:
+def build_objective(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Sequence[MicroBatch]
+) -> Objective:
     """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
     settings, data = config.objective, config.data
     if isinstance(settings, SFTConfig):
@@ -74,7 +77,8 @@ def build_objective(config: RunConfig, model: PreTrainedModel, probe: Sequence[M
         return ShifCon(model, settings, data.languages, data.dominant, probe)
     from training.task_objectives import build_task_objective
 
-    return build_task_objective(settings, model, data.task)
+    assert data.task is not None  # the config model requires it for these
+    return build_task_objective(settings, model, data.task.kind, tokenizer.all_special_ids)
 
 
 class SupervisedFineTuning:
@@ -94,7 +98,7 @@ class SupervisedFineTuning:
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
         return {}
 
-    def save(self, directory: Path) -> None:
+    def save(self, engine: Engine, directory: Path) -> None:
         """SFT keeps nothing beside the weights."""
 
     def load(self, directory: Path) -> None:
@@ -175,8 +179,8 @@ class ShifCon(SupervisedFineTuning):
         self.vectors = vectors
         self.shift.set_vectors(vectors)
 
-    def save(self, directory: Path) -> None:
-        if self.vectors is not None:
+    def save(self, engine: Engine, directory: Path) -> None:
+        if self.vectors is not None and rank() == 0:
             self.vectors.save(directory / VECTORS_FILE)
 
     def load(self, directory: Path) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.index import DataIndex, build_index
 from data_pipeline.order import row_at
@@ -23,6 +23,9 @@ from data_pipeline.records import BadRow, stable_hash
 from training.checkpoint import checkpoint_root
 from training.config import RunConfig
 from training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from modeling.architectures import Architecture
 
 POLL_SECONDS = 0.2
 
@@ -65,7 +68,7 @@ def open_index(config: RunConfig) -> DataIndex:
     data = config.data
     return build_index(
         data.sources, data.languages, config.data_dir, config.output_dir / "index",
-        heldout_items=data.heldout_items, seed=config.seed, max_bad_rows=data.max_bad_rows,
+        heldout_items=data.heldout_items, seed=config.seed, max_bad_rows=data.max_bad_rows, task=data.task,
     )  # fmt: skip
 
 
@@ -89,11 +92,10 @@ def training_texts(config: RunConfig, index: DataIndex, n: int) -> Iterator[str]
         for cursor in range(min(each, len(rows))):
             row = row_at(rows, cursor, config.seed, language)
             try:
-                record = index.record(row)
+                record = index.read(row)
             except BadRow:
                 continue  # counted and bounded when the index was built
-            for message in record.messages:
-                yield message.content
+            yield from record.texts
 
 
 def train_tokenizer_of(config: RunConfig, index: DataIndex, output: Path) -> None:
@@ -121,19 +123,44 @@ def _tokenizer(config: RunConfig, index: DataIndex) -> str:
 
 
 def _starting_weights(config: RunConfig, tokenizer_dir: str) -> str:
-    if config.model.path is not None:
-        return config.model.path
+    """The directory or hub name that weights are loaded from; an encoder's gets its task's head there."""
+    task = config.data.task
+    start = config.model.path or _from_scratch(config, tokenizer_dir)
+    if task is None:
+        return start
+    if task.kind == "text" and config.model.path is None:
+        return start  # made with that head
+
+    def write(path: Path) -> None:
+        from modeling.encoders import write_task_start
+
+        write_task_start(start, task.kind, task.labels, path, config.seed)
+
+    made_from = {"start": start, "kind": task.kind, "labels": list(task.labels), "seed": config.seed}
+    return str(_made_once(config.output_dir / "task_model", made_from, write))
+
+
+def architecture(config: RunConfig) -> Architecture:
+    """The head that the run's model has."""
+    from modeling.encoders import TASK_ARCHITECTURES
+
+    return "causal-lm" if config.data.task is None else TASK_ARCHITECTURES[config.data.task.kind]
+
+
+def _from_scratch(config: RunConfig, tokenizer_dir: str) -> str:
     init = config.model.init
     assert init is not None  # the config model requires one
+    head: Architecture = "causal-lm" if config.data.task is None else "masked-lm"
 
     def write(path: Path) -> None:
         from transformers import AutoTokenizer
 
         from modeling.loading import write_initial_model
 
-        write_initial_model(init, AutoTokenizer.from_pretrained(tokenizer_dir), path, config.seed)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        write_initial_model(init, tokenizer, path, config.seed, architecture=head)
 
-    made_from = {"init": init, "seed": config.seed, "tokenizer": _identity(tokenizer_dir)}
+    made_from = {"init": init, "seed": config.seed, "tokenizer": _identity(tokenizer_dir), "head": head}
     return str(_made_once(config.output_dir / "initial_model", made_from, write))
 
 

@@ -7,7 +7,7 @@ Next: `prepare.py`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
+        repeated = list(_given_twice(yaml.compose(text, yaml.SafeLoader)))
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f":{place.line + 1}" if place else ""
         raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if repeated:
+        raise ConfigError("\n".join(f"{path}:{mistake}" for mistake in repeated))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
     for override in overrides:
@@ -59,6 +62,27 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The config as plain YAML-ready values, every default filled in."""
     return config.model_dump(mode="json")
+
+
+def _given_twice(node: yaml.Node | None, path: str = "", seen: set[int] | None = None) -> Iterator[str]:
+    """A line for every key that its mapping has already; PyYAML would silently keep the last."""
+    seen = set() if seen is None else seen
+    if node is None or id(node) in seen:  # an anchor's content is looked at once
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for number, entry in enumerate(node.value):
+            yield from _given_twice(entry, f"{path}{number}.", seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no key of ours; refused with the unknown ones
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                yield f"{line}: {path}{key.value}: given twice (lines {lines[name]} and {line}); keep one"
+            lines.setdefault(name, line)
+            yield from _given_twice(value, f"{path}{key.value}.", seen)
 
 
 def _override(values: dict[str, Any], text: str) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import Packer
+from data_pipeline.tasks.batches import TaskPacker
+from data_pipeline.tasks.reader import TaskStep
 from training.assembly import Run
 from training.distributed import all_sum, same_modules_on_every_rank
 from training.errors import ConfigError
@@ -29,14 +31,14 @@ def warm_up(run: Run) -> None:
         run.objective.loss_terms(run.engine, idle)
 
 
-def check_packing(run: Run, batch: RankStep) -> None:
+def check_packing(run: Run, batch: RankStep | TaskStep) -> None:
     """The run's own first micro-batch: its packed loss must be its padded, sample-by-sample loss.
 
     Raises:
         ConfigError: samples see each other with this model and attention.
     """
     packer = run.data.packer
-    if packer.layout == "padded":
+    if packer.layout == "padded" or isinstance(packer, TaskPacker):
         return
     packed = batch.micro_batches[0] if batch.micro_batches else packer.idle()
     padder = Packer("padded", micro_batch_tokens=sys.maxsize, row_tokens=packer.row_tokens, pad_id=packer.pad_id)
@@ -60,8 +62,13 @@ def reference_outputs(run: Run) -> dict[str, Tensor]:
     vocabulary = len(run.data.tokenizer)
     ids = (torch.arange(REFERENCE_TOKENS, device=run.engine.device) * 7919 % vocabulary)[None]
     with run.engine.evaluating():
-        outputs = run.engine.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
+        outputs = run.engine.forward(**reference_inputs(ids))
     return {"input_ids": ids.cpu(), "logits": reference_logits(outputs)}
+
+
+def reference_inputs(ids: Tensor) -> dict[str, Tensor]:
+    """Arguments of that forward pass, the same for a run and for its export."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def reference_logits(outputs: Any) -> Tensor:

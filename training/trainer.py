@@ -21,7 +21,9 @@ from tqdm import tqdm
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch
 from data_pipeline.records import DataError
-from modeling.generation import VECTORS_FILE
+from data_pipeline.tasks.batches import TaskBatch
+from data_pipeline.tasks.reader import TaskStep
+from modeling.export_info import VECTORS_FILE
 from training import checkpoint
 from training.assembly import Run, assemble
 from training.config import RunConfig
@@ -79,7 +81,7 @@ class Trainer:
                 self.save(done)
             waiting_since = time.perf_counter()
 
-    def train_step(self, step: int, batch: RankStep) -> dict[str, float]:
+    def train_step(self, step: int, batch: RankStep | TaskStep) -> dict[str, float]:
         """One optimiser step over the global batch; metrics of it.
 
         Raises:
@@ -106,7 +108,9 @@ class Trainer:
             **memory(),
         }
 
-    def accumulate(self, step: int, batch: RankStep, totals: StepTotals) -> tuple[StepSums, list[MicroBatch]]:
+    def accumulate(
+        self, step: int, batch: RankStep | TaskStep, totals: StepTotals
+    ) -> tuple[StepSums, list[MicroBatch | TaskBatch]]:
         """Forward and backward of this rank's micro-batches; the same number of them on every rank."""
         run = self.run
         seed_step(self.config.seed, step)
@@ -130,12 +134,12 @@ class Trainer:
         barrier()
         directory = checkpoint.incomplete_path(output_dir, step)
         run.engine.save_state(directory)
+        run.objective.save(run.engine, directory)
         reference = reference_outputs(run)
         if rank() == 0:
             from safetensors.torch import save_file
 
             save_file(reference, directory / checkpoint.REFERENCE_FILE)
-            run.objective.save(directory)
             run.engine.module.config.save_pretrained(directory / "model_config")
             run.data.tokenizer.save_pretrained(directory / "model_config")
             state = checkpoint.RunState(
@@ -169,7 +173,7 @@ class Trainer:
         self.bad_slots = state.bad_slots
         return state.step
 
-    def _agree(self, batch: RankStep) -> tuple[StepTotals, StepRead]:
+    def _agree(self, batch: RankStep | TaskStep) -> tuple[StepTotals, StepRead]:
         """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read."""
         ranks = self.run.engine.world_size
         n_micro_batches = [0] * ranks
@@ -193,7 +197,7 @@ class Trainer:
         totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
         return totals, StepRead(tokens, overlong, fingerprint)
 
-    def _forward(self, batch: MicroBatch) -> LossTerms:
+    def _forward(self, batch: MicroBatch | TaskBatch) -> LossTerms:
         run = self.run
         if not self._first_step:
             return run.objective.loss_terms(run.engine, batch)
@@ -201,7 +205,7 @@ class Trainer:
         with same_modules_on_every_rank(run.engine.module, run.engine.device):
             return run.objective.loss_terms(run.engine, batch)
 
-    def _reduce(self, step: int, sums: StepSums, micro_batches: list[MicroBatch]) -> Tensor:
+    def _reduce(self, step: int, sums: StepSums, micro_batches: list[MicroBatch | TaskBatch]) -> Tensor:
         """Step sums over ranks; stops the run where any rank's loss is not finite."""
         bad = sums.bad_micro_batches()
         flag = torch.tensor([float(len(bad))], dtype=torch.float64, device=sums.losses.device)

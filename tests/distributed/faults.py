@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tiny_run import run_values
+from tiny_run import rank_values
 
 from training.__main__ import main as run_rank
 from training.distributed import rank
@@ -52,8 +52,8 @@ def main() -> int:
     fault, data_dir, output_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     import training.__main__ as entry
 
-    changes = {"checkpoint": {"every": 100}}
-    entry.load_config = lambda *_: validate(run_values(data_dir, output_dir, **changes), "test")
+    changes = {"max_steps": 8, "checkpoint.every": 100}
+    entry.load_config = lambda *_: validate(rank_values(data_dir, output_dir, **changes), "test")
     if fault == "module":
         SupervisedFineTuning.__init__ = skip_a_module(SupervisedFineTuning.__init__)
     else:

@@ -14,8 +14,8 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, with the source first on the path and one thread a rank."""
-    path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
+    """This process's, with the source and `tests/tiny_run.py` first on the path and one thread a rank."""
+    path = os.pathsep.join([str(SOURCE), str(SOURCE / "tests"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(extra or {})}
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from tiny_run import write_data
+from tiny_run import RANK_ITEMS, write_data
 
 WORKER = str(Path(__file__).with_name("faults.py"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("faults") / "data")
+    return write_data(tmp_path_factory.mktemp("faults") / "data", RANK_ITEMS)
 
 
 def messages(fault: str, data: Path, output: Path) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import SOURCE, environment
 from safetensors.torch import load_file
-from tiny_run import run_values, write_config, write_data
+from tiny_run import RANK_ITEMS, rank_values, write_config, write_data
 
 from training import checkpoint
 
@@ -22,6 +22,12 @@ SAME = (
     "train/loss", "train/loss/", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint",
     "data/overlong", "shift/",
 )  # fmt: skip
+
+CHANGES = {
+    "max_steps": 14,
+    "model.init.attention_dropout": 0.1,  # random states have to go on exactly, too
+    "objective.refresh_every": 5,  # never due where the run resumes: vectors have to be loaded
+}
 
 
 def train(config: Path, *arguments: str) -> list[str]:
@@ -66,15 +72,12 @@ def kill_a_rank_after(command: list[str], output_dir: Path, step: int) -> int:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same run undisturbed, and killed after step 7 and resumed."""
     folder = tmp_path_factory.mktemp("resume")
-    data = write_data(folder / "data")
+    data = write_data(folder / "data", RANK_ITEMS)
     found = {}
     for name in ("undisturbed", "killed"):
         output = folder / name
         # Slow enough to be killed in mid-run: checkpoints at 2, 4, 6, .. and many steps.
-        values = run_values(data, output, max_steps=14)
-        values["model"]["init"]["attention_dropout"] = 0.1  # random states have to go on exactly, too
-        values["objective"]["refresh_every"] = 5  # never due where the run resumes: vectors have to be loaded
-        config = write_config(folder / f"{name}.yaml", values)
+        config = write_config(folder / f"{name}.yaml", rank_values(data, output, **CHANGES))
         if name == "killed":
             assert kill_a_rank_after(train(config), output, 7) != 0
             assert 6 <= int(checkpoint.latest(output).name.removeprefix("step-")) < 14
@@ -120,9 +123,7 @@ def test_a_torn_checkpoint_is_passed_over_and_changes_are_refused(runs: dict[str
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])
     try:
-        changed = run_values(output.parent / "data", output, max_steps=14, seed=4)
-        changed["model"]["init"]["attention_dropout"] = 0.1
-        changed["objective"]["refresh_every"] = 5
+        changed = rank_values(output.parent / "data", output, **CHANGES, seed=4)
         refused = run(train(write_config(tmp_path / "changed.yaml", changed)))
         assert refused.returncode == 2
         assert f"{torn} is passed over: zero/{victim.name} has" in refused.stderr

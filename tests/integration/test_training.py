@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from ranks import SOURCE, checked, environment, run_ranks
-from tiny_run import LANGUAGES, run_values, write_config, write_data
+from tiny_run import LANGUAGES, RANK_ITEMS, rank_values, write_config, write_data
 
 from data_pipeline.records import Message
 
@@ -26,7 +26,7 @@ def crosslift(*arguments: str, extra: dict[str, str] | None = None) -> subproces
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data")
+    return write_data(tmp_path_factory.mktemp("data") / "data", RANK_ITEMS)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,13 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished ShifCon run on one rank, with no compiler on the PATH and MLflow on."""
     folder = tmp_path_factory.mktemp("run")
     output = folder / "run"
-    values = run_values(
-        data, output, max_steps=6, tracking={"enabled": True, "sync_seconds": 0.5},
-        evaluation={"every": 3, "items": 4, "swapped_prompts": True},
-    )  # fmt: skip
+    changes = {
+        "max_steps": 6,
+        "tracking": {"enabled": True, "sync_seconds": 0.5},
+        "data.heldout_items": 12,
+        "evaluation": {"every": 3, "items": 4, "swapped_prompts": True},
+    }
+    values = rank_values(data, output, **changes)
     bare = folder / "bin"
     bare.mkdir()
     (bare / "python").symlink_to(sys.executable)
@@ -67,7 +70,7 @@ def test_the_run_folder_records_metrics_of_every_kind(trained: Path) -> None:
         event = json.loads(line)
         names |= set(event["values"]) if event["kind"] == "metrics" else set()
     wanted = {"train/loss", "train/contrastive", "train/grad_norm", "train/tokens_per_second", "train/step_seconds"}
-    wanted |= {"memory/host_peak_gib", "eval/loss", "shift/norm/sw", "shift/restoration_error/th"}
+    wanted |= {"memory/host_peak_gib", "eval/loss", "shift/norm/sw", "shift/restoration_error/zh"}
     wanted |= {f"{kind}/{code}" for code in LANGUAGES for kind in ("train/loss", "train/token_share", "eval/loss")}
     wanted |= {f"eval/loss_swapped/{code}" for code in LANGUAGES}
     assert wanted <= names
@@ -146,7 +149,7 @@ def test_eval_scores_mgsm_and_keeps_every_output(trained: Path, tmp_path: Path) 
 
 
 def test_bf16_trains_and_exports_under_zero_3(data: Path, tmp_path: Path) -> None:
-    values = run_values(data, tmp_path / "run", max_steps=2, precision="bf16", gradient_checkpointing=True)
+    values = rank_values(data, tmp_path / "run", max_steps=2, precision="bf16", gradient_checkpointing=True)
     done = crosslift("train", str(write_config(tmp_path / "run.yaml", values)), "--nproc", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reopened the export" in done.stderr
@@ -170,7 +173,7 @@ def by_launcher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     losses = {}
     for name, command in launchers.items():
         output = folder / name
-        config = str(write_config(folder / f"{name}.yaml", run_values(data, output, max_steps=2)))
+        config = str(write_config(folder / f"{name}.yaml", rank_values(data, output, max_steps=2)))
         if name == "bare":
             checked(run_ranks([*rank_program, config], world_size=2))
         else:
@@ -196,7 +199,7 @@ def test_every_launcher_starts_the_same_loop(by_launcher: dict[str, list[float]]
     shutil.which("deepspeed", path=os.path.dirname(sys.executable)) is None, reason="no deepspeed launcher"
 )
 def test_the_deepspeed_launcher_starts_it_too(data: Path, tmp_path: Path, by_launcher: dict[str, list[float]]) -> None:
-    config = write_config(tmp_path / "run.yaml", run_values(data, tmp_path / "run", max_steps=2))
+    config = write_config(tmp_path / "run.yaml", rank_values(data, tmp_path / "run", max_steps=2))
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_gpus", "2", "--master_port", "29612", "--module", "training", str(config)]
     extra = {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
-from training.config import ContrastiveConfig, RunConfig, SFTConfig, ShifConConfig
+from training.config import RunConfig
 from training.errors import ConfigError
+from training.objective_config import ContrastiveConfig, SFTConfig, ShifConConfig
 from training.run_file import _models_in, load_config, resolved, validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,6 +214,40 @@ def test_a_file_that_is_no_run_file(tmp_path: Path, text: str | bytes, message: 
     with pytest.raises(ConfigError) as refusal:
         load_config(path)
     assert re.fullmatch(re.escape(str(path)) + message, str(refusal.value))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("seed: 1\nmax_steps: 3\nseed: 1\n", ["3: seed: given twice (lines 1 and 3); keep one"]),
+        ("data:\n  dominant: en\n  'dominant': de\n", ["3: data.dominant: given twice (lines 2 and 3); keep one"]),
+        ("data:\n  a: 1\nseed: 1\ndata:\n  b: 1\n", ["4: data: given twice (lines 1 and 4); keep one"]),
+        ("model: {path: a, path: b}\n", ["1: model.path: given twice (lines 1 and 1); keep one"]),
+        (
+            "data:\n  sources:\n    - {name: a, files: x}\n    - name: b\n      files: x\n      name: c\nseed: 1\nseed: 2\n",
+            [
+                "6: data.sources.1.name: given twice (lines 4 and 6); keep one",
+                "8: seed: given twice (lines 7 and 8); keep one",
+            ],
+        ),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, text: str, lines: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        load_config(path, ["seed=3"])
+    assert str(refusal.value).splitlines() == [f"{path}:{line}" for line in lines]
+
+
+def test_a_key_may_come_again_elsewhere_over_an_anchor_and_as_an_override(tmp_path: Path, values: Values) -> None:
+    path = tmp_path / "run.yaml"
+    del values["checkpoint"]
+    sections = "checkpoint: &often {every: 3}\nevaluation: {<<: *often, every: 0, items: 5}\n"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True) + sections)
+    config = load_config(path, ["optimizer.learning_rate=2", "optimizer.learning_rate=3"])
+    assert (config.checkpoint.every, config.evaluation.every, config.evaluation.items) == (3, 0, 5)
+    assert config.optimizer.learning_rate == 3
 
 
 def test_no_such_file_and_a_folder(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from modeling.errors import ModelError
-from modeling.generation import ExportInfo, Generation, Prompt, ShiftedGenerator
+from modeling.export_info import ExportInfo
+from modeling.generation import Generation, Prompt, ShiftedGenerator
 from modeling.language_vectors import LanguageVectors
 from modeling.loading import directory_hash
 
@@ -210,7 +211,7 @@ def test_descriptions_that_cannot_be_read(tmp_path: Path) -> None:
     for content, message in {
         "{": "not an export's description",
         '{"format": 2}': "another version of crosslift",
-        '{"format": 1, "objective": "dpo", "languages": []}': "neither sft nor shifcon",
+        '{"format": 1, "objective": "dpo", "languages": []}': "none of sft, shifcon, mlm, finetune, xmixup",
         '{"format": 1, "objective": "sft", "languages": [], "dominent": "en"}': "dominent",
         "[]": "not an export's description",
     }.items():

@@ -18,7 +18,8 @@ from data_pipeline.chat import Chat, TemplateConfig
 from evals.errors import EvalError
 from evals.mgsm import evaluate_mgsm, mgsm_table, read_problems, score_mgsm
 from evals.numbers import RULES
-from modeling.generation import ExportInfo, Generation, Prompt, ShiftedGenerator
+from modeling.export_info import ExportInfo
+from modeling.generation import Generation, Prompt, ShiftedGenerator
 from modeling.weight_files import directory_hash
 
 QUESTIONS = {

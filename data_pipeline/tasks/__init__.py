@@ -1,0 +1,1 @@
+"""Labelled texts for encoders: classification, tagging, question answering and masked language modelling."""

@@ -1,0 +1,55 @@
+"""What a run file says about its task.
+
+In: the `data.task` section of the run file. Out: a frozen, checked model. Next: `rows.py` and `tokenize.py`.
+Nothing heavy is imported here, so that a run file is read at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_pipeline.config import TaskKind
+
+# Options that say something about some kinds only.
+KINDS_OF_OPTION: dict[str, tuple[TaskKind, ...]] = {
+    "doc_stride": ("qa", "tagging"),
+    "max_question_length": ("qa",),
+    "word_pooling": ("tagging",),
+    "mask_probability": ("text",),
+}
+
+
+class TaskConfig(BaseModel):
+    """The task that an encoder is trained on; texts are cut to `data.sequence_length` tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: TaskKind = Field(description="what the rows are; it must be what the sources' columns are")
+    labels: tuple[str, ...] = Field(
+        (), description="classification and tagging: every label, in the order of the model's outputs"
+    )
+    doc_stride: int = Field(
+        128, gt=0, description="tokens from the start of a window to the next, in texts that fit no single one"
+    )
+    max_question_length: int = Field(64, gt=0, description="tokens of a question; what is beyond them is cut off")
+    word_pooling: Literal["mean", "first"] = Field(
+        "mean", description="tagging: a word's logits are the mean of its tokens', or its first token's"
+    )
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="share of a text's tokens that are to be predicted")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskConfig:
+        labelled = self.kind in ("classification", "tagging")
+        if labelled and len(self.labels) < 2:
+            raise ValueError(f"kind {self.kind!r} needs 'labels', at least two")
+        if not labelled and self.labels:
+            raise ValueError(f"'labels' goes with kind 'classification' and 'tagging', not with {self.kind!r}")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("'labels' names a label twice")
+        for option, kinds in KINDS_OF_OPTION.items():
+            default = type(self).model_fields[option].default
+            if self.kind not in kinds and getattr(self, option) != default:
+                raise ValueError(f"{option!r} goes with kind {' and '.join(map(repr, kinds))}, not with {self.kind!r}")
+        return self

@@ -1,0 +1,69 @@
+"""Which parts of a text that is too long go into which window: arithmetic on token counts and offsets.
+
+In: lengths and character offsets of tokens. Out: ranges of tokens or words. Next: `tokenize.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+Range = tuple[int, int]
+
+
+def longest_first(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens of one text or of two stay, `room` in all: the longer gives way first, then both alike."""
+    if len(lengths) == 1:
+        return [min(lengths[0], room)]
+    short = min(*lengths, max(room // 2, room - max(lengths)))
+    long = min(max(lengths), room - short)
+    return [short, long] if lengths[0] <= lengths[1] else [long, short]
+
+
+def strided(n_tokens: int, room: int, stride: int) -> list[Range]:
+    """Ranges of `room` tokens, one every `stride`, until one reaches the end."""
+    ranges = [(0, min(room, n_tokens))]
+    while ranges[-1][1] < n_tokens:
+        start = ranges[-1][0] + min(stride, room)
+        ranges.append((start, min(start + room, n_tokens)))
+    return ranges
+
+
+def word_ranges(first_token: npt.NDArray[np.int64], room: int, stride: int) -> list[Range]:
+    """Ranges of whole words of at most `room` tokens, one about every `stride` tokens, none left out.
+
+    first_token: (words + 1,) the first token of each word, and the number of tokens.
+    """
+    n_words = len(first_token) - 1
+    ranges: list[Range] = []
+    start = stop = 0
+    while stop < n_words:
+        stop = max(int(np.searchsorted(first_token, first_token[start] + room, "right")) - 1, start + 1)
+        ranges.append((start, stop))
+        following = int(np.searchsorted(first_token, first_token[start] + stride))
+        start = min(max(following, start + 1), stop)
+    return ranges
+
+
+def without_space(offsets: Ids, text: str) -> Ids:
+    """Offsets (n, 2) of tokens without the white space that some tokenizers count as part of them."""
+    trimmed = []
+    for start, stop in offsets.tolist():
+        while start < stop and text[start].isspace():
+            start += 1
+        while start < stop and text[stop - 1].isspace():
+            stop -= 1
+        trimmed.append((start, stop))
+    return np.array(trimmed, np.int32)
+
+
+def answer_tokens(offsets: Ids, answer: tuple[str, int]) -> Range | None:
+    """First and last token (n, 2) of an answer (text, start); None where no token stands for it."""
+    text, start = answer
+    stop = start + len(text.rstrip())
+    start += len(text) - len(text.lstrip())
+    tokens = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1]))
+    return (int(tokens[0]), int(tokens[-1])) if len(tokens) else None

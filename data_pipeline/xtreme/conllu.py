@@ -1,0 +1,78 @@
+"""Universal Dependencies' own files (`en_ewt-ud-dev.conllu`) as the task udpos.
+
+In: a folder, flat or one folder a treebank. Out: a sentence for each, with its syntactic words and universal tags.
+Next: `layouts.py`.
+
+Lines of multiword tokens ("4-5 im") and empty nodes ("8.1") are left out, as in the hub's version; XTREME's download
+script instead puts "im" in the place of its parts, so it has fewer words. A language's treebanks follow one another in
+the order of their names, as there. Format: universaldependencies.org/format.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme.items import NO_WORD, Sentence, Source, Split
+from data_pipeline.xtreme.lines import text_lines
+from data_pipeline.xtreme.tasks import XtremeTask
+
+N_COLUMNS = 10
+WITHHELD = "_"  # the form of a word whose treebank may not be given away
+
+
+def source(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Source | None:
+    """The treebanks of a language; None for another task. Their language codes are XTREME's."""
+    if task.name != "udpos":
+        return None
+    folder = data_dir / task.name if (data_dir / task.name).is_dir() else data_dir
+    files = tuple(sorted(folder.rglob(f"{language}_*-ud-{split}*.conllu"), key=lambda file: file.name))
+    return Source(files, partial(read_conllu, files, task))
+
+
+def read_conllu(files: tuple[Path, ...], task: XtremeTask) -> Iterator[Sentence]:
+    """Every sentence. One with all words but at most one withheld comes empty.
+
+    Raises DataError naming file and line: not ten columns, ids out of order, or a tag that is none of the task's.
+    """
+    index = count()
+    for file in files:
+        for start, comments, lines in _blocks(file):
+            words: list[str] = []
+            tags: list[str] = []
+            for number, line in lines:
+                columns = line.split("\t")
+                if len(columns) != N_COLUMNS:
+                    raise DataError(f"{file}:{number}: {len(columns)} columns; CoNLL-U has ten, parted by tabs")
+                id, form, tag = columns[0], columns[1], columns[3]
+                if "-" in id or "." in id:
+                    continue
+                if id != str(len(words) + 1):
+                    raise DataError(f"{file}:{number}: word {id!r}, but the next one is {len(words) + 1}")
+                if tag not in task.labels:
+                    raise DataError(f"{file}:{number}: tag {tag!r} is none of {task.name}'s: {', '.join(task.labels)}")
+                words.append(form if form.strip() else NO_WORD)
+                tags.append(tag)
+            if words.count(WITHHELD) and words.count(WITHHELD) >= len(words) - 1:
+                words, tags = [], []
+            yield Sentence(f"{file}:{start}", next(index), tuple(words), tuple(tags), text=comments.get("text"))
+
+
+def _blocks(file: Path) -> Iterator[tuple[int, dict[str, str], list[tuple[int, str]]]]:
+    """(first line's number, {comment: value}, [(number, line)]) of each sentence."""
+    comments: dict[str, str] = {}
+    lines: list[tuple[int, str]] = []
+    for number, text in text_lines(file):
+        if text.startswith("#") and not lines:
+            name, _, value = text[1:].partition("=")
+            comments[name.strip()] = value.strip()
+        elif text:
+            lines.append((number, text))
+        elif lines:
+            yield lines[0][0], comments, lines
+            comments, lines = {}, []
+    if lines:
+        yield lines[0][0], comments, lines

@@ -1,0 +1,218 @@
+"""What XTREME's files hold, whatever their layout: sentence pairs, tagged sentences, questions, plain lines.
+
+In: nothing. Out: the items that every reader yields, `Source` (files and how to read them), and the canonical row of
+an item: JSON lines with the columns that `data_pipeline.tasks` reads. Next: `layouts.py`, which picks the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme.tasks import XtremeTask
+
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+DOMINANT = "en"  # the one language in which XTREME gives training labels
+NO_WORD = "\ufffd"  # stands for a word that is empty or white space, so that its tag keeps its place
+SAME_LABELS = 10  # from so many test items on, one label for all of them is a placeholder
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A pair of sentences. `original`: the texts that these translate, where the file gives them."""
+
+    place: str  # "file:line", for messages to people
+    index: int  # among the file's items, from 0: what translations have in common
+    text_a: str
+    text_b: str
+    label: str | None = None
+    name: str | None = None  # the file's own id
+    original: tuple[str, str] | None = None
+
+    @property
+    def answer(self) -> object:
+        return self.label
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """Words with tags, or with a teacher's probabilities in the order of the task's labels."""
+
+    place: str
+    index: int
+    words: tuple[str, ...]
+    tags: tuple[str, ...] | None = None
+    soft_tags: tuple[tuple[float, ...], ...] | None = None
+    text: str | None = None  # the sentence as written; without it, the words joined by spaces
+
+    @property
+    def answer(self) -> object:
+        return self.tags if self.tags is not None else self.soft_tags
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question on a context. `answers`: (text, its character offset in the context)."""
+
+    place: str
+    index: int
+    id: str
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def answer(self) -> object:
+        return self.answers or None
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A sentence of a retrieval task. `translation`: its partner, where the files tell."""
+
+    place: str
+    index: int
+    id: str
+    language: str
+    text: str
+    translation: str | None = None
+
+    @property
+    def answer(self) -> object:
+        return self.translation
+
+
+Item = Pair | Sentence | Question | Line
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one task, split and language. Each call of `read` goes through them from the start.
+
+    `by`: how a file of translations is matched with what it translates. `identity`: what tells one state of a hub
+    dataset from another, where there are no files to look at.
+    """
+
+    files: tuple[Path, ...]
+    read: Callable[[], Iterator[Item]]
+    by: Literal["place", "text", "id"] = "place"
+    identity: Callable[[], str] | None = None
+
+    def exists(self) -> bool:
+        return self.identity is not None or (bool(self.files) and all(file.is_file() for file in self.files))
+
+    @property
+    def name(self) -> str:
+        return " + ".join(map(str, self.files[:2])) + (" ..." if len(self.files) > 2 else "")
+
+
+def to_row(
+    task: XtremeTask, split: Split, language: str, item: Item, group: str | None = None, back: Item | None = None
+) -> Row:
+    """The canonical row of an item. `back`: its version in the dominant language, by machine translation.
+
+    Ids: a question's own; else task, split and place in the file. Rows that are parallel by construction share the
+    `group`: pairs by their line, questions by their id. Tagged sentences and TyDiQA are not parallel.
+    """
+    head: Row = {"id": item_id(task, split, language, item), "group": group or group_of(task, split, language, item)}
+    if isinstance(item, Line):
+        partner = {} if item.translation is None else {"translation": item.translation}
+        return {**head, "language": item.language, "text": item.text, **partner}
+    row: Row = {**head, "language": language}
+    if isinstance(item, Pair):
+        row |= {"text_a": item.text_a, "text_b": item.text_b}
+        row |= {} if item.label is None else {"label": item.label}
+    elif isinstance(item, Sentence):
+        row |= {"text": item.text or " ".join(item.words), "words": list(item.words)}
+        row |= {} if item.tags is None else {"tags": list(item.tags)}
+        row |= {} if item.soft_tags is None else {"soft_tags": [list(values) for values in item.soft_tags]}
+    else:
+        row |= {"question": item.question, "context": item.context, "answers": _answers(item)}
+    return row | (_back(back) if back is not None else {})
+
+
+def item_id(task: XtremeTask, split: Split, language: str, item: Item) -> str:
+    if isinstance(item, Question | Line):
+        return item.id
+    within = "" if isinstance(item, Pair) else f"{language}-"
+    return f"{task.name}-{split}-{within}{item.index}"
+
+
+def group_of(task: XtremeTask, split: Split, language: str, item: Item) -> str:
+    if isinstance(item, Question):
+        return (
+            f"{task.name}-{split}-{language}-{item.id}" if task.name == "tydiqa" else f"{task.name}-{split}-{item.id}"
+        )
+    return item_id(task, split, language, item)
+
+
+def is_empty(item: Item) -> bool:
+    """No text where there must be some."""
+    if isinstance(item, Pair):
+        return not (item.text_a and item.text_b)
+    if isinstance(item, Sentence):
+        return not item.words
+    return not (item.question and item.context) if isinstance(item, Question) else not item.text
+
+
+def checked_test(task: XtremeTask, items: Iterable[Item], where: str, allow_unlabelled: bool) -> list[Item]:
+    """The test items, without labels if those were erased and the caller allows it.
+
+    Erased are labels that are not there, and one and the same label for all of at least ten items: readers of XTREME's
+    erased files put such a placeholder there. Raises DataError: erased and not allowed, or there for some only.
+    """
+    found = list(items)
+    if task.name == "bucc2018":  # its gold pairs are a file of their own
+        return found
+    filled = [item for item in found if not is_empty(item)]
+    without = [item for item in filled if item.answer is None]
+    if without and len(without) < len(filled):
+        raise DataError(f"{without[0].place}: has no label, but others of the file have one; all or none must have one")
+    if not without and not _one_label(found):
+        return found
+    if not allow_unlabelled:
+        raise DataError(
+            f"{where}: the test labels of {task.name} are erased, as XTREME's download script leaves them; put the"
+            " labelled files of the dataset's authors there, or allow unlabelled test rows (for predictions only)"
+        )
+    return [_unlabelled(item) for item in found]
+
+
+def _one_label(items: list[Item]) -> bool:
+    labels: set[object] = set()
+    for item in items:
+        if isinstance(item, Pair):
+            labels.add(item.label)
+        elif isinstance(item, Sentence):
+            labels.update(item.tags or ())
+        if len(labels) > 1:
+            return False
+    return len(labels) == 1 and len(items) >= SAME_LABELS
+
+
+def _unlabelled(item: Item) -> Item:
+    if isinstance(item, Pair):
+        return Pair(item.place, item.index, item.text_a, item.text_b, None, item.name, item.original)
+    if isinstance(item, Sentence):
+        return Sentence(item.place, item.index, item.words, text=item.text)
+    return item
+
+
+def _answers(item: Question) -> list[Row]:
+    return [{"text": text, "answer_start": start} for text, start in item.answers]
+
+
+def _back(item: Item) -> Row:
+    if isinstance(item, Pair):
+        return {"back_text_a": item.text_a, "back_text_b": item.text_b}
+    if isinstance(item, Sentence):
+        return {"back_words": list(item.words)}
+    assert isinstance(item, Question)
+    answers = {"back_answers": _answers(item)} if item.answers else {}
+    return {"back_question": item.question, "back_context": item.context, **answers}

@@ -1,0 +1,137 @@
+"""Where the files of XTREME lie: which layout a folder has, and one reader for all of them.
+
+In: a task, a split, a language and a folder (or the hub's name). Out: canonical rows, or the source that has them.
+Next: `prepare.py`, which writes them, and `evals.xtreme`.
+
+Layouts: `download` (XTREME's script; also one task's files in a flat folder), `xmixup` (the X-Mixup authors'), `conllu`
+(Universal Dependencies' files), `hub` (google/xtreme, or a folder of its Parquet files).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme import conllu, download, hub, retrieval, xmixup
+from data_pipeline.xtreme.items import Item, Question, Row, Source, Split, checked_test, is_empty, to_row
+from data_pipeline.xtreme.squad import repeated_id
+from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
+
+Layout = Literal["download", "xmixup", "conllu", "hub"]
+SOURCES: dict[str, Callable[[XtremeTask, Split, str, Path], Source | None]] = {
+    "download": download.source,
+    "xmixup": xmixup.source,
+    "conllu": conllu.source,
+    "hub": hub.source,
+}
+
+
+def read_rows(
+    task: str,
+    split: Split,
+    language: str,
+    data_dir: Path | str,
+    layout: str = "auto",
+    *,
+    allow_unlabelled_test: bool = False,
+) -> Iterator[Row]:
+    """The canonical rows of a split of one language, in the files' order, without translations.
+
+    Raises:
+        DataError: no such task, language, layout or file; a line that is not as the format says; erased test labels,
+            unless they are allowed to be.
+    """
+    found = xtreme_task(task)
+    if language not in found.languages:
+        raise DataError(f"{task}: language {language!r} is none of its: {', '.join(found.languages)}")
+    layout = detect_layout(found, data_dir, layout)
+    source = find_source(found, split, language, data_dir, layout)
+    if source is None:
+        raise DataError(f"{task}: the layout {layout} has no {split} split for {language!r}")
+    for item in read_items(found, split, source, allow_unlabelled_test):
+        if not is_empty(item):
+            yield to_row(found, split, language, item)
+
+
+def find_source(task: XtremeTask, split: Split, language: str, data_dir: Path | str, layout: str) -> Source | None:
+    """What holds a split of a language in a layout, whether or not its files are there; None: the layout has none."""
+    return SOURCES[layout](task, split, language, Path(data_dir))
+
+
+def read_items(task: XtremeTask, split: Split, source: Source, allow_unlabelled_test: bool) -> Iterator[Item]:
+    """The items of people's own files. Raises DataError: labels are missing where there must be some."""
+    items: Iterable[Item] = source.read()
+    if split == "test":
+        items = checked_test(task, items, source.name, allow_unlabelled_test)
+    for item in items:
+        if split != "test" and item.answer is None and task.kind != "retrieval" and not is_empty(item):
+            raise DataError(f"{item.place}: no label; only test rows may be without")
+        if split != "train" and isinstance(item, Question) and repeated_id([item]) is not None:
+            raise DataError(f"{item.place}: the id is there twice; predictions are told apart by it")
+        yield item
+
+
+def detect_layout(task: XtremeTask, data_dir: Path | str, layout: str = "auto") -> str:
+    """The layout, checked, or for "auto" the one whose files are there.
+
+    Raises:
+        DataError: no such layout or folder; no files of the task, or those of several layouts.
+    """
+    if layout != "auto":
+        if layout not in SOURCES:
+            raise DataError(f"layout {layout!r} is none of auto, {', '.join(get_args(Layout))}")
+        if layout != "hub" and not Path(data_dir).is_dir():
+            raise DataError(f"{data_dir}: no such folder")
+        return layout
+    if not Path(data_dir).is_dir():
+        raise DataError(f"{data_dir}: no such folder; for the dataset google/xtreme give layout hub")
+    found = [name for name in SOURCES if _there(task, name, data_dir)]
+    if len(found) > 1:
+        raise DataError(
+            f"{data_dir}: has files of {task.name} in the layouts {' and '.join(found)}; name the one meant"
+        )
+    if not found:
+        raise DataError(
+            f"{data_dir}: no files of {task.name}; it would be one of {'; '.join(_examples(task, data_dir))}"
+        )
+    return found[0]
+
+
+def _there(task: XtremeTask, layout: str, data_dir: Path | str) -> bool:
+    """Whether a layout has test or dev files of the task; those of training are the same in several."""
+    for split in ("test", "dev", "train") if layout == "conllu" else ("test", "dev"):
+        for language in task.languages:
+            source = find_source(task, split, language, data_dir, layout)
+            if source is not None and source.exists():
+                return True
+    return False
+
+
+def _examples(task: XtremeTask, data_dir: Path | str) -> Iterator[str]:
+    for layout in SOURCES:
+        source = find_source(task, "test", task.languages[0], data_dir, layout)
+        if source is not None and source.files:
+            yield f"{source.files[0]} ({layout})"
+    if task.name == "udpos":
+        yield f"{Path(data_dir, 'af_TREEBANK-ud-test.conllu')} (conllu)"
+
+
+def tatoeba_pairs(data_dir: Path | str, language: str, layout: str = "auto") -> retrieval.TatoebaPairs:
+    """Source sentences, English ones sorted, and for each of these the number of its source sentence.
+
+    Gold is None for XTREME's own files, which came sorted. Raises DataError.
+    """
+    task = xtreme_task("tatoeba")
+    if detect_layout(task, data_dir, layout) != "hub":
+        return retrieval.tatoeba_pairs(Path(data_dir), language)
+    rows = list(read_rows("tatoeba", "test", language, data_dir, "hub"))
+    return retrieval.sorted_pairs([row["text"] for row in rows], [row["translation"] for row in rows])
+
+
+def bucc_gold(data_dir: Path | str, language: str, split: Split = "test", layout: str = "auto") -> set[tuple[str, str]]:
+    """{(source id, English id)}, what BUCC's predictions are compared with. Raises DataError."""
+    if layout == "hub":
+        return hub.hub_bucc_gold(data_dir, language, split)
+    return retrieval.bucc_gold(Path(data_dir), language, split)

@@ -1,0 +1,258 @@
+"""Text files read line by line: sentence pairs in tab-separated columns, tagged words, one sentence a line.
+
+In: a file of any of XTREME's text formats. Out: its items, or a DataError naming file and line. Next: the layouts
+(`download.py`, `xmixup.py`, `bucket.py`), which know the files.
+
+A byte order mark, CR LF and blank lines at the end are tolerated everywhere. A line is never joined with the next: a
+lone quote is text. XTREME's script writes pairs with a CSV writer, which quotes fields and doubles their quotes; where
+a whole file is so written, that is undone (xTune's authors tell to switch it off, so there are files of both kinds).
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from itertools import count, zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme.items import NO_WORD, Pair, Sentence
+from data_pipeline.xtreme.tasks import XtremeTask
+
+OTHER_NAMES = {"contradictory": "contradiction"}  # the label's name in XNLI's training files
+SUM_TOLERANCE = 0.01  # of a teacher's printed probabilities
+
+
+class Columns(NamedTuple):
+    """Where a file of pairs has what; column numbers from 0."""
+
+    text_a: int
+    text_b: int
+    label: int | None
+    counts: tuple[int, ...]  # how many columns a line may have; without the label's, the labels are erased
+    meaning: str  # for messages
+    header: bool = False
+    name: int | None = None
+    original: tuple[int, int] | None = None
+    lenient: bool = False  # a bad line comes as an empty pair, for whoever counts what is left out
+
+
+TEXTS_LABEL = Columns(0, 1, 2, (2, 3), "text, text, label")
+TEXTS_LABEL_HEADER = TEXTS_LABEL._replace(header=True)
+PAWS = Columns(1, 2, 3, (3, 4), "id, text, text, label", header=True, name=0)
+TRANSLATED = Columns(2, 3, 4, (4, 5), "original, original, text, text, label", original=(0, 1), lenient=True)
+
+
+def text_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of every line. Raises DataError: the file cannot be read, or a line is not UTF-8."""
+    blank: list[int] = []
+    try:
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                try:
+                    text = content.removesuffix(b"\n").removesuffix(b"\r").decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{file}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from error
+                if not text.strip(" "):
+                    blank.append(number)
+                    continue
+                yield from ((earlier, "") for earlier in blank)
+                blank.clear()
+                yield number, text
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def read_texts(file: Path) -> list[str]:
+    """One sentence a line. Raises DataError: an empty line within."""
+    found = []
+    for number, text in text_lines(file):
+        if not text.strip():
+            raise DataError(f"{file}:{number}: empty; each line is one sentence")
+        found.append(text.strip())
+    return found
+
+
+def read_pairs(file: Path, task: XtremeTask, columns: Columns) -> Iterator[Pair]:
+    """Every line of a file of pairs as it is, empty texts included. Raises DataError for the first bad line."""
+    quoted = _written_as_csv(file)
+    index = count()
+    for number, line in text_lines(file):
+        place = f"{file}:{number}"
+        fields = [field.strip() for field in line.split("\t")]
+        if quoted:
+            fields = [field[1:-1].replace('""', '"').strip() if _quoted(field) else field for field in fields]
+        label = _label(fields, columns, task)
+        if number == 1 and columns.header and label not in task.labels:
+            continue
+        problem = None
+        if len(fields) not in columns.counts:
+            problem = f"{len(fields)} columns; there must be {columns.counts[-1]}: {columns.meaning}"
+        elif label is not None and label not in task.labels:
+            problem = f"label {label!r} is none of {task.name}'s: {', '.join(task.labels)}"
+        if problem is not None:
+            if not columns.lenient:
+                raise DataError(f"{place}: {problem}")
+            yield Pair(place, next(index), "", "")
+            continue
+        yield Pair(
+            place, next(index), fields[columns.text_a], fields[columns.text_b], label,
+            name=None if columns.name is None else fields[columns.name],
+            original=None if columns.original is None else (fields[columns.original[0]], fields[columns.original[1]]),
+        )  # fmt: skip
+
+
+def read_xnli(file: Path, task: XtremeTask, language: str, codes: Path | None = None) -> Iterator[Pair]:
+    """The pairs of one language in XNLI's own `xnli.dev.tsv`, which holds all, with a header line.
+
+    `codes`: the file whose languages count, line by line, if `file` is its translation.
+    """
+    index = count()
+    lines = _xnli_lines(file, task)
+    for place, code, pair in lines if codes is None else _same_lines(lines, _xnli_lines(codes, task), file, codes):
+        if code == language:
+            yield Pair(place, next(index), *pair)
+
+
+def _xnli_lines(file: Path, task: XtremeTask) -> Iterator[tuple[str, str, tuple[str, str, str]]]:
+    """(place, language, (text, text, label)) of each line."""
+    wanted = ("language", "sentence1", "sentence2", "gold_label")
+    header: list[str] = []
+    for number, line in text_lines(file):
+        place, fields = f"{file}:{number}", line.split("\t")
+        if not header:
+            header = fields
+            if missing := [name for name in wanted if name not in header]:
+                raise DataError(f"{place}: no column {missing[0]!r}; XNLI's header names {', '.join(wanted)}")
+            continue
+        if len(fields) != len(header):
+            raise DataError(f"{place}: {len(fields)} columns, but the header has {len(header)}")
+        code, text_a, text_b, label = (fields[header.index(name)].strip() for name in wanted)
+        label = OTHER_NAMES.get(label, label)
+        if label not in task.labels:
+            raise DataError(f"{place}: label {label!r} is none of {task.name}'s: {', '.join(task.labels)}")
+        yield place, code, (text_a, text_b, label)
+
+
+def _same_lines(
+    lines: Iterator[tuple[str, str, tuple[str, str, str]]],
+    others: Iterator[tuple[str, str, tuple[str, str, str]]],
+    file: Path,
+    codes: Path,
+) -> Iterator[tuple[str, str, tuple[str, str, str]]]:
+    """`lines` with the languages of `others`."""
+    for number, (line, other) in enumerate(zip_longest(lines, others), 2):
+        if line is None or other is None:
+            longer, shorter = (codes, file) if line is None else (file, codes)
+            raise DataError(f"{shorter}:{number}: not there, but {longer} has it; they must go together line by line")
+        yield line[0], other[1], line[2]
+
+
+def read_tagged(file: Path, task: XtremeTask) -> Iterator[Sentence]:
+    """Lines of WORD<tab>TAG, a blank line after each sentence; WORD alone where the labels are erased.
+
+    Blank lines that end no sentence make an empty one: in files of translations it keeps its place.
+    """
+    for start, index, lines in _chunks(file):
+        tagged = [line for line in lines if line[1] is not None]
+        if tagged and len(tagged) < len(lines):
+            number = next(number for number, (_, tag) in enumerate(lines, start) if tag is None)
+            raise DataError(f"{file}:{number}: no tag; a line is WORD<tab>TAG, in all lines or in none")
+        for number, (_, tag) in enumerate(lines, start):
+            if tag is not None and tag not in task.labels:
+                raise DataError(f"{file}:{number}: tag {tag!r} is none of {task.name}'s: {', '.join(task.labels)}")
+        tags = tuple(tag for _, tag in tagged if tag is not None) if tagged else None
+        yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines), tags)
+
+
+def read_words(file: Path) -> Iterator[Sentence]:
+    """The words of a file as `read_tagged` reads it; what stands beside them says nothing."""
+    for start, index, lines in _chunks(file):
+        yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines))
+
+
+def read_soft(file: Path, task: XtremeTask, labels: Path) -> Iterator[Sentence]:
+    """Lines of WORD<tab>P;P;... with a probability for each label, in the order of the file `labels`.
+
+    They come out in the task's order and sum to one. Raises DataError: another number of values, or no probabilities.
+    """
+    order = _label_order(labels, task)
+    places = [order.index(label) for label in task.labels]
+    for start, index, lines in _chunks(file):
+        soft = []
+        for number, (_, cell) in enumerate(lines, start):
+            values = _probabilities(cell, len(order), f"{file}:{number}")
+            soft.append(tuple(values[place] for place in places))
+        yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines), soft_tags=tuple(soft))
+
+
+def _chunks(file: Path) -> Iterator[tuple[int, int, list[tuple[str, str | None]]]]:
+    """(first line's number, index, [(word, cell beside it)]) of each sentence."""
+    index, start = 0, 1
+    lines: list[tuple[str, str | None]] = []
+    for number, text in text_lines(file):
+        if not text:
+            yield start, index, lines
+            index, start, lines = index + 1, number + 1, []
+            continue
+        word, tab, cell = text.partition("\t")
+        if "\t" in cell:
+            raise DataError(f"{file}:{number}: {text.count(chr(9)) + 1} columns; a line is WORD<tab>TAG")
+        lines.append((word.strip() or NO_WORD, cell.strip() if tab else None))
+    if lines:
+        yield start, index, lines
+
+
+def _probabilities(cell: str | None, width: int, place: str) -> list[float]:
+    try:
+        values = [float(value) for value in (cell or "").split(";")]
+    except ValueError as error:
+        raise DataError(f"{place}: not numbers; a line is WORD<tab>P;P;..., one probability for each label") from error
+    if len(values) != width:
+        raise DataError(f"{place}: {len(values)} probabilities, but there are {width} labels")
+    total = sum(values)
+    if min(values) < 0 or not abs(total - 1) <= SUM_TOLERANCE:
+        raise DataError(
+            f"{place}: not probabilities (they sum to {total:.3g}); write the softmax of the teacher's logits"
+        )
+    return [value / total for value in values]
+
+
+def _label(fields: list[str], columns: Columns, task: XtremeTask) -> str | None:
+    if columns.label is None or columns.label >= len(fields):
+        return None
+    label = fields[columns.label]
+    return OTHER_NAMES.get(label, label) if task.name == "xnli" else label
+
+
+def _written_as_csv(file: Path) -> bool:
+    """Whether a CSV writer wrote the file: each field with a quote in it is quoted, and the quotes are doubled.
+
+    A field is quoted only for what is in it, so a text that is merely between quotes shows that none did.
+    """
+    found = False
+    for _, line in text_lines(file):
+        if '"' in line:
+            for field in line.split("\t"):
+                if '"' in field:
+                    if not _quoted(field.strip()):
+                        return False
+                    found = True
+    return found
+
+
+def _quoted(field: str) -> bool:
+    inner = field[1:-1]
+    return len(field) >= 4 and field[0] == field[-1] == '"' and '"' in inner and '"' not in inner.replace('""', "")
+
+
+def _label_order(file: Path, task: XtremeTask) -> tuple[str, ...]:
+    """The labels a teacher's file goes by, one a line; the task's own order if there is no such file."""
+    if not file.is_file():
+        return task.labels
+    order = tuple(text.strip() for _, text in text_lines(file) if text.strip())
+    if sorted(order) != sorted(task.labels):
+        raise DataError(f"{file}: must name each label of {task.name} once: {', '.join(task.labels)}")
+    return order

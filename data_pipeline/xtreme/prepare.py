@@ -1,0 +1,262 @@
+"""A task of XTREME as JSON lines that training and evaluation read: one file a split and language.
+
+In: the files of any layout, and machine translations beside them. Out: `<output>/{train,dev,test}/<language>.jsonl` and
+`prepared.json`, which says from what they were made. Next: `data.sources` of a run file, `evals.xtreme`.
+
+The folder is written under another name and renamed, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme import translations as mt
+from data_pipeline.xtreme.items import DOMINANT, SPLITS, Row, Sentence, Source, Split, is_empty, to_row
+from data_pipeline.xtreme.layouts import detect_layout, find_source, read_items
+from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
+
+STAMP = "prepared.json"
+VERSION = 1  # one more where the same files give other rows
+Counts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One output file: people's own items, or (training) a translation of the English ones."""
+
+    split: Split  # of the output
+    read: Split  # of the layout
+    language: str
+    gold: Source | None
+    translated: Source | None = None
+    back: Source | None = None
+
+    def sources(self) -> list[Source]:
+        return [source for source in (self.gold, self.translated, self.back) if source is not None]
+
+
+@dataclass
+class _Plan:
+    parts: list[_Part] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+
+def prepare_task(
+    task: str,
+    data_dir: Path | str,
+    output: Path | str,
+    *,
+    languages: Sequence[str] | None = None,
+    layout: str = "auto",
+    splits: Mapping[str, str] | None = None,
+    translations: Path | str | None = None,
+    allow_unlabelled_test: bool = False,
+    train_languages: Sequence[str] = (DOMINANT,),
+    remake: bool = False,
+) -> Counts:
+    """Write the canonical rows of a task to the folder `output`.
+
+    Train holds the labelled items of `train_languages` (XTREME trains on English only, whatever `languages` says) and,
+    for the other `languages`, their machine translations: those of the folder `translations` (the X-Mixup authors' or
+    the bucket's layout; with the layout xmixup `data_dir` itself). Dev and test rows get the English version that lies
+    there. An `output` made of the same files with the same options is kept.
+
+    Args:
+        languages: those of dev, test and translations; by default all that are there.
+        splits: {split to write: split to read}, as {"train": "dev", "test": "test"} for treebanks without train files.
+        allow_unlabelled_test: erased test labels are no error; the rows come without.
+        remake: replace an `output` that was made of other files or with other options.
+
+    Returns:
+        {"train": {language: rows}, "dev": ..., "test": ..., "skipped": {split: {language: {reason: count}}},
+        "missing": {split: [languages without files]}, "layout": its name}.
+
+    Raises:
+        DataError: no such task, language, layout or file, or one that is not as its format says; erased test labels;
+            translations that do not fit their originals; an `output` that is another's.
+    """
+    found = xtreme_task(task)
+    layout = detect_layout(found, data_dir, layout)
+    root = Path(translations) if translations is not None else Path(data_dir) if layout == "xmixup" else None
+    plan = _plan(found, data_dir, layout, languages, _splits(splits), root, tuple(train_languages))
+    if translations is not None and not any(part.translated or part.back for part in plan.parts):
+        raise DataError(
+            f"{translations}: no translation of what is prepared of {task}, in the X-Mixup authors' layout"
+            " or in that of XTREME's bucket"
+        )
+    made_from = {
+        "version": VERSION,
+        "task": task,
+        "layout": layout,
+        "allow_unlabelled_test": allow_unlabelled_test,
+        "parts": sorted(f"{part.split}/{part.language} from {part.read}" for part in plan.parts),
+        "files": _identities(plan.parts),
+    }
+    output = Path(output)
+    if (counts := _kept(output, made_from, remake)) is not None:
+        return counts
+    temporary = output.with_name(f".incomplete-{output.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        counts = _write(found, plan, temporary, allow_unlabelled_test) | {"missing": plan.missing, "layout": layout}
+        stamp = json.dumps({"made_from": made_from, "counts": counts}, ensure_ascii=False, indent=1)
+        (temporary / STAMP).write_text(stamp + "\n", encoding="utf-8")
+        _publish(temporary, output)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone after the renaming
+    return counts
+
+
+def _splits(splits: Mapping[str, str] | None) -> dict[Split, Split] | None:
+    if splits is None:
+        return None
+    named = {name: name for name in SPLITS}
+    wrong = [name for pair in splits.items() for name in pair if name not in named]
+    if wrong or not splits:
+        raise DataError(f"splits: {wrong[0] if wrong else 'none'} is none of {', '.join(SPLITS)}")
+    return {named[write]: named[read] for write, read in splits.items()}  # type: ignore[index]  # checked above
+
+
+def _plan(
+    task: XtremeTask,
+    data_dir: Path | str,
+    layout: str,
+    languages: Sequence[str] | None,
+    splits: dict[Split, Split] | None,
+    root: Path | None,
+    train_languages: tuple[str, ...],
+) -> _Plan:
+    """What is to be written. Raises DataError: a file that was asked for by name is not there."""
+    for language in (*(languages or ()), *train_languages):
+        # a retrieval task has no English rows of its own, and no training
+        if language not in task.languages and (language != DOMINANT or task.kind != "retrieval"):
+            raise DataError(f"{task.name}: language {language!r} is none of its: {', '.join(task.languages)}")
+    plan = _Plan()
+    for split, read in (splits or {name: name for name in SPLITS}).items():
+        own = train_languages if split == "train" else tuple(languages or task.languages)
+        for language in own:
+            gold = find_source(task, read, language, data_dir, layout)
+            if gold is not None and gold.exists():
+                back = None if root is None or split == "train" else mt.back_translation(task, read, language, root)
+                plan.parts.append(_Part(split, read, language, gold, back=back))
+            elif gold is not None:
+                if languages is not None and split != "train":
+                    raise DataError(
+                        f"{gold.name or data_dir}: not there, and {task.name}'s {read} {language!r} is asked for"
+                    )
+                plan.missing.setdefault(split, []).append(language)
+        if split == "train" and root is not None:
+            _plan_translations(task, plan, read, languages, root, train_languages)
+        if splits is not None and not any(part.split == split for part in plan.parts):
+            raise DataError(f"{data_dir}: no file of {task.name} for {split} (read from {read}) in the layout {layout}")
+    if not plan.parts:
+        raise DataError(f"{data_dir}: no file of {task.name} in the layout {layout}")
+    return plan
+
+
+def _plan_translations(
+    task: XtremeTask, plan: _Plan, read: Split, languages: Sequence[str] | None, root: Path, own: tuple[str, ...]
+) -> None:
+    english = next((part.gold for part in plan.parts if part.split == "train" and part.language == DOMINANT), None)
+    for language in languages or task.languages:
+        if language in own or read != "train":
+            continue
+        translated = mt.training_translation(task, language, root)
+        if translated is None:
+            plan.missing.setdefault("train", []).append(language)
+            continue
+        if english is None:
+            raise DataError(f"{translated.name}: translates {task.name}'s English training items, which are not there")
+        back = mt.back_translation(task, "train", language, root)
+        plan.parts.append(_Part("train", read, language, english, translated, back))
+
+
+def _write(task: XtremeTask, plan: _Plan, folder: Path, allow_unlabelled: bool) -> Counts:
+    counts: Counts = {split: {} for split in SPLITS} | {"skipped": {}}
+    for part in plan.parts:
+        lost: Counter[str] = Counter()
+        file = folder / part.split / f"{part.language}.jsonl"
+        rows = _rows(task, part, lost, allow_unlabelled)
+        counts[part.split][part.language] = _write_rows(file, rows)
+        if lost:
+            counts["skipped"].setdefault(part.split, {})[part.language] = dict(lost)
+    return counts
+
+
+def _rows(task: XtremeTask, part: _Part, lost: Counter[str], allow_unlabelled: bool) -> Iterator[Row]:
+    assert part.gold is not None
+    if part.translated is not None:
+        yield from mt.translated_rows(task, part.language, part.gold, part.translated, part.back, lost)
+        return
+    items = read_items(task, part.read, part.gold, allow_unlabelled)
+    for item, version in mt.with_versions(part.read, items, part.gold, part.back, lost):
+        if not is_empty(item):
+            yield to_row(task, part.read, part.language, item, back=version)
+        elif part.read == "train" or isinstance(item, Sentence):  # withheld words, or a blank line too many
+            lost[mt.EMPTY] += 1
+        else:
+            raise DataError(f"{item.place}: {mt.EMPTY}; each {part.read} item must have some")
+
+
+def _write_rows(file: Path, rows: Iterable[Row]) -> int:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    n_rows = 0
+    with open(file, "w", encoding="utf-8", newline="\n") as stream:
+        for row in rows:
+            try:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"row {row['id']!r} of {file.parent.name}/{file.name}: half of a surrogate pair"
+                ) from error
+            n_rows += 1
+    return n_rows
+
+
+def _identities(parts: Iterable[_Part]) -> dict[str, str]:
+    """{file: size and time} of all that is read, or a hub dataset's fingerprint."""
+    found = {}
+    for part in parts:
+        for source in part.sources():
+            for file in source.files:
+                status = file.stat()
+                found[str(file.absolute())] = f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+            if source.identity is not None:
+                found[f"hub: {part.read}/{part.language}"] = source.identity()
+    return found
+
+
+def _kept(output: Path, made_from: dict[str, Any], remake: bool) -> Counts | None:
+    """The counts of a folder that is what would be made. Raises DataError: it is there and is something else."""
+    if not output.exists():
+        return None
+    try:
+        stamp = json.loads((output / STAMP).read_bytes())
+        before, counts = stamp["made_from"], stamp["counts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        if output.is_dir() and not any(output.iterdir()):
+            return None
+        raise DataError(f"{output}: is there, and no prepared task; name a new folder") from None
+    if before == made_from:
+        return dict(counts)
+    if remake:
+        return None
+    key = next(key for key in made_from if before.get(key) != made_from[key])
+    raise DataError(f"{output}: was prepared from another {key}; name a new folder, or have it remade")
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    aside = output.with_name(f".replaced-{temporary.name.removeprefix('.incomplete-')}")
+    if output.exists():
+        output.rename(aside)
+    temporary.rename(output)
+    shutil.rmtree(aside, ignore_errors=True)

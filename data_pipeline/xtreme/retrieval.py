@@ -1,0 +1,118 @@
+"""Sentence retrieval: Tatoeba's pairs and BUCC's two sides with their gold pairs.
+
+In: XTREME's files (`tatoeba/de-en.de`, `bucc2018/de-en.dev.de`), LASER's (`tatoeba.deu-eng.deu`) or the hub's. Out:
+sentences, and what the scorer compares predictions with. Next: `layouts.py`, `evals.xtreme`.
+
+XTREME sorts Tatoeba's English sentences by code points and asks for each the number (from 0) of its source sentence; so
+gold is the order that sorts LASER's English side. Its own files come sorted: gold cannot be had from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme.items import DOMINANT, Line, Source, Split
+from data_pipeline.xtreme.lines import read_texts, text_lines
+from data_pipeline.xtreme.tasks import TATOEBA_CODES, XtremeTask
+
+
+class TatoebaPairs(NamedTuple):
+    """`gold[i]`: the number of the source line that translates `english[i]`; None where the files do not tell."""
+
+    source: list[str]
+    english: list[str]
+    gold: list[int] | None
+
+
+def tatoeba_files(data_dir: Path, language: str) -> tuple[Path, Path]:
+    """(source, English): LASER's files if they are there, for only they tell the gold; else those of XTREME."""
+    folder = data_dir / "tatoeba" if (data_dir / "tatoeba").is_dir() else data_dir
+    code = TATOEBA_CODES.get(language, language)
+    laser = folder / f"tatoeba.{code}-eng.{code}", folder / f"tatoeba.{code}-eng.eng"
+    if laser[0].is_file():
+        return laser
+    return folder / f"{language}-en.{language}", folder / f"{language}-en.en"
+
+
+def tatoeba_pairs(data_dir: Path, language: str) -> TatoebaPairs:
+    """Source sentences in their order, English ones sorted, and gold. Raises DataError: unequal lengths."""
+    files = tatoeba_files(Path(data_dir), language)
+    source, english = _parallel(files)
+    if not _keeps_order(files):
+        return TatoebaPairs(source, english, None)
+    return sorted_pairs(source, english)
+
+
+def sorted_pairs(source: list[str], english: list[str]) -> TatoebaPairs:
+    """The task of parallel sides. Equal English sentences keep their order."""
+    gold = sorted(range(len(english)), key=lambda line: english[line])
+    return TatoebaPairs(source, [english[line] for line in gold], gold)
+
+
+def tatoeba_source(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Source | None:
+    if split != "test":
+        return None
+    files = tatoeba_files(data_dir, language)
+
+    def read() -> Iterator[Line]:
+        source, english = _parallel(files)
+        for index, (text, partner) in enumerate(zip(source, english, strict=True)):
+            translation = partner if _keeps_order(files) else None
+            yield Line(f"{files[0]}:{index + 1}", index, f"{task.name}-{split}-{language}-{index}", language, text, translation)
+
+    return Source(files, read)
+
+
+def bucc_source(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Source | None:
+    """Both sides, the language's first; ids as in the gold pairs."""
+    if split == "train":
+        return None
+    files = tuple(_bucc_file(data_dir, language, split, side) for side in (language, DOMINANT))
+    return Source(files, partial(_bucc_sides, files, language))
+
+
+def bucc_gold(data_dir: Path, language: str, split: Split = "dev") -> set[tuple[str, str]]:
+    """{(source id, English id)}. Raises DataError: no such file (XTREME takes the test's away), or a bad line."""
+    file = _bucc_file(Path(data_dir), language, split, "gold")
+    if not file.is_file():
+        raise DataError(
+            f"{file}: not there, as XTREME's download script leaves it; it is the file"
+            f" {language}-en.{'training' if split == 'test' else 'sample'}.gold of BUCC 2018 under this name"
+        )
+    return {(source, english) for _, source, english in _two_columns(file, "SOURCE-ID<tab>ENGLISH-ID")}
+
+
+def _bucc_sides(files: tuple[Path, ...], language: str) -> Iterator[Line]:
+    index = 0
+    for file, side in zip(files, (language, DOMINANT), strict=True):
+        for place, id, text in _two_columns(file, "ID<tab>SENTENCE"):
+            yield Line(place, index, id, side, text)
+            index += 1
+
+
+def _bucc_file(data_dir: Path, language: str, split: Split, side: str) -> Path:
+    folder = data_dir / "bucc2018" if (data_dir / "bucc2018").is_dir() else data_dir
+    return folder / f"{language}-en.{split}.{side}"
+
+
+def _two_columns(file: Path, meaning: str) -> Iterator[tuple[str, str, str]]:
+    for number, text in text_lines(file):
+        columns = [column.strip() for column in text.split("\t")]
+        if len(columns) != 2 or not all(columns):
+            raise DataError(f"{file}:{number}: not two columns; a line is {meaning}")
+        yield f"{file}:{number}", columns[0], columns[1]
+
+
+def _parallel(files: tuple[Path, Path]) -> tuple[list[str], list[str]]:
+    source, english = (read_texts(file) for file in files)
+    if len(source) != len(english):
+        raise DataError(f"{files[1]}: {len(english)} sentences, but {files[0]} has {len(source)}; they must be as many")
+    return source, english
+
+
+def _keeps_order(files: tuple[Path, Path]) -> bool:
+    return files[0].name.startswith("tatoeba.")

@@ -1,0 +1,86 @@
+"""Questions in SQuAD's JSON, the format of all of XTREME's question answering.
+
+In: a file. Out: its questions, with answers that stand in the context where the file says. Next: the layouts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme.items import Question
+
+
+def read_gold(file: Path) -> Iterator[Question]:
+    """Every question of a file that people annotated.
+
+    Ids that are given twice get "#2", "#3" (XTREME's download script cuts TyDiQA's training ids so that they repeat).
+    An answer without text is an erased one. Raises DataError: not SQuAD's JSON, or an answer not in the context.
+    """
+    seen: Counter[str] = Counter()
+    for index, (question, raw) in enumerate(_questions(file)):
+        answers = []
+        for text, start in raw:
+            if not text:
+                continue
+            if question.context[start : start + len(text)] != text or start < 0:
+                raise DataError(
+                    f"{question.place}: answer {text[:40]!r} is not at character {start} of the context,"
+                    f" where there is {question.context[max(start, 0) : max(start, 0) + len(text)][:40]!r}"
+                )
+            answers.append((text, start))
+        yield _numbered(question, index, tuple(answers), seen)
+
+
+def read_translated(file: Path) -> Iterator[Question]:
+    """Every question of a machine-translated file: only those answers that stand where the file says, so maybe none."""
+    seen: Counter[str] = Counter()
+    for index, (question, raw) in enumerate(_questions(file)):
+        kept = tuple(
+            (text, start) for text, start in raw if text and start >= 0 and question.context[start:].startswith(text)
+        )
+        yield _numbered(question, index, kept, seen)
+
+
+def repeated_id(questions: list[Question]) -> str | None:
+    """An id that the file gives to several questions."""
+    return next((question.id.rpartition("#")[0] for question in questions if "#" in question.id), None)
+
+
+def _numbered(question: Question, index: int, answers: tuple[tuple[str, int], ...], seen: Counter[str]) -> Question:
+    seen[question.id] += 1
+    suffix = f"#{seen[question.id]}" if seen[question.id] > 1 else ""
+    return Question(question.place, index, question.id + suffix, question.question, question.context, answers)
+
+
+def _questions(file: Path) -> Iterator[tuple[Question, list[tuple[str, int]]]]:
+    for article in _data(file):
+        try:
+            for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
+                for entry in paragraph["qas"]:
+                    answers = [(answer["text"], int(answer["answer_start"])) for answer in entry["answers"]]
+                    place = f"{file}: question {entry['id']}"
+                    texts = (context, entry["question"], *(text for text, _ in answers))
+                    if not all(isinstance(text, str) for text in texts):
+                        raise TypeError(f"question {entry['id']} has something else than text")
+                    yield Question(place, 0, str(entry["id"]), entry["question"], context), answers
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{file}: not SQuAD's JSON ({type(error).__name__}: {error}); {SHAPE}") from error
+
+
+SHAPE = "it must hold data[].paragraphs[] with context and qas[], each with id, question and answers[]"
+
+
+def _data(file: Path) -> list[Any]:
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+        return list(content["data"])
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not SQuAD's JSON ({type(error).__name__}: {error}); {SHAPE}") from error

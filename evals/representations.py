@@ -1,0 +1,265 @@
+"""How alike a model's states are across languages, layer by layer, before and after training.
+
+In: models and parallel texts. Out: a `RepresentationReport`: linear CKA and the distance between centroids, of each
+language to the dominant one, on states of sentences that translate each other (methods.md, X-Mixup 7); as JSON, as a
+table, and drawn by `representation_plots.py`. Next: people, and the command line.
+
+Models run plainly: an X-Mixup model unmixed, a ShifCon model unshifted. What changed is in the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from evals.errors import EvalError
+from evals.parallel_texts import ParallelTexts
+from evals.results import described_versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from modeling.sentence_states import EncodedText, Pooling, SentenceStates
+
+LEAST_SENTENCES = 4  # of which the debiased CKA exists
+Curve = tuple[float | None, ...]  # h[0] (the embeddings) to h[number of layers]; None where it is undefined
+
+MEASURES = {
+    "cka": "linear CKA of the states of translations (Kornblith et al. 2019); biased upwards with few sentences",
+    "cka_debiased": "the same with the unbiased estimator of HSIC; compare languages of unlike size by this one",
+    "centroid_distance": "|mean(x) - mean(y)| / mean(|x_i| + |y_i|) * 2, of the states x_i, y_i of translations",
+    "centroid_cosine": "1 - cosine(mean(x), mean(y))",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRepresentations:
+    """One model: `curves[measure][language]`, layer by layer. `truncated`: sentences cut to `max_length`."""
+
+    path: str
+    hash: str
+    dtype: str
+    layers: int
+    width: int
+    max_length: int
+    truncated: int
+    curves: dict[str, dict[str, Curve]]
+
+    def mean(self, measure: str) -> Curve:
+        """The mean over languages at each layer; undefined where one language's value is."""
+        return tuple(_mean(values, partial=False) for values in zip(*self.curves[measure].values(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class RepresentationReport:
+    """Models by label, in order. `sentences`: pairs with the dominant language that each language was compared on."""
+
+    dominant: str
+    pooling: str
+    sentences: dict[str, int]
+    models: dict[str, ModelRepresentations]
+
+    @property
+    def few(self) -> list[str]:
+        """Languages with fewer sentences than a model's states have numbers: there plain CKA is much too high."""
+        widest = max(model.width for model in self.models.values())
+        return [language for language, number in self.sentences.items() if number < widest]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: what `representations.json` holds."""
+        models = {
+            label: {
+                "path": model.path, "hash": model.hash, "dtype": model.dtype, "forward": "unmixed, unshifted",
+                "layers": model.layers, "width": model.width, "max_length": model.max_length,
+                "truncated": model.truncated,
+                "mean": {measure: list(model.mean(measure)) for measure in MEASURES},
+                "languages": {
+                    language: {measure: list(model.curves[measure][language]) for measure in MEASURES}
+                    for language in self.sentences
+                },
+            }
+            for label, model in self.models.items()
+        }  # fmt: skip
+        return {
+            "dominant": self.dominant,
+            "pooling": self.pooling,
+            "sentences": self.sentences,
+            "measures": MEASURES,
+            "models": models,
+            "versions": described_versions(),
+        }
+
+
+def analyse(
+    models: Mapping[str, str],
+    texts: Mapping[str, ParallelTexts | tuple[Sequence[str], Sequence[str]]],
+    *,
+    dominant: str,
+    pooling: Pooling = "mean",
+    max_length: int = 128,
+    batch_size: int = 32,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    progress: Callable[[int], object] | None = None,
+) -> RepresentationReport:
+    """Compares each language with the dominant one in every model, one forward pass a sentence.
+
+    Args:
+        models: label, such as before and after, -> Hugging Face directory or hub name of an encoder or decoder.
+        texts: language -> (sentences in the dominant language, their translations), line by line.
+        pooling: "mean" over a sentence's own tokens, or "first", which encoders alone have.
+        max_length: tokens of a sentence; longer ones are cut, and counted.
+        progress: told of n more pairs; there are as many as sentences, times models.
+
+    Sums take 24 * (layers + 1) * width^2 bytes on the model's device: 0.6 GB for XLM-R large, 13 GB for a decoder of
+    8B parameters. Raises EvalError for texts that are not parallel, ModelError for a model that does not open.
+    """
+    if not models:
+        raise EvalError("no model to analyse; give one or more, such as before=DIR and after=DIR")
+    _check(texts, dominant)
+    return RepresentationReport(
+        dominant=dominant,
+        pooling=pooling,
+        sentences={language: len(pair[0]) for language, pair in texts.items()},
+        models={
+            label: _model(path, texts, pooling, max_length, batch_size, dtype, progress)
+            for label, path in models.items()
+        },
+    )
+
+
+def representation_table(report: RepresentationReport) -> str:
+    """Two tables: a line a layer, meaned over languages, and a line a language, meaned over layers; then notes."""
+    heads = {"cka": "CKA", "cka_debiased": "debiased", "centroid_distance": "distance"}
+    columns = [f"{label} {head}" for label in report.models for head in heads.values()]
+    curves = [model.mean(measure) for model in report.models.values() for measure in heads]
+    depth = max(map(len, curves))
+    padded = [[*curve, *[None] * (depth - len(curve))] for curve in curves]
+    by_layer = [["layer", *columns]]
+    by_layer += [[str(layer), *map(_cell, values)] for layer, values in enumerate(zip(*padded, strict=True))]
+    by_language = [["language", "sentences", *columns]]
+    for language, number in report.sentences.items():
+        found = [model.curves[measure][language] for model in report.models.values() for measure in heads]
+        by_language.append([language, str(number), *(_cell(_mean(curve, partial=True)) for curve in found)])
+    lines = [f"States of sentences against their translations in {report.dominant!r}, pooling {report.pooling!r}", ""]
+    lines += ["Mean over languages", *_aligned(by_layer), "", "Mean over layers", *_aligned(by_language)]
+    if report.few:
+        lines.append(
+            f"Fewer sentences than the states are wide, so that CKA is too high and only the debiased one compares: "
+            f"{', '.join(report.few)}"
+        )
+    return "\n".join(lines)
+
+
+def _check(texts: Mapping[str, Any], dominant: str) -> None:
+    if not texts:
+        raise EvalError(f"no language to compare with {dominant!r}")
+    for language, (own, translated) in texts.items():
+        if language == dominant:
+            raise EvalError(f"texts of {language!r}: that is the dominant language; give the others")
+        if len(own) != len(translated):
+            raise EvalError(
+                f"texts of {language!r}: {len(translated)} sentences, but {len(own)} in {dominant!r}; line i of "
+                "one must translate line i of the other"
+            )
+        if len(own) < LEAST_SENTENCES:
+            raise EvalError(f"texts of {language!r}: {len(own)} sentences; at least {LEAST_SENTENCES} are needed")
+        for side, name in ((own, dominant), (translated, language)):
+            if (empty := next((number for number, text in enumerate(side, 1) if not text.strip()), None)) is not None:
+                raise EvalError(f"texts of {language!r}: sentence {empty} in {name!r} is empty; leave the pair out")
+
+
+def _model(
+    path: str,
+    texts: Mapping[str, ParallelTexts | tuple[Sequence[str], Sequence[str]]],
+    pooling: Pooling,
+    max_length: int,
+    batch_size: int,
+    dtype: str,
+    progress: Callable[[int], object] | None,
+) -> ModelRepresentations:
+    import torch
+
+    from modeling.loading import resolve_directory
+    from modeling.sentence_states import SentenceStates
+    from modeling.weight_files import directory_hash
+
+    directory = resolve_directory(path)
+    states = SentenceStates.open(
+        directory,
+        pooling=pooling,
+        max_length=max_length,
+        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    curves: dict[str, dict[str, Curve]] = {measure: {} for measure in MEASURES}
+    for language, (own, translated) in texts.items():
+        pairs = list(zip(states.encode(own), states.encode(translated), strict=True))
+        for measure, curve in _measured(states, pairs, batch_size, progress).items():
+            curves[measure][language] = curve
+    return ModelRepresentations(
+        path=str(path),
+        hash=directory_hash(directory),
+        dtype=str(states.model.dtype).removeprefix("torch."),
+        layers=states.layers,
+        width=states.width,
+        max_length=states.max_length,
+        truncated=states.truncated,
+        curves=curves,
+    )
+
+
+def _measured(
+    states: SentenceStates,
+    pairs: list[tuple[EncodedText, EncodedText]],
+    batch_size: int,
+    progress: Callable[[int], object] | None,
+) -> dict[str, Curve]:
+    """Every measure between the two sides of `pairs`, at every layer."""
+    from modeling.subspace import CrossCovariance
+
+    sums = [CrossCovariance(states.width, states.width, states.model.device) for _ in range(states.layers + 1)]
+    for batch in _batches(pairs, batch_size):
+        own, translated = (states.of(side) for side in zip(*batch, strict=True))
+        for layer, covariance in enumerate(sums):
+            covariance.add(translated[layer], own[layer])
+        if progress is not None:
+            progress(len(batch))
+    distances = [covariance.centroid_distance() for covariance in sums]
+    return {
+        "cka": _curve(covariance.linear_cka() for covariance in sums),
+        "cka_debiased": _curve(covariance.linear_cka(debiased=True) for covariance in sums),
+        "centroid_distance": _curve(distance.relative for distance in distances),
+        "centroid_cosine": _curve(distance.cosine for distance in distances),
+    }
+
+
+def _batches(
+    pairs: list[tuple[EncodedText, EncodedText]], size: int
+) -> Iterator[list[tuple[EncodedText, EncodedText]]]:
+    """Pairs of like length together, so that little is padding; their order matters to no sum."""
+    ordered = sorted(pairs, key=lambda pair: -sum(len(side.ids) for side in pair))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _curve(values: Iterable[torch.Tensor]) -> Curve:
+    return tuple(number if math.isfinite(number := float(value)) else None for value in values)
+
+
+def _mean(values: Iterable[float | None], partial: bool) -> float | None:
+    """The mean; `partial`: of those that are defined, else undefined where one is."""
+    given = list(values)
+    defined = [value for value in given if value is not None]
+    return sum(defined) / len(defined) if defined and (partial or len(defined) == len(given)) else None
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -1,0 +1,165 @@
+"""Files in the layout of XTREME's scorer, read line by line or refused by line.
+
+In: `test-LANG.tsv` or `.json`, predictions or gold labels. Out: labels, tags by sentence, pairs, questions, answers.
+Next: `score.py`. UTF-8 with or without BOM, LF or CRLF; spaces around a line do not count. Gold files that hold no
+labels are refused: XTREME's download script takes the labels of its test files away (XNLI, PAWS-X, PAN-X and UDPOS
+lose the column, answers become ""), and its readers put one and the same label in their place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.errors import EvalError
+
+ERASED = "XTREME's download script erases test labels; take them from the original data"
+_FEWEST_ERASED = 20  # labels (for taggers: sentences) that are never all the same by chance
+_INDEX = re.compile("0|[1-9][0-9]*")
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedSentence:
+    """Tags of one sentence; `line` is that of the first, 1-based. Two blank lines in a row hold one without tags."""
+
+    line: int
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A gold question: its id and the answers that count, at least one."""
+
+    id: str
+    answers: tuple[str, ...]
+
+
+def read_labels(file: Path, labels: Sequence[str], gold: bool = False) -> list[str]:
+    """One label a line, all of them among `labels`. Raises EvalError, also for erased gold labels."""
+    lines = _lines(file)
+    for number, line in enumerate(lines, 1):
+        _check_label(file, number, line, labels, gold)
+    if gold and len(lines) >= _FEWEST_ERASED and len(set(lines)) == 1:
+        raise EvalError(f"{file}: all {len(lines)} labels are {lines[0]!r}; {ERASED}")
+    return lines
+
+
+def read_tags(file: Path, tags: Sequence[str], gold: bool = False) -> list[TaggedSentence]:
+    """A tag a line, a blank line after a sentence; blank lines at the end do not count. Raises EvalError."""
+    sentences, first, current = [], 1, []
+    for number, line in enumerate([*_lines(file), ""], 1):
+        if line:
+            _check_label(file, number, line, tags, gold)
+            current.append(line)
+        else:
+            sentences.append(TaggedSentence(first, tuple(current)))
+            first, current = number + 1, []
+    while sentences and not sentences[-1].tags:
+        sentences.pop()
+    if not sentences:
+        raise EvalError(f"{file}: holds no tags; a line is one tag, a blank line ends a sentence")
+    found = {tag for sentence in sentences for tag in sentence.tags}
+    if gold and len(sentences) >= _FEWEST_ERASED and len(found) == 1:
+        raise EvalError(f"{file}: all tags of {len(sentences)} sentences are {found.pop()!r}; {ERASED}")
+    return sentences
+
+
+def read_pairs(file: Path) -> set[tuple[str, str]]:
+    """BUCC's mined pairs, SOURCE-ID<tab>ENGLISH-ID a line; one given twice counts once. Raises EvalError."""
+    pairs = set()
+    for number, line in enumerate(_lines(file), 1):
+        source, tab, english = line.partition("\t")
+        if not tab or not source or not english or "\t" in english:
+            raise EvalError(f"{file}:{number}: {_shown(line)} is not SOURCE-ID<tab>ENGLISH-ID")
+        pairs.add((source, english))
+    return pairs
+
+
+def read_indices(file: Path) -> list[int]:
+    """Tatoeba's sentence numbers, one a line, counted from 0. Raises EvalError."""
+    lines = _lines(file)
+    for number, line in enumerate(lines, 1):
+        if not _INDEX.fullmatch(line):
+            raise EvalError(f"{file}:{number}: {_shown(line)} is no sentence number; a line is 0, 1, 2, ...")
+    return [int(line) for line in lines]
+
+
+def read_answers(file: Path) -> dict[str, str]:
+    """Predicted answers by question id, a JSON object of texts. Raises EvalError."""
+    answers = _json(file)
+    if not isinstance(answers, dict):
+        raise EvalError(f"{file}: not a JSON object; predictions are {{question id: answer}}")
+    for question, answer in answers.items():
+        if not isinstance(answer, str):
+            raise EvalError(f"{file}: the answer to {question!r} is {_shown(answer)}; an answer is a text, or empty")
+    return answers
+
+
+def read_questions(file: Path) -> list[Question]:
+    """Gold questions of SQuAD's JSON, in its order. Raises EvalError, also for an answer its context does not hold."""
+    data = _json(file)
+    try:
+        articles = data["data"] if isinstance(data, dict) else data
+        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+        found = [_question(file, item, part["context"]) for part in paragraphs for item in part["qas"]]
+    except (KeyError, TypeError) as error:
+        shape = "data > paragraphs > context, qas > id, answers > text"
+        raise EvalError(f"{file}: not SQuAD's JSON ({shape}): {type(error).__name__} {error}") from error
+    if not found:
+        raise EvalError(f"{file}: holds no question")
+    return found
+
+
+def _question(file: Path, item: dict[str, Any], context: str) -> Question:
+    name, answers = item["id"], tuple(answer["text"] for answer in item["answers"])
+    if not isinstance(name, str):
+        raise TypeError(f"id {name!r} is not a text")
+    if not answers:
+        raise EvalError(f"{file}: question {name!r} has no answer; a gold file has at least one for each")
+    for answer in answers:
+        if not answer:
+            raise EvalError(f"{file}: the answer to {name!r} is empty; {ERASED}")
+        if answer not in context:
+            raise EvalError(f"{file}: the answer to {name!r}, {_shown(answer)}, is not in its context")
+    return Question(name, answers)
+
+
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in _text(file).removesuffix("\n").split("\n")]
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise EvalError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+
+
+def _text(file: Path) -> str:
+    """The file's text with "\\n" line ends, without a BOM."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise EvalError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise EvalError(f"{file}:{line}: not UTF-8") from error
+    if not text.strip():
+        raise EvalError(f"{file}: is empty")
+    return text.replace("\r\n", "\n")
+
+
+def _check_label(file: Path, number: int, line: str, labels: Sequence[str], gold: bool) -> None:
+    if line not in labels:
+        hint = f" ({ERASED})" if gold else ""
+        raise EvalError(f"{file}:{number}: {_shown(line)} is none of {', '.join(labels)}{hint}")
+
+
+def _shown(value: object) -> str:
+    """At most 40 characters of what was found."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,272 @@
+"""An exported encoder answers task rows: labels, tags and answers, in the layout of XTREME's submissions.
+
+In: an export (or any directory with its `crosslift.json`) and canonical rows. Out: predictions in the rows' order, and
+`{task}/test-{language}.tsv` (`.json` for question answering), whole or not there. Next: `score.py` reads them.
+
+A model trained with X-Mixup mixes here too where a row has its translation into the dominant language (`back_*`); a row
+of that language is its own (methods.md, X-Mixup, step 6): both sides' logits averaged for classification, the target
+side for tags and answers. Texts longer than a window run in several, each word tagged, each answer sought, in all.
+
+Shapes: R rows (n targets, then their n sources), T tokens, C classes, W words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.records import Example, TaskRecord
+from data_pipeline.tasks.tokenize import EncodedSide, TaskTokenizer, Windows
+from evals.errors import EvalError
+from evals.results import write_atomically
+from evals.xtreme.spans import ScoredWindow, best_span, window_of_each
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from modeling.export_info import ExportInfo
+    from modeling.xmixup import CrossLingualMixup
+
+MixupMode = Literal["auto", "on", "off"]
+Floats = npt.NDArray[np.float32]
+Logits = tuple[Floats, ...]  # of one side: (C,); (T, C); or start and end, (T,) each
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # rows x row length of one forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model says of each record, in their order: a label, a tag a word, or an answer."""
+
+    values: list[Any]
+    mixed: int  # records that X-Mixup mixed with their translation
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """One window of one record, and its source where the two are mixed."""
+
+    record: int
+    target: EncodedSide
+    source: EncodedSide | None
+
+    def __len__(self) -> int:
+        return max(len(self.target), 0 if self.source is None else len(self.source))
+
+
+class EncoderPredictor:
+    """A task model that answers records. `mixup` is None where the model does not mix."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: TaskTokenizer,
+        info: ExportInfo,
+        mixup: CrossLingualMixup | None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.info, self.mixup = model.eval(), tokenizer, info, mixup
+        self.kind, self.labels = tokenizer.config.kind, tokenizer.config.labels
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
+
+    @classmethod
+    def open(cls, path: str | Path, dtype: str = "auto", batch_tokens: int | None = None) -> EncoderPredictor:
+        """Opens an export. `dtype`: bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU.
+
+        Raises EvalError for a model of no task, ModelError for one whose files do not fit together.
+        """
+        import torch
+        from transformers import AutoTokenizer
+
+        from modeling.encoders import load_task_model
+        from modeling.export_info import EXPORT_FILE, ExportInfo
+        from modeling.loading import resolve_directory
+        from modeling.mixup_state import MIXUP_FILE
+        from modeling.xmixup import CrossLingualMixup
+
+        directory = resolve_directory(path)
+        info = ExportInfo.read(directory)
+        if info.task is None or info.sequence_length is None or info.task["kind"] == "text":
+            raise EvalError(f"{directory / EXPORT_FILE}: not there, or of no task; give a model trained on one")
+        task = TaskConfig(**info.task)
+        on_gpu = torch.cuda.is_available()
+        number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
+        model = load_task_model(
+            directory, task.kind, task.labels, number_format, "auto", "cuda" if on_gpu else "cpu"
+        )  # fmt: skip
+        # A model trained on pairs that were never mixed (`objective.mix: false`) has no such file.
+        mixup = CrossLingualMixup.attach(model, directory) if (directory / MIXUP_FILE).is_file() else None
+        tokenizer = TaskTokenizer(
+            AutoTokenizer.from_pretrained(directory), task, info.sequence_length, info.languages
+        )  # fmt: skip
+        return cls(model, tokenizer, info, mixup, batch_tokens)
+
+    def predict(self, records: Sequence[TaskRecord], mixup: MixupMode = "auto") -> Predictions:
+        """A label, the tags or an answer for each record.
+
+        mixup: "auto" mixes a record where model and record allow it; "on" needs that of every record; "off" never
+        mixes. Raises EvalError for "on" where it is not possible, naming the language.
+        """
+        sources = [self._source(record, mixup) for record in records]
+        mixed = sum(source is not None for source in sources)
+        if self.kind == "classification":
+            return Predictions([self.labels[int(row.argmax())] for row in self._classes(records, sources)], mixed)
+        if self.kind == "tagging":
+            tagged = [tuple(self.labels[tag] for tag in words.argmax(axis=1)) for words in self._tags(records, sources)]
+            return Predictions(tagged, mixed)
+        return Predictions(self._answers(records, sources), mixed)
+
+    def tag_probabilities(self, records: Sequence[TaskRecord]) -> list[Floats]:
+        """(W, C) for each record: what the model gives each of the labels, never mixed."""
+        return [_softmax(words) for words in self._tags(records, [None] * len(records))]
+
+    def _source(self, record: TaskRecord, mode: MixupMode) -> Example | None:
+        """What a record is mixed with; None: it is not."""
+        if mode == "off" or (mode == "auto" and self.mixup is None):
+            return None
+        if self.mixup is None:
+            raise EvalError("mixup 'on': the model has no X-Mixup to run; say auto or off")
+        source = record.example if record.language == self.info.dominant else record.back
+        if source is None and mode == "on":
+            raise EvalError(
+                f"{record.origin}: mixup is 'on', but this row of language {record.language!r} has no translation into"
+                f" {self.info.dominant!r} (back_* fields); prepare the data with translations, or say auto or off"
+            )
+        return source
+
+    def _classes(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[Floats]:
+        """(C,) logits for each record, the mean of both sides' where it is mixed."""
+        found = np.zeros((len(records), len(self.labels)), np.float32)
+        for unit, target, source in self._run(self._units(records, sources)):
+            found[unit.record] = target[0] if source is None else (target[0] + source[0]) / 2
+        return list(found)
+
+    def _tags(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[Floats]:
+        """(W, C) logits for each record, each word's from the window that shows most context around it."""
+        parts: list[list[tuple[EncodedSide, Floats]]] = [[] for _ in records]
+        for unit, target, _ in self._run(self._units(records, sources)):
+            parts[unit.record].append((unit.target, self._word_logits(unit.target, target[0])))
+        return [_joined(windows) for windows in parts]
+
+    def _answers(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[str]:
+        """The best span of each record's context, over all its windows."""
+        parts: list[list[ScoredWindow]] = [[] for _ in records]
+        for unit, target, _ in self._run(self._units(records, sources)):
+            parts[unit.record].append(ScoredWindow(unit.target, *target))
+        answers = []
+        for record, windows in zip(records, parts, strict=True):
+            windows.sort(key=lambda scored: scored.window.words)
+            answers.append(best_span(record.example.texts[1], windows).text)
+        return answers
+
+    def _word_logits(self, window: EncodedSide, logits_TC: Floats) -> Floats:
+        """(words of the window, C): the mean over a word's tokens, or its first token's, as in training."""
+        tokens = np.flatnonzero(window.word_of_token >= 0)  # whole words, in order
+        firsts = np.flatnonzero(np.diff(window.word_of_token[tokens], prepend=-1))
+        if self.tokenizer.config.word_pooling == "first":
+            return logits_TC[tokens][firsts]
+        counts = np.diff(firsts, append=len(tokens))
+        sums: Floats = np.add.reduceat(logits_TC[tokens], firsts, axis=0, dtype=np.float32)
+        return np.divide(sums, counts[:, None], dtype=np.float32)
+
+    def _units(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[_Unit]:
+        units = []
+        for number, (record, example) in enumerate(zip(records, sources, strict=True)):
+            # Without answers, which no window may be chosen by.
+            windows = self.tokenizer.windows(Example(record.example.texts))
+            others = None if example is None else self.tokenizer.windows(Example(example.texts))
+            for place, window in enumerate(windows):
+                source = None if others is None else _counterpart(others, windows, place)
+                units.append(_Unit(number, window, source))
+        return units
+
+    def _run(self, units: Sequence[_Unit]) -> Iterator[tuple[_Unit, Logits, Logits | None]]:
+        """Every unit with its logits and, where it is mixed, its source's: longest first, batches of like units."""
+        import torch
+
+        for paired in (True, False):
+            chosen = sorted((unit for unit in units if (unit.source is not None) is paired), key=len, reverse=True)
+            while chosen:
+                rows_a_unit = 2 if paired else 1
+                size = max(self.batch_tokens // (rows_a_unit * len(chosen[0])), 1)
+                batch, chosen = chosen[:size], chosen[size:]
+                sides = [unit.target for unit in batch]
+                sides += [unit.source for unit in batch if unit.source is not None]
+                with torch.inference_mode():
+                    outputs = self._forward(sides, len(batch) if paired else 0)
+                for number, unit in enumerate(batch):
+                    target = self._of_row(outputs, number, unit.target)
+                    source = None if unit.source is None else self._of_row(outputs, len(batch) + number, unit.source)
+                    yield unit, target, source
+
+    def _of_row(self, outputs: Logits, row: int, side: EncodedSide) -> Logits:
+        """One row's logits without those of padding."""
+        return tuple(each[row] if self.kind == "classification" else each[row, : len(side)] for each in outputs)
+
+    def _forward(self, sides: Sequence[EncodedSide], n_pairs: int) -> Logits:
+        """Logits of all rows: (R, C); (R, T, C); or start and end, (R, T) each."""
+        device, length = self.model.device, max(map(len, sides))
+        inputs = {
+            "input_ids": _padded([side.input_ids for side in sides], length, self.tokenizer.pad_id).to(device),
+            "attention_mask": _padded([np.ones_like(side.input_ids) for side in sides], length, 0).to(device),
+        }
+        if self.tokenizer.has_token_types:
+            inputs["token_type_ids"] = _padded([side.token_type_ids for side in sides], length, 0).to(device)
+        if self.mixup is None:
+            outputs: Any = self.model(**inputs)
+        else:
+            with self.mixup.batch(inputs["attention_mask"], n_pairs):
+                outputs = self.model(**inputs)
+        found = (outputs.start_logits, outputs.end_logits) if self.kind == "qa" else (outputs.logits,)
+        return tuple(logits.float().cpu().numpy() for logits in found)
+
+
+def write_predictions(file: Path, kind: str, records: Sequence[TaskRecord], values: Sequence[Any]) -> None:
+    """Predictions in the layout of XTREME's submissions (evals.md): whole or not there. Raises EvalError."""
+    if kind == "classification":
+        text = "".join(f"{label}\n" for label in values)
+    elif kind == "tagging":
+        text = "\n".join("".join(f"{tag}\n" for tag in tags) for tags in values)
+    else:
+        answers = {record.id: answer for record, answer in zip(records, values, strict=True)}
+        if len(answers) < len(records):
+            raise EvalError(f"{file}: {len(records)} questions share {len(answers)} ids; each needs its own")
+        text = json.dumps(answers, ensure_ascii=False, indent=0) + "\n"
+    write_atomically(file, text)
+
+
+def _counterpart(of_source: Windows, of_target: Windows, number: int) -> EncodedSide:
+    """The source's window whose middle lies nearest to that of a target's window, both in relation to their texts."""
+    wanted = sum(of_target.ranges[number]) / of_target.ranges[-1][1]
+    length = of_source.ranges[-1][1]
+    return of_source[min(range(len(of_source)), key=lambda at: abs(sum(of_source.ranges[at]) / length - wanted))]
+
+
+def _padded(arrays: Sequence[npt.NDArray[Any]], length: int, fill: int) -> torch.Tensor:
+    """(R, length) int64, padded on the right."""
+    import torch
+
+    rows = np.full((len(arrays), length), fill, np.int64)
+    for row, array in zip(rows, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(rows)
+
+
+def _joined(windows: Sequence[tuple[EncodedSide, Floats]]) -> Floats:
+    """(W, C): each word's logits from the window in which it has most context."""
+    ordered = sorted(windows, key=lambda part: part[0].words)
+    ranges = [window.words for window, _ in ordered]
+    chosen = window_of_each(ranges)
+    return np.stack([ordered[number][1][word - ranges[number][0]] for word, number in enumerate(chosen)])
+
+
+def _softmax(logits: Floats) -> Floats:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

@@ -1,0 +1,113 @@
+"""A prepared task's folder as evaluation needs it: rows by language, row counts, gold labels in the scorer's layout.
+
+In: `{train,dev,test}/<language>.jsonl` of canonical rows (`data_pipeline.xtreme.prepare`). Out: records, and gold files
+that `score.py` compares predictions with. Next: `run.py`, `selection.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.tasks.records import TaskRecord
+from data_pipeline.tasks.rows import read_task_file
+from data_pipeline.xtreme.tasks import XtremeTask
+from evals.errors import EvalError
+from evals.results import write_atomically
+from evals.xtreme.predict import write_predictions
+
+LOOKED_AT = 100  # rows of a file that tell what its rows have
+
+
+def split_files(folder: Path, split: str, task: XtremeTask) -> dict[str, Path]:
+    """The files of a split by language, in the task's order; none where the split is absent."""
+    files = {language: folder / split / f"{language}.jsonl" for language in task.languages}
+    return {language: file for language, file in files.items() if file.is_file() and file.stat().st_size}
+
+
+def read_records(file: Path, task: XtremeTask) -> list[TaskRecord]:
+    """All rows of a file. Raises BadRow with file and line."""
+    assert task.kind != "retrieval"  # has no rows of a task
+    return list(read_task_file(file, task.kind))
+
+
+def count_rows(file: Path) -> int:
+    """Rows of a file: its lines that are not blank."""
+    with file.open("rb") as stream:
+        return sum(1 for line in stream if not line.isspace())
+
+
+def check_training(
+    files: Mapping[str, Path], task: XtremeTask, *, several: bool, wants_back: bool, dominant: str
+) -> None:
+    """That training files have what the method learns from: labels, items in common, back-translations.
+
+    Looks at the first rows of each file. Raises EvalError that names the file and what to do.
+    """
+    assert task.kind != "retrieval"
+    backs = False
+    for language, file in files.items():
+        records = list(islice(read_task_file(file, task.kind), LOOKED_AT))
+        example = records[0].example
+        if task.kind == "tagging" and example.tags is None and example.soft_tags is None:
+            raise EvalError(
+                f"{file}:1: neither tags nor soft_tags; let a teacher write them: `crosslift xtreme soft-labels MODEL"
+                f" --task {task.name} --translations {file} --output DIR`, then --soft-labels DIR"
+            )
+        if task.kind == "classification" and example.label is None:
+            raise EvalError(f"{file}:1: no label, which training needs")
+        if task.kind == "qa" and example.answers is None:
+            raise EvalError(f"{file}:1: no answers, which training needs")
+        backs = backs or (language != dominant and any(record.back is not None for record in records))
+    if several and len(files) < 2:
+        raise EvalError(
+            f"{', '.join(map(str, files.values()))}: only {dominant!r}, but the method learns from translations; give"
+            " --translations DIR"
+        )
+    if wants_back and not backs:
+        raise EvalError(
+            f"{next(iter(files.values())).parent}: no back-translations (back_* fields), which scheduled sampling of"
+            " sources needs; add them, or set objective.source_schedule=null for gold sources only"
+        )
+
+
+def write_gold(file: Path, task: XtremeTask, records: Sequence[TaskRecord]) -> bool:
+    """Gold labels in the layout of XTREME's scorer; False, and no file, where the rows have none.
+
+    Raises EvalError where only some have them, and for question ids that come twice.
+    """
+    labels: list[Any] = [
+        record.example.label if task.kind == "classification" else record.example.tags or record.example.answers
+        for record in records
+    ]
+    labelled = sum(label is not None for label in labels)
+    if labelled == 0:
+        return False
+    if labelled < len(records):
+        bare = records[[label is None for label in labels].index(True)]
+        raise EvalError(f"{bare.origin}: has no label, but other rows of the file have one; all or none must")
+    if task.kind == "qa":
+        write_atomically(file, json.dumps(_squad(file, records), ensure_ascii=False) + "\n")
+    else:
+        write_predictions(file, task.kind, records, labels)
+    return True
+
+
+def gold_file(folder: Path, task: XtremeTask, language: str) -> Path:
+    """Where the scorer looks for a language's labels or predictions below `folder`."""
+    return folder / task.name / f"test-{language}.{'json' if task.kind == 'qa' else 'tsv'}"
+
+
+def _squad(file: Path, records: Sequence[TaskRecord]) -> dict[str, Any]:
+    if len({record.id for record in records}) < len(records):
+        raise EvalError(f"{records[0].origin}: question ids come twice in this file; {file.name} needs one for each")
+    paragraphs = []
+    for record in records:
+        question, context = record.example.texts
+        answers = [{"text": text, "answer_start": start} for text, start in record.example.answers or ()]
+        asked = {"id": record.id, "question": question, "answers": answers}
+        paragraphs.append({"context": context, "qas": [asked]})
+    return {"data": [{"title": "", "paragraphs": paragraphs}]}

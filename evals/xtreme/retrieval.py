@@ -1,0 +1,166 @@
+"""Sentence retrieval on Tatoeba: whose states are nearest, across languages, without any training.
+
+In: any Hugging Face encoder (an export, or a pretrained one) and XTREME's files. Out: `tatoeba/test-XX.tsv`, that is
+for each English sentence the number of the source sentence nearest to it, and scores where gold is known.
+Next: the command line prints `score_table`.
+
+As XTREME does it: the mean of the states that LEAVE one layer, over a sentence's tokens, and cosine similarity. Its
+layers, counted from 0, are 7 for mBERT and 13 for XLM-R large (`--specific_layer` of its script); that is `h[8]` and
+`h[14]`. It averages over `<s>` and `</s>` too (`specials`); the default here leaves them out.
+
+Shapes: N sentences, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.xtreme.layouts import detect_layout, find_source, tatoeba_pairs
+from data_pipeline.xtreme.tasks import xtreme_task
+from evals.errors import EvalError
+from evals.results import RESULTS_FILE, described_versions, write_atomically
+from evals.xtreme.score import XtremeScores, score_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Floats = npt.NDArray[np.float32]
+XTREME_LAYERS = {12: 7, 24: 13}  # layers of the model: the one that XTREME's script names
+MAX_TOKENS = 512  # XTREME's; longer sentences are cut
+CHUNK = 1024  # queries compared at a time
+
+
+class SentenceEncoder:
+    """Sentences -> unit vectors: mean states that leave `layer` (0-based; None: XTREME's, or 7/12 of the depth)."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer: int | None = None,
+        specials: bool = False,
+        batch_tokens: int = 8192,
+    ) -> None:
+        """`specials`: average over special tokens too. Raises EvalError for a layer that does not exist."""
+        from modeling.encoder_states import EncoderStates
+        from modeling.layers import decoder_layers
+
+        depth = len(decoder_layers(model))
+        self.layer = XTREME_LAYERS.get(depth, depth * 7 // 12) if layer is None else layer
+        if not 0 <= self.layer < depth:
+            raise EvalError(f"layer {self.layer}: the model has layers 0 to {depth - 1}")
+        self.model, self.tokenizer, self.specials = model.eval(), tokenizer, specials
+        self.batch_tokens = batch_tokens
+        self._states = EncoderStates(model, [self.layer + 1])
+        edges = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._special_ids = {token for token in edges if token is not None}
+
+    @classmethod
+    def open(
+        cls, path: str | Path, layer: int | None = None, specials: bool = False, dtype: str = "auto"
+    ) -> SentenceEncoder:
+        """Opens an encoder without its head. Raises EvalError where weights of its layers are missing."""
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        from modeling.loading import resolve_directory
+
+        directory, on_gpu = resolve_directory(path), torch.cuda.is_available()
+        number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
+        loaded: Any = AutoModel.from_pretrained(
+            directory, dtype=number_format, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+        model, report = loaded
+        if missing := [key for key in report["missing_keys"] if "pooler." not in key]:
+            raise EvalError(f"{directory}: {len(missing)} weights are missing, such as {min(missing)}")
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        return cls(model.to("cuda" if on_gpu else "cpu"), tokenizer, layer, specials)
+
+    def encode(self, sentences: Sequence[str]) -> Floats:
+        """(N, H) of length 1 each; zeros for a sentence without a token."""
+        import torch
+
+        from modeling.consistency import content_mask, representations
+
+        limit = min(MAX_TOKENS, self.tokenizer.model_max_length)
+        ids = [self.tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text in sentences]
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]), reverse=True)
+        found: list[Floats] = [np.zeros(0, np.float32)] * len(ids)
+        while order:
+            size = max(self.batch_tokens // len(ids[order[0]]), 1)
+            batch, order = order[:size], order[size:]
+            inputs = self.tokenizer.pad({"input_ids": [ids[number] for number in batch]}, return_tensors="pt")
+            inputs = inputs.to(self.model.device)
+            with torch.inference_mode(), self._states.batch() as captured:
+                self.model(**inputs)
+                mask = inputs["attention_mask"]
+                content = mask != 0 if self.specials else content_mask(inputs["input_ids"], mask, self._special_ids)
+                vectors = representations(captured[self.layer + 1], content)
+            for number, vector in zip(batch, vectors.cpu().numpy(), strict=True):
+                found[number] = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        return np.stack(found)
+
+
+def nearest(queries: Floats, candidates: Floats, chunk: int = CHUNK) -> list[int]:
+    """For each query (N, H) the candidate (M, H) with the largest inner product; of equal ones the first."""
+    found: list[int] = []
+    for start in range(0, len(queries), chunk):
+        found += (queries[start : start + chunk] @ candidates.T).argmax(axis=1).tolist()
+    return found
+
+
+def retrieve_tatoeba(
+    encoder: SentenceEncoder,
+    data_dir: Path,
+    output: Path,
+    *,
+    languages: Sequence[str] | None = None,
+    layout: str = "auto",
+    progress: Callable[[int], object] | None = None,
+) -> tuple[dict[str, Any], XtremeScores | None]:
+    """Predictions of every language, and scores where gold is known (XTREME's own files do not tell it).
+
+    Writes `output/{predictions,labels}/tatoeba/` and `output/results.json`; returns what that holds, and the scores.
+    `languages`: default all that `data_dir` holds. `progress(1)` is told of each. Raises EvalError, DataError.
+    """
+    task = xtreme_task("tatoeba")
+    layout = detect_layout(task, data_dir, layout)
+    gold_of = []
+    for language in languages or _there(data_dir, layout):
+        pairs = tatoeba_pairs(data_dir, language, layout)
+        predicted = nearest(encoder.encode(pairs.english), encoder.encode(pairs.source))
+        _write(output / "predictions" / "tatoeba" / f"test-{language}.tsv", predicted)
+        if pairs.gold is not None:
+            _write(output / "labels" / "tatoeba" / f"test-{language}.tsv", pairs.gold)
+            gold_of.append(language)
+        if progress is not None:
+            progress(1)
+    scores = None
+    if gold_of:
+        scores = score_directory(output / "predictions", output / "labels", ["tatoeba"], gold_of)
+    results = {
+        "task": "tatoeba",
+        "model": str(encoder.model.name_or_path),
+        "layer": encoder.layer,
+        "specials": encoder.specials,
+        "scores": scores and scores.to_json(),
+        "versions": described_versions(),
+    }
+    write_atomically(output / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    return results, scores
+
+
+def _there(data_dir: Path, layout: str) -> list[str]:
+    task = xtreme_task("tatoeba")
+    sources = {language: find_source(task, "test", language, data_dir, layout) for language in task.languages}
+    return [language for language, source in sources.items() if source is not None and source.exists()]
+
+
+def _write(file: Path, numbers: Sequence[int]) -> None:
+    write_atomically(file, "".join(f"{number}\n" for number in numbers))

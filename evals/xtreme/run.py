@@ -1,0 +1,275 @@
+"""One task of XTREME from data to score: `crosslift xtreme run`.
+
+In: the names of a task, a model and a method (`configs/xtreme.yaml`), and the task's files. Out: a folder with
+
+    data/                   canonical rows (not where `data_dir` holds them already)
+    run.yaml                the run file, readable by `crosslift train`
+    training/               the training run: checkpoints, record
+    selection.json, dev/    every checkpoint's score on dev
+    model/                  the chosen checkpoint's export
+    predictions/{task}/     ready to submit
+    labels/{task}/          gold, where there is some
+    scores.json             scores, the published row, the transfer gap
+
+Next: people, and `--baseline` of another run. A second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from data_pipeline.xtreme.prepare import STAMP, prepare_task
+from data_pipeline.xtreme.tasks import XtremeTask
+from evals.errors import EvalError
+from evals.results import described_versions, write_atomically
+from evals.xtreme.predict import EncoderPredictor, MixupMode, write_predictions
+from evals.xtreme.prepared import check_training, count_rows, gold_file, read_records, split_files, write_gold
+from evals.xtreme.run_config import RunPlan, Values, compose, read_plan
+from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
+from evals.xtreme.score import score_directory
+from evals.xtreme.selection import Selection, select
+
+COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "crosslift.py")]
+RUN_YAML = "run.yaml"
+MADE_BY = "made_by.json"
+
+
+@dataclass(frozen=True, slots=True)
+class XtremeRun:
+    """What to run. `data_dir`: XTREME's files in any layout, or a folder that `crosslift xtreme prepare` wrote."""
+
+    config: Path
+    task: str
+    model: str
+    method: str
+    data_dir: Path
+    output: Path
+    translations: Path | None = None
+    layout: str = "auto"
+    soft_labels: Path | None = None  # taggers: training rows of `teacher.py`, in place of those of the same language
+    nproc: int | None = None
+    overrides: tuple[str, ...] = ()
+    mixup: MixupMode = "auto"
+    baseline: Path | None = None  # another run's output
+    unlabelled: bool = False  # test labels are erased: predictions only
+
+    def plan(self) -> RunPlan:
+        """Its sections of the config file. Raises EvalError, DataError."""
+        return read_plan(self.config, self.task, self.model, self.method, self.overrides)
+
+
+class ScoreTracker(Protocol):
+    """What follows a run's scores, such as `training.tracking.Tracker`."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+
+
+def run_xtreme(
+    run: XtremeRun, tracker: ScoreTracker | None = None, tracking: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything, from files to table; prints as it goes. Returns what it wrote to `scores.json`.
+
+    tracking: what the front door adds to the run file's `tracking` section, so that the training run is part of
+    the run that `tracker` follows. Raises EvalError, DataError, ModelError, one line each.
+    """
+    plan = run.plan()
+    baseline = read_scores(run.baseline, plan.task) if run.baseline is not None else None
+    _say(f"1/5  rows of {run.task}")
+    data = _data(run, plan)
+    values = _run_file(run, plan, data, tracking or {})
+    steps = values["max_steps"]
+    _say(f"2/5  {run.model}, {run.method}: {steps} steps of {values['data']['slots_per_step']} samples")
+    _train(run)
+    _say("3/5  every checkpoint on dev")
+    dev = split_files(data, "dev", plan.task)
+    if plan.select == "dominant":
+        dev = {language: file for language, file in dev.items() if language == plan.dominant}
+    if not dev:
+        _say(f"     {data / 'dev'}: no rows that {run.method} may see; the last checkpoint is taken")
+    chosen = select(
+        run.output / "training", run.output, plan.task, dev, run.mixup, _export, lambda text: _say(f"     {text}")
+    )
+    _say(f"4/5  step {chosen.step} answers the test rows: {run.output / 'predictions' / run.task}")
+    predicted, labelled = _predict(run, plan.task, data, chosen.step)
+    _say("5/5  scores")
+    told = _summary(run, plan, baseline) if labelled else None
+    results = {
+        "task": run.task,
+        "model": run.model,
+        "method": run.method,
+        "selection": chosen.to_json(),
+        "predicted": predicted,
+        "summary": told,
+        "versions": described_versions(),
+    }
+    write_atomically(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    _track(tracker, run, chosen, results)
+    if told is None:
+        print(f"\n{run.data_dir}: the test rows have no labels, so there are predictions and no scores")
+    else:
+        print(f"\n{run.task}, {run.model}, {run.method}\n\n{run_table(plan.task, told, plan.dominant)}")
+    return results
+
+
+def _data(run: XtremeRun, plan: RunPlan) -> Path:
+    """The folder of canonical rows: `data_dir` where it is one, else made of it."""
+    if any((run.data_dir / "test").glob("*.jsonl")):
+        if run.translations is not None:
+            raise EvalError(f"{run.data_dir}: is prepared already, so --translations cannot be added; prepare it anew")
+        _check_stamp(run.data_dir / STAMP, run.task)
+        return run.data_dir
+    prepare_task(
+        run.task, run.data_dir, run.output / "data", layout=run.layout,
+        translations=run.translations, allow_unlabelled_test=run.unlabelled,
+    )  # fmt: skip
+    return run.output / "data"
+
+
+def _check_stamp(stamp: Path, task: str) -> None:
+    if stamp.is_file():
+        prepared = json.loads(stamp.read_bytes())["made_from"]["task"]
+        if prepared != task:
+            raise EvalError(f"{stamp}: holds the rows of {prepared}, not of {task}")
+
+
+def _run_file(run: XtremeRun, plan: RunPlan, data: Path, tracking: Mapping[str, Any]) -> Values:
+    """Composes `run.yaml`, or finds that it is there. Raises EvalError: the folder is another run's."""
+    objective = plan.values["objective"]
+    files = _training_files(run, plan, data)
+    check_training(
+        files, plan.task, several=plan.train == "all", dominant=plan.dominant,
+        wants_back=objective["name"] == "xmixup" and objective.get("source_schedule", 0) is not None,
+    )  # fmt: skip
+    rows = sum(count_rows(file) for file in files.values())
+    addresses = {
+        language: str(file.relative_to(data) if file.is_relative_to(data) else file.resolve())
+        for language, file in files.items()
+    }
+    named = {"run_name": f"{run.output.resolve().name}-training"}
+    values = compose(plan, data.resolve(), (run.output / "training").resolve(), addresses, rows, named | dict(tracking))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    file = run.output / RUN_YAML
+    if file.is_file():
+        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(text)
+        if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):
+            raise EvalError(f"{file}: is of a run with another {key}; name a new --output, or run it as it was")
+    heading = f"# {run.task}, {run.model}, {run.method}; written by `crosslift xtreme run`, read by `crosslift train`\n"
+    write_atomically(file, heading + text)
+    return values
+
+
+def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path]:
+    """The training file of each language that the method learns from, the dominant one first."""
+    files = split_files(data, "train", plan.task)
+    if run.soft_labels is not None:
+        if plan.task.kind != "tagging":
+            raise EvalError(f"--soft-labels {run.soft_labels}: of taggers; {run.task} is {plan.task.kind}")
+        found = {each: run.soft_labels / f"{each}.jsonl" for each in plan.task.languages if each != plan.dominant}
+        labelled = {language: file for language, file in found.items() if file.is_file()}
+        if not labelled:
+            raise EvalError(f"--soft-labels {run.soft_labels}: holds no <language>.jsonl of {run.task}'s languages")
+        files |= labelled
+    if plan.dominant not in files:
+        raise EvalError(f"{data / 'train' / plan.dominant}.jsonl: not there, or empty; training needs it")
+    order = [plan.dominant, *(language for language in files if language != plan.dominant)]
+    return {language: files[language] for language in order[: 1 if plan.train == "dominant" else None]}
+
+
+def _difference(before: Any, now: Any) -> str:
+    """The first key, such as "data.slots_per_step", in which two nested dicts differ; empty: none."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return ""
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            rest = _difference(before.get(key), now.get(key))
+            return f"{key}.{rest}" if rest else str(key)
+    return ""
+
+
+def _train(run: XtremeRun) -> None:
+    """`crosslift train` as a user would call it; it resumes by itself."""
+    ranks = [] if run.nproc is None else ["--nproc", str(run.nproc)]
+    _crosslift("train", str(run.output / RUN_YAML), *ranks)
+
+
+def _export(checkpoint: Path, folder: Path) -> None:
+    _crosslift("export", str(checkpoint), "--output", str(folder))
+
+
+def _crosslift(*arguments: str) -> None:
+    _say(f"     crosslift {' '.join(arguments)}")
+    # What it prints is for people who follow the run; this command's own output is the table.
+    status = subprocess.run([*COMMAND, *arguments], stdout=sys.stderr).returncode
+    if status:
+        raise EvalError(f"crosslift {arguments[0]} ended with status {status}; its messages are above")
+
+
+def _predict(run: XtremeRun, task: XtremeTask, data: Path, step: int) -> tuple[dict[str, Any], bool]:
+    """Predictions and gold labels of every test language; {language: rows, mixed}, and whether there are labels."""
+    folder = run.output / "predictions"
+    stamp = {"step": step, "mixup": run.mixup}
+    earlier = _earlier_predictions(folder, stamp)
+    predictor: EncoderPredictor | None = None
+    labelled = []
+    for language, file in split_files(data, "test", task).items():
+        records = read_records(file, task)
+        labelled.append(write_gold(gold_file(run.output / "labels", task, language), task, records))
+        if language in earlier and earlier[language]["rows"] == len(records):
+            continue
+        predictor = predictor or EncoderPredictor.open(run.output / "model")
+        found = predictor.predict(records, run.mixup)
+        write_predictions(gold_file(folder, task, language), task.kind, records, found.values)
+        earlier[language] = {"rows": len(records), "mixed": found.mixed}
+        write_atomically(folder / MADE_BY, json.dumps({**stamp, "languages": earlier}, indent=1) + "\n")
+    if not labelled:
+        raise EvalError(f"{data / 'test'}: no test rows of {task.name}")
+    return earlier, all(labelled)
+
+
+def _earlier_predictions(folder: Path, stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier call of the same model predicted; what another model did is removed."""
+    try:
+        content = json.loads((folder / MADE_BY).read_bytes())
+        if {key: content[key] for key in stamp} == dict(stamp):
+            return dict(content["languages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return {}
+
+
+def _summary(run: XtremeRun, plan: RunPlan, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+    scores = score_directory(run.output / "predictions", run.output / "labels", [run.task]).tasks[run.task]
+    return summary(plan.task, scores, plan.dominant, run.model, run.method, baseline)
+
+
+def _track(tracker: ScoreTracker | None, run: XtremeRun, chosen: Selection, results: Mapping[str, Any]) -> None:
+    """Scores as metrics: dev by step, the rest at the chosen step."""
+    if tracker is None:
+        return
+    for step, score in chosen.scores.items():
+        tracker.log(step, {"dev/score": score})
+    if (told := results["summary"]) is not None:
+        metrics = {"test/score": told["score"]}
+        metrics |= {f"test/{metric}": value for metric, value in told["average"].items()}
+        for language, scores in told["languages"].items():
+            metrics |= {f"test/{metric}/{language}": value for metric, value in scores.items()}
+        metrics |= {f"test/gap/{metric}": value for metric, value in (told["gap"] or {}).items()}
+        tracker.log(chosen.step, metrics)
+    for name in (RUN_YAML, SCORES_FILE):
+        tracker.artifact(run.output / name)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

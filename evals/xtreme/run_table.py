@@ -1,0 +1,114 @@
+"""What a run's scores mean: beside the published row, and as the gap between the dominant language and the others.
+
+In: a task's scores by language. Out: plain data for `scores.json`, and one table. Next: the command line prints it.
+
+The transfer gap is the dominant language's score minus the mean of the others' (methods.md, X-Mixup).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from data_pipeline.xtreme.tasks import XtremeTask
+from evals.errors import EvalError
+from evals.xtreme.published import published_score
+from evals.xtreme.score import TaskScores
+
+SCORES_FILE = "scores.json"
+Metrics = dict[str, float]
+_HEADS = {"exact_match": "EM", "token_accuracy": "token acc.", "f1_seqeval_1_2": "f1 (seqeval 1.2)"}
+
+
+def transfer_gap(languages: Mapping[str, Mapping[str, float]], dominant: str, metrics: Sequence[str]) -> Metrics | None:
+    """For each metric the dominant language's minus the others' mean, in points; None without either."""
+    others = [scores for language, scores in languages.items() if language != dominant]
+    if dominant not in languages or not others:
+        return None
+    return {metric: languages[dominant][metric] - fmean(scores[metric] for scores in others) for metric in metrics}
+
+
+def gap_reduction(gap: Metrics, before: Mapping[str, float]) -> dict[str, float | None]:
+    """By how many per cent each gap is smaller than before; None where there was none to make smaller."""
+    return {
+        metric: 100 * (before[metric] - value) / before[metric] if before[metric] > 0 else None
+        for metric, value in gap.items()
+    }
+
+
+def summary(
+    task: XtremeTask, scores: TaskScores, dominant: str, model: str, method: str, baseline: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that is said about a run's scores. `baseline`: what `read_scores` gave for another run."""
+    published = published_score(model, method, task.name)
+    gap = transfer_gap(scores.languages, dominant, task.metrics)
+    before = baseline["gap"] if baseline is not None else None
+    return {
+        "languages": scores.languages,
+        "average": scores.average,
+        "score": scores.score,
+        "missing": scores.missing,
+        "published": published,
+        "difference": published and {metric: scores.average[metric] - value for metric, value in published.items()},
+        "gap": gap,
+        "baseline": baseline
+        and {
+            "output": baseline["output"],
+            "model": baseline["model"],
+            "method": baseline["method"],
+            "gap": before,
+            "reduction": gap_reduction(gap, before) if gap and before else None,
+        },
+    }
+
+
+def read_scores(output: Path, task: XtremeTask) -> dict[str, Any]:
+    """Another run's output, to compare with. Raises EvalError: no such scores, or of another task."""
+    file = output / SCORES_FILE
+    try:
+        content = json.loads(file.read_bytes())
+        found = {key: content[key] for key in ("task", "model", "method")} | {"gap": content["summary"]["gap"]}
+    except OSError as error:
+        raise EvalError(f"{file}: {error.strerror}; --baseline is the output folder of a finished run") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvalError(f"{file}: not the scores of a finished run with labels") from error
+    if found["task"] != task.name:
+        raise EvalError(f"{file}: is of task {found['task']!r}, not {task.name!r}")
+    return {"output": str(output), **found}
+
+
+def run_table(task: XtremeTask, told: Mapping[str, Any], dominant: str) -> str:
+    """One line a language, one column a metric; then the mean, the published row and the gap."""
+    metrics = list(dict.fromkeys([*task.metrics, *told["average"]]))
+    rows = [["language", *(_HEADS.get(metric, metric) for metric in metrics)]]
+    rows += [_row(language, metrics, scores) for language, scores in told["languages"].items()]
+    mean = "mean*" if told["missing"] else "mean"
+    rows.append(_row(mean, metrics, told["average"]))
+    if told["published"]:
+        rows.append(_row("published", metrics, told["published"]))
+        rows.append(_row("difference", metrics, told["difference"], signed=True))
+    if told["gap"]:
+        rows.append(_row("gap", metrics, told["gap"], signed=True))
+    if told["baseline"] and told["baseline"]["gap"]:
+        rows.append(_row("baseline's gap", metrics, told["baseline"]["gap"], signed=True))
+    if told["baseline"] and told["baseline"]["reduction"]:
+        cut = told["baseline"]["reduction"]
+        rows.append(
+            ["gap cut by", *(f"{cut[metric]:.1f} %" if cut.get(metric) is not None else "-" for metric in metrics)]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if told["missing"]:
+        lines.append(f"* without {', '.join(told['missing'])}: the published mean is over all of the task's languages")
+    if told["gap"]:
+        lines.append(f"gap: {dominant} minus the mean of the others, in points")
+    return "\n".join(lines)
+
+
+def _row(name: str, metrics: Sequence[str], values: Mapping[str, float], signed: bool = False) -> list[str]:
+    sign = "+" if signed else ""
+    return [name, *(f"{values[metric]:{sign}.2f}" if metric in values else "-" for metric in metrics)]

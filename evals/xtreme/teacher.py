@@ -1,0 +1,88 @@
+"""A tagger labels translated sentences for X-Mixup: `crosslift xtreme soft-labels`.
+
+In: a tagging model (zero-shot, or translate-train) and canonical rows of translated training sentences, tags or not.
+Out: the same rows, in their order, with `soft_tags`: for each word the probability of each of the task's labels, the
+softmax of the word's pooled logits. Next: `crosslift xtreme run --soft-labels DIR`.
+
+Why (methods.md, X-Mixup, step 4): a translation has no gold tags; what a teacher gives its words is learned from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.tasks.rows import read_task_file
+from data_pipeline.xtreme.tasks import xtreme_task
+from evals.errors import EvalError
+from evals.results import write_atomically
+from evals.xtreme.predict import EncoderPredictor
+
+DIGITS = 5  # of a probability; a word's then still sum to 1 within the 1e-3 that readers ask for
+CHUNK = 2048  # rows in memory at a time
+
+
+def soft_labels(
+    predictor: EncoderPredictor,
+    task: str,
+    translations: Sequence[Path],
+    output: Path,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, int]:
+    """Writes `output/<name of the file>` for each file of translations; rows by file name.
+
+    `translations`: JSONL files, or folders of them. `progress(n)` is told of n more rows. Raises EvalError for a task
+    or model that tags nothing or other labels, and for an output that would replace its input; BadRow.
+    """
+    labels = xtreme_task(task).labels
+    if xtreme_task(task).kind != "tagging":
+        raise EvalError(f"task {task!r} tags no words; soft labels are for udpos and panx")
+    if predictor.kind != "tagging" or set(predictor.labels) != set(labels):
+        has = ", ".join(predictor.labels) or f"none: it does {predictor.kind}"
+        raise EvalError(
+            f"{predictor.model.name_or_path}: its labels are {has}; those of {task} are {', '.join(labels)}"
+        )
+    order = [predictor.labels.index(label) for label in labels]
+    counts = {}
+    for file in _files(translations):
+        target = output / file.name
+        if target.resolve() == file.resolve():
+            raise EvalError(f"{target}: is the input; name another --output")
+        if file.name in counts:
+            raise EvalError(f"{file}: a second file of that name; outputs would replace each other")
+        lines: list[str] = []
+        for rows in _chunks(file):
+            probabilities = predictor.tag_probabilities([record for record, _ in rows])
+            for (_, row), words in zip(rows, probabilities, strict=True):
+                soft = [[round(float(value), DIGITS) for value in word[order]] for word in words]
+                kept = {key: value for key, value in row.items() if key != "tags"}
+                lines.append(json.dumps({**kept, "soft_tags": soft}, ensure_ascii=False) + "\n")
+            if progress is not None:
+                progress(len(rows))
+        write_atomically(target, "".join(lines))
+        counts[file.name] = len(lines)
+    return counts
+
+
+def _files(translations: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in translations:
+        files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    for file in files:
+        if not file.is_file():
+            raise EvalError(f"{file}: no such file; translations are JSONL rows of tagging, words and no tags")
+    if not files:
+        raise EvalError(f"{', '.join(map(str, translations))}: holds no .jsonl file")
+    return files
+
+
+def _chunks(file: Path) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Records with the rows that they were read from, some thousand at a time."""
+    with file.open(encoding="utf-8-sig") as stream:
+        rows = (json.loads(line) for line in stream if not line.isspace())
+        pairs = zip(read_task_file(file, "tagging"), rows, strict=True)
+        while chunk := list(islice(pairs, CHUNK)):
+            yield chunk

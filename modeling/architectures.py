@@ -1,0 +1,52 @@
+"""The heads a model can be opened with: one Hugging Face auto class for each.
+
+In: a model's config and an architecture's name. Out: the class that transformers has for the two.
+Next: `loading.py` builds and fills it; `initial_model.py` and `encoders.py` write directories of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
+
+from modeling.errors import ModelError
+
+Architecture = Literal[
+    "causal-lm", "masked-lm", "sequence-classification", "token-classification", "question-answering"
+]
+ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "masked-lm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+    "sequence-classification": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "token-classification": (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    "question-answering": (AutoModelForQuestionAnswering, MODEL_FOR_QUESTION_ANSWERING_MAPPING),
+}
+
+
+def auto_class(architecture: Architecture) -> Any:
+    """transformers' `AutoModelFor...` of this architecture."""
+    return _CLASSES[architecture][0]
+
+
+def model_class(config: PreTrainedConfig, architecture: Architecture) -> Any:
+    """The class of a config with this head. Raises ModelError where transformers has none."""
+    mapping = _CLASSES[architecture][1]
+    if type(config) not in mapping:
+        what = "is no decoder language model" if architecture == "causal-lm" else f"has no {architecture} head"
+        raise ModelError(f"a {config.model_type} model {what}")
+    return mapping[type(config)]

@@ -1,0 +1,65 @@
+"""The hidden states of an encoder, taken from the forward pass that is done anyway.
+
+In: a model, bare or wrapped. Out: the states entering chosen layers, with their gradients; by default the last
+ones, which the head sees. Next: `consistency.py` compares the two sides; evals retrieve sentences by them.
+
+Shapes: R rows, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from modeling.errors import ModelError
+from modeling.layers import decoder_layers, state_hook
+
+
+class EncoderStates:
+    """Keeps states of the forward pass inside `batch()`; does nothing outside it.
+
+    with states.batch() as captured:
+        logits = model(...).logits
+    hidden_RTH = captured[states.last]
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] | None = None) -> None:
+        """Installs the hooks. `layers`: the l of each h[l], 0 (embeddings) to the number of layers, `last`.
+
+        Raises ModelError for a layer that does not exist.
+        """
+        self.last = len(decoder_layers(model))
+        self.layers = (self.last,) if layers is None else tuple(layers)
+        self._captured: dict[int, Tensor] | None = None
+        self._handles = [state_hook(model, layer, self._keeper(layer)) for layer in self.layers]
+
+    @contextmanager
+    def batch(self) -> Iterator[dict[int, Tensor]]:
+        """Yields a dict that ONE forward pass inside fills with h[l], (R, T, H) in the model's own dtype.
+
+        Raises ModelError on leaving if no forward pass came by.
+        """
+        captured: dict[int, Tensor] = {}
+        self._captured = captured
+        try:
+            yield captured
+        finally:
+            self._captured = None
+        if len(captured) < len(self.layers):
+            raise ModelError("no forward pass ran inside the batch, so there are no encoder states")
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _keeper(self, layer: int) -> Callable[[Tensor], None]:
+        def keep(hidden_RTH: Tensor) -> None:
+            if self._captured is not None:
+                if layer in self._captured:
+                    raise ModelError("a second forward pass inside one batch of encoder states: open a batch for each")
+                self._captured[layer] = hidden_RTH
+
+        return keep

@@ -1,0 +1,50 @@
+"""What an export says of itself: `crosslift.json`, beside the weights of a Hugging Face directory.
+
+In: an exported directory. Out: ExportInfo. Next: `generation.py` for decoders, `evals` for encoders.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeling.errors import ModelError
+from modeling.weight_files import one_line
+
+EXPORT_FILE = "crosslift.json"
+VECTORS_FILE = "language_vectors.safetensors"
+FORMAT = 1
+OBJECTIVES = ("sft", "shifcon", "mlm", "finetune", "xmixup")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What `crosslift.json` says of a model; the defaults are a plain Hugging Face directory's."""
+
+    objective: str = "sft"
+    languages: tuple[str, ...] = ()
+    dominant: str | None = None
+    template: dict[str, Any] | None = None
+    response_language: str | None = None
+    shift_first_token: bool = True
+    step: int | None = None  # optimiser steps it had been trained for
+    task: dict[str, Any] | None = None  # an encoder's task: kind, labels, windows
+    sequence_length: int | None = None  # an encoder's longest window in training, tokens
+
+    @classmethod
+    def read(cls, directory: Path) -> ExportInfo:
+        """Raises ModelError on a file that is not of this format."""
+        file = directory / EXPORT_FILE
+        if not file.is_file():
+            return cls()
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ModelError(f"{file}: written by another version of crosslift; format {FORMAT} is read here")
+            if content["objective"] not in OBJECTIVES:
+                raise ModelError(f"{file}: objective {content['objective']!r} is none of {', '.join(OBJECTIVES)}")
+            return cls(**{**content, "languages": tuple(content["languages"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file}: not an export's description ({one_line(error)}); export again") from error

@@ -1,0 +1,58 @@
+"""X-Mixup's file is whole and what was saved, or refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modeling.errors import ModelError
+from modeling.mixup_state import MixupState, is_mixup_weight, split_state
+
+STATE = MixupState(3, 0.4, "authors", "learned", w=1.0123456789012345, b=-3e-9, model_hash="abc")
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    for state in (STATE, MixupState(0, ratio=0.3), MixupState(1, ratio=1)):
+        state.save(tmp_path / "state.safetensors")
+        assert MixupState.load(tmp_path / "state.safetensors") == state
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    STATE.save(path)
+    good = path.read_bytes()
+    damaged = [good[:cut] for cut in (0, 5, len(good) // 2, len(good) - 1)]
+    damaged += [good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :] for at in range(len(good))]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ModelError) as caught:
+            MixupState.load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_files_of_another_make_are_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1), "b": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="its format is None"):
+        MixupState.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(value: float) -> None:
+    with pytest.raises(ModelError, match="is not finite"):
+        MixupState(1, w=value)
+    with pytest.raises(ModelError, match="is not finite"):
+        MixupState(1, b=value)
+    with pytest.raises(ModelError, match="lam0 nan"):
+        MixupState(1, lam0=float("nan"))
+
+
+def test_weights_are_told_apart_by_their_names() -> None:
+    own = "base_model.model.roberta.encoder.layer.3.mixup_ratio.w"
+    state = {own: torch.tensor([2.0]), "classifier.weight": torch.ones(2), "my_mixup_ratio_w": torch.ones(1)}
+    assert [is_mixup_weight(name) for name in state] == [True, False, False]
+    plain, learned = split_state(state)
+    assert list(plain) == ["classifier.weight", "my_mixup_ratio_w"]
+    assert learned == {"w": 2.0}
