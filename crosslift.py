@@ -19,7 +19,9 @@ app = typer.Typer(
     help="crosslift lifts the languages that a language model is weak in.",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a run's data and its order.")
+xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTREME: data, runs, retrieval, analysis.")
 app.add_typer(data_app, name="data")
+app.add_typer(xtreme_app, name="xtreme")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run file, YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override its keys")]
@@ -188,20 +190,150 @@ def eval(
 
 @app.command()
 def score(
-    task: Annotated[str, typer.Argument(help="mgsm")],
+    task: Annotated[str, typer.Argument(help="mgsm or xtreme")],
     predictions: Annotated[Path, typer.Option(help="an evaluation's folder, or its predictions")],
-    labels: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv")],
+    labels: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv; xtreme: TASK/test-XX.tsv or .json")],
+    tasks: Annotated[str | None, typer.Option(help="xtreme: comma-separated; default: all with predictions")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Judge kept outputs anew. Example: crosslift score mgsm --predictions runs/a/mgsm --labels mgsm"""
+    """Judge kept outputs. Example: crosslift score xtreme --predictions runs/a/predictions --labels xtreme-labels"""
+    if task == "xtreme":
+        from evals.xtreme.score import score_directory, score_table
+
+        scores = score_directory(predictions, labels, _listed(tasks))
+        print(json.dumps(scores.to_json(), ensure_ascii=False, indent=1) if as_json else score_table(scores))
+        return
     from evals.errors import EvalError
     from evals.mgsm import mgsm_table, score_mgsm
     from evals.numbers import RULES
 
     if task != "mgsm":
-        raise EvalError(f"{task}: known tasks: mgsm")
+        raise EvalError(f"{task}: known tasks: mgsm, xtreme")
     results = score_mgsm(predictions, labels)
     print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({"": results}, list(RULES)))
+
+
+@xtreme_app.command("prepare")
+def xtreme_prepare(
+    task: Annotated[str, typer.Argument(help="xnli, pawsx, udpos, panx, xquad, mlqa, tydiqa, tatoeba, bucc2018")],
+    data_dir: Annotated[Path, typer.Option(help="XTREME's files")],
+    output: Annotated[Path, typer.Option(help="folder for train/, dev/, test/ with XX.jsonl")],
+    translations: Annotated[Path | None, typer.Option(help="folder of translation files")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    layout: Annotated[str, typer.Option(help="auto, download, hub, conllu, xmixup")] = "auto",
+    splits: Annotated[
+        str | None, typer.Option(help="split to write=split to read, such as train=dev,test=test")
+    ] = None,
+    unlabelled: Annotated[bool, typer.Option(help="erased test labels are no error")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="counts as JSON")] = False,
+) -> None:
+    """XTREME's files as rows. Example: crosslift xtreme prepare xnli --data-dir xtreme --output rows/xnli"""
+    from data_pipeline.xtreme.prepare import prepare_task
+
+    chosen = dict(pair.partition("=")[::2] for pair in splits.split(",")) if splits else None
+    counts = prepare_task(
+        task, data_dir, output, languages=_listed(languages), layout=layout, splits=chosen,
+        translations=translations, allow_unlabelled_test=unlabelled,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(counts, ensure_ascii=False, indent=1))
+        return
+    for split in ("train", "dev", "test"):
+        rows = counts[split]
+        print(f"{split:<6}{'  '.join(f'{language} {number:,}' for language, number in rows.items()) or '-'}")
+    for name in ("skipped", "missing"):
+        if any(counts[name].values()):
+            print(f"{name}: {json.dumps(counts[name], ensure_ascii=False)}")
+
+
+@xtreme_app.command("run")
+def xtreme_run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="such as configs/xtreme.yaml")],
+    task: Annotated[str, typer.Option()],
+    model: Annotated[str, typer.Option(help="a name in CONFIG's models")],
+    method: Annotated[str, typer.Option(help="a name in CONFIG's methods")],
+    data_dir: Annotated[Path, typer.Option(help="XTREME's files, or a folder that `xtreme prepare` wrote")],
+    output: Annotated[Path, typer.Option(help="folder for everything; a second call goes on")],
+    overrides: Overrides = None,
+    translations: Annotated[Path | None, typer.Option(help="folder of translation files")] = None,
+    soft_labels: Annotated[Path | None, typer.Option(help="taggers: what `xtreme soft-labels` wrote")] = None,
+    layout: Annotated[str, typer.Option(help="of the data: auto, download, hub, conllu, xmixup")] = "auto",
+    baseline: Annotated[Path | None, typer.Option(help="another run's output, to compare the transfer gap")] = None,
+    mixup: Annotated[Literal["auto", "on", "off"], typer.Option(help="mixing in prediction")] = "auto",
+    unlabelled: Annotated[bool, typer.Option(help="test labels are erased: predictions only")] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
+) -> None:
+    """Fine-tune, select, predict, score. Example: crosslift xtreme run configs/xtreme.yaml --task xnli ..."""
+    from evals.xtreme.run import XtremeRun, run_xtreme
+
+    run_xtreme(
+        XtremeRun(
+            config, task, model, method, data_dir, output, translations=translations, layout=layout,
+            soft_labels=soft_labels, nproc=nproc, overrides=tuple(overrides or ()), mixup=mixup, baseline=baseline,
+            unlabelled=unlabelled,
+        )
+    )  # fmt: skip
+
+
+@xtreme_app.command("soft-labels")
+def xtreme_soft_labels(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="export of a translate-train tagger")],
+    task: Annotated[str, typer.Option(help="udpos or panx")],
+    translations: Annotated[list[Path], typer.Option(help="rows to label: files or folders; may be repeated")],
+    output: Annotated[Path, typer.Option(help="folder for the same files with soft_tags")],
+) -> None:
+    """A teacher's tag probabilities. Example: crosslift xtreme soft-labels M --task panx --translations D --output O"""
+    from evals.xtreme.predict import EncoderPredictor
+    from evals.xtreme.teacher import soft_labels
+
+    for name, rows in soft_labels(EncoderPredictor.open(model), task, translations, output).items():
+        print(f"{output / name}: {rows:,} rows")
+
+
+@xtreme_app.command("retrieve")
+def xtreme_retrieve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="directory or hub name of an encoder")],
+    data_dir: Annotated[Path, typer.Option(help="Tatoeba's files")],
+    output: Annotated[Path, typer.Option(help="folder for predictions and scores")],
+    layer: Annotated[int | None, typer.Option(min=0, help="whose states are compared; default: the middle one")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Tatoeba by nearest sentences. Example: crosslift xtreme retrieve M --data-dir tatoeba --output runs/retrieval"""
+    from evals.xtreme.retrieval import SentenceEncoder, retrieve_tatoeba
+    from evals.xtreme.score import score_table
+
+    results, scores = retrieve_tatoeba(
+        SentenceEncoder.open(model, layer), data_dir, output, languages=_listed(languages)
+    )
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+    else:
+        print(score_table(scores) if scores is not None else f"{output}: predictions; the data's order tells no gold")
+
+
+@xtreme_app.command("analyse")
+def xtreme_analyse(
+    model: Annotated[list[str], typer.Option(help="LABEL=DIR, such as before=DIR; may be repeated")],
+    texts: Annotated[Path, typer.Option(help="folder of parallel texts: XX.jsonl rows, or Tatoeba's files")],
+    output: Annotated[Path, typer.Option(help="folder for JSON and plot")],
+    dominant: Annotated[str, typer.Option()] = "en",
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="sentences a language")] = None,
+) -> None:
+    """CKA and centroids by layer. Example: crosslift xtreme analyse --model a=DIR --texts tatoeba --output OUT"""
+    from evals.errors import EvalError
+    from evals.parallel_texts import parallel_texts, text_files
+    from evals.representation_plots import write_report
+    from evals.representations import analyse, representation_table
+
+    models = dict(each.partition("=")[::2] for each in model)
+    if not all(models.values()):
+        raise EvalError(f"--model {' '.join(model)}: must be LABEL=DIR, such as before=runs/a/model")
+    pairs = parallel_texts(text_files(texts, _listed(languages)), dominant, limit)
+    report = analyse(models, pairs, dominant=dominant)
+    print(representation_table(report))
+    print("  ".join(map(str, write_report(report, output))))
 
 
 @app.command()
@@ -224,6 +356,11 @@ def ui(
     from training.tracking import serve_ui
 
     raise SystemExit(serve_ui(runs, port))
+
+
+def _listed(text: str | None) -> list[str] | None:
+    """The names in a comma-separated option."""
+    return text.split(",") if text else None
 
 
 def main() -> None:

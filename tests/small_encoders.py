@@ -1,6 +1,6 @@
 """Two small encoder tokenizers and words of five scripts, for tests of tasks.
 
-`wordpiece` is of BERT's family: every character of WORDS, and a few longer pieces. `unigram` is of XLM-R's, with the
+`wordpiece` is of BERT's family: every digit and character of WORDS, and a few longer pieces. `unigram` is of XLM-R's, with the
 pieces listed by score. Both know too little to keep most words whole.
 """
 
@@ -20,6 +20,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "bn": ("যুদ্ধের", "পরে", "বুদাপেস্টের", "পুরানো", "সেতুটি", "পুনর্নির্মাণ", "করা", "হয়েছিল", "।"),
 }
 SPACE = {"th": "", "zh": ""}  # between words; elsewhere one
+CHARACTERS = sorted({character for words in WORDS.values() for word in words for character in word} | set("0123456789"))
 LONGER = ("bridge", "re", "built", "bu", "da", "สะ", "พาน", "佩斯", "战后", "ال", "جسر", "সেতু", "পরে")
 
 
@@ -33,7 +34,7 @@ def wordpiece() -> PreTrainedTokenizerBase:
     from transformers import BertTokenizer
 
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    for character in sorted({character for words in WORDS.values() for word in words for character in word}):
+    for character in CHARACTERS:
         pieces += [character, f"##{character}"]
     for piece in LONGER:
         pieces += [piece, f"##{piece}"]
@@ -46,7 +47,7 @@ def unigram() -> PreTrainedTokenizerBase:
     from transformers import XLMRobertaTokenizer
 
     pieces: dict[str, float] = {"<s>": 0.0, "<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0}
-    for character in sorted({character for words in WORDS.values() for word in words for character in word}):
+    for character in CHARACTERS:
         pieces[character] = -6.0
     for piece in LONGER:
         pieces |= {piece: -5.0, f"▁{piece}": -5.5}

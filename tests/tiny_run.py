@@ -70,6 +70,51 @@ def write_data(folder: Path, items: int = ITEMS) -> Path:
     return folder
 
 
+def write_task_data(folder: Path, items: int = ITEMS) -> Path:
+    """`<language>.jsonl` of the same questions as words, numbers tagged; all but English with a back-translation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    english = [row["question"].split() for row in corpus_rows("en", items)]
+    for language in LANGUAGES:
+        lines = []
+        for row, source in zip(corpus_rows(language, items), english, strict=True):
+            words = list(row["question"]) if language == "zh" else row["question"].split()
+            tags = ["NUMBER" if any(map(str.isdigit, word)) else "WORD" for word in words]
+            content: dict[str, Any] = {
+                "id": row["id"],
+                "language": language,
+                "text": row["question"],
+                "words": words,
+                "tags": tags,
+            }
+            if language != "en":
+                content["back_words"] = source[::-1]
+            lines.append(json.dumps(content, ensure_ascii=False) + "\n")
+        (folder / f"{language}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+# What turns the tiny run into X-Mixup on a tagger, over `write_task_data`.
+XMIXUP: dict[str, Any] = {
+    "model.init": {
+        "model_type": "xlm-roberta", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "max_position_embeddings": 130,
+    },
+    "tokenizer.train": {"vocab_size": 150, "style": "encoder"},
+    "data.task": {"kind": "tagging", "labels": ["WORD", "NUMBER"]},
+    "data.sources": [
+        {
+            "name": "questions",
+            "files": "*.jsonl",
+            "columns": {name: name for name in ("id", "language", "words", "tags", "back_words")},
+        }
+    ],
+    "data.mixture": {"strategy": "uniform"},
+    "data.slots_per_step": 32,
+    "data.micro_batch_tokens": 4096,
+    "objective": {"name": "xmixup", "layer": 1, "alpha": 0.8, "source_schedule": 4},
+}  # fmt: skip
+
+
 def run_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str, Any]:
     """Fresh values of a run file, dotted keys set as asked: `run_values(a, b, **{"data.workers": 2})`.
 

@@ -33,7 +33,9 @@ class ModelConfig(Section):
 
     path: str | None = Field(None, description="Hugging Face directory (safetensors) or hub name")
     init: dict[str, Any] | None = Field(None, description="model config to start from scratch, with model_type")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: flash-attn where it runs, else sdpa, else eager"
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelConfig:
@@ -45,8 +47,8 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer: the model's own by default, another directory or hub name, or trained from the sources."""
 
-    path: str | None = None
-    train: TokenizerTrainingConfig | None = None
+    path: str | None = Field(None, description="Hugging Face directory or hub name, where it is not the model's own")
+    train: TokenizerTrainingConfig | None = Field(None, description="train one from the run's own sources")
 
     @model_validator(mode="after")
     def _one_origin(self) -> TokenizerConfig:
@@ -61,13 +63,15 @@ class DataConfig(Section):
     languages: tuple[str, ...] = Field(min_length=1, description="every language of the run, in a fixed order")
     dominant: str = Field("en", description="the language that the others are shifted into, or translated to")
     task: TaskConfig | None = Field(None, description="what an encoder learns; without it, rows are conversations")
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="files or data sets, read as one corpus")
     template: TemplateConfig = TemplateConfig()
     mixture: MixtureConfig = MixtureConfig()
     slots_per_step: int = Field(gt=0, description="labelled samples in a step's global batch, over all ranks")
     sequence_length: int = Field(gt=1, description="longest sample in tokens; longer ones are left out, counted")
     micro_batch_tokens: int = Field(gt=1, description="rows x row length of one forward pass on one rank")
-    layout: Literal["auto", "packed", "padded"] = "auto"
+    layout: Literal["auto", "packed", "padded"] = Field(
+        "auto", description="samples share rows, or one a row; auto: packed where a check shows that they stay apart"
+    )
     max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
     workers: int = Field(1, gt=0, description="background threads a rank that read, tokenise and pack")
@@ -102,9 +106,9 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    learning_rate: float = Field(gt=0, description="the peak, which the schedule climbs to and falls from")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two running moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only: biases and norms are left out")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
 
@@ -112,7 +116,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate as a function of the step: linear warm-up, then one of three shapes."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
+    name: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_ratio: float = Field(0.01, ge=0, lt=1, description="share of max_steps")
     final_ratio: float = Field(
         0.0, ge=0, le=1, description="what cosine and linear fall to after the last step, / peak"
@@ -152,7 +156,9 @@ class RunConfig(Section):
 
     data_dir: Path | None = Field(None, description="where relative source files lie")
     output_dir: Path = Field(description="everything the run writes lies here")
-    seed: int = 0
+    seed: int = Field(
+        0, description="of every random choice: order of samples, held-out items, initial weights, dropout"
+    )
     max_steps: int = Field(gt=0, description="optimiser steps")
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -162,9 +168,13 @@ class RunConfig(Section):
     ]
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    precision: Literal["bf16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = False
-    zero_stage: Literal[1, 2, 3] = 3
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of weights and activations; gradients are summed in fp32 either way"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower steps")
+    zero_stage: Literal[1, 2, 3] = Field(
+        3, description="sharded over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights"
+    )
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, merged last")
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -146,11 +146,10 @@ def _soft_tags(cells: Cells, column: str, n_words: int) -> tuple[tuple[float, ..
             raise cells.bad(f"{what} is not a list of numbers, one a label")
         if len(row) != width:
             raise cells.bad(f"{what} has {len(row)} numbers, the words before it {width}")
-        total = sum(row)
-        if not all(0 <= value <= 1 + SUM_TOLERANCE for value in row) or not math.isclose(
-            total, 1, rel_tol=0, abs_tol=SUM_TOLERANCE
-        ):
-            raise cells.bad(f"{what} must be probabilities that sum to 1; the sum is {total:g}")
+        if not all(0 <= value <= 1 + SUM_TOLERANCE for value in row):
+            raise cells.bad(f"{what} must be probabilities, between 0 and 1")
+        if not math.isclose(sum(row), 1, rel_tol=0, abs_tol=SUM_TOLERANCE):
+            raise cells.bad(f"{what} must sum to 1; the sum is {sum(row):g}")
     return tuple(tuple(map(float, row)) for row in found)
 
 

@@ -44,8 +44,11 @@ PAWS = Columns(1, 2, 3, (3, 4), "id, text, text, label", header=True, name=0)
 TRANSLATED = Columns(2, 3, 4, (4, 5), "original, original, text, text, label", original=(0, 1), lenient=True)
 
 
-def text_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line. Raises DataError: the file cannot be read, or a line is not UTF-8."""
+def text_lines(file: Path, whole: bool = False) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of every line; blank lines at the end only of the `whole` file.
+
+    Raises DataError: the file cannot be read, or a line is not UTF-8.
+    """
     blank: list[int] = []
     try:
         with open(file, "rb") as stream:
@@ -61,6 +64,8 @@ def text_lines(file: Path) -> Iterator[tuple[int, str]]:
                 yield from ((earlier, "") for earlier in blank)
                 blank.clear()
                 yield number, text
+            if whole:
+                yield from ((earlier, "") for earlier in blank)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
@@ -168,8 +173,11 @@ def read_tagged(file: Path, task: XtremeTask) -> Iterator[Sentence]:
 
 
 def read_words(file: Path) -> Iterator[Sentence]:
-    """The words of a file as `read_tagged` reads it; what stands beside them says nothing."""
-    for start, index, lines in _chunks(file):
+    """The words of a file as `read_tagged` reads it; what stands beside them says nothing.
+
+    Here blank lines at the end, too, are empty sentences: translations may have come out empty.
+    """
+    for start, index, lines in _chunks(file, whole=True):
         yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines))
 
 
@@ -180,7 +188,7 @@ def read_soft(file: Path, task: XtremeTask, labels: Path) -> Iterator[Sentence]:
     """
     order = _label_order(labels, task)
     places = [order.index(label) for label in task.labels]
-    for start, index, lines in _chunks(file):
+    for start, index, lines in _chunks(file, whole=True):
         soft = []
         for number, (_, cell) in enumerate(lines, start):
             values = _probabilities(cell, len(order), f"{file}:{number}")
@@ -188,11 +196,11 @@ def read_soft(file: Path, task: XtremeTask, labels: Path) -> Iterator[Sentence]:
         yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines), soft_tags=tuple(soft))
 
 
-def _chunks(file: Path) -> Iterator[tuple[int, int, list[tuple[str, str | None]]]]:
+def _chunks(file: Path, whole: bool = False) -> Iterator[tuple[int, int, list[tuple[str, str | None]]]]:
     """(first line's number, index, [(word, cell beside it)]) of each sentence."""
     index, start = 0, 1
     lines: list[tuple[str, str | None]] = []
-    for number, text in text_lines(file):
+    for number, text in text_lines(file, whole):
         if not text:
             yield start, index, lines
             index, start, lines = index + 1, number + 1, []

@@ -97,7 +97,7 @@ def prepare_task(
         "task": task,
         "layout": layout,
         "allow_unlabelled_test": allow_unlabelled_test,
-        "parts": sorted(f"{part.split}/{part.language} from {part.read}" for part in plan.parts),
+        "languages or splits": sorted(f"{part.split}/{part.language} from {part.read}" for part in plan.parts),
         "files": _identities(plan.parts),
     }
     output = Path(output)
@@ -122,7 +122,7 @@ def _splits(splits: Mapping[str, str] | None) -> dict[Split, Split] | None:
     named = {name: name for name in SPLITS}
     wrong = [name for pair in splits.items() for name in pair if name not in named]
     if wrong or not splits:
-        raise DataError(f"splits: {wrong[0] if wrong else 'none'} is none of {', '.join(SPLITS)}")
+        raise DataError(f"splits: {wrong[0]!r} is none of {', '.join(SPLITS)}" if wrong else "splits: names no split")
     return {named[write]: named[read] for write, read in splits.items()}  # type: ignore[index]  # checked above
 
 
@@ -135,7 +135,10 @@ def _plan(
     root: Path | None,
     train_languages: tuple[str, ...],
 ) -> _Plan:
-    """What is to be written. Raises DataError: a file that was asked for by name is not there."""
+    """What is to be written. Raises DataError: a language or a split that was asked for by name has no file.
+
+    A split that was not named may be missing whole, but not in some of the languages that were.
+    """
     for language in (*(languages or ()), *train_languages):
         # a retrieval task has no English rows of its own, and no training
         if language not in task.languages and (language != DOMINANT or task.kind != "retrieval"):
@@ -143,17 +146,19 @@ def _plan(
     plan = _Plan()
     for split, read in (splits or {name: name for name in SPLITS}).items():
         own = train_languages if split == "train" else tuple(languages or task.languages)
-        for language in own:
-            gold = find_source(task, read, language, data_dir, layout)
-            if gold is not None and gold.exists():
+        gold = {language: find_source(task, read, language, data_dir, layout) for language in own}
+        there = [language for language, source in gold.items() if source is not None and source.exists()]
+        for language, source in gold.items():
+            if source is None:
+                continue
+            if language in there:
                 back = None if root is None or split == "train" else mt.back_translation(task, read, language, root)
-                plan.parts.append(_Part(split, read, language, gold, back=back))
-            elif gold is not None:
-                if languages is not None and split != "train":
-                    raise DataError(
-                        f"{gold.name or data_dir}: not there, and {task.name}'s {read} {language!r} is asked for"
-                    )
-                plan.missing.setdefault(split, []).append(language)
+                plan.parts.append(_Part(split, read, language, source, back=back))
+                continue
+            if languages is not None and split != "train" and (there or splits is not None):
+                where = source.name or data_dir
+                raise DataError(f"{where}: not there, and {task.name}'s {read} {language!r} is asked for")
+            plan.missing.setdefault(split, []).append(language)
         if split == "train" and root is not None:
             _plan_translations(task, plan, read, languages, root, train_languages)
         if splits is not None and not any(part.split == split for part in plan.parts):
@@ -216,7 +221,7 @@ def _write_rows(file: Path, rows: Iterable[Row]) -> int:
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"row {row['id']!r} of {file.parent.name}/{file.name}: half of a surrogate pair"
+                    f"row {row['id']!r} of {file.parent.name}/{file.name}: not text (half of a surrogate pair)"
                 ) from error
             n_rows += 1
     return n_rows
@@ -251,7 +256,7 @@ def _kept(output: Path, made_from: dict[str, Any], remake: bool) -> Counts | Non
     if remake:
         return None
     key = next(key for key in made_from if before.get(key) != made_from[key])
-    raise DataError(f"{output}: was prepared from another {key}; name a new folder, or have it remade")
+    raise DataError(f"{output}: was prepared otherwise (it differs in: {key}); name a new folder, or have it remade")
 
 
 def _publish(temporary: Path, output: Path) -> None:

@@ -62,7 +62,9 @@ def tatoeba_source(task: XtremeTask, split: Split, language: str, data_dir: Path
         source, english = _parallel(files)
         for index, (text, partner) in enumerate(zip(source, english, strict=True)):
             translation = partner if _keeps_order(files) else None
-            yield Line(f"{files[0]}:{index + 1}", index, f"{task.name}-{split}-{language}-{index}", language, text, translation)
+            yield Line(
+                f"{files[0]}:{index + 1}", index, f"{task.name}-{split}-{language}-{index}", language, text, translation
+            )
 
     return Source(files, read)
 

@@ -23,6 +23,7 @@ from data_pipeline.xtreme.items import (
     Pair,
     Question,
     Row,
+    Sentence,
     Source,
     Split,
     group_of,
@@ -85,7 +86,7 @@ def with_versions(
 
 def _together(items: Iterable[T], versions: Iterator[Item | None]) -> Iterator[tuple[T, Item | None]]:
     for item in items:
-        yield item, next(versions)
+        yield item, next(versions, None)
     next(versions, None)  # so that it looks whether its files end together
 
 
@@ -112,12 +113,13 @@ def _in_place(first: Source, second: Source) -> Iterator[tuple[Item, Item]]:
     differs: Pair | None = None
     for one, other in zip_longest(left, right):
         if one is None or other is None:
-            longer, shorter, extra, rest = (
-                (first, second, one, left) if other is None else (second, first, other, right)
-            )
+            longer, shorter, extra = (first, second, one) if other is None else (second, first, other)
+            rest = [item for item in (left if other is None else right) if not _is_blank_line(item)]
+            if _is_blank_line(extra) and not rest:
+                break
             raise DataError(
-                f"{shorter.name}: {n_items} items, but {longer.name} has {n_items + 1 + sum(1 for _ in rest)}: nothing"
-                f" goes with {extra.place}; the files must go together item by item"
+                f"{shorter.name}: {n_items} items, but {longer.name} has {n_items + 1 + len(rest)}: nothing goes with"
+                f" {extra.place}; the files must go together item by item"
             )
         n_items += 1
         if isinstance(one, Pair) and isinstance(other, Pair):
@@ -130,6 +132,11 @@ def _in_place(first: Source, second: Source) -> Iterator[tuple[Item, Item]]:
             f"{differs.place}: translates another text than {first.name} has there, as {n_other} of {n_items} lines do;"
             " the files must go together line by line"
         )
+
+
+def _is_blank_line(item: Item) -> bool:
+    """A sentence that is nothing but a blank line: at the end of a file there may be more of them."""
+    return isinstance(item, Sentence) and is_empty(item)
 
 
 def _check_same(one: Pair, other: Pair) -> None:

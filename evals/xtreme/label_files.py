@@ -19,7 +19,7 @@ from evals.errors import EvalError
 
 ERASED = "XTREME's download script erases test labels; take them from the original data"
 _FEWEST_ERASED = 20  # labels (for taggers: sentences) that are never all the same by chance
-_INDEX = re.compile("0|[1-9][0-9]*")
+_INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,7 @@ def _question(file: Path, item: dict[str, Any], context: str) -> Question:
 
 
 def _lines(file: Path) -> list[str]:
+    """Lines without the spaces around them, among which is a CR."""
     return [line.strip() for line in _text(file).removesuffix("\n").split("\n")]
 
 
@@ -137,10 +138,12 @@ def _json(file: Path) -> Any:
         return json.loads(_text(file))
     except json.JSONDecodeError as error:
         raise EvalError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise EvalError(f"{file}: not JSON that can be read: {error}") from error
 
 
 def _text(file: Path) -> str:
-    """The file's text with "\\n" line ends, without a BOM."""
+    """The file's text without a BOM."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -150,7 +153,7 @@ def _text(file: Path) -> str:
         raise EvalError(f"{file}:{line}: not UTF-8") from error
     if not text.strip():
         raise EvalError(f"{file}: is empty")
-    return text.replace("\r\n", "\n")
+    return text
 
 
 def _check_label(file: Path, number: int, line: str, labels: Sequence[str], gold: bool) -> None:

@@ -28,83 +28,53 @@ from evals.results import RESULTS_FILE, described_versions, write_atomically
 from evals.xtreme.score import XtremeScores, score_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from modeling.sentence_states import SentenceStates
 
 Floats = npt.NDArray[np.float32]
 XTREME_LAYERS = {12: 7, 24: 13}  # layers of the model: the one that XTREME's script names
 MAX_TOKENS = 512  # XTREME's; longer sentences are cut
+BATCH_TOKENS = 8192  # rows x row length of one forward pass
 CHUNK = 1024  # queries compared at a time
 
 
 class SentenceEncoder:
     """Sentences -> unit vectors: mean states that leave `layer` (0-based; None: XTREME's, or 7/12 of the depth)."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        layer: int | None = None,
-        specials: bool = False,
-        batch_tokens: int = 8192,
-    ) -> None:
+    def __init__(self, states: SentenceStates, layer: int | None = None, specials: bool = False) -> None:
         """`specials`: average over special tokens too. Raises EvalError for a layer that does not exist."""
-        from modeling.encoder_states import EncoderStates
-        from modeling.layers import decoder_layers
-
-        depth = len(decoder_layers(model))
+        depth = states.layers
         self.layer = XTREME_LAYERS.get(depth, depth * 7 // 12) if layer is None else layer
         if not 0 <= self.layer < depth:
             raise EvalError(f"layer {self.layer}: the model has layers 0 to {depth - 1}")
-        self.model, self.tokenizer, self.specials = model.eval(), tokenizer, specials
-        self.batch_tokens = batch_tokens
-        self._states = EncoderStates(model, [self.layer + 1])
-        edges = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self._special_ids = {token for token in edges if token is not None}
+        self.states, self.specials = states, specials
 
     @classmethod
     def open(
         cls, path: str | Path, layer: int | None = None, specials: bool = False, dtype: str = "auto"
     ) -> SentenceEncoder:
-        """Opens an encoder without its head. Raises EvalError where weights of its layers are missing."""
+        """Opens an encoder without its head. `dtype`: bf16, fp32, or auto: bf16 on a GPU. Raises ModelError."""
         import torch
-        from transformers import AutoModel, AutoTokenizer
 
-        from modeling.loading import resolve_directory
+        from modeling.sentence_states import SentenceStates
 
-        directory, on_gpu = resolve_directory(path), torch.cuda.is_available()
+        on_gpu = torch.cuda.is_available()
         number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
-        loaded: Any = AutoModel.from_pretrained(
-            directory, dtype=number_format, output_loading_info=True, local_files_only=True, use_safetensors=True
-        )
-        model, report = loaded
-        if missing := [key for key in report["missing_keys"] if "pooler." not in key]:
-            raise EvalError(f"{directory}: {len(missing)} weights are missing, such as {min(missing)}")
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        return cls(model.to("cuda" if on_gpu else "cpu"), tokenizer, layer, specials)
+        device = "cuda" if on_gpu else "cpu"
+        states = SentenceStates.open(path, max_length=MAX_TOKENS, dtype=number_format, device=device)
+        return cls(states, layer, specials)
 
     def encode(self, sentences: Sequence[str]) -> Floats:
-        """(N, H) of length 1 each; zeros for a sentence without a token."""
-        import torch
-
-        from modeling.consistency import content_mask, representations
-
-        limit = min(MAX_TOKENS, self.tokenizer.model_max_length)
-        ids = [self.tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text in sentences]
-        order = sorted(range(len(ids)), key=lambda number: len(ids[number]), reverse=True)
-        found: list[Floats] = [np.zeros(0, np.float32)] * len(ids)
+        """(N, H) of length 1 each. Raises ModelError for a sentence without a token."""
+        encoded = self.states.encode(sentences)
+        if self.specials:
+            encoded = [text._replace(content=[True] * len(text.ids)) for text in encoded]
+        order = sorted(range(len(encoded)), key=lambda number: len(encoded[number].ids), reverse=True)
+        found = np.zeros((len(encoded), self.states.width), np.float32)
         while order:
-            size = max(self.batch_tokens // len(ids[order[0]]), 1)
+            size = max(BATCH_TOKENS // len(encoded[order[0]].ids), 1)
             batch, order = order[:size], order[size:]
-            inputs = self.tokenizer.pad({"input_ids": [ids[number] for number in batch]}, return_tensors="pt")
-            inputs = inputs.to(self.model.device)
-            with torch.inference_mode(), self._states.batch() as captured:
-                self.model(**inputs)
-                mask = inputs["attention_mask"]
-                content = mask != 0 if self.specials else content_mask(inputs["input_ids"], mask, self._special_ids)
-                vectors = representations(captured[self.layer + 1], content)
-            for number, vector in zip(batch, vectors.cpu().numpy(), strict=True):
-                found[number] = vector / max(float(np.linalg.norm(vector)), 1e-12)
-        return np.stack(found)
+            found[batch] = self.states.of([encoded[number] for number in batch])[self.layer + 1].cpu().numpy()
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def nearest(queries: Floats, candidates: Floats, chunk: int = CHUNK) -> list[int]:
@@ -146,7 +116,7 @@ def retrieve_tatoeba(
         scores = score_directory(output / "predictions", output / "labels", ["tatoeba"], gold_of)
     results = {
         "task": "tatoeba",
-        "model": str(encoder.model.name_or_path),
+        "model": str(encoder.states.model.name_or_path),
         "layer": encoder.layer,
         "specials": encoder.specials,
         "scores": scores and scores.to_json(),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -107,7 +107,7 @@ def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -
         ("data.languages", [], r"data\.languages: .*at least 1 .*"),
         ("data.languages", ["en", False], r"data\.languages\.1: .*string \(found False\)"),
         ("objective", {}, r"objective\.name: required, but missing"),
-        ("objective.name", "dpo", r"objective\.name: 'dpo' is none of 'sft', 'shifcon'"),
+        ("objective.name", "dpo", r"objective\.name: 'dpo' is none of 'sft', 'shifcon', 'mlm', .*"),
         ("objective.layers", [2, 1], r"objective\.layers: must be \[toward, back\] .*not \[2, 1\].*"),
         ("objective.contrastive.set_size", 1, r"objective\.contrastive\.set_size: .*greater than 1 \(found 1\)"),
         ("optimizer.betas", [0.9], r"optimizer\.betas\.1: required, but missing"),
@@ -224,7 +224,7 @@ def test_a_file_that_is_no_run_file(tmp_path: Path, text: str | bytes, message: 
         ("data:\n  a: 1\nseed: 1\ndata:\n  b: 1\n", ["4: data: given twice (lines 1 and 4); keep one"]),
         ("model: {path: a, path: b}\n", ["1: model.path: given twice (lines 1 and 1); keep one"]),
         (
-            "data:\n  sources:\n    - {name: a, files: x}\n    - name: b\n      files: x\n      name: c\nseed: 1\nseed: 2\n",
+            "data:\n  sources:\n  - {name: a, files: x}\n  - name: b\n    files: x\n    name: c\nseed: 1\nseed: 2\n",
             [
                 "6: data.sources.1.name: given twice (lines 4 and 6); keep one",
                 "8: seed: given twice (lines 7 and 8); keep one",
@@ -334,6 +334,15 @@ def sections() -> dict[type[BaseModel], set[type[BaseModel]]]:
 
     walk(RunConfig, set())
     return holders
+
+
+@pytest.mark.parametrize("model", sections(), ids=lambda model: model.__name__)
+def test_every_option_says_what_it_is(model: type[BaseModel]) -> None:
+    """By a description; a section, and the one value that chooses it among others, by its class's docstring."""
+    assert model.__doc__
+    fields = model.model_fields.items()
+    silent = {name for name, field in fields if not (field.description or _models_in(field.annotation))}
+    assert not {name for name in silent if len(get_args(model.model_fields[name].annotation)) != 1}
 
 
 def reads(source: ast.AST, inside: str = "") -> Iterator[tuple[str, str]]:

@@ -35,7 +35,7 @@ def test_groups_join_each_language_on_its_own_subset(tmp_path: Path) -> None:
     assert found == {"de": (["en 1", "en 3"], ["de 1", "de 3"]), "sw": (["en 2", "en 4"], ["sw 2", "sw 4"])}
     assert parallel_texts(files, "en", limit=1)["sw"] == (["en 2"], ["sw 2"])
     assert parallel_texts(text_files(tmp_path, ["en", "sw"]), "en").keys() == {"sw"}
-    assert parallel_texts(files, "de")["en"] == (["de 3", "de 1"], ["en 3", "en 1"])
+    assert parallel_texts(text_files(tmp_path, ["en", "de"]), "de")["en"] == (["de 3", "de 1"], ["en 3", "en 1"])
 
 
 def test_the_sentence_of_each_kind_of_row(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,7 @@ def test_the_picture() -> None:
     assert bold.keys() == {"before", "after"}
     assert list(bold["after"].get_xdata()) == [0, 1, 2]
     assert list(bold["before"].get_ydata()) == pytest.approx([0.2, 0.3, 0.4, 0.5])
-    assert [list(line.get_ydata())[0] for line in thin] == pytest.approx([0.3, 0.1, 0.5, 0.3])
+    assert [line.get_ydata()[0] for line in thin] == pytest.approx([0.3, 0.1, 0.5, 0.3])
     assert bold["before"].get_color() != bold["after"].get_color()
     assert bold["before"].get_linestyle() != bold["after"].get_linestyle()
     assert distance.get_ylim()[0] == 0
@@ -212,7 +213,7 @@ def test_names_are_apart_in_order_and_inside(heights: list[float]) -> None:
     placed = _apart(names, 0.03)
     assert placed.keys() == names.keys()
     ordered = sorted(placed.values())
-    assert all(b - a > min(0.03, 1 / 40) - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(b - a > min(0.03, 1 / 40) - 1e-9 for a, b in pairwise(ordered))
     assert all(-1e-9 <= height <= 1 + 1e-9 for height in ordered)
     for one in names:
         for other in names:

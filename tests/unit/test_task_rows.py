@@ -1,4 +1,4 @@
-"""Task columns: every format gives the same TaskRecords, bad rows say where and why, the index holds them like others."""
+"""Task columns: every format gives the same TaskRecords, bad rows say where and why, the index holds them too."""
 
 from __future__ import annotations
 
@@ -250,19 +250,25 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("tagging", {"soft_tags": [[0, 1, 0]] * 2}, "'soft_tags' has 2 entries; there are 3 words"),
     ("tagging", {"soft_tags": [[0, 1]] * 3}, "soft_tags have 2 numbers a word; task.labels are 3"),
     ("tagging", {"soft_tags": [[0, 1, 0], [1, 0], [1, 0, 0]]}, "'soft_tags'[1] has 2 numbers, the words before it 3"),
-    ("tagging", {"soft_tags": [[0, 1, 0]] * 2 + [[0.5, 0.4, 0.05]]}, "'soft_tags'[2] must be probabilities that sum to"),
-    ("tagging", {"soft_tags": [[0, 1, 0]] * 2 + [[1.5, -0.5, 0]]}, "'soft_tags'[2] must be probabilities that sum to 1"),
+    ("tagging", {"soft_tags": [[0, 1, 0]] * 2 + [[0.5, 0.4, 0.05]]}, "'soft_tags'[2] must sum to 1; the sum is 0.95"),
+    ("tagging", {"soft_tags": [[0, 1, 0]] * 2 + [[1.5, -0.5, 0]]}, "'soft_tags'[2] must be probabilities, between 0 "),
     ("tagging", {"soft_tags": [[0, 1, 0], [True, 0, 0], [1, 0, 0]]}, "'soft_tags'[1] is not a list of numbers"),
     ("tagging", {"soft_tags": [0, 1, 0]}, "'soft_tags'[0] is not a list of numbers"),
     ("tagging", {"back_words": ["a", ""]}, "'back_words'[1] is empty"),
     ("qa", {"question": ""}, "'question' is empty"),
     ("qa", {"context": None}, "'context' is empty"),
     ("qa", {"answers": []}, "no answers, which training needs"),
-    ("qa", {"answers": [{"text": "1949", "answer_start": 5}]}, "'answers'[0] '1949' is not at character 5 of the context; it is at 23"),
-    ("qa", {"answers": [{"text": "1950", "answer_start": 23}]}, "'answers'[0] '1950' is not at character 23 of the context; it is nowhere in it"),
+    (
+        "qa", {"answers": [{"text": "1949", "answer_start": 5}]},
+        "'answers'[0] '1949' is not at character 5 of the context; it is at 23",
+    ),
+    (
+        "qa", {"answers": [{"text": "1950", "answer_start": 23}]},
+        "'answers'[0] '1950' is not at character 23 of the context; it is nowhere in it",
+    ),
     ("qa", {"answers": [{"text": "1949", "answer_start": -4}]}, "'answers'[0].answer_start is -4; it must be a number"),
     ("qa", {"answers": [{"text": "1949"}]}, "'answers'[0].answer_start is None; it must be a number"),
-    ("qa", {"answers": [{"text": "1949", "answer_start": True}]}, "'answers'[0].answer_start is True; it must be a num"),
+    ("qa", {"answers": [{"text": "1949", "answer_start": True}]}, "'answers'[0].answer_start is True; it must be a"),
     ("qa", {"answers": [{"text": "", "answer_start": 0}]}, "'answers'[0].text is empty"),
     ("qa", {"answers": ["1949"]}, "'answers' must be a list of {text, answer_start}"),
     ("qa", {"answers": {"text": ["1949"], "answer_start": []}}, "'answers' must have as many starts as texts"),
@@ -301,7 +307,8 @@ def test_a_translation_may_be_missing_in_a_row(tmp_path: Path) -> None:
         blanks = {name: "" for name in rows[0] if name.startswith("back_")}
         write(tmp_path / "x.jsonl", named([rows[0], rows[0] | blanks]))
         index = build(tmp_path, kind, source(named(rows)))
-        assert (index.task_record(1).back is None) and (index.task_record(0).back is None) == (kind == "text")
+        assert index.task_record(1).back is None
+        assert (index.task_record(0).back is None) == (kind == "text")
 
 
 # --- what is read without an index

@@ -418,6 +418,10 @@ def test_broken_files(refusal) -> None:
     assert refusal("mlqa", "de", '{\n"a": "Paris",\n', squad(QUESTION)).startswith(
         "ours/mlqa/test-de.json:3: not JSON: "
     )
+    for unreadable in ("[" * 100_000, "9" * 5000):
+        assert "ours/mlqa/test-de.json: not JSON that can be read: " in refusal(
+            "mlqa", "de", unreadable, squad(QUESTION)
+        )
     assert refusal("pawsx", "de", b"0\n1\n\xff\n", "0\n1\n1\n") == "ours/pawsx/test-de.tsv:3: not UTF-8"
     assert refusal("pawsx", "de", "0\n", b"\xef\xbb\xbf0\n\xe9\n") == "gold/pawsx/test-de.tsv:2: not UTF-8"
     for task in ("xnli", "panx", "xquad", "bucc2018", "tatoeba"):
@@ -432,7 +436,7 @@ def test_lines_of_retrieval(refusal) -> None:
     )
     assert "gold/bucc2018/test-de.tsv:1:" in refusal("bucc2018", "de", "de-1\ten-1\n", "de-1\ten-1\t0.9\n")
     assert "ours/bucc2018/test-de.tsv:2: '' is not" in refusal("bucc2018", "de", "de-1\ten-1\n\n", "de-1\ten-1\n")
-    for number in ("-1", "1.0", "x", "", "٣", "07"):
+    for number in ("-1", "1.0", "x", "", "٣", "07", "9" * 30):
         assert refusal("tatoeba", "de", f"0\n{number}\n1\n", "0\n1\n2\n") == (
             f"ours/tatoeba/test-de.tsv:2: {number!r} is no sentence number; a line is 0, 1, 2, ..."
         )

@@ -1,0 +1,112 @@
+"""An encoder as a user makes it: masked words from scratch, then X-Mixup on a tagger, exported and reopened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+
+from ranks import SOURCE, environment
+from tiny_run import XMIXUP, run_values, write_config, write_task_data
+
+from modeling.encoders import load_task_model
+from modeling.export_info import ExportInfo
+from modeling.xmixup import CrossLingualMixup
+
+STEPS = 4
+TEXT = {
+    **XMIXUP,
+    "max_steps": STEPS,
+    "data.task": {"kind": "text"},
+    "data.sources": [{"name": "text", "files": "*.jsonl", "columns": {"language": "language", "text": "text"}}],
+    "objective": {"name": "mlm"},
+    "checkpoint.every": STEPS,
+}
+
+
+def crosslift(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "crosslift.py", *arguments]
+    return subprocess.run(command, env=environment(), cwd=SOURCE, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`mlm/` and, from its export, `mixed/`."""
+    folder = tmp_path_factory.mktemp("encoder")
+    data = write_task_data(folder / "data")
+    tagging = {key: value for key, value in XMIXUP.items() if key not in ("model.init", "tokenizer.train")}
+    tagging |= {"model": {"path": str(folder / "mlm" / "model")}, "tokenizer": {}}
+    tagging |= {"max_steps": STEPS, "checkpoint.every": 2}
+    for name, changes in (("mlm", TEXT), ("mixed", tagging)):
+        config = write_config(folder / f"{name}.yaml", run_values(data, folder / name, **changes))
+        done = crosslift("train", str(config), "--nproc", "1")
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    events = [json.loads(line) for line in (run / "record.jsonl").read_text().splitlines()]
+    return [event["metrics"] for event in events if "metrics" in event]
+
+
+def test_masked_words_are_learned_and_the_tied_head_is_stored_once(runs: Path) -> None:
+    losses = [step["train/loss"] for step in metrics(runs / "mlm") if "train/loss" in step]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    names = set(load_file(runs / "mlm" / "model" / "model.safetensors"))
+    assert "roberta.embeddings.word_embeddings.weight" in names
+    assert "lm_head.decoder.weight" not in names
+
+
+def test_the_tagger_keeps_the_pretrained_encoder_and_gets_a_fresh_head(runs: Path) -> None:
+    before = load_file(runs / "mlm" / "model" / "model.safetensors")
+    start = load_file(runs / "mixed" / "task_model" / "model.safetensors")
+    encoder = [name for name in start if name.startswith("roberta.")]
+    assert len(encoder) > 20
+    assert all(torch.equal(start[name], before[name]) for name in encoder)
+    assert {name for name in start if not name.startswith("roberta.")} == {"classifier.weight", "classifier.bias"}
+
+
+def test_every_step_reports_both_sides_consistency_and_ratio(runs: Path) -> None:
+    steps = [step for step in metrics(runs / "mixed") if "train/loss" in step]
+    assert len(steps) == STEPS
+    for step in steps:
+        assert step["train/loss"] == pytest.approx(step["train/target"])
+        assert step["train/consistency"] >= 0
+        assert 0.25 < step["train/mixup_ratio"] < 0.5  # lambda_0 * sigmoid of an entropy, which is above 0
+        assert {f"train/loss/{language}" for language in ("en", "de", "sw", "zh")} <= set(step)
+
+
+def test_the_export_says_what_it_is_and_mixes_again(runs: Path) -> None:
+    model_dir = runs / "mixed" / "model"
+    info = ExportInfo.read(model_dir)
+    assert (info.objective, info.sequence_length, info.step) == ("xmixup", 96, STEPS)
+    assert info.task is not None
+    assert info.task["labels"] == ["WORD", "NUMBER"]
+    assert not any("mixup" in name for name in load_file(model_dir / "model.safetensors"))
+    model = load_task_model(model_dir, "tagging", info.task["labels"], torch.float32, "sdpa", "cpu")
+    mixup = CrossLingualMixup.attach(model, model_dir)
+    assert mixup.state().layer == 1
+    assert [float(value) for value in mixup.parameters()] != [1.0, 0.0]  # trained
+    ids = torch.randint(5, 100, (2, 12))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask).logits
+        with mixup.batch(mask, 1):
+            mixed = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(mixed[1], plain[1])  # the source goes on unmixed
+    assert (mixed[0] - plain[0]).abs().max() > 1e-6
+
+
+def test_check_shows_both_sides_with_their_tags(runs: Path) -> None:
+    done = crosslift("check", str(runs / "mixed.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "source (gold):" in done.stdout or "source (back-translation):" in done.stdout
+    assert "NUMBER" in done.stdout

@@ -1,0 +1,618 @@
+"""tasks/reader.py, masking.py: pairs as X-Mixup asks for, the same on any number of ranks; windows and masks too."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_encoders import WORDS, unigram
+from tokenizers.normalizers import Replace
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.index import build_index
+from data_pipeline.mixture import Quotas
+from data_pipeline.plan import Planner
+from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.tasks.batches import TaskPacker, TaskSample
+from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.masking import mask_tokens
+from data_pipeline.tasks.reader import TaskLoader, TaskReader, TaskStep, gold_probability
+from data_pipeline.tasks.tokenize import TaskTokenizer
+
+LANGUAGES = ("en", "th", "bn")
+EN, TH, BN = range(3)
+ITEMS = 12
+SLOTS = 12
+STEPS = 8
+TASKS = {
+    "classification": TaskConfig(kind="classification", labels=("no", "yes")),
+    "tagging": TaskConfig(kind="tagging", labels=("N", "V", "O"), doc_stride=20),
+    "qa": TaskConfig(kind="qa", doc_stride=25, max_question_length=12),
+    "text": TaskConfig(kind="text", mask_probability=0.2),
+}
+
+
+def words(language: str, item: int) -> list[str]:
+    """No two items have the same; long ones take several windows."""
+    own = WORDS[language]
+    return [own[(item + n) % len(own)] for n in range(4 + 5 * (item % 4))] + [str(item)]
+
+
+def soft(item: int, number: int) -> list[float]:
+    share = (item + number) % 5 / 5
+    return [share, 1 - share, 0.0]
+
+
+def row(kind: str, language: str, item: int, back: bool = True) -> dict[str, Any]:
+    """A row of the canonical columns; English has gold labels, the others what translation gives."""
+    own, english = words(language, item), words("en", item)
+    values: dict[str, Any] = {"id": f"i{item}", "group": f"g{item}", "language": language}
+    if kind == "classification":
+        values |= {"text_a": " ".join(own), "label": ("no", "yes")[item % 2]}
+        extra: dict[str, Any] = {"back_text_a": "after " + " ".join(english)}
+    elif kind == "tagging":
+        if language == "en":
+            values |= {"words": own, "tags": ["NVO"[(item + n) % 3] for n in range(len(own))]}
+        else:
+            values |= {"words": own, "soft_tags": [soft(item, n) for n in range(len(own))]}
+        extra = {"back_words": ["after", *english]}
+    elif kind == "qa":
+        context = " ".join(own)
+        values |= {"question": own[0], "context": context, "answers": [answer(context, own)]}
+        text = "after " + " ".join(english)
+        extra = {"back_question": english[0], "back_context": text, "back_answers": [answer(text, english)]}
+    else:
+        values |= {"text": " ".join(own)}
+        extra = {}
+    return values | (extra if back and language != "en" else {})
+
+
+def answer(context: str, own: list[str]) -> dict[str, Any]:
+    return {"text": own[-2], "answer_start": context.rindex(own[-2])}
+
+
+def write(folder: Path, kind: str, rows: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """One file: every item in English, Thai and Bengali; Thai lacks item 3's translation back, English item 5."""
+    if rows is None:
+        rows = [
+            row(kind, language, item, back=(language, item) != ("th", 3))
+            for language in LANGUAGES
+            for item in range(ITEMS)
+            if (language, item) != ("en", 5)
+        ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    return rows
+
+
+Make = Callable[..., TaskReader]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A reader; what is not asked for is the same each time."""
+
+    def reader(
+        kind: str,
+        rows: list[dict[str, Any]] | None = None,
+        paired: bool | None = None,
+        schedule: float | None = None,
+        length: int = 60,
+        seed: int = 5,
+        languages: tuple[str, ...] = LANGUAGES,
+        **options: Any,
+    ) -> TaskReader:
+        rows = write(tmp_path / kind, kind, rows)
+        columns = {name: name for each in rows for name in each}
+        task = TASKS[kind]
+        source = SourceConfig(name="rows", files="rows.jsonl", columns=columns)
+        index = build_index([source], languages, tmp_path / kind, tmp_path / "index", task=task, **options)
+        return TaskReader(
+            index,
+            TaskTokenizer(unigram(), task, length, languages),
+            paired=kind != "text" if paired is None else paired,
+            dominant=languages.index("en"),
+            seed=seed,
+            source_schedule=schedule,
+        )
+
+    return reader
+
+
+def numbers(reader: TaskReader) -> dict[tuple[str, str], int]:
+    """(language, id) -> row of the index."""
+    records = {
+        number: reader.index.task_record(number) for number in range(len(reader.index)) if not reader.index.bad[number]
+    }
+    return {(record.language, record.id): number for number, record in records.items()}
+
+
+def step_that(reader: TaskReader, gold: bool) -> int:
+    return next(step for step in range(1000) if reader.gold(step) is gold)
+
+
+def text_of(reader: TaskReader, side: Any) -> str:
+    """The tokens of the texts, put together."""
+    ids = side.input_ids[side.content].tolist()
+    return "".join(reader.tokenizer.tokenizer.convert_ids_to_tokens(ids)).replace("▁", "")
+
+
+# --- scheduled sampling
+
+
+@pytest.mark.parametrize("k", [1.0, 10.0, 1000.0, 2000.0])
+def test_the_probability_of_gold_is_the_papers(k: float) -> None:
+    for step in (0, 1, 5, 100, 500, 2000, 7000):
+        try:
+            expected = k / (k + math.exp(step / k))
+        except OverflowError:
+            expected = 0.0
+        assert gold_probability(step, k) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert gold_probability(10**9, k) == 0
+    assert gold_probability(0, k) == pytest.approx(k / (k + 1))
+
+
+def test_steps_are_gold_with_that_probability(make: Make) -> None:
+    """Each step's draw against the formula, one by one, and the share of gold in a thousand steps."""
+    reader = make("classification", schedule=200.0, seed=9)
+    expected, mean, variance = [], 0.0, 0.0
+    for step in range(3000):
+        p = 200 / (200 + math.exp(step / 200))
+        expected.append(stable_hash(9, "source", step) < p * 2**63)
+        mean, variance = mean + p, variance + p * (1 - p)
+    assert [reader.gold(step) for step in range(3000)] == expected
+    assert abs(sum(expected) - mean) < 4 * math.sqrt(variance)
+    other = make("classification", schedule=200.0, seed=10)
+    assert [other.gold(step) for step in range(3000)] != expected
+    assert all(make("classification", schedule=None).gold(step) for step in (0, 10**6))
+    assert not any(make("classification", schedule=5.0).gold(step) for step in (10**4, 10**6))
+
+
+# --- pairs
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging", "qa"])
+@pytest.mark.parametrize("gold", [True, False])
+def test_a_sample_is_paired_with_what_the_step_wants(make: Make, kind: str, gold: bool) -> None:
+    reader = make(kind, schedule=3.0, length=400)
+    step, rows = step_that(reader, gold), numbers(reader)
+    for item in range(ITEMS):
+        sample = reader.read(rows["bn", f"i{item}"], step)
+        assert sample.source is not None
+        is_gold = gold and item != 5  # there is no English item 5, so its translation back is taken
+        assert (sample.source_is_gold, sample.unpaired, sample.source_language) == (is_gold, False, EN)
+        joined = "".join(words("en", item))
+        if kind == "qa":
+            joined = words("en", item)[0] + ("" if is_gold else "after") + joined
+        elif not is_gold:
+            joined = "after" + joined
+        assert text_of(reader, sample.source) == joined
+        assert sample.source_counts == (is_gold or kind == "classification")
+        assert (sample.id, sample.language, sample.group) == (f"i{item}", BN, stable_hash(f"g{item}"))
+    lacking = reader.read(rows["th", "i3"], step)
+    assert (lacking.source_is_gold, lacking.unpaired) == (True, False), "no translation back, so the gold one"
+    assert lacking.source_counts == (gold or kind == "classification")
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging", "qa"])
+def test_a_text_with_no_other_is_its_own_source(make: Make, kind: str) -> None:
+    """English itself; it goes with its translation back where it has one."""
+    rows = [row(kind, language, item) for language in LANGUAGES for item in range(3)]
+    rows.append(row(kind, "bn", 7, back=False))
+    back = {name: value for name, value in row(kind, "bn", 2).items() if name.startswith("back_")}
+    rows[2] |= back
+    reader = make(kind, rows, schedule=3.0)
+    for gold in (True, False):
+        step, found = step_that(reader, gold), numbers(reader)
+        for language, item in (("en", 0), ("en", 1), ("bn", 7)):
+            sample = reader.read(found[language, f"i{item}"], step)
+            assert (sample.unpaired, sample.source_is_gold) == (True, True)
+            assert sample.source is not None
+            assert sample.source.input_ids.tolist() == sample.target.input_ids.tolist()
+            assert sample.source_language == sample.language
+            assert sample.source_counts == (gold or kind == "classification")
+        english = reader.read(found["en", "i2"], step)
+        assert (english.unpaired, english.source_is_gold, english.source_language) == (False, False, EN)
+        assert english.source is not None
+        assert "after" in text_of(reader, english.source)
+
+
+def test_what_is_not_paired_has_no_source(make: Make) -> None:
+    sample = make("classification", paired=False).read(20, 3)
+    assert (sample.source, sample.source_labels, sample.unpaired) == (None, None, False)
+    with pytest.raises(DataError, match=r"data.task.kind: 'text' has no labels, so there is nothing to pair"):
+        make("text", paired=True)
+
+
+def test_classes_are_one_hot_on_both_sides(make: Make) -> None:
+    reader = make("classification", schedule=3.0)
+    for step in (step_that(reader, True), step_that(reader, False)):
+        for (_, name), number in numbers(reader).items():
+            sample = reader.read(number, step)
+            expected = [[1.0, 0.0], [0.0, 1.0]][int(name[1:]) % 2]
+            assert sample.source_labels is not None
+            for labels in (sample.target_labels, sample.source_labels):
+                assert labels.classes is not None
+                assert labels.classes.tolist() == [expected]
+
+
+def test_tags_are_those_of_the_words_in_the_window(make: Make) -> None:
+    reader = make("tagging", schedule=None, length=30)
+    later = 0
+    for (language, name), number in numbers(reader).items():
+        item = int(name[1:])
+        for step in range(4):
+            sample = reader.read(number, step)
+            first, stop = sample.target.words
+            later += first > 0
+            hard = [np.eye(3)["NVO".index("NVO"[(item + n) % 3])] for n in range(first, stop)]
+            expected = hard if language == "en" else [soft(item, n) for n in range(first, stop)]
+            assert sample.target_labels.classes == pytest.approx(np.array(expected), abs=1e-6)
+            assert sample.source is not None
+            assert sample.source_labels is not None
+            begin, end = sample.source.words
+            if language == "en" or item != 5:
+                gold = [np.eye(3)[(item + n) % 3] for n in range(begin, end)]
+                assert sample.source_labels.classes == pytest.approx(np.array(gold))
+            else:
+                assert sample.source_labels.classes is not None
+                assert sample.source_labels.classes.tolist() == [[0.0] * 3] * (end - begin)
+    assert later > 10
+
+
+def test_soft_tags_come_first_on_the_target_and_tags_on_the_source(make: Make) -> None:
+    both = {"tags": ["N", "V"], "soft_tags": [[0.5, 0.5, 0.001], [0.0, 0.2, 0.8]]}
+    rows = [{"id": code, "group": "g", "language": code, "words": [code, "old"], **both} for code in LANGUAGES]
+    reader = make("tagging", rows)
+    for number in range(3):
+        sample = reader.read(number, 0)
+        assert sample.target_labels.classes is not None
+        assert sample.target_labels.classes.sum(axis=1) == pytest.approx([1, 1], abs=1e-6)
+        assert sample.target_labels.classes == pytest.approx(
+            np.array([[0.4995, 0.4995, 0.001], [0, 0.2, 0.8]]), abs=1e-5
+        )
+        assert sample.source_labels is not None
+        assert sample.source_labels.classes is not None
+        assert sample.source_labels.classes.tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
+    """Characters that the tokenizer drops cannot be learned: file, line and reason."""
+    rows = [row("qa", language, item) for language in LANGUAGES for item in range(2)]
+    rows[3] |= {"context": "the old \u3000 bridge", "answers": [{"text": "\u3000 bridge", "answer_start": 8}]}
+    rows[4] |= {"context": "old \u200b bridge", "answers": [{"text": "\u200b", "answer_start": 4}]}
+    reader = make("qa", rows)
+    assert reader.read(3, 0).target.span is not None
+    reader.tokenizer._backend.normalizer = Replace("\u200b", "")
+    with pytest.raises(BadRow, match=r"rows\.jsonl:5: no token stands for the answer"):
+        reader.read(4, 0)
+    assert reader.readable([3, 4, 5])[0] == [3, 5]
+
+
+# --- windows
+
+
+def drawn(reader: TaskReader, language: str, name: str, step: int, n: int) -> int:
+    return stable_hash("window", reader.seed, step, language, name) % n
+
+
+@pytest.mark.parametrize("kind", ["tagging", "qa", "text"])
+def test_one_window_a_step_is_drawn_among_all(make: Make, kind: str) -> None:
+    reader = make(kind, paired=False, length=46 if kind == "qa" else 30)
+    several = 0
+    for (language, name), number in numbers(reader).items():
+        windows = reader.tokenizer.windows(reader.index.task_record(number).example)
+        seen = set()
+        for step in range(30):
+            sample = reader.read(number, step)
+            expected = windows[drawn(reader, language, name, step, len(windows))]
+            assert (sample.target.words, sample.target.span) == (expected.words, expected.span)
+            if kind == "text":
+                labels = sample.target_labels
+                whole = sample.target.input_ids.copy()
+                whole[labels.positions] = labels.ids
+                assert whole.tolist() == expected.input_ids.tolist()
+            else:
+                assert sample.target.input_ids.tolist() == expected.input_ids.tolist()
+            seen.add(tuple(expected.input_ids.tolist()))
+        several += len(windows) > 1
+        assert len(seen) == min(len(windows), len(seen))
+        if len(windows) <= 3:
+            assert len(seen) == len(windows), "each is met"
+    assert several > 5
+
+
+def test_answers_are_in_the_windows_of_both_sides(make: Make) -> None:
+    """If the target's window holds its answer, so does the source's; else the source's has the same number."""
+    reader = make("qa", schedule=3.0, length=46)
+    holding = other = 0
+    for gold in (True, False):
+        step = step_that(reader, gold)
+        for (language, name), number in numbers(reader).items():
+            if language == "en":
+                continue
+            record = reader.index.task_record(number)
+            sample = reader.read(number, step)
+            assert sample.source is not None
+            gold_row = reader.index.translation(number, EN)
+            use_gold = gold_row >= 0 and (gold or record.back is None)
+            example = reader.index.task_record(gold_row).example if use_gold else record.back
+            assert example is not None
+            sources = list(reader.tokenizer.windows(example))
+            targets = reader.tokenizer.windows(record.example)
+            chosen = drawn(reader, language, name, step, len(targets))
+            if sample.target.span != (0, 0):
+                with_answer = [n for n, side in enumerate(sources) if side.span != (0, 0)]
+                assert with_answer
+                expected = sources[min(with_answer, key=lambda n, chosen=chosen: (abs(n - chosen), n))]
+                holding += len(sources) > 1
+            else:
+                expected = sources[min(chosen, len(sources) - 1)]
+                other += len(sources) > 1
+            assert sample.source.input_ids.tolist() == expected.input_ids.tolist()
+            assert sample.source.span == expected.span
+    assert holding > 5
+    assert other > 5
+
+
+def test_the_sources_window_is_at_the_same_part_of_the_sentence(make: Make) -> None:
+    reader = make("tagging", length=24)
+    moved = 0
+    for (language, _), number in numbers(reader).items():
+        gold_row = reader.index.translation(number, EN)
+        if language == "en" or gold_row < 0:
+            continue
+        sources = list(reader.tokenizer.windows(reader.index.task_record(gold_row).example))
+        n_target = len(reader.index.task_record(number).example.texts)
+        n_source = len(reader.index.task_record(gold_row).example.texts)
+        for step in range(6):
+            sample = reader.read(number, step)
+            assert sample.source is not None
+            middle = sum(sample.target.words) / 2 / n_target
+            distances = [abs(sum(side.words) / 2 / n_source - middle) for side in sources]
+            assert sample.source.words == sources[distances.index(min(distances))].words
+            moved += sample.source.words[0] > 0
+    assert moved > 10
+
+
+# --- masks
+
+
+def test_masks_are_drawn_by_step_and_sample(make: Make) -> None:
+    reader, again = make("text", seed=1), make("text", seed=1)
+    other_seed = make("text", seed=2)
+
+    def read(each: TaskReader, number: int, step: int) -> tuple[Any, ...]:
+        sample = each.read(number, step)
+        assert sample.target_labels.positions is not None
+        return sample.target.input_ids.tolist(), sample.target_labels.positions.tolist()
+
+    for number in range(0, len(reader.index), 5):
+        assert read(reader, number, 4) == read(again, number, 4)
+    assert [read(reader, n, 4) for n in range(9)] != [read(reader, n, 5) for n in range(9)]
+    assert [read(reader, n, 4) for n in range(9)] != [read(other_seed, n, 4) for n in range(9)]
+
+
+def test_what_is_masked_is_what_bert_masks() -> None:
+    """Shares over many texts; special tokens never; replacements from ordinary tokens only."""
+    ordinary = np.arange(10, 500, dtype=np.int32)
+    content = np.array([False] + [True] * 80 + [False, False] + [True] * 40 + [False])
+    ids = np.where(content, 600, 2).astype(np.int32)
+    fates: Counter[str] = Counter()
+    replaced = Counter[int]()
+    n_tokens = 0
+    for seed in range(400):
+        covered, positions = mask_tokens(ids, content, 0.15, 4, ordinary, seed)
+        again = mask_tokens(ids, content, 0.15, 4, ordinary, seed)
+        assert covered.tolist() == again[0].tolist()
+        assert content[positions].all()
+        assert positions.tolist() == sorted(set(positions.tolist()))
+        untouched = np.ones(len(ids), bool)
+        untouched[positions] = False
+        assert (covered[untouched] == ids[untouched]).all()
+        for value in covered[positions].tolist():
+            fates["mask" if value == 4 else "same" if value == 600 else "other"] += 1
+            if value not in (4, 600):
+                assert value in ordinary
+                replaced[value] += 1
+        n_tokens += int(content.sum())
+    total = fates.total()
+    assert total / n_tokens == pytest.approx(0.15, abs=0.006)
+    assert fates["mask"] / total == pytest.approx(0.8, abs=0.015)
+    assert fates["other"] / total == pytest.approx(0.1, abs=0.012)
+    assert fates["same"] / total == pytest.approx(0.1, abs=0.012)
+    assert len(replaced) > 300, "from the whole vocabulary"
+    assert (ids[content] == 600).all(), "the input stays as it is"
+
+
+def test_one_token_is_masked_at_least() -> None:
+    content = np.array([False, True, True, False])
+    ids = np.array([0, 7, 8, 2], np.int32)
+    chosen = Counter(
+        int(position) for seed in range(200) for position in mask_tokens(ids, content, 1e-9, 4, ids[1:3], seed)[1]
+    )
+    assert chosen.total() == 200
+    assert set(chosen) == {1, 2}
+
+
+def test_texts_are_masked_with_the_runs_own_tokens(make: Make) -> None:
+    reader = make("text", length=40)
+    hf = reader.tokenizer.tokenizer
+    masked = 0
+    for number in range(len(reader.index)):
+        sample = reader.read(number, 0)
+        special = np.isin(sample.target.input_ids, [hf.cls_token_id, hf.sep_token_id, hf.pad_token_id])
+        assert special.tolist() == (~sample.target.content).tolist(), "none comes in, none is covered"
+        masked += int((sample.target.input_ids == hf.mask_token_id).sum())
+    assert masked > len(reader.index)
+
+
+# --- steps
+
+
+def loader(reader: TaskReader, rank: int = 0, world_size: int = 1, workers: int = 1) -> TaskLoader:
+    quotas = Quotas({"en": 0.3, "th": 0.3, "bn": 0.4}, LANGUAGES, 1000)
+    planner = Planner(reader.index, EN, quotas, "none", SLOTS, None, 7, [0.5] * 3)
+    packer = TaskPacker(1, 300, reader.tokenizer.config, reader.paired, reader.tokenizer.has_token_types)
+    return TaskLoader(reader, planner, packer, rank, world_size, workers)
+
+
+def contents(*steps: TaskStep) -> Counter[tuple[Any, ...]]:
+    """Every sample of the steps, with its tokens on both sides and all that its labels say."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    for step in steps:
+        for batch in step.micro_batches:
+            n = len(batch.sample_ids)
+            for number, name in enumerate(batch.sample_ids):
+                parts: list[Any] = [name]
+                for each in [number, number + n] if batch.n_pairs else [number]:
+                    mask, units = batch.attention_mask[each].bool(), batch.label_rows == each
+                    parts += [tuple(batch.input_ids[each][mask].tolist()), int(batch.row_languages[each])]
+                    parts += [tuple(batch.label_weights[units].tolist()), tuple(batch.label_languages[units].tolist())]
+                    for field in (batch.label_classes, batch.label_spans, batch.label_ids):
+                        parts.append(None if field is None else str(field[units].tolist()))
+                found[tuple(parts)] += 1
+    return found
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging", "qa", "text"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_a_step_whatever_their_number(make: Make, kind: str, world_size: int) -> None:
+    """Samples, sources, windows, masks and labels: the same set, and the same choice of sources on every rank."""
+    readers = [make(kind, schedule=3.0, length=46) for _ in range(world_size + 1)]
+    alone, ranks = loader(readers[0]), [loader(each, rank, world_size) for rank, each in enumerate(readers[1:])]
+    golds = set()
+    for number in range(STEPS):
+        whole, shares = alone.load(number), [each.load(number) for each in ranks]
+        assert contents(*shares) == contents(whole)
+        assert contents(whole).total() == SLOTS
+        assert {share.gold for share in shares} == {whole.gold}
+        assert {batch.gold for share in shares for batch in share.micro_batches} <= {whole.gold}
+        assert sum(share.fingerprint for share in shares) == whole.fingerprint
+        assert sum(share.unpaired for share in shares) == whole.unpaired
+        for name, count in whole.counts.items():
+            assert sum(share.counts[name] for share in shares) == count
+        for field in ("tokens", "samples"):
+            assert np.array_equal(np.sum([getattr(share, field) for share in shares], axis=0), getattr(whole, field))
+        golds.add(whole.gold)
+    assert golds == {True, False}
+
+
+def test_a_step_holds_the_slots_of_its_plan(make: Make) -> None:
+    each = loader(make("classification", schedule=3.0))
+    for number in range(STEPS):
+        planned = Counter(each.reader.index.task_record(slot.row).id for slot in each.planner.step(number).slots)
+        found = Counter(name for batch in each.load(number).micro_batches for name in batch.sample_ids)
+        assert found == planned
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging", "qa", "text"])
+def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
+    """Against the samples read one by one."""
+    reader = make(kind, schedule=3.0, length=46)
+    for number in range(STEPS):
+        step = loader(reader).load(number)
+        samples = [reader.read(slot.row, number) for slot in loader(reader).planner.step(number).slots]
+
+        def units(sample: TaskSample, source: bool) -> int:
+            labels = sample.source_labels if source else sample.target_labels
+            assert labels is not None
+            found = labels.positions if labels.classes is None else labels.classes
+            return 1 if found is None else len(found)
+
+        tokens, languages = [0] * 3, Counter(sample.language for sample in samples)
+        for sample in samples:
+            tokens[sample.language] += len(sample.target)
+            if sample.source is not None:
+                tokens[sample.source_language] += len(sample.source)
+        assert step.counts == {
+            "target_labels": sum(units(sample, False) for sample in samples),
+            "source_labels": sum(units(sample, True) for sample in samples if sample.source_counts),
+            "pairs": 0 if kind == "text" else len(samples),
+        }
+        assert (step.tokens.tolist(), step.samples.tolist()) == (tokens, [languages[code] for code in range(3)])
+        masks = sum(int(batch.attention_mask.sum()) for batch in step.micro_batches)
+        assert masks == sum(tokens)
+        assert step.unpaired == sum(sample.unpaired for sample in samples)
+        assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
+
+
+def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = make("classification")
+    whole = [loader(reader).load(number) for number in range(STEPS)]
+    read = reader.read
+
+    def broken(number: int, step: int) -> TaskSample:
+        if number % 5 == 0:
+            raise BadRow(f"rows.jsonl:{number + 1}", "the tokenizer has no token for the answer")
+        return read(number, step)
+
+    gone = [reader.index.task_record(number) for number in range(0, len(reader.index), 5)]
+    monkeypatch.setattr(reader, "read", broken)
+    empty = 0
+    for number, before in enumerate(whole):
+        step = loader(reader).load(number)
+        expected = Counter(
+            (record.id, record.language)
+            for slot in loader(reader).planner.step(number).slots
+            if (record := reader.index.task_record(slot.row)) not in gone
+        )
+        found = Counter(
+            (name, LANGUAGES[int(batch.row_languages[place])])
+            for batch in step.micro_batches
+            for place, name in enumerate(batch.sample_ids)
+        )
+        assert found == expected
+        assert contents(step) <= contents(before), "the others are what they were"
+        assert len(step.bad_rows) == SLOTS - found.total()
+        empty += len(step.bad_rows)
+    assert empty > 5
+
+
+def test_a_bad_line_keeps_its_slot(make: Make) -> None:
+    rows = [row("tagging", language, item) for language in LANGUAGES for item in range(ITEMS)]
+    whole = [loader(make("tagging", rows)).load(number) for number in range(STEPS)]
+    torn = [dict(each) for each in rows]
+    torn[ITEMS + 4]["soft_tags"] = torn[ITEMS + 4]["soft_tags"][:-1]
+    with pytest.raises(DataError, match=r"rows\.jsonl:17: 'soft_tags' has \d+ entries; there are \d+ words; max_bad_r"):
+        make("tagging", torn)
+    reader = make("tagging", torn, max_bad_rows=1)
+    lines: list[str] = []
+    for number in range(STEPS):
+        step = loader(reader).load(number)
+        lines += step.bad_rows
+        assert contents(step) <= contents(whole[number])
+        assert contents(step).total() == SLOTS - len(step.bad_rows)
+    assert lines
+    assert all("rows.jsonl:17: 'soft_tags' has" in line for line in lines)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_steps_come_in_order_from_any_start(make: Make, workers: int) -> None:
+    each = loader(make("tagging", schedule=3.0), workers=workers)
+    got = list(each.steps(3, 9))
+    assert [step.step for step in got] == list(range(3, 9))
+    for step in got:
+        again = loader(make("tagging", schedule=3.0)).load(step.step)
+        assert all(
+            torch.equal(one.input_ids, other.input_ids)
+            for one, other in zip(step.micro_batches, again.micro_batches, strict=True)
+        )
+
+
+def test_the_fingerprint_tells_other_samples_and_other_sources_apart(make: Make) -> None:
+    reader = make("classification", schedule=3.0)
+    prints = [loader(reader).load(number).fingerprint for number in range(STEPS)]
+    assert len(set(prints)) == STEPS
+    assert max(prints) < 2**53, "a float holds it exactly"
+    always = make("classification", schedule=None)
+    for number in range(STEPS):
+        same = loader(always).load(number).fingerprint == prints[number]
+        assert same == reader.gold(number)

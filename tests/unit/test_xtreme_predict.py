@@ -1,0 +1,285 @@
+"""Predictions of a tiny model, in batches and windows, against the same model run on one text after the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_encoders import WORDS
+from tiny_task_model import export
+
+from data_pipeline.tasks.records import Example, TaskRecord
+from data_pipeline.xtreme.tasks import TASKS
+from evals.errors import EvalError
+from evals.xtreme.label_files import read_answers, read_labels, read_tags
+from evals.xtreme.predict import EncoderPredictor, write_predictions
+from evals.xtreme.score import score_file
+
+CLASSES = ("contradiction", "entailment", "neutral")
+TAGS = TASKS["panx"].labels
+ALL_WORDS = [word for words in WORDS.values() for word in words]
+
+
+def words(rng: np.random.Generator, n: int) -> tuple[str, ...]:
+    return tuple(ALL_WORDS[number] for number in rng.integers(len(ALL_WORDS), size=n))
+
+
+def record(
+    number: int, language: str, texts: tuple[str, ...], back: tuple[str, ...] | None = None, **labels: Any
+) -> TaskRecord:
+    example = Example(texts, **labels)
+    return TaskRecord(f"r{number}", f"g{number}", language, f"rows.jsonl:{number + 1}", example, back and Example(back))
+
+
+def pairs(n: int, seed: int = 0, language: str = "de", back: bool = False) -> list[TaskRecord]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(n):
+        texts = tuple(" ".join(words(rng, int(rng.integers(1, 12)))) for _ in range(4))
+        made.append(record(number, language, texts[:2], texts[2:] if back else None))
+    return made
+
+
+def plain(model: Any, hf: Any, *texts: str, length: int = 24) -> Any:
+    inputs = hf(*texts, truncation="longest_first", max_length=length, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs)
+
+
+# --- classification
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+@pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
+def test_labels_are_those_of_one_text_at_a_time_in_the_rows_order(
+    tmp_path: Path, family: Any, batch_tokens: int
+) -> None:
+    predictor = EncoderPredictor.open(export(tmp_path, "classification", CLASSES, family=family), "fp32", batch_tokens)
+    rows = pairs(23)
+    found = predictor.predict(rows)
+    hf = predictor.tokenizer.tokenizer
+    expected = [CLASSES[int(plain(predictor.model, hf, *row.example.texts).logits.argmax())] for row in rows]
+    assert found.values == expected
+    assert found.mixed == 0
+    assert len(set(expected)) > 1
+
+
+def mixed_logits(predictor: EncoderPredictor, target: tuple[str, ...], source: tuple[str, ...]) -> torch.Tensor:
+    """(2, C): one pair by itself, its rows in the tokenizer's own padding."""
+    hf, mixup = predictor.tokenizer.tokenizer, predictor.mixup
+    cut = [hf(*side, truncation="longest_first", max_length=24) for side in (target, source)]
+    inputs = hf.pad({key: [each[key] for each in cut] for key in cut[0]}, return_tensors="pt")
+    assert mixup is not None
+    with torch.no_grad(), mixup.batch(inputs["attention_mask"], 1):
+        return predictor.model(**inputs).logits
+
+
+def test_both_sides_logits_are_averaged_where_a_row_has_its_translation(tmp_path: Path) -> None:
+    folder = export(tmp_path, "classification", CLASSES, mixup_layer=1)
+    predictor = EncoderPredictor.open(folder, "fp32", batch_tokens=200)
+    translated, bare = pairs(17, back=True), pairs(5, seed=1)
+    rows = [row for two in zip(translated, [*bare, *[None] * 12], strict=True) for row in two if row is not None]
+    hf = predictor.tokenizer.tokenizer
+    expected, alone, target_only = [], [], []
+    for row in rows:
+        unmixed = plain(predictor.model, hf, *row.example.texts).logits[0]
+        alone.append(CLASSES[int(unmixed.argmax())])
+        if row.back is None:
+            expected.append(alone[-1])
+            continue
+        both = mixed_logits(predictor, row.example.texts, row.back.texts)
+        expected.append(CLASSES[int(both.mean(dim=0).argmax())])
+        target_only.append(CLASSES[int(both[0].argmax())])
+    found = predictor.predict(rows)
+    assert found.values == expected
+    assert found.mixed == 17
+    assert expected != alone  # so the test sees that something is mixed
+    assert [label for label, row in zip(expected, rows, strict=True) if row.back] != target_only  # and averaged
+    assert predictor.predict(rows, "off").values == alone
+    assert predictor.predict(rows, "off").mixed == 0
+
+
+def test_a_row_of_the_dominant_language_is_its_own_source(tmp_path: Path) -> None:
+    predictor = EncoderPredictor.open(export(tmp_path, "classification", CLASSES, mixup_layer=0), "fp32")
+    rows = pairs(12, language="en")
+    found = predictor.predict(rows, "on")
+    expected = [
+        CLASSES[int(mixed_logits(predictor, row.example.texts, row.example.texts).mean(dim=0).argmax())] for row in rows
+    ]
+    assert (found.values, found.mixed) == (expected, 12)
+
+
+def test_mixing_that_is_not_possible_is_refused_by_name(tmp_path: Path) -> None:
+    mixing = EncoderPredictor.open(export(tmp_path / "a", "classification", CLASSES, mixup_layer=0), "fp32")
+    rows = [*pairs(2, back=True), *pairs(1, language="sw")]
+    with pytest.raises(EvalError, match=r"rows.jsonl:1: mixup is 'on', but this row of language 'sw' has no transl"):
+        mixing.predict(rows, "on")
+    never = EncoderPredictor.open(export(tmp_path / "b", "classification", CLASSES), "fp32")
+    with pytest.raises(EvalError, match="the model has no X-Mixup"):
+        never.predict(rows, "on")
+    assert never.predict(rows).mixed == 0
+
+
+def test_a_model_of_no_task_is_refused(tmp_path: Path) -> None:
+    folder = export(tmp_path, "classification", CLASSES)
+    (folder / "crosslift.json").unlink()
+    with pytest.raises(EvalError, match=r"crosslift\.json: not there, or of no task"):
+        EncoderPredictor.open(folder)
+
+
+# --- tagging
+
+
+def tag_logits(predictor: EncoderPredictor, sentence: tuple[str, ...], first: int, stop: int, pooling: str) -> Any:
+    """(stop - first, C): words first..stop-1 alone, token by token; a word's tokens by the tokenizer's own account."""
+    hf = predictor.tokenizer.tokenizer
+    encoded = hf(list(sentence[first:stop]), is_split_into_words=True, return_tensors="pt")
+    assert encoded["input_ids"].shape[1] <= predictor.tokenizer.sequence_length
+    with torch.no_grad():
+        logits = predictor.model(**encoded).logits[0].numpy()
+    of_word = encoded.word_ids()
+    rows = []
+    for word in range(stop - first):
+        tokens = [logits[place] for place, each in enumerate(of_word) if each == word]
+        rows.append(np.mean(tokens, axis=0) if pooling == "mean" else tokens[0])
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_every_word_of_a_long_sentence_is_tagged_in_the_window_with_most_context(
+    tmp_path: Path, family: Any, pooling: str
+) -> None:
+    folder = export(tmp_path, "tagging", TAGS, family=family, length=40, word_pooling=pooling, doc_stride=12)
+    predictor = EncoderPredictor.open(folder, "fp32", batch_tokens=90)
+    rng = np.random.default_rng(3)
+    rows = [record(number, "de", words(rng, n)) for number, n in enumerate([1, 30, 2, 45, 5])]
+    expected, n_windows = [], []
+    for row in rows:
+        sentence = row.example.texts
+        ranges = [window.words for window in predictor.tokenizer.windows(row.example)]
+        n_windows.append(len(ranges))
+        logits = [tag_logits(predictor, sentence, *each, pooling) for each in ranges]
+        tags = []
+        for word in range(len(sentence)):
+            holds = [n for n, (first, stop) in enumerate(ranges) if first <= word < stop]
+            best = max(
+                holds,
+                key=lambda n: (
+                    min(word - ranges[n][0], ranges[n][1] - 1 - word) + 0.01 * (ranges[n][1] - ranges[n][0]),
+                    -n,
+                ),
+            )
+            tags.append(TAGS[int(logits[best][word - ranges[best][0]].argmax())])
+        expected.append(tuple(tags))
+    assert predictor.predict(rows).values == expected
+    assert max(n_windows) > 3
+    assert n_windows[0] == 1
+    assert len({tag for tags in expected for tag in tags}) > 3
+
+
+def test_tag_probabilities_are_those_of_the_pooled_logits(tmp_path: Path) -> None:
+    predictor = EncoderPredictor.open(export(tmp_path, "tagging", TAGS, length=60), "fp32")
+    sentence = ("The", "old", "bridge", "in", "Budapest")
+    logits = tag_logits(predictor, sentence, 0, 5, "mean")
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    (found,) = predictor.tag_probabilities([record(0, "en", sentence)])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_mixed_taggers_tags_are_the_target_sides(tmp_path: Path) -> None:
+    predictor = EncoderPredictor.open(export(tmp_path, "tagging", TAGS, length=60, mixup_layer=1), "fp32")
+    rng = np.random.default_rng(5)
+    rows = [record(number, "de", words(rng, 4), words(rng, 6)) for number in range(6)]
+    expected = []
+    hf, mixup = predictor.tokenizer.tokenizer, predictor.mixup
+    assert mixup is not None
+    for row in rows:
+        assert row.back is not None
+        sides = [hf(list(each), is_split_into_words=True) for each in (row.example.texts, row.back.texts)]
+        inputs = hf.pad({"input_ids": [each["input_ids"] for each in sides]}, return_tensors="pt")
+        with torch.no_grad(), mixup.batch(inputs["attention_mask"], 1):
+            logits = predictor.model(**inputs).logits[0].numpy()
+        of_word = sides[0].word_ids()
+        means = [
+            logits[[place for place, each in enumerate(of_word) if each == word]].mean(axis=0) for word in range(4)
+        ]
+        expected.append(tuple(TAGS[int(mean.argmax())] for mean in means))
+    found = predictor.predict(rows)
+    assert (found.values, found.mixed) == (expected, 6)
+    assert found.values != predictor.predict(rows, "off").values
+
+
+# --- question answering
+
+
+def questions(n: int, seed: int = 0, back: bool = False) -> list[TaskRecord]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(n):
+        context = " ".join(words(rng, int(rng.integers(4, 40))))
+        other = (" ".join(words(rng, 3)), " ".join(words(rng, 20))) if back else None
+        made.append(record(number, "de", (" ".join(words(rng, 3)), context), other))
+    return made
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_answers_are_the_contexts_own_characters(tmp_path: Path, family: Any) -> None:
+    folder = export(tmp_path, "qa", family=family, length=60, doc_stride=16, max_question_length=20)
+    predictor = EncoderPredictor.open(folder, "fp32", batch_tokens=200)
+    rows = questions(12)
+    answers = predictor.predict(rows).values
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer
+        assert answer in row.example.texts[1]
+        assert answer == answer.strip()
+    assert max(len(predictor.tokenizer.windows(row.example)) for row in rows) > 3
+    assert predictor.predict(list(reversed(rows))).values == answers[::-1]
+
+
+def test_gold_answers_make_no_difference(tmp_path: Path) -> None:
+    folder = export(tmp_path, "qa", length=60, doc_stride=16, max_question_length=20, mixup_layer=1)
+    predictor = EncoderPredictor.open(folder, "fp32")
+    rows = questions(8, back=True)
+    told = [
+        TaskRecord(
+            row.id, row.group, row.language, row.origin,
+            Example(row.example.texts, answers=((row.example.texts[1][:3], 0),)),
+            row.back and Example(row.back.texts, answers=((row.back.texts[1][-3:], len(row.back.texts[1]) - 3),)),
+        )
+        for row in rows
+    ]  # fmt: skip
+    found = predictor.predict(rows)
+    assert found.mixed == 8
+    assert predictor.predict(told).values == found.values
+    assert found.values != predictor.predict(rows, "off").values
+
+
+# --- files
+
+
+def test_written_predictions_are_read_by_the_scorer(tmp_path: Path) -> None:
+    labels = ["neutral", "entailment", "neutral"]
+    write_predictions(tmp_path / "c.tsv", "classification", pairs(3), labels)
+    assert read_labels(tmp_path / "c.tsv", CLASSES) == labels
+    write_predictions(tmp_path / "cg.tsv", "classification", pairs(3), ["neutral", "entailment", "contradiction"])
+    assert score_file("xnli", "de", tmp_path / "c.tsv", tmp_path / "cg.tsv")["accuracy"] == pytest.approx(200 / 3)
+    tags = [("O", "B-PER"), ("O",), ("B-LOC", "I-LOC", "O")]
+    write_predictions(tmp_path / "t.tsv", "tagging", pairs(3), tags)
+    assert [sentence.tags for sentence in read_tags(tmp_path / "t.tsv", TAGS)] == tags
+    assert (tmp_path / "t.tsv").read_text().endswith("O\n")
+    rows = questions(2)
+    write_predictions(tmp_path / "q.json", "qa", rows, ["Brücke ", ""])
+    assert read_answers(tmp_path / "q.json") == {"r0": "Brücke ", "r1": ""}
+    assert list(json.loads((tmp_path / "q.json").read_bytes())) == ["r0", "r1"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_questions_with_one_id_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match=r"q\.json: 2 questions share 1 ids"):
+        write_predictions(tmp_path / "q.json", "qa", [*questions(1), *questions(1)], ["a", "b"])
+    assert not (tmp_path / "q.json").exists()

@@ -1,0 +1,232 @@
+"""`prepare_task` writes all or nothing, keeps what is the same, refuses what is another's; and a teacher's rows."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xtreme_files import jsonl, question, squad, tagged, tsv, write
+
+from data_pipeline.records import DataError
+from data_pipeline.xtreme import prepare
+from data_pipeline.xtreme.prepare import prepare_task
+from data_pipeline.xtreme.tasks import TASKS
+from data_pipeline.xtreme.teacher import read_soft_rows, soft_row, write_soft_rows
+
+PAIRS = [("a", "b", "neutral"), ("c", "d", "entailment")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """XNLI in the download layout: English train and dev, dev and test in German."""
+    for name in ("train-en", "dev-en", "dev-de", "test-de"):
+        tsv(tmp_path / f"data/xnli/{name}.tsv", PAIRS)
+    return tmp_path / "data"
+
+
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    found = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: (file.read_bytes(), file.stat().st_ino) for name, file in found.items()}
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(DataError) as error:
+        prepare_task(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_files_and_counts(data: Path, tmp_path: Path) -> None:
+    counts = prepare_task("xnli", data, tmp_path / "deep/output")
+    others = [language for language in TASKS["xnli"].languages if language not in ("de", "en")]
+    assert counts == {
+        "train": {"en": 2},
+        "dev": {"de": 2, "en": 2},
+        "test": {"de": 2},
+        "skipped": {},
+        "missing": {"dev": others, "test": sorted([*others, "en"])},
+        "layout": "download",
+    }
+    assert list(files(tmp_path / "deep/output")) == [
+        "dev/de.jsonl", "dev/en.jsonl", "prepared.json", "test/de.jsonl", "train/en.jsonl",
+    ]  # fmt: skip
+    assert jsonl(tmp_path / "deep/output/test/de.jsonl")[1] == {
+        "id": "xnli-test-1",
+        "group": "xnli-test-1",
+        "language": "de",
+        "text_a": "c",
+        "text_b": "d",
+        "label": "entailment",
+    }
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["output"]
+
+
+def test_the_same_is_kept_and_another_refused(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    first = prepare_task("xnli", data, output)
+    before = files(output)
+    assert prepare_task("xnli", data, output) == first
+    assert files(output) == before
+    assert refused("xnli", data, output, languages=["de"]) == (
+        f"{output}: was prepared otherwise (it differs in: languages or splits); name a new folder, or have it remade"
+    )
+    assert "differs in: allow_unlabelled_test" in refused("xnli", data, output, allow_unlabelled_test=True)
+    status = (data / "xnli/dev-de.tsv").stat()
+    os.utime(data / "xnli/dev-de.tsv", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert "differs in: files" in refused("xnli", data, output)
+    tsv(data / "xnli/dev-de.tsv", PAIRS[:1])
+    assert "differs in: files" in refused("xnli", data, output)
+    assert files(output) == before
+    assert prepare_task("xnli", data, output, remake=True)["dev"] == {"de": 1, "en": 2}
+    assert len(jsonl(output / "dev/de.jsonl")) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "output"]
+
+
+def test_what_is_not_ours_is_left_alone(data: Path, tmp_path: Path) -> None:
+    write(tmp_path / "output/thesis.txt", "mine")
+    for remake in (False, True):
+        assert "output: is there, and no prepared task; name a new folder" in refused(
+            "xnli", data, tmp_path / "output", remake=remake
+        )
+    write(tmp_path / "output/prepared.json", "{}")
+    assert "no prepared task" in refused("xnli", data, tmp_path / "output", remake=True)
+    assert (tmp_path / "output/thesis.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert prepare_task("xnli", data, tmp_path / "empty")["test"] == {"de": 2}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failure_leaves_what_was(data: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "output"
+    if before:
+        prepare_task("xnli", data, output)
+    kept = files(output) if before else {}
+    tsv(data / "xnli/test-de.tsv", [*PAIRS, ("e", "f", "perhaps")])  # read last, when the other files are written
+    assert "test-de.tsv:3: label 'perhaps'" in refused("xnli", data, output, remake=True)
+    assert (files(output) if before else {}) == kept
+    assert output.exists() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "output"][: 1 + before]
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "_write_rows", full)
+    tsv(data / "xnli/test-de.tsv", PAIRS)
+    assert refused("xnli", data, output, remake=True) == f"{output}: cannot be written (No space left on device)"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "output"][: 1 + before]
+
+
+def test_languages_and_splits(data: Path, tmp_path: Path) -> None:
+    number = iter(range(100))
+
+    def prepared(**options: Any) -> dict[str, dict[str, int]]:
+        counts = prepare_task("xnli", data, tmp_path / f"output-{next(number)}", **options)
+        return {split: counts[split] for split in ("train", "dev", "test")}
+
+    assert prepared(languages=["de"]) == {"train": {"en": 2}, "dev": {"de": 2}, "test": {"de": 2}}
+    assert prepared(splits={"train": "dev", "test": "test"}) == {"train": {"en": 2}, "dev": {}, "test": {"de": 2}}
+    assert prepared(splits={"train": "dev"}, train_languages=["de", "en"])["train"] == {"de": 2, "en": 2}
+    assert jsonl(tmp_path / "output-1/train/en.jsonl")[0]["id"] == "xnli-dev-0"  # says where it came from
+    (data / "xnli/test-de.tsv").unlink()
+    assert prepared(languages=["de", "en"])["test"] == {}  # not named, and none of it there
+    options: dict[str, Any] = {"languages": ["de", "fr"]}
+    assert f"{data}/xnli/dev-fr.tsv: not there, and xnli's dev 'fr' is asked for" in refused(
+        "xnli", data, tmp_path / "o", **options
+    )
+    options = {"splits": {"test": "test"}}
+    assert f"{data}: no file of xnli for test (read from test) in the layout download" in refused(
+        "xnli", data, tmp_path / "o", **options
+    )
+    assert "splits: 'valid' is none of train, dev, test" in refused(
+        "xnli", data, tmp_path / "o", splits={"valid": "dev"}
+    )
+    assert refused("xnli", data, tmp_path / "o", splits={}) == "splits: names no split"
+    assert "language 'xx' is none of its" in refused("xnli", data, tmp_path / "o", languages=["xx"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_erased_test_labels(data: Path, tmp_path: Path) -> None:
+    tsv(data / "xnli/test-de.tsv", [pair[:2] for pair in PAIRS])
+    assert "the test labels of xnli are erased" in refused("xnli", data, tmp_path / "output")
+    counts = prepare_task("xnli", data, tmp_path / "output", allow_unlabelled_test=True)
+    assert counts["test"] == {"de": 2}
+    assert all("label" not in row for row in jsonl(tmp_path / "output/test/de.jsonl"))
+    assert all("label" in row for row in jsonl(tmp_path / "output/dev/de.jsonl"))
+
+
+def test_empty_items(data: Path, tmp_path: Path) -> None:
+    tsv(data / "xnli/train-en.tsv", [*PAIRS, ("", "x", "neutral")])
+    assert prepare_task("xnli", data, tmp_path / "a")["skipped"] == {"train": {"en": {"empty text": 1}}}
+    file = tsv(data / "xnli/dev-de.tsv", [*PAIRS, ("", "x", "neutral")])
+    assert f"{file}:3: empty text; each dev item must have some" in refused("xnli", data, tmp_path / "b")
+    write(tmp_path / "panx/panx/test-de.tsv", "Ulm\tB-LOC\n\n\nlebt\tO\n")
+    counts = prepare_task("panx", tmp_path / "panx", tmp_path / "c")
+    assert (counts["test"], counts["skipped"]) == ({"de": 2}, {"test": {"de": {"empty text": 1}}})
+
+
+def test_every_task_can_be_prepared(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    context, qas = "Ulm.", [question("1", "Wo?", ("Ulm", 0))]
+    tsv(data / "pawsx/test-de.tsv", [("a", "b", "1")])
+    for task, tag in (("panx", "O"), ("udpos", "NOUN")):
+        tagged(data / task / "test-de.tsv", [[("Haus", tag)]])
+    squad(data / "squad/train-v1.1.json", (context, qas))
+    squad(data / "xquad/xquad.de.json", (context, qas))
+    squad(data / "mlqa/MLQA_V1/test/test-context-de-question-de.json", (context, qas))
+    squad(data / "tydiqa/tydiqa-goldp-v1.1-dev/tydiqa.goldp.fi.dev.json", (context, qas))
+    write(data / "tatoeba/tatoeba.deu-eng.deu", "Eins.\n")
+    write(data / "tatoeba/tatoeba.deu-eng.eng", "One.\n")
+    for side in ("de", "en"):
+        tsv(data / f"bucc2018/de-en.test.{side}", [(f"{side}-1", "x")])
+    for task in TASKS:
+        if task != "xnli":
+            counts = prepare_task(task, data, tmp_path / task)
+            assert list(counts["test"].values()) == [2 if task == "bucc2018" else 1]
+            assert list(counts["train"]) == (["en"] if task in ("xquad", "mlqa") else [])
+
+
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "data/xquad.de.json", '{"data": [{"paragraphs": [{"context": "a\\ud83d", "qas": [{"id": "q",'
+          ' "question": "b", "answers": [{"text": "a", "answer_start": 0}]}]}]}]}')  # fmt: skip
+    assert refused("xquad", tmp_path / "data", tmp_path / "output") == (
+        "row 'q' of test/de.jsonl: not text (half of a surrogate pair)"
+    )
+
+
+def test_a_teachers_rows(tmp_path: Path) -> None:
+    task = TASKS["panx"]
+    row = {"id": "1", "group": "g", "language": "de", "words": ["Ulm", "lebt"], "tags": ["O", "O"], "back_words": ["x"]}
+    one = [0.0, 0.1234567, 0.8765433, 0, 0, 0, 0]
+    soft = soft_row(row, [one, [1.0] + [0.0] * 6], task)
+    assert soft["soft_tags"][0][:3] == [0.0, 0.123457, 0.876543]
+    assert "tags" not in soft
+    assert (soft["group"], soft["back_words"]) == ("g", ["x"])
+    file = tmp_path / "soft/de.jsonl"
+    assert write_soft_rows(file, [soft, soft]) == 2
+    assert list(read_soft_rows(file, task)) == [soft, soft]
+    assert [path.name for path in file.parent.iterdir()] == ["de.jsonl"]
+    for values, expected in (
+        ([one], "row '1': 2 words, but soft_tags for 1"),
+        ([one, one[:6]], "row '1': 6 values for 'lebt', but panx has 7 labels"),
+        ([one, [0.5] * 7], "row '1': soft_tags of 'lebt' sum to 3.5"),
+        ([one, [2.0, -1.0] + [0.0] * 5], "row '1': soft_tags of 'lebt' sum to 1; they must be probabilities"),
+    ):
+        with pytest.raises(DataError) as error:
+            soft_row(row, values, task)
+        assert expected in str(error.value)
+    write(file, '{"id": "1"}\n')
+    with pytest.raises(DataError, match=r"de.jsonl:1: no words or no soft_tags"):
+        list(read_soft_rows(file, task))
+    write(file, "{\n")
+    with pytest.raises(DataError, match=r"de.jsonl:1: not JSON"):
+        list(read_soft_rows(file, task))
+
+    def failing() -> Any:
+        yield soft
+        raise KeyboardInterrupt
+
+    write(file, "as before")
+    with pytest.raises(KeyboardInterrupt):
+        write_soft_rows(file, failing())
+    assert file.read_text() == "as before"
+    assert [path.name for path in file.parent.iterdir()] == ["de.jsonl"]
