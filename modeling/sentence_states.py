@@ -113,7 +113,7 @@ class SentenceStates:
 
         def keeper(layer: int) -> Callable[[Tensor], None]:
             def keep(hidden_RTH: Tensor) -> None:
-                pooled[layer] = representations(hidden_RTH, mask_RT if self.pooling == "mean" else None)
+                pooled[layer] = representations(hidden_RTH, content_RT if self.pooling == "mean" else None)
 
             return keep
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
-from training.checkpoint import REFERENCE_FILE, RunState, problem
+from training.checkpoint import MARKER, REFERENCE_FILE, RunState, problem
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.objective_config import ShifConConfig, XMixupConfig
@@ -45,39 +45,52 @@ def export_checkpoint(checkpoint: Path, output: Path) -> Path:
         ConfigError: `checkpoint` is not complete, or `output` exists.
         RuntimeError: the reopened export does not compute what the run computed.
     """
-    if (reason := problem(checkpoint)) is not None:
-        raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
     if output.exists():
         raise ConfigError(f"{output}: exists already; give a new folder")
+    _made(checkpoint, output).rename(output)
+    return output
+
+
+def export_newest(checkpoint: Path, output: Path) -> None:
+    """`output` as the export of this checkpoint: made, made anew where it is of another one, or left alone.
+
+    An older export stays in its place until the new one is made and checked: it is better than none.
+    """
+    if output.exists() and _is_of(checkpoint, output):
+        return
+    made = _made(checkpoint, output)
+    stale = output.with_name(f".stale-{output.name}")
+    shutil.rmtree(stale, ignore_errors=True)
+    if output.exists():
+        output.rename(stale)
+    made.rename(output)
+    shutil.rmtree(stale, ignore_errors=True)
+    log.info("exported to %s", output)
+
+
+def _is_of(checkpoint: Path, output: Path) -> bool:
+    """Of the same step, and not older: a run that went on from an earlier checkpoint comes to a step again."""
+    description, marker = output / EXPORT_FILE, checkpoint / MARKER
+    same_step = ExportInfo.read(output).step == RunState.read(checkpoint).step
+    return same_step and description.stat().st_mtime_ns >= marker.stat().st_mtime_ns
+
+
+def _made(checkpoint: Path, output: Path) -> Path:
+    """The export of `checkpoint`, checked, under the temporary name of `output`; where it fails, nothing is left."""
+    if (reason := problem(checkpoint)) is not None:
+        raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
     state = RunState.read(checkpoint)
     config = validate(state.config, str(checkpoint / "state.json"))
     temporary = output.with_name(f".incomplete-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write(checkpoint, config, state.step, temporary)
-    _check(checkpoint, config, temporary)
-    temporary.rename(output)
-    return output
-
-
-def export_newest(checkpoint: Path, output: Path) -> None:
-    """`output` as the export of this checkpoint: made, made anew where it is of another step, or left alone."""
-    if output.exists():
-        if ExportInfo.read(output).step == RunState.read(checkpoint).step:
-            return
-        stale = output.with_name(f".stale-{output.name}")
-        shutil.rmtree(stale, ignore_errors=True)
-        output.rename(stale)
-        try:
-            export_checkpoint(checkpoint, output)
-        except BaseException:  # an older export is better than none
-            if not output.exists():
-                stale.rename(output)
-            raise
-        shutil.rmtree(stale)
-    else:
-        export_checkpoint(checkpoint, output)
-    log.info("exported to %s", output)
+    try:
+        _write(checkpoint, config, state.step, temporary)
+        _check(checkpoint, config, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return temporary
 
 
 def _write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None:

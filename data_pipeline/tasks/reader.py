@@ -22,6 +22,7 @@ from data_pipeline.loader import FINGERPRINT_RANGE, PlannedLoader
 from data_pipeline.plan import Planner
 from data_pipeline.records import BadRow, DataError, stable_hash
 from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskPacker, TaskSample
+from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.masking import mask_tokens
 from data_pipeline.tasks.records import Example, TaskRecord
 from data_pipeline.tasks.tokenize import NO_ANSWER, EncodedSide, TaskTokenizer, Windows
@@ -135,7 +136,7 @@ class TaskReader:
         counts: bool = True,
     ) -> tuple[EncodedSide, SideLabels]:
         """A window with its labels. `counts`: they must be there. Raises BadRow."""
-        config = self.tokenizer.config
+        config: TaskConfig = self.tokenizer.config
         if config.kind == "classification":
             return side, SideLabels(classes=self._one_hot([example.label]))
         if config.kind == "tagging":

@@ -117,11 +117,19 @@ class EncoderPredictor:
         sources = [self._source(record, mixup) for record in records]
         mixed = sum(source is not None for source in sources)
         if self.kind == "classification":
-            return Predictions([self.labels[int(row.argmax())] for row in self._classes(records, sources)], mixed)
+            chosen = self.class_logits(records, mixup).argmax(axis=1)
+            return Predictions([self.labels[number] for number in chosen], mixed)
         if self.kind == "tagging":
             tagged = [tuple(self.labels[tag] for tag in words.argmax(axis=1)) for words in self._tags(records, sources)]
             return Predictions(tagged, mixed)
         return Predictions(self._answers(records, sources), mixed)
+
+    def class_logits(self, records: Sequence[TaskRecord], mixup: MixupMode = "auto") -> Floats:
+        """(records, C), the mean of both sides' where a record is mixed; `predict` takes the highest."""
+        found = np.zeros((len(records), len(self.labels)), np.float32)
+        for unit, target, source in self._run(self._units(records, [self._source(each, mixup) for each in records])):
+            found[unit.record] = target[0] if source is None else (target[0] + source[0]) / 2
+        return found
 
     def tag_probabilities(self, records: Sequence[TaskRecord]) -> list[Floats]:
         """(W, C) for each record: what the model gives each of the labels, never mixed."""
@@ -140,13 +148,6 @@ class EncoderPredictor:
                 f" {self.info.dominant!r} (back_* fields); prepare the data with translations, or say auto or off"
             )
         return source
-
-    def _classes(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[Floats]:
-        """(C,) logits for each record, the mean of both sides' where it is mixed."""
-        found = np.zeros((len(records), len(self.labels)), np.float32)
-        for unit, target, source in self._run(self._units(records, sources)):
-            found[unit.record] = target[0] if source is None else (target[0] + source[0]) / 2
-        return list(found)
 
     def _tags(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[Floats]:
         """(W, C) logits for each record, each word's from the window that shows most context around it."""

@@ -17,6 +17,7 @@ from tokenizers.normalizers import Replace
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.index import build_index
+from data_pipeline.loader import shared_batches
 from data_pipeline.mixture import Quotas
 from data_pipeline.plan import Planner
 from data_pipeline.records import BadRow, DataError, stable_hash
@@ -616,3 +617,16 @@ def test_the_fingerprint_tells_other_samples_and_other_sources_apart(make: Make)
     for number in range(STEPS):
         same = loader(always).load(number).fingerprint == prints[number]
         assert same == reader.gold(number)
+
+
+@pytest.mark.parametrize("n_samples", [0, 1, 7])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_fixed_set_is_shared_in_equal_numbers(make: Make, n_samples: int, world_size: int) -> None:
+    reader = make("tagging", schedule=3.0)
+    _, samples = reader.readable(range(n_samples))
+    packer = loader(reader).packer
+    shares = [shared_batches(samples, packer, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    found = Counter(name for share in shares for batch in share for name in batch.sample_ids)
+    assert found == Counter(sample.id for sample in samples)
+    assert all(batch.label_weights.sum() == 0 for share in shares for batch in share if not batch.sample_ids)

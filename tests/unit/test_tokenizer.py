@@ -1,13 +1,16 @@
-"""A trained tokenizer gives every text back, the same one from the same texts, through plain AutoTokenizer."""
+"""A trained tokenizer is the same from the same texts, through plain AutoTokenizer; a decoder's gives any text back."""
 
 import json
+import re
+import unicodedata
 
 import pytest
 import sentencepiece
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from data_pipeline.records import DataError
-from data_pipeline.tokenizer import SPECIAL_TOKENS, TokenizerTrainingConfig, train_tokenizer
+from data_pipeline.tokenizer import ENCODER_TOKENS, SPECIAL_TOKENS, TokenizerTrainingConfig, train_tokenizer
 
 TEXTS = {
     "en": "Anna has 12 apples and buys 30 more. How many apples does she have now?",
@@ -137,3 +140,107 @@ def test_a_size_that_does_not_fit_is_one_line(tmp_path, texts, size, said):
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
     assert not list(tmp_path.iterdir())
+
+
+# --- an encoder's
+
+ENCODER = TokenizerTrainingConfig(style="encoder", vocab_size=200, character_coverage=1.0)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder")
+    train_tokenizer(TEXTS.values(), path, ENCODER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder):
+    return AutoTokenizer.from_pretrained(encoder_folder)
+
+
+def test_an_encoders_tokens_have_xlmrs_places(encoder):
+    assert encoder.is_fast
+    assert len(encoder) == ENCODER.vocab_size
+    assert encoder.convert_ids_to_tokens([0, 1, 2, 3]) == list(ENCODER_TOKENS)
+    names = ("cls", "bos", "pad", "sep", "eos", "unk", "mask")
+    assert [getattr(encoder, f"{name}_token_id") for name in names] == [0, 0, 1, 2, 2, 3, 199]
+    assert encoder("x <mask> y")["input_ids"].count(199) == 1
+
+
+def test_an_encoders_texts_are_framed_as_xlmrs(encoder):
+    one, two = (plain_ids(encoder, TEXTS[code]) for code in ("en", "th"))
+    assert encoder(TEXTS["en"])["input_ids"] == [0, *one, 2]
+    assert encoder(TEXTS["en"], TEXTS["th"])["input_ids"] == [0, *one, 2, 2, *two, 2]
+    assert "token_type_ids" not in encoder(TEXTS["en"])
+    assert plain_ids(encoder, "apples") == plain_ids(encoder, " apples "), "a space stands before each word"
+    assert encoder.convert_ids_to_tokens(one[:1])[0].startswith("▁")
+
+
+@pytest.mark.parametrize("text", TEXTS.values())
+def test_an_encoder_knows_its_own_texts_but_for_form(encoder, text):
+    ids = plain_ids(encoder, text)
+    assert not set(ids) & {0, 1, 2, 3, 199}
+    assert decode(encoder, ids) == " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def test_an_encoders_tokens_are_those_of_sentencepiece(encoder, monkeypatch, tmp_path):
+    models = []
+    train = sentencepiece.SentencePieceTrainer.train
+
+    def remembered(**settings):
+        train(**settings)
+        models.append(sentencepiece.SentencePieceProcessor(model_proto=settings["model_writer"].getvalue()))
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", remembered)
+    train_tokenizer(TEXTS.values(), tmp_path, ENCODER)
+    for text in [*TEXTS.values(), *HARD]:
+        assert plain_ids(encoder, text) == models[0].encode(text)
+
+
+@pytest.mark.parametrize("model_type", [None, "xlm-roberta", "bert"])
+def test_an_encoder_is_opened_again_with_the_same_ids(encoder_folder, tmp_path, encoder, model_type):
+    for file in encoder_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    trained = train_tokenizer(TEXTS.values(), tmp_path / "anew", ENCODER)
+    for folder in (tmp_path, tmp_path / "again"):
+        opened = AutoTokenizer.from_pretrained(folder)
+        assert opened.mask_token_id == 199
+        for text in [*TEXTS.values(), *HARD, "half <mask> known"]:
+            expected = encoder(text, text[::-1])
+            assert opened(text, text[::-1])["input_ids"] == expected["input_ids"]
+            assert trained(text, text[::-1])["input_ids"] == expected["input_ids"]
+            assert (
+                opened(text, return_offsets_mapping=True)["offset_mapping"]
+                == encoder(text, return_offsets_mapping=True)["offset_mapping"]
+            )
+
+
+def test_the_same_texts_give_the_same_encoder(encoder_folder, tmp_path):
+    train_tokenizer(iter(TEXTS.values()), tmp_path, ENCODER)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (encoder_folder / name).read_bytes()
+
+
+def test_an_encoders_size_must_fit_the_text(tmp_path):
+    def size(vocab_size):
+        return ENCODER.model_copy(update={"vocab_size": vocab_size})
+
+    with pytest.raises(
+        DataError, match=r"vocab_size: 9000 is too large for the text; it can be at most (\d+)"
+    ) as large:
+        train_tokenizer(TEXTS.values(), tmp_path, size(9000))
+    with pytest.raises(DataError, match=r"vocab_size: 20 is too small: characters alone need (\d+); or lower") as small:
+        train_tokenizer(TEXTS.values(), tmp_path, size(20))
+    for error in (large, small):
+        fitting = int(re.search(r"(?:at most|need) (\d+)", str(error.value))[1])
+        assert len(train_tokenizer(TEXTS.values(), tmp_path, size(fitting))) == fitting
+
+
+def test_a_decoder_has_room_for_bytes():
+    with pytest.raises(ValidationError, match="'vocab_size' must be greater than 260"):
+        TokenizerTrainingConfig(vocab_size=260)
+    assert TokenizerTrainingConfig(vocab_size=261).style == "decoder"

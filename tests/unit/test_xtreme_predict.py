@@ -60,12 +60,13 @@ def test_labels_are_those_of_one_text_at_a_time_in_the_rows_order(
 ) -> None:
     predictor = EncoderPredictor.open(export(tmp_path, "classification", CLASSES, family=family), "fp32", batch_tokens)
     rows = pairs(23)
-    found = predictor.predict(rows)
     hf = predictor.tokenizer.tokenizer
-    expected = [CLASSES[int(plain(predictor.model, hf, *row.example.texts).logits.argmax())] for row in rows]
-    assert found.values == expected
+    expected = np.stack([plain(predictor.model, hf, *row.example.texts).logits[0].numpy() for row in rows])
+    assert len({tuple(row) for row in expected.round(3)}) == 23  # so the order matters
+    np.testing.assert_allclose(predictor.class_logits(rows), expected, atol=1e-5)
+    found = predictor.predict(rows)
+    assert found.values == [CLASSES[number] for number in expected.argmax(axis=1)]
     assert found.mixed == 0
-    assert len(set(expected)) > 1
 
 
 def mixed_logits(predictor: EncoderPredictor, target: tuple[str, ...], source: tuple[str, ...]) -> torch.Tensor:
@@ -84,33 +85,28 @@ def test_both_sides_logits_are_averaged_where_a_row_has_its_translation(tmp_path
     translated, bare = pairs(17, back=True), pairs(5, seed=1)
     rows = [row for two in zip(translated, [*bare, *[None] * 12], strict=True) for row in two if row is not None]
     hf = predictor.tokenizer.tokenizer
-    expected, alone, target_only = [], [], []
-    for row in rows:
-        unmixed = plain(predictor.model, hf, *row.example.texts).logits[0]
-        alone.append(CLASSES[int(unmixed.argmax())])
-        if row.back is None:
-            expected.append(alone[-1])
-            continue
-        both = mixed_logits(predictor, row.example.texts, row.back.texts)
-        expected.append(CLASSES[int(both.mean(dim=0).argmax())])
-        target_only.append(CLASSES[int(both[0].argmax())])
+    alone = np.stack([plain(predictor.model, hf, *row.example.texts).logits[0].numpy() for row in rows])
+    expected = alone.copy()
+    for number, row in enumerate(rows):
+        if row.back is not None:
+            both = mixed_logits(predictor, row.example.texts, row.back.texts).numpy()
+            expected[number] = both.mean(axis=0)
+            assert np.abs(both[0] - alone[number]).max() > 1e-3  # the target is mixed
+            assert np.abs(both[0] - both[1]).max() > 1e-3  # and the source another side
+    np.testing.assert_allclose(predictor.class_logits(rows), expected, atol=1e-5)
+    np.testing.assert_allclose(predictor.class_logits(rows, "off"), alone, atol=1e-5)
     found = predictor.predict(rows)
-    assert found.values == expected
+    assert found.values == [CLASSES[number] for number in expected.argmax(axis=1)]
     assert found.mixed == 17
-    assert expected != alone  # so the test sees that something is mixed
-    assert [label for label, row in zip(expected, rows, strict=True) if row.back] != target_only  # and averaged
-    assert predictor.predict(rows, "off").values == alone
     assert predictor.predict(rows, "off").mixed == 0
 
 
 def test_a_row_of_the_dominant_language_is_its_own_source(tmp_path: Path) -> None:
     predictor = EncoderPredictor.open(export(tmp_path, "classification", CLASSES, mixup_layer=0), "fp32")
     rows = pairs(12, language="en")
-    found = predictor.predict(rows, "on")
-    expected = [
-        CLASSES[int(mixed_logits(predictor, row.example.texts, row.example.texts).mean(dim=0).argmax())] for row in rows
-    ]
-    assert (found.values, found.mixed) == (expected, 12)
+    sides = [mixed_logits(predictor, row.example.texts, row.example.texts).mean(dim=0).numpy() for row in rows]
+    np.testing.assert_allclose(predictor.class_logits(rows, "on"), np.stack(sides), atol=1e-5)
+    assert predictor.predict(rows).mixed == 12
 
 
 def test_mixing_that_is_not_possible_is_refused_by_name(tmp_path: Path) -> None:
@@ -164,22 +160,20 @@ def test_every_word_of_a_long_sentence_is_tagged_in_the_window_with_most_context
         ranges = [window.words for window in predictor.tokenizer.windows(row.example)]
         n_windows.append(len(ranges))
         logits = [tag_logits(predictor, sentence, *each, pooling) for each in ranges]
-        tags = []
+        words_logits = []
         for word in range(len(sentence)):
-            holds = [n for n, (first, stop) in enumerate(ranges) if first <= word < stop]
-            best = max(
-                holds,
-                key=lambda n: (
-                    min(word - ranges[n][0], ranges[n][1] - 1 - word) + 0.01 * (ranges[n][1] - ranges[n][0]),
-                    -n,
-                ),
-            )
-            tags.append(TAGS[int(logits[best][word - ranges[best][0]].argmax())])
-        expected.append(tuple(tags))
-    assert predictor.predict(rows).values == expected
+            contexts = [
+                min(word - first, stop - 1 - word) + 0.01 * (stop - first) if first <= word < stop else -1
+                for first, stop in ranges
+            ]
+            best = contexts.index(max(contexts))
+            words_logits.append(logits[best][word - ranges[best][0]])
+        expected.append(np.stack(words_logits))
+    for found, logits in zip(predictor.tag_probabilities(rows), expected, strict=True):
+        np.testing.assert_allclose(found, torch.tensor(logits).softmax(dim=1).numpy(), atol=1e-5)
+    assert predictor.predict(rows).values == [tuple(TAGS[tag] for tag in each.argmax(axis=1)) for each in expected]
     assert max(n_windows) > 3
     assert n_windows[0] == 1
-    assert len({tag for tags in expected for tag in tags}) > 3
 
 
 def test_tag_probabilities_are_those_of_the_pooled_logits(tmp_path: Path) -> None:

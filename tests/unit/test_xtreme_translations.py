@@ -172,6 +172,15 @@ def test_authors_tags(tmp_path: Path) -> None:
     assert rows["test/de"][0]["back_words"] == ["Ann", "!"]
 
 
+def test_blank_lines_at_the_end_are_no_sentences(tmp_path: Path) -> None:
+    write_authors_panx(tmp_path / "data")
+    for name in ("en/train.tsv", "translate-train-logits/de.txt", "translate-train-en-token/de.txt"):
+        file = tmp_path / "data/panx" / name
+        file.write_bytes(file.read_bytes() + b"\n\n")
+    counts, rows = prepared("panx", tmp_path / "data", languages=["de"], splits={"train": "train"})
+    assert (counts["train"], len(rows["train/de"])) == ({"en": 2, "de": 2}, 2)
+
+
 def test_sentences_that_do_not_fit(tmp_path: Path) -> None:
     write_authors_panx(tmp_path / "data")
     base = tmp_path / "data/panx"
