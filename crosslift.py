@@ -225,6 +225,7 @@ def xtreme_prepare(
         str | None, typer.Option(help="split to write=split to read, such as train=dev,test=test")
     ] = None,
     unlabelled: Annotated[bool, typer.Option(help="erased test labels are no error")] = False,
+    remake: Annotated[bool, typer.Option(help="replace an output that was made of something else")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="counts as JSON")] = False,
 ) -> None:
     """XTREME's files as rows. Example: crosslift xtreme prepare xnli --data-dir xtreme --output rows/xnli"""
@@ -233,7 +234,7 @@ def xtreme_prepare(
     chosen = dict(pair.partition("=")[::2] for pair in splits.split(",")) if splits else None
     counts = prepare_task(
         task, data_dir, output, languages=_listed(languages), layout=layout, splits=chosen,
-        translations=translations, allow_unlabelled_test=unlabelled,
+        translations=translations, allow_unlabelled_test=unlabelled, remake=remake,
     )  # fmt: skip
     if as_json:
         print(json.dumps(counts, ensure_ascii=False, indent=1))

@@ -55,7 +55,7 @@ def draw(report: RepresentationReport, debiased: bool = False) -> Figure:
     for axes, (measure, (title, unit)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, (label, model) in enumerate(report.models.items()):
             _draw_model(axes, model, measure, label, number)
-        axes.set(title=unit, xlabel="layer (0: embeddings)", ylabel=unit)
+        axes.set(title=title, xlabel="layer (0: embeddings)", ylabel=unit)
         axes.set_ylim(*_range(report, measure))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.02)

@@ -30,7 +30,7 @@ def export(
     length: int = 24,
     mixup_layer: int | None = None,
     step: int = 7,
-    seed: int = 2,
+    seed: int = 1,
     **task: Any,
 ) -> Path:
     """A model of one task below `folder`. `task`: further options of TaskConfig."""

@@ -55,9 +55,15 @@ def export_newest(checkpoint: Path, output: Path) -> None:
     """`output` as the export of this checkpoint: made, made anew where it is of another one, or left alone.
 
     An older export stays in its place until the new one is made and checked: it is better than none.
+
+    Raises:
+        ConfigError: `output` is something else than an export, which is not ours to replace.
     """
-    if output.exists() and _is_of(checkpoint, output):
-        return
+    if output.exists():
+        if not (output / EXPORT_FILE).is_file():
+            raise ConfigError(f"{output}: in the way of the export, and no export itself; move it and start again")
+        if _is_of(checkpoint, output):
+            return
     made = _made(checkpoint, output)
     stale = output.with_name(f".stale-{output.name}")
     shutil.rmtree(stale, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Parallel arithmetic word problems at toy scale: the situations, their phrasings per language, the corpus."""
+"""Parallel arithmetic word problems at toy scale: situations, phrasings per language, the corpus, a labelled task."""

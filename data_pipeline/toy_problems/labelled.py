@@ -8,9 +8,9 @@ X-Mixup (arXiv 2205.04182). Next: pretraining on `text/`, then training and scor
     dev/, test_seen/<language>.jsonl   known situations, with new numbers and in a new wording
     test_unseen/<language>.jsonl  situations that no label was ever given for
 
-An item is in the same place of the same file of every language, under the same `group`. It occurs in two of its
-structure's three wordings (see `wordings`): whatever a person wrote is in the first, whatever was translated in the
-second, with words missing (see `drop_words`). `back_text_a`, in every language but English, is the text translated
+An item is in the same place of the same file of every language, under the same `group`. What a person
+wrote is in one of its structure's three wordings, what was translated in one too (see `wordings`), with words missing
+(see `drop_words`). `back_text_a`, in every language but English, is the text translated
 into English: of a translation in `train`, which makes it a round trip, and of a person's text elsewhere.
 
 A (structure, numbers) combination belongs to one folder, in all languages and wordings. Situations of `test_unseen`
@@ -138,7 +138,7 @@ def labelled_items(split: Split, n: int, seed: int) -> list[ToyItem]:
 
 
 def wordings(item: ToyItem, split: Split, seed: int) -> tuple[int, int]:
-    """The phrasings that people and translations use for an item: two of the three that every language has.
+    """(people's, translations'): which of the three phrasings that every language has each of them uses for an item.
 
     One phrasing of each seen structure, the same in all languages, is kept for `dev` and `test_seen`, which thus
     need more than known sentences with other numbers; there, translations use it too, since a test translated into a

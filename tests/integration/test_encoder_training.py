@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     events = [json.loads(line) for line in (run / "record.jsonl").read_text().splitlines()]
-    return [event["metrics"] for event in events if "metrics" in event]
+    return [event["values"] for event in events if event["kind"] == "metrics"]
 
 
 def test_masked_words_are_learned_and_the_tied_head_is_stored_once(runs: Path) -> None:

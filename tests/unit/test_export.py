@@ -1,0 +1,156 @@
+"""export.py: the run's export is that of its last checkpoint, whole or the one before, and nothing lies beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling.export_info import EXPORT_FILE, ExportInfo
+from training import checkpoint, export
+from training.checkpoint import MARKER, RunState
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.export import export_checkpoint, export_newest
+from training.run_file import resolved, validate
+
+Save = Callable[[int], Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> Save:
+    """`save(step)`: a complete checkpoint that holds one file of weights, which says what it is."""
+    config = resolved(validate(tiny_run(tmp_path), "tiny run"))
+
+    def make(step: int) -> Path:
+        directory = checkpoint.begin(tmp_path, step)
+        (directory / "weights").write_text(f"weights after {step}")
+        RunState(step, 1, 0, {}, config, {}).write(directory)
+        return checkpoint.commit(tmp_path, step, keep=9)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Instead of a model, an export holds the checkpoint's file; the steps of those that were made and checked."""
+    checked: list[int] = []
+
+    def write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None:
+        (output / EXPORT_FILE).write_text(json.dumps(export._description(config, step)))
+        (output / "weights").write_text((checkpoint / "weights").read_text())
+
+    def check(checkpoint: Path, config: RunConfig, output: Path) -> None:
+        assert output.name.startswith(".incomplete-"), "checked under its temporary name"
+        checked.append(RunState.read(checkpoint).step)
+
+    monkeypatch.setattr(export, "_write", write)
+    monkeypatch.setattr(export, "_check", check)
+    return checked
+
+
+def weights(model: Path) -> str:
+    return (model / "weights").read_text()
+
+
+def beside(model: Path) -> set[str]:
+    return {path.name for path in model.parent.iterdir()} - {"checkpoints"}
+
+
+def test_an_export_is_made_once(save: Save, made: list[int], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    export_newest(save(10), model)
+    assert (weights(model), made) == ("weights after 10", [10])
+    export_newest(checkpoint.checkpoint_path(tmp_path, 10), model)
+    assert made == [10]
+    assert beside(model) == {"model"}
+
+
+def test_an_export_of_another_step_is_replaced(save: Save, made: list[int], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    export_newest(save(10), model)
+    (model / "only in the old one").touch()
+    export_newest(save(20), model)
+    assert (ExportInfo.read(model).step, weights(model), made) == (20, "weights after 20", [10, 20])
+    assert not (model / "only in the old one").exists()
+    assert beside(model) == {"model"}
+
+
+def test_an_export_of_the_same_step_of_another_branch_is_replaced(save: Save, made: list[int], tmp_path: Path) -> None:
+    """Resumed from an earlier checkpoint with changes, a run comes to the same step with other weights."""
+    model = tmp_path / "model"
+    export_newest(save(10), model)
+    again = save(10)
+    later = (model / EXPORT_FILE).stat().st_mtime_ns + 1
+    os.utime(again / MARKER, ns=(later, later))
+    export_newest(again, model)
+    assert made == [10, 10]
+
+
+@pytest.mark.parametrize("where", ["_write", "_check"])
+@pytest.mark.parametrize("error", [RuntimeError("its logits differ"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_where_the_new_export_fails_the_old_one_stays(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
+) -> None:
+    model = tmp_path / "model"
+    export_newest(save(10), model)
+    real = getattr(export, where)
+
+    def fail(*arguments: Any) -> None:
+        real(*arguments)
+        assert weights(model) == "weights after 10", "in its place all the while: a killed process loses nothing"
+        raise error
+
+    monkeypatch.setattr(export, where, fail)
+    with pytest.raises(type(error)) as raised:
+        export_newest(save(20), model)
+    assert raised.value is error
+    assert (ExportInfo.read(model).step, weights(model)) == (10, "weights after 10")
+    assert beside(model) == {"model"}
+
+
+def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    export_newest(save(10), model)
+    model.rename(tmp_path / ".stale-model")  # killed between the two renames
+    (tmp_path / ".incomplete-model").mkdir()
+    (tmp_path / ".incomplete-model" / "part-0.safetensors").touch()
+    export_newest(save(20), model)
+    assert weights(model) == "weights after 20"
+    assert {path.name for path in model.iterdir()} == {EXPORT_FILE, "weights"}
+    assert beside(model) == {"model"}
+
+
+def test_what_is_no_export_is_left_alone(save: Save, made: list[int], tmp_path: Path) -> None:
+    mine = tmp_path / "model"
+    mine.mkdir()
+    (mine / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"model: in the way of the export, and no export itself; move it"):
+        export_newest(save(10), mine)
+    assert {path.name for path in mine.iterdir()} == {"config.json"}
+    assert not made
+
+
+def test_a_torn_checkpoint_is_not_exported(save: Save, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    export_newest(save(10), model)
+    torn = save(20)
+    (torn / "weights").write_text("weig")
+    for export_to in (export_newest, export_checkpoint):
+        output = model if export_to is export_newest else tmp_path / "other"
+        with pytest.raises(ConfigError, match=r"step-00000020: not a complete checkpoint: weights has 4 bytes"):
+            export_to(torn, output)
+    assert weights(model) == "weights after 10"
+    assert beside(model) == {"model"}
+
+
+def test_export_to_a_folder_that_is_there_is_refused(save: Save, made: list[int], tmp_path: Path) -> None:
+    assert export_checkpoint(save(10), tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    with pytest.raises(ConfigError, match="b: exists already; give a new folder"):
+        export_checkpoint(save(20), tmp_path / "a" / "b")
+    assert weights(tmp_path / "a" / "b") == "weights after 10"
+    assert made == [10]
