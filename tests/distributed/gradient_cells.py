@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tiny_run import XMIXUP, rank_values
+from tiny_run import rank_values
 
 from data_pipeline.packing import Packer
-from data_pipeline.tasks.batches import TaskPacker
 from training.assembly import assemble
 from training.distributed import barrier, rank, world_size
 from training.engine import gathered, init_process_group
@@ -31,10 +30,8 @@ LEARNING_RATE = 1e-2
 def main() -> None:
     data_dir, work, output = (Path(argument) for argument in sys.argv[1:])
     init_process_group(timeout_minutes=3)
-    changes = {"sft": {"objective": {"name": "sft"}}, "shifcon": {}, "xmixup": XMIXUP}
-    for objective, changed in changes.items():
-        folder = data_dir / "tasks" if objective == "xmixup" else data_dir
-        run = _run(folder, work / objective, **changed)
+    for objective in ("sft", "shifcon"):
+        run = _run(data_dir, work / objective, **({"objective": {"name": "sft"}} if objective == "sft" else {}))
         trainer = Trainer(run, tracker=None)
         for micro_batches in (1, 2, 4):
             batch, totals = _batch(trainer, micro_batches)
@@ -91,10 +88,8 @@ def _batch(trainer: Trainer, micro_batches: int):
     return batch, totals
 
 
-def _packer_for(run, micro_batches: int) -> Packer | TaskPacker:
+def _packer_for(run, micro_batches: int) -> Packer:
     """The budget under which the busiest rank has exactly that many micro-batches at this step."""
-    if run.config.data.task is not None:
-        return _task_packer_for(run, micro_batches)
     shares = []
     for other in range(world_size()):
         batch = run.data.loader(run.config, other, world_size()).load(STEP)
@@ -104,19 +99,6 @@ def _packer_for(run, micro_batches: int) -> Packer | TaskPacker:
             packer = Packer("packed", rows * row, row, run.loader.packer.pad_id)
             if max(len(packer.pack(share)) for share in shares) == micro_batches:
                 return packer
-    raise AssertionError(f"no budget gives {micro_batches} micro-batches")
-
-
-def _task_packer_for(run, micro_batches: int) -> TaskPacker:
-    own = run.loader.packer
-    loaders = [run.data.loader(run.config, other, world_size()) for other in range(world_size())]
-    shares = [
-        [loader.reader.read(slot.row, STEP) for unit in loader.units(STEP) for slot in unit.slots] for loader in loaders
-    ]
-    for budget in range(8192, 64, -32):
-        packer = TaskPacker(own.pad_id, budget, own.task, own.paired, own.has_token_types)
-        if max(len(packer.pack(share)) for share in shares) == micro_batches:
-            return packer
     raise AssertionError(f"no budget gives {micro_batches} micro-batches")
 
 
