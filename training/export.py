@@ -59,14 +59,16 @@ def export_newest(checkpoint: Path, output: Path) -> None:
     Raises:
         ConfigError: `output` is something else than an export, which is not ours to replace.
     """
+    stale = output.with_name(f".stale-{output.name}")
+    if stale.exists() and not output.exists():  # an earlier call was killed between its two renames
+        stale.rename(output)
+    shutil.rmtree(stale, ignore_errors=True)
     if output.exists():
         if not (output / EXPORT_FILE).is_file():
             raise ConfigError(f"{output}: in the way of the export, and no export itself; move it and start again")
         if _is_of(checkpoint, output):
             return
     made = _made(checkpoint, output)
-    stale = output.with_name(f".stale-{output.name}")
-    shutil.rmtree(stale, ignore_errors=True)
     if output.exists():
         output.rename(stale)
     made.rename(output)

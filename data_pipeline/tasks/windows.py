@@ -63,7 +63,6 @@ def without_space(offsets: Ids, text: str) -> Ids:
 def answer_tokens(offsets: Ids, answer: tuple[str, int]) -> Range | None:
     """First and last token (n, 2) of an answer (text, start); None where no token stands for it."""
     text, start = answer
-    stop = start + len(text.rstrip())
-    start += len(text) - len(text.lstrip())
-    tokens = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1]))
+    begins, stops = offsets[:, 0], offsets[:, 1]
+    tokens = np.flatnonzero((begins < start + len(text)) & (stops > start) & (begins < stops))
     return (int(tokens[0]), int(tokens[-1])) if len(tokens) else None

@@ -8,10 +8,10 @@ X-Mixup (arXiv 2205.04182). Next: pretraining on `text/`, then training and scor
     dev/, test_seen/<language>.jsonl   known situations, with new numbers and in a new wording
     test_unseen/<language>.jsonl  situations that no label was ever given for
 
-An item is in the same place of the same file of every language, under the same `group`. What a person
-wrote is in one of its structure's three wordings, what was translated in one too (see `wordings`), with words missing
-(see `drop_words`). `back_text_a`, in every language but English, is the text translated
-into English: of a translation in `train`, which makes it a round trip, and of a person's text elsewhere.
+An item is in the same place of the same file of every language, under the same `group`. What a person wrote is in
+one of its structure's three wordings, what was translated is in one too (see `wordings`), with words missing (see
+`drop_words`). `back_text_a`, in every language but English, is the text translated into English: of a translation in
+`train`, which makes it a round trip, and of a person's text elsewhere.
 
 A (structure, numbers) combination belongs to one folder, in all languages and wordings. Situations of `test_unseen`
 are met in `text`, without labels and with other numbers, as an encoder meets most words before it is fine-tuned.

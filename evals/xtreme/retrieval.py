@@ -35,6 +35,7 @@ XTREME_LAYERS = {12: 7, 24: 13}  # layers of the model: the one that XTREME's sc
 MAX_TOKENS = 512  # XTREME's; longer sentences are cut
 BATCH_TOKENS = 8192  # rows x row length of one forward pass
 CHUNK = 1024  # queries compared at a time
+ROUNDING = 1e-6  # of an inner product of unit vectors
 
 
 class SentenceEncoder:
@@ -78,10 +79,14 @@ class SentenceEncoder:
 
 
 def nearest(queries: Floats, candidates: Floats, chunk: int = CHUNK) -> list[int]:
-    """For each query (N, H) the candidate (M, H) with the largest inner product; of equal ones the first."""
+    """For each query (N, H) the candidate (M, H) with the largest inner product; of equal ones the first.
+
+    Equal is what differs by less than rounding does: a product of the same two vectors depends on its place.
+    """
     found: list[int] = []
     for start in range(0, len(queries), chunk):
-        found += (queries[start : start + chunk] @ candidates.T).argmax(axis=1).tolist()
+        products = queries[start : start + chunk] @ candidates.T
+        found += (products >= products.max(axis=1, keepdims=True) - ROUNDING).argmax(axis=1).tolist()
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def weights(model: Path) -> str:
     return (model / "weights").read_text()
+
+
+def fail_with(error: BaseException) -> Callable[..., None]:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    return fail
 
 
 def beside(model: Path) -> set[str]:
@@ -113,13 +121,23 @@ def test_where_the_new_export_fails_the_old_one_stays(
     assert beside(model) == {"model"}
 
 
-def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path) -> None:
-    model = tmp_path / "model"
+def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stale = tmp_path / "model", tmp_path / ".stale-model"
     export_newest(save(10), model)
-    model.rename(tmp_path / ".stale-model")  # killed between the two renames
+    model.rename(stale)  # killed between the two renames
     (tmp_path / ".incomplete-model").mkdir()
     (tmp_path / ".incomplete-model" / "part-0.safetensors").touch()
-    export_newest(save(20), model)
+    newer = save(20)
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_check", fail_with(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            export_newest(newer, model)
+    assert weights(model) == "weights after 10", "back in its place"
+    shutil.copytree(model, stale)  # killed after the two renames
+    export_newest(checkpoint.checkpoint_path(tmp_path, 10), model)
+    assert beside(model) == {"model"}
+    shutil.copytree(model, stale)
+    export_newest(checkpoint.checkpoint_path(tmp_path, 20), model)
     assert weights(model) == "weights after 20"
     assert {path.name for path in model.iterdir()} == {EXPORT_FILE, "weights"}
     assert beside(model) == {"model"}

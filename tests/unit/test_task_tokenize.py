@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,10 @@ def test_the_longer_text_gives_way_first(hf: Any) -> None:
 def test_a_special_token_that_is_spelled_out_is_text(hf: Any) -> None:
     tokenizer = make(hf, "classification", 100)
     for token in (hf.sep_token, hf.mask_token, hf.cls_token, hf.pad_token):
-        side = tokenizer.encode(Example((f"the {token} bridge",)))
+        text = f"the {token} bridge"
+        side = tokenizer.encode(Example((text,)))
+        if hf is wordpiece():
+            assert side.input_ids.tolist() == hf(text, split_special_tokens=True)["input_ids"]
         assert specials(hf, side.input_ids) == [hf.cls_token_id, hf.sep_token_id]
         assert not {hf.mask_token_id, hf.pad_token_id} & set(side.input_ids.tolist())
 
@@ -264,6 +268,24 @@ def test_offsets_name_the_characters_of_each_token_without_space(hf: Any) -> Non
     assert len(inside) == side.words[1] - side.words[0]
     covered = {at for start, stop in side.context_offsets[inside].tolist() for at in range(start, stop)}
     assert covered == {at for at, character in enumerate(context) if not character.isspace()}
+
+
+def test_offsets_of_a_tokenizer_that_counts_spaces_to_words() -> None:
+    """Those do that cut words off only where a piece begins with the space."""
+    from tokenizers.pre_tokenizers import Metaspace
+
+    hf = copy.deepcopy(unigram())
+    hf.backend_tokenizer.pre_tokenizer = Metaspace()
+    context = "the old  bridge in Budapest"
+    own = hf(context, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    assert any(context[start:stop].startswith(" ") for start, stop in own)
+    side = make(hf, "qa", 400).encode(Example(("old ?", context), answers=(("bridge in", 9),)))
+    assert side.context_offsets is not None
+    assert side.span is not None
+    for start, stop in side.context_offsets.tolist():
+        assert start == -1 or context[start:stop] == context[start:stop].strip()
+    first, last = side.span
+    assert context[side.context_offsets[first][0] : side.context_offsets[last][1]] == "bridge in"
 
 
 def test_an_answer_with_space_around_it_and_one_without_token(hf: Any) -> None:

@@ -1,0 +1,125 @@
+"""Tatoeba retrieval against one sentence at a time and a loop over all pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_encoders import WORDS
+from tiny_task_model import export
+
+from data_pipeline.xtreme.tasks import TATOEBA_CODES
+from evals.errors import EvalError
+from evals.xtreme.label_files import read_indices
+from evals.xtreme.retrieval import SentenceEncoder, nearest, retrieve_tatoeba
+
+ALL_WORDS = [word for words in WORDS.values() for word in words]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("model"), "classification", ("a", "b"))
+
+
+def sentences(n: int, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(ALL_WORDS[at] for at in rng.integers(len(ALL_WORDS), size=rng.integers(1, 9))) for _ in range(n)]
+
+
+def slow_vector(encoder: SentenceEncoder, text: str, layer: int, specials: bool) -> Any:
+    """One sentence, transformers' own account of the states: [0] are the embeddings, [l + 1] leave layer l."""
+    inputs = encoder.states.tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        states = encoder.states.model(**inputs, output_hidden_states=True).hidden_states[layer + 1][0].double()
+    mean = states.mean(dim=0) if specials else states[1:-1].mean(dim=0)
+    return (mean / mean.norm()).numpy()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("specials", [False, True])
+def test_vectors_are_mean_states_that_leave_the_layer(
+    model: Path, layer: int, specials: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evals.xtreme.retrieval.BATCH_TOKENS", 60)  # several batches
+    encoder = SentenceEncoder.open(model, layer, specials, dtype="fp32")
+    texts = sentences(20, 0)
+    expected = [slow_vector(encoder, text, layer, specials) for text in texts]
+    np.testing.assert_allclose(encoder.encode(texts), np.stack(expected), atol=1e-5)
+
+
+def test_the_layer_is_xtremes_unless_said(model: Path) -> None:
+    assert SentenceEncoder.open(model).layer == 1  # 3 layers: the same depth as 7 of 12
+
+    class States:
+        def __init__(self, layers: int) -> None:
+            self.layers = layers
+
+    for depth, layer in ((12, 7), (24, 13), (6, 3)):
+        assert SentenceEncoder(States(depth)).layer == layer  # type: ignore[arg-type]
+    with pytest.raises(EvalError, match="layer 3: the model has layers 0 to 2"):
+        SentenceEncoder.open(model, 3)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_the_nearest_is_that_of_a_loop(chunk: int) -> None:
+    rng = np.random.default_rng(0)
+    queries, candidates = (rng.normal(size=(n, 5)).astype(np.float32) for n in (11, 7))
+    candidates[4] = candidates[2]  # of equal ones the first
+    queries[3] = candidates[2]
+    queries, candidates = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (queries, candidates))
+    expected = []
+    for query in queries:
+        best, found = -np.inf, -1
+        for number, candidate in enumerate(candidates):
+            product = float(sum(float(a) * float(b) for a, b in zip(query, candidate, strict=True)))
+            if product > best + 1e-6:
+                best, found = product, number
+        expected.append(found)
+    assert nearest(queries, candidates, chunk) == expected
+    assert expected[3] == 2
+
+
+def laser(folder: Path, language: str, source: list[str], english: list[str]) -> None:
+    code = TATOEBA_CODES[language]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"tatoeba.{code}-eng.{code}").write_text("".join(f"{text}\n" for text in source), encoding="utf-8")
+    (folder / f"tatoeba.{code}-eng.eng").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
+
+
+def test_predictions_and_scores_of_a_folder(model: Path, tmp_path: Path) -> None:
+    english = list(dict.fromkeys(sentences(15, 1)))
+    other = list(dict.fromkeys(sentences(12, 2)))
+    laser(tmp_path / "tatoeba", "de", english, english)  # a "translation" that is the same is found
+    laser(tmp_path / "tatoeba", "sw", other[::-1], other)
+    encoder = SentenceEncoder.open(model, 1, dtype="fp32")
+    told: list[int] = []
+    results, scores = retrieve_tatoeba(encoder, tmp_path, tmp_path / "out", progress=told.append)
+    assert scores is not None
+    assert list(scores.tasks["tatoeba"].languages) == ["de", "sw"]
+    assert scores.tasks["tatoeba"].languages["de"]["accuracy"] == 100
+    assert scores.tasks["tatoeba"].languages["sw"]["accuracy"] < 50
+    assert told == [1, 1]
+    order = sorted(range(len(english)), key=english.__getitem__)
+    predictions = tmp_path / "out" / "predictions" / "tatoeba"
+    assert read_indices(predictions / "test-de.tsv") == order
+    # For each English sentence, in their order, the source line; here by a loop over both sides.
+    sides = [np.stack([slow_vector(encoder, text, 1, False) for text in side]) for side in (sorted(other), other[::-1])]
+    expected = [max(range(len(other)), key=lambda at, q=query: float(q @ sides[1][at])) for query in sides[0]]
+    assert read_indices(predictions / "test-sw.tsv") == expected
+    assert json.loads((tmp_path / "out" / "results.json").read_bytes())["layer"] == results["layer"] == 1
+
+
+def test_xtremes_own_files_give_predictions_and_no_scores(model: Path, tmp_path: Path) -> None:
+    english = sorted(set(sentences(9, 3)))
+    (tmp_path / "tatoeba").mkdir()
+    for side in ("de", "en"):
+        (tmp_path / "tatoeba" / f"de-en.{side}").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
+    encoder = SentenceEncoder.open(model, 1, dtype="fp32")
+    results, scores = retrieve_tatoeba(encoder, tmp_path, tmp_path / "out")
+    assert scores is None
+    assert results["scores"] is None
+    assert read_indices(tmp_path / "out" / "predictions" / "tatoeba" / "test-de.tsv") == list(range(len(english)))

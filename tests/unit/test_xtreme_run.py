@@ -1,0 +1,319 @@
+"""`crosslift xtreme run` with a stand-in for training: what is composed, selected, predicted, scored, taken up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from small_encoders import WORDS
+from tiny_task_model import export
+
+from data_pipeline.tasks.rows import read_task_file
+from data_pipeline.xtreme.tasks import TASKS
+from evals.errors import EvalError
+from evals.xtreme.label_files import read_labels
+from evals.xtreme.predict import EncoderPredictor
+from evals.xtreme.run import XtremeRun, run_xtreme
+from training.objective_config import XMixupConfig
+from training.run_file import load_config
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "xtreme.yaml"
+LABELS = TASKS["xnli"].labels
+STEPS = (2, 4, 6)
+BEST = 4
+ALL_WORDS = [word for words in WORDS.values() for word in words]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """One untrained model for each checkpoint; they mix, so a run of any method has what it needs."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        step: export(folder / str(step), "classification", LABELS, mixup_layer=1, step=step, seed=step)
+        for step in STEPS
+    }
+
+
+class Stage:
+    """Stands for `crosslift train` and `crosslift export`."""
+
+    def __init__(self, models: Mapping[int, Path]) -> None:
+        self.models, self.calls = models, []  # type: ignore[var-annotated]
+        self.steps: tuple[int, ...] = STEPS
+
+    def __call__(self, *arguments: str) -> None:
+        self.calls.append(arguments[0])
+        if arguments[0] == "train":
+            values = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
+            for step in self.steps:
+                folder = Path(values["output_dir"], "checkpoints", f"step-{step:08d}")
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "COMPLETE").touch()
+            (folder.parent / "step-00000009").mkdir(exist_ok=True)  # torn: no marker
+            shutil.rmtree(Path(values["output_dir"], "model"), ignore_errors=True)
+            shutil.copytree(self.models[max(self.steps)], Path(values["output_dir"], "model"))
+        else:
+            assert arguments[0] == "export"
+            step = int(Path(arguments[1]).name.removeprefix("step-"))
+            shutil.copytree(self.models[step], arguments[3])
+
+
+@pytest.fixture
+def stage(models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stand_in = Stage(models)
+    monkeypatch.setattr("evals.xtreme.run._crosslift", stand_in)
+    return stand_in
+
+
+def text(rng: np.random.Generator) -> str:
+    return " ".join(ALL_WORDS[at] for at in rng.integers(len(ALL_WORDS), size=rng.integers(2, 9)))
+
+
+def write_rows(file: Path, language: str, n: int, seed: int, back: bool = True) -> None:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(n):
+        row = {"id": f"{file.parent.name}-{number}", "group": f"g{number}", "language": language,
+               "text_a": text(rng), "text_b": text(rng), "label": LABELS[int(rng.integers(3))]}  # fmt: skip
+        if back and language != "en":
+            row |= {"back_text_a": text(rng), "back_text_b": text(rng)}
+        rows.append(row)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def relabel(file: Path, labels: list[str]) -> None:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({**row, "label": label}, ensure_ascii=False) for row, label in zip(rows, labels, strict=True)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def data(tmp_path: Path, models: dict[int, Path]) -> Path:
+    """Prepared rows of en and de; the dev labels are what the checkpoint of step BEST answers."""
+    folder = tmp_path / "data"
+    for split, n in (("train", 30), ("dev", 24), ("test", 18)):
+        for seed, language in enumerate(("en", "de")):
+            write_rows(folder / split / f"{language}.jsonl", language, n, 10 * n + seed)
+    best = EncoderPredictor.open(models[BEST])
+    for language in ("en", "de"):
+        file = folder / "dev" / f"{language}.jsonl"
+        relabel(file, best.predict(list(read_task_file(file, "classification"))).values)
+    return folder
+
+
+def make(data: Path, output: Path, method: str = "x-mixup", **more: Any) -> XtremeRun:
+    return XtremeRun(CONFIG, "xnli", "mbert", method, data, output, **more)
+
+
+class Tracked:
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.artifacts: list[str] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.metrics.setdefault(step, {}).update(metrics)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self.artifacts.append(path.name)
+
+
+def test_the_checkpoint_that_is_best_on_dev_answers_the_test_rows(
+    data: Path, tmp_path: Path, models: dict[int, Path], stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, tracked = tmp_path / "run", Tracked()
+    results = run_xtreme(make(data, output), tracked, {"uri": "sqlite:///a.db"})
+    assert stage.calls == ["train", "export", "export", "export"]  # the last step's export is there already
+    selection = json.loads((output / "selection.json").read_bytes())
+    assert selection["step"] == BEST
+    assert selection["languages"] == ["de", "en"]
+    assert selection["scores"]["4"] == 100
+    assert max(score for step, score in selection["scores"].items() if step != "4") < 100
+    assert json.loads((output / "model" / "crosslift.json").read_bytes())["step"] == BEST
+    assert not list(output.glob(".*"))
+    predictor = EncoderPredictor.open(models[BEST])
+    right = {}
+    for language in ("en", "de"):
+        records = list(read_task_file(data / "test" / f"{language}.jsonl", "classification"))
+        expected = predictor.predict(records)
+        assert expected.mixed == 18  # English rows are their own sources
+        assert read_labels(output / "predictions" / "xnli" / f"test-{language}.tsv", LABELS) == expected.values
+        pairs = zip(expected.values, records, strict=True)
+        right[language] = 100 * sum(label == record.example.label for label, record in pairs) / 18
+    told = results["summary"]
+    assert {language: scores["accuracy"] for language, scores in told["languages"].items()} == pytest.approx(right)
+    assert told["average"]["accuracy"] == pytest.approx(sum(right.values()) / 2)
+    assert told["gap"]["accuracy"] == pytest.approx(right["en"] - right["de"])
+    assert told["published"] == {"accuracy": 78.8}
+    assert told["difference"]["accuracy"] == pytest.approx(sum(right.values()) / 2 - 78.8)
+    assert json.loads((output / "scores.json").read_bytes()) == results
+    assert results["predicted"] == {"de": {"rows": 18, "mixed": 18}, "en": {"rows": 18, "mixed": 18}}
+    out = capsys.readouterr().out
+    assert f"de          {right['de']:.2f}" in out
+    assert "published   78.80" in out
+    assert tracked.metrics[BEST]["dev/score"] == 100
+    assert tracked.metrics[BEST]["test/accuracy/de"] == pytest.approx(right["de"])
+    assert tracked.metrics[BEST]["test/gap/accuracy"] == pytest.approx(right["en"] - right["de"])
+    assert tracked.artifacts == ["run.yaml", "scores.json"]
+
+
+def test_the_run_file_is_the_methods_on_the_rows_there_are(data: Path, tmp_path: Path, stage: Stage) -> None:
+    run_xtreme(make(data, tmp_path / "run", nproc=2), None, {"uri": "sqlite:///a.db"})
+    config = load_config(tmp_path / "run" / "run.yaml")
+    assert isinstance(config.objective, XMixupConfig)
+    assert config.max_steps == 4  # 4 epochs of 60 rows, 64 a step
+    assert config.data.languages == ("en", "de")
+    assert config.data.sources[0].files == ("train/en.jsonl", "train/de.jsonl")
+    assert (config.data_dir, config.output_dir) == (data, tmp_path / "run" / "training")
+    assert (config.tracking.uri, config.tracking.run_name) == ("sqlite:///a.db", "run-training")
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(
+    data: Path, tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(data, tmp_path / "run")
+    first = run_xtreme(run)
+    stage.calls.clear()
+    opened: list[Path] = []
+    original = EncoderPredictor.open
+    monkeypatch.setattr(EncoderPredictor, "open", lambda path: (opened.append(path), original(path))[1])
+    assert run_xtreme(run) == first
+    assert (stage.calls, opened) == (["train"], [])
+    (tmp_path / "run" / "predictions" / "xnli" / "test-de.tsv").unlink()
+    (tmp_path / "run" / "predictions" / "made_by.json").unlink()
+    assert run_xtreme(run) == first
+    assert opened == [tmp_path / "run" / "model"]
+    opened.clear()
+    run_xtreme(make(data, tmp_path / "run", mixup="off"))  # other predictions, and another dev score each
+    assert len(opened) == len(STEPS) + 1
+
+
+def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: Stage) -> None:
+    run_xtreme(make(data, tmp_path / "run"))
+    with pytest.raises(EvalError, match=r"run\.yaml: is of a run with another objective.layer; name a new --output"):
+        run_xtreme(make(data, tmp_path / "run", overrides=("objective.layer=5",)))
+    run_xtreme(make(data, tmp_path / "run", nproc=4), None, {"uri": "sqlite:///elsewhere.db"})  # may differ
+
+
+def test_zero_shot_sees_no_dev_rows_but_english_ones(data: Path, tmp_path: Path, stage: Stage) -> None:
+    results = run_xtreme(make(data, tmp_path / "run", "zero-shot", mixup="off"))
+    assert results["selection"]["languages"] == ["en"]
+    assert load_config(tmp_path / "run" / "run.yaml").data.languages == ("en",)
+    assert list(results["summary"]["languages"]) == ["de", "en"]
+    wider = run_xtreme(make(data, tmp_path / "wide", "zero-shot", overrides=("select=all",)))
+    assert wider["selection"]["languages"] == ["de", "en"]
+
+
+def test_without_dev_rows_the_last_checkpoint_is_taken(
+    data: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(data / "dev")
+    results = run_xtreme(make(data, tmp_path / "run"))
+    assert results["selection"] == {"step": 6, "languages": [], "mixup": "auto", "scores": {}}
+    assert "the last checkpoint is taken" in capsys.readouterr().err
+
+
+def test_a_baseline_tells_by_how_much_the_gap_was_cut(
+    data: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_xtreme(make(data, tmp_path / "base", "zero-shot", mixup="off"))
+    file = tmp_path / "base" / "scores.json"
+    before = json.loads(file.read_bytes())
+    before["summary"]["gap"] = {"accuracy": 40.0}
+    file.write_text(json.dumps(before), encoding="utf-8")
+    results = run_xtreme(make(data, tmp_path / "run", baseline=tmp_path / "base"))
+    gap = results["summary"]["gap"]["accuracy"]
+    assert results["summary"]["baseline"]["reduction"]["accuracy"] == pytest.approx(100 * (40 - gap) / 40)
+    assert f"gap cut by {100 * (40 - gap) / 40:.1f} %" in " ".join(capsys.readouterr().out.split())
+    file.write_text(json.dumps({**before, "task": "pawsx"}), encoding="utf-8")
+    stage.calls.clear()
+    with pytest.raises(EvalError, match=r"scores\.json: is of task 'pawsx', not 'xnli'"):
+        run_xtreme(make(data, tmp_path / "run", baseline=tmp_path / "base"))
+    assert not stage.calls  # known before hours of training
+
+
+def test_unlabelled_test_rows_give_predictions_and_no_scores(
+    data: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (data / "test").iterdir():
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        bare = [{key: value for key, value in row.items() if key != "label"} for row in rows]
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bare), encoding="utf-8")
+    results = run_xtreme(make(data, tmp_path / "run"))
+    assert results["summary"] is None
+    assert len(read_labels(tmp_path / "run" / "predictions" / "xnli" / "test-de.tsv", LABELS)) == 18
+    assert "predictions and no scores" in capsys.readouterr().out
+
+
+def test_files_as_xtreme_has_them_are_prepared_first(tmp_path: Path, stage: Stage) -> None:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "raw" / "xnli"
+    source.mkdir(parents=True)
+    for name, n in (("train-en", 12), ("dev-en", 12), ("dev-de", 12), ("test-en", 12), ("test-de", 12)):
+        rows = [f"{text(rng)}\t{text(rng)}\t{LABELS[number % 3]}\n" for number in range(n)]
+        (source / f"{name}.tsv").write_text("".join(rows), encoding="utf-8")
+    results = run_xtreme(make(tmp_path / "raw", tmp_path / "run", "zero-shot"))
+    assert (tmp_path / "run" / "data" / "test" / "de.jsonl").is_file()
+    assert list(results["summary"]["languages"]) == ["de", "en"]
+    assert load_config(tmp_path / "run" / "run.yaml").max_steps == 1
+    prepared = make(tmp_path / "run" / "data", tmp_path / "again", "zero-shot")
+    assert run_xtreme(prepared)["summary"]["average"] == results["summary"]["average"]
+    other = XtremeRun(CONFIG, "pawsx", "mbert", "zero-shot", tmp_path / "run" / "data", tmp_path / "other")
+    with pytest.raises(EvalError, match=r"prepared\.json: holds the rows of xnli, not of pawsx"):
+        run_xtreme(other)
+    with pytest.raises(EvalError, match="is prepared already, so --translations cannot be added"):
+        run_xtreme(make(tmp_path / "run" / "data", tmp_path / "more", translations=tmp_path))
+
+
+def test_a_training_that_fails_ends_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evals.xtreme.run.COMMAND", ["false"])
+    with pytest.raises(EvalError, match="crosslift train ended with status 1; its messages are above"):
+        run_xtreme(make(data, tmp_path / "run"))
+
+
+def test_what_a_method_cannot_learn_from_is_named_before_training(data: Path, tmp_path: Path, stage: Stage) -> None:
+    write_rows(data / "train" / "de.jsonl", "de", 30, 0, back=False)
+    with pytest.raises(EvalError, match=r"no back-translations .* set objective.source_schedule=null"):
+        run_xtreme(make(data, tmp_path / "a"))
+    run_xtreme(make(data, tmp_path / "b", overrides=("objective.source_schedule=null",)))
+    (data / "train" / "de.jsonl").unlink()
+    for method in ("translate-train", "x-mixup"):
+        with pytest.raises(EvalError, match=r"only 'en', but the method learns from translations; give --translations"):
+            run_xtreme(make(data, tmp_path / "c", method))
+    (data / "train" / "en.jsonl").unlink()
+    with pytest.raises(EvalError, match=r"en\.jsonl: not there, or empty; training needs it"):
+        run_xtreme(make(data, tmp_path / "c", "zero-shot"))
+    assert stage.calls.count("train") == 1
+
+
+def tagged(file: Path, language: str, **labels: Any) -> None:
+    row = {"id": "r0", "group": "g0", "language": language, "words": list(WORDS["en"][:2]), **labels}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def test_a_taggers_translations_need_a_teacher(tmp_path: Path, models: dict[int, Path], monkeypatch: Any) -> None:
+    folder = tmp_path / "panx"
+    for split in ("train", "dev", "test"):
+        tagged(folder / split / "en.jsonl", "en", tags=["O", "B-LOC"])
+    tagged(folder / "train" / "de.jsonl", "de", back_words=["old", "bridge"])
+    tags = TASKS["panx"].labels
+    monkeypatch.setattr(
+        "evals.xtreme.run._crosslift", Stage({s: export(tmp_path / f"m{s}", "tagging", tags, step=s) for s in STEPS})
+    )
+    run = {"config": CONFIG, "task": "panx", "model": "mbert", "method": "x-mixup", "data_dir": folder}
+    with pytest.raises(EvalError, match=r"de\.jsonl:1: neither tags nor soft_tags; let a teacher write them"):
+        run_xtreme(XtremeRun(**run, output=tmp_path / "a"))
+    with pytest.raises(EvalError, match=r"holds no <language>\.jsonl of panx's languages"):
+        run_xtreme(XtremeRun(**run, output=tmp_path / "a", soft_labels=tmp_path / "nothing"))
+    soft = [[1 / len(tags)] * len(tags)] * 2
+    tagged(tmp_path / "soft" / "de.jsonl", "de", soft_tags=soft, back_words=["old", "bridge"])
+    run_xtreme(XtremeRun(**run, output=tmp_path / "a", soft_labels=tmp_path / "soft"))
+    files = load_config(tmp_path / "a" / "run.yaml").data.sources[0].files
+    assert files == ("train/en.jsonl", str(tmp_path / "soft" / "de.jsonl"))
