@@ -266,13 +266,15 @@ def xtreme_run(
 ) -> None:
     """Fine-tune, select, predict, score. Example: crosslift xtreme run configs/xtreme.yaml --task xnli ..."""
     from evals.xtreme.run import XtremeRun, run_xtreme
+    from training.tracking import run_of_runs
 
     run_xtreme(
         XtremeRun(
             config, task, model, method, data_dir, output, translations=translations, layout=layout,
             soft_labels=soft_labels, nproc=nproc, overrides=tuple(overrides or ()), mixup=mixup, baseline=baseline,
             unlabelled=unlabelled,
-        )
+        ),
+        run_of_runs,
     )  # fmt: skip
 
 

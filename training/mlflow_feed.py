@@ -69,6 +69,7 @@ class RecordFeeder:
         self._store = without_password(uri)
         self._state = _read_states(self._output_dir).get(self._store, _StoreState())
         self._opened = False
+        self._parent: str | None = None  # the record of the run that this one is part of, until the store links them
         self._metrics: list[Metric] = []
         self._params: list[Param] = []
         self._tags: list[RunTag] = []
@@ -106,6 +107,7 @@ class RecordFeeder:
                 arrived = end
                 self._taken += 1
             self._flush(arrived)
+            self._link_to_parent()
             self._upload()
         except Exception:
             # Whatever the store holds now is found out anew; what was not yet sent is read again.
@@ -124,6 +126,7 @@ class RecordFeeder:
         if not self._state.run_id or not self._run_exists(self._state.run_id):
             self._state = _StoreState(self._find_or_create_run(first))
             self._save()
+        self._parent = first.get("parent")
         self._known_params = {}
         for _, event in read_events(self._record, stop=self._state.cursor):
             if event["kind"] == "params":
@@ -154,12 +157,25 @@ class RecordFeeder:
             experiment_id = self._client.create_experiment(first["experiment"], root)
         else:
             experiment_id = experiment.experiment_id
-            runs = self._client.search_runs([experiment_id], f"tags.`{RECORD_TAG}` = '{first['id']}'")
-            if runs:
-                return str(runs[0].info.run_id)
+            if found := self._run_of(first["id"], experiment_id):
+                return found
         tags = {RECORD_TAG: first["id"]}
         run = self._client.create_run(experiment_id, first["time"], tags, run_name=first["run_name"])
         return str(run.info.run_id)
+
+    def _run_of(self, record_id: str, experiment_id: str) -> str | None:
+        runs = self._client.search_runs([experiment_id], f"tags.`{RECORD_TAG}` = '{record_id}'")
+        return str(runs[0].info.run_id) if runs else None
+
+    def _link_to_parent(self) -> None:
+        """Nests the run under the one that it is part of, as soon as the store has that one."""
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        if self._parent is not None:
+            experiment_id = self._client.get_run(self._state.run_id).info.experiment_id
+            if found := self._run_of(self._parent, experiment_id):
+                self._client.set_tag(self._state.run_id, MLFLOW_PARENT_RUN_ID, found)
+                self._parent = None
 
     def _expect_replay(self, start: dict[str, Any], before: int) -> None:
         """After a resume the steps behind the checkpoint come again: looks up what was recorded for them."""

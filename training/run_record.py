@@ -5,7 +5,8 @@ events read back from it. Next: `mlflow_feed.py`, which carries the events into 
 
 One line is one event: `{"time": ms since 1970, "kind": ..., ...}` with
 
-- `start`     id (the same for the whole record), experiment, run_name, uri (null: none named), resumed_step
+- `start`     id (the same for the whole record), parent (null, or the id of the record of the run that this one is
+              part of), experiment, run_name, uri (null: none named), resumed_step
 - `params`    values: flat, dotted names to text
 - `tags`      values: names to text
 - `metrics`   step, values: names to numbers; those JSON has no number for are "NaN", "Infinity", "-Infinity"

@@ -18,10 +18,11 @@ import threading
 import uuid
 import webbrowser
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from training.errors import ConfigError
 from training.mlflow_feed import RecordFeeder, SyncResult
@@ -34,6 +35,7 @@ from training.mlflow_store import (
     server_answers,
     without_password,
 )
+from training.provenance import git_state, versions
 from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_starts, say
 
 _LONGEST_WAIT = 60.0  # seconds between two tries to reach a store that is away
@@ -54,6 +56,9 @@ class TrackingConfig(BaseModel):
     experiment: str = Field(default="crosslift", min_length=1, max_length=500, description="MLflow's experiment.")
     run_name: str | None = Field(default=None, description="The run's name in MLflow. Default: the run folder's name.")
     sync_seconds: float = Field(default=5.0, gt=0, description="Seconds between two batches to the store.")
+    parent: str | None = Field(
+        default=None, description="Record id of the run that this one is part of; `crosslift xtreme run` sets it."
+    )
 
     @field_validator("uri")
     @classmethod
@@ -74,6 +79,7 @@ class Tracker:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._trouble: str | None = None
+        self.id = ""  # the record's, once started
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str], resumed_step: int | None) -> None:
         """Opens the record, and goes on with the same MLflow run if the folder has a record already.
@@ -87,9 +93,11 @@ class Tracker:
         config = self._config
         self._record = RunRecord(self._output_dir)
         _, earlier = next(read_starts(self._record.path), (0, None))
+        self.id = earlier["id"] if earlier else uuid.uuid4().hex
         self._record.append(
             "start",
-            id=earlier["id"] if earlier else uuid.uuid4().hex,
+            id=self.id,
+            parent=config.parent,
             experiment=config.experiment,
             run_name=config.run_name or self._output_dir.resolve().name,
             uri=None if config.uri is None else without_password(config.uri),
@@ -175,6 +183,37 @@ class Tracker:
                 wait = self._config.sync_seconds
 
 
+@contextmanager
+def run_of_runs(
+    output_dir: Path, section: Mapping[str, Any], params: Mapping[str, Any]
+) -> Iterator[tuple[Tracker, dict[str, Any]]]:
+    """Follows what is made of several runs, such as a training and the scores of what it trained, as one MLflow run.
+
+    `section` holds the values of a run file's `tracking`. Gives the tracker, started, and the values with which a run
+    inside becomes part of it: the same store and experiment, and the parent. Raises ConfigError for a wrong value.
+    """
+    try:
+        config = TrackingConfig.model_validate(dict(section))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"tracking.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    uri = config.uri
+    if uri is None and not on_shared_disk(output_dir):
+        uri = default_store(output_dir)
+    tracker = Tracker(output_dir, config)
+    tracker.start(params, {**versions(), **git_state()}, resumed_step=None)
+    inside = {"enabled": config.enabled, "uri": uri, "experiment": config.experiment, "parent": tracker.id}
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        yield tracker, inside
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
 def sync_record(output_dir: Path, uri: str | None = None) -> SyncResult:
     """Feeds the store at `uri` what it lacks of a run's record. Default: the store that the run itself used.
 
@@ -245,8 +284,8 @@ def _serve(store: str, runs_dir: Path, port: int, host: str, open_browser: bool)
 
 
 def _run_folders(runs_dir: Path) -> Iterator[Path]:
-    """Folders with a record, not looking inside them: checkpoints are large trees."""
+    """Folders with a record. Inside one, only the runs that it is made of: checkpoints are large trees."""
     for folder, below, files in os.walk(runs_dir):
         if RECORD_NAME in files:
-            below.clear()
+            below[:] = [name for name in below if Path(folder, name, RECORD_NAME).is_file()]
             yield Path(folder)

@@ -20,7 +20,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from evals.errors import EvalError
 from evals.results import described_versions, write_atomically
 from evals.xtreme.predict import EncoderPredictor, MixupMode, write_predictions
 from evals.xtreme.prepared import check_training, count_rows, gold_file, read_records, split_files, write_gold
-from evals.xtreme.run_config import RunPlan, Values, compose, read_plan
+from evals.xtreme.run_config import RunPlan, Values, compose, merged, read_plan
 from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
 from evals.xtreme.score import score_directory
 from evals.xtreme.selection import Selection, select
@@ -75,21 +76,41 @@ class ScoreTracker(Protocol):
     def artifact(self, path: Path, folder: str = "") -> None: ...
 
 
-def run_xtreme(
-    run: XtremeRun, tracker: ScoreTracker | None = None, tracking: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+# Follows a run of runs: (its folder, the run file's `tracking` section, params) -> what takes scores, and that section
+# for the training run inside. `training.tracking.run_of_runs` is one.
+Follow = Callable[
+    [Path, Mapping[str, Any], Mapping[str, Any]], AbstractContextManager[tuple[ScoreTracker, Mapping[str, Any]]]
+]
+
+
+def run_xtreme(run: XtremeRun, follow: Follow | None = None) -> dict[str, Any]:
     """Everything, from files to table; prints as it goes. Returns what it wrote to `scores.json`.
 
-    tracking: what the front door adds to the run file's `tracking` section, so that the training run is part of
-    the run that `tracker` follows. Raises EvalError, DataError, ModelError, one line each.
+    Raises EvalError, DataError, ModelError, one line each; nothing is followed before the run is known to fit its
+    data and its folder.
     """
     plan = run.plan()
     baseline = read_scores(run.baseline, plan.task) if run.baseline is not None else None
     _say(f"1/5  rows of {run.task}")
     data = _data(run, plan)
-    values = _run_file(run, plan, data, tracking or {})
-    steps = values["max_steps"]
-    _say(f"2/5  {run.model}, {run.method}: {steps} steps of {values['data']['slots_per_step']} samples")
+    values = _composed(run, plan, data)
+    if follow is None:
+        _write_run_file(run, values)
+        return _from_training_on(run, plan, data, baseline, None)
+    params = {
+        "task": run.task, "model": run.model, "method": run.method, "mixup": run.mixup, "overrides": run.overrides,
+        "data_dir": run.data_dir, "translations": run.translations, "soft_labels": run.soft_labels,
+    }  # fmt: skip
+    with follow(run.output, plan.tracking, params) as (tracker, inside):
+        _write_run_file(run, merged(values, {"tracking": dict(inside)}))
+        return _from_training_on(run, plan, data, baseline, tracker)
+
+
+def _from_training_on(
+    run: XtremeRun, plan: RunPlan, data: Path, baseline: Mapping[str, Any] | None, tracker: ScoreTracker | None
+) -> dict[str, Any]:
+    """Steps 2 to 5, once `run.yaml` is there."""
+    _say(f"2/5  {run.model}, {run.method}: trains by {run.output / RUN_YAML}")
     _train(run)
     _say("3/5  every checkpoint on dev")
     dev = split_files(data, "dev", plan.task)
@@ -105,16 +126,12 @@ def run_xtreme(
     _say("5/5  scores")
     told = _summary(run, plan, baseline) if labelled else None
     results = {
-        "task": run.task,
-        "model": run.model,
-        "method": run.method,
-        "selection": chosen.to_json(),
-        "predicted": predicted,
-        "summary": told,
-        "versions": described_versions(),
-    }
+        "task": run.task, "model": run.model, "method": run.method, "selection": chosen.to_json(),
+        "predicted": predicted, "summary": told, "versions": described_versions(),
+    }  # fmt: skip
     write_atomically(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-    _track(tracker, run, chosen, results)
+    if tracker is not None:
+        _track(tracker, run, chosen, results)
     if told is None:
         print(f"\n{run.data_dir}: the test rows have no labels, so there are predictions and no scores")
     else:
@@ -143,8 +160,8 @@ def _check_stamp(stamp: Path, task: str) -> None:
             raise EvalError(f"{stamp}: holds the rows of {prepared}, not of {task}")
 
 
-def _run_file(run: XtremeRun, plan: RunPlan, data: Path, tracking: Mapping[str, Any]) -> Values:
-    """Composes `run.yaml`, or finds that it is there. Raises EvalError: the folder is another run's."""
+def _composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
+    """The run file's values. Raises EvalError: rows that the method cannot learn from, or the folder of another run."""
     objective = plan.values["objective"]
     files = _training_files(run, plan, data)
     check_training(
@@ -156,17 +173,24 @@ def _run_file(run: XtremeRun, plan: RunPlan, data: Path, tracking: Mapping[str, 
         language: str(file.relative_to(data) if file.is_relative_to(data) else file.resolve())
         for language, file in files.items()
     }
-    named = {"run_name": f"{run.output.resolve().name}-training"}
-    values = compose(plan, data.resolve(), (run.output / "training").resolve(), addresses, rows, named | dict(tracking))
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    values = compose(plan, data.resolve(), (run.output / "training").resolve(), addresses, rows)
+    values["tracking"]["run_name"] = f"{plan.tracking.get('run_name') or run.output.resolve().name}-training"
     file = run.output / RUN_YAML
     if file.is_file():
-        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(text)
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        now = yaml.safe_load(_as_yaml(values))  # as it would be read again: no tuples
         if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):
             raise EvalError(f"{file}: is of a run with another {key}; name a new --output, or run it as it was")
-    heading = f"# {run.task}, {run.model}, {run.method}; written by `crosslift xtreme run`, read by `crosslift train`\n"
-    write_atomically(file, heading + text)
     return values
+
+
+def _write_run_file(run: XtremeRun, values: Values) -> None:
+    heading = f"# {run.task}, {run.model}, {run.method}; written by `crosslift xtreme run`, read by `crosslift train`\n"
+    write_atomically(run.output / RUN_YAML, heading + _as_yaml(values))
+
+
+def _as_yaml(values: Values) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path]:
@@ -254,10 +278,8 @@ def _summary(run: XtremeRun, plan: RunPlan, baseline: Mapping[str, Any] | None) 
     return summary(plan.task, scores, plan.dominant, run.model, run.method, baseline)
 
 
-def _track(tracker: ScoreTracker | None, run: XtremeRun, chosen: Selection, results: Mapping[str, Any]) -> None:
+def _track(tracker: ScoreTracker, run: XtremeRun, chosen: Selection, results: Mapping[str, Any]) -> None:
     """Scores as metrics: dev by step, the rest at the chosen step."""
-    if tracker is None:
-        return
     for step, score in chosen.scores.items():
         tracker.log(step, {"dev/score": score})
     if (told := results["summary"]) is not None:

@@ -69,9 +69,7 @@ def read_plan(config: Path, task: str, model: str, method: str, overrides: Seque
     return RunPlan(found, **plan, values=values)
 
 
-def compose(
-    plan: RunPlan, data_dir: Path, output_dir: Path, files: Mapping[str, str], rows: int, tracking: Mapping[str, Any]
-) -> Values:
+def compose(plan: RunPlan, data_dir: Path, output_dir: Path, files: Mapping[str, str], rows: int) -> Values:
     """The values of a whole run file.
 
     files: the training file of each language, as an address or below `data_dir`; `rows`: how many they hold.
@@ -88,7 +86,7 @@ def compose(
     values.setdefault("max_steps", steps_of(plan.epochs, rows, values["data"]["slots_per_step"]))
     kept = {"every": max(math.ceil(values["max_steps"] / plan.checkpoints), 1), "keep": plan.checkpoints}
     values["checkpoint"] = merged(kept, values.get("checkpoint") or {})
-    values["tracking"] = merged(plan.tracking, dict(tracking))
+    values["tracking"] = plan.tracking
     return values
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,19 @@ def make(data: Path, output: Path, method: str = "x-mixup", **more: Any) -> Xtre
 
 
 class Tracked:
+    """Stands for `training.tracking.run_of_runs` and the tracker that it gives."""
+
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
         self.artifacts: list[str] = []
+        self.followed: list[tuple[Path, dict[str, Any]]] = []
+
+    @contextmanager
+    def __call__(
+        self, folder: Path, section: Mapping[str, Any], params: Mapping[str, Any]
+    ) -> Iterator[tuple[Tracked, dict[str, Any]]]:
+        self.followed.append((folder, dict(params)))
+        yield self, {"uri": f"sqlite:///{len(self.followed)}.db", "parent": "p1"}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.metrics.setdefault(step, {}).update(metrics)
@@ -128,7 +139,7 @@ def test_the_checkpoint_that_is_best_on_dev_answers_the_test_rows(
     data: Path, tmp_path: Path, models: dict[int, Path], stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, tracked = tmp_path / "run", Tracked()
-    results = run_xtreme(make(data, output), tracked, {"uri": "sqlite:///a.db"})
+    results = run_xtreme(make(data, output), tracked)
     assert stage.calls == ["train", "export", "export", "export"]  # the last step's export is there already
     selection = json.loads((output / "selection.json").read_bytes())
     assert selection["step"] == BEST
@@ -164,14 +175,15 @@ def test_the_checkpoint_that_is_best_on_dev_answers_the_test_rows(
 
 
 def test_the_run_file_is_the_methods_on_the_rows_there_are(data: Path, tmp_path: Path, stage: Stage) -> None:
-    run_xtreme(make(data, tmp_path / "run", nproc=2), None, {"uri": "sqlite:///a.db"})
+    run_xtreme(make(data, tmp_path / "run", nproc=2), Tracked())
     config = load_config(tmp_path / "run" / "run.yaml")
     assert isinstance(config.objective, XMixupConfig)
     assert config.max_steps == 4  # 4 epochs of 60 rows, 64 a step
     assert config.data.languages == ("en", "de")
     assert config.data.sources[0].files == ("train/en.jsonl", "train/de.jsonl")
     assert (config.data_dir, config.output_dir) == (data, tmp_path / "run" / "training")
-    assert (config.tracking.uri, config.tracking.run_name) == ("sqlite:///a.db", "run-training")
+    tracking = config.tracking
+    assert (tracking.uri, tracking.parent, tracking.run_name) == ("sqlite:///1.db", "p1", "run-training")
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(
@@ -195,10 +207,15 @@ def test_a_second_call_goes_on_where_the_first_stopped(
 
 
 def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: Stage) -> None:
-    run_xtreme(make(data, tmp_path / "run"))
+    tracked = Tracked()
+    run_xtreme(make(data, tmp_path / "run"), tracked)
     with pytest.raises(EvalError, match=r"run\.yaml: is of a run with another objective.layer; name a new --output"):
-        run_xtreme(make(data, tmp_path / "run", overrides=("objective.layer=5",)))
-    run_xtreme(make(data, tmp_path / "run", nproc=4), None, {"uri": "sqlite:///elsewhere.db"})  # may differ
+        run_xtreme(make(data, tmp_path / "run", overrides=("objective.layer=5",)), tracked)
+    assert len(tracked.followed) == 1  # that run's record says nothing of this
+    run_xtreme(make(data, tmp_path / "run", nproc=4), tracked)  # ranks and stores may differ
+    assert tracked.followed[0] == tracked.followed[1]
+    assert tracked.followed[1][0] == tmp_path / "run"
+    assert tracked.followed[1][1]["method"] == "x-mixup"
 
 
 def test_zero_shot_sees_no_dev_rows_but_english_ones(data: Path, tmp_path: Path, stage: Stage) -> None:

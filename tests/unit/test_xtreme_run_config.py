@@ -29,7 +29,7 @@ def composed(task: str, model: str, method: str, *overrides: str, rows: int = 64
     plan = read_plan(CONFIG, task, model, method, overrides)
     languages = ["en"] if plan.train == "dominant" else ["en", "de", "zh"]
     files = {language: f"train/{language}.jsonl" for language in languages}
-    values = compose(plan, Path("/data"), Path("/run"), files, rows, {"run_name": "a-training"})
+    values = compose(plan, Path("/data"), Path("/run"), files, rows)
     return validate(values, f"{task} {model} {method}")
 
 
@@ -79,7 +79,7 @@ def test_every_method_of_the_file_is_in_that_test() -> None:
 
 def test_the_written_file_is_read_by_train(tmp_path: Path) -> None:
     plan = read_plan(CONFIG, "panx", "xlm-r-large", "x-mixup", ["objective.layer=7"])
-    values = compose(plan, tmp_path, tmp_path / "run", {"en": "train/en.jsonl"}, 100, {})
+    values = compose(plan, tmp_path, tmp_path / "run", {"en": "train/en.jsonl"}, 100)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     config = load_config(file)
@@ -114,7 +114,7 @@ def test_overrides_come_last_and_derived_keys_keep_what_is_given() -> None:
     assert (config.max_steps, config.checkpoint.every, config.checkpoint.keep) == (400, 50, 8)
     assert isinstance(config.objective, XMixupConfig)
     assert config.objective.layer == 2
-    assert (config.tracking.experiment, config.tracking.run_name) == ("qa", "a-training")
+    assert config.tracking.experiment == "qa"
     assert composed("xquad", "mbert", "x-mixup", "max_steps=9").max_steps == 9
 
 
