@@ -29,6 +29,7 @@ from data_pipeline.tasks.tokenize import TaskTokenizer
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
+from modeling.lora import add_adapters
 from training.config import RunConfig
 from training.distributed import rank, world_size
 from training.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
@@ -149,6 +150,8 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
             architecture=architecture(config),
         )  # fmt: skip
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
+    if (lora := config.model.lora) is not None:
+        add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     return model
 
 

@@ -100,14 +100,22 @@ def _model(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     from modeling.architectures import auto_class
     from modeling.layers import decoder_layers
     from modeling.loading import load_config, resolve_directory
+    from modeling.lora import add_adapters
+    from training.engine import DTYPES
     from training.launch import visible_gpus
 
     with torch.device("meta"):
         head = architecture(config)
         model = auto_class(head).from_config(load_config(resolve_directory(prepared.model_dir), head))
+        layers = len(decoder_layers(model))
+        if (lora := config.model.lora) is not None:
+            add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    state = parameters * STATE_BYTES[config.precision] / 2**30
-    yield f"model: {parameters / 1e6:.1f}M parameters, {len(decoder_layers(model))} layers, {config.precision}"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen_bytes = (parameters - trained) * DTYPES[config.precision].itemsize
+    state = (trained * STATE_BYTES[config.precision] + frozen_bytes) / 2**30
+    adapted = f", {trained / 1e6:.1f}M of them trained" if lora is not None else ""
+    yield f"model: {parameters / 1e6:.1f}M parameters{adapted}, {layers} layers, {config.precision}"
     ranks = ", ".join(f"{state / n:.2f} on {n}" for n in (max(visible_gpus(), 1), 2, 8))
     yield (
         f"memory for weights, gradients and optimiser under ZeRO-{config.zero_stage}: {state:.2f} GiB in all; "

@@ -28,6 +28,17 @@ from training.objective_config import (
 from training.tracking import TrackingConfig
 
 
+class LoraSettings(Section):
+    """Low-rank adapters instead of all weights; the export has them merged."""
+
+    rank: int = Field(gt=0, description="r: the inner size of each adapter")
+    alpha: int = Field(gt=0, description="adapters are multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what adapters read")
+    targets: tuple[str, ...] | None = Field(
+        None, description="names of linear layers, such as [q_proj, v_proj]; by default all of every block"
+    )
+
+
 class ModelConfig(Section):
     """Which model is trained: a directory or hub name, or `init:`, a Hugging Face config, from scratch."""
 
@@ -36,11 +47,14 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: flash-attn where it runs, else sdpa, else eager"
     )
+    lora: LoraSettings | None = Field(None, description="train low-rank adapters (LoRA), all else frozen")
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelConfig:
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of 'path' (a model to fine-tune) and 'init' (a config from scratch)")
+        if self.init is not None and self.lora is not None:
+            raise ValueError("'lora' adapts a trained model: it goes with 'path', not with 'init'")
         return self
 
 

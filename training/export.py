@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Container
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,12 +107,16 @@ def _write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None
 
     from modeling.architectures import auto_class
     from modeling.loading import directory_hash
-    from training.engine import DTYPES
+    from modeling.lora import merged
+    from training.engine import DTYPES, consolidated
 
     model_config = AutoConfig.from_pretrained(checkpoint / "model_config")
     with torch.device("meta"):
         tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
-    _write_weights(checkpoint, output, DTYPES[config.precision], tied)
+    weights = consolidated(checkpoint, tied)
+    if (lora := config.model.lora) is not None:
+        weights = merged(weights, lora.alpha / lora.rank)
+    _write_weights(weights, output, DTYPES[config.precision])
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
     model_config.save_pretrained(output)
@@ -147,11 +151,9 @@ def _description(config: RunConfig, step: int) -> dict[str, Any]:
     }
 
 
-def _write_weights(checkpoint: Path, output: Path, dtype: torch.dtype, tied: Container[str]) -> None:
+def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path, dtype: torch.dtype) -> None:
     """Safetensors shards and their index; never more than one shard in memory."""
     from safetensors.torch import save_file
-
-    from training.engine import consolidated
 
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
@@ -163,7 +165,7 @@ def _write_weights(checkpoint: Path, output: Path, dtype: torch.dtype, tied: Con
         shards.append(list(shard))
         shard, n_bytes = {}, 0
 
-    for name, tensor in consolidated(checkpoint, tied):
+    for name, tensor in weights:
         if is_mixup_weight(name):  # no part of the plain model; in a file of its own
             continue
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -21,6 +21,7 @@ from modeling.export_info import ExportInfo
 from modeling.xmixup import CrossLingualMixup
 
 STEPS = 4
+LORA = {"rank": 2, "alpha": 4, "targets": ["query", "value"]}
 TEXT = {
     **XMIXUP,
     "max_steps": STEPS,
@@ -38,15 +39,16 @@ def crosslift(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mlm/` and, from its export, `mixed/`."""
+    """`mlm/` and, from its export, `mixed/` and `adapted/`, which trains adapters only, on two ranks."""
     folder = tmp_path_factory.mktemp("encoder")
     data = write_task_data(folder / "data")
     tagging = {key: value for key, value in XMIXUP.items() if key not in ("model.init", "tokenizer.train")}
     tagging |= {"model": {"path": str(folder / "mlm" / "model")}, "tokenizer": {}}
     tagging |= {"max_steps": STEPS, "checkpoint.every": 2}
-    for name, changes in (("mlm", TEXT), ("mixed", tagging)):
+    adapted = {**tagging, "model": {**tagging["model"], "lora": LORA}}
+    for name, changes, ranks in (("mlm", TEXT, "1"), ("mixed", tagging, "1"), ("adapted", adapted, "2")):
         config = write_config(folder / f"{name}.yaml", run_values(data, folder / name, **changes))
-        done = crosslift("train", str(config), "--nproc", "1")
+        done = crosslift("train", str(config), "--nproc", ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -94,7 +96,7 @@ def test_the_export_says_what_it_is_and_mixes_again(runs: Path) -> None:
     model = load_task_model(model_dir, "tagging", info.task["labels"], torch.float32, "sdpa", "cpu")
     mixup = CrossLingualMixup.attach(model, model_dir)
     assert mixup.state().layer == 1
-    assert [float(value) for value in mixup.parameters()] != [1.0, 0.0]  # trained
+    assert [float(value.detach()) for value in mixup.parameters()] != [1.0, 0.0]  # trained
     ids = torch.randint(5, 100, (2, 12))
     mask = torch.ones_like(ids)
     with torch.no_grad():
@@ -110,3 +112,26 @@ def test_check_shows_both_sides_with_their_tags(runs: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "source (gold):" in done.stdout or "source (back-translation):" in done.stdout
     assert "NUMBER" in done.stdout
+
+
+def test_adapters_alone_are_trained_and_merged(runs: Path) -> None:
+    start = load_file(runs / "adapted" / "task_model" / "model.safetensors")
+    found = load_file(runs / "adapted" / "model" / "model.safetensors")
+    assert set(found) == set(start)  # a plain model's names
+    changed = {name for name in found if not torch.equal(found[name], start[name])}
+    blocks = [f"roberta.encoder.layer.{block}.attention.self" for block in range(3)]
+    learned = {f"{block}.{target}.weight" for block in blocks for target in LORA["targets"]}
+    assert changed == learned | {"classifier.weight", "classifier.bias"}
+    assert CrossLingualMixup.attach(
+        load_task_model(runs / "adapted" / "model", "tagging", ["WORD", "NUMBER"], torch.float32, "sdpa", "cpu"),
+        runs / "adapted" / "model",
+    ).parameters()
+
+
+def test_adapters_go_on_from_a_checkpoint_as_if_never_stopped(runs: Path) -> None:
+    before = [step["train/loss"] for step in metrics(runs / "adapted") if "train/loss" in step]
+    checkpoint = runs / "adapted" / "checkpoints" / "step-00000002"
+    done = crosslift("train", str(runs / "adapted.yaml"), "--nproc", "2", "--resume", str(checkpoint))
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = [step["train/loss"] for step in metrics(runs / "adapted") if "train/loss" in step]
+    assert again == [*before, *before[2:]]
