@@ -1,7 +1,7 @@
 """What X-Mixup (arXiv 2205.04182, section 3.3) asks of a pair: that both sides say the same.
 
 In: last hidden states and logits of a stacked batch, targets first, then their sources. Out: one number a pair.
-Next: `training/objectives.py` adds their mean to the task losses.
+Next: `training/task_objectives.py` adds their mean to the task losses.
 
 Shapes: R rows (n targets, then n sources, in paired batches), T tokens, H hidden, C classes.
 """

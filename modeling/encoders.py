@@ -1,7 +1,7 @@
 """Encoders for the tasks of XTREME: a pretrained encoder with a task head, written once, then opened like any model.
 
 In: a pretrained encoder's directory or hub name, the task's kind and labels, a seed. Out: a Hugging Face directory
-(`write_task_start`), and the model that training fills (`build_task_model`, then `loading.load_weights`).
+(`write_task_start`), which training opens like any model, and the model to evaluate (`load_task_model`).
 Next: `xmixup.py` mixes one of its layers; `task_losses.py` takes losses of its logits.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ from modeling.initial_model import written_once
 from modeling.loading import (
     OLD_BUFFERS,
     AttentionName,
-    build_model,
     load_config,
     load_pretrained,
     named,
@@ -83,29 +81,6 @@ def write_task_start(
                 shutil.copy(file, temporary / file.name)
 
     return written_once(output, made_from, write)
-
-
-def build_task_model(
-    directory_or_name: str | Path,
-    kind: TaskKind,
-    labels: Sequence[str],
-    *,
-    attention: AttentionName,
-    dtype: torch.dtype,
-    gradient_checkpointing: bool,
-    construction: AbstractContextManager[Any] | None = None,
-) -> PreTrainedModel:
-    """`loading.build_model` of a task model: unfilled, in train mode; `load_weights` fills it.
-
-    Raises ModelError also if the directory's labels are not these, in this order.
-    """
-    directory = resolve_directory(directory_or_name)
-    architecture = _architecture(kind, labels)
-    _check_labels(directory, load_config(directory, architecture), labels)
-    return build_model(
-        directory, attention=attention, dtype=dtype, gradient_checkpointing=gradient_checkpointing,
-        construction=construction, architecture=architecture,
-    )  # fmt: skip
 
 
 def load_task_model(

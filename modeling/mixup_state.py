@@ -6,13 +6,11 @@ In: the settings of a `CrossLingualMixup` and its two learned numbers. Out: `Mix
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from modeling.checked_file import load_checked, save_checked
 from modeling.cross_attention import ENTROPIES, EntropyName
@@ -66,13 +64,3 @@ class MixupState:
 def is_mixup_weight(name: str) -> bool:
     """Whether a parameter of this name is X-Mixup's own and no part of the plain model."""
     return RATIO_MODULE in name.split(".")
-
-
-def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A state dict without X-Mixup's weights, and these: `w` and `b`, none if the ratio was fixed.
-
-    `MixupState(layer, ..., **learned)` takes the second as it is.
-    """
-    plain = {name: tensor for name, tensor in state.items() if not is_mixup_weight(name)}
-    learned = {name.rpartition(".")[2]: float(state[name]) for name in state if is_mixup_weight(name)}
-    return plain, learned

@@ -1,17 +1,15 @@
-"""Losses of the encoder tasks, one number a label unit: a row, a word, an answer span or a masked token.
+"""Losses of the encoder tasks, one number a label unit: a row, a word or an answer span.
 
 In: a task model's logits and the labels of a batch, as plain tensors. Out: (N,) fp32 losses in nats, unscaled and
-unweighted. Next: `training/objectives.py` weights, sums and scales them.
+unweighted. Next: `training/task_objectives.py` weights, sums and scales them.
 
-Shapes: R rows, T tokens, N label units, C classes, V vocabulary.
+Shapes: R rows, T tokens, N label units, C classes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from modeling.label_head import token_losses
 
 NEVER = torch.finfo(torch.float32).min  # a logit that takes no part in a softmax
 
@@ -59,11 +57,3 @@ def span_losses(
     """
     start, end = (span_log_probabilities(logits, attention_mask_RT) for logits in (start_logits_RT, end_logits_RT))
     return -(start[rows_N, spans_N2[:, 0]] + end[rows_N, spans_N2[:, 1]]) / 2
-
-
-def text_losses(logits_RTV: Tensor, positions_N: Tensor, label_ids_N: Tensor) -> Tensor:
-    """(N,) fp32: cross entropy of the token that was at each flat position of R*T.
-
-    Where a `LabelHead` let only these positions through, call `label_head.token_losses` on its logits.
-    """
-    return token_losses(logits_RTV.flatten(0, 1)[positions_N], label_ids_N)

@@ -6,7 +6,7 @@ mixes, with `Z_t`, `Z_s` its attention block's outputs (after residual and Layer
     LayerNorm( lam * dense(cross(Z_t, Z_s)) + (1 - lam) * Z_t )        lam = lam0 * sigmoid(w * entropy + b)
 
 where `cross` is the layer's own attention with queries of `Z_t`, keys and values of `Z_s`. Sources go on unmixed.
-Next: `consistency.py` compares the two sides; `training/objectives.py`.
+Next: `consistency.py` compares the two sides; `training/task_objectives.py`.
 
 Everything is done by hooks around the layer's attention block, which stays as it is: its self-attention runs once,
 on all rows, by whatever implementation the model uses. The hooks call the layer's submodules and never touch
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from modeling.cross_attention import EntropyName, attention_weights, pair_entropy, scaled_scores, wide
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers
-from modeling.mixup_state import MIXUP_FILE, RATIO_MODULE, MixupState, is_mixup_weight, split_state
+from modeling.mixup_state import MIXUP_FILE, RATIO_MODULE, MixupState, is_mixup_weight
 from modeling.weight_files import directory_hash
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "MixupState",
     "encoder_layers",
     "is_mixup_weight",
-    "split_state",
 ]
 
 MODEL_TYPES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")

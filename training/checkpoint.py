@@ -8,6 +8,7 @@ under a temporary name, synced, marked COMPLETE, renamed (design, decision 9). N
         model_config/                    the model's config and the tokenizer, as an export needs them
         state.json                       step, world size, data fingerprint, config, versions
         language_vectors.safetensors     ShifCon only
+        xmixup.safetensors               X-Mixup only
         reference.safetensors            a few tokens and their logits: every export is checked against them
         COMPLETE                         names and sizes of all files; written last
 

@@ -7,11 +7,13 @@ that `score.py` compares predictions with. Next: `run.py`, `selection.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cells import blank
+from data_pipeline.config import TASK_COLUMNS
 from data_pipeline.tasks.records import TaskRecord
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import XtremeTask
@@ -38,6 +40,21 @@ def count_rows(file: Path) -> int:
     """Rows of a file: its lines that are not blank."""
     with file.open("rb") as stream:
         return sum(1 for line in stream if not line.isspace())
+
+
+def filled_columns(columns: Mapping[str, str], task: XtremeTask, files: Iterable[Path]) -> dict[str, str]:
+    """`columns` without the optional ones that no row of the files fills, which an index would refuse."""
+    assert task.kind != "retrieval"
+    empty = {column for what, column in columns.items() if what in ("group", *TASK_COLUMNS[task.kind][1])}
+    for file in files:
+        with file.open(encoding="utf-8-sig") as stream:
+            for line in stream:
+                if not empty:
+                    return dict(columns)
+                if not line.isspace():
+                    row = json.loads(line)
+                    empty -= {column for column in empty if not blank(row.get(column))}
+    return {what: column for what, column in columns.items() if column not in empty}
 
 
 def check_training(

@@ -33,7 +33,15 @@ from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.results import described_versions, write_atomically
 from evals.xtreme.predict import EncoderPredictor, MixupMode, write_predictions
-from evals.xtreme.prepared import check_training, count_rows, gold_file, read_records, split_files, write_gold
+from evals.xtreme.prepared import (
+    check_training,
+    count_rows,
+    filled_columns,
+    gold_file,
+    read_records,
+    split_files,
+    write_gold,
+)
 from evals.xtreme.run_config import RunPlan, Values, compose, merged, read_plan
 from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
 from evals.xtreme.score import score_directory
@@ -174,9 +182,11 @@ def _composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
         for language, file in files.items()
     }
     values = compose(plan, data.resolve(), (run.output / "training").resolve(), addresses, rows)
+    for source in values["data"]["sources"]:
+        source["columns"] = filled_columns(source["columns"], plan.task, files.values())
     values["tracking"]["run_name"] = f"{plan.tracking.get('run_name') or run.output.resolve().name}-training"
     file = run.output / RUN_YAML
-    if file.is_file():
+    if file.is_file() and (run.output / "training").is_dir():  # else `crosslift train` refused it: it may be mended
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
         now = yaml.safe_load(_as_yaml(values))  # as it would be read again: no tuples
         if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):

@@ -189,6 +189,8 @@ def _check_plan(config: Path, plan: Values, values: Values) -> None:
     for key in ("train", "select"):
         if plan[key] not in LANGUAGES:
             raise EvalError(f"{config}: {key} is {plan[key]!r}; it must be {' or '.join(LANGUAGES)}")
+    if not isinstance(values.get("model"), dict) or not values["model"].get("path"):
+        raise EvalError(f"{config}: no section gives model.path; add model.path=DIR, a pretrained encoder's directory")
     for path in ("data.dominant", "data.slots_per_step", "objective.name"):
         section, key = path.split(".")
         if not isinstance(values.get(section), dict) or values[section].get(key) is None:

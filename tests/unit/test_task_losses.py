@@ -10,7 +10,6 @@ from modeling.task_losses import (
     span_log_probabilities,
     span_losses,
     tagging_losses,
-    text_losses,
     word_logits,
 )
 
@@ -90,16 +89,6 @@ def test_spans_leave_padding_out() -> None:
     assert torch.equal(span_losses(start, end, mask, spans, rows), losses)
     torch.testing.assert_close(span_log_probabilities(start, mask).exp().sum(dim=1), torch.ones(3))
     assert (span_log_probabilities(start, mask).exp()[mask == 0] == 0).all()
-
-
-def test_masked_tokens() -> None:
-    torch.manual_seed(3)
-    logits, positions, labels = torch.randn(2, 4, 7), torch.tensor([1, 6, 7]), torch.tensor([3, 0, 6])
-    expected = [
-        -log_softmax(logits[p // 4, p % 4].tolist())[label]
-        for p, label in zip(positions.tolist(), labels.tolist(), strict=True)
-    ]
-    torch.testing.assert_close(text_losses(logits, positions, labels), torch.tensor(expected))
 
 
 def test_losses_are_fp32_whatever_the_logits_are() -> None:

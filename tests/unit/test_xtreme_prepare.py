@@ -11,7 +11,6 @@ from data_pipeline.records import DataError
 from data_pipeline.xtreme import prepare
 from data_pipeline.xtreme.prepare import prepare_task
 from data_pipeline.xtreme.tasks import TASKS
-from data_pipeline.xtreme.teacher import read_soft_rows, soft_row, write_soft_rows
 
 PAIRS = [("a", "b", "neutral"), ("c", "d", "entailment")]
 
@@ -191,42 +190,3 @@ def test_half_a_character_is_no_text(tmp_path: Path) -> None:
     assert refused("xquad", tmp_path / "data", tmp_path / "output") == (
         "row 'q' of test/de.jsonl: not text (half of a surrogate pair)"
     )
-
-
-def test_a_teachers_rows(tmp_path: Path) -> None:
-    task = TASKS["panx"]
-    row = {"id": "1", "group": "g", "language": "de", "words": ["Ulm", "lebt"], "tags": ["O", "O"], "back_words": ["x"]}
-    one = [0.0, 0.1234567, 0.8765433, 0, 0, 0, 0]
-    soft = soft_row(row, [one, [1.0] + [0.0] * 6], task)
-    assert soft["soft_tags"][0][:3] == [0.0, 0.123457, 0.876543]
-    assert "tags" not in soft
-    assert (soft["group"], soft["back_words"]) == ("g", ["x"])
-    file = tmp_path / "soft/de.jsonl"
-    assert write_soft_rows(file, [soft, soft]) == 2
-    assert list(read_soft_rows(file, task)) == [soft, soft]
-    assert [path.name for path in file.parent.iterdir()] == ["de.jsonl"]
-    for values, expected in (
-        ([one], "row '1': 2 words, but soft_tags for 1"),
-        ([one, one[:6]], "row '1': 6 values for 'lebt', but panx has 7 labels"),
-        ([one, [0.5] * 7], "row '1': soft_tags of 'lebt' sum to 3.5"),
-        ([one, [2.0, -1.0] + [0.0] * 5], "row '1': soft_tags of 'lebt' sum to 1; they must be probabilities"),
-    ):
-        with pytest.raises(DataError) as error:
-            soft_row(row, values, task)
-        assert expected in str(error.value)
-    write(file, '{"id": "1"}\n')
-    with pytest.raises(DataError, match=r"de.jsonl:1: no words or no soft_tags"):
-        list(read_soft_rows(file, task))
-    write(file, "{\n")
-    with pytest.raises(DataError, match=r"de.jsonl:1: not JSON"):
-        list(read_soft_rows(file, task))
-
-    def failing() -> Any:
-        yield soft
-        raise KeyboardInterrupt
-
-    write(file, "as before")
-    with pytest.raises(KeyboardInterrupt):
-        write_soft_rows(file, failing())
-    assert file.read_text() == "as before"
-    assert [path.name for path in file.parent.iterdir()] == ["de.jsonl"]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from small_encoders import WORDS
 from tiny_task_model import export
 
+from data_pipeline.index import build_index
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
@@ -47,9 +49,12 @@ class Stage:
     def __init__(self, models: Mapping[int, Path]) -> None:
         self.models, self.calls = models, []  # type: ignore[var-annotated]
         self.steps: tuple[int, ...] = STEPS
+        self.refuses = False
 
     def __call__(self, *arguments: str) -> None:
         self.calls.append(arguments[0])
+        if self.refuses:
+            raise EvalError("crosslift train ended with status 2; its messages are above")
         if arguments[0] == "train":
             values = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
             for step in self.steps:
@@ -216,6 +221,37 @@ def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: S
     assert tracked.followed[0] == tracked.followed[1]
     assert tracked.followed[1][0] == tmp_path / "run"
     assert tracked.followed[1][1]["method"] == "x-mixup"
+
+
+def test_a_run_file_that_training_refused_may_be_mended(data: Path, tmp_path: Path, stage: Stage) -> None:
+    stage.refuses = True
+    with pytest.raises(EvalError, match="ended with status 2"):
+        run_xtreme(make(data, tmp_path / "run", overrides=("optimizer.learning_rat=1",)))
+    stage.refuses = False
+    run_xtreme(make(data, tmp_path / "run"))
+    assert load_config(tmp_path / "run" / "run.yaml").optimizer.learning_rate == 5e-6
+
+
+def test_a_model_of_ones_own_needs_its_path(data: Path, tmp_path: Path, stage: Stage) -> None:
+    run = XtremeRun(CONFIG, "xnli", "own", "x-mixup", data, tmp_path / "run")
+    with pytest.raises(EvalError, match=r"xtreme\.yaml: no section gives model\.path; add model\.path=DIR"):
+        run_xtreme(run)
+    assert not (tmp_path / "run").exists()
+    run_xtreme(replace(run, overrides=("model.path=encoder",)))
+    assert load_config(tmp_path / "run" / "run.yaml").model.path == "encoder"
+
+
+def test_columns_that_no_training_row_fills_are_left_out(data: Path, tmp_path: Path, stage: Stage) -> None:
+    """A source that maps a column which none of its rows has is refused, as a typo would be."""
+    for method, more in (("zero-shot", {"mixup": "off"}), ("translate-train", {}), ("x-mixup", {})):
+        run_xtreme(make(data, tmp_path / method, method, **more))
+        config = load_config(tmp_path / method / "run.yaml")
+        backs = {"back_text_a", "back_text_b"} if method != "zero-shot" else set()
+        columns = config.data.sources[0].columns.named()
+        assert set(columns) == {"id", "group", "language", "text_a", "text_b", "label"} | backs
+        build_index(
+            config.data.sources, config.data.languages, data, tmp_path / "index" / method, task=config.data.task
+        )  # fmt: skip
 
 
 def test_zero_shot_sees_no_dev_rows_but_english_ones(data: Path, tmp_path: Path, stage: Stage) -> None:
