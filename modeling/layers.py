@@ -31,6 +31,20 @@ def _backbone(model: nn.Module) -> PreTrainedModel:
     return pretrained.get_decoder()
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for, None if it does not say; RoBERTa's begin behind the padding's."""
+    most = getattr(_backbone(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
+    table = position_table(model)
+    padding = None if table is None else table.padding_idx
+    return most if most is None or padding is None else most - padding - 1
+
+
+def position_table(model: nn.Module) -> nn.Embedding | None:
+    """The learned vectors of a BERT's positions, beyond which it can read nothing; None where they are computed."""
+    tables = (module for name, module in model.named_modules() if name.endswith("embeddings.position_embeddings"))
+    return next((table for table in tables if isinstance(table, nn.Embedding)), None)
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's layers, in order: the outermost list as long as the config's `num_hidden_layers`.
 

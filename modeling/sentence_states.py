@@ -29,7 +29,7 @@ from transformers.utils import logging
 from modeling.architectures import Architecture, model_class
 from modeling.consistency import representations
 from modeling.errors import ModelError
-from modeling.layers import decoder_layers, hidden_size, state_hook
+from modeling.layers import decoder_layers, hidden_size, position_limit, state_hook
 from modeling.loading import load_config, named, resolve_directory
 from modeling.weight_files import one_line, stored_tensors
 
@@ -67,7 +67,7 @@ class SentenceStates:
         self.is_decoder = _is_decoder(model.config)
         if pooling == "first" and self.is_decoder:
             raise ModelError(f'{type(model).__name__}: a decoder\'s first token sees no other; take pooling "mean"')
-        self.max_length = min(max_length, _positions(model) or max_length)
+        self.max_length = min(max_length, position_limit(model) or max_length)
         self.truncated = 0  # how many sentences were too long so far
 
     @classmethod
@@ -156,14 +156,6 @@ class SentenceStates:
 
 def _is_decoder(config: PreTrainedConfig) -> bool:
     return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for, None if it does not say; RoBERTa's begin behind the padding's."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    embedding = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(embedding, "padding_idx", None)
-    return most if most is None or padding is None else most - padding - 1
 
 
 def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:

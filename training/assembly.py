@@ -38,6 +38,7 @@ from training.evaluation import HeldOut
 from training.objective_config import ShifConConfig, XMixupConfig
 from training.objectives import Objective, build_objective
 from training.prepare import Prepared, architecture, sample_rows
+from training.start_checks import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,6 +151,7 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
             architecture=architecture(config),
         )  # fmt: skip
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
+    check_model(config, model)
     if (lora := config.model.lora) is not None:
         add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     return model

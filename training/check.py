@@ -20,6 +20,7 @@ from data_pipeline.tasks.tokenize import EncodedSide
 from training.assembly import DataParts, assemble_data
 from training.config import RunConfig
 from training.prepare import Prepared, architecture, prepare, sample_rows
+from training.start_checks import check_model
 
 COUNTED_STEPS = 64
 # Bytes a parameter, sharded over ranks: weights, gradients (bf16: with an fp32 accumulator), Adam's two
@@ -108,6 +109,7 @@ def _model(config: RunConfig, prepared: Prepared) -> Iterator[str]:
         head = architecture(config)
         model = auto_class(head).from_config(load_config(resolve_directory(prepared.model_dir), head))
         layers = len(decoder_layers(model))
+        check_model(config, model)
         if (lora := config.model.lora) is not None:
             add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -24,12 +24,10 @@ from modeling.contrastive import ContentPooling, contrastive_loss
 from modeling.export_info import VECTORS_FILE
 from modeling.label_head import LabelHead, token_losses
 from modeling.language_vectors import LanguageVectors, StateMeans, restoration_error
-from modeling.layers import decoder_layers
 from modeling.shifcon import LanguageShift
 from training.config import RunConfig
 from training.distributed import all_sum, rank
 from training.engine import Engine
-from training.errors import ConfigError
 from training.objective_config import SFTConfig, ShifConConfig
 from training.scaling import LossTerm
 
@@ -125,9 +123,6 @@ class ShifCon(SupervisedFineTuning):
     ) -> None:
         super().__init__(model)
         toward, back = config.layers
-        n_layers = len(decoder_layers(model))
-        if back > n_layers:
-            raise ConfigError(f"objective.layers: {list(config.layers)}, but the model has {n_layers} layers")
         self.config = config
         self.sft_weight = config.sft_weight
         self.languages = tuple(languages)
