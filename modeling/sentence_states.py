@@ -9,8 +9,7 @@ Shapes: R rows (sentences of a batch), T tokens, H hidden, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,13 +23,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from modeling.architectures import Architecture, model_class
 from modeling.consistency import representations
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers, hidden_size, position_limit, state_hook
-from modeling.loading import load_config, named, resolve_directory
+from modeling.loading import load_config, named, quiet, resolve_directory
 from modeling.weight_files import one_line, stored_tensors
 
 Pooling = Literal["mean", "first"]
@@ -170,7 +168,7 @@ def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"{directory}: a {config.model_type} model has an encoder and a decoder; take one with either")
     config.use_cache = False
     stored_tensors(directory)  # whole files, safetensors only
-    with _quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored would be drawn, and said aloud
+    with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored would be drawn, and said aloud
         loaded: Any = AutoModel.from_pretrained(
             directory, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=True, use_safetensors=True,
@@ -186,14 +184,3 @@ def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{directory}: {len(names)} {what} weights for {type(model).__name__}: {named(names)}")
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers says nothing but errors inside."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
