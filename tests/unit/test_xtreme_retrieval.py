@@ -123,3 +123,11 @@ def test_xtremes_own_files_give_predictions_and_no_scores(model: Path, tmp_path:
     assert scores is None
     assert results["scores"] is None
     assert read_indices(tmp_path / "out" / "predictions" / "tatoeba" / "test-de.tsv") == list(range(len(english)))
+
+
+def test_what_differs_by_rounding_alone_goes_by_order() -> None:
+    queries = np.array([[1.0, 0.0]], np.float32)
+    for short, first in ((2e-7, 0), (1e-4, 1)):
+        candidates = np.array([[1 - short, 0.0], [1.0, 0.0]], np.float32)
+        assert candidates[0, 0] < candidates[1, 0]
+        assert nearest(queries, candidates) == [first]

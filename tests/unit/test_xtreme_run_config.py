@@ -153,6 +153,11 @@ def test_later_sections_win_and_conditions_reach_into_each_other(tmp_path: Path)
         ({}, ("udpos", "m", "a"), "tasks has no 'udpos'; there are panx"),
         ({"extra": {}}, ("panx", "m", "a"), "'extra' is no section; there are base, kinds, models, tasks, methods"),
         ({"models": {"m": 3}}, ("panx", "m", "a"), "models.m: holds 3; it must hold keys"),
+        (
+            {"models": {"m": {"model": {"path": None}}}},
+            ("panx", "m", "a"),
+            "no section gives model.path; add model.path=DIR",
+        ),
         ({"methods": {"a": {"extends": "a"}}}, ("panx", "m", "a"), "methods.a: extends itself"),
         ({"methods": {"a": {"epochs": 0}}}, ("panx", "m", "a"), "epochs is 0; it must be a number above 0"),
         ({"methods": {"a": {"checkpoints": 1.5}}}, ("panx", "m", "a"), "checkpoints is 1.5; it must be a number"),
