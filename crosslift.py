@@ -265,7 +265,8 @@ def xtreme_run(
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
 ) -> None:
     """Fine-tune, select, predict, score. Example: crosslift xtreme run configs/xtreme.yaml --task xnli ..."""
-    from evals.xtreme.run import XtremeRun, run_xtreme
+    from evals.xtreme.run import run_xtreme
+    from evals.xtreme.run_file import XtremeRun
     from training.tracking import run_of_runs
 
     run_xtreme(

@@ -26,6 +26,7 @@ from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.reader import TaskLoader, TaskReader
 from data_pipeline.tasks.tokenize import TaskTokenizer
+from modeling.layers import decoder_layers, position_limit, position_table
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
@@ -35,12 +36,13 @@ from training.distributed import rank, world_size
 from training.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
 from training.errors import ConfigError
 from training.evaluation import HeldOut
-from training.objective_config import ShifConConfig, XMixupConfig
-from training.objectives import Objective, build_objective
+from training.objective_config import SFTConfig, ShifConConfig, XMixupConfig
+from training.objectives import Objective, ShifCon, SupervisedFineTuning
 from training.prepare import Prepared, architecture, sample_rows
-from training.start_checks import check_model
+from training.task_objectives import build_task_objective
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -141,6 +143,25 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout)
 
 
+def check_model(config: RunConfig, model: nn.Module) -> None:
+    """That the model reads the longest sample and has the layers that the objective names; needs no weights.
+
+    Raises:
+        ConfigError: `data.sequence_length` is beyond the table of positions that the model learned; no such layer.
+    """
+    n_layers, objective = len(decoder_layers(model)), config.objective
+    if isinstance(objective, ShifConConfig) and objective.layers[1] > n_layers:
+        raise ConfigError(f"objective.layers: {list(objective.layers)}, but the model has {n_layers} layers")
+    if isinstance(objective, XMixupConfig) and objective.layer >= n_layers:
+        raise ConfigError(f"objective.layer: {objective.layer}, but the model has layers 0 to {n_layers - 1}")
+    limit = position_limit(model)
+    if limit is not None and position_table(model) is not None and config.data.sequence_length > limit:
+        raise ConfigError(
+            f"data.sequence_length: {config.data.sequence_length} tokens, but the model has positions for {limit}; "
+            f"set data.sequence_length={limit} or less"
+        )
+
+
 def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any]) -> PreTrainedModel:
     """The model of a directory with its weights, sharded as it is made and filled tensor by tensor (ZeRO-3)."""
     construction = Construction(settings)
@@ -155,6 +176,19 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
     if (lora := config.model.lora) is not None:
         add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     return model
+
+
+def build_objective(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: list[MicroBatch]
+) -> Objective:
+    """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
+    settings, data = config.objective, config.data
+    if isinstance(settings, SFTConfig):
+        return SupervisedFineTuning(model)
+    if isinstance(settings, ShifConConfig):
+        return ShifCon(model, settings, data.languages, data.dominant, probe)
+    assert data.task is not None  # the config model requires it for these
+    return build_task_objective(settings, model, data.task.kind, tokenizer.all_special_ids)
 
 
 def build_planner(config: RunConfig, index: DataIndex, costs: list[float] | None) -> Planner:

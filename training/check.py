@@ -17,10 +17,9 @@ from data_pipeline.plan import assign
 from data_pipeline.tasks.batches import SideLabels, TaskBatch
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from data_pipeline.tasks.tokenize import EncodedSide
-from training.assembly import DataParts, assemble_data
+from training.assembly import DataParts, assemble_data, check_model
 from training.config import RunConfig
 from training.prepare import Prepared, architecture, prepare, sample_rows
-from training.start_checks import check_model
 
 COUNTED_STEPS = 64
 # Bytes a parameter, sharded over ranks: weights, gradients (bf16: with an fp32 accumulator), Adam's two

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from data_pipeline.packing import MicroBatch
 from data_pipeline.records import NO_LANGUAGE
@@ -25,10 +25,9 @@ from modeling.export_info import VECTORS_FILE
 from modeling.label_head import LabelHead, token_losses
 from modeling.language_vectors import LanguageVectors, StateMeans, restoration_error
 from modeling.shifcon import LanguageShift
-from training.config import RunConfig
 from training.distributed import all_sum, rank
 from training.engine import Engine
-from training.objective_config import SFTConfig, ShifConConfig
+from training.objective_config import ShifConConfig
 from training.scaling import LossTerm
 
 
@@ -62,21 +61,6 @@ class Objective(Protocol):
 
     def load(self, directory: Path) -> None:
         """Take it back."""
-
-
-def build_objective(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Sequence[MicroBatch]
-) -> Objective:
-    """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
-    settings, data = config.objective, config.data
-    if isinstance(settings, SFTConfig):
-        return SupervisedFineTuning(model)
-    if isinstance(settings, ShifConConfig):
-        return ShifCon(model, settings, data.languages, data.dominant, probe)
-    from training.task_objectives import build_task_objective
-
-    assert data.task is not None  # the config model requires it for these
-    return build_task_objective(settings, model, data.task.kind, tokenizer.all_special_ids)
 
 
 class SupervisedFineTuning:

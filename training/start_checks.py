@@ -7,23 +7,18 @@ Next: `trainer.py`; `export.py` compares with `reference_outputs`.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import Packer
 from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.reader import TaskStep
-from modeling.layers import decoder_layers, position_limit, position_table
-from training.config import RunConfig
+from training.assembly import Run
 from training.distributed import all_sum, same_modules_on_every_rank
 from training.errors import ConfigError
-from training.objective_config import ShifConConfig, XMixupConfig
-
-if TYPE_CHECKING:
-    from training.assembly import Run
 
 PACKING_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # relative, on the summed loss of one micro-batch
 REFERENCE_TOKENS = 16
@@ -34,25 +29,6 @@ def warm_up(run: Run) -> None:
     idle = run.data.packer.idle().to(run.engine.device)
     with run.engine.evaluating(), same_modules_on_every_rank(run.engine.module, run.engine.device):
         run.objective.loss_terms(run.engine, idle)
-
-
-def check_model(config: RunConfig, model: nn.Module) -> None:
-    """That the model reads the longest sample and has the layers that the objective names; needs no weights.
-
-    Raises:
-        ConfigError: `data.sequence_length` is beyond the table of positions that the model learned; no such layer.
-    """
-    n_layers, objective = len(decoder_layers(model)), config.objective
-    if isinstance(objective, ShifConConfig) and objective.layers[1] > n_layers:
-        raise ConfigError(f"objective.layers: {list(objective.layers)}, but the model has {n_layers} layers")
-    if isinstance(objective, XMixupConfig) and objective.layer >= n_layers:
-        raise ConfigError(f"objective.layer: {objective.layer}, but the model has layers 0 to {n_layers - 1}")
-    limit = position_limit(model)
-    if limit is not None and position_table(model) is not None and config.data.sequence_length > limit:
-        raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} tokens, but the model has positions for {limit}; "
-            f"set data.sequence_length={limit} or less"
-        )
 
 
 def check_packing(run: Run, batch: RankStep | TaskStep) -> None:

@@ -22,58 +22,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import yaml
 
 from data_pipeline.xtreme.prepare import STAMP, prepare_task
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.results import described_versions, write_atomically
-from evals.xtreme.predict import EncoderPredictor, MixupMode, write_predictions
-from evals.xtreme.prepared import (
-    check_training,
-    count_rows,
-    filled_columns,
-    gold_file,
-    read_records,
-    split_files,
-    write_gold,
-)
-from evals.xtreme.run_config import RunPlan, Values, compose, merged, read_plan
+from evals.xtreme.predict import EncoderPredictor, write_predictions
+from evals.xtreme.prepared import gold_file, read_records, split_files, write_gold
+from evals.xtreme.run_config import RunPlan, merged
+from evals.xtreme.run_file import RUN_YAML, XtremeRun, composed, write_run_file
 from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
 from evals.xtreme.score import score_directory
 from evals.xtreme.selection import Selection, select
 
 COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "crosslift.py")]
-RUN_YAML = "run.yaml"
 MADE_BY = "made_by.json"
-
-
-@dataclass(frozen=True, slots=True)
-class XtremeRun:
-    """What to run. `data_dir`: XTREME's files in any layout, or a folder that `crosslift xtreme prepare` wrote."""
-
-    config: Path
-    task: str
-    model: str
-    method: str
-    data_dir: Path
-    output: Path
-    translations: Path | None = None
-    layout: str = "auto"
-    soft_labels: Path | None = None  # taggers: training rows of `teacher.py`, in place of those of the same language
-    nproc: int | None = None
-    overrides: tuple[str, ...] = ()
-    mixup: MixupMode = "auto"
-    baseline: Path | None = None  # another run's output
-    unlabelled: bool = False  # test labels are erased: predictions only
-
-    def plan(self) -> RunPlan:
-        """Its sections of the config file. Raises EvalError, DataError."""
-        return read_plan(self.config, self.task, self.model, self.method, self.overrides)
 
 
 class ScoreTracker(Protocol):
@@ -101,16 +66,16 @@ def run_xtreme(run: XtremeRun, follow: Follow | None = None) -> dict[str, Any]:
     baseline = read_scores(run.baseline, plan.task) if run.baseline is not None else None
     _say(f"1/5  rows of {run.task}")
     data = _data(run, plan)
-    values = _composed(run, plan, data)
+    values = composed(run, plan, data)
     if follow is None:
-        _write_run_file(run, values)
+        write_run_file(run, values)
         return _from_training_on(run, plan, data, baseline, None)
     params = {
         "task": run.task, "model": run.model, "method": run.method, "mixup": run.mixup, "overrides": run.overrides,
         "data_dir": run.data_dir, "translations": run.translations, "soft_labels": run.soft_labels,
     }  # fmt: skip
     with follow(run.output, plan.tracking, params) as (tracker, inside):
-        _write_run_file(run, merged(values, {"tracking": dict(inside)}))
+        write_run_file(run, merged(values, {"tracking": dict(inside)}))
         return _from_training_on(run, plan, data, baseline, tracker)
 
 
@@ -166,69 +131,6 @@ def _check_stamp(stamp: Path, task: str) -> None:
         prepared = json.loads(stamp.read_bytes())["made_from"]["task"]
         if prepared != task:
             raise EvalError(f"{stamp}: holds the rows of {prepared}, not of {task}")
-
-
-def _composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
-    """The run file's values. Raises EvalError: rows that the method cannot learn from, or the folder of another run."""
-    objective = plan.values["objective"]
-    files = _training_files(run, plan, data)
-    check_training(
-        files, plan.task, several=plan.train == "all", dominant=plan.dominant,
-        wants_back=objective["name"] == "xmixup" and objective.get("source_schedule", 0) is not None,
-    )  # fmt: skip
-    rows = sum(count_rows(file) for file in files.values())
-    addresses = {
-        language: str(file.relative_to(data) if file.is_relative_to(data) else file.resolve())
-        for language, file in files.items()
-    }
-    values = compose(plan, data.resolve(), (run.output / "training").resolve(), addresses, rows)
-    for source in values["data"]["sources"]:
-        source["columns"] = filled_columns(source["columns"], plan.task, files.values())
-    values["tracking"]["run_name"] = f"{plan.tracking.get('run_name') or run.output.resolve().name}-training"
-    file = run.output / RUN_YAML
-    if file.is_file() and (run.output / "training").is_dir():  # else `crosslift train` refused it: it may be mended
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        now = yaml.safe_load(_as_yaml(values))  # as it would be read again: no tuples
-        if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):
-            raise EvalError(f"{file}: is of a run with another {key}; name a new --output, or run it as it was")
-    return values
-
-
-def _write_run_file(run: XtremeRun, values: Values) -> None:
-    heading = f"# {run.task}, {run.model}, {run.method}; written by `crosslift xtreme run`, read by `crosslift train`\n"
-    write_atomically(run.output / RUN_YAML, heading + _as_yaml(values))
-
-
-def _as_yaml(values: Values) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path]:
-    """The training file of each language that the method learns from, the dominant one first."""
-    files = split_files(data, "train", plan.task)
-    if run.soft_labels is not None:
-        if plan.task.kind != "tagging":
-            raise EvalError(f"--soft-labels {run.soft_labels}: of taggers; {run.task} is {plan.task.kind}")
-        found = {each: run.soft_labels / f"{each}.jsonl" for each in plan.task.languages if each != plan.dominant}
-        labelled = {language: file for language, file in found.items() if file.is_file()}
-        if not labelled:
-            raise EvalError(f"--soft-labels {run.soft_labels}: holds no <language>.jsonl of {run.task}'s languages")
-        files |= labelled
-    if plan.dominant not in files:
-        raise EvalError(f"{data / 'train' / plan.dominant}.jsonl: not there, or empty; training needs it")
-    order = [plan.dominant, *(language for language in files if language != plan.dominant)]
-    return {language: files[language] for language in order[: 1 if plan.train == "dominant" else None]}
-
-
-def _difference(before: Any, now: Any) -> str:
-    """The first key, such as "data.slots_per_step", in which two nested dicts differ; empty: none."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return ""
-    for key in {**now, **before}:
-        if before.get(key) != now.get(key):
-            rest = _difference(before.get(key), now.get(key))
-            return f"{key}.{rest}" if rest else str(key)
-    return ""
 
 
 def _train(run: XtremeRun) -> None:

@@ -22,7 +22,8 @@ from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
 from evals.xtreme.label_files import read_labels
 from evals.xtreme.predict import EncoderPredictor
-from evals.xtreme.run import XtremeRun, run_xtreme
+from evals.xtreme.run import run_xtreme
+from evals.xtreme.run_file import XtremeRun
 from training.objective_config import XMixupConfig
 from training.run_file import load_config
 

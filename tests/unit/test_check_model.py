@@ -10,10 +10,10 @@ import torch
 from tiny_run import XMIXUP, run_values, write_data, write_task_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
+from training.assembly import check_model
 from training.check import check_run
 from training.errors import ConfigError
 from training.run_file import validate
-from training.start_checks import check_model
 
 
 def config_of(data: Path, tmp_path: Path, **changes: Any) -> Any:
