@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ XMIXUP: dict[str, Any] = {
     "model.init": {
         "model_type": "xlm-roberta", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "max_position_embeddings": 130,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     },
     "tokenizer.train": {"vocab_size": 150, "style": "encoder"},
     "data.task": {"kind": "tagging", "labels": ["WORD", "NUMBER"]},
@@ -163,7 +165,7 @@ def run_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str,
         section = values
         for name in parents:
             section = section.setdefault(name, {})
-        section[last] = value
+        section[last] = copy.deepcopy(value)  # a later key may reach into it
     return values
 
 

@@ -1,7 +1,7 @@
 """One rank of the gradient test: the same global batch in 1, 2 and 4 micro-batches a rank; rank 0 keeps the gradients.
 
-Two ranks also run it under every ZeRO stage, and keep the parameters after two updates, with and without a
-checkpoint in between.
+X-Mixup has two such batches, of a step with gold sources and of one with back-translations. Two ranks also run under
+every ZeRO stage, and keep the parameters after two updates, with and without a checkpoint in between.
 
 python gradient_cells.py DATA_DIR WORK_DIR OUTPUT
 """
@@ -11,50 +11,71 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
-from tiny_run import rank_values
+from tiny_run import XMIXUP, rank_values
 
+from data_pipeline.loader import RankStep
 from data_pipeline.packing import Packer
-from training.assembly import assemble
-from training.distributed import barrier, rank, world_size
+from data_pipeline.tasks.batches import TaskPacker
+from data_pipeline.tasks.reader import TaskReader, TaskStep
+from training.assembly import Run, assemble
+from training.distributed import all_sum, barrier, rank, world_size
 from training.engine import gathered, init_process_group
 from training.prepare import prepare
 from training.run_file import validate
+from training.scaling import StepTotals
 from training.trainer import Trainer
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sft": {"objective": {"name": "sft"}},
+    "shifcon": {},
+    # Larger weights than usual: otherwise all attend evenly, and the learned ratio gets next to no gradient.
+    "xmixup": {**XMIXUP, "model.init.initializer_range": 0.3, "data.slots_per_step": 48},
+}
 STEP = 3
+STEPS = {"xmixup": {"xmixup": STEP, "xmixup-back": 5}}  # cell: step; others have one, of the objective's name
 LEARNING_RATE = 1e-2
 
 
 def main() -> None:
     data_dir, work, output = (Path(argument) for argument in sys.argv[1:])
     init_process_group(timeout_minutes=3)
-    for objective in ("sft", "shifcon"):
-        run = _run(data_dir, work / objective, **({"objective": {"name": "sft"}} if objective == "sft" else {}))
-        trainer = Trainer(run, tracker=None)
-        for micro_batches in (1, 2, 4):
-            batch, totals = _batch(trainer, micro_batches)
-            trainer.accumulate(STEP, batch, totals)
-            gradients = run.engine.full_gradients()
-            norm = run.engine.step(learning_rate=0.0)  # clears the gradients, moves nothing
-            if rank() == 0:
-                name = f"{objective}-{micro_batches}"
-                save_file(gradients, output / f"{name}.safetensors")
-                sets = sum(bool(unit.pairs) for unit in run.data.planner.step(STEP).units)
-                facts = {**totals.counts, "norm": norm, "sets": sets}
-                (output / f"{name}.json").write_text(json.dumps(facts))
+    for objective in OBJECTIVES:
+        run = _run(data_dir, work, objective)
+        for cell, step in STEPS.get(objective, {objective: STEP}).items():
+            for micro_batches in (1, 2, 4):
+                _cell(run, step, micro_batches, output / f"{cell}-{micro_batches}")
         run.engine.destroy()
     if world_size() == 2:
-        for stage in (1, 2, 3):
-            _two_updates(data_dir, work / "shifcon", output, stage)
+        for objective in ("shifcon", "xmixup"):
+            for stage in (1, 2, 3):
+                _two_updates(data_dir, work, output, objective, stage)
 
 
-def _two_updates(data_dir: Path, work: Path, output: Path, stage: int) -> None:
-    run = _run(data_dir, work, zero_stage=stage)
+def _cell(run: Run, step: int, micro_batches: int, output: Path) -> None:
+    """The step's gradients as `output`.safetensors, and what it was made of as `output`.json."""
     trainer = Trainer(run, tracker=None)
-    batch, totals = _batch(trainer, micro_batches=2)
-    saved = output / f"stage-{stage}"
+    batch, totals = _batch(trainer, step, micro_batches)
+    idle = all_sum([micro_batches - len(batch.micro_batches)], run.engine.device)
+    trainer.accumulate(step, batch, totals)
+    gradients = run.engine.full_gradients()
+    assert gradients.keys() == dict(run.engine.module.named_parameters()).keys()
+    norm = run.engine.step(learning_rate=0.0)  # clears the gradients, moves nothing
+    if rank() == 0:
+        save_file(gradients, output.with_suffix(".safetensors"))
+        sets = sum(bool(unit.pairs) for unit in run.data.planner.step(step).units)
+        facts = {**totals.counts, "norm": norm, "sets": sets, "idle": float(idle)}
+        output.with_suffix(".json").write_text(json.dumps(facts))
+
+
+def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage: int) -> None:
+    run = _run(data_dir, work, objective, zero_stage=stage)
+    assert run.engine._engine.zero_optimization_stage() == stage
+    trainer = Trainer(run, tracker=None)
+    batch, totals = _batch(trainer, STEP, micro_batches=2)
+    saved = output / f"{objective}-stage-{stage}"
     for number, name in enumerate(("first", "second", "second-after-load")):
         if name == "second-after-load":
             run.engine.load_state(saved)
@@ -63,42 +84,61 @@ def _two_updates(data_dir: Path, work: Path, output: Path, stage: int) -> None:
         run.engine.step(LEARNING_RATE)
         with gathered(run.engine.module.parameters()):
             parameters = {key: each.detach().clone() for key, each in run.engine.module.named_parameters()}
+        assert gradients.keys() == parameters.keys()
         if rank() == 0:
-            save_file(gradients, output / f"stage-{stage}-{name}-gradients.safetensors")
-            save_file(parameters, output / f"stage-{stage}-{name}-parameters.safetensors")
+            save_file(gradients, output / f"{saved.name}-{name}-gradients.safetensors")
+            save_file(parameters, output / f"{saved.name}-{name}-parameters.safetensors")
         if number == 0:
             run.engine.save_state(saved)
             barrier()
     run.engine.destroy()
 
 
-def _run(data_dir: Path, work: Path, **changes):
-    config = validate(rank_values(data_dir, work, **changes), "test")
+def _run(data_dir: Path, work: Path, objective: str, **changes: int) -> Run:
+    data = data_dir / "tasks" if objective == "xmixup" else data_dir
+    config = validate(rank_values(data, work / objective, **OBJECTIVES[objective], **changes), "test")
     return assemble(config, prepare(config, rank()))
 
 
-def _batch(trainer: Trainer, micro_batches: int):
+def _batch(trainer: Trainer, step: int, micro_batches: int) -> tuple[RankStep | TaskStep, StepTotals]:
     """The global batch of the step, packed so that the busiest rank has that many micro-batches."""
     run = trainer.run
-    run.objective.before_step(run.engine, STEP)
-    run.loader.packer = _packer_for(run, micro_batches)
-    batch = run.loader.load(STEP)
+    run.objective.before_step(run.engine, step)
+    find = _packer_for if run.config.data.task is None else _task_packer_for
+    run.loader.packer = find(run, step, micro_batches)
+    batch = run.loader.load(step)
     totals, _ = trainer._agree(batch)
     assert totals.micro_batches == micro_batches, (totals.micro_batches, micro_batches)
     return batch, totals
 
 
-def _packer_for(run, micro_batches: int) -> Packer:
+def _packer_for(run: Run, step: int, micro_batches: int) -> Packer:
     """The budget under which the busiest rank has exactly that many micro-batches at this step."""
     shares = []
     for other in range(world_size()):
-        batch = run.data.loader(run.config, other, world_size()).load(STEP)
+        batch = run.data.loader(run.config, other, world_size()).load(step)
         shares.append([unit for micro_batch in batch.micro_batches for unit in micro_batch.units])
     for row in (128, 112, 96, 80):
         for rows in range(200, 0, -1):
             packer = Packer("packed", rows * row, row, run.loader.packer.pad_id)
             if max(len(packer.pack(share)) for share in shares) == micro_batches:
                 return packer
+    raise AssertionError(f"no budget gives {micro_batches} micro-batches")
+
+
+def _task_packer_for(run: Run, step: int, micro_batches: int) -> TaskPacker:
+    """The same for an encoder's task; the smallest such budget, so that some rank may have fewer."""
+    own, reader = run.loader.packer, run.data.reader
+    assert isinstance(own, TaskPacker)
+    assert isinstance(reader, TaskReader)
+    shares = []
+    for other in range(world_size()):
+        units = run.data.loader(run.config, other, world_size()).units(step)
+        shares.append([reader.read(slot.row, step) for unit in units for slot in unit.slots])
+    for budget in range(256, 2**14, 32):
+        packer = TaskPacker(own.pad_id, budget, own.task, own.paired, own.has_token_types)
+        if max(len(packer.pack(share)) for share in shares) == micro_batches:
+            return packer
     raise AssertionError(f"no budget gives {micro_batches} micro-batches")
 
 

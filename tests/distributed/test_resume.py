@@ -9,24 +9,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import SOURCE, environment
 from safetensors.torch import load_file
-from tiny_run import RANK_ITEMS, rank_values, write_config, write_data
+from tiny_run import RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
 from training import checkpoint
 
 SAME = (
     "train/loss", "train/loss/", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint",
-    "data/overlong", "shift/",
+    "data/overlong", "shift/", "train/target", "train/source", "train/consistency", "train/mixup_ratio",
 )  # fmt: skip
-
-CHANGES = {
-    "max_steps": 14,
+STEPS, KILLED_AFTER = 10, 3
+SHIFCON: dict[str, Any] = {
+    "max_steps": STEPS,
     "model.init.attention_dropout": 0.1,  # random states have to go on exactly, too
     "objective.refresh_every": 5,  # never due where the run resumes: vectors have to be loaded
+}
+XMIXUP_RUN: dict[str, Any] = {
+    **XMIXUP,
+    "max_steps": STEPS,
+    "model.init.hidden_dropout_prob": 0.1,
+    "model.init.attention_probs_dropout_prob": 0.1,
 }
 
 
@@ -68,74 +75,120 @@ def kill_a_rank_after(command: list[str], output_dir: Path, step: int) -> int:
     return process.wait(timeout=120)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same run undisturbed, and killed after step 7 and resumed."""
-    folder = tmp_path_factory.mktemp("resume")
-    data = write_data(folder / "data", RANK_ITEMS)
+def undisturbed_and_killed(folder: Path, data: Path, changes: dict[str, Any]) -> dict[str, Path]:
+    """The same run undisturbed, and killed in mid-run and resumed."""
     found = {}
     for name in ("undisturbed", "killed"):
         output = folder / name
         # Slow enough to be killed in mid-run: checkpoints at 2, 4, 6, .. and many steps.
-        config = write_config(folder / f"{name}.yaml", rank_values(data, output, **CHANGES))
+        config = write_config(folder / f"{name}.yaml", rank_values(data, output, **changes))
         if name == "killed":
-            assert kill_a_rank_after(train(config), output, 7) != 0
-            assert 6 <= int(checkpoint.latest(output).name.removeprefix("step-")) < 14
+            assert kill_a_rank_after(train(config), output, KILLED_AFTER) != 0
+            newest = checkpoint.latest(output)
+            assert newest is not None
+            assert 2 <= int(newest.name.removeprefix("step-")) < STEPS
         finished = run(train(config, "--resume", "auto"))
         assert finished.returncode == 0, finished.stderr[-3000:]
         found[name] = output
     return found
 
 
+@pytest.fixture(scope="module")
+def shifcon(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("resume")
+    return undisturbed_and_killed(folder, write_data(folder / "data", RANK_ITEMS), SHIFCON)
+
+
+@pytest.fixture(scope="module")
+def xmixup(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("resume-xmixup")
+    return undisturbed_and_killed(folder, write_task_data(folder / "data", RANK_ITEMS), XMIXUP_RUN)
+
+
+@pytest.fixture(params=["shifcon", "xmixup"])
+def runs(request: pytest.FixtureRequest) -> dict[str, Path]:
+    found: dict[str, Path] = request.getfixturevalue(request.param)
+    return found
+
+
+def resumed_step(output_dir: Path) -> int:
+    """The step that the second start went on from."""
+    events = [json.loads(line) for line in (output_dir / "record.jsonl").read_text().splitlines()]
+    first, second = (event["resumed_step"] for event in events if event["kind"] == "start")
+    assert first is None
+    return int(second)
+
+
 def test_the_killed_run_started_again_from_a_checkpoint(runs: dict[str, Path]) -> None:
-    events = [json.loads(line) for line in (runs["killed"] / "record.jsonl").read_text().splitlines()]
-    starts = [event["resumed_step"] for event in events if event["kind"] == "start"]
-    assert starts[0] is None
-    assert starts[1] >= 6
+    assert resumed_step(runs["killed"]) >= 2
 
 
-def test_samples_losses_schedule_and_vectors_go_on_exactly(runs: dict[str, Path]) -> None:
+def test_samples_losses_schedule_and_method_go_on_exactly(runs: dict[str, Path]) -> None:
     one, other = metrics(runs["undisturbed"]), metrics(runs["killed"])
-    assert sorted(one) == sorted(other) == list(range(1, 15))
+    assert sorted(one) == sorted(other) == list(range(1, STEPS + 1))
     for step, values in one.items():
         assert values == other[step], f"step {step}"
-    assert len({values["data/step_fingerprint"] for values in one.values()}) == 14
-    assert "shift/norm/sw" in one[6]  # the refresh after five steps is among what is compared
+    assert len({values["data/step_fingerprint"] for values in one.values()}) == STEPS
 
 
-def test_the_last_weights_and_vectors_are_bit_equal(runs: dict[str, Path]) -> None:
-    for name in ("model.safetensors", "language_vectors.safetensors"):
-        one, other = (load_file(folder / "model" / name) for folder in runs.values())
-        assert one.keys() == other.keys()
-        for tensor in one:
-            assert torch.equal(one[tensor], other[tensor]), (name, tensor)
+def test_the_refresh_of_vectors_is_among_what_is_compared(shifcon: dict[str, Path]) -> None:
+    assert "shift/norm/sw" in metrics(shifcon["undisturbed"])[6]
 
 
-def test_only_the_newest_checkpoints_are_kept(runs: dict[str, Path]) -> None:
-    kept = sorted(path.name for path in (runs["killed"] / "checkpoints").iterdir())
-    assert kept == ["step-00000012", "step-00000014"]
+def test_the_learned_ratio_and_both_kinds_of_sources_are_among_what_is_compared(xmixup: dict[str, Path]) -> None:
+    steps = metrics(xmixup["killed"])
+    assert all(0 < values["train/mixup_ratio"] < 0.5 for values in steps.values())
+    after = [steps[step]["train/source"] for step in range(resumed_step(xmixup["killed"]) + 1, STEPS + 1)]
+    assert max(after) > 0  # gold sources have labels
+    assert min(after) == 0  # back-translations have none
 
 
-def test_a_torn_checkpoint_is_passed_over_and_changes_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
-    output = runs["undisturbed"]
-    torn = checkpoint.checkpoint_path(output, 14)
+@pytest.mark.parametrize(
+    ("objective", "file"),
+    [
+        ("shifcon", "model.safetensors"),
+        ("shifcon", "language_vectors.safetensors"),
+        ("xmixup", "model.safetensors"),
+        ("xmixup", "xmixup.safetensors"),
+    ],
+)
+def test_the_last_weights_and_what_the_method_adds_are_bit_equal(
+    objective: str, file: str, request: pytest.FixtureRequest
+) -> None:
+    runs: dict[str, Path] = request.getfixturevalue(objective)
+    one, other = (load_file(folder / "model" / file) for folder in runs.values())
+    assert one.keys() == other.keys()
+    for tensor in one:
+        assert torch.equal(one[tensor], other[tensor]), tensor
+    if file == "xmixup.safetensors":
+        assert (float(one["w"]), float(one["b"])) != (1.0, 0.0)  # trained
+
+
+def test_only_the_newest_checkpoints_are_kept(shifcon: dict[str, Path]) -> None:
+    kept = sorted(path.name for path in (shifcon["killed"] / "checkpoints").iterdir())
+    assert kept == ["step-00000008", "step-00000010"]
+
+
+def test_a_torn_checkpoint_is_passed_over_and_changes_are_refused(shifcon: dict[str, Path], tmp_path: Path) -> None:
+    output = shifcon["undisturbed"]
+    torn = checkpoint.checkpoint_path(output, STEPS)
     victim = next(torn.glob("zero/*optim_states.pt"))
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])
     try:
-        changed = rank_values(output.parent / "data", output, **CHANGES, seed=4)
+        changed = rank_values(output.parent / "data", output, **SHIFCON, seed=4)
         refused = run(train(write_config(tmp_path / "changed.yaml", changed)))
         assert refused.returncode == 2
         assert f"{torn} is passed over: zero/{victim.name} has" in refused.stderr
         assert "config seed: was 3, now 4" in refused.stderr
-        assert "step-00000012" in refused.stderr
+        assert "step-00000008" in refused.stderr
     finally:
         victim.write_bytes(content)
 
 
-def test_a_finished_run_is_not_run_again(runs: dict[str, Path]) -> None:
-    before = (runs["killed"] / "record.jsonl").read_bytes()
-    again = run(train(runs["killed"].with_suffix(".yaml")))
+def test_a_finished_run_is_not_run_again(shifcon: dict[str, Path]) -> None:
+    before = (shifcon["killed"] / "record.jsonl").read_bytes()
+    again = run(train(shifcon["killed"].with_suffix(".yaml")))
     assert again.returncode == 0
     assert "finished already" in again.stderr
-    assert (runs["killed"] / "record.jsonl").read_bytes() == before
+    assert (shifcon["killed"] / "record.jsonl").read_bytes() == before

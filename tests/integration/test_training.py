@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from ranks import SOURCE, checked, environment, run_ranks
-from tiny_run import LANGUAGES, RANK_ITEMS, rank_values, write_config, write_data
+from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
 from data_pipeline.records import Message
 
@@ -148,16 +149,26 @@ def test_eval_scores_mgsm_and_keeps_every_output(trained: Path, tmp_path: Path) 
         assert len((output / "predictions" / f"mgsm_{language}.jsonl").read_text().splitlines()) == 2
 
 
-def test_bf16_trains_and_exports_under_zero_3(data: Path, tmp_path: Path) -> None:
-    values = rank_values(data, tmp_path / "run", max_steps=2, precision="bf16", gradient_checkpointing=True)
+@pytest.mark.parametrize("objective", ["shifcon", "xmixup"])
+def test_bf16_trains_and_exports_under_zero_3(objective: str, data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    changes = {"max_steps": 4, "precision": "bf16", "gradient_checkpointing": True}
+    if objective == "xmixup":
+        data, changes = write_task_data(tmp_path / "data", RANK_ITEMS), {**XMIXUP, **changes}
+    values = rank_values(data, tmp_path / "run", **changes)
     done = crosslift("train", str(write_config(tmp_path / "run.yaml", values)), "--nproc", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reopened the export" in done.stderr
-    from safetensors.torch import load_file
-
-    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "run/model/model.safetensors").values()} == {
-        "torch.bfloat16"
-    }
+    kinds = {str(tensor.dtype) for tensor in load_file(tmp_path / "run/model/model.safetensors").values()}
+    assert kinds == {"torch.bfloat16"}
+    events = [json.loads(line) for line in (tmp_path / "run" / "record.jsonl").read_text().splitlines()]
+    steps = [event["values"] for event in events if event["kind"] == "metrics"]
+    assert all(math.isfinite(value) for step in steps for value in step.values())
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"]
+    if objective == "xmixup":
+        learned = load_file(tmp_path / "run/model/xmixup.safetensors")
+        assert all(abs(float(learned[name]) - start) > 1e-4 for name, start in (("w", 1), ("b", 0)))
 
 
 @pytest.fixture(scope="module")
