@@ -34,7 +34,7 @@ from evals.xtreme.predict import EncoderPredictor, MixupMode
 SEEDS = (1, 2, 3, 4, 5)
 TESTS = {"test_seen": "known situations, new wording and numbers", "test_unseen": "unknown situations"}
 OTHERS = [language for language in LANGUAGES if language != DOMINANT]
-SIZES = LabelledSizes(n_train=560, n_dev=70, n_test_seen=350, n_test_unseen=350)
+SIZES = LabelledSizes(n_train=560, n_dev=70, n_test_seen=210, n_test_unseen=210)
 XMIXUP: dict[str, Any] = {"name": "xmixup", "layer": 2, "alpha": 0.4, "source_schedule": 40}
 # method -> languages of the training rows, objective, how the export answers
 METHODS: dict[str, tuple[Sequence[str], dict[str, Any], MixupMode]] = {
@@ -66,7 +66,7 @@ def run_values(output: Path, method: str, seed: int) -> dict[str, Any]:
         "data_dir": str((output / "data" / "train").resolve()),
         "output_dir": str((run_folder(output, method, seed)).resolve()),
         "seed": seed,
-        "max_steps": 240,
+        "max_steps": 300,
         "model": {"path": str((output / "encoder" / "model").resolve())},
         "data": {
             "languages": list(languages), "dominant": DOMINANT,
@@ -76,9 +76,9 @@ def run_values(output: Path, method: str, seed: int) -> dict[str, Any]:
             "slots_per_step": 32, "sequence_length": 96, "micro_batch_tokens": 8192, "workers": 1,
         },
         "objective": objective,
-        "optimizer": {"learning_rate": 5e-4},
+        "optimizer": {"learning_rate": 1e-3},
         "schedule": {"name": "linear", "warmup_ratio": 0.1},
-        "precision": "fp32", "zero_stage": 1, "checkpoint": {"every": 240, "keep": 1}, "tracking": {"enabled": False},
+        "precision": "fp32", "zero_stage": 1, "checkpoint": {"every": 300, "keep": 1}, "tracking": {"enabled": False},
     }  # fmt: skip
 
 
