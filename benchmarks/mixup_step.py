@@ -27,7 +27,7 @@ from data_pipeline.tasks.batches import TaskBatch
 from training.objective_config import XMixupConfig
 from training.task_objectives import TaskFineTuning, XMixup
 
-ROUNDS, PAIRS, TOKENS, CLASSES = 12, 16, 96, 3
+ROUNDS, PAIRS, TOKENS, CLASSES = 8, 16, 96, 3
 MODELS = {"5M": (256, 6, 4), "22M": (384, 12, 6)}  # hidden, layers, heads
 LIMIT = 1.15
 
