@@ -281,7 +281,7 @@ def xtreme_run(
 
 @xtreme_app.command("soft-labels")
 def xtreme_soft_labels(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="export of a translate-train tagger")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="export of a zero-shot or translate-train tagger")],
     task: Annotated[str, typer.Option(help="udpos or panx")],
     translations: Annotated[list[Path], typer.Option(help="rows to label: files or folders; may be repeated")],
     output: Annotated[Path, typer.Option(help="folder for the same files with soft_tags")],

@@ -1,7 +1,7 @@
-"""What both benchmarks share: ranks on this machine, and what the machine is.
+"""What the benchmarks share: ranks on this machine, and what the machine is.
 
 In: a module to run and how many ranks. Out: an exit status; facts that a figure is worth nothing without.
-Next: `step_time.py`, `load_memory.py`.
+Next: every other file here.
 """
 
 from __future__ import annotations

@@ -6,11 +6,22 @@ what they name. Nothing heavy is imported here, so that a run file is read at on
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PLACEHOLDER = "{language}"
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a run file: `below` with `above` on top, section by section; lists are replaced."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
 
 TaskKind = Literal["classification", "tagging", "qa", "text"]
 

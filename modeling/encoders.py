@@ -145,7 +145,7 @@ def _with_head(
         )
     _refuse(directory, "unexpected", (key for key in report["unexpected_keys"] if not _of_pretraining(key)))
     missing = set(report["missing_keys"])
-    head = {name for name, _ in model.named_parameters() if _in_head(model, name)}
+    head = {name for name, _ in model.named_parameters() if in_head(model, name)}
     # a masked language model's head is pretrained, and worth nothing drawn anew
     _refuse(directory, "missing", missing if architecture == "masked-lm" else missing - head)
     if all(".pooler." in name for name in missing):  # the head was stored
@@ -163,7 +163,7 @@ def _of_pretraining(key: str) -> bool:
     return any(re.search(pattern, key) for pattern in PRETRAINING_WEIGHTS)
 
 
-def _in_head(model: PreTrainedModel, name: str) -> bool:
+def in_head(model: PreTrainedModel, name: str) -> bool:
     """Whether a parameter belongs to the head; BERT's pooler does where the head reads it."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 

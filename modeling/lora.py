@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling.encoders import in_head
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers
 
@@ -87,6 +88,4 @@ def _linear_layers(model: nn.Module) -> list[str]:
 
 def _in_task_head(model: PreTrainedModel, name: str) -> bool:
     """A task's own head begins at random and must be learned; a language model's is pretrained and stays."""
-    if model.get_output_embeddings() is not None:
-        return False
-    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+    return model.get_output_embeddings() is None and in_head(model, name)

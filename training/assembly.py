@@ -171,8 +171,8 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
             gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
             architecture=architecture(config),
         )  # fmt: skip
+        check_model(config, model)
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
-    check_model(config, model)
     if (lora := config.model.lora) is not None:
         add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     return model

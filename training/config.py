@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from data_pipeline.chat import TemplateConfig
-from data_pipeline.config import SourceConfig, TaskKind
+from data_pipeline.config import SourceConfig, TaskKind, merged
 from data_pipeline.mixture import MixtureConfig
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tokenizer import TokenizerTrainingConfig
@@ -23,7 +23,6 @@ from training.objective_config import (
     SFTConfig,
     ShifConConfig,
     XMixupConfig,
-    merged,
 )
 from training.tracking import TrackingConfig
 

@@ -34,8 +34,8 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
+from data_pipeline.config import merged
 from training.config import RunConfig
-from training.objective_config import merged
 
 deepspeed_logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

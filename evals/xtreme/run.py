@@ -25,13 +25,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.config import merged
 from data_pipeline.xtreme.prepare import STAMP, prepare_task
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.results import described_versions, write_atomically
 from evals.xtreme.predict import EncoderPredictor, write_predictions
 from evals.xtreme.prepared import gold_file, read_records, split_files, write_gold
-from evals.xtreme.run_config import RunPlan, merged
+from evals.xtreme.run_config import RunPlan
 from evals.xtreme.run_file import RUN_YAML, XtremeRun, composed, write_run_file
 from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
 from evals.xtreme.score import score_directory

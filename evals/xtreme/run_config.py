@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from data_pipeline.config import merged
 from data_pipeline.records import DataError
 from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
 from evals.errors import EvalError
@@ -93,15 +94,6 @@ def compose(plan: RunPlan, data_dir: Path, output_dir: Path, files: Mapping[str,
 def steps_of(epochs: float, rows: int, slots_per_step: int) -> int:
     """Steps that read every row `epochs` times, the last one perhaps some more."""
     return max(math.ceil(epochs * rows / slots_per_step), 1)
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
-    """`below` with `above` on top, section by section; lists are replaced."""
-    result = dict(below)
-    for key, value in above.items():
-        inner = result.get(key)
-        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return result
 
 
 def _read(config: Path) -> Values:
