@@ -1,16 +1,57 @@
-"""Ranks on this machine: `crosslift train` without torchrun's noise.
+"""A node's launcher: starts the node's ranks, passes signals on to them, and says which one failed first.
 
-In: a config's path and how many ranks. Out: an exit status. Next: `python -m training`, once a rank.
+In: a config's path, how many ranks, which node of how many. Out: an exit status. Next: `python -m training`, a rank.
+
+    python -m training.launch CONFIG [k=v ...] --nproc G [--nodes N --node-rank R --rendezvous HOST:PORT] [--resume ...]
+
+`crosslift train` calls `launch` for one machine; a job of several nodes runs the command above once a node.
+Exit status: 0 finished; 2 what the user can mend; 75 stopped on request after a checkpoint, the same command goes
+on; 1 anything else. It is the status of the whole run, the same on every node.
+
+USR1, USR2, TERM (and HUP) are passed on: ranks checkpoint and end with 75. Ctrl-C ends everything at once. When a
+rank dies, the others have a few seconds to end by themselves, on all nodes, and are then killed.
+
+Why not torch's elastic agent: it ends on each of these signals instead of passing them on, asks the other ranks of
+a failed one to end by the very TERM that here means "checkpoint first" and then waits 30 s that cannot be set, and
+does not tell other nodes. What a rank sees (variables, a store held by the launcher) is as torchrun has it.
 """
 
 from __future__ import annotations
 
-import logging
+import argparse
 import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from training.errors import ConfigError
+from training.nodes import NodeLost, Nodes, Place
+
+FAILED = 1
+USER_ERROR = 2
+STOPPED = 75  # EX_TEMPFAIL: after a checkpoint; the same command goes on
+INTERRUPTED = 128 + signal.SIGINT
+
+POLL_SECONDS = 0.1
+FAILED_GRACE = 10.0  # for what a rank does when it sees that another is gone
+USER_ERROR_GRACE = 45.0  # all ranks meet the same error, and rank 0 first gives MLflow 30 s
+STOPPED_GRACE = 300.0  # the last ranks of a stopped run still write
+KILL_SECONDS = 30.0  # a process in a disk wait outlives even SIGKILL
+OTHERS_SECONDS = {True: 300.0, False: 20.0}  # ended well or not: how long node 0 holds the store for other nodes
+NEWS_SECONDS = 1.5  # in which a failure on one node is heard of on all
+
+PASSED_ON = {name: signal.SIGTERM if name == "SIGHUP" else signal.Signals[name]
+             for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGHUP")}  # fmt: skip
+AT_ONCE = ("SIGINT", "SIGQUIT")
 
 
 def visible_gpus() -> int:
@@ -20,33 +61,269 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def launch(config: Path, overrides: Sequence[str], nproc: int, options: Sequence[str]) -> int:
-    """Start `nproc` ranks of `python -m training` and wait: 0, or the exit status of the first that failed."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def launch(
+    config: Path, overrides: Sequence[str], nproc: int, options: Sequence[str], place: Place | None = None
+) -> int:
+    """Start this node's `nproc` ranks of `python -m training`, and wait for the run to end: its exit status.
 
-    # What failed is said by the rank itself; elastic's own reports of it are noise.
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    source = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
-    os.environ["CROSSLIFT_ONE_MESSAGE"] = "1"  # every rank meets the same user error: rank 0 says it
-    settings = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, max_restarts=0,
-        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.2,
-    )  # fmt: skip
-    arguments = ["-m", "training", str(config), *overrides, *options]
+    Raises:
+        ConfigError: `place` does not fit together, or its port is taken.
+    """
+    command = [sys.executable, "-m", "training", str(config), *overrides, *options]
+    return Launcher(Nodes(place or Place()), command, nproc).run()
+
+
+@dataclass(slots=True)
+class Rank:
+    """One process of this node."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+
+    def ended(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self.process.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """To the rank alone: a process that it started need not know what USR1 means."""
+        if self.ended() is None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """The rank and what it started, which are a process group of their own."""
+        if self.ended() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Launcher:
+    """Watches over the ranks of one node."""
+
+    def __init__(self, nodes: Nodes, command: Sequence[str], nproc: int) -> None:
+        self.nodes = nodes
+        self.command = list(command)
+        self.nproc = nproc
+        self.ranks: list[Rank] = []
+        self._asked: list[signal.Signals] = []  # signals that came and are not passed on yet
+        self._stop: signal.Signals | None = None  # the first that asked for a stop
+        self._interrupted: signal.Signals | None = None
+        self._deadline: float | None = None  # when what still runs is killed
+        self._killed: set[int] = set()  # ranks that this launcher killed: no failures of their own
+
+    def run(self) -> int:
+        """From rendezvous to exit status."""
+        with self._signals():
+            try:
+                if not self.nodes.connect(still_wanted=lambda: not self._asked):
+                    return self._before_ranks()
+            except NodeLost as lost:
+                say(str(lost))
+                return FAILED
+            try:
+                self._start()
+                self._watch()
+            finally:
+                self._kill()
+            return self._finish()
+
+    def _start(self) -> None:
+        for local_rank in range(self.nproc):
+            number = self.nodes.place.node * self.nproc + local_rank
+            # A session of its own: Ctrl-C reaches the launcher alone, which sends it once.
+            process = subprocess.Popen(self.command, env=self._environment(local_rank), start_new_session=True)
+            self.ranks.append(Rank(number, process))
+
+    def _environment(self, local_rank: int) -> dict[str, str]:
+        """What torchrun sets, so that a rank need not know who started it."""
+        place = self.nodes.place
+        source = str(Path(__file__).resolve().parent.parent)
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {
+            "OMP_NUM_THREADS": str(max(cpus // self.nproc, 1)),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+            "RANK": str(place.node * self.nproc + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(place.nodes * self.nproc),
+            "LOCAL_WORLD_SIZE": str(self.nproc),
+            "GROUP_RANK": str(place.node),
+            "GROUP_WORLD_SIZE": str(place.nodes),
+            "MASTER_ADDR": self.nodes.host,
+            "MASTER_PORT": str(self.nodes.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, rank 0 only talks to it
+            "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+            "CROSSLIFT_LAUNCHER": str(os.getpid()),
+            "CROSSLIFT_ONE_MESSAGE": "1",  # every rank meets the same user error: rank 0 says it
+        }
+
+    def _watch(self) -> None:
+        """Until no rank runs any more."""
+        killed_at: float | None = None
+        while any(rank.ended() is None for rank in self.ranks):
+            self._pass_on()
+            self._look_for_failure()
+            now = time.monotonic()
+            if self._deadline is not None and now > self._deadline:
+                self._kill()
+                killed_at = killed_at or now
+            if killed_at is not None and now > killed_at + KILL_SECONDS:
+                left = [rank.number for rank in self.ranks if rank.ended() is None]
+                say(f"ranks {left} on {self.nodes.name} outlive SIGKILL: they wait for a disk or a device")
+                return
+            time.sleep(POLL_SECONDS)
+        self._look_for_failure()
+
+    def _pass_on(self) -> None:
+        while self._asked:
+            number = self._asked.pop(0)
+            if number.name in AT_ONCE:
+                if self._interrupted is not None:  # once more: no patience is left
+                    self._kill()
+                self._interrupted = number
+                self._end_within(FAILED_GRACE)
+                number = signal.SIGINT
+            else:
+                self._stop = self._stop or number
+                number = PASSED_ON[number.name]
+            for rank in self.ranks:
+                rank.send(number)
+
+    def _look_for_failure(self) -> None:
+        """Tell the other nodes of a failed rank here, and end the ranks here when one failed anywhere."""
+        ended = [
+            (rank, status)
+            for rank in self.ranks
+            if (status := rank.ended()) is not None and rank.number not in self._killed
+        ]
+        failed = [(rank, status) for rank, status in ended if self._judge(status) not in (0, STOPPED)]
+        if failed:
+            rank, status = min(failed, key=lambda each: (each[1] >= 0, each[1] != USER_ERROR, each[0].number))
+            word = {"rank": rank.number, "host": self.nodes.name, "status": status, "time": time.time()}
+            self.nodes.tell("failed", word)
+        elif any(self._judge(status) == STOPPED for _, status in ended):
+            self._end_within(STOPPED_GRACE)
+        if self.nodes.lost is not None:
+            self._end_within(FAILED_GRACE)
+        for failure in self.nodes.heard("failed").values():
+            self._end_within(USER_ERROR_GRACE if failure["status"] == USER_ERROR else FAILED_GRACE)
+
+    def _judge(self, status: int) -> int:
+        """A rank's status; one that a stop's signal killed had not come so far as to handle it, or to save."""
+        asked = self._stop is not None and -status in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+        return STOPPED if asked else status
+
+    def _end_within(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self._deadline = until if self._deadline is None else min(self._deadline, until)
+
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            if rank.ended() is None:
+                self._killed.add(rank.number)
+                rank.kill()
+
+    def _finish(self) -> int:
+        """Exit status of the run; node 0 stays until the others have read what it holds."""
+        if self.nodes.heard("failed") and self.nodes.place.nodes > 1:
+            time.sleep(NEWS_SECONDS)
+        status = self._status()
+        self.nodes.tell("ended", status)
+        place = self.nodes.place
+        until = time.monotonic() + (OTHERS_SECONDS[status in (0, STOPPED)] if place.node == 0 else NEWS_SECONDS)
+        while len(self.nodes.heard("ended")) < place.nodes and self.nodes.lost is None and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        return status
+
+    def _status(self) -> int:
+        if self._interrupted is not None:
+            say(f"stopped by {self._interrupted.name}; the same command goes on from the last checkpoint")
+            return INTERRUPTED
+        if failures := list(self.nodes.heard("failed").values()):
+            # A killed rank is the cause of what the others then met, whoever was seen first.
+            return self._say_failure(min(failures, key=lambda each: (each["status"] >= 0, each["time"])))
+        statuses = {self._judge(rank.ended() or 0) for rank in self.ranks if rank.number not in self._killed}
+        if STOPPED in statuses:
+            late = f"; ranks {sorted(self._killed)} did not end and were killed" if self._killed else ""
+            by = self._stop.name if self._stop else "request"
+            say(f"stopped by {by}{late}; the same command goes on from the last checkpoint")
+            return STOPPED
+        if self._killed:
+            say(f"node {self.nodes.place.node} ({self.nodes.name}): node 0's launcher is gone: {self.nodes.lost}")
+            return FAILED
+        return 0
+
+    def _say_failure(self, first: dict[str, Any]) -> int:
+        """One line about the rank that failed first, on its own node; what a user can mend it has said itself."""
+        status: int = first["status"]
+        here = any(rank.number == first["rank"] for rank in self.ranks)
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = ", which is often the kernel's when memory is short" if name == "SIGKILL" else ""
+            text = f"rank {first['rank']} on {first['host']} was killed by signal {-status} ({name}{hint})"
+        else:
+            text = f"rank {first['rank']} on {first['host']} ended first, with status {status}"
+        if here and status != USER_ERROR:
+            say(text)
+        return USER_ERROR if status == USER_ERROR else FAILED
+
+    def _before_ranks(self) -> int:
+        number = self._asked[0]
+        say(f"stopped by {number.name} before any rank was started; the same command goes on")
+        return INTERRUPTED if number.name in AT_ONCE else STOPPED
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, signals are noted for the loop; one that the caller ignores (nohup) stays ignored."""
+
+        def note(number: int, _: FrameType | None) -> None:
+            self._asked.append(signal.Signals(number))
+
+        before = {}
+        in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not ours
+        for name in (*PASSED_ON, *AT_ONCE) if in_main_thread else ():
+            if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN:
+                before[name] = signal.signal(signal.Signals[name], note)
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(signal.Signals[name], handler)
+
+
+def say(text: str) -> None:
+    """One line to the person at the terminal."""
+    print(f"crosslift: {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One node's launcher from the command line; see the module's docstring."""
+    from training.run_file import load_config
+
+    parser = argparse.ArgumentParser(prog="python -m training.launch", description="Starts one node's ranks of a run.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--nproc", type=_positive, required=True, help="ranks on this node")
+    parser.add_argument("--nodes", type=_positive, default=1, help="nodes of the run")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="a free port of node 0; not needed for one node")
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's or run's folder")
+    parser.add_argument("--accept-changes", action="store_true", help="resume although data or config differ")
+    options = parser.parse_intermixed_args(arguments)
+    passed = ["--resume", options.resume, *(["--accept-changes"] if options.accept_changes else [])]
+    place = Place(options.nodes, options.node_rank, options.rendezvous)
     try:
-        elastic_launch(settings, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        first = error.get_first_failure()[1]
-        if first.exitcode < 0:
-            print(f"crosslift: rank {first.local_rank} was killed by signal {-first.exitcode}", file=sys.stderr)
-        return first.exitcode if first.exitcode > 0 else 1
-    except SignalException as stopped:
-        print(f"crosslift: stopped by {stopped.sigval.name}; the same command goes on from the last checkpoint",
-              file=sys.stderr)  # fmt: skip
-        return 128 + stopped.sigval
-    return 0
+        place.address()
+        load_config(options.config, options.overrides)  # its errors come before any rank starts
+        return launch(options.config, options.overrides, options.nproc, passed, place)
+    except ConfigError as error:
+        say(str(error))
+        return USER_ERROR
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
