@@ -25,6 +25,7 @@ from training.objective_config import (
     XMixupConfig,
 )
 from training.tracking import TrackingConfig
+from training.watchdog import WatchdogConfig
 
 
 class LoraSettings(Section):
@@ -192,6 +193,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

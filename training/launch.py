@@ -21,20 +21,24 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
+from training import stall
 from training.errors import ConfigError
+from training.logs import Secrets
+from training.merged_logs import MergedLogs
 from training.nodes import NodeLost, Nodes, Place
+from training.rank_process import RankProcess
+from training.run_file import load_config
+from training.watchdog import Watchdog
 
 FAILED = 1
 USER_ERROR = 2
@@ -67,42 +71,28 @@ def launch(
     """Start this node's `nproc` ranks of `python -m training`, and wait for the run to end: its exit status.
 
     Raises:
-        ConfigError: `place` does not fit together, or its port is taken.
+        ConfigError: the run file has a mistake, `place` does not fit together, or its port is taken.
     """
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
-    return Launcher(Nodes(place or Place()), command, nproc).run()
-
-
-@dataclass(slots=True)
-class Rank:
-    """One process of this node."""
-
-    number: int
-    process: subprocess.Popen[bytes]
-
-    def ended(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
-        return self.process.poll()
-
-    def send(self, number: signal.Signals) -> None:
-        """To the rank alone: a process that it started need not know what USR1 means."""
-        if self.ended() is None:
-            self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """The rank and what it started, which are a process group of their own."""
-        if self.ended() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+    settings = load_config(config, overrides)
+    stall_seconds = settings.watchdog.stall_minutes * 60
+    return Launcher(Nodes(place or Place()), command, nproc, settings.output_dir, stall_seconds).run()
 
 
 class Launcher:
     """Watches over the ranks of one node."""
 
-    def __init__(self, nodes: Nodes, command: Sequence[str], nproc: int) -> None:
+    def __init__(
+        self, nodes: Nodes, command: Sequence[str], nproc: int, output_dir: Path | None = None, stall_seconds: float = 0
+    ) -> None:
+        """`command` starts one rank. Without `output_dir` there are no logs; `stall_seconds` 0 means no watchdog."""
         self.nodes = nodes
         self.command = list(command)
         self.nproc = nproc
-        self.ranks: list[Rank] = []
+        self.output_dir = output_dir
+        self.stall_seconds = stall_seconds
+        self.ranks: list[RankProcess] = []
+        self._secrets = Secrets(os.environ)
         self._asked: list[signal.Signals] = []  # signals that came and are not passed on yet
         self._stop: signal.Signals | None = None  # the first that asked for a stop
         self._interrupted: signal.Signals | None = None
@@ -118,42 +108,35 @@ class Launcher:
             except NodeLost as lost:
                 say(str(lost))
                 return FAILED
-            try:
-                self._start()
-                self._watch()
-            finally:
-                self._kill()
-            return self._finish()
+            with self._logs(), TemporaryDirectory(prefix="crosslift-") as beats:
+                self.beats = Path(beats)
+                try:
+                    self._start()
+                    self._watch()
+                finally:
+                    self._kill()
+                for rank in self.ranks:
+                    rank.output.close()
+                return self._finish()
 
     def _start(self) -> None:
-        for local_rank in range(self.nproc):
-            number = self.nodes.place.node * self.nproc + local_rank
-            # A session of its own: Ctrl-C reaches the launcher alone, which sends it once.
-            process = subprocess.Popen(self.command, env=self._environment(local_rank), start_new_session=True)
-            self.ranks.append(Rank(number, process))
-
-    def _environment(self, local_rank: int) -> dict[str, str]:
-        """What torchrun sets, so that a rank need not know who started it."""
         place = self.nodes.place
-        source = str(Path(__file__).resolve().parent.parent)
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return {
-            "OMP_NUM_THREADS": str(max(cpus // self.nproc, 1)),
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-            "RANK": str(place.node * self.nproc + local_rank),
-            "LOCAL_RANK": str(local_rank),
+        common = {
             "WORLD_SIZE": str(place.nodes * self.nproc),
-            "LOCAL_WORLD_SIZE": str(self.nproc),
             "GROUP_RANK": str(place.node),
             "GROUP_WORLD_SIZE": str(place.nodes),
             "MASTER_ADDR": self.nodes.host,
             "MASTER_PORT": str(self.nodes.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, rank 0 only talks to it
-            "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
-            "CROSSLIFT_LAUNCHER": str(os.getpid()),
-            "CROSSLIFT_ONE_MESSAGE": "1",  # every rank meets the same user error: rank 0 says it
         }
+        for local_rank in range(self.nproc):
+            number = place.node * self.nproc + local_rank
+            own = {"RANK": str(number), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(self.nproc)}
+            rank = RankProcess(self.command, number, local_rank, {**common, **own}, self.beats, self.output_dir)
+            rank.start(self.nodes.first_to_say)
+            self.ranks.append(rank)
+        pids = {rank.local_rank: rank.process.pid for rank in self.ranks}
+        first = place.node * self.nproc
+        self.watchdog = Watchdog(self.beats, pids, self.nodes.name, self.stall_seconds, first)
 
     def _watch(self) -> None:
         """Until no rank runs any more."""
@@ -161,6 +144,7 @@ class Launcher:
         while any(rank.ended() is None for rank in self.ranks):
             self._pass_on()
             self._look_for_failure()
+            self._look_for_stall()
             now = time.monotonic()
             if self._deadline is not None and now > self._deadline:
                 self._kill()
@@ -206,6 +190,20 @@ class Launcher:
         for failure in self.nodes.heard("failed").values():
             self._end_within(USER_ERROR_GRACE if failure["status"] == USER_ERROR else FAILED_GRACE)
 
+    def _look_for_stall(self) -> None:
+        """Where a rank of any node stands still: find out which, say so on its node, and end the run."""
+        if self._deadline is not None or not (self.nodes.heard("stalled") or self.watchdog.stalled()):
+            return
+        culprit = stall.find_culprit(self.nodes, self.watchdog, self.output_dir, self._secrets)
+        if culprit is None:
+            return
+        here = any(rank.number == culprit.rank for rank in self.ranks)
+        if here:
+            stall.report(culprit, self.nodes, self.output_dir, self._secrets)
+        word = {"rank": culprit.rank, "host": culprit.host, "status": FAILED, "time": time.time(), "said": True}
+        self.nodes.tell("failed", word)
+        self._end_within(0.0 if here else NEWS_SECONDS)  # whose job's end takes the others along lets it speak first
+
     def _judge(self, status: int) -> int:
         """A rank's status; one that a stop's signal killed had not come so far as to handle it, or to save."""
         asked = self._stop is not None and -status in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -244,7 +242,8 @@ class Launcher:
         if STOPPED in statuses:
             late = f"; ranks {sorted(self._killed)} did not end and were killed" if self._killed else ""
             by = self._stop.name if self._stop else "request"
-            say(f"stopped by {by}{late}; the same command goes on from the last checkpoint")
+            if late or not any(rank.output.spoke for rank in self.ranks):  # the ranks have said it as a rule
+                say(f"stopped by {by}{late}; the same command goes on from the last checkpoint")
             return STOPPED
         if self._killed:
             say(f"node {self.nodes.place.node} ({self.nodes.name}): node 0's launcher is gone: {self.nodes.lost}")
@@ -261,7 +260,7 @@ class Launcher:
             text = f"rank {first['rank']} on {first['host']} was killed by signal {-status} ({name}{hint})"
         else:
             text = f"rank {first['rank']} on {first['host']} ended first, with status {status}"
-        if here and status != USER_ERROR:
+        if here and status != USER_ERROR and not first.get("said"):
             say(text)
         return USER_ERROR if status == USER_ERROR else FAILED
 
@@ -269,6 +268,16 @@ class Launcher:
         number = self._asked[0]
         say(f"stopped by {number.name} before any rank was started; the same command goes on")
         return INTERRUPTED if number.name in AT_ONCE else STOPPED
+
+    @contextmanager
+    def _logs(self) -> Iterator[None]:
+        """Inside, node 0 merges the logs of all ranks."""
+        merged = MergedLogs(self.output_dir) if self.output_dir and self.nodes.place.node == 0 else None
+        try:
+            yield
+        finally:
+            if merged is not None:
+                merged.close()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -296,8 +305,6 @@ def say(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """One node's launcher from the command line; see the module's docstring."""
-    from training.run_file import load_config
-
     parser = argparse.ArgumentParser(prog="python -m training.launch", description="Starts one node's ranks of a run.")
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_pipeline.records import stable_hash
 from training.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,6 +106,15 @@ class Nodes:
     def heard(self, kind: Kind) -> dict[int, Any]:
         """What has been said of a kind, by node, this one included."""
         return self._news[kind]
+
+    def first_to_say(self, line: str, nth: int) -> bool:
+        """Whether no rank of any node has said this line `nth` times yet: all meet the same user error, one says it."""
+        if self._store is None or self.lost is not None:
+            return True
+        try:
+            return self._store.add(f"crosslift/said/{stable_hash(line, nth)}", 1) == 1
+        except RuntimeError:  # the store is gone: better twice than never
+            return True
 
     def _open(self) -> TCPStore:
         from torch.distributed import DistNetworkError, DistStoreError, TCPStore
