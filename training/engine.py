@@ -38,6 +38,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from data_pipeline.config import merged
 from training import engine_state
 from training.config import RunConfig
+from training.heartbeat import heart
 
 deepspeed_logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -193,6 +194,7 @@ class Engine:
 
     def forward(self, **inputs: Any) -> Any:
         """One forward pass; equal in number and modules on every rank."""
+        heart.forward()
         return self._engine(**inputs)
 
     @contextmanager
@@ -207,6 +209,7 @@ class Engine:
 
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
+        heart.phase("backward")
         self._engine.backward(loss_share * self.world_size)
 
     def step(self, learning_rate: float) -> float:
@@ -215,6 +218,7 @@ class Engine:
         Raises:
             NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
         """
+        heart.phase("update")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()

@@ -24,6 +24,7 @@ from training.config import RunConfig
 from training.distributed import barrier, gather_objects, rank, world_size
 from training.engine import init_process_group
 from training.errors import ConfigError
+from training.heartbeat import heart
 from training.plots import draw_plots
 from training.prepare import POLL_SECONDS, forget_preparation, prepare
 from training.provenance import git_state, versions
@@ -80,6 +81,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
         status = "KILLED"
         raise
     finally:
+        heart.end()
         stop.end_training()
         if tracker is not None:
             _track_files(tracker, config.output_dir)

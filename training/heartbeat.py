@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import itertools
 import mmap
 import os
 import signal
 import struct
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+Batch = TypeVar("Batch")
 FOLDER = "CROSSLIFT_BEATS"  # the launcher's folder of beats; absent: no launcher
 LAUNCHER = "CROSSLIFT_LAUNCHER"  # its process id
 STACKS_SIGNAL = signal.SIGURG  # ignored where nobody asked for it, so it harms no rank that has not come so far
@@ -51,6 +55,7 @@ class Heart:
         self.step = -1
         self._counter = 0
         self._beats = 0
+        self._forwards = 0
         self._state = STARTING
         self._map: mmap.mmap | None = None
         self._pid = os.getpid()
@@ -69,15 +74,29 @@ class Heart:
             self._map = mmap.mmap(file.fileno(), _FORMAT.size)
         self.phase("starting")
 
-    def begin_step(self, step: int) -> None:
-        """The first beat of a step; from the first one on, the rank is watched."""
-        self.step, self._beats = step, 0
-        if self._state == STARTING:
-            self._state = STEPPING
-        self.phase("step begins")
+    def steps(self, batches: Iterable[Batch], start: int) -> Iterator[Batch]:
+        """Each step's batch, with the beats of waiting for it; from the first one on, the rank is watched."""
+        waiting = iter(batches)
+        for step in itertools.count(start):
+            self.step, self._beats, self._forwards = step, 0, 0
+            if self._state == STARTING:
+                self._state = STEPPING
+            self.phase("waiting for data")
+            try:
+                batch = next(waiting)
+            except StopIteration:
+                self.step = step - 1
+                return
+            self.phase("agreeing on the step")
+            yield batch
+
+    def forward(self) -> None:
+        """A forward pass begins; they are counted in a step."""
+        self._forwards += 1
+        self.phase(f"forward {self._forwards}")
 
     def phase(self, name: str) -> None:
-        """What begins now, such as "forward"; short, in ASCII."""
+        """What begins now, such as "backward"; short, in ASCII."""
         self._counter += 1
         self._beats += 1
         if self._map is not None:
@@ -111,8 +130,10 @@ def read_beat(folder: Path, local_rank: int) -> Beat | None:
         return None
     if len(content) < _FORMAT.size:
         return None
-    *numbers, phase = _FORMAT.unpack(content)
-    return Beat(*numbers, phase.rstrip(b"\0").decode(errors="replace")) if numbers[0] else None
+    counter, pid, step, beats, thread, state, phase = _FORMAT.unpack(content)
+    if not counter:
+        return None
+    return Beat(counter, pid, step, beats, thread, state, phase.rstrip(b"\0").decode(errors="replace"))
 
 
 def _end_with_launcher() -> None:

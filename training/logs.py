@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
+from training.errors import ConfigError
 from training.heartbeat import heart
 
 TERMINAL = "CROSSLIFT_TERMINAL"  # the launcher's stderr, as a file descriptor of the rank
@@ -39,6 +40,14 @@ log = logging.getLogger(__name__)
 def logs_folder(output_dir: Path) -> Path:
     """Where a run's logs lie."""
     return output_dir / "logs"
+
+
+def make_logs_folder(output_dir: Path) -> None:
+    """Before anything else is done. Raises ConfigError where the run's folder cannot be written."""
+    try:
+        (logs_folder(output_dir) / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output_dir}: cannot be written: {error.strerror}") from None
 
 
 def rank_log(output_dir: Path, rank: int) -> Path:
@@ -81,10 +90,13 @@ def terminal() -> TextIO:
 
 
 def event(rank: int | None, level: str, step: int, message: str) -> str:
-    """A line of `events.jsonl`: time in unix milliseconds, as in `record.jsonl`; rank None is a launcher."""
+    """A line of `events.jsonl`: time in unix milliseconds and step from 1, as in `record.jsonl`; rank None: a launcher.
+
+    `step` is the 0-based one of a beat; -1, before the first, becomes 0.
+    """
     values = {
         "time": int(time.time() * 1000), "rank": rank, "host": socket.gethostname(), "level": level,
-        "step": step, "message": message,
+        "step": step + 1, "message": message,
     }  # fmt: skip
     return json.dumps(values, ensure_ascii=False) + "\n"
 

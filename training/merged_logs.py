@@ -12,15 +12,34 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.logs import Appender, logs_folder, read_lines
+from training.logs import TERMINAL, Appender, log_to_files, logs_folder, make_logs_folder, read_lines
 
 MERGE_SECONDS = 1.0
 PLACES = "merged.json"
+
+
+@contextmanager
+def kept_logs(output_dir: Path, rank: int) -> Iterator[None]:
+    """Inside, a rank's messages go into its logs; rank 0 merges them where no launcher of ours does.
+
+    Raises ConfigError where the folder of logs cannot be made.
+    """
+    make_logs_folder(output_dir)
+    log_to_files(output_dir, rank)
+    merged = MergedLogs(output_dir) if rank == 0 and TERMINAL not in os.environ else None
+    try:
+        yield
+    finally:
+        if merged is not None:
+            merged.close()
 
 
 class MergedLogs:

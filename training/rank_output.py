@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from training.logs import Appender, Secrets, event, part, rank_log
 
@@ -25,7 +25,7 @@ class RankOutput:
 
     def __init__(
         self,
-        pipe: BinaryIO,
+        pipe: IO[bytes],
         rank: int,
         output_dir: Path | None,
         secrets: Secrets,

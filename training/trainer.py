@@ -27,6 +27,7 @@ from training.distributed import all_sum, gather_objects, rank, same_modules_on_
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
 from training.guard import Guard, Verdict
+from training.heartbeat import heart
 from training.objectives import LossTerms
 from training.progress import Progress
 from training.run_state import RunState
@@ -100,7 +101,8 @@ class Trainer:
     def _train_from(self, start: int, progress: Progress) -> None:
         """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
         config, run, offset = self.config, self.run, self.data_offset
-        batches: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
+        reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
+        batches = heart.steps(reader, start)
         began = time.perf_counter()
         for step, batch in zip(range(start, config.max_steps), batches, strict=True):
             waited = time.perf_counter() - began
@@ -179,6 +181,7 @@ class Trainer:
         """Begin a checkpoint of the state after `step` steps, whose metrics these are; every rank calls it."""
         if self.saver.open:
             self._settle()
+        heart.phase("copying a checkpoint")
         state = run_state(self.run, step, self.bad_slots, self.data_offset, metrics, self.guard.state())
         self.saver.begin(step, state)
 
@@ -197,6 +200,7 @@ class Trainer:
             return
         if self.tracker is not None:
             self.tracker.sync()
+        heart.phase("completing a checkpoint")
         self.saver.settle(required)
         self.stop.saved(self.saver.seconds)
 

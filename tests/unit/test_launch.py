@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from training import launch as launching
+from training import launcher as launching
 from training import nodes as meeting
 from training.errors import ConfigError
-from training.launch import Launcher, main
+from training.launch import main
+from training.launcher import Launcher
 from training.nodes import Nodes, Place
 
 HOST = socket.gethostname()
