@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -36,7 +37,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from data_pipeline.config import merged
-from training import engine_state
+from training import engine_state, preflight
 from training.config import RunConfig
 from training.heartbeat import heart
 
@@ -55,16 +56,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_process_group(timeout_minutes: float) -> None:
-    """Join the ranks that the launcher started: NCCL on GPUs, gloo on CPU, no compiler needed."""
+def init_process_group(timeout_minutes: float, output_dir: Path | None = None) -> None:
+    """Join the ranks that the launcher started, after the preflight: NCCL on GPUs, gloo on CPU, no compiler needed.
+
+    Raises what `preflight.join` does.
+    """
     from datetime import timedelta
 
+    timeout = timedelta(minutes=timeout_minutes)
+    preflight.join(output_dir, timeout)
     # On CPU DeepSpeed would compile a shared-memory op here; gloo does the same without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timeout, verbose=False)  # takes the group over
 
 
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
         StoppedOnRequest: after a checkpoint; the same call goes on.
     """
     stop = stop or StopRequest()
-    init_process_group(timeout_minutes=30)
+    init_process_group(timeout_minutes=30, output_dir=config.output_dir)
     if rank() == 0:
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it

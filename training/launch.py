@@ -32,7 +32,7 @@ def launch(
     """Start this node's `nproc` ranks of `python -m training`, and wait for the run to end: its exit status.
 
     Raises:
-        ConfigError: a mistake in the run file, a folder that cannot be written, a `place` that does not fit, a taken port.
+        ConfigError: a mistake in the run file or in `place`, a folder that cannot be written, a taken port.
     """
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
     settings = load_config(config, overrides)

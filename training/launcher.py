@@ -199,9 +199,11 @@ class Launcher:
         status = self._status()
         self.nodes.tell("ended", status)
         place = self.nodes.place
-        until = time.monotonic() + (OTHERS_SECONDS[status in (0, STOPPED)] if place.node == 0 else NEWS_SECONDS)
-        while len(self.nodes.heard("ended")) < place.nodes and self.nodes.lost is None and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
+        if place.node == 0:
+            until = time.monotonic() + OTHERS_SECONDS[status in (0, STOPPED)]
+            while len(self.nodes.heard("ended")) < place.nodes and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+        self.nodes.close()
         return status
 
     def _status(self) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Kind = Literal["failed", "stalled", "ended"]
 KINDS: tuple[Kind, ...] = ("failed", "stalled", "ended")
 POLL_SECONDS = 0.5
+CLOSE_SECONDS = 5.0
 COME_SECONDS = 300.0  # how long node 0 is waited for
 
 
@@ -67,6 +68,8 @@ class Nodes:
         self._news: dict[Kind, dict[int, Any]] = {kind: {} for kind in KINDS}
         self._outbox: queue.SimpleQueue[tuple[Kind, Any]] = queue.SimpleQueue()
         self._store: TCPStore | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._exchange, name="nodes", daemon=True)
 
     def connect(self, still_wanted: Callable[[], bool]) -> bool:
         """Open the store (node 0) or reach it; False where `still_wanted` says no before that is done.
@@ -94,8 +97,14 @@ class Nodes:
         assert self._store is not None
         self.port = self._store.port
         if self.place.nodes > 1:
-            threading.Thread(target=self._exchange, name="nodes", daemon=True).start()
+            self._thread.start()
         return True
+
+    def close(self) -> None:
+        """Send what is still to be sent, and be silent: a thread that talks at the interpreter's end would abort it."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
 
     def tell(self, kind: Kind, value: Any) -> None:
         """This node's word of a kind, said once; `value` is of JSON."""
@@ -141,11 +150,12 @@ class Nodes:
         try:
             while True:
                 try:
-                    kind, value = self._outbox.get(timeout=POLL_SECONDS)
+                    kind, value = self._outbox.get(timeout=0 if self._closing.is_set() else POLL_SECONDS)
                     self._store.set(f"crosslift/{kind}/{self.place.node}", json.dumps(value))
                     self._store.add("crosslift/news", 1)
                 except queue.Empty:
-                    pass
+                    if self._closing.is_set():
+                        return
                 count = self._store.add("crosslift/news", 0)
                 if count != known:
                     known = count

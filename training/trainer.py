@@ -36,6 +36,7 @@ from training.scaling import StepTotals, learning_rate, step_loss_share
 from training.start_checks import check_packing, warm_up
 from training.step_sums import StepRead, StepSums, memory
 from training.stop import StoppedOnRequest, StopRequest
+from training.straggler import Stragglers
 from training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.saver = Saver(run)
         self.guard = Guard(run.config.guard)
+        self.stragglers = Stragglers(run.config.watchdog.straggler_every, run.engine.device)
         self.bad_slots = 0
         self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
         self._metrics: dict[str, float] = {}
@@ -116,6 +118,7 @@ class Trainer:
                 check_packing(run, batch)
             metrics |= self.train_step(step, batch, agreed)
             done = step + 1
+            metrics |= self.stragglers.after(done, waited)
             if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
                 metrics |= run.heldout.metrics(run.engine, run.objective)
             self._metrics = metrics
