@@ -86,6 +86,7 @@ class Heart:
                 batch = next(waiting)
             except StopIteration:
                 self.step = step - 1
+                self.phase("steps are done")
                 return
             self.phase("agreeing on the step")
             yield batch

@@ -76,7 +76,7 @@ def doubtful(reports: Sequence[Report], measured: Sequence[Measured]) -> list[st
     for report, each in zip(reports, measured, strict=True):
         usual = rates[len(rates) // 2] if len(rates) > 2 else 0.0  # of two, none can be told to be the slow one
         if each.gib_per_second is not None and each.gib_per_second < SLOW_SHARE * usual:
-            rate = f"{each.gib_per_second:.2f} GiB/s, the median is {usual:.2f}"
+            rate = f"{each.gib_per_second:.2f} GiB/s, the median is {usual:.2f} GiB/s"
             lines.append(f"{report.host} (node {report.node}) exchanges {rate}")
     return lines
 
