@@ -15,18 +15,18 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from training.distributed import gather_objects
 from training.errors import ConfigError
-from training.preflight_report import Measured, Report, broken, doubtful, missing, summary
+from training.preflight_report import Measured, Report, broken, doubtful, missing, numbered, summary
 from training.provenance import versions
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ def join(output_dir: Path | None, timeout: timedelta) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    group_store = dist.PrefixStore("crosslift/group", store)
+    group_store = dist.PrefixStore(f"{_prefix()}/group", store)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=group_store, rank=rank, world_size=world_size, timeout=timeout
-    )
+        "nccl" if on_gpu else "gloo", store=group_store, rank=rank, world_size=world_size, timeout=timeout,
+        device_id=device if on_gpu and world_size > 1 else None,  # as DeepSpeed does it
+    )  # fmt: skip
     measured: list[Measured] = gather_objects(_measure(reports, rank, device))
     if rank > 0:
         return
@@ -104,7 +105,7 @@ def _report(rank: int, output_dir: Path | None) -> Report:
         else:
             device, problem = "none", f"is the node's rank {local_rank} from 0, but it sees {seen} GPUs; start fewer"
     free = shutil.disk_usage(_existing(output_dir)).free / 2**30 if output_dir is not None else None
-    node = int(os.environ.get("GROUP_RANK") or rank // _ranks_per_node())
+    node = int(os.environ.get("GROUP_RANK", -1))
     return Report(rank, node, socket.gethostname(), device, memory, problem, versions(), free)
 
 
@@ -114,12 +115,13 @@ def _existing(path: Path) -> Path:
 
 
 def _ranks_per_node() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    ours, deepspeeds = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("LOCAL_SIZE")
+    return int(ours or deepspeeds or os.environ["WORLD_SIZE"])
 
 
 def _roll_call(store: TCPStore, mine: Report, world_size: int) -> list[Report]:
     """Every rank's report, in rank order, once all have come; rank 0 waits for them, the others for its word."""
-    prefix = "crosslift/preflight"
+    prefix = f"{_prefix()}/preflight"
     store.set(f"{prefix}/{mine.rank}", json.dumps(asdict(mine)))
     keys = [f"{prefix}/{rank}" for rank in range(world_size)]
     if mine.rank > 0:
@@ -130,7 +132,7 @@ def _roll_call(store: TCPStore, mine: Report, world_size: int) -> list[Report]:
         verdict = json.loads(store.get(f"{prefix}/all"))
         if isinstance(verdict, str):
             raise RanksMissing(verdict)
-        return [Report(**report) for report in verdict]
+        return numbered([Report(**report) for report in verdict])
     try:
         store.wait(keys, timedelta(seconds=COME_SECONDS))
     except RuntimeError:
@@ -141,23 +143,37 @@ def _roll_call(store: TCPStore, mine: Report, world_size: int) -> list[Report]:
         raise RanksMissing(text) from None
     reports = [json.loads(store.get(key)) for key in keys]
     store.set(f"{prefix}/all", json.dumps(reports))
-    return [Report(**report) for report in reports]
+    return numbered([Report(**report) for report in reports])
+
+
+def _prefix() -> str:
+    """Of this start's keys: torchrun's store outlives its restarts."""
+    return f"crosslift/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _measure(reports: Sequence[Report], rank: int, device: torch.device) -> Measured:
-    """After a barrier, the clock; then how fast this rank exchanges data with others of its kind."""
+    """After a barrier, the clock; then how fast an all-reduce is, and an exchange with another rank of this kind."""
     dist.barrier()
     clock = time.time()
     leaders = [min(each.rank for each in reports if each.node == node) for node in sorted({r.node for r in reports})]
     members = leaders if len(leaders) > 1 else [report.rank for report in reports]
-    best = None
+    together, best = _all_reduce(len(reports), device), None
     for distance in ROUNDS:
         if distance < len(members):
             dist.barrier()  # rounds do not overlap
             if rank in members:
                 rate = _exchange(members, members.index(rank), distance, device)
                 best = max(best or 0.0, rate)
-    return Measured(clock, best)
+    return Measured(clock, together, best)
+
+
+def _all_reduce(ranks: int, device: torch.device) -> float | None:
+    """GiB a second that each link carries, `2 (n-1) / n` times the tensor's bytes, as all-reduces are compared."""
+    if ranks == 1:
+        return None
+    tensor = torch.zeros(EXCHANGED_BYTES // 4, device=device)
+    seconds = _fastest(lambda: dist.all_reduce(tensor), device)
+    return 2 * (ranks - 1) / ranks * EXCHANGED_BYTES / seconds / 2**30
 
 
 def _exchange(members: Sequence[int], place: int, distance: int, device: torch.device) -> float:
@@ -168,17 +184,25 @@ def _exchange(members: Sequence[int], place: int, distance: int, device: torch.d
     sent = torch.zeros(EXCHANGED_BYTES // 4, device=device)
     received = torch.empty_like(sent)
     to, source = (members[(place + offset) % len(members)] for offset in (distance, -distance))
-    seconds = float("inf")
-    for _ in range(3):  # the first one makes the connection
-        started = time.perf_counter()
-        for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
-        ):
+
+    def exchange() -> None:
+        ways = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+        for work in dist.batch_isend_irecv(ways):
             work.wait()
+
+    return EXCHANGED_BYTES / _fastest(exchange, device) / 2**30
+
+
+def _fastest(communicate: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of three; the first one makes the connection."""
+    seconds = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        communicate()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = min(seconds, time.perf_counter() - started)
-    return EXCHANGED_BYTES / seconds / 2**30
+    return seconds
 
 
 def _raise(problem: str | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CLOCK_SECONDS = 5.0
@@ -21,7 +21,7 @@ class Report:
     """What one rank sees."""
 
     rank: int
-    node: int
+    node: int  # -1: its launcher did not say
     host: str
     device: str  # "cpu", or the GPU's name
     memory_gib: float  # of the GPU; 0 for a CPU
@@ -40,7 +40,14 @@ class Measured:
     """What the process group shows of one rank."""
 
     clock: float  # unix seconds, taken by all at the same moment
+    all_reduce: float | None  # GiB a second of all ranks together; None for one rank
     gib_per_second: float | None  # best exchange with another node (one node: another rank); None for who took no part
+
+
+def numbered(reports: Sequence[Report]) -> list[Report]:
+    """Nodes that no launcher has numbered are told apart by their host names."""
+    hosts = list(dict.fromkeys(report.host for report in reports))
+    return [replace(report, node=hosts.index(report.host)) if report.node < 0 else report for report in reports]
 
 
 def broken(reports: Sequence[Report]) -> str | None:
@@ -90,9 +97,10 @@ def summary(reports: Sequence[Report], measured: Sequence[Measured], seconds: fl
     where = first.host if len(nodes) == 1 else f"{len(nodes)} nodes"
     ranks = "1 rank" if len(reports) == 1 else f"{len(reports)} ranks"
     lines = [f"preflight: {ranks} on {where}, {device}, {software} ({seconds:.1f} s)"]
+    if (rate := measured[0].all_reduce) is not None:
+        lines[0] += f", all-reduce {rate:.2f} GiB/s"
     if len(nodes) == 1:
-        rate = measured[0].gib_per_second
-        return [lines[0] + (f", {rate:.2f} GiB/s between ranks" if rate else "")]
+        return lines
     lines.append(f"{'node':>4}  {'host':<24} {'ranks':<11} {'disk, GiB':>10} {'GiB/s':>7} {'clock, s':>9}")
     for node in nodes:
         here = [(report, each) for report, each in zip(reports, measured, strict=True) if report.node == node]

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from ranks import SOURCE, environment, run_ranks
 
-from training.preflight_report import Measured, Report, broken, doubtful, missing, summary
+from training.preflight_report import Measured, Report, broken, doubtful, missing, numbered, summary
 
 SOFTWARE = {
     "python": "3.11.2",
@@ -38,7 +38,7 @@ def four(odd: int = 0, **changes: object) -> list[Report]:
 
 
 def measured(*rates: float | None, clock: float = 1000.0) -> list[Measured]:
-    return [Measured(clock, rate) for rate in rates]
+    return [Measured(clock, 0.5, rate) for rate in rates]
 
 
 EVEN = measured(1.0, None, 1.0, None)
@@ -85,7 +85,7 @@ def test_another_kind_of_gpu_is_a_warning() -> None:
 )
 def test_clocks_are_compared(off: float, said: list[str]) -> None:
     times = [replace(each, clock=1000.0 + (off if rank in (2, 3) else 0)) for rank, each in enumerate(EVEN)]
-    assert doubtful([*four(), report(4, node=2)], [*times, Measured(1000.0, 1.0)]) == said
+    assert doubtful([*four(), report(4, node=2)], [*times, Measured(1000.0, 0.5, 1.0)]) == said
 
 
 def test_a_slow_node_is_told_from_its_neighbours() -> None:
@@ -104,15 +104,23 @@ def test_a_full_disk_is_said_once_a_host() -> None:
 def test_one_line_for_one_node_a_table_for_more() -> None:
     two = [report(0), report(1)]
     assert summary(two, measured(0.5, 0.5), 0.24) == [
-        "preflight: 2 ranks on n0, cpu, torch 2.13.0 deepspeed 0.19.8 crosslift 0.1.0 (0.2 s), 0.50 GiB/s between ranks"
+        "preflight: 2 ranks on n0, cpu, torch 2.13.0 deepspeed 0.19.8 crosslift 0.1.0 (0.2 s), all-reduce 0.50 GiB/s"
     ]
-    assert summary(two[:1], measured(None), 0.1)[0].startswith("preflight: 1 rank on n0, cpu")
+    (alone,) = summary(two[:1], [Measured(1000.0, None, None)], 0.1)
+    assert alone.startswith("preflight: 1 rank on n0, cpu")
+    assert "all-reduce" not in alone
     head, names, *rows = summary(four(), EVEN, 1.0)
     assert head.startswith("preflight: 4 ranks on 2 nodes, cpu")
     assert names.split() == ["node", "host", "ranks", "disk,", "GiB", "GiB/s", "clock,", "s"]
     assert [row.split() for row in rows] == [
         ["0", "n0", "0-1", "100", "1.00", "+0.00"], ["1", "n1", "2-3", "100", "1.00", "+0.00"]
     ]  # fmt: skip
+
+
+def test_nodes_that_nobody_numbered_go_by_their_hosts() -> None:
+    reports = [report(rank, host=f"h{rank // 2}", node=-1) for rank in range(4)]
+    assert [each.node for each in numbered(reports)] == [0, 0, 1, 1]
+    assert numbered(four()) == four()
 
 
 @pytest.mark.parametrize(
