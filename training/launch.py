@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.config import RunConfig
 from training.errors import ConfigError
 from training.launcher import USER_ERROR, Launcher, say
 from training.logs import make_logs_folder
@@ -35,7 +36,7 @@ def launch(
         ConfigError: a mistake in the run file or in `place`, a folder that cannot be written, a taken port.
     """
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
-    settings = load_config(config, overrides)
+    settings: RunConfig = load_config(config, overrides)
     make_logs_folder(settings.output_dir)
     stall_seconds = settings.watchdog.stall_minutes * 60
     return Launcher(Nodes(place or Place()), command, nproc, settings.output_dir, stall_seconds).run()

@@ -21,6 +21,7 @@ from collections import deque
 import torch
 
 from training.distributed import gather_objects, rank, world_size
+from training.watchdog import WatchdogConfig
 
 log = logging.getLogger(__name__)
 SLOW = 1.5  # times the median rank's time
@@ -32,12 +33,11 @@ SIZES = {"cpu": 192, "cuda": 4096}  # rows and columns: a fraction of a millisec
 class Stragglers:
     """Compares the ranks' speed every so many steps; every rank calls it at the same steps."""
 
-    def __init__(self, every: int, device: torch.device) -> None:
-        """`every` 0: never."""
-        self.every = every if world_size() > 1 else 0
+    def __init__(self, config: WatchdogConfig, device: torch.device) -> None:
+        self.every = config.straggler_every if world_size() > 1 else 0
         self._device = device
         self._waited: list[float] = []
-        self._probes: deque[float] = deque(maxlen=max(every, REMEMBERED))
+        self._probes: deque[float] = deque(maxlen=max(self.every, REMEMBERED))
         size = SIZES[device.type]
         values = torch.linspace(-1, 1, size * size, device=device).reshape(size, size) if self.every else None
         self._matrix = values if device.type == "cpu" or values is None else values.bfloat16()

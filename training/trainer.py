@@ -78,7 +78,7 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.saver = Saver(run)
         self.guard = Guard(run.config.guard)
-        self.stragglers = Stragglers(run.config.watchdog.straggler_every, run.engine.device)
+        self.stragglers = Stragglers(run.config.watchdog, run.engine.device)
         self.bad_slots = 0
         self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
         self._metrics: dict[str, float] = {}

@@ -243,3 +243,23 @@ def test_what_does_not_fit_is_one_line_and_status_2(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("crosslift: ")
     assert said in line
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(
+    run_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "run"
+    assert main([str(run_file(tmp_path)), f"output_dir={output}", "--nproc", "1"]) == 2
+    assert capsys.readouterr().err == f"crosslift: output_dir: {output}: cannot be written: Not a directory\n"
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send_when_ready(tmp_path, 1, signal.SIGHUP, signal.SIGTERM)
+        assert Launcher(Nodes(Place()), rank_program(tmp_path, STOPS), 1).run() == 75
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -153,7 +153,8 @@ JOIN = """
         os._exit(3)
     import torch
     from training.straggler import Stragglers
-    slow = Stragglers(4, torch.device("cpu"))
+    from training.watchdog import WatchdogConfig
+    slow = Stragglers(WatchdogConfig(straggler_every=4), torch.device("cpu"))
     if rank == 1:
         product = torch.mm
         torch.mm = lambda *each: [product(*each) for _ in range(20)]
