@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COME_SECONDS = 300.0  # until the last rank has come
+POLL_SECONDS = 0.05
 VERDICT_SECONDS = 60.0  # more than rank 0 needs when all have come
 EXCHANGED_BYTES = 4 * 2**20
 ROUNDS = (1, 2, 4)  # how far away the partner is
@@ -125,25 +126,34 @@ def _roll_call(store: TCPStore, mine: Report, world_size: int) -> list[Report]:
     store.set(f"{prefix}/{mine.rank}", json.dumps(asdict(mine)))
     keys = [f"{prefix}/{rank}" for rank in range(world_size)]
     if mine.rank > 0:
-        try:
-            store.wait([f"{prefix}/all"], timedelta(seconds=COME_SECONDS + VERDICT_SECONDS))
-        except RuntimeError:
-            raise RanksMissing(f"{mine.at}: rank 0 has not come, or is gone") from None
+        if not _come(store, [f"{prefix}/all"], COME_SECONDS + VERDICT_SECONDS):
+            raise RanksMissing(f"{mine.at}: rank 0 has not come, or is gone")
         verdict = json.loads(store.get(f"{prefix}/all"))
         if isinstance(verdict, str):
             raise RanksMissing(verdict)
         return numbered([Report(**report) for report in verdict])
-    try:
-        store.wait(keys, timedelta(seconds=COME_SECONDS))
-    except RuntimeError:
+    if not _come(store, keys, COME_SECONDS):
         came = [rank for rank, key in enumerate(keys) if store.check([key])]
         absent = missing(came, world_size, _ranks_per_node())
         text = f"{absent} did not come in {COME_SECONDS:.0f} s; {len(came)} of {world_size} ranks are here"
         store.set(f"{prefix}/all", json.dumps(text))
-        raise RanksMissing(text) from None
+        raise RanksMissing(text)
     reports = [json.loads(store.get(key)) for key in keys]
     store.set(f"{prefix}/all", json.dumps(reports))
     return numbered([Report(**report) for report in reports])
+
+
+def _come(store: TCPStore, keys: Sequence[str], seconds: float) -> bool:
+    """Whether all keys are there within that time. Not by the store's own waiting, which holds up signals."""
+    until = time.monotonic() + seconds
+    try:
+        while not store.check(list(keys)):
+            if time.monotonic() > until:
+                return False
+            time.sleep(POLL_SECONDS)
+    except RuntimeError:  # who held the store is gone
+        return False
+    return True
 
 
 def _prefix() -> str:

@@ -263,3 +263,12 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_rank_that_does_not_end_after_the_others_stopped_is_killed_and_it_is_a_stop(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "STOPPED_GRACE", 1.0)
+    command = rank_program(tmp_path, DEAF, {0: "import time; time.sleep(0.5); os._exit(75)"})
+    assert Launcher(Nodes(Place()), command, 2).run() == 75
+    assert "; ranks [1] did not end and were killed; the same command goes on" in capfd.readouterr().err

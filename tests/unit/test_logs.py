@@ -8,10 +8,12 @@ import signal
 import socket
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
+from training import merged_logs
 from training.launcher import Launcher
 from training.logs import Appender, Secrets, event, part, rank_log, read_lines
 from training.merged_logs import MergedLogs
@@ -181,12 +183,12 @@ def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(
 
 
 def test_merging_goes_on_where_it_stopped_and_sorts_by_time(tmp_path: Path) -> None:
-    def write(rank: int, time: int, message: str) -> None:
+    def write(rank: int, at: int, message: str) -> None:
         line = json.loads(event(rank, "INFO", 0, message))
-        Appender(part(tmp_path, f"rank-{rank:05d}")).write(json.dumps({**line, "time": time}) + "\n")
+        Appender(part(tmp_path, f"rank-{rank:05d}")).write(json.dumps({**line, "time": at}) + "\n")
 
-    write(1, 20, "second")
-    write(0, 10, "first")
+    write(0, 20, "second")
+    write(1, 10, "first")
     with part(tmp_path, "rank-00000").open("a") as torn:
         torn.write('{"time": 3')
     MergedLogs(tmp_path).close()
@@ -194,6 +196,17 @@ def test_merging_goes_on_where_it_stopped_and_sorts_by_time(tmp_path: Path) -> N
     MergedLogs(tmp_path).close()
     MergedLogs(tmp_path).close()
     assert [each["message"] for each in events(tmp_path)] == ["first", "second", "after a restart"]
+
+
+def test_lines_that_come_later_are_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged_logs, "MERGE_SECONDS", 0.05)
+    mine = Appender(part(tmp_path, "rank-00000"))
+    merged = MergedLogs(tmp_path)
+    for message in "abc":
+        mine.write(event(0, "INFO", 0, message))
+        time.sleep(0.2)
+    merged.close()
+    assert [each["message"] for each in events(tmp_path)] == ["a", "b", "c"]
 
 
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:

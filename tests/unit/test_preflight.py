@@ -154,11 +154,11 @@ JOIN = """
     import torch
     from training.straggler import Stragglers
     from training.watchdog import WatchdogConfig
+    torch.manual_seed(0)
     slow = Stragglers(WatchdogConfig(straggler_every=4), torch.device("cpu"))
     if rank == 1:
         product = torch.mm
         torch.mm = lambda *each: [product(*each) for _ in range(20)]
-    torch.manual_seed(0)
     told = [slow.after(done, waited=0.25 * rank) for done in range(1, 13)]
     assert told[0] == told[4] == {{}}
     print(told[11]["ranks/slowest"], told[11]["ranks/slowdown"] > 3, told[11]["ranks/data_wait_seconds_max"])
