@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COME_SECONDS = 300.0  # until the last rank has come
+READ_SECONDS = 5.0
 POLL_SECONDS = 0.05
 VERDICT_SECONDS = 60.0  # more than rank 0 needs when all have come
 EXCHANGED_BYTES = 4 * 2**20
@@ -60,7 +61,10 @@ def join(output_dir: Path | None, timeout: timedelta) -> None:
     waiting = time.perf_counter()
     reports = _roll_call(store, mine, world_size)
     started += time.perf_counter() - waiting  # for the last rank to come, which is no cost of ours
-    _raise(broken(reports))
+    if (problem := broken(reports)) is not None:
+        if rank == 0:
+            _let_all_read(store, world_size)
+        raise ConfigError(f"preflight: {problem}")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -129,6 +133,7 @@ def _roll_call(store: TCPStore, mine: Report, world_size: int) -> list[Report]:
         if not _come(store, [f"{prefix}/all"], COME_SECONDS + VERDICT_SECONDS):
             raise RanksMissing(f"{mine.at}: rank 0 has not come, or is gone")
         verdict = json.loads(store.get(f"{prefix}/all"))
+        store.add(f"{prefix}/read", 1)
         if isinstance(verdict, str):
             raise RanksMissing(verdict)
         return numbered([Report(**report) for report in verdict])
@@ -137,6 +142,7 @@ def _roll_call(store: TCPStore, mine: Report, world_size: int) -> list[Report]:
         absent = missing(came, world_size, _ranks_per_node())
         text = f"{absent} did not come in {COME_SECONDS:.0f} s; {len(came)} of {world_size} ranks are here"
         store.set(f"{prefix}/all", json.dumps(text))
+        _let_all_read(store, len(came))
         raise RanksMissing(text)
     reports = [json.loads(store.get(key)) for key in keys]
     store.set(f"{prefix}/all", json.dumps(reports))
@@ -154,6 +160,13 @@ def _come(store: TCPStore, keys: Sequence[str], seconds: float) -> bool:
     except RuntimeError:  # who held the store is gone
         return False
     return True
+
+
+def _let_all_read(store: TCPStore, ranks: int) -> None:
+    """Rank 0, before it ends: it may hold the store that the others have yet to read."""
+    until = time.monotonic() + READ_SECONDS
+    while store.add(f"{_prefix()}/preflight/read", 0) < ranks - 1 and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
 
 
 def _prefix() -> str:
@@ -213,8 +226,3 @@ def _fastest(communicate: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize()
         seconds = min(seconds, time.perf_counter() - started)
     return seconds
-
-
-def _raise(problem: str | None) -> None:
-    if problem is not None:
-        raise ConfigError(f"preflight: {problem}")
