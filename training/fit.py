@@ -61,7 +61,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     tracker = Tracker(config.output_dir, config.tracking) if rank() == 0 else None
     run = assemble(config, prepared)
     trainer = Trainer(run, tracker, stop)
-    start = _go_on(trainer, found, accept_changes) if found is not None else 0
+    start = go_on(trainer, found, accept_changes) if found is not None else 0
     if rank() == 0:
         checkpoint.set_aside_newer(config.output_dir, start)
     if tracker is not None:
@@ -124,7 +124,7 @@ def _look(resume: str, output_dir: Path, refuse: Callable[[Path], str | None]) -
         return error
 
 
-def _go_on(trainer: Trainer, path: Path, accept_changes: bool) -> int:
+def go_on(trainer: Trainer, path: Path, accept_changes: bool) -> int:
     """Load a checkpoint of any number of ranks; the number of finished steps.
 
     Raises:

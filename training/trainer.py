@@ -145,6 +145,8 @@ class Trainer:
             except NonFiniteUpdate as error:
                 verdict = self.guard.not_finite(str(error))
         if verdict is not None:
+            if bad.any:
+                metrics["train/loss"] = math.nan  # what is left of the sums is no loss of the step
             concerned = bad.mine if bad.any else range(len(micro_batches))
             self._spare(step, verdict, [micro_batches[number].sample_ids for number in concerned])
             metrics["guard/skipped"] = 1.0
