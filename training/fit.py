@@ -29,6 +29,7 @@ from training.prepare import POLL_SECONDS, forget_preparation, prepare
 from training.provenance import git_state, versions
 from training.run_file import resolved
 from training.run_state import RunState, differences
+from training.saving import base_of
 from training.stop import StoppedOnRequest, StopRequest
 from training.tracking import Tracker
 from training.trainer import Trainer
@@ -135,6 +136,10 @@ def go_on(trainer: Trainer, path: Path, accept_changes: bool) -> int:
     if changes and not accept_changes:
         listed = "; ".join(changes)
         raise ConfigError(f"{path}: cannot resume, since this is another run: {listed} (--accept-changes goes on)")
+    if state.base is not None and (now := base_of(run)) != state.base and (now or {}).get("hash") != state.base["hash"]:
+        raise ConfigError(
+            f"{path}: holds adapters to the model that lay in {state.base['directory']}, not to that in {run.model_dir}"
+        )
     if state.world_size == run.engine.world_size:
         return trainer.restore(path)
     if state.zero_stage != run.config.zero_stage:

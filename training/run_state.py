@@ -35,6 +35,7 @@ class RunState:
     config: dict[str, Any]
     versions: dict[str, str]
     zero_stage: int = 3
+    base: dict[str, str] | None = None  # LoRA: directory and hash of the model whose frozen weights are not saved
     data_offset: int = 0  # step t reads the data of step t + data_offset
     metrics: dict[str, float] = field(default_factory=dict)  # of the last of these steps
     guard: dict[str, Any] = field(default_factory=dict)  # `guard.Guard.state()`

@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from modeling.loading import directory_hash
 from training import checkpoint
 from training.assembly import Run
 from training.checkpoint import FileRecord
@@ -216,8 +217,15 @@ def run_state(
         step=step, world_size=run.engine.world_size, bad_slots=bad_slots, data_offset=data_offset,
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, guard=guard,
         fingerprint=dict(run.data.index.fingerprint), config=resolved(run.config), versions=versions(),
-        zero_stage=run.config.zero_stage,
+        zero_stage=run.config.zero_stage, base=base_of(run),
     )  # fmt: skip
+
+
+def base_of(run: Run) -> dict[str, str] | None:
+    """Which model the frozen weights are of; None where all are trained."""
+    if run.config.model.lora is None:
+        return None
+    return {"directory": str(run.model_dir), "hash": directory_hash(run.model_dir)}
 
 
 def _write(path: Path, state: Any) -> FileRecord:
