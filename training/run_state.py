@@ -20,7 +20,7 @@ FORMAT = 2
 # Keys that change neither the order of samples nor a gradient: free to differ on a resume.
 FREE_KEYS = (
     "output_dir", "data_dir", "checkpoint", "evaluation", "tracking", "watchdog", "guard", "data.workers",
-    "data.max_bad_rows",
+    "data.max_bad_rows", "data.patience_seconds",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
 from training import checkpoint
 from training.assembly import Run
+from training.config import RunConfig
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
@@ -71,7 +72,7 @@ class Trainer:
 
     def __init__(self, run: Run, tracker: Tracker | None, stop: StopRequest | None = None) -> None:
         self.run = run
-        self.config = run.config
+        self.config: RunConfig = run.config
         self.tracker = tracker  # rank 0 only
         self.stop = stop or StopRequest()
         self.saver = Saver(run)

@@ -145,7 +145,8 @@ def main() -> None:
     data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
     init_process_group(timeout_minutes=3)
     for name, (changes, disturb) in CELLS.items():
-        values = rank_values(data_dir, work / name, **SFT, **{"max_steps": STEPS, "checkpoint.every": EVERY}, **changes)
+        usual = {**SFT, "max_steps": STEPS, "checkpoint.every": EVERY}
+        values = rank_values(data_dir, work / name, **{**usual, **changes})
         config = validate(values, name)
         trainer = Trainer(assemble(config, prepare(config, rank())), _tracker(config), StopRequest())
         disturb(trainer)
