@@ -31,7 +31,7 @@ from training.trainer import Trainer
 
 STEPS, EVERY = 12, 2
 FAULTY_RANK = 1
-SFT = {"objective": {"name": "sft"}}
+SMALL = {"objective": {"name": "sft"}, "data.slots_per_step": 16}
 
 Disturb = Callable[[Trainer], None]
 
@@ -145,7 +145,7 @@ def main() -> None:
     data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
     init_process_group(timeout_minutes=3)
     for name, (changes, disturb) in CELLS.items():
-        usual = {**SFT, "max_steps": STEPS, "checkpoint.every": EVERY}
+        usual = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY}
         values = rank_values(data_dir, work / name, **{**usual, **changes})
         config = validate(values, name)
         trainer = Trainer(assemble(config, prepare(config, rank())), _tracker(config), StopRequest())
