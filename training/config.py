@@ -26,6 +26,7 @@ from training.objective_config import (
     XMixupConfig,
 )
 from training.tracking import TrackingConfig
+from training.watchdog import WatchdogConfig
 
 
 class LoraSettings(Section):
@@ -201,6 +202,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -24,6 +24,7 @@ from training.config import RunConfig
 from training.distributed import barrier, gather_objects, rank, world_size
 from training.engine import init_process_group
 from training.errors import ConfigError
+from training.heartbeat import heart
 from training.plots import draw_plots
 from training.prepare import POLL_SECONDS, forget_preparation, prepare
 from training.provenance import git_state, versions
@@ -50,7 +51,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
         StoppedOnRequest: after a checkpoint; the same call goes on.
     """
     stop = stop or StopRequest()
-    init_process_group(timeout_minutes=30)
+    init_process_group(timeout_minutes=30, output_dir=config.output_dir)
     if rank() == 0:
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it
@@ -81,6 +82,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
         status = "KILLED"
         raise
     finally:
+        heart.end()
         stop.end_training()
         if tracker is not None:
             _track_files(tracker, config.output_dir)
