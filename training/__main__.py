@@ -14,12 +14,11 @@ from pathlib import Path
 
 from training.distributed import rank
 from training.run_file import load_config
-
-USER_ERROR = 2
+from training.stop import StopRequest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run this rank to the end; 0, or 2 after one line about what the user can mend."""
+    """Run this rank to the end; 0; 2 after one line about what the user can mend; 75 stopped on request."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -32,14 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("MASTER_PORT", "29500")
     if options.local_rank is not None:
         os.environ["LOCAL_RANK"] = str(options.local_rank)
+    stop = StopRequest()
+    stop.install()
     _log_on_rank_0()
     try:
-        _run(options)
+        _run(options, stop)
     except Exception as error:
-        if getattr(error, "exit_status", None) == USER_ERROR:
+        if (status := getattr(error, "exit_status", None)) is not None:  # all ranks meet it: one message is enough
             if rank() == 0 or not os.environ.get("CROSSLIFT_ONE_MESSAGE"):
                 print(f"crosslift: {error}", file=sys.stderr, flush=True)
-            return USER_ERROR
+            return int(status)
         if type(error).__module__.startswith("training."):  # it says all there is to say
             print(f"crosslift: rank {rank()}: {error}", file=sys.stderr, flush=True)
             return 1
@@ -48,12 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, stop: StopRequest) -> None:
     from training.export import export_newest
-    from training.trainer import fit
+    from training.fit import fit
 
     config = load_config(options.config, options.overrides)
-    last = fit(config, options.resume, options.accept_changes)
+    last = fit(config, options.resume, options.accept_changes, stop)
     if int(os.environ["RANK"]) == 0:
         export_newest(last, config.output_dir / "model")
 

@@ -1,4 +1,6 @@
-"""The only file that imports deepspeed: construction, forward, backward, step, saving, gathering.
+"""A model under DeepSpeed: construction, forward, backward, step, gathering. `engine_state.py` saves and loads.
+
+No other files import deepspeed.
 
 In: a model that `modeling.loading` built, and optimiser settings. Out: an Engine whose gradients are those of
 the global batch, however it was split. Next: `trainer.py`.
@@ -14,11 +16,10 @@ What DeepSpeed needs to be told, each verified and held by a test:
 from __future__ import annotations
 
 import ctypes
-import io
 import logging
 import os
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from data_pipeline.config import merged
+from training import engine_state
 from training.config import RunConfig
 
 deepspeed_logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CHECKPOINT_TAG = "zero"
 
 
 class NonFiniteUpdate(Exception):
@@ -212,7 +213,7 @@ class Engine:
         """Clip, update, and give the gradient norm before clipping.
 
         Raises:
-            NonFiniteUpdate: the gradient holds a NaN or an infinity.
+            NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -223,6 +224,21 @@ class Engine:
             raise NonFiniteUpdate(f"gradient norm {norm}")
         return norm
 
+    def drop_update(self) -> None:
+        """Forget the gradients of the step, instead of `step`: DeepSpeed's own way with an overflow, which this feigns.
+
+        Every rank calls it. The moments and weights stay as they are.
+        """
+        name = "_get_norm_groups" if self.sharded else "scaled_global_norm"
+        invalid = torch.tensor(float("nan"))
+        setattr(self._optimizer, name, lambda *_, **__: [invalid] if self.sharded else invalid)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self._optimizer, name)  # the method again
+        if self._engine.was_step_applied():
+            raise RuntimeError("DeepSpeed applied an update that was to be dropped")
+
     def full_gradients(self) -> dict[str, Tensor]:
         """Whole fp32 gradients by parameter name, after the last backward and before `step`: for tests."""
         return {
@@ -231,15 +247,13 @@ class Engine:
             if (gradient := safe_get_full_grad(parameter)) is not None
         }
 
-    def save_state(self, directory: Path) -> None:
-        """Every rank writes its shards of weights and optimiser state under `directory`."""
-        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, save_latest=False)
+    def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
+        """This rank's shards of weights and optimiser state, in host memory: what to write where below `directory`."""
+        return engine_state.take_state(self._engine, directory)
 
-    def load_state(self, directory: Path) -> None:
-        """Take weights and optimiser state back from `save_state`, on the same number of ranks."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
-        if path is None:
-            raise FileNotFoundError(f"{directory}: DeepSpeed found no state to load")
+    def load_state(self, directory: Path, universal: bool = False) -> None:
+        """Take weights and optimiser state back from a checkpoint of as many ranks, or from a universal one."""
+        engine_state.load_state(self._engine, directory, universal)
 
     def destroy(self) -> None:
         """Release hooks and buffers."""
@@ -256,20 +270,3 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
             (decayed if dimensions > 1 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def consolidated(directory: Path, tied: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) from what `Engine.save_state` wrote, without starting ranks.
-
-    Tensors are put together one at a time. Names in `tied` are left out: each is another name of a weight that is
-    given, as in a Hugging Face file.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed's progress, for nobody
-        parts = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=CHECKPOINT_TAG, lazy_mode=True)
-    seen: set[int] = set()
-    for name, part in parts.items():
-        if name not in tied and id(part) not in seen:
-            seen.add(id(part))
-            yield name, part.contiguous()

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
-from training.checkpoint import MARKER, REFERENCE_FILE, RunState, problem
+from training.checkpoint import MARKER, REFERENCE_FILE, problem
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.objective_config import ShifConConfig, XMixupConfig
 from training.prepare import architecture
 from training.run_file import validate
+from training.run_state import RunState
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,8 @@ def _write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None
     from modeling.architectures import auto_class
     from modeling.loading import directory_hash
     from modeling.lora import merged
-    from training.engine import DTYPES, consolidated
+    from training.engine import DTYPES
+    from training.engine_state import consolidated
 
     model_config = AutoConfig.from_pretrained(checkpoint / "model_config")
     with torch.device("meta"):

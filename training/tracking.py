@@ -20,7 +20,7 @@ import webbrowser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -36,7 +36,7 @@ from training.mlflow_store import (
     without_password,
 )
 from training.provenance import git_state, versions
-from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_starts, say
+from training.run_record import RECORD_NAME, RunRecord, Status, flatten, number, read_starts, say
 
 _LONGEST_WAIT = 60.0  # seconds between two tries to reach a store that is away
 
@@ -94,15 +94,7 @@ class Tracker:
         self._record = RunRecord(self._output_dir)
         _, earlier = next(read_starts(self._record.path), (0, None))
         self.id = earlier["id"] if earlier else uuid.uuid4().hex
-        self._record.append(
-            "start",
-            id=self.id,
-            parent=config.parent,
-            experiment=config.experiment,
-            run_name=config.run_name or self._output_dir.resolve().name,
-            uri=None if config.uri is None else without_password(config.uri),
-            resumed_step=resumed_step,
-        )
+        self._append_start(resumed_step)
         self._record.append("params", values=flatten(params))
         self._record.append("tags", values={name: str(value) for name, value in tags.items()})
         if not config.enabled:
@@ -113,6 +105,22 @@ class Tracker:
         self._feeder = RecordFeeder(self._output_dir, config.uri or default_store(self._output_dir))
         self._thread = threading.Thread(target=self._feed_until_stopped, name="mlflow-feeder", daemon=True)
         self._thread.start()
+
+    def rewind(self, step: int) -> None:
+        """The run went back to where `step` steps were done; what was logged behind them comes anew."""
+        self._append_start(step)
+
+    def _append_start(self, resumed_step: int | None) -> None:
+        config = self._config
+        self._open_record.append(
+            "start",
+            id=self.id,
+            parent=config.parent,
+            experiment=config.experiment,
+            run_name=config.run_name or self._output_dir.resolve().name,
+            uri=None if config.uri is None else without_password(config.uri),
+            resumed_step=resumed_step,
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of a step. Costs microseconds, whatever becomes of MLflow."""
@@ -131,8 +139,12 @@ class Tracker:
         """Forces the record to the disk; called with each checkpoint."""
         self._open_record.sync()
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0) -> None:
-        """Records the end, gives the store `timeout` seconds to take what is left, says what it did not."""
+    def finish(self, status: Status, timeout: float = 30.0) -> None:
+        """Records the end, gives the store `timeout` seconds to take what is left, says what it did not.
+
+        `SCHEDULED` is a run that stopped with a checkpoint to be requeued: no end time, and RUNNING again when it
+        goes on.
+        """
         record = self._open_record
         record.append("finish", status=status)
         record.close()
@@ -203,7 +215,7 @@ def run_of_runs(
     tracker = Tracker(output_dir, config)
     tracker.start(params, {**versions(), **git_state()}, resumed_step=None)
     inside = {"enabled": config.enabled, "uri": uri, "experiment": config.experiment, "parent": tracker.id}
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    status: Status = "FAILED"
     try:
         yield tracker, inside
         status = "FINISHED"
