@@ -41,9 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         return USER_ERROR
     print(f"crosslift: node {node.name}: {', '.join(node.prepare())}", flush=True)
     status = Work(node.command()).run()
-    if status == STOPPED and node.rank == 0:
+    if status != STOPPED or options.command:
+        return status
+    if node.rank == 0:
         options.outcome.write_text(str(STOPPED))
-    return 0 if status == STOPPED else status
+    return 0
 
 
 class Node:
@@ -209,7 +211,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One node of a job.", allow_abbrev=False)
     parser.add_argument("--code", type=Path, required=True, help="the frozen source")
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--outcome", type=Path, required=True, help="file for the status of a stopped run")
+    parser.add_argument("--outcome", type=Path, help="file for the status of a stopped run")
     parser.add_argument("--chdir", type=Path, required=True, help="folder that relative paths begin at")
     parser.add_argument("--readable", type=Path, action="append", default=[], help="must be readable here")
     parser.add_argument("--host", default="localhost", help="name of the first node")

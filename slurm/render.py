@@ -17,6 +17,7 @@ from slurm.spec import Element, JobSpec
 PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,=-]+")
 # Free ports are looked for from here on: below those that Linux gives to outgoing connections.
 FIRST_PORT, PORTS = 20000, 12000
+PROBE_SECONDS = 60  # in which every node of a failed step must answer
 
 
 def render(spec: JobSpec) -> str:
@@ -28,10 +29,7 @@ def render(spec: JobSpec) -> str:
         f"# {_headline(spec)}. Written by `crosslift submit`.",
         *_setup(spec),
         *_values(spec),
-        _MEETING if spec.kind == "train" else "",
-        _DEADLINE,
-        _start(spec),
-        _END.format(max_requeues=spec.settings.max_requeues) if spec.kind == "train" else _PLAIN_END,
+        *_work(spec),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -69,7 +67,7 @@ def _options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
     yield "open-mode", "append"  # a requeued job goes on in the same file
     if spec.kind == "train":
         yield "requeue", None
-        yield "signal", f"USR1@{chosen.grace_seconds}"  # to the steps; without B:, which would be this script alone
+        yield "signal", f"USR1@{chosen.grace}"  # to the steps; without B:, which would be this script alone
     for name, option in chosen.sbatch.items():
         if option is True:
             yield name, None
@@ -119,7 +117,8 @@ def _values(spec: JobSpec) -> Iterator[str]:
     yield "# What runs, and where."
     yield f"python={shlex.quote(spec.python)}"
     yield f"code={shlex.quote(str(spec.code))}"
-    yield f"outcome={shlex.quote(str(spec.folder))}/outcome-$SLURM_JOB_ID"
+    if spec.kind == "train":
+        yield f"outcome={shlex.quote(str(spec.folder))}/outcome-$SLURM_JOB_ID"
     if spec.array:
         yield 'case "$SLURM_ARRAY_TASK_ID" in'
         for number, element in enumerate(spec.elements):
@@ -157,38 +156,50 @@ end=${SLURM_JOB_END_TIME:-$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$job"
 case "$end" in '' | *[!0-9]*) ;; *) export CROSSLIFT_DEADLINE=$end ;; esac"""
 
 
-def _start(spec: JobSpec) -> str:
-    """The step: the node's program on each node. It outlives the signals that end a job, to see how the step ended."""
-    settings, nodes = spec.settings, nodes_of(spec)
-    words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1",
-             "--export=ALL"]  # fmt: skip
+def _work(spec: JobSpec) -> list[str]:
+    """The step, which is the node's program on each node, and what comes of its end."""
+    if spec.kind == "command":
+        return ["", _step(spec)]
+    return [
+        _MEETING, _DEADLINE, _STEP_BEGINS, f"{_step(spec)} &", _WAIT,
+        _END.format(max_requeues=spec.settings.max_requeues, probe=_every_node(spec), probe_seconds=PROBE_SECONDS),
+    ]  # fmt: skip
+
+
+def _step(spec: JobSpec) -> str:
+    settings = spec.settings
+    words = ["srun", _every_node(spec), "--kill-on-bad-exit=1", "--export=ALL"]
     if settings.cpus_per_task:
         words.append(f"--cpus-per-task={settings.cpus_per_task}")  # since Slurm 22.05 a step does not take it over
     if gpus := gpus_of(spec):
         words.append(f"--gpus-per-node={gpus}")
     if spec.kind == "train":
-        node = ['--host="$host" --port="$port"', f"--nodes={nodes} --nproc={settings.ranks}"]
+        node = [
+            '--outcome="$outcome" --host="$host" --port="$port"',
+            f"--nodes={settings.nodes} --nproc={settings.ranks}",
+        ]
     else:
         node = ["--command"]
-    options = [
-        '--code="$code" --run="$run" --outcome="$outcome"',
-        f"--chdir={shlex.quote(str(spec.chdir))}",
+    lines = [
+        " ".join([*words, *_container(spec)]),
+        _PROGRAM,
+        f'--code="$code" --run="$run" --chdir={shlex.quote(str(spec.chdir))}',
         *node,
         '"${readable[@]}" -- "${arguments[@]}"',
     ]
-    lines = [" ".join(words) + "".join(f" {each}" for each in _container(spec)), _PROGRAM, *options]
-    return "\n".join(
-        [
-            "",
-            'rm -f "$outcome"',
-            "ended= interrupted=",
-            "trap 'ended=1 interrupted=1' TERM",
-            "trap 'interrupted=1; kill -USR1 \"$step\"' USR1 USR2",
-            " \\\n  ".join(lines) + " &",
-            _WAIT,
-        ]
-    )
+    return " \\\n  ".join(lines)
 
+
+def _every_node(spec: JobSpec) -> str:
+    return f"--nodes={nodes_of(spec)} --ntasks={nodes_of(spec)} --ntasks-per-node=1"
+
+
+_STEP_BEGINS = """
+# This shell outlives the signals that end a job, to see how its step ended. Slurm signals the step's processes itself.
+rm -f "$outcome"
+ended= interrupted=
+trap 'ended=1 interrupted=1' TERM
+trap 'interrupted=1; kill -USR1 "$step"' USR1 USR2"""
 
 # Each node looks for its own interpreter first: Slurm's own message about a missing one does not help.
 _PROGRAM = """bash -c '
@@ -209,23 +220,31 @@ done"""
 _END = """
 # 75: stopped on request, after a checkpoint. Then the job goes on by itself, unless whoever ended it (TERM here)
 # meant that: a user's scancel, or Slurm, which requeues by itself. A time limit is nobody's wish.
+# A dead node ends the step long before Slurm calls it dead (SlurmdTimeout); then, too, the job goes on elsewhere.
+again=
 if [ "$(cat "$outcome" 2> /dev/null)" = 75 ]; then
   status=75
-  restarts=${{SLURM_RESTART_COUNT:-0}}
-  if [ -n "$ended" ] && ! scontrol show job "$job" | grep -q '^ *JobState=.* Reason=TimeLimit'; then
-    echo "crosslift: job $job was ended after a checkpoint; it does not requeue itself"
-  elif [ "$restarts" -ge {max_requeues} ]; then
-    echo "crosslift: job $job has been requeued $restarts times (max_requeues); the same crosslift submit goes on" >&2
-  elif scontrol requeue "$job"; then
-    echo "crosslift: job $job stopped after a checkpoint and is requeued ($((restarts + 1)) of at most {max_requeues})"
+  if [ -z "$ended" ]; then
+    again='stopped after a checkpoint'
+  elif scontrol show job "$job" | grep -q '^ *JobState=.* Reason=TimeLimit'; then
+    again='stopped at its time limit, after a checkpoint'
   else
-    echo "crosslift: job $job cannot be requeued here; the same crosslift submit goes on" >&2
+    echo "crosslift: job $job was ended after a checkpoint; it does not requeue itself"
+  fi
+elif [ -z "$ended" ] && [ "$status" != 0 ] && [ "$status" != 2 ]; then
+  if ! timeout -k 5 {probe_seconds} srun {probe} true && [ -z "$ended" ]; then again='lost a node'; fi
+fi
+if [ -n "$again" ]; then
+  restarts=${{SLURM_RESTART_COUNT:-0}}
+  if [ "$restarts" -ge {max_requeues} ]; then
+    echo "crosslift: job $job $again, {max_requeues} requeues (max_requeues) are used up; the same command goes on" >&2
+  elif scontrol requeue "$job"; then
+    echo "crosslift: job $job $again and is requeued ($((restarts + 1)) of at most {max_requeues})"
+  else
+    echo "crosslift: job $job $again, but cannot be requeued here; the same command goes on" >&2
   fi
 fi
 rm -f "$outcome"
-exit "$status\""""
-
-_PLAIN_END = """rm -f "$outcome"
 exit "$status\""""
 
 

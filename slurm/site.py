@@ -37,33 +37,34 @@ def load_settings(options: Mapping[str, Any], files: tuple[Path, ...] | None = N
     Raises:
         SlurmError: a line for every mistake, with its file and key, or its option.
     """
-    layers = (
-        {str(file): _read(file) for file in (user_file(), PROJECT_FILE) if file.is_file()}
-        if files is None
-        else {str(file): _read(file) for file in files}
-    )
-    for origin, layer in layers.items():
+    found = [file for file in (user_file(), PROJECT_FILE) if file.is_file()] if files is None else files
+    layers = [(str(file), _read(file)) for file in found]
+    for origin, layer in layers:
         # Each file alone: what is wrong in it must not be hidden by what comes above it.
-        _validated({key: value for key, value in layer.items() if value is not None}, dict.fromkeys(layer, origin))
+        _validated(layer, dict.fromkeys(layer, origin))
     given = {key: value for key, value in options.items() if value is not None}
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, layer in (*layers.items(), (None, given)):
+    for origin, layer in (*layers, ("", given)):
         for key, value in layer.items():
-            merged = {**values.get(key, {}), **value} if key in MERGED and isinstance(value, dict) else value
-            values[key] = _without_nulls(merged) if key in MERGED else merged
+            before = values.get(key)
+            both = key in MERGED and isinstance(value, dict) and isinstance(before, dict)
+            values[key] = {**before, **value} if both and before else value
             origins[key] = origin or f"--{key.replace('_', '-')}"
-    return _validated({key: value for key, value in values.items() if value is not None}, origins)
-
-
-def _without_nulls(value: Any) -> Any:
-    return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
+    return _validated(values, origins)
 
 
 def _validated(values: dict[str, Any], origins: Mapping[str, str]) -> JobSettings:
-    values = {key: _without_nulls(value) if key in MERGED else value for key, value in values.items()}
+    """Settings without what is null: not given, or taken away."""
+    plain = {
+        key: {name: each for name, each in value.items() if each is not None}
+        if key in MERGED and isinstance(value, dict)
+        else value
+        for key, value in values.items()
+        if value is not None
+    }
     try:
-        return JobSettings.model_validate(values)
+        return JobSettings.model_validate(plain)
     except ValidationError as error:
         raise mistakes(error, JobSettings, origins) from None
 

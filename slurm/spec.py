@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+GRACE_SECONDS = 300
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
@@ -124,7 +125,9 @@ class JobSettings(Section):
     gpu_memory_gib: float | None = Field(
         None, gt=0, description="memory of a GPU, which the run's need is compared with"
     )
-    grace_seconds: int = Field(300, ge=1, le=65535, description="before the time limit: when ranks are told to stop")
+    grace_seconds: int | None = Field(
+        None, ge=1, le=65535, description="before the limit: when ranks are told to stop; by default 300 or a quarter"
+    )
     max_requeues: int = Field(20, ge=0, description="how often a stopped job goes on by itself")
     sbatch: dict[str, str | int | bool] = Field({}, description="further options of sbatch, such as constraint: a100")
 
@@ -152,9 +155,15 @@ class JobSettings(Section):
             raise ValueError(
                 f"nproc_per_node: {self.nproc_per_node} ranks for {self.gpus_per_node} GPUs; at most one each"
             )
-        if self.time is not None and seconds(self.time) <= self.grace_seconds:
+        if self.time is not None and seconds(self.time) <= (self.grace_seconds or 0):
             raise ValueError(f"grace_seconds: {self.grace_seconds} is not less than the time limit, {self.time}")
         return self
+
+    @property
+    def grace(self) -> int:
+        """Seconds before the time limit at which ranks are told to stop."""
+        quarter = seconds(self.time) // 4 if self.time else GRACE_SECONDS
+        return self.grace_seconds or max(min(GRACE_SECONDS, quarter), 1)
 
     @property
     def ranks(self) -> int:
