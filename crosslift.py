@@ -407,7 +407,13 @@ def _commands() -> list[str]:
     return [name for name in typer.main.get_command(app).commands if name not in NOT_QUEUED]  # type: ignore[attr-defined]
 
 
-add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _commands))
+def _git_state() -> dict[str, str]:
+    from training.provenance import git_state
+
+    return git_state()
+
+
+add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _commands, _git_state))
 
 
 def _listed(text: str | None) -> list[str] | None:

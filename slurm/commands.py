@@ -34,6 +34,7 @@ class Rooms:
     readable: Callable[[dict[str, Any]], list[Path]]  # files and folders that a run reads
     progress: Callable[[Path], str | None]  # of a run's folder, such as "step 120 of 1500"
     commands: Callable[[], Collection[str]]  # what may follow a run
+    git_state: Callable[[], dict[str, str]]  # commit of the source
 
 
 def add_commands(app: typer.Typer, rooms: Rooms) -> None:
@@ -150,8 +151,9 @@ def _request(rooms: Rooms, config: Path, overrides: Sequence[str], options: dict
         home = folder / point.name if point else folder
         runs.append(Run(home, {**values, "output_dir": str(home)}, tuple(rooms.readable(values))))
     return Request(
-        folder, tuple(runs), settings, bool(sweep.array), sweep.array_limit, sweep.after, then, sweep.offline
-    )
+        folder, tuple(runs), settings, array=bool(sweep.array), array_limit=sweep.array_limit, after=sweep.after,
+        then=then, offline=sweep.offline, git=rooms.git_state(),
+    )  # fmt: skip
 
 
 def _print_scripts(request: Request, as_json: bool) -> None:

@@ -31,6 +31,9 @@ def nearest(name: str, known: list[str]) -> str:
 def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> str:
     assert isinstance(item, dict)
     place = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "lax-", "json-"))]
+    message = item["msg"].removeprefix("Value error, ")
+    if not place and (key := message.partition(": ")[0]) in origins:  # found when the keys were looked at together
+        place, message = [key], message.partition(": ")[2]
     origin = origins.get(place[0]) if place else None
     # An option names itself; a file's key comes after the file.
     path = ".".join(place[1:] if origin and origin.startswith("--") else place)
@@ -39,7 +42,6 @@ def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> s
         return f"{where}: unknown key; {nearest(place[-1], _known(model, place[:-1]))}"
     if item["type"] == "missing":
         return f"{where}: required, but missing"
-    message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return ": ".join(filter(None, [where, message]))
     return f"{where}: {message[0].lower()}{message[1:]} (found {item['input']!r})"

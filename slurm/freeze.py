@@ -7,6 +7,7 @@ Only the packages' own source is copied, by its kind: no hidden file, nothing th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -17,11 +18,15 @@ import yaml
 SOURCE = Path(__file__).resolve().parent.parent
 ROOMS = ("training", "modeling", "data_pipeline", "evals", "slurm")
 FRONT_DOOR = "crosslift.py"
+GIT_STATE = "git.json"  # where `training.provenance` looks
 KINDS = (".py", ".yaml")  # yaml: the data of packages
 
 
-def freeze_source(target: Path, source: Path = SOURCE) -> int:
-    """Copy the front door and all rooms into the new folder `target`; the number of files."""
+def freeze_source(target: Path, git: dict[str, str], source: Path = SOURCE) -> int:
+    """Copy the front door and all rooms into the new folder `target`, `git` (commit, dirty) beside them.
+
+    Returns the number of source files.
+    """
     files = [source / FRONT_DOOR]
     for room in ROOMS:
         for folder, names, found in os.walk(source / room):
@@ -31,6 +36,8 @@ def freeze_source(target: Path, source: Path = SOURCE) -> int:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
+    if git:  # without it the runs of a copy would not know their commit
+        (target / GIT_STATE).write_text(json.dumps(git), encoding="utf-8")
     return len(files)
 
 

@@ -149,8 +149,8 @@ class JobSettings(Section):
                 raise ValueError(f"sbatch: {name} is crosslift's own" + (f"; use {instead}" if instead else ""))
             if not OPTION.fullmatch(name):
                 raise ValueError(f"sbatch: {name!r} is no option; write it as sbatch does, such as constraint: a100")
-            if isinstance(value, str):
-                printable(value)
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"sbatch: {name}: {value!r} is not one line without control characters")
         if self.gpus_per_node and (self.nproc_per_node or 0) > self.gpus_per_node:
             raise ValueError(
                 f"nproc_per_node: {self.nproc_per_node} ranks for {self.gpus_per_node} GPUs; at most one each"

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Request:
     after: tuple[str, ...] = ()
     then: tuple[tuple[str, ...], ...] = ()  # words of crosslift commands
     offline: bool = False
+    git: dict[str, str] = field(default_factory=dict)  # state of the source: commit, dirty
 
 
 def submit(request: Request) -> list[SubmittedJob]:
@@ -180,7 +181,7 @@ def _queue(spec: JobSpec, before: Sequence[SubmittedJob]) -> SubmittedJob:
 
 def _freeze(request: Request, folder: Path) -> None:
     folder.mkdir(parents=True)
-    freeze_source(folder / "code")
+    freeze_source(folder / "code", request.git)
     for run, config in zip(request.runs, _configs(request, folder), strict=True):
         config.parent.mkdir(exist_ok=True)
         freeze_config(config, run.values)

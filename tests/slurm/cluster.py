@@ -29,6 +29,7 @@ PACKAGES = "slurmctld slurmd slurm-client munge"
 NODES = ("n1", "n2")
 CPUS = 2  # of each node, as many as tests share
 STARTS_WITHIN = 30.0
+REVOKED_SECONDS = 3.0
 # No memory accounting, no cgroups: processes are followed through the process tree. Times are as short as two busy
 # cores allow; a requeued job would otherwise wait two minutes (see `hurry`).
 CONFIGURATION = """
@@ -191,9 +192,13 @@ class TwoNodeCluster:
     # --- doing
 
     def hurry(self, job: str) -> None:
-        """A requeued job waits two minutes for its credential to expire; not here."""
+        """A requeued job waits two minutes, for its nodes to forget the credential that they revoked; not here.
+
+        They refuse one that was issued up to the second of that, hence a pause.
+        """
         self.wait_until(lambda: self.state(job) in ("PENDING", "RUNNING", "COMPLETED"), f"job {job} to be requeued", 60)
         if self.state(job) == "PENDING":
+            time.sleep(REVOKED_SECONDS)
             self.slurm("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def start_node(self, node: str) -> None:

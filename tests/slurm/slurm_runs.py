@@ -20,7 +20,7 @@ from tiny_run import RANK_ITEMS, rank_values, write_config, write_data
 
 import crosslift as front_door
 
-STEPS = 40
+STEPS = 36
 TRAINS_WITHIN = 150.0  # two cores, shared
 # What must be the same whatever happened to the run.
 SAME = ("train/loss", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint", "shift/")
