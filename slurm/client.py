@@ -52,17 +52,16 @@ class JobState:
     exit: str | None = None
 
 
-def submit(script: str, environment: Mapping[str, str] | None = None) -> JobId:
+def submit(script: str) -> JobId:
     """`sbatch SCRIPT`.
 
     Raises:
         SlurmError: it was refused, with Slurm's reason; or there is no sbatch.
     """
-    source = dict(os.environ if environment is None else environment)
     # A job that is submitted from within another one must not take over that one's shape.
     clean = {
         name: value
-        for name, value in source.items()
+        for name, value in os.environ.items()
         if not (name.startswith("SLURM_") and name not in KEPT) and not SCRIPT_OPTIONS.fullmatch(name)
     }
     answer = _call(sbatch_command(script), clean)

@@ -36,7 +36,8 @@ def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> s
         place, message = [key], message.partition(": ")[2]
     origin = origins.get(place[0]) if place else None
     # An option names itself; a file's key comes after the file.
-    path = ".".join(place[1:] if origin and origin.startswith("--") else place)
+    of_option = [part for part in place[1:] if not part.isdigit()]
+    path = ".".join(of_option if origin and origin.startswith("--") else place)
     where = ": ".join(filter(None, [origin, path]))
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key; {nearest(place[-1], _known(model, place[:-1]))}"

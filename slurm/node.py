@@ -224,4 +224,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Not sys.exit: Python takes the handlers away first, and a signal that comes then would be a bad exit for srun.
+    os._exit(status)
