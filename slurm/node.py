@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import FrameType
 
 STOPPED, USER_ERROR = 75, 2
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -118,26 +117,28 @@ class Work:
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
-        self._process: subprocess.Popen[bytes] | None = None
         self._asked: signal.Signals | None = None
 
     def run(self) -> int:
         """Its exit status; 128 + n for signal n, but 75 where a stop's own signal came before it could listen."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._pass_on)
-        self._process = subprocess.Popen(self.command)
-        if self._asked is not None:  # between the two lines above
-            self._process.send_signal(self._asked)
-        status = self._process.wait()
+        # Waited for, not handled: a handler may miss the moment between two calls, and none is left when Python ends.
+        awaited = {*STOP_SIGNALS, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+
+        def listen() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
+
+        process = subprocess.Popen(self.command, preexec_fn=listen)
+        while (status := process.poll()) is None:
+            number = signal.Signals(signal.sigwait(awaited))
+            if number != signal.SIGCHLD:
+                # Slurm signals every process of a step; whoever signals this one alone means the launcher. Twice does
+                # no harm.
+                self._asked = number
+                process.send_signal(number)
         if status < 0:
             return STOPPED if self._asked is not None and -status in STOP_SIGNALS else 128 - status
         return status
-
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
-        # Slurm signals every process of a step; whoever signals this one alone means the launcher. Twice does no harm.
-        self._asked = signal.Signals(number)
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
 
 
 def reachable(host: str) -> str:
@@ -224,7 +225,4 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    # Not sys.exit: Python takes the handlers away first, and a signal that comes then would be a bad exit for srun.
-    os._exit(status)
+    sys.exit(main())
