@@ -89,6 +89,7 @@ class DataConfig(Section):
     )
     max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
+    patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
     workers: int = Field(1, gt=0, description="background threads a rank that read, tokenise and pack")
 
     @model_validator(mode="before")

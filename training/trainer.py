@@ -23,6 +23,7 @@ from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
 from training import checkpoint
 from training.assembly import Run
+from training.config import RunConfig
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
@@ -73,7 +74,7 @@ class Trainer:
 
     def __init__(self, run: Run, tracker: Tracker | None, stop: StopRequest | None = None) -> None:
         self.run = run
-        self.config = run.config
+        self.config: RunConfig = run.config
         self.tracker = tracker  # rank 0 only
         self.stop = stop or StopRequest()
         self.saver = Saver(run)
@@ -150,6 +151,8 @@ class Trainer:
             except NonFiniteUpdate as error:
                 verdict = self.guard.not_finite(str(error))
         if verdict is not None:
+            if bad.any:
+                metrics["train/loss"] = math.nan  # what is left of the sums is no loss of the step
             concerned = bad.mine if bad.any else range(len(micro_batches))
             self._spare(step, verdict, [micro_batches[number].sample_ids for number in concerned])
             metrics["guard/skipped"] = 1.0
