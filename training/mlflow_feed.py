@@ -207,7 +207,10 @@ class RecordFeeder:
             self._expect_replay(event, before=offset)
         elif kind == "finish":
             self._flush(offset)
-            self._client.set_terminated(self._state.run_id, event["status"], event["time"])
+            if event["status"] == "SCHEDULED":  # waits for its next job: it has no end yet
+                self._client.update_run(self._state.run_id, "SCHEDULED")
+            else:
+                self._client.set_terminated(self._state.run_id, event["status"], event["time"])
         elif kind == "damaged":
             self.refused[f"a damaged line of {RECORD_NAME}"] += 1
 

@@ -11,7 +11,7 @@ One line is one event: `{"time": ms since 1970, "kind": ..., ...}` with
 - `tags`      values: names to text
 - `metrics`   step, values: names to numbers; those JSON has no number for are "NaN", "Infinity", "-Infinity"
 - `artifact`  path below the run folder, folder in the store
-- `finish`    status: FINISHED, FAILED or KILLED
+- `finish`    status: FINISHED, FAILED, KILLED, or SCHEDULED: stopped with a checkpoint, to be started again
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from training.errors import ConfigError
 
 RECORD_NAME = "record.jsonl"
 Kind = Literal["start", "params", "tags", "metrics", "artifact", "finish"]
+Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]  # MLflow's words for how a job of the run ended
 # What each kind must hold to be of use; a line without it is damaged.
 _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "start": {"id": str, "experiment": str, "run_name": str},

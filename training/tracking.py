@@ -20,7 +20,7 @@ import webbrowser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -36,7 +36,7 @@ from training.mlflow_store import (
     without_password,
 )
 from training.provenance import git_state, versions
-from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_starts, say
+from training.run_record import RECORD_NAME, RunRecord, Status, flatten, number, read_starts, say
 
 _LONGEST_WAIT = 60.0  # seconds between two tries to reach a store that is away
 
@@ -131,8 +131,12 @@ class Tracker:
         """Forces the record to the disk; called with each checkpoint."""
         self._open_record.sync()
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0) -> None:
-        """Records the end, gives the store `timeout` seconds to take what is left, says what it did not."""
+    def finish(self, status: Status, timeout: float = 30.0) -> None:
+        """Records the end, gives the store `timeout` seconds to take what is left, says what it did not.
+
+        `SCHEDULED` is a run that stopped with a checkpoint to be requeued: no end time, and RUNNING again when it
+        goes on.
+        """
         record = self._open_record
         record.append("finish", status=status)
         record.close()
@@ -203,7 +207,7 @@ def run_of_runs(
     tracker = Tracker(output_dir, config)
     tracker.start(params, {**versions(), **git_state()}, resumed_step=None)
     inside = {"enabled": config.enabled, "uri": uri, "experiment": config.experiment, "parent": tracker.id}
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    status: Status = "FAILED"
     try:
         yield tracker, inside
         status = "FINISHED"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def stored(folder: Path) -> tuple[Any, Any]:
 def history(folder: Path, name: str) -> list[tuple[int, float]]:
     client, found = stored(folder)
     return sorted((m.step, m.value) for m in client.get_metric_history(found.info.run_id, name))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 # --- the record ---------------------------------------------------------------------------------------------
@@ -271,10 +279,7 @@ def test_a_resume_goes_on_with_the_same_run_and_feeds_only_what_differs(run: Pat
     first_id = stored(run)[1].info.run_id
 
     tracker = tracked(run, resumed_step=3, params={"lr": 2, "seed": 0})
-    deadline = time.monotonic() + 20
-    while stored(run)[1].info.status != "RUNNING" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert stored(run)[1].info.status == "RUNNING"
+    wait_for(lambda: stored(run)[1].info.status == "RUNNING")
     for step in range(4, 8):
         tracker.log(step, {"loss": 50.0 if step == 5 else float(step), "nan": math.nan})
     tracker.finish("FINISHED")
@@ -287,6 +292,23 @@ def test_a_resume_goes_on_with_the_same_run_and_feeds_only_what_differs(run: Pat
     assert (found.data.params, found.data.tags["resumed.lr"]) == ({"lr": "1", "seed": "0"}, "2")
     assert "resumed.seed" not in found.data.tags
     assert len({e["id"] for _, e in read_events(run / RECORD_NAME) if e["kind"] == "start"}) == 1
+
+
+def test_a_run_that_waits_for_its_next_job_is_scheduled_and_runs_again(run: Path) -> None:
+    tracker = tracked(run)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("SCHEDULED")
+    _, waiting = stored(run)
+    assert (waiting.info.status, waiting.info.end_time) == ("SCHEDULED", None)
+
+    tracker = tracked(run, resumed_step=1)
+    wait_for(lambda: stored(run)[1].info.status == "RUNNING")
+    tracker.log(2, {"loss": 2.0})
+    tracker.finish("FINISHED")
+    _, found = stored(run)
+    assert (found.info.run_id, found.info.status) == (waiting.info.run_id, "FINISHED")
+    assert found.info.end_time >= found.info.start_time
+    assert history(run, "loss") == [(1, 1.0), (2, 2.0)]
 
 
 def test_an_interrupted_replay_is_not_fed_twice(run: Path) -> None:
