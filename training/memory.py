@@ -34,6 +34,7 @@ ZERO_DEFAULTS: dict[str, int] = {
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
 }
 When = Literal["always", "in forward and backward", "in the update"]
 
@@ -184,7 +185,9 @@ def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     moving = item * largest + 4 * min(trained, max(bucket, largest)) + (4 * largest if largest > bucket else 0)
     yield Part("gradients being reduced", "in forward and backward", moving)
     # Weights stay when they come again within the reuse distance; on the way to the loss and back that is half of it.
-    live = zero["stage3_max_reuse_distance"] // 2 + 2 * sizes.largest_module + zero["stage3_prefetch_bucket_size"]
+    # Others are fetched early, module by module, until so many are there.
+    early = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
+    live = max(zero["stage3_max_reuse_distance"] // 2, early) + 2 * sizes.largest_module
     whole = sum(sizes.weights) - small
     copied = sizes.ranks > 1 or zero["offload_param"] is not None  # one rank's shards are whole already
     yield Part("gathered weights", "in forward and backward", item * min(whole, live) if copied else 0)
@@ -193,20 +196,23 @@ def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
 def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     item, bucket, mine = sizes.item, zero["reduce_bucket_size"], sizes.partition()
     offload, trained, largest = zero["offload_optimizer"], sum(sizes.trained), max(sizes.trained, default=0)
-    yield Part("weights, whole", "always", item * sum(sizes.weights), host=item * sum(sizes.weights))
+    yield Part("weights, whole", "always", item * sum(sizes.weights))
+    yield Part("weights while they are loaded", "always", host=item * sum(sizes.weights))
     yield from _optimizer(_placed(offload), mine)
     if offload is not None:
         yield Part("gradients and weights being moved", "always", item * largest, host=4 * mine + item * mine)
     elif zero["stage"] == 1 and item == 2:
         yield Part("gradients, fp32, whole", "always", 4 * trained)
-        yield Part("gradients being reduced", "in forward and backward", 4 * min(trained, bucket) + item * largest)
+        yield Part("gradients, bf16, whole", "in forward and backward", item * trained)
+        yield Part("gradients being reduced", "in forward and backward", 4 * min(trained, bucket))
         yield Part("AdamW's work", "in the update", 4 * mine)
         return
-    kept = trained if zero["stage"] == 1 else mine
+    # In fp32 a weight's gradient is whole until the update, so one that two ranks share is kept by both.
+    kept = trained if zero["stage"] == 1 else mine if item == 2 else min(trained, mine + largest)
     if offload is None or zero["stage"] == 1:
         yield Part("gradients, fp32", "in forward and backward", 4 * kept)
     if offload is None:
-        yield Part("gradients, their copy, AdamW's work", "in the update", 4 * kept + 8 * mine)
+        yield Part("gradients, their copy, AdamW's work", "in the update", 12 * mine)
     buckets = 2 if zero["overlap_comm"] else 1
     yield Part("gradients being reduced", "in forward and backward", buckets * 4 * bucket + item * largest)
 
