@@ -84,7 +84,9 @@ def count_activations(
     """The activations of a run's micro-batch of that shape; `kernel` is a resolved attention."""
     try:
         with torch.device("meta"), _stand_in(kernel):
-            model = auto_class(architecture).from_config(model_config, dtype=dtype, attn_implementation=STAND_IN).train()
+            model = (
+                auto_class(architecture).from_config(model_config, dtype=dtype, attn_implementation=STAND_IN).train()
+            )
             model.tie_weights()
             if (lora := config.model.lora) is not None:
                 add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
@@ -233,7 +235,7 @@ class SavedBytes:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel keeps: query, key, value, its mask, its output, one fp32 number a query and head."""
+    """What a fused attention kernel keeps: its inputs and mask, its output, one fp32 number a query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -111,9 +111,13 @@ def memory_estimate(
 def what_would_help(
     config: RunConfig, model: nn.Module, activations: Activations, ranks: int, gpus_per_node: int
 ) -> Iterator[tuple[str, int]]:
-    """(change, peak bytes of a GPU with it), for each change that makes the peak smaller, the smallest peak first."""
+    """(change, peak bytes of a GPU with it), for each change that makes the peak smaller, the smallest peak first.
+
+    What saves less than a hundredth is left out.
+    """
     now = memory_estimate(config, model, activations, ranks, gpus_per_node).gpu_bytes
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    small_bucket = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
     halves = Activations(
         tuple(each // 2 for each in activations.layers), activations.outside // 2, activations.layer_input // 2,
         activations.layer_work // 2, activations.outside_work // 2, activations.counted,
@@ -123,6 +127,8 @@ def what_would_help(
         ("zero_stage=3", {"zero_stage": 3}, activations, ranks),
         ("deepspeed.zero_optimization.offload_optimizer.device=cpu",
          {"deepspeed": merged(config.deepspeed, offload)}, activations, ranks),
+        ("deepspeed.zero_optimization.reduce_bucket_size=50000000",
+         {"deepspeed": merged(config.deepspeed, small_bucket)}, activations, ranks),
         ("twice the GPUs", {}, activations, 2 * ranks),
     ]  # fmt: skip
     half = config.data.micro_batch_tokens // 2
@@ -132,7 +138,7 @@ def what_would_help(
         (name, memory_estimate(config.model_copy(update=update), model, kept, n, gpus_per_node).gpu_bytes)
         for name, update, kept, n in changes
     ]
-    yield from sorted(((name, peak) for name, peak in found if peak < now), key=lambda each: each[1])
+    yield from sorted(((name, peak) for name, peak in found if peak < 0.99 * now), key=lambda each: each[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +231,7 @@ def _optimizer(place: Callable[[str, When, int], Part], mine: int) -> Iterator[P
 def _placed(offload: str | None) -> Callable[[str, When, int], Part]:
     """Makes parts that lie where `offload` says: None (the GPU), cpu or nvme."""
     where = {None: "gpu", "cpu": "host", "nvme": "nvme"}[offload]
-    return lambda name, when, size: Part(name, when, **{where: size})  # type: ignore[arg-type]
+    return lambda name, when, size: Part(name, when, **{where: size})
 
 
 def _to_host(offload: str | None) -> str | None:
@@ -235,7 +241,7 @@ def _to_host(offload: str | None) -> str | None:
 
 def _zero_settings(config: RunConfig) -> dict[str, Any]:
     """The `zero_optimization` section that DeepSpeed gets, defaults filled in, as numbers and places."""
-    given = {"stage": config.zero_stage, "overlap_comm": True, "contiguous_gradients": True}
+    given: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": True, "contiguous_gradients": True}
     given |= config.deepspeed.get("zero_optimization", {})
     settings: dict[str, Any] = {**given}
     for name, default in ZERO_DEFAULTS.items():
@@ -248,4 +254,4 @@ def _zero_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
+    return f"{size / GIB:.2f}" if size >= GIB / 100 else "<0.01"

@@ -140,7 +140,9 @@ def activations_of(config: RunConfig, kind: str, architecture: Architecture, att
 
 
 def test_checkpointing_keeps_the_states_between_layers_and_one_layer_whole() -> None:
-    kept = activations.Activations((100, 120, 110), outside=30, layer_input=7, layer_work=5, outside_work=9, counted=True)
+    kept = activations.Activations(
+        (100, 120, 110), outside=30, layer_input=7, layer_work=5, outside_work=9, counted=True
+    )
     assert kept.peak(checkpointing=False) == 330 + 30 + 9
     assert kept.peak(checkpointing=True) == 3 * 7 + 120 + 5
 
