@@ -53,14 +53,20 @@ def train(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None) -> None:
-    """All that can be known before a run. Example: crosslift check configs/gsm8k-parallel.yaml data_dir=DIR"""
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes that the run is meant for")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; default: visible GPUs, or 1")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU: fails where the run will not fit")] = None,
+) -> None:
+    """All that can be known before a run. Example: crosslift check CONFIG data_dir=DIR --gpus-per-node 8"""
     from training.run_file import load_config
 
     settings = load_config(config, overrides or [])  # its errors come before heavy imports
     from training.check import check_run
 
-    for line in check_run(settings):
+    for line in check_run(settings, nodes=nodes, gpus_per_node=gpus_per_node, gpu_memory_gib=gpu_memory):
         print(line)
 
 

@@ -101,7 +101,9 @@ def build_trainers(config: Any) -> dict[str, Any]:
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
         objective = make(model)  # its hooks come before the engine's, as in training.assembly
         engine = Engine(model, config, settings, nproc)
-        trainers[name] = Trainer(Run(config, data, data.loader(config, rank(), nproc), objective, engine, None), None)
+        trainers[name] = Trainer(
+            Run(config, data, data.loader(config, rank(), nproc), objective, engine, None, directory), None
+        )
     return trainers
 
 

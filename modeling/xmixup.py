@@ -28,6 +28,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import maybe_autocast
 
 from modeling.cross_attention import EntropyName, attention_weights, pair_entropy, scaled_scores, wide
 from modeling.errors import ModelError
@@ -247,7 +248,7 @@ class CrossLingualMixup:
             projected.unflatten(-1, (-1, size)).transpose(1, 2)  # (n, heads, T, head size)
             for projected in (attention.query(target_nTH), attention.key(source_nTH), attention.value(source_nTH))
         )
-        with torch.autocast(target_nTH.device.type, enabled=False):
+        with maybe_autocast(target_nTH.device.type, enabled=False):
             scores = scaled_scores(query, key)
             over_source = attention_weights(scores, source_valid)
             lam_n = self._lam(scores, over_source, target_valid, source_valid)

@@ -14,28 +14,38 @@ from data_pipeline.chat import describe
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.plan import assign
-from data_pipeline.tasks.batches import SideLabels, TaskBatch
+from data_pipeline.records import TokenizedSample
+from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskSample
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from data_pipeline.tasks.tokenize import EncodedSide
-from training.assembly import DataParts, assemble_data, check_model
+from training.activations import BatchShape
+from training.assembly import COST_SAMPLES, DataParts, assemble_data, check_model
 from training.config import RunConfig
+from training.errors import ConfigError
+from training.launch import visible_gpus
+from training.memory import GIB, memory_estimate, what_would_help
+from training.objective_config import ShifConConfig, XMixupConfig
 from training.prepare import Prepared, architecture, prepare, sample_rows
 
 COUNTED_STEPS = 64
-# Bytes a parameter, sharded over ranks: weights, gradients (bf16: with an fp32 accumulator), Adam's two
-# moments, and under bf16 the fp32 master weights.
-STATE_BYTES = {"fp32": 4 + 4 + 8, "bf16": 2 + 2 + 4 + 8 + 4}
 
 
-def check_run(config: RunConfig) -> Iterator[str]:
-    """Lines about everything that a run rests on; raises what the run would have raised."""
+def check_run(
+    config: RunConfig, *, nodes: int = 1, gpus_per_node: int | None = None, gpu_memory_gib: float | None = None
+) -> Iterator[str]:
+    """Lines about everything that a run rests on; raises what the run would have raised.
+
+    With `gpu_memory_gib` also ConfigError where a GPU of so much memory is too small. `gpus_per_node` is by default
+    what is visible here, or 1.
+    """
     prepared = prepare(config)
     yield from _rows(config, prepared)
     data = assemble_data(config, prepared)
     if isinstance(data.packer, Packer):
         yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
         yield _pairs(data, config)
-    yield from _model(config, prepared)
+    gpus = gpus_per_node or max(visible_gpus(), 1)
+    yield from _model(config, prepared, data, nodes * gpus, gpus, gpu_memory_gib)
     yield "one sample a language, its labels checked:"
     yield from _samples(data, config, 1)
     yield "ready to train"
@@ -96,32 +106,79 @@ def _pairs(data: DataParts, config: RunConfig) -> str:
     )
 
 
-def _model(config: RunConfig, prepared: Prepared) -> Iterator[str]:
+def _model(
+    config: RunConfig, prepared: Prepared, data: DataParts, ranks: int, gpus_per_node: int, gpu_memory_gib: float | None
+) -> Iterator[str]:
     from modeling.architectures import auto_class
     from modeling.layers import decoder_layers
-    from modeling.loading import load_config, resolve_directory
+    from modeling.loading import load_config, resolve_attention, resolve_directory
     from modeling.lora import add_adapters
+    from training.activations import count_activations
     from training.engine import DTYPES
-    from training.launch import visible_gpus
 
+    head = architecture(config)
+    model_config = load_config(resolve_directory(prepared.model_dir), head)
+    attention = resolve_attention(config.model.attention, model_config, head)
     with torch.device("meta"):
-        head = architecture(config)
-        model = auto_class(head).from_config(load_config(resolve_directory(prepared.model_dir), head))
+        model = auto_class(head).from_config(model_config, attn_implementation=attention)
+        model.tie_weights()
         layers = len(decoder_layers(model))
         check_model(config, model)
         if (lora := config.model.lora) is not None:
             add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen_bytes = (parameters - trained) * DTYPES[config.precision].itemsize
-    state = (trained * STATE_BYTES[config.precision] + frozen_bytes) / 2**30
     adapted = f", {trained / 1e6:.1f}M of them trained" if lora is not None else ""
-    yield f"model: {parameters / 1e6:.1f}M parameters{adapted}, {layers} layers, {config.precision}"
-    ranks = ", ".join(f"{state / n:.2f} on {n}" for n in (max(visible_gpus(), 1), 2, 8))
+    about = f"{layers} layers, {config.precision}, attention {attention}"
+    yield f"model: {parameters / 1e6:.1f}M parameters{adapted}, {about}"
+    shape = largest_batch(config, data, ranks)
     yield (
-        f"memory for weights, gradients and optimiser under ZeRO-{config.zero_stage}: {state:.2f} GiB in all; "
-        f"GiB a rank where everything is sharded: {ranks} (activations come on top)"
+        f"largest micro-batch: {shape.rows} rows of {shape.row_tokens} tokens"
+        + (f", {shape.labels} of them labels" if shape.labels else "")
+        + (", layers recomputed in backward" if config.gradient_checkpointing else "")
     )
+    kept = count_activations(config, model_config, head, attention, DTYPES[config.precision], shape)  # type: ignore[arg-type]
+    estimate = memory_estimate(config, model, kept, ranks, gpus_per_node)
+    yield from estimate.table()
+    if gpu_memory_gib is not None and estimate.gpu_bytes > gpu_memory_gib * GIB:
+        helps = what_would_help(config, model, kept, ranks, gpus_per_node)
+        named = ", ".join(f"{change} ({peak / GIB:.1f})" for change, peak in helps) or "a smaller model"
+        raise ConfigError(
+            f"a GPU of {gpu_memory_gib:g} GiB is too small: {estimate.gpu_bytes / GIB:.1f} GiB are needed; "
+            f"what would help, and the GiB it then takes: {named}"
+        )
+
+
+def largest_batch(config: RunConfig, data: DataParts, ranks: int) -> BatchShape:
+    """The largest micro-batch that a rank can meet; how many labels and samples are in it goes by the data.
+
+    The first samples of every language are looked at, and the language with the most labels a token counts.
+    """
+    settings, share, length = config.data, 0.0, float(config.data.sequence_length)
+    for language in range(len(settings.languages)):
+        _, samples = data.reader.readable(sample_rows(data.index, language, COST_SAMPLES, config.seed))
+        tokens = sum(map(len, samples))
+        if tokens:
+            share = max(share, sum(map(_labels, samples)) / tokens)
+            length = min(length, tokens / len(samples))
+    row = data.packer.row_tokens if isinstance(data.packer, Packer) else settings.sequence_length
+    row = row if isinstance(data.packer, Packer) and data.packer.layout == "packed" else settings.sequence_length
+    sides = 2 if isinstance(config.objective, XMixupConfig) or settings.mixture.pairing != "none" else 1
+    most = -(-settings.slots_per_step // ranks) * sides * settings.sequence_length  # a rank's share of a step
+    rows = max(min(settings.micro_batch_tokens, most) // row, 1)
+    if isinstance(config.objective, XMixupConfig):
+        rows = max(rows // 2, 1) * 2
+    segments = max(int(rows * row / length), 1)
+    pairs = segments // 2 if isinstance(config.objective, ShifConConfig) else 0
+    return BatchShape(rows, row, int(rows * row * share), segments, pairs)
+
+
+def _labels(sample: TokenizedSample | TaskSample) -> int:
+    """Tokens of a sample that meet the LM head."""
+    if isinstance(sample, TokenizedSample):
+        return int(sample.labels.sum())
+    positions = sample.target_labels.positions
+    return 0 if positions is None else len(positions)
 
 
 def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:

@@ -26,6 +26,7 @@ from training.objective_config import (
     XMixupConfig,
 )
 from training.tracking import TrackingConfig
+from training.watchdog import WatchdogConfig
 
 
 class LoraSettings(Section):
@@ -88,6 +89,7 @@ class DataConfig(Section):
     )
     max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
+    patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
     workers: int = Field(1, gt=0, description="background threads a rank that read, tokenise and pack")
 
     @model_validator(mode="before")
@@ -200,6 +202,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

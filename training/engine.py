@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -36,8 +37,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from data_pipeline.config import merged
-from training import engine_state
+from training import engine_state, preflight
 from training.config import RunConfig
+from training.heartbeat import heart
 
 deepspeed_logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,16 +56,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_process_group(timeout_minutes: float) -> None:
-    """Join the ranks that the launcher started: NCCL on GPUs, gloo on CPU, no compiler needed."""
+def init_process_group(timeout_minutes: float, output_dir: Path | None = None) -> None:
+    """Join the ranks that the launcher started, after the preflight: NCCL on GPUs, gloo on CPU, no compiler needed.
+
+    Raises what `preflight.join` does.
+    """
     from datetime import timedelta
 
+    timeout = timedelta(minutes=timeout_minutes)
+    preflight.join(output_dir, timeout)
     # On CPU DeepSpeed would compile a shared-memory op here; gloo does the same without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timeout, verbose=False)  # takes the group over
 
 
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -193,6 +197,7 @@ class Engine:
 
     def forward(self, **inputs: Any) -> Any:
         """One forward pass; equal in number and modules on every rank."""
+        heart.forward()
         return self._engine(**inputs)
 
     @contextmanager
@@ -207,6 +212,7 @@ class Engine:
 
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
+        heart.phase("backward")
         self._engine.backward(loss_share * self.world_size)
 
     def step(self, learning_rate: float) -> float:
@@ -215,6 +221,7 @@ class Engine:
         Raises:
             NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
         """
+        heart.phase("update")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()

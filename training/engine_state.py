@@ -86,12 +86,15 @@ def _copied(state: Any) -> Any:
 
 
 def take_state(engine: Any, directory: Path) -> list[tuple[Path, Any]]:
-    """What this rank would write below `directory`: (path, state), copied to host memory. Every rank calls it."""
+    """What this rank would write below `directory`: (path, state), copied to host memory. Every rank calls it.
+
+    Frozen weights are left out: they are those of the model that the run started from.
+    """
     taking, own = _Taking(), engine.checkpoint_engine
     engine.checkpoint_engine = taking
     engine._copy_recovery_script = lambda path: None  # a program among the weights, for which we have `export`
     try:
-        engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+        engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     finally:
         engine.checkpoint_engine = own
     return taking.taken
@@ -107,8 +110,9 @@ def load_state(engine: Any, directory: Path, universal: bool) -> None:
     # tensor of the step count, which each group would then raise.
     groups = engine.optimizer.param_groups
     own = [{name: group[name] for name in _HYPERPARAMETERS} for group in groups]
+    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
     with weights_only():
-        path, _ = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not universal)
+        path, _ = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not (universal or frozen))
     if path is None:
         raise FileNotFoundError(f"{directory}: DeepSpeed found no state to load")
     for group, numbers in zip(engine.optimizer.param_groups, own, strict=True):

@@ -24,11 +24,13 @@ from training.config import RunConfig
 from training.distributed import barrier, gather_objects, rank, world_size
 from training.engine import init_process_group
 from training.errors import ConfigError
+from training.heartbeat import heart
 from training.plots import draw_plots
 from training.prepare import POLL_SECONDS, forget_preparation, prepare
 from training.provenance import git_state, versions
 from training.run_file import resolved
 from training.run_state import RunState, differences
+from training.saving import base_of
 from training.stop import StoppedOnRequest, StopRequest
 from training.tracking import Tracker
 from training.trainer import Trainer
@@ -49,7 +51,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
         StoppedOnRequest: after a checkpoint; the same call goes on.
     """
     stop = stop or StopRequest()
-    init_process_group(timeout_minutes=30)
+    init_process_group(timeout_minutes=30, output_dir=config.output_dir)
     if rank() == 0:
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it
@@ -61,7 +63,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     tracker = Tracker(config.output_dir, config.tracking) if rank() == 0 else None
     run = assemble(config, prepared)
     trainer = Trainer(run, tracker, stop)
-    start = _go_on(trainer, found, accept_changes) if found is not None else 0
+    start = go_on(trainer, found, accept_changes) if found is not None else 0
     if rank() == 0:
         checkpoint.set_aside_newer(config.output_dir, start)
     if tracker is not None:
@@ -80,6 +82,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
         status = "KILLED"
         raise
     finally:
+        heart.end()
         stop.end_training()
         if tracker is not None:
             _track_files(tracker, config.output_dir)
@@ -124,7 +127,7 @@ def _look(resume: str, output_dir: Path, refuse: Callable[[Path], str | None]) -
         return error
 
 
-def _go_on(trainer: Trainer, path: Path, accept_changes: bool) -> int:
+def go_on(trainer: Trainer, path: Path, accept_changes: bool) -> int:
     """Load a checkpoint of any number of ranks; the number of finished steps.
 
     Raises:
@@ -135,6 +138,10 @@ def _go_on(trainer: Trainer, path: Path, accept_changes: bool) -> int:
     if changes and not accept_changes:
         listed = "; ".join(changes)
         raise ConfigError(f"{path}: cannot resume, since this is another run: {listed} (--accept-changes goes on)")
+    if state.base is not None and (now := base_of(run)) != state.base and (now or {}).get("hash") != state.base["hash"]:
+        raise ConfigError(
+            f"{path}: holds adapters to the model that lay in {state.base['directory']}, not to that in {run.model_dir}"
+        )
     if state.world_size == run.engine.world_size:
         return trainer.restore(path)
     if state.zero_stage != run.config.zero_stage:

@@ -6,10 +6,11 @@ In: a step's metrics. Out: text on stderr, on rank 0. Next: the reader.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 
 from tqdm import tqdm
+
+from training.logs import terminal
 
 log = logging.getLogger(__name__)
 SHOWN = {
@@ -26,8 +27,9 @@ class Progress:
         self.max_steps = max_steps
         self.shown = shown
         self._bar = tqdm(
-            total=max_steps, initial=start, unit="step", disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True
-        )
+            total=max_steps, initial=start, unit="step", dynamic_ncols=True, file=terminal(),
+            disable=not (shown and terminal().isatty()),
+        )  # fmt: skip
 
     def step_done(self, done: int, metrics: Mapping[str, float]) -> None:
         """`done` steps are finished, the last of them with these metrics; fewer than before after a roll-back."""

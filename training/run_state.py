@@ -20,7 +20,7 @@ FORMAT = 2
 # Keys that change neither the order of samples nor a gradient: free to differ on a resume.
 FREE_KEYS = (
     "output_dir", "data_dir", "checkpoint", "evaluation", "tracking", "watchdog", "guard", "data.workers",
-    "data.max_bad_rows",
+    "data.max_bad_rows", "data.patience_seconds",
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class RunState:
     config: dict[str, Any]
     versions: dict[str, str]
     zero_stage: int = 3
+    base: dict[str, str] | None = None  # LoRA: directory and hash of the model whose frozen weights are not saved
     data_offset: int = 0  # step t reads the data of step t + data_offset
     metrics: dict[str, float] = field(default_factory=dict)  # of the last of these steps
     guard: dict[str, Any] = field(default_factory=dict)  # `guard.Guard.state()`

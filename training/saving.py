@@ -24,9 +24,11 @@ from typing import IO, Any, cast
 
 import torch
 
+from modeling.loading import directory_hash
 from training import checkpoint
 from training.assembly import Run
 from training.checkpoint import FileRecord
+from training.config import CheckpointConfig
 from training.distributed import gather_objects, rank
 from training.errors import CheckpointFailed
 from training.provenance import versions
@@ -71,7 +73,6 @@ class FileWriter:
     def __init__(self, root: Path, files: Sequence[tuple[Path, Any]]) -> None:
         self.records: dict[str, FileRecord] = {}
         self.error: str | None = None
-        self.seconds = 0.0
         self._root = root
         self._files = list(files)
         self._thread = Thread(target=self._write_all, name="checkpoint-writer")
@@ -87,16 +88,14 @@ class FileWriter:
         self._thread.join()
 
     def _write_all(self) -> None:
-        started = time.perf_counter()
-        try:
-            while self._files:
-                path, state = self._files.pop(0)  # its memory is free as soon as it is written
+        while self._files:
+            path, state = self._files.pop(0)  # its memory is free as soon as it is written
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.records[path.relative_to(self._root).as_posix()] = _write(path, state)
-        except Exception as error:  # told by the Saver, on every rank
-            self.error = _reason(error)
-        self._files.clear()
-        self.seconds = time.perf_counter() - started
+            except Exception as error:  # told by the Saver, on every rank
+                self.error = f"{path.name}: {_reason(error)}"
+                self._files.clear()
 
 
 class Saver:
@@ -104,6 +103,7 @@ class Saver:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.config: CheckpointConfig = run.config.checkpoint
         self.seconds = 0.0  # from the last checkpoint's beginning until it was complete
         self._step: int | None = None
         self._writer: FileWriter | None = None
@@ -148,7 +148,7 @@ class Saver:
         self._writer = FileWriter(directory, [] if problem else files)
         self._writer.error = problem
         self._writer.start()
-        if not run.config.checkpoint.background:
+        if not self.config.background:
             self.settle()
 
     def settle(self, required: bool = False) -> bool:
@@ -182,7 +182,7 @@ class Saver:
 
     def _commit(self, step: int, written: dict[str, FileRecord]) -> str | None:
         try:
-            checkpoint.commit(self.run.config.output_dir, step, written, self.run.config.checkpoint)
+            checkpoint.commit(self.run.config.output_dir, step, written, self.config)
         except Exception as error:
             return _reason(error)
         return None
@@ -216,8 +216,15 @@ def run_state(
         step=step, world_size=run.engine.world_size, bad_slots=bad_slots, data_offset=data_offset,
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, guard=guard,
         fingerprint=dict(run.data.index.fingerprint), config=resolved(run.config), versions=versions(),
-        zero_stage=run.config.zero_stage,
+        zero_stage=run.config.zero_stage, base=base_of(run),
     )  # fmt: skip
+
+
+def base_of(run: Run) -> dict[str, str] | None:
+    """Which model the frozen weights are of; None where all are trained."""
+    if run.config.model.lora is None:
+        return None
+    return {"directory": str(run.model_dir), "hash": directory_hash(run.model_dir)}
 
 
 def _write(path: Path, state: Any) -> FileRecord:
@@ -228,5 +235,5 @@ def _write(path: Path, state: Any) -> FileRecord:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'its files'}: {error.strerror}"
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"

@@ -23,10 +23,12 @@ from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
 from training import checkpoint
 from training.assembly import Run
+from training.config import RunConfig
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
 from training.guard import Guard, Verdict
+from training.heartbeat import heart
 from training.objectives import LossTerms
 from training.progress import Progress
 from training.run_state import RunState
@@ -35,6 +37,7 @@ from training.scaling import StepTotals, learning_rate, step_loss_share
 from training.start_checks import check_packing, warm_up
 from training.step_sums import StepRead, StepSums, memory
 from training.stop import StoppedOnRequest, StopRequest
+from training.straggler import Stragglers
 from training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -71,11 +74,12 @@ class Trainer:
 
     def __init__(self, run: Run, tracker: Tracker | None, stop: StopRequest | None = None) -> None:
         self.run = run
-        self.config = run.config
+        self.config: RunConfig = run.config
         self.tracker = tracker  # rank 0 only
         self.stop = stop or StopRequest()
         self.saver = Saver(run)
         self.guard = Guard(run.config.guard)
+        self.stragglers = Stragglers(run.config.watchdog, run.engine.device)
         self.bad_slots = 0
         self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
         self._metrics: dict[str, float] = {}
@@ -100,7 +104,8 @@ class Trainer:
     def _train_from(self, start: int, progress: Progress) -> None:
         """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
         config, run, offset = self.config, self.run, self.data_offset
-        batches: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
+        reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
+        batches = heart.steps(reader, start)
         began = time.perf_counter()
         for step, batch in zip(range(start, config.max_steps), batches, strict=True):
             waited = time.perf_counter() - began
@@ -114,6 +119,7 @@ class Trainer:
                 check_packing(run, batch)
             metrics |= self.train_step(step, batch, agreed)
             done = step + 1
+            metrics |= self.stragglers.after(done, waited)
             if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
                 metrics |= run.heldout.metrics(run.engine, run.objective)
             self._metrics = metrics
@@ -145,6 +151,8 @@ class Trainer:
             except NonFiniteUpdate as error:
                 verdict = self.guard.not_finite(str(error))
         if verdict is not None:
+            if bad.any:
+                metrics["train/loss"] = math.nan  # what is left of the sums is no loss of the step
             concerned = bad.mine if bad.any else range(len(micro_batches))
             self._spare(step, verdict, [micro_batches[number].sample_ids for number in concerned])
             metrics["guard/skipped"] = 1.0
@@ -179,6 +187,7 @@ class Trainer:
         """Begin a checkpoint of the state after `step` steps, whose metrics these are; every rank calls it."""
         if self.saver.open:
             self._settle()
+        heart.phase("copying a checkpoint")
         state = run_state(self.run, step, self.bad_slots, self.data_offset, metrics, self.guard.state())
         self.saver.begin(step, state)
 
@@ -197,6 +206,7 @@ class Trainer:
             return
         if self.tracker is not None:
             self.tracker.sync()
+        heart.phase("completing a checkpoint")
         self.saver.settle(required)
         self.stop.saved(self.saver.seconds)
 

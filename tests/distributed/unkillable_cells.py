@@ -1,0 +1,175 @@
+"""One rank of the tests of what a run survives: bad losses, a full disk, a request to stop. All in one launch.
+
+python unkillable_cells.py DATA_DIR WORK_DIR
+
+Every cell is a run of its own with one thing done to it. Rank 0 writes `WORK_DIR/<cell>.json`: what every rank raised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiny_run import rank_values
+
+from training import saving
+from training.assembly import assemble
+from training.distributed import gather_objects, rank
+from training.engine import init_process_group
+from training.prepare import prepare
+from training.run_file import validate
+from training.stop import StopRequest
+from training.tracking import Tracker
+from training.trainer import Trainer
+
+STEPS, EVERY = 12, 2
+FAULTY_RANK = 1
+SMALL = {"objective": {"name": "sft"}, "data.slots_per_step": 16}
+
+Disturb = Callable[[Trainer], None]
+
+
+def poisoned(steps: set[int], factor: float, ranks: set[int]) -> Disturb:
+    """The losses of the samples that belong to these steps of the data are multiplied, on these ranks."""
+
+    def disturb(trainer: Trainer) -> None:
+        accumulate, loss_terms = trainer.accumulate, trainer.run.objective.loss_terms
+        current = [-1]
+
+        def watched(step, batch, totals):
+            current[0] = batch.step
+            found = accumulate(step, batch, totals)
+            current[0] = -1
+            return found
+
+        def spoiled(engine, batch):
+            terms = loss_terms(engine, batch)
+            if current[0] not in steps or rank() not in ranks:
+                return terms
+            sft = terms.terms["sft"]
+            spoilt = {**terms.terms, "sft": replace(sft, sum=sft.sum * factor)}
+            return replace(terms, terms=spoilt, label_losses=terms.label_losses * factor)
+
+        trainer.accumulate, trainer.run.objective.loss_terms = watched, spoiled
+
+    return disturb
+
+
+def full_disk(saves: set[int]) -> Disturb:
+    """The disk of one rank is full when these checkpoints (the first is 1) are written."""
+
+    def disturb(trainer: Trainer) -> None:
+        begin, number = trainer.saver.begin, [0]
+
+        def counted(step, state):
+            number[0] += 1
+            full = rank() == FAULTY_RANK and number[0] in saves
+            saving.HashingFile.__init__ = _opens_full if full else _OPENS
+            begin(step, state)
+
+        trainer.saver.begin = counted
+
+    return disturb
+
+
+_OPENS = saving.HashingFile.__init__
+
+
+def _opens_full(self, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/full")
+    _OPENS(self, path)
+
+
+def signalled(step: int, number: signal.Signals, again: bool = False) -> Disturb:
+    """One rank gets a signal while it works on a step; and once more while the checkpoint is saved."""
+
+    def disturb(trainer: Trainer) -> None:
+        trainer.stop.install()
+        trainer.stop.begin_training()
+        accumulate, begin = trainer.accumulate, trainer.saver.begin
+
+        def interrupted(at, batch, totals):
+            if at == step and rank() == FAULTY_RANK:
+                os.kill(os.getpid(), number)
+            return accumulate(at, batch, totals)
+
+        def interrupted_again(at, state):
+            begin(at, state)
+            if again and at == step + 1:
+                os.kill(os.getpid(), number)
+
+        trainer.accumulate, trainer.saver.begin = interrupted, interrupted_again
+
+    return disturb
+
+
+def deadline(seconds: float) -> Disturb:
+    """The allocation ends this soon, as one rank sees it."""
+
+    def disturb(trainer: Trainer) -> None:
+        if rank() == FAULTY_RANK:
+            trainer.stop._deadline = time.time() + seconds
+
+    return disturb
+
+
+CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
+    "undisturbed": ({}, lambda trainer: None),
+    "foreground": ({"checkpoint.background": False}, lambda trainer: None),
+    "skip": ({"guard.non_finite": "skip"}, poisoned({4}, float("nan"), {FAULTY_RANK})),
+    "roll back": ({"guard.non_finite": "rollback"}, poisoned({5}, float("nan"), {FAULTY_RANK})),
+    "roll back twice": ({"guard.non_finite": "rollback"}, poisoned({5, 7}, float("inf"), {FAULTY_RANK})),
+    "roll back from nowhere": ({"guard.non_finite": "rollback"}, poisoned({1}, float("nan"), {FAULTY_RANK})),
+    "used up": ({"guard": {"non_finite": "skip", "max_events": 1}}, poisoned({3, 6}, float("nan"), {FAULTY_RANK})),
+    "spike skipped": ({"guard": {"spike": "skip", "spike_window": 8}}, poisoned({9}, 50.0, {0, 1})),
+    "spike stops": ({"guard": {"spike": "stop", "spike_window": 8}}, poisoned({9}, 50.0, {0, 1})),
+    "disk full once": ({}, full_disk({2})),
+    "disk full": ({}, full_disk(set(range(2, 99)))),
+    "disk full at the end": ({"checkpoint.every": STEPS}, full_disk({1})),
+    "TERM": ({"checkpoint.every": 100}, signalled(4, signal.SIGTERM)),
+    "USR1 twice": ({"checkpoint.every": 100}, signalled(6, signal.SIGUSR1, again=True)),
+    "deadline near": ({"checkpoint.every": 100}, deadline(60.0)),
+    "deadline far": ({"checkpoint.every": 100}, deadline(100_000.0)),
+}
+
+
+def main() -> None:
+    data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
+    init_process_group(timeout_minutes=3)
+    for name, (changes, disturb) in CELLS.items():
+        usual = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY}
+        values = rank_values(data_dir, work / name, **{**usual, **changes})
+        config = validate(values, name)
+        trainer = Trainer(assemble(config, prepare(config, rank())), _tracker(config), StopRequest())
+        disturb(trainer)
+        raised = None
+        try:
+            trainer.train(0)
+        except Exception as error:
+            raised = [type(error).__name__, str(error)]
+        saving.HashingFile.__init__ = _OPENS
+        everyone = gather_objects(raised)
+        if trainer.tracker is not None:
+            trainer.tracker.finish("FINISHED" if raised is None else "FAILED")
+            (work / f"{name}.json").write_text(json.dumps(everyone))
+        trainer.run.engine.destroy()
+
+
+def _tracker(config: Any) -> Tracker | None:
+    if rank() > 0:
+        return None
+    tracker = Tracker(config.output_dir, config.tracking)
+    tracker.start({}, {}, resumed_step=None)
+    return tracker
+
+
+if __name__ == "__main__":
+    main()

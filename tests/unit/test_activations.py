@@ -1,0 +1,156 @@
+"""What is counted without data is what autograd really saves, and what a step really allocates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import XMIXUP, run_values
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from transformers import AutoConfig, PreTrainedConfig
+
+from modeling.architectures import Architecture, auto_class
+from modeling.layers import decoder_layers
+from modeling.lora import add_adapters
+from training import activations
+from training.activations import BatchShape, SavedBytes
+from training.config import RunConfig
+from training.run_file import validate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 600,
+    "max_position_embeddings": 130, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True},
+    "xlm-roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+SHAPE = BatchShape(rows=4, row_tokens=64, labels=90, segments=8, pairs=4)
+
+
+def config_of(**changes: Any) -> RunConfig:
+    return validate(run_values(Path("data"), Path("run"), **changes), "test")
+
+
+def model_config(kind: str) -> PreTrainedConfig:
+    return AutoConfig.for_model(kind, **SIZES, **MODELS[kind])
+
+
+def real_batch(self: Any, **inputs: Any) -> Any:
+    """Token ids, and positions that restart in the middle of a row, so that transformers makes its packed mask."""
+    ids_BT = torch.randint(3, SIZES["vocab_size"], inputs["input_ids"].shape)
+    positions_BT = (torch.arange(ids_BT.shape[1]) % 32).expand_as(ids_BT)
+    return self.module(**{**inputs, "input_ids": ids_BT, "position_ids": positions_BT})
+
+
+def real_texts(shape: BatchShape) -> dict[str, Tensor]:
+    """Token ids, and a mask that leaves out the last tokens of a row."""
+    ids_BT = torch.randint(3, SIZES["vocab_size"], (shape.rows, shape.row_tokens))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, -5:] = 0
+    return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+
+@pytest.fixture
+def real_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations._PlainEngine, "forward", real_batch)
+    monkeypatch.setattr(activations, "_encoder_inputs", real_texts)
+
+
+def on_cpu(config: RunConfig, kind: str, architecture: Architecture, attention: str) -> Any:
+    """The real model, with real attention, and its forward pass on real inputs."""
+    model = auto_class(architecture).from_config(
+        model_config(kind), dtype=DTYPES[config.precision], attn_implementation=attention
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if (lora := config.model.lora) is not None:
+        add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
+    return model.train(), activations._forward(config, model, SHAPE)
+
+
+def step_peak(model: Any, forward: Any) -> int:
+    """Most bytes of activations and temporary tensors at any moment of a forward and backward pass."""
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        forward().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return int(peak[_MemRefType.ACT] + peak[_MemRefType.TEMP])
+
+
+CASES: dict[str, tuple[str, Architecture, dict[str, Any]]] = {
+    "llama, sft": ("llama", "causal-lm", {"objective": {"name": "sft"}}),
+    "qwen3, sft": ("qwen3", "causal-lm", {"objective": {"name": "sft"}}),
+    "llama, shifcon": ("llama", "causal-lm", {"objective.layers": [1, 3]}),
+    "qwen3, lora": (
+        "qwen3", "causal-lm",
+        {"objective": {"name": "sft"}, "model": {"path": "m", "lora": {"rank": 4, "alpha": 8}}, "tokenizer": {}},
+    ),
+    "xlm-roberta, xmixup": ("xlm-roberta", "token-classification", XMIXUP),
+    "xlm-roberta, finetune": (
+        "xlm-roberta", "token-classification", {**XMIXUP, "objective": {"name": "finetune"}}
+    ),
+    "xlm-roberta, mlm": (
+        "xlm-roberta", "masked-lm",
+        {
+            **XMIXUP, "objective": {"name": "mlm"}, "data.task": {"kind": "text"},
+            "data.sources": [{"name": "t", "files": "*.jsonl", "columns": {"language": "language", "text": "text"}}],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("real_inputs")
+@pytest.mark.parametrize(("attention", "precision"), [("sdpa", "fp32"), ("sdpa", "bf16"), ("eager", "fp32")])
+@pytest.mark.parametrize("case", CASES)
+def test_counted_without_data_is_what_autograd_saves(case: str, attention: Any, precision: str) -> None:
+    kind, architecture, changes = CASES[case]
+    config = config_of(**changes, precision=precision)
+    counted = activations_of(config, kind, architecture, attention)
+    model, forward = on_cpu(config, kind, architecture, attention)
+    with SavedBytes(model, list(decoder_layers(model))) as saved:
+        loss = forward()
+    assert loss.requires_grad
+    assert counted.counted
+    assert counted.layers == pytest.approx(saved.inside, rel=0.01)
+    assert counted.outside == pytest.approx(saved.outside, rel=0.01)
+
+
+@pytest.mark.usefixtures("real_inputs")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [case for case in CASES if "lora" not in case])  # the tracker takes no frozen weight
+def test_the_peak_is_what_a_step_allocates_and_little_more(case: str, precision: str, checkpointing: bool) -> None:
+    kind, architecture, changes = CASES[case]
+    config = config_of(**changes, precision=precision, gradient_checkpointing=checkpointing)
+    estimate = activations_of(config, kind, architecture, "sdpa").peak(checkpointing)
+    measured = step_peak(*on_cpu(config, kind, architecture, "sdpa"))
+    assert measured <= estimate <= 1.4 * measured
+
+
+def activations_of(config: RunConfig, kind: str, architecture: Architecture, attention: Any) -> activations.Activations:
+    dtype = DTYPES[config.precision]
+    return activations.count_activations(config, model_config(kind), architecture, attention, dtype, SHAPE)
+
+
+def test_checkpointing_keeps_the_states_between_layers_and_one_layer_whole() -> None:
+    kept = activations.Activations(
+        (100, 120, 110), outside=30, layer_input=7, layer_work=5, outside_work=9, counted=True
+    )
+    assert kept.peak(checkpointing=False) == 330 + 30 + 9
+    assert kept.peak(checkpointing=True) == 3 * 7 + 120 + 5
+
+
+def test_what_cannot_run_without_data_goes_by_the_formula() -> None:
+    """Falcon's attention is its own, and cannot be played by the stand-in."""
+    config = config_of(objective={"name": "sft"}, precision="bf16")
+    falcon = AutoConfig.for_model("falcon", hidden_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=600)
+    kept = activations.count_activations(config, falcon, "causal-lm", "flash_attention_2", torch.bfloat16, SHAPE)
+    assert not kept.counted
+    assert kept.layers == (34 * 4 * 64 * 128,) * 2  # 34 bytes a token and hidden unit

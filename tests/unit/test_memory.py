@@ -1,0 +1,156 @@
+"""What a run's memory is made of, and what `check` says of it: no rank is started here.
+
+That the arithmetic is the engine's is shown by `tests/distributed/test_memory.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PreparedRun
+from tiny_run import XMIXUP, run_values, write_data, write_task_data
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from training.activations import Activations
+from training.assembly import assemble_data
+from training.check import check_run, largest_batch
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, memory_estimate, what_would_help
+from training.prepare import prepare
+from training.run_file import validate
+
+NOTHING = Activations((), 0, 0, 0, 0, counted=True)
+LARGE = Activations((4 * GIB,) * 8, GIB, GIB // 8, GIB, GIB, counted=True)
+
+
+def config_of(**changes: Any) -> RunConfig:
+    return validate(run_values(Path("data"), Path("run"), **{"deepspeed": {}, **changes}), "test")
+
+
+def eight_billion() -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+        )  # fmt: skip
+
+
+def test_the_defaults_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    by_alias = {field.alias or name: field.default for name, field in fields.items()}
+    assert {name: by_alias[name] for name in ZERO_DEFAULTS} == ZERO_DEFAULTS
+
+
+def test_eight_billion_parameters_on_eight_gpus() -> None:
+    """18 bytes a parameter (bf16 weight, fp32 master, gradient, two moments) over the ranks, and one bucket."""
+    model = eight_billion()
+    n = sum(each.numel() for each in model.parameters())
+    estimate = memory_estimate(config_of(precision="bf16"), model, NOTHING, ranks=8, gpus_per_node=8)
+    parts = {part.name: part for part in estimate.parts}
+    assert parts["weights, sharded"].gpu == 2 * n // 8
+    assert parts["AdamW's two moments, fp32"].gpu == n
+    assert parts["bucket for reducing gradients"].gpu == 2_000_000_000
+    always = sum(part.gpu for part in estimate.parts if part.when == "always")
+    small = 2 * sum(each.numel() for each in model.parameters() if each.numel() <= 100_000)
+    assert always == 18 * n // 8 + 2_000_000_000 + small
+    assert estimate.host_bytes == estimate.nvme_bytes == 0
+    # The embedding and the head are larger than the bucket: their gradients go alone, in fp32, beside it.
+    embedding = 128256 * 4096
+    assert parts["gradients being reduced"].gpu == (2 + 4 + 4) * embedding
+
+
+@pytest.mark.parametrize(("device", "gpu", "host", "nvme"), [(None, 18, 0, 0), ("cpu", 2, 20, 0), ("nvme", 2, 8, 12)])
+def test_what_is_offloaded_is_on_the_node(device: str | None, gpu: int, host: int, nvme: int) -> None:
+    """Bytes a parameter, on 4 nodes of 2 GPUs."""
+    model = eight_billion()
+    n = sum(each.numel() for each in model.parameters())
+    deepspeed = {} if device is None else {"zero_optimization": {"offload_optimizer": {"device": device}}}
+    config = config_of(precision="bf16", deepspeed=deepspeed)
+    estimate = memory_estimate(config, model, NOTHING, ranks=8, gpus_per_node=2)
+    sharded = ("weights, sharded", "master weights, fp32", "AdamW's two moments, fp32", "gradients, fp32")
+    assert sum(part.gpu for part in estimate.parts if part.name in sharded) == gpu * n // 8
+    assert (estimate.host_bytes, estimate.nvme_bytes) == (host * n // 4, nvme * n // 4)
+
+
+def test_the_peak_is_the_larger_of_backward_and_update() -> None:
+    model = eight_billion()
+    fast = {"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}
+    config = config_of(precision="bf16", deepspeed=fast)
+    for kept, when in ((LARGE, "in forward and backward"), (NOTHING, "in the update")):
+        estimate = memory_estimate(config, model, kept, ranks=2, gpus_per_node=2)
+        by_time = {
+            name: sum(part.gpu for part in estimate.parts if part.when == name)
+            for name in ("always", "in forward and backward", "in the update")
+        }
+        assert max(by_time, key=lambda name: by_time[name] * (name != "always")) == when
+        assert estimate.gpu_bytes == by_time["always"] + by_time[when] + ALLOWANCE
+
+
+def test_frozen_weights_have_no_optimiser() -> None:
+    from modeling.lora import add_adapters
+
+    model = eight_billion()
+    with torch.device("meta"):
+        add_adapters(model, 16, 32, 0.0, None, 0)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    parts = {part.name: part.gpu for part in memory_estimate(config_of(), model, NOTHING, 1, 1).parts}
+    assert parts["AdamW's two moments, fp32"] == 8 * trained
+    assert parts["weights, sharded"] == 4 * sum(each.numel() for each in model.parameters())
+
+
+def test_what_would_help_is_named_with_what_it_takes() -> None:
+    config, model = config_of(precision="bf16", zero_stage=2), eight_billion()
+    now = memory_estimate(config, model, LARGE, ranks=8, gpus_per_node=8).gpu_bytes
+    helps = dict(what_would_help(config, model, LARGE, ranks=8, gpus_per_node=8))
+    assert list(helps.values()) == sorted(helps.values())
+    assert max(helps.values()) < now
+    assert {"gradient_checkpointing=true", "zero_stage=3", "data.micro_batch_tokens=192"} <= helps.keys()
+    changed = config.model_copy(update={"gradient_checkpointing": True})
+    assert helps["gradient_checkpointing=true"] == memory_estimate(changed, model, LARGE, 8, 8).gpu_bytes
+    assert "zero_stage=3" not in dict(what_would_help(config_of(), model, LARGE, 8, 8))
+
+
+def test_check_says_what_is_needed_and_refuses_what_is_not_there(prepared_run: PreparedRun) -> None:
+    lines = list(check_run(prepared_run.config, nodes=2, gpus_per_node=4, gpu_memory_gib=80))
+    (peak,) = [line for line in lines if line.startswith("  peak")]
+    assert peak.endswith("on each of 8 GPUs, 4 a node")
+    assert any(line.startswith("  activations of a micro-batch") for line in lines)
+    with pytest.raises(ConfigError) as refused:
+        list(check_run(prepared_run.config, gpu_memory_gib=2.5))
+    assert str(refused.value).startswith("a GPU of 2.5 GiB is too small: 3.9 GiB are needed; what would help")
+    assert "deepspeed.zero_optimization.reduce_bucket_size=50000000" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    ("write", "changes"),
+    [
+        (write_data, {}),
+        (write_data, {"data.layout": "padded", "data.slots_per_step": 40}),
+        (write_data, {"objective": {"name": "sft"}, "data.mixture": {"strategy": "uniform", "pairing": "none"}}),
+        (write_task_data, {**XMIXUP, "tokenizer.train": {"vocab_size": 120, "style": "encoder"}}),
+    ],
+    ids=["packed", "padded", "alone", "pairs"],
+)
+def test_no_micro_batch_is_larger(
+    tmp_path: Path, ranks: int, write: Callable[[Path], Path], changes: dict[str, Any]
+) -> None:
+    config = validate(run_values(write(tmp_path / "data"), tmp_path / "run", **changes), "test")
+    data = assemble_data(config, prepare(config))
+    shape = largest_batch(config, data, ranks)
+    met = [
+        batch.input_ids
+        for step in range(6)
+        for rank in range(ranks)
+        for batch in data.loader(config, rank, ranks).load(step).micro_batches
+    ]
+    assert max(each.numel() for each in met) <= shape.rows * shape.row_tokens <= config.data.micro_batch_tokens
+    assert max(each.shape[1] for each in met) <= shape.row_tokens
