@@ -384,7 +384,8 @@ def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
     from training.check import check_run
     from training.run_file import validate
 
-    yield from check_run(validate(values, "run file"))
+    memory = job.gpu_memory_gib if job.gpus_per_node else None  # ranks on CPUs share the node's
+    yield from check_run(validate(values, "run file"), nodes=job.nodes, gpus_per_node=job.ranks, gpu_memory_gib=memory)
 
 
 def _files_read(values: dict[str, Any]) -> list[Path]:

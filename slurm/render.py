@@ -31,7 +31,7 @@ def render(spec: JobSpec) -> str:
         *_values(spec),
         *_work(spec),
     ]  # fmt: skip
-    return "\n".join(part for part in parts if part) + "\n"
+    return "\n".join(parts) + "\n"
 
 
 def sbatch_quoted(value: str) -> str:
@@ -218,18 +218,18 @@ while :; do
 done"""
 
 _END = """
-# 75: stopped on request, after a checkpoint. Then the job goes on by itself, unless whoever ended it (TERM here)
-# meant that: a user's scancel, or Slurm, which requeues by itself. A time limit is nobody's wish.
+# 75: stopped on request, all that was done is saved. Then the job goes on by itself, unless whoever ended it (TERM
+# here) meant that: a user's scancel, or Slurm, which requeues by itself. A time limit is nobody's wish.
 # A dead node ends the step long before Slurm calls it dead (SlurmdTimeout); then, too, the job goes on elsewhere.
 again=
 if [ "$(cat "$outcome" 2> /dev/null)" = 75 ]; then
   status=75
   if [ -z "$ended" ]; then
-    again='stopped after a checkpoint'
+    again='stopped on request'
   elif scontrol show job "$job" | grep -q '^ *JobState=.* Reason=TimeLimit'; then
-    again='stopped at its time limit, after a checkpoint'
+    again='stopped at its time limit'
   else
-    echo "crosslift: job $job was ended after a checkpoint; it does not requeue itself"
+    echo "crosslift: job $job was ended from outside; it does not requeue itself"
   fi
 elif [ -z "$ended" ] && [ "$status" != 0 ] && [ "$status" != 2 ]; then
   if ! timeout -k 5 {probe_seconds} srun {probe} true && [ -z "$ended" ]; then again='lost a node'; fi

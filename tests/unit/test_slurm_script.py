@@ -190,7 +190,7 @@ def test_stopped_after_a_checkpoint_it_requeues_itself(
     step_ends(slurm, 0, "75")
     status, said = end(run_script(make_spec(tmp_path / "s"), **array))
     assert (status, requeued(slurm)) == (75, [number])
-    assert f"crosslift: job {number} stopped after a checkpoint and is requeued (1 of at most 20)" in said
+    assert f"crosslift: job {number} stopped on request and is requeued (1 of at most 20)" in said
     assert not list((tmp_path / "s").glob("outcome-*"))
 
 

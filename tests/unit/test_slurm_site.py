@@ -22,12 +22,12 @@ def test_the_later_layer_wins_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_pa
     user = site.user_file()
     user.parent.mkdir(parents=True)
     user.write_text(
-        "partition: one\naccount: mine\nqos: low\nenvironment: {A: '1', B: '1'}\nsbatch: {constraint: a100}\n"
+        "partition: one\naccount: mine\nqos: low\nenvironment: {A: '1', B: '1', C: '1'}\nsbatch: {constraint: a100}\n"
     )
     (tmp_path / "slurm.yaml").write_text("partition: two\nqos: null\nenvironment: {B: '2', A: null}\n")
     found = load_settings({"partition": None, "account": "yours", "nodes": 3})
     assert (found.partition, found.account, found.qos, found.nodes) == ("two", "yours", None, 3)
-    assert found.environment == {"B": "2"}
+    assert found.environment == {"B": "2", "C": "1"}
     assert found.sbatch == {"constraint": "a100"}
 
 
