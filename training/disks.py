@@ -60,10 +60,10 @@ def checkpoint_disk(config: RunConfig) -> Disk:
             token.touch()
         except OSError as error:
             problem = f"checkpoint.local_dir: {home}: cannot be written on rank {rank()}: {error.strerror}"
-    told = gather_objects((str(token), problem))
+    told = gather_objects((token.name, problem))
     if problems := [each for _, each in told if each]:
         raise ConfigError(problems[0])
-    seen = frozenset(number for number, (path, _) in enumerate(told) if Path(path).exists())
+    seen = frozenset(number for number, (name, _) in enumerate(told) if (home / name).exists())
     barrier()  # all have looked
     token.unlink()
     if config.zero_stage != 3 and len(seen) < world_size():

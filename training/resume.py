@@ -62,15 +62,16 @@ def find_on_all_disks(disk: Disk) -> Path | None:
                 lacking = next((number for number, (steps, _) in enumerate(told) if not steps), 0)
                 raise ConfigError(
                     f"checkpoint.local_dir: {disk.home}: rank {lacking} finds no part of its own on its node: with "
-                    "node-local checkpoints a run goes on with the same ranks on the same nodes; others need a shared folder"
+                    "node-local checkpoints a run goes on with the same ranks on the same nodes; anything "
+                    "else needs a shared folder"
                 )
             return None
         path = checkpoint.checkpoint_path(disk.home, max(common))
         saved_on = RunState.read(path).world_size
         if saved_on != world_size():
             raise ConfigError(
-                f"{path}: saved on {saved_on} ranks, on node-local disks; another number of ranks, {world_size()} here, "
-                "needs checkpoints in a shared folder"
+                f"{path}: saved on {saved_on} ranks, on node-local disks; another number of ranks "
+                f"({world_size()} here) needs checkpoints in a shared folder"
             )
         neighbours = sorted(disk.ranks)
         damage = checkpoint.damage(path, neighbours.index(rank()), len(neighbours))
