@@ -15,7 +15,7 @@ from training.logs import Appender, Secrets, event, logs_folder, part, rank_log
 from training.nodes import Nodes
 from training.watchdog import Evidence, Watchdog, from_json, furthest_behind, to_json, write_evidence
 
-OTHERS_SECONDS = 10.0  # in which the other nodes look at their ranks too
+OTHERS_SECONDS = 20.0  # in which the other nodes look at their ranks too
 POLL_SECONDS = 0.1
 
 

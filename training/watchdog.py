@@ -24,7 +24,7 @@ from pydantic import Field
 from training.heartbeat import STACKS_SIGNAL, STEPPING, Beat, read_beat, stacks_file
 from training.objective_config import Section
 
-STACK_SECONDS = 2.0  # in which a rank that can answer at all has shown its stacks
+STACK_SECONDS = 8.0  # in which a rank that can answer at all has shown its stacks, on a busy machine too
 SHOWN_FRAMES = 8
 STATES = {"T": "stopped", "t": "traced", "D": "in a disk wait", "Z": "dead", "R": "running", "S": "sleeping"}
 
@@ -110,7 +110,7 @@ class Watchdog:
             _send(pid, STACKS_SIGNAL)
             if states[local_rank] in ("T", "t"):
                 _send(pid, signal.SIGCONT)
-        self._wait_for_stacks(before)
+        self._wait_for_stacks(before, beats)
         return [
             Evidence(
                 self.first_rank + local_rank, self.host, self.pids[local_rank], beat.step, beat.beats, beat.phase,
@@ -126,13 +126,15 @@ class Watchdog:
         except FileNotFoundError:
             return ""
 
-    def _wait_for_stacks(self, before: Mapping[int, int]) -> None:
+    def _wait_for_stacks(self, before: Mapping[int, int], beats: Mapping[int, Beat | None]) -> None:
+        """Until every main thread is among them, which comes last, and nothing more is written."""
         until = time.monotonic() + STACK_SECONDS
         sizes: dict[int, int] = {}
         while time.monotonic() < until:
             time.sleep(0.2)
             last, sizes = sizes, {local_rank: self._stacks_size(local_rank) for local_rank in before}
-            if sizes == last and all(sizes[local_rank] > size for local_rank, size in before.items()):
+            waited_for = [(local_rank, beat) for local_rank, beat in beats.items() if beat is not None]
+            if sizes == last and all(self._stack(each, before[each], beat) for each, beat in waited_for):
                 return
 
     def _stacks_size(self, local_rank: int) -> int:
