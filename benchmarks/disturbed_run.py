@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.parallel_data import LANGUAGES, WEIGHTS
 from benchmarks.ranks import SOURCE
+from data_pipeline.toy_problems.corpus import LANGUAGES
 
 RANKS = 2
 PATIENCE = 240.0  # seconds for anything to happen
@@ -36,15 +36,15 @@ def run_values(data: Path, output: Path) -> dict[str, Any]:
             "model_type": "llama", "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
         }},
-        "tokenizer": {"train": {"vocab_size": 600}},
+        "tokenizer": {"train": {"vocab_size": 1200}},
         "data": {
-            "languages": LANGUAGES, "dominant": "en",
+            "languages": list(LANGUAGES), "dominant": "en",
             "sources": [{
-                "name": language, "files": f"{language}.jsonl", "language": language,
-                "columns": {"id": "id", "prompt": "question", "completion": "answer"},
-            } for language in LANGUAGES],
-            "mixture": {"strategy": "explicit", "weights": WEIGHTS, "pairing": "reuse"},
-            "slots_per_step": 8, "sequence_length": 400, "micro_batch_tokens": 1600,
+                "name": "problems", "files": "finetune/*.jsonl",
+                "columns": {"id": "id", "language": "language", "prompt": "question", "completion": "answer"},
+            }],
+            "mixture": {"strategy": "uniform", "pairing": "reuse"},
+            "slots_per_step": 12, "sequence_length": 160, "micro_batch_tokens": 1200,
         },
         "objective": {
             "name": "shifcon", "layers": [1, 2], "probe_items": 4, "refresh_every": 50,

@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.disturbed_run import RANKS, DisturbedRun, Judgement, judge, starts
-from benchmarks.parallel_data import LANGUAGES, write_data
 from benchmarks.ranks import machine
+from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
 from training import checkpoint
 from training.mlflow_store import server_answers
 from training.stop import STOPPED
@@ -57,7 +57,7 @@ class Faults:
     def __init__(self, work: Path, seed: int) -> None:
         self.work, self.chance = work, random.Random(seed)
         self.data = work / "data"
-        write_data(self.data)
+        write_corpus(self.data, CorpusSizes(), seed)
         undisturbed = self.run("undisturbed")
         if status := undisturbed.finish():
             raise RuntimeError(f"the undisturbed run ended with {status}: {undisturbed.said[-2000:]}")
@@ -181,7 +181,7 @@ class Faults:
         outcomes = []
         for number in range(1, n + 1):
             run.wait_for_steps(10 * number)
-            file = self.data / f"{self.chance.choice(LANGUAGES)}.jsonl"
+            file = self.data / "finetune" / f"{self.chance.choice(LANGUAGES)}.jsonl"
             away = file.with_suffix(".away")
             file.rename(away)
             try:

@@ -106,14 +106,14 @@ def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord], confi
 
 def _drop_old(output_dir: Path, newest: Path, config: CheckpointConfig) -> None:
     # A run that was resumed from an earlier step saves below what lies there already, which is not its to drop.
-    complete = [path for path in _step_folders(output_dir) if path <= newest and problem(path) is None]
+    complete = [path for path in step_folders(output_dir) if path <= newest and problem(path) is None]
     metrics = {path: RunState.read(path).metrics for path in complete} if config.best else {}
     keep = kept(
-        {_step_of(path): metrics.get(path, {}).get(config.best or "") for path in complete},
+        {step_of(path): metrics.get(path, {}).get(config.best or "") for path in complete},
         config.keep, config.keep_every, config.best_mode,
     )  # fmt: skip
     for path in complete:
-        if _step_of(path) not in keep:
+        if step_of(path) not in keep:
             shutil.rmtree(path)
 
 
@@ -179,7 +179,7 @@ def latest(output_dir: Path, refuse: Callable[[Path], str | None] = problem) -> 
 
     `refuse` gives the reason why a checkpoint cannot be used, or None.
     """
-    for path in reversed(_step_folders(output_dir)):
+    for path in reversed(step_folders(output_dir)):
         reason = refuse(path)
         if reason is None:
             return path
@@ -224,7 +224,7 @@ def at(path: Path, refuse: Callable[[Path], str | None] = problem) -> Path:
 
 def set_aside_newer(output_dir: Path, step: int) -> None:
     """Rank 0, on resuming from an older checkpoint: the newer ones are another branch, which `auto` must not take."""
-    for path in _step_folders(output_dir):
+    for path in step_folders(output_dir):
         if path > checkpoint_path(output_dir, step):
             aside = path.with_name(f"set-aside-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -232,11 +232,13 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
             log.warning("%s is newer than the checkpoint resumed from; kept as %s", path, aside.name)
 
 
-def _step_folders(output_dir: Path) -> list[Path]:
+def step_folders(output_dir: Path) -> list[Path]:
+    """A run's checkpoints, complete or torn, the newest last."""
     return sorted(checkpoint_root(output_dir).glob("step-*"))
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Finished steps of a checkpoint, by its folder's name."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -147,6 +147,10 @@ class CheckpointConfig(Section):
     keep_every: int = Field(0, ge=0, description="also kept for good: those of steps divisible by this; 0: none")
     best: str | None = Field(None, description="also kept: the best by this metric, such as eval/loss or eval/loss/sw")
     best_mode: Literal["min", "max"] = Field("min", description="which value of that metric is best")
+    local_dir: str | None = Field(
+        None, description="folder on each node's own disk, such as $TMPDIR/run-a, for all checkpoints but the last: "
+        "a run then goes on with the same ranks on the same nodes only"
+    )  # fmt: skip
     background: bool = Field(
         True, description="write while training goes on; takes as much host memory as the state of a rank's GPU"
     )

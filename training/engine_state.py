@@ -85,6 +85,11 @@ def _copied(state: Any) -> Any:
     return state
 
 
+def shard_of(rank: int) -> str:
+    """The file that holds a rank's part of the weights under ZeRO-3, by its name in a checkpoint."""
+    return f"{TAG}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+
+
 def take_state(engine: Any, directory: Path) -> list[tuple[Path, Any]]:
     """What this rank would write below `directory`: (path, state), copied to host memory. Every rank calls it.
 

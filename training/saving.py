@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any, cast
@@ -29,6 +29,7 @@ from training import checkpoint
 from training.assembly import Run
 from training.checkpoint import FileRecord
 from training.config import CheckpointConfig
+from training.disks import Disk, shared_disk
 from training.distributed import gather_objects, rank
 from training.errors import CheckpointFailed
 from training.provenance import versions
@@ -108,6 +109,7 @@ class Saver:
         self._step: int | None = None
         self._writer: FileWriter | None = None
         self._began = 0.0
+        self._disk = shared_disk(run.config)
         self._failures = 0
 
     @property
@@ -120,30 +122,24 @@ class Saver:
         """Whether this rank is still writing."""
         return self._writer is not None and self._writer.writing
 
-    def begin(self, step: int, state: RunState) -> None:
+    def begin(self, step: int, state: RunState, disk: Disk) -> None:
         """Copy the state after `step` steps and let it be written; what an earlier call began is settled first.
 
         Raises CheckpointFailed where that was one failure too many.
         """
         if self.open:
             self.settle()
-        run, self._began = self.run, time.perf_counter()
-        output_dir = run.config.output_dir
-        directory = checkpoint.incomplete_path(output_dir, step)
+        run, self._began, self._disk = self.run, time.perf_counter(), disk
+        directory = checkpoint.incomplete_path(disk.home, step)
         files = run.engine.take_state(directory)
         reference = reference_outputs(run)
-        problem = None
-        try:
-            if rank() == 0:
-                checkpoint.begin(output_dir, step)
-        except OSError as error:
-            problem = _reason(error)
-        problem = gather_objects(problem)[0]  # and nobody writes into a folder that rank 0 has yet to clear
-        if problem is None:
-            try:
-                self._write_small_files(directory, state, reference)
-            except Exception as error:  # told when settled, as every other reason why a file was not written
-                problem = _reason(error)
+        problem = _problem_of(lambda: checkpoint.begin(disk.home, step)) if disk.leader else None
+        # Nobody writes into a folder that its leader has yet to clear.
+        problem = next(filter(None, gather_objects(problem)), None)
+        if problem is None:  # what goes wrong from here on is told when the checkpoint is settled
+            problem = _problem_of(lambda: self._write_small_files(directory, state, reference))
+            if not disk.shared:
+                problem = self._copy_small_files(directory) or problem
         self._step = step
         self._writer = FileWriter(directory, [] if problem else files)
         self._writer.error = problem
@@ -158,34 +154,28 @@ class Saver:
         """
         assert self._step is not None
         assert self._writer is not None
-        step, writer, output_dir = self._step, self._writer, self.run.config.output_dir
+        step, writer, disk = self._step, self._writer, self._disk
         writer.wait()
         self._step = self._writer = None
         told = gather_objects((writer.records, writer.error, socket.gethostname()))
         problems = [f"rank {number} on {host}: {error}" for number, (_, error, host) in enumerate(told) if error]
         if not problems:
             problem = None
-            if rank() == 0:
-                written = {name: record for records, *_ in told for name, record in records.items()}
-                problem = self._commit(step, written)
-            problem = gather_objects(problem)[0]
-            problems = [problem] if problem else []
+            if disk.leader:
+                written = {name: record for each in disk.ranks for name, record in told[each][0].items()}
+                problem = _problem_of(lambda: checkpoint.commit(disk.home, step, written, self.config))
+            problems = [each for each in gather_objects(problem) if each]
         self.seconds = time.perf_counter() - self._began
         if not problems:
             self._failures = 0
             return True
         self._failures += 1
-        if rank() == 0:
-            shutil.rmtree(checkpoint.incomplete_path(output_dir, step), ignore_errors=True)
+        if disk.leader:
+            shutil.rmtree(checkpoint.incomplete_path(disk.home, step), ignore_errors=True)
+            if not disk.shared:  # a part of a checkpoint that other disks lack
+                shutil.rmtree(checkpoint.checkpoint_path(disk.home, step), ignore_errors=True)
         self._tell(step, problems, required)
         return False
-
-    def _commit(self, step: int, written: dict[str, FileRecord]) -> str | None:
-        try:
-            checkpoint.commit(self.run.config.output_dir, step, written, self.config)
-        except Exception as error:
-            return _reason(error)
-        return None
 
     def _tell(self, step: int, problems: list[str], required: bool) -> None:
         text = f"checkpoint of step {step}: not saved: {'; '.join(problems)}"
@@ -206,6 +196,18 @@ class Saver:
         run.engine.module.config.save_pretrained(directory / "model_config")
         run.data.tokenizer.save_pretrained(directory / "model_config")
         state.write(directory)
+
+    def _copy_small_files(self, directory: Path) -> str | None:
+        """What rank 0 added, on the other nodes' disks too; why it could not be written on this one."""
+        files = [file for file in directory.rglob("*") if file.is_file()] if rank() == 0 else []
+        contents = gather_objects({str(file.relative_to(directory)): file.read_bytes() for file in files})[0]
+
+        def write() -> None:
+            for name, content in contents.items():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                (directory / name).write_bytes(content)
+
+        return _problem_of(write) if self._disk.leader and rank() > 0 else None
 
 
 def run_state(
@@ -231,6 +233,15 @@ def _write(path: Path, state: Any) -> FileRecord:
     with HashingFile(path) as file:
         torch.save(state, cast(IO[bytes], file))
         return file.synced()
+
+
+def _problem_of(work: Callable[[], object]) -> str | None:
+    """Why the work failed, or None; to be told on every rank, since the others would wait for one that raises."""
+    try:
+        work()
+    except Exception as error:
+        return _reason(error)
+    return None
 
 
 def _reason(error: Exception) -> str:

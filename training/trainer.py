@@ -24,6 +24,7 @@ from data_pipeline.tasks.reader import TaskStep
 from training import checkpoint
 from training.assembly import Run
 from training.config import RunConfig
+from training.disks import checkpoint_disk, shared_disk
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
@@ -78,6 +79,7 @@ class Trainer:
         self.tracker = tracker  # rank 0 only
         self.stop = stop or StopRequest()
         self.saver = Saver(run)
+        self.disk = checkpoint_disk(run.config)
         self.guard = Guard(run.config.guard)
         self.stragglers = Stragglers(run.config.watchdog, run.engine.device)
         self.bad_slots = 0
@@ -189,7 +191,8 @@ class Trainer:
             self._settle()
         heart.phase("copying a checkpoint")
         state = run_state(self.run, step, self.bad_slots, self.data_offset, metrics, self.guard.state())
-        self.saver.begin(step, state)
+        # The last one goes where all nodes and the export see it.
+        self.saver.begin(step, state, self.disk if step < self.config.max_steps else shared_disk(self.config))
 
     def restore(self, path: Path, universal: Path | None = None) -> int:
         """Load a checkpoint, or what was made of it for this number of ranks; the number of finished steps."""
@@ -288,11 +291,11 @@ class Trainer:
     def _roll_back(self, failed: int) -> int:
         """The state of the last checkpoint again, the data since then left out; the number of finished steps."""
         self._settle()
-        found = gather_objects(checkpoint.latest(self.config.output_dir) if rank() == 0 else None)[0]
+        found = gather_objects(checkpoint.latest(self.disk.home) if rank() == 0 else None)[0]
         if found is None:
             raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
         events, offset = self.guard.events, self.data_offset
-        start = self.restore(found)
+        start = self.restore(checkpoint.checkpoint_root(self.disk.home) / found.name)
         self.guard.events, self.data_offset = events, offset + failed + 1 - start
         if self.tracker is not None:
             self.tracker.rewind(start)

@@ -176,6 +176,24 @@ def test_the_deadline_is_met_by_stopping_before_it(cells: Path) -> None:
     assert saved(cells, "deadline far") == [STEPS]
 
 
+def test_node_local_disks_hold_a_run_for_the_same_ranks_on_the_same_nodes(cells: Path) -> None:
+    report = json.loads((cells / "local disks.json").read_text())
+    root, before_last = cells / "local disks" / "checkpoints", f"step-{STEPS - EVERY:08d}"
+    assert report["shared"] == str(root / f"step-{STEPS:08d}"), "the last one lies where the export finds it"
+    homes = [cells / f"disk-{rank}" / "run" / "checkpoints" for rank in (0, 1)]
+    assert report["own"] == [str(home / before_last) for home in homes]
+    for rank, home in enumerate(homes):
+        files = checkpoint.files_of(home / f"step-{STEPS - 2 * EVERY:08d}") or {}
+        assert {name for name in files if name.startswith("zero/")} == {
+            f"zero/zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt" for what in ("model", "optim")
+        }
+        assert {"state.json", "reference.safetensors", "model_config/config.json"} <= files.keys()
+    assert report["damaged"] == str(homes[0] / f"step-{STEPS - 2 * EVERY:08d}"), "one disk's damage is all disks'"
+    expected = {str(step): loss for step, loss in losses(cells, "undisturbed").items() if step > STEPS - 2 * EVERY}
+    assert report["losses"] == expected
+    assert "rank 0 finds no part of its own on its node" in report["swapped"]
+
+
 def test_every_cell_is_looked_at() -> None:
     text = Path(__file__).read_text()
     assert [name for name in CELLS if f'"{name}"' not in text] == []

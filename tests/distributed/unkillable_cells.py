@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -21,9 +22,12 @@ from tiny_run import rank_values
 
 from training import saving
 from training.assembly import assemble
-from training.distributed import gather_objects, rank
+from training.distributed import barrier, gather_objects, rank
 from training.engine import init_process_group
+from training.engine_state import shard_of
+from training.errors import ConfigError
 from training.prepare import prepare
+from training.resume import find_start, go_on
 from training.run_file import validate
 from training.stop import StopRequest
 from training.tracking import Tracker
@@ -68,11 +72,11 @@ def full_disk(saves: set[int]) -> Disturb:
     def disturb(trainer: Trainer) -> None:
         begin, number = trainer.saver.begin, [0]
 
-        def counted(step, state):
+        def counted(step, state, disk):
             number[0] += 1
             full = rank() == FAULTY_RANK and number[0] in saves
             saving.HashingFile.__init__ = _opens_full if full else _OPENS
-            begin(step, state)
+            begin(step, state, disk)
 
         trainer.saver.begin = counted
 
@@ -101,8 +105,8 @@ def signalled(step: int, number: signal.Signals, again: bool = False) -> Disturb
                 os.kill(os.getpid(), number)
             return accumulate(at, batch, totals)
 
-        def interrupted_again(at, state):
-            begin(at, state)
+        def interrupted_again(at, state, disk):
+            begin(at, state, disk)
             if again and at == step + 1:
                 os.kill(os.getpid(), number)
 
@@ -161,6 +165,46 @@ def main() -> None:
             trainer.tracker.finish("FINISHED" if raised is None else "FAILED")
             (work / f"{name}.json").write_text(json.dumps(everyone))
         trainer.run.engine.destroy()
+    local_disks(data_dir, work)
+
+
+def local_disks(data_dir: Path, work: Path) -> None:
+    """Each rank on a node of its own: a run whose end is taken away goes on from the disks, or says why it cannot."""
+    disks = [work / f"disk-{number}" for number in range(2)]
+    os.environ["OWN_DISK"] = str(disks[rank()])
+    changes = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY, "checkpoint.local_dir": "$OWN_DISK/run"}
+    config = validate(rank_values(data_dir, work / "local disks", **changes), "local disks")
+    prepared = prepare(config, rank())
+    trainer = Trainer(assemble(config, prepared), _tracker(config), StopRequest())
+    trainer.train(0)
+    trainer.run.engine.destroy()
+    report: dict[str, Any] = {"shared": str(find_start(config, "auto"))}
+    if rank() == 0:
+        shutil.rmtree(work / "local disks" / "checkpoints")
+    barrier()
+    report["own"] = gather_objects(str(find_start(config, "auto")))
+    shard = disks[FAULTY_RANK] / "run" / "checkpoints" / f"step-{STEPS - EVERY:08d}" / shard_of(FAULTY_RANK)
+    content = shard.read_bytes()
+    if rank() == 0:
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    barrier()
+    start = find_start(config, "auto")
+    assert start is not None
+    report["damaged"] = str(start)
+    again = Trainer(assemble(config, prepared), None, StopRequest())
+    losses = {}
+    for step in range(go_on(again, start, accept_changes=False), STEPS):
+        batch = again.run.loader.load(step)
+        losses[step + 1] = again.train_step(step, batch, again.agree(batch))["train/loss"]
+    report["losses"] = losses
+    again.run.engine.destroy()
+    os.environ["OWN_DISK"] = str(disks[1 - rank()])
+    try:
+        find_start(config, "auto")
+    except ConfigError as error:
+        report["swapped"] = str(error)
+    if rank() == 0:
+        (work / "local disks.json").write_text(json.dumps(report))
 
 
 def _tracker(config: Any) -> Tracker | None:

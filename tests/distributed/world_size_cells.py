@@ -19,8 +19,8 @@ from training import checkpoint
 from training.assembly import assemble
 from training.distributed import rank, world_size
 from training.engine import init_process_group
-from training.fit import go_on
 from training.prepare import prepare
+from training.resume import go_on
 from training.run_file import validate
 from training.trainer import Trainer
 
