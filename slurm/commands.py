@@ -39,7 +39,11 @@ class Rooms:
 
 def add_commands(app: typer.Typer, rooms: Rooms) -> None:
     """Put the commands into the front door's app."""
+    _add_submit(app, rooms)
+    _add_job_commands(app, rooms)
 
+
+def _add_submit(app: typer.Typer, rooms: Rooms) -> None:
     @app.command()
     def submit(
         config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run file, YAML")],
@@ -82,6 +86,8 @@ def add_commands(app: typer.Typer, rooms: Rooms) -> None:
         else:
             _submit(rooms, request, as_json)
 
+
+def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
     @app.command()
     def status(run: Target, as_json: Annotated[bool, typer.Option("--json", help="the jobs as JSON")] = False) -> None:
         """What a run's jobs are doing. Example: crosslift status runs/llama-8b-shifcon"""
