@@ -32,12 +32,14 @@ from training.config import CheckpointConfig
 from training.disks import Disk, shared_disk
 from training.distributed import gather_objects, rank
 from training.errors import CheckpointFailed
+from training.heartbeat import heart
 from training.provenance import versions
 from training.run_file import resolved
 from training.run_state import RunState
 from training.start_checks import reference_outputs
 
 log = logging.getLogger(__name__)
+BEAT_SECONDS = 1.0
 FAILURES_IN_A_ROW = 3  # saves that may fail before the run stops rather than go on unsaved
 
 
@@ -47,21 +49,21 @@ class HashingFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
-        self._bytes = 0
+        self.n_bytes = 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
-        self._bytes += self._file.write(data)
+        self.n_bytes += self._file.write(data)
         return len(data)
 
     def synced(self) -> FileRecord:
         """What was written; it is on the disk when this returns."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return FileRecord(self._bytes, self._hash.hexdigest())
+        return FileRecord(self.n_bytes, self._hash.hexdigest())
 
     def close(self) -> None:
         self._file.close()
@@ -75,6 +77,7 @@ class FileWriter:
         self.records: dict[str, FileRecord] = {}
         self.error: str | None = None
         self._root = root
+        self._file: HashingFile | None = None
         self._files = list(files)
         self._thread = Thread(target=self._write_all, name="checkpoint-writer")
 
@@ -86,14 +89,26 @@ class FileWriter:
         return self._thread.is_alive()
 
     def wait(self) -> None:
-        self._thread.join()
+        """Until all is written or has failed; as long as bytes go to the disk, this rank is alive."""
+        before = -1
+        while self.writing:
+            self._thread.join(BEAT_SECONDS)
+            if (now := self._written()) != before:
+                heart.phase("waiting for a checkpoint to be written")
+            before = now
+
+    def _written(self) -> int:
+        return sum(record.bytes for record in tuple(self.records.values())) + (self._file.n_bytes if self._file else 0)
 
     def _write_all(self) -> None:
         while self._files:
             path, state = self._files.pop(0)  # its memory is free as soon as it is written
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.records[path.relative_to(self._root).as_posix()] = _write(path, state)
+                with HashingFile(path) as self._file:
+                    torch.save(state, cast(IO[bytes], self._file))
+                    self.records[path.relative_to(self._root).as_posix()] = self._file.synced()
+                self._file = None
             except Exception as error:  # told by the Saver, on every rank
                 self.error = f"{path.name}: {_reason(error)}"
                 self._files.clear()
@@ -227,12 +242,6 @@ def base_of(run: Run) -> dict[str, str] | None:
     if run.config.model.lora is None:
         return None
     return {"directory": str(run.model_dir), "hash": directory_hash(run.model_dir)}
-
-
-def _write(path: Path, state: Any) -> FileRecord:
-    with HashingFile(path) as file:
-        torch.save(state, cast(IO[bytes], file))
-        return file.synced()
 
 
 def _problem_of(work: Callable[[], object]) -> str | None:
