@@ -61,6 +61,6 @@ def build_ops(config: RunConfig) -> Iterator[str]:
             yield f"DeepSpeed op {name} ({why}): {build_op(name)}"
         except Exception as error:  # whatever compilers and DeepSpeed's builders throw
             complaints = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-            raise ConfigError(
-                f"--build-ops: {name}, needed by {why}: {' '.join(complaints[0].split())[:300]}"
-            ) from None
+            said = " ".join(complaints[0].split())[:300]
+            hint = "; it needs libaio with its headers" if name == "async_io" else ""
+            raise ConfigError(f"--build-ops: {name}, needed by {why}: {said}{hint}") from None
