@@ -70,6 +70,38 @@ def check(
         print(line)
 
 
+@app.command()
+def prefetch(
+    config: Config,
+    overrides: Overrides = None,
+    hf_home: Annotated[Path | None, typer.Option(help="shared cache for compute nodes; default: HF_HOME")] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(help="folder with mgsm_XX.tsv: also checked")] = None,
+    build_ops: Annotated[bool, typer.Option("--build-ops", help="compile the DeepSpeed ops that it needs")] = False,
+) -> None:
+    """Model, tokenizer, data for nodes without a network. Example: crosslift prefetch CONFIG --hf-home /shared/hf"""
+    from training.prefetch import use_hf_home
+    from training.run_file import load_config
+
+    settings = load_config(config, overrides or [])
+    if hf_home is not None:
+        use_hf_home(hf_home)
+    from training import ops
+    from training.prefetch import prefetch as fetch
+
+    for line in fetch(settings):
+        print(line, flush=True)
+    if tasks_dir is not None:
+        from evals.mgsm import find_files, read_problems
+
+        problems = [len(read_problems(file)) for file in find_files(tasks_dir, ".tsv", None).values()]
+        print(f"tasks: {len(problems)} languages, {sum(problems):,} problems, local, in {tasks_dir}")
+    if build_ops:
+        for line in ops.build_ops(settings):
+            print(line, flush=True)
+    elif needed := ops.required_ops(settings):
+        print(f"DeepSpeed ops to be compiled: {', '.join(needed)} (--build-ops does it before the job)")
+
+
 @data_app.command()
 def inspect(
     config: Config,

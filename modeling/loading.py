@@ -50,6 +50,7 @@ ATTENTION: tuple[str, ...] = get_args(AttentionName)
 Write = Callable[[nn.Parameter, Callable[[], Tensor] | None], None]
 
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
+HUB_IGNORED = ("*/*", "consolidated*")  # the same weights again, in other layouts
 # stored by old releases, computed by new ones
 OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -86,7 +87,9 @@ def resolve_directory(directory_or_name: str | Path) -> Path:
     if path.is_dir():
         return path
     try:
-        return Path(snapshot_download(str(directory_or_name), allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(str(directory_or_name), allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED))
+        )
     except (OSError, ValueError) as error:  # every hub error is one of the two
         raise ModelError(
             f"model {str(directory_or_name)!r}: no directory here, and the hub: {one_line(error)}"

@@ -70,6 +70,15 @@ def init_process_group(timeout_minutes: float, output_dir: Path | None = None) -
     deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timeout, verbose=False)  # takes the group over
 
 
+def build_op(name: str) -> Path:
+    """Compile one of DeepSpeed's ops (cpu_adam, fused_adam, async_io) as a run would; the extension's file."""
+    from deepspeed.ops import op_builder
+
+    builder = {"cpu_adam": "CPUAdamBuilder", "fused_adam": "FusedAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
+    module = getattr(op_builder, builder)().load(verbose=False)
+    return Path(module.__file__)
+
+
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a run; `config.deepspeed` is merged last."""
     on_gpu = torch.cuda.is_available()

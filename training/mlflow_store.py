@@ -80,7 +80,9 @@ def mlflow_key(name: str) -> str:
 
 def reason(error: BaseException) -> str:
     """The first cause in one line: MLflow wraps a refused connection three times."""
-    while (cause := error.__cause__ or error.__context__) is not None:
+    seen = {id(error)}
+    while (cause := error.__cause__ or error.__context__) is not None and id(cause) not in seen:
+        seen.add(id(cause))  # a library may chain them in a ring
         error = cause
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 

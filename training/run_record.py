@@ -16,12 +16,14 @@ One line is one event: `{"time": ms since 1970, "kind": ..., ...}` with
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,7 @@ from typing import Any, Literal
 from training.errors import ConfigError
 
 RECORD_NAME = "record.jsonl"
+MOST_WAITING = 2**26  # bytes of lines kept in memory while the disk is full: some 50,000 steps
 Kind = Literal["start", "params", "tags", "metrics", "artifact", "finish"]
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]  # MLflow's words for how a job of the run ended
 # What each kind must hold to be of use; a line without it is damaged.
@@ -51,7 +54,8 @@ class RunRecord:
     """The writing end of the record; one process holds it at a time.
 
     Each line is handed to the kernel as it is written, so it outlives a killed process; after `sync` it
-    outlives the machine. A full disk costs metrics, never the run: it is said once and the line is dropped.
+    outlives the machine. While the disk is full, lines wait in memory, in order and with their times; only what is
+    more than `MOST_WAITING`, or waits when the process ends, is lost, and that is said. The run goes on.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -68,37 +72,56 @@ class RunRecord:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror}); choose another folder") from None
         self._torn = False
         self._warned = False
+        self._waiting: deque[bytes] = deque()  # lines that the disk did not take yet
+        self._waiting_bytes = 0
+        self._lost = 0
 
     def append(self, kind: Kind, **fields: Any) -> None:
         """Writes one event, stamped with the time. Never raises for the disk."""
         event = {"time": time.time_ns() // 1_000_000, "kind": kind, **fields}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-        try:
-            if self._torn:  # a full disk may have taken half a line; the next one must not join it
-                os.ftruncate(self._fd, self._end)
-                self._torn = False
-            self._torn = os.write(self._fd, line) != len(line)
-            if self._torn:
-                raise OSError("the disk is full")
-            self._end += len(line)
-        except OSError as error:
-            self._torn = True
-            self._warn(error)
+        if self._waiting_bytes + len(line) > MOST_WAITING:
+            self._lost += 1
+        else:
+            self._waiting.append(line)
+            self._waiting_bytes += len(line)
+        self._write()
 
     def sync(self) -> None:
         """Forces the record to the disk; called at checkpoints, which it should not be older than."""
+        self._write()
         try:
             os.fsync(self._fd)
         except OSError as error:
             self._warn(error)
 
     def close(self) -> None:
+        """Says what the disk did not take."""
         self.sync()
         os.close(self._fd)
+        if lost := self._lost + len(self._waiting):
+            say(f"{self.path}: {lost} lines are lost: the disk had no room for them")
+
+    def _write(self) -> None:
+        """Writes what waits, as far as the disk takes it. Never raises."""
+        try:
+            if self._torn:  # a full disk may have taken half a line; the next one must not join it
+                os.ftruncate(self._fd, self._end)
+                self._torn = False
+            while self._waiting:
+                line = self._waiting[0]
+                self._torn = os.write(self._fd, line) != len(line)
+                if self._torn:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._end += len(line)
+                self._waiting_bytes -= len(self._waiting.popleft())
+        except OSError as error:
+            self._torn = True
+            self._warn(error)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            say(f"{self.path}: {error}; training goes on, metrics that cannot be written are dropped")
+            say(f"{self.path}: {error.strerror}; training goes on, and what cannot be written waits in memory")
             self._warned = True
 
 

@@ -9,19 +9,17 @@ import gc
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tiny_run import rank_values
 
-from training.assembly import Run, assemble
+from benchmarks.memory_estimate import floats, held_bytes
+from training.assembly import assemble
 from training.distributed import rank, world_size
 from training.engine import init_process_group
 from training.prepare import prepare
 from training.run_file import validate
-from training.trainer import Trainer
 
 BUCKET = 3000  # elements
 # Weights come and go as fast as they can: nothing is kept for later, nothing is fetched early.
@@ -60,81 +58,14 @@ def main() -> None:
     measured = {}
     for cell in CELLS:
         config = validate(values(data_dir, work, cell), "test")
-        before = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+        before = floats()  # kept, so that no later tensor gets the id of one of them
         run = assemble(config, prepare(config, rank()))
-        measured[cell] = measure(run, {id(each) for each in before})
+        measured[cell] = held_bytes(run, {id(each) for each in before})
         run.engine.destroy()
         del run, before
         gc.collect()
     if rank() == 0:
         (output / f"{world_size()}.json").write_text(json.dumps(measured))
-
-
-def measure(run: Run, before: set[int]) -> dict[str, int]:
-    """Bytes between a second step's backward and its update, by what holds them; `all`: of all float tensors."""
-    trainer = Trainer(run, tracker=None)
-    trainer.train_step(0, run.loader.load(0))  # afterwards the moments are there, and the trace of modules
-    batch = run.loader.load(1)
-    totals, _ = trainer._agree(batch)
-    gathered = watch_gathered(run)
-    trainer.accumulate(1, batch, totals)
-    optimizer: Any = run.engine._optimizer
-    held = {
-        "moments": size(
-            each for state in optimizer.optimizer.state.values() for name, each in state.items() if name != "step"
-        ),
-        "gathered": gathered(),
-        "all": size(new_floats(before)),
-    }
-    if run.config.zero_stage == 3:
-        held["weights"] = size([optimizer.lp_param_buffer])
-        held["master"] = size(optimizer.fp32_partitioned_groups_flat)
-        held["gradients"] = size([optimizer.grad_partitions_flat_buffer])
-        held["bucket"] = size(bucket.buffer for bucket in optimizer.ipg_buckets.values())
-        held["small"] = size(each.data for each in run.engine.module.parameters() if each.data.numel() > 1)
-    else:
-        held["weights"] = size(run.engine.module.parameters())
-        bf16_optimizer = hasattr(optimizer, "fp32_groups_flat_partition")
-        held["master"] = size(
-            optimizer.fp32_groups_flat_partition if bf16_optimizer else optimizer.single_partition_of_fp32_groups
-        )
-        held["gradients"] = size(
-            optimizer.fp32_groups_gradients_flat
-            if bf16_optimizer
-            else (each for group in optimizer.averaged_gradients.values() for each in group)
-        )
-    return held
-
-
-def watch_gathered(run: Run) -> Callable[[], int]:
-    """Elements of weights that are whole at the most, looked at around every module; 0 without ZeRO-3."""
-    if run.config.zero_stage < 3:
-        return lambda: 0
-    coordinator = run.engine._optimizer.parameter_offload.get_param_coordinator()
-    seen = [0]
-
-    def look(*_: Any) -> None:
-        seen.append(coordinator._PartitionedParameterCoordinator__n_available_params)
-
-    for module in run.engine.module.modules():
-        module.register_forward_pre_hook(look)  # behind the engine's, which fetch
-        module.register_full_backward_pre_hook(look)
-    return lambda: max(seen)
-
-
-def new_floats(before: set[int]) -> list[torch.Tensor]:
-    gc.collect()
-    return [
-        each
-        for each in gc.get_objects()
-        if type(each) in (torch.Tensor, torch.nn.Parameter) and id(each) not in before and each.is_floating_point()
-    ]
-
-
-def size(tensors: Any) -> int:
-    """Bytes of the storages behind the tensors, each once."""
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-    return sum(storages.values())
 
 
 if __name__ == "__main__":

@@ -13,21 +13,14 @@ from ranks import checked, run_ranks
 from tiny_run import RANK_ITEMS, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.memory_estimate import NAMES
 from training.activations import Activations
 from training.memory import MemoryEstimate, memory_estimate
 from training.run_file import validate
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)
-# By what they are in the estimate, in any stage.
 WHOLE_AT_FIRST = ("stage 1 fp32", "stage 2 fp32")  # gradients, before what is reduced is cut to the rank's part
-NAMES = {
-    "weights": ("weights, sharded", "weights, whole"),
-    "master": ("master weights, fp32",),
-    "moments": ("AdamW's two moments, fp32",),
-    "gradients": ("gradients, fp32", "gradients, fp32, whole"),
-    "bucket": ("bucket for reducing gradients",),
-    "small": ("small weights, whole",),
-}
+HELD = {**NAMES, "bucket": ("bucket for reducing gradients",), "small": ("small weights, whole",)}
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -53,7 +46,7 @@ def test_what_the_engine_holds(measured: Any, cell: str) -> None:
     ranks, data, by_cell = measured
     held, found = by_cell[cell], estimate(data, cell, ranks)
     everywhere = {part.name: part.gpu + part.host + part.nvme for part in found.parts}
-    for what, names in NAMES.items():
+    for what, names in HELD.items():
         if what == "small" and ranks == 1:
             continue  # one rank's shards are whole: views of them
         expected = sum(everywhere.get(name, 0) for name in names)

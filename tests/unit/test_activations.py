@@ -8,19 +8,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import XMIXUP, run_values
-from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from transformers import AutoConfig, PreTrainedConfig
 
-from modeling.architectures import Architecture, auto_class
+from benchmarks.memory_estimate import DTYPES, on_cpu, real_inputs, step_peak
+from modeling.architectures import Architecture
 from modeling.layers import decoder_layers
-from modeling.lora import add_adapters
 from training import activations
 from training.activations import BatchShape, SavedBytes
 from training.config import RunConfig
 from training.run_file import validate
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 600,
     "max_position_embeddings": 130, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
@@ -39,49 +36,6 @@ def config_of(**changes: Any) -> RunConfig:
 
 def model_config(kind: str) -> PreTrainedConfig:
     return AutoConfig.for_model(kind, **SIZES, **MODELS[kind])
-
-
-def real_batch(self: Any, **inputs: Any) -> Any:
-    """Token ids, and positions that restart in the middle of a row, so that transformers makes its packed mask."""
-    ids_BT = torch.randint(3, SIZES["vocab_size"], inputs["input_ids"].shape)
-    positions_BT = (torch.arange(ids_BT.shape[1]) % 32).expand_as(ids_BT)
-    return self.module(**{**inputs, "input_ids": ids_BT, "position_ids": positions_BT})
-
-
-def real_texts(shape: BatchShape) -> dict[str, Tensor]:
-    """Token ids, and a mask that leaves out the last tokens of a row."""
-    ids_BT = torch.randint(3, SIZES["vocab_size"], (shape.rows, shape.row_tokens))
-    mask_BT = torch.ones_like(ids_BT)
-    mask_BT[0, -5:] = 0
-    return {"input_ids": ids_BT, "attention_mask": mask_BT}
-
-
-@pytest.fixture
-def real_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations._PlainEngine, "forward", real_batch)
-    monkeypatch.setattr(activations, "_encoder_inputs", real_texts)
-
-
-def on_cpu(config: RunConfig, kind: str, architecture: Architecture, attention: str) -> Any:
-    """The real model, with real attention, and its forward pass on real inputs."""
-    model = auto_class(architecture).from_config(
-        model_config(kind), dtype=DTYPES[config.precision], attn_implementation=attention
-    )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if (lora := config.model.lora) is not None:
-        add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
-    return model.train(), activations._forward(config, model, SHAPE)
-
-
-def step_peak(model: Any, forward: Any) -> int:
-    """Most bytes of activations and temporary tensors at any moment of a forward and backward pass."""
-    tracker = MemTracker()
-    tracker.track_external(model)
-    with tracker:
-        forward().backward()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    return int(peak[_MemRefType.ACT] + peak[_MemRefType.TEMP])
 
 
 CASES: dict[str, tuple[str, Architecture, dict[str, Any]]] = {
@@ -106,23 +60,22 @@ CASES: dict[str, tuple[str, Architecture, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("real_inputs")
 @pytest.mark.parametrize(("attention", "precision"), [("sdpa", "fp32"), ("sdpa", "bf16"), ("eager", "fp32")])
 @pytest.mark.parametrize("case", CASES)
 def test_counted_without_data_is_what_autograd_saves(case: str, attention: Any, precision: str) -> None:
     kind, architecture, changes = CASES[case]
     config = config_of(**changes, precision=precision)
     counted = activations_of(config, kind, architecture, attention)
-    model, forward = on_cpu(config, kind, architecture, attention)
-    with SavedBytes(model, list(decoder_layers(model))) as saved:
-        loss = forward()
+    with real_inputs(SHAPE, SIZES["vocab_size"]):
+        model, forward = on_cpu(config, model_config(kind), architecture, attention, SHAPE)
+        with SavedBytes(model, list(decoder_layers(model))) as saved:
+            loss = forward()
     assert loss.requires_grad
     assert counted.counted
     assert counted.layers == pytest.approx(saved.inside, rel=0.01)
     assert counted.outside == pytest.approx(saved.outside, rel=0.01)
 
 
-@pytest.mark.usefixtures("real_inputs")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", [case for case in CASES if "lora" not in case])  # the tracker takes no frozen weight
@@ -130,7 +83,8 @@ def test_the_peak_is_what_a_step_allocates_and_little_more(case: str, precision:
     kind, architecture, changes = CASES[case]
     config = config_of(**changes, precision=precision, gradient_checkpointing=checkpointing)
     estimate = activations_of(config, kind, architecture, "sdpa").peak(checkpointing)
-    measured = step_peak(*on_cpu(config, kind, architecture, "sdpa"))
+    with real_inputs(SHAPE, SIZES["vocab_size"]):
+        measured = step_peak(*on_cpu(config, model_config(kind), architecture, "sdpa", SHAPE))
     assert measured <= estimate <= 1.4 * measured
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -132,7 +133,7 @@ def test_every_value_comes_back_from_strict_json(tmp_path: Path, value: float) -
     assert back == value or (math.isnan(back) and math.isnan(value))
 
 
-def test_a_full_disk_costs_lines_and_one_warning(
+def test_lines_wait_for_a_full_disk_and_it_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = RunRecord(tmp_path)
@@ -142,9 +143,35 @@ def test_a_full_disk_costs_lines_and_one_warning(
         patch.setattr(os, "write", lambda fd, data: write(fd, data[:9]))  # a disk with nine bytes left
         record.append("metrics", step=2, values={})
         record.append("metrics", step=3, values={})
+        assert [event["step"] for _, event in read_events(record.path)] == [1]
     record.append("metrics", step=4, values={})
-    assert [event["step"] for _, event in read_events(record.path)] == [1, 4]
+    assert [event["step"] for _, event in read_events(record.path)] == [1, 2, 3, 4]
+    times = [event["time"] for _, event in read_events(record.path)]
+    assert times == sorted(times)
+    record.close()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_a_full_disk_never_takes_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("training.run_record.MOST_WAITING", 200)  # two or three such lines
+    record = RunRecord(tmp_path)
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        for step in range(5):
+            record.append("metrics", step=step, values={})
+    record.append("metrics", step=5, values={})
+    record.close()
+    kept = [event["step"] for _, event in read_events(record.path)]
+    assert kept[:2] == [0, 1]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert f"{6 - len(kept)} lines are lost" in said[1]
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:

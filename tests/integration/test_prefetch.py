@@ -1,0 +1,180 @@
+"""`crosslift prefetch` from a hub of our own, and a run that trains from what it fetched when the hub is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PreparedRun
+from fake_hub import SHA, Hub, serving
+from tiny_run import LANGUAGES, run_values, write_config
+
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.ops import build_ops, required_ops
+from training.run_file import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, DATA = "tiny/llama", "tiny/problems"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, prepared_run: PreparedRun, corpus: Path) -> Iterator[Hub]:
+    """A model with what its loading does not need beside it, and a data set of JSON lines."""
+    root = tmp_path_factory.mktemp("hub")
+    model, data = root / "models" / MODEL, root / "datasets" / DATA
+    shutil.copytree(prepared_run.prepared.model_dir, model)
+    for name in ("consolidated.safetensors", "onnx/weights.safetensors", "pytorch_model.bin", "README.md"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"not needed")
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_text("".join((corpus / f"{each}.jsonl").read_text() for each in LANGUAGES))
+    with serving(root) as hub:
+        yield hub
+
+
+def run_file(folder: Path, corpus: Path, model: str = MODEL, data: str | None = DATA, **changes: Any) -> Path:
+    values = run_values(
+        corpus, folder / "run", **{"model": {"path": model}, "tokenizer": {}, "max_steps": 2, **changes}
+    )
+    source = values["data"]["sources"][0]
+    values["data"]["sources"] = [source if data is None else {"name": "p", "hub": data, "columns": source["columns"]}]
+    return write_config(folder / "run.yaml", values)
+
+
+def crosslift(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "crosslift.py"), *arguments],
+        env={**kept, "PYTHONPATH": str(ROOT), **environment}, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path, tmp_path: Path) -> None:
+    config, cache = run_file(tmp_path, corpus), tmp_path / "shared cache"
+    hub.asked.clear()
+    done = crosslift("prefetch", str(config), "--hf-home", str(cache), HF_ENDPOINT=hub.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    snapshot = cache / "hub" / f"models--{MODEL.replace('/', '--')}" / "snapshots" / SHA
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"model: {MODEL}, hub, ")
+    assert lines[0].endswith(f"in {snapshot}")
+    assert lines[1].startswith(f"data 'p': {DATA}[train], hub, ")
+    assert lines[2:] == [
+        "opened again with HF_HUB_OFFLINE=1: model, tokenizer, data",
+        f"jobs need: HF_HOME={cache} HF_HUB_OFFLINE=1",
+    ]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in snapshot.iterdir()}
+    fetched = " ".join(path for method, path, _ in hub.asked if method == "GET")
+    assert not any(name in fetched for name in ("consolidated", "onnx", "pytorch_model.bin", "README.md"))
+
+    # Another address: nobody is there, and the job does not ask.
+    gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    trained = crosslift("train", str(config), "--nproc", "1", **gone)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("nothing there", "model.path 'tiny/none': no directory here, and no such repository at http://127.0.0.1"),
+        ("no data", "data.sources 'p': tiny/none: "),
+        ("gated", "model.path 'tiny/llama': gated: accept its terms on its page, then set HF_TOKEN"),
+        ("too large", "are to be fetched, but"),
+        ("no network", "model.path 'tiny/llama': http://127.0.0.1:9 cannot be reached"),
+        ("offline", "HF_HUB_OFFLINE is set, so nothing can be fetched; unset it"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_without_the_token(
+    hub: Hub, corpus: Path, tmp_path: Path, case: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_file(
+        tmp_path, corpus, "tiny/none" if case == "nothing there" else MODEL, "tiny/none" if case == "no data" else DATA
+    )
+    if case == "gated":
+        monkeypatch.setattr(hub, "gated", {MODEL})
+    if case == "too large":
+        monkeypatch.setattr(hub, "sizes", {"model.safetensors": 10**16})
+    address = "http://127.0.0.1:9" if case == "no network" else hub.address
+    done = crosslift(
+        "prefetch", str(config), "--hf-home", str(tmp_path / "hf"), HF_ENDPOINT=address, HF_TOKEN="hf_verysecretvalue",
+        HF_HUB_OFFLINE=str(int(case == "offline")),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert "verysecret" not in done.stdout + done.stderr
+    if case == "gated":  # the right token opens it, and lies nowhere afterwards
+        again = crosslift("prefetch", str(config), "--hf-home", str(tmp_path / "hf"), HF_ENDPOINT=hub.address,
+                          HF_TOKEN="hf_right")  # fmt: skip
+        assert again.returncode == 0, again.stderr
+        assert "hf_right" not in again.stdout + again.stderr
+        assert not any(b"hf_right" in path.read_bytes() for path in (tmp_path / "hf").rglob("*") if path.is_file())
+
+
+def test_a_full_disk_is_one_line(hub: Hub, corpus: Path, small_disk: Path, tmp_path: Path) -> None:
+    """The model fits, as far as sizes tell; the data set fills the disk."""
+    config = run_file(tmp_path, corpus)
+    (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 250_000))
+    done = crosslift("prefetch", str(config), "--hf-home", str(small_disk / "hf"), HF_ENDPOINT=hub.address)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"no space left in {small_disk / 'hf'}" in done.stderr
+
+
+def test_local_paths_are_said_to_be_local(prepared_run: PreparedRun, corpus: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "mgsm"
+    tasks.mkdir()
+    (tasks / "mgsm_en.tsv").write_text("How many?\t3\nAnd now?\t4\n")
+    config = run_file(tmp_path, corpus, prepared_run.prepared.model_dir, None)
+    done = crosslift("prefetch", str(config), "--tasks-dir", str(tasks), HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"model: {prepared_run.prepared.model_dir}, local, ")
+    assert lines[1].startswith("data 'problems': 4 files, local, ")
+    assert lines[-1] == f"tasks: 1 languages, 2 problems, local, in {tasks}"
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "ops"),
+    [
+        ({}, []),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, []),  # PyTorch's AdamW needs no op
+        (
+            {
+                "optimizer": {"params": {"torch_adam": False}},
+                "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+            },
+            ["cpu_adam"],
+        ),
+        ({"optimizer": {"params": {"torch_adam": False}}}, ["fused_adam"]),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["async_io"]),
+        (
+            {
+                "optimizer": {"params": {"torch_adam": False}},
+                "zero_optimization": {"offload_optimizer": {"device": "nvme"}},
+            },
+            ["cpu_adam", "async_io"],
+        ),
+    ],
+)
+def test_the_ops_that_settings_need(deepspeed: dict[str, Any], ops: list[str]) -> None:
+    assert list(required_ops(config_with(deepspeed))) == ops
+
+
+def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_with({"zero_optimization": {"offload_param": {"device": "nvme"}}})
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"--build-ops: async_io must be compiled, and there is no c\+\+ here; load"):
+        list(build_ops(config))
+    assert list(build_ops(config_with({}))) == ["DeepSpeed ops: none is needed"]
+
+
+def config_with(deepspeed: dict[str, Any]) -> RunConfig:
+    return validate(run_values(Path("data"), Path("run"), deepspeed=deepspeed), "test")

@@ -1,0 +1,256 @@
+"""Everything that a run takes from the hub, fetched once into a cache that compute nodes without a network can read.
+
+In: a RunConfig, and where the cache lies (`HF_HOME`). Out: model, tokenizer and data sets in it, and a line for each of
+what lies where; every part is then opened by a process of its own with HF_HUB_OFFLINE=1, as a job will open it.
+Next: `crosslift submit`, or any job with that HF_HOME and HF_HUB_OFFLINE=1.
+
+`python -m training.prefetch` is that process: it reads the run's config as JSON from stdin.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.run_file import resolved, validate
+
+if TYPE_CHECKING:
+    from data_pipeline.config import SourceConfig
+
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# Places that the hub's libraries would rather use than HF_HOME.
+ELSEWHERE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE")
+
+
+def use_hf_home(folder: Path) -> None:
+    """From now on the cache is in `folder`; call it before anything of the hub is imported.
+
+    The login stays where it is: a token is nothing for a shared folder. Raises ConfigError if it cannot be written.
+    """
+    if "huggingface_hub" in sys.modules:
+        raise RuntimeError("huggingface_hub is imported already, and has read HF_HOME")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--hf-home {folder}: cannot be written ({error.strerror}); choose another folder") from None
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    os.environ.setdefault("HF_TOKEN_PATH", str(home / "token"))
+    os.environ["HF_HOME"] = str(folder.resolve())
+    for name in ELSEWHERE:
+        os.environ.pop(name, None)
+
+
+def prefetch(config: RunConfig) -> Iterator[str]:
+    """Fetches what the run needs; a line for each part: what, whence, bytes, where.
+
+    Raises:
+        ConfigError, DataError, ModelError: one line; what is not on the hub, not allowed, not readable, or too large.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    # The hub warns of a disk that is too small, and then says so again in its error.
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+    if not sys.stderr.isatty():
+        import datasets
+        from huggingface_hub.utils import disable_progress_bars
+
+        datasets.disable_progress_bars()
+        disable_progress_bars()
+    if config.model.path is not None:
+        yield _model(config.model.path)
+    tokenizer = config.tokenizer.path
+    if tokenizer is not None and tokenizer != config.model.path:
+        yield _tokenizer(tokenizer)
+    for source in config.data.sources:
+        yield from _source(source, config)
+    _check_offline(config)
+    yield "opened again with HF_HUB_OFFLINE=1: model, tokenizer, data"
+    yield f"jobs need: HF_HOME={HF_HOME} HF_HUB_OFFLINE=1"
+
+
+def open_all(config: RunConfig) -> None:
+    """Opens model, tokenizer and data, as a run does, without reading weights or rows. Raises as a run would."""
+    from transformers import AutoTokenizer
+
+    from data_pipeline.sources import open_source
+    from modeling.loading import load_config, resolve_directory
+    from modeling.weight_files import stored_tensors
+    from training.prepare import architecture
+
+    if config.model.path is not None:
+        directory = resolve_directory(config.model.path)
+        load_config(directory, architecture(config))
+        stored_tensors(directory)
+    if (tokenizer := config.tokenizer.path or config.model.path) is not None:
+        try:
+            AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"tokenizer {tokenizer!r}: cannot be opened: {_one_line(error)}") from None
+    for source in config.data.sources:
+        open_source(source, config.data_dir, config.output_dir / "index")
+
+
+def _model(path: str) -> str:
+    from modeling.loading import HUB_FILES, HUB_IGNORED
+    from modeling.weight_files import stored_tensors
+
+    if Path(path).is_dir():
+        directory = Path(path)
+        stored_tensors(directory)
+        return _line("model", path, "local", directory)
+    return _line("model", path, "hub", _snapshot("model.path", path, HUB_FILES, HUB_IGNORED))
+
+
+def _tokenizer(path: str) -> str:
+    from modeling.loading import HUB_FILES, HUB_IGNORED
+
+    if Path(path).is_dir():
+        return _line("tokenizer", path, "local", Path(path))
+    return _line(
+        "tokenizer", path, "hub", _snapshot("tokenizer.path", path, HUB_FILES, (*HUB_IGNORED, "*.safetensors"))
+    )
+
+
+def _snapshot(key: str, name: str, wanted: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
+    """The folder of a repository's files, downloaded; ConfigError in one line where that cannot be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HOME
+
+    patterns = {"allow_patterns": list(wanted), "ignore_patterns": list(ignored)}
+    try:
+        planned = snapshot_download(name, dry_run=True, **patterns)  # type: ignore[call-overload]
+        needed = sum(file.file_size for file in planned if file.will_download)
+        free = shutil.disk_usage(HF_HOME if Path(HF_HOME).exists() else Path(HF_HOME).parent).free
+        if needed > free:
+            raise ConfigError(
+                f"{key} {name!r}: {_size(needed)} are to be fetched, but {HF_HOME} has {_size(free)} left; "
+                "free some, or give another --hf-home"
+            )
+        return Path(snapshot_download(name, **patterns))  # type: ignore[call-overload]
+    except (OSError, ValueError) as error:  # every hub error is one of the two
+        raise ConfigError(f"{key} {name!r}: {_why(error)}") from None
+
+
+def _source(source: SourceConfig, config: RunConfig) -> Iterator[str]:
+    """Lines about one source; hub data sets are downloaded and prepared."""
+    from data_pipeline.records import DataError
+    from data_pipeline.sources import open_source
+    from data_pipeline.tables import HubSplit, load_hub
+
+    what = f"data {source.name!r}"
+    try:
+        shards = open_source(source, config.data_dir, config.output_dir / "index")
+    except DataError as error:
+        if source.hub is None or Path(config.data_dir or "", source.hub).is_dir():
+            raise
+        cause = error.__cause__
+        said = _why(cause) if isinstance(cause, OSError | ValueError) else _secretless(str(error))
+        raise ConfigError(f"data.sources {source.name!r}: {source.hub}: {said}") from None
+    for shard in shards:
+        if isinstance(shard, HubSplit):
+            files = [Path(each["filename"]) for each in load_hub(shard.path, shard.config, shard.split).cache_files]
+            where = "local" if Path(shard.path).is_dir() else "hub"
+            yield f"{what}: {shard.name}, {where}, {_size(_bytes(files))} in {files[0].parent if files else shard.path}"
+    remote = [shard.address for shard in shards if "://" in shard.address]
+    local = [Path(shard.address) for shard in shards if "://" not in shard.address and not isinstance(shard, HubSplit)]
+    for path in local:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{path}: source {source.name!r}: cannot be read ({error.strerror})") from None
+    if local:
+        yield f"{what}: {len(local)} files, local, {_size(_bytes(local))} in {local[0].parent}"
+    if remote:
+        yield f"{what}: {len(remote)} files such as {remote[0]}: not fetched; the job itself needs to reach them"
+
+
+def _check_offline(config: RunConfig) -> None:
+    """In a process of its own, since the hub's libraries read HF_HUB_OFFLINE when they are imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "training.prefetch"],
+        input=json.dumps(resolved(config)), env={**os.environ, **OFFLINE}, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigError(f"fetched, but with HF_HUB_OFFLINE=1: {_secretless(last.removeprefix('crosslift: '))}")
+
+
+def _why(error: BaseException) -> str:
+    """What a hub error means, and what would be right."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        DryRunError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)  # a library may chain them in a ring
+    if any(isinstance(each, OSError) and each.errno == errno.ENOSPC for each in causes):
+        return f"no space left in {constants.HF_HOME}; free some, or give another --hf-home"
+    for each in causes:
+        if isinstance(each, GatedRepoError):
+            return "gated: accept its terms on its page, then set HF_TOKEN to a token of that account"
+        if isinstance(each, RepositoryNotFoundError | HFValidationError):
+            return f"no directory here, and no such repository at {constants.ENDPOINT}; if it is private, set HF_TOKEN"
+        if isinstance(each, HfHubHTTPError) and each.response.status_code in (401, 403):
+            return "not allowed: set HF_TOKEN to a token that may read it"
+    if any(isinstance(each, OfflineModeIsEnabled) for each in causes):
+        return "HF_HUB_OFFLINE is set, so nothing can be fetched; unset it"
+    if any(isinstance(each, LocalEntryNotFoundError | DryRunError) for each in causes):
+        return f"{constants.ENDPOINT} cannot be reached ({_one_line(causes[-1])}); fetch where there is a network"
+    return _one_line(error)
+
+
+def _line(what: str, name: str, origin: str, directory: Path) -> str:
+    files = [path for path in directory.iterdir() if path.is_file()]
+    return f"{what}: {name}, {origin}, {_size(_bytes(files))} in {len(files)} files in {directory}"
+
+
+def _bytes(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
+
+
+def _one_line(error: BaseException) -> str:
+    return _secretless(" ".join(str(error).split())[:300] or type(error).__name__)
+
+
+def _secretless(text: str) -> str:
+    """The text without the token, whatever an error quotes."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "***") if token else text
+
+
+def main() -> int:
+    """`python -m training.prefetch`: 0 where everything opens, else one line and 2."""
+    try:
+        open_all(validate(json.load(sys.stdin), "stdin"))
+    except Exception as error:
+        print(f"crosslift: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
