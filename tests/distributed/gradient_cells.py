@@ -81,8 +81,8 @@ def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage
         if number > 1:
             run.engine.load_state(saved)
         if name == "second-after-drop":
-            other = _batch(trainer, STEP + 1, micro_batches=2)
-            trainer.accumulate(STEP + 1, *other)
+            # Not STEP + 1, before which ShifCon's vectors would be estimated anew.
+            trainer.accumulate(STEP + 2, *_batch(trainer, STEP + 2, micro_batches=2))
             run.engine.drop_update()
         trainer.accumulate(STEP, batch, totals)
         gradients = run.engine.full_gradients()
