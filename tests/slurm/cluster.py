@@ -52,6 +52,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_min_interval=200000
 ReturnToService=2
+FirstJobId={first_job}
 EnforcePartLimits=ALL
 MpiDefault=none
 SlurmdTimeout=10
@@ -89,8 +90,9 @@ class TwoNodeCluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
         ports = _free_ports(1 + len(NODES))
+        first = 1 + secrets.randbelow(10_000)  # a job's port comes of its number: two clusters here must not share it
         self.conf.write_text(
-            CONFIGURATION.format(folder=self.folder, host=socket.gethostname(), ports=ports, cpus=CPUS)
+            CONFIGURATION.format(folder=self.folder, host=socket.gethostname(), ports=ports, cpus=CPUS, first_job=first)
         )
         try:
             self._start("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}",
