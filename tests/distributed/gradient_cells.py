@@ -77,11 +77,10 @@ def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage
     trainer = Trainer(run, tracker=None)
     batch, totals = _batch(trainer, STEP, micro_batches=2)
     saved = output / f"{objective}-stage-{stage}"
-    for number, name in enumerate(("first", "second", "second-after-load", "second-after-drop")):
-        if number > 1:
+    for number, name in enumerate(("first", "second", "second-after-load")):
+        if name == "second-after-load":
             run.engine.load_state(saved)
-        if name == "second-after-drop":
-            # Not STEP + 1, before which ShifCon's vectors would be estimated anew.
+            # Gradients that are dropped leave nothing behind. Not STEP + 1: ShifCon's vectors are estimated before it.
             trainer.accumulate(STEP + 2, *_batch(trainer, STEP + 2, micro_batches=2))
             run.engine.drop_update()
         trainer.accumulate(STEP, batch, totals)

@@ -20,7 +20,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def run_ranks(
-    program: Sequence[str], world_size: int, timeout: float = 240, extra: Mapping[str, str] | None = None
+    program: Sequence[str], world_size: int, timeout: float = 400, extra: Mapping[str, str] | None = None
 ) -> list[subprocess.CompletedProcess[str]]:
     """`python PROGRAM` as `world_size` ranks; their exit statuses and output. Kills all at the deadline."""
     with socket.socket() as probe:
