@@ -16,6 +16,9 @@ WORLD_SIZES = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4)
 CELLS = ("sft", "shifcon", "xmixup", "xmixup-back")
 
+# Every launch of the fixture counts, beside whatever else the machine does.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,9 @@ from training.run_state import RunState
 
 FINISHED = [None, None]
 
+# Every launch of the fixture counts, beside whatever else the machine does.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,6 +14,9 @@ from world_size_cells import CELLS, SAVED, SAVING_RANKS, STEPS
 TOLERANCE = {"fp32": 2e-7, "bf16": 5e-3}
 OTHERS = (1, 4)
 
+# Every launch of the fixture counts, beside whatever else the machine does.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
