@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from slurm.commands import Rooms, add_commands
+
+if TYPE_CHECKING:
+    from slurm.spec import JobSettings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -23,6 +28,7 @@ xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTRE
 app.add_typer(data_app, name="data")
 app.add_typer(xtreme_app, name="xtreme")
 
+NOT_QUEUED = ("submit", "status", "logs", "cancel", "ui")  # these are a person's, on the login node
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run file, YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override its keys")]
 Output = Annotated[Path, typer.Option("--output", help="folder to write; must not exist")]
@@ -398,6 +404,55 @@ def ui(
     from training.tracking import serve_ui
 
     raise SystemExit(serve_ui(runs, port))
+
+
+def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    from training.run_file import load_config, resolved
+
+    return resolved(load_config(config, overrides))
+
+
+def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
+    from training.check import check_run
+    from training.run_file import validate
+
+    memory = job.gpu_memory_gib if job.gpus_per_node else None  # ranks on CPUs share the node's
+    yield from check_run(validate(values, "run file"), nodes=job.nodes, gpus_per_node=job.ranks, gpu_memory_gib=memory)
+
+
+def _files_read(values: dict[str, Any]) -> list[Path]:
+    """What every node must find: the data, and model and tokenizer where they are folders and no hub names."""
+    names = [values["data_dir"], values["model"]["path"], values["tokenizer"]["path"]]
+    return [Path(name).absolute() for name in names if name and Path(name).exists()]
+
+
+def _progress_of(run: Path) -> str | None:
+    """The last step in a run's record, for `crosslift status`."""
+    from training.run_record import RECORD_NAME, read_events
+
+    record, step, total = run / RECORD_NAME, 0, "?"
+    if not record.is_file():
+        return None
+    for _, event in read_events(record):
+        if event["kind"] == "metrics":
+            step = event["step"]
+        elif event["kind"] == "params":
+            total = event["values"].get("max_steps", total)
+    return f"step {step} of {total}"
+
+
+def _commands() -> list[str]:
+    """Commands that may follow a run on a cluster."""
+    return [name for name in typer.main.get_command(app).commands if name not in NOT_QUEUED]  # type: ignore[attr-defined]
+
+
+def _git_state() -> dict[str, str]:
+    from training.provenance import git_state
+
+    return git_state()
+
+
+add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _commands, _git_state))
 
 
 def _listed(text: str | None) -> list[str] | None:

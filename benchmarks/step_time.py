@@ -101,7 +101,9 @@ def build_trainers(config: Any) -> dict[str, Any]:
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
         objective = make(model)  # its hooks come before the engine's, as in training.assembly
         engine = Engine(model, config, settings, nproc)
-        trainers[name] = Trainer(Run(config, data, data.loader(config, rank(), nproc), objective, engine, None), None)
+        trainers[name] = Trainer(
+            Run(config, data, data.loader(config, rank(), nproc), objective, engine, None, directory), None
+        )
     return trainers
 
 
@@ -142,13 +144,13 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
         extra = three_pass.objective.prepare(batch, packer, device)
         if number == 0:  # unmeasured: first passes, DeepSpeed's traces, the allocator
             for trainer in trainers.values():
-                trainer.train_step(number, batch)
+                _step(trainer, number, batch)
             refresh = timed(partial(one_pass.objective.refresh, one_pass.engine), device)
             three_pass.objective.set_vectors(one_pass.objective.vectors)
             continue
         for place in range(len(OBJECTIVES)):
             name = OBJECTIVES[(place + number) % len(OBJECTIVES)]
-            times[name].append(timed(partial(trainers[name].train_step, number, batch), device))
+            times[name].append(timed(partial(_step, trainers[name], number, batch), device))
         sums = all_sum([batch.tokens.sum(), batch.label_tokens, batch.pairs, extra], device).tolist()
         read = dict(zip(("tokens", "label_tokens", "pairs", "three_pass_extra_tokens"), map(int, sums), strict=True))
         busiest = {name: int(all_max(_grid(each.load(number)), device)) for name, each in loaders.items()}
@@ -167,6 +169,11 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
             for i, clock in enumerate(CLOCKS)
         },
     }  # fmt: skip
+
+
+def _step(trainer: Any, number: int, batch: Any) -> None:
+    """A whole step of the loop, with its all-reduce."""
+    trainer.train_step(number, batch, trainer.agree(batch))
 
 
 def _grid(batch: Any) -> int:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.formats import Place
+from data_pipeline.patience import patiently
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
 from data_pipeline.scan import COLUMNS, Arrays, Scan, check_rows, lookups, refuse_bad
 from data_pipeline.sources import AnyRecord, RecordReader, open_source
@@ -60,9 +61,11 @@ class DataIndex:
     groups_heldout  (items,) int64, sorted
     bad_rows        (origin, reason) of every unusable row
     fingerprint     what a resume compares: {what: content hash or settings}
+    patience        seconds to wait for a file that cannot be read
     """
 
-    def __init__(self, directory: Path, readers: Sequence[RecordReader]) -> None:
+    def __init__(self, directory: Path, readers: Sequence[RecordReader], patience: float = 0.0) -> None:
+        self.patience = patience
         self._directory = directory
         self._readers = tuple(readers)
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
@@ -84,7 +87,7 @@ class DataIndex:
         self._source_of_shard = np.array([sources.index(name) for name in sources])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DataIndex, (self._directory, self._readers)
+        return DataIndex, (self._directory, self._readers, self.patience)
 
     def __len__(self) -> int:
         return len(self.language)
@@ -135,7 +138,8 @@ class DataIndex:
         place = Place(*(int(self._arrays[name][row]) for name in ("number", "offset", "length")))
         wide = self.languages[self.language[row]] if reader.source.languages is not None else None
         try:
-            record = reader.record(reader.shard.read(place), place, wide)
+            row_of_file = patiently(lambda: reader.shard.read(place), reader.shard.address, self.patience)
+            record = reader.record(row_of_file, place, wide)
         except BadRow:
             if self.bad[row]:
                 raise
@@ -162,9 +166,11 @@ def build_index(
     seed: int = 0,
     max_bad_rows: int = 0,
     task: TaskConfig | None = None,
+    patience: float = 0.0,
 ) -> DataIndex:
     """Opens the index of the sources, building it first where no earlier run did.
 
+    `patience`: seconds that later reads wait for a file that is away; building waits for none.
     The `heldout_items` items with the smallest hash of (seed, item) are held out, each in all its languages.
     With `task`, the sources must be of its kind, and a row without a label, or with one that `task.labels` lacks,
     is unusable. Raises DataError: no such file or column, a source without rows, a language without training
@@ -199,6 +205,7 @@ def build_index(
         _publish(arrays, meta, directory, readers)
         index = DataIndex(directory, readers)
     refuse_bad(index.bad_rows, len(index.bad_rows), max_bad_rows)
+    index.patience = patience
     return index
 
 

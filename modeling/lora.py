@@ -10,7 +10,7 @@ the engine shards them afterwards, as it does with X-Mixup's two numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,16 @@ def add_adapters(
 def is_adapter_weight(name: str) -> bool:
     """Whether a parameter's name is of an adapter."""
     return DOWN in name or UP in name
+
+
+def completed(trained: Mapping[str, Tensor], base: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of a whole adapted model, from what was trained and the model that it was adapted from."""
+    adapted = {name.partition(DOWN)[0] for name in trained if DOWN in name}
+    yield from trained.items()
+    for name, weight in base:
+        layer, _, last = name.rpartition(".")
+        if name not in trained:
+            yield (f"{layer}{BASE}{last}" if layer in adapted else name), weight
 
 
 def merged(weights: Iterable[tuple[str, Tensor]], scaling: float) -> Iterator[tuple[str, Tensor]]:

@@ -5,21 +5,23 @@ or `srun` start this same loop; `crosslift train` does it for one machine.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import traceback
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
+from training import logs
 from training.distributed import rank
+from training.heartbeat import heart
+from training.merged_logs import kept_logs
 from training.run_file import load_config
-
-USER_ERROR = 2
+from training.stop import StopRequest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run this rank to the end; 0, or 2 after one line about what the user can mend."""
+    """Run this rank to the end; 0; 2 after one line about what the user can mend; 75 stopped on request."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -32,38 +34,37 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("MASTER_PORT", "29500")
     if options.local_rank is not None:
         os.environ["LOCAL_RANK"] = str(options.local_rank)
-    _log_on_rank_0()
-    try:
-        _run(options)
-    except Exception as error:
-        if getattr(error, "exit_status", None) == USER_ERROR:
-            if rank() == 0 or not os.environ.get("CROSSLIFT_ONE_MESSAGE"):
-                print(f"crosslift: {error}", file=sys.stderr, flush=True)
-            return USER_ERROR
-        if type(error).__module__.startswith("training."):  # it says all there is to say
-            print(f"crosslift: rank {rank()}: {error}", file=sys.stderr, flush=True)
+    stop = StopRequest()
+    stop.install()
+    heart.attach()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    logs.log_to_person(rank())
+    with ExitStack() as at_end:
+        try:
+            _run(options, stop, at_end)
+        except Exception as error:
+            if (
+                status := getattr(error, "exit_status", None)
+            ) is not None:  # all ranks meet it: the launcher says it once
+                logs.say_failure(f"crosslift: {error}")
+                return int(status)
+            if type(error).__module__.startswith("training."):  # it says all there is to say
+                logs.say_failure(f"crosslift: rank {rank()}: {error}")
+                return 1
+            logs.say_failure(traceback.format_exc().rstrip())
             return 1
-        traceback.print_exc()
-        return 1
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> None:
     from training.export import export_newest
-    from training.trainer import fit
+    from training.fit import fit
 
     config = load_config(options.config, options.overrides)
-    last = fit(config, options.resume, options.accept_changes)
+    at_end.enter_context(kept_logs(config.output_dir, rank()))
+    last = fit(config, options.resume, options.accept_changes, stop)
     if int(os.environ["RANK"]) == 0:
         export_newest(last, config.output_dir / "model")
-
-
-def _log_on_rank_0() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    level = logging.INFO if os.environ["RANK"] == "0" else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for room in ("training", "modeling", "data_pipeline"):
-        logging.getLogger(room).setLevel(level)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class Run:
     objective: Objective
     engine: Engine
     heldout: HeldOut | None
+    model_dir: Path  # the weights that the run started from
 
 
 def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
@@ -140,7 +141,7 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     objective = build_objective(config, model, data.tokenizer, _probe(config, data, ranks))
     engine = Engine(model, config, settings, ranks)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
-    return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout)
+    return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout, directory)
 
 
 def check_model(config: RunConfig, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints that exist only when complete: save, mark, find, compare.
+"""Checkpoints that exist only when complete: mark, verify, find, keep, compare.
 
-In: the engine's sharded state and a few small files. Out: `<output_dir>/checkpoints/step-00000100/`, written
-under a temporary name, synced, marked COMPLETE, renamed (design, decision 9). Next: `export.py`.
+In: files that `saving.py` wrote under a temporary name. Out: `<output_dir>/checkpoints/step-00000100/`, synced, marked
+COMPLETE, renamed (design, decision 9). Next: `export.py`.
 
     step-00000100/
         zero/                            DeepSpeed's shards of weights and optimiser state, one set a rank
@@ -10,58 +10,38 @@ under a temporary name, synced, marked COMPLETE, renamed (design, decision 9). N
         language_vectors.safetensors     ShifCon only
         xmixup.safetensors               X-Mixup only
         reference.safetensors            a few tokens and their logits: every export is checked against them
-        COMPLETE                         names and sizes of all files; written last
+        COMPLETE                         name, size and SHA-256 of every file; written last
 
 No random state is saved: random streams derive from (seed, step, rank).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from training.config import CheckpointConfig
 from training.errors import ConfigError
+from training.run_state import FORMAT, RunState
 
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
-STATE_FILE = "state.json"
 REFERENCE_FILE = "reference.safetensors"
-FORMAT = 1
-
-# Keys that change neither the order of samples nor a gradient: free to differ on a resume.
-FREE_KEYS = (
-    "output_dir", "data_dir", "checkpoint", "evaluation", "tracking", "data.workers", "data.max_bad_rows",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class RunState:
-    """What a resume has to know beside DeepSpeed's files; `step` is the number of finished steps."""
+class FileRecord:
+    """What a file of a checkpoint must be."""
 
-    step: int
-    world_size: int
-    bad_slots: int
-    fingerprint: dict[str, str]
-    config: dict[str, Any]
-    versions: dict[str, str]
-    format: int = FORMAT
-
-    def write(self, directory: Path) -> None:
-        text = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=1, sort_keys=True)
-        (directory / STATE_FILE).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def read(cls, directory: Path) -> RunState:
-        values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        if values.get("format") != FORMAT:
-            raise ConfigError(f"{directory / STATE_FILE}: format {values.get('format')}, this version reads {FORMAT}")
-        return cls(**values)
+    bytes: int
+    sha256: str
 
 
 def checkpoint_root(output_dir: Path) -> Path:
@@ -79,6 +59,11 @@ def incomplete_path(output_dir: Path, step: int) -> Path:
     return checkpoint_root(output_dir) / f".incomplete-step-{step:08d}"
 
 
+def universal_path(output_dir: Path, step: int) -> Path:
+    """What a checkpoint is converted to while another number of ranks loads it."""
+    return checkpoint_root(output_dir) / f".universal-step-{step:08d}"
+
+
 def begin(output_dir: Path, step: int) -> Path:
     """Rank 0: an empty temporary folder for the checkpoint of `step`."""
     path = incomplete_path(output_dir, step)
@@ -87,94 +72,159 @@ def begin(output_dir: Path, step: int) -> Path:
     return path
 
 
-def commit(output_dir: Path, step: int, keep: int) -> Path:
-    """Rank 0, after every rank has written: sync, mark COMPLETE, rename, drop older ones so that `keep` are left."""
+def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord], config: CheckpointConfig) -> Path:
+    """Rank 0, after every rank has written: mark COMPLETE, rename, drop the checkpoints that need not be kept.
+
+    `written` are the files that ranks have written and synced, by their name in the checkpoint; others that lie
+    there are read to record them.
+
+    Raises:
+        ConfigError: a file that a rank has written is not seen from here; OSError: the disk's own errors.
+    """
     temporary, final = incomplete_path(output_dir, step), checkpoint_path(output_dir, step)
-    sizes = {}
+    if unseen := sorted(name for name in written if not (temporary / name).is_file()):
+        raise ConfigError(
+            f"{temporary / unseen[0]}: written by its rank, but not seen by rank 0: the folder of checkpoints must "
+            "be on a disk that all nodes share"
+        )
+    files = {}
     for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
-        _sync(file)
-        sizes[file.relative_to(temporary).as_posix()] = file.stat().st_size
+        name = file.relative_to(temporary).as_posix()
+        if name not in written:
+            _sync(file)
+        files[name] = asdict(written[name] if name in written else _record(file))
     marker = temporary / MARKER
-    marker.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    marker.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
     for path in (marker, *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     _sync(final.parent)
-    # A run that was resumed from an earlier step saves below what lies there already, which is not its to drop.
-    complete = [path for path in _step_folders(output_dir) if path <= final and problem(path) is None]
-    for old in complete[:-keep]:
-        shutil.rmtree(old)
+    _drop_old(output_dir, final, config)
     return final
 
 
-def problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None where it is complete."""
-    marker = path / MARKER
-    if not marker.is_file():
-        return f"no {MARKER} marker"
+def _drop_old(output_dir: Path, newest: Path, config: CheckpointConfig) -> None:
+    # A run that was resumed from an earlier step saves below what lies there already, which is not its to drop.
+    complete = [path for path in step_folders(output_dir) if path <= newest and problem(path) is None]
+    metrics = {path: RunState.read(path).metrics for path in complete} if config.best else {}
+    keep = kept(
+        {step_of(path): metrics.get(path, {}).get(config.best or "") for path in complete},
+        config.keep, config.keep_every, config.best_mode,
+    )  # fmt: skip
+    for path in complete:
+        if step_of(path) not in keep:
+            shutil.rmtree(path)
+
+
+def kept(values: Mapping[int, float | None], newest: int, every: int, mode: str) -> set[int]:
+    """Steps of the checkpoints to keep: the `newest`, every `every`-th step (0: none), and the best one by a metric.
+
+    Args:
+        values: the metric of each checkpoint by its step; None where it was not measured.
+        mode: "min" or "max": which value is best; of equal ones the newest.
+    """
+    steps = sorted(values)
+    keep = set(steps[-newest:]) | {step for step in steps if every and step % every == 0}
+    sign = 1 if mode == "max" else -1
+    measured = {step: sign * value for step, value in values.items() if value is not None and math.isfinite(value)}
+    if measured:
+        keep.add(max(measured, key=lambda step: (measured[step], step)))
+    return keep
+
+
+def files_of(path: Path) -> dict[str, FileRecord] | None:
+    """What a checkpoint's marker says of its files; None where the marker is missing or torn."""
     try:
-        sizes = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
-        sizes = None
-    if not isinstance(sizes, dict):
+        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+        return {name: FileRecord(int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None where it is complete; content is not read (see `damage`)."""
+    if not (path / MARKER).is_file():
+        return f"no {MARKER} marker"
+    files = files_of(path)
+    if files is None:
         return f"its {MARKER} marker is torn"
-    for name, size in sizes.items():
+    for name, record in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if (size := file.stat().st_size) != record.bytes:
+            return f"{name} has {size} bytes instead of {record.bytes}"
     return None
 
 
-def latest(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint; says why newer ones were passed over."""
-    for path in reversed(_step_folders(output_dir)):
-        reason = problem(path)
+def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """Why a complete checkpoint's content cannot be trusted, or None: reads files `share`, `share + shares`, ...
+
+    Comes before anything of it is loaded: DeepSpeed's files are pickles.
+    """
+    files = files_of(path) or {}
+    for name in sorted(files)[share::shares]:
+        try:
+            found = _record(path / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != files[name]:
+            return f"{name} is not what was saved: its checksum differs"
+    return None
+
+
+def latest(output_dir: Path, refuse: Callable[[Path], str | None] = problem) -> Path | None:
+    """The newest complete checkpoint; says why newer ones were passed over.
+
+    `refuse` gives the reason why a checkpoint cannot be used, or None.
+    """
+    for path in reversed(step_folders(output_dir)):
+        reason = refuse(path)
         if reason is None:
             return path
         log.warning("%s is passed over: %s", path, reason)
     return None
 
 
-def find(resume: str, output_dir: Path) -> Path | None:
+def find(resume: str, output_dir: Path, refuse: Callable[[Path], str | None] = problem) -> Path | None:
     """The checkpoint that `--resume` asks for; None starts from the beginning.
 
     Args:
         resume: "auto" (the run's newest complete one, if any), "never", or a path to a checkpoint or a run.
+        refuse: the reason why a checkpoint cannot be used, or None; as `latest`.
 
     Raises:
         ConfigError: "never" where checkpoints exist, or a path that holds no complete checkpoint.
     """
     if resume == "auto":
-        return latest(output_dir)
+        return latest(output_dir, refuse)
     if resume == "never":
-        if (existing := latest(output_dir)) is not None:
+        if (existing := latest(output_dir, refuse)) is not None:
             raise ConfigError(
                 f"{existing}: --resume never, but this run folder holds a checkpoint; "
                 "take another output_dir, remove the folder, or use --resume auto"
             )
         return None
-    return at(Path(resume))
+    return at(Path(resume), refuse)
 
 
-def at(path: Path) -> Path:
+def at(path: Path, refuse: Callable[[Path], str | None] = problem) -> Path:
     """A checkpoint's own folder, or a run's newest complete one. Raises ConfigError where there is none."""
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; give a checkpoint's or a run's")
     if checkpoint_root(path).is_dir():
-        if (found := latest(path)) is None:
+        if (found := latest(path, refuse)) is None:
             raise ConfigError(f"{path}: this run has no complete checkpoint")
         return found
-    if (reason := problem(path)) is not None:
+    if (reason := refuse(path)) is not None:
         raise ConfigError(f"{path}: not a complete checkpoint: {reason}")
     return path
 
 
 def set_aside_newer(output_dir: Path, step: int) -> None:
     """Rank 0, on resuming from an older checkpoint: the newer ones are another branch, which `auto` must not take."""
-    for path in _step_folders(output_dir):
+    for path in step_folders(output_dir):
         if path > checkpoint_path(output_dir, step):
             aside = path.with_name(f"set-aside-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -182,40 +232,19 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
             log.warning("%s is newer than the checkpoint resumed from; kept as %s", path, aside.name)
 
 
-def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
-    """What in data and config is not as it was when the checkpoint was saved, one line each."""
-    old, new = _flat(saved.config), _flat(config)
-    lines = [
-        f"config {key}: was {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-    ]
-    lines += [
-        f"data {name}: {_change(saved.fingerprint.get(name), fingerprint.get(name))}"
-        for name in sorted(saved.fingerprint.keys() | fingerprint.keys())
-        if saved.fingerprint.get(name) != fingerprint.get(name)
-    ]
-    return lines
-
-
-def _change(old: str | None, new: str | None) -> str:
-    if old is None:
-        return "is new"
-    return "is gone" if new is None else "has changed"
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping) and values:
-        return {
-            inner: leaf
-            for key, value in values.items()
-            for inner, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    return {prefix: values}
-
-
-def _step_folders(output_dir: Path) -> list[Path]:
+def step_folders(output_dir: Path) -> list[Path]:
+    """A run's checkpoints, complete or torn, the newest last."""
     return sorted(checkpoint_root(output_dir).glob("step-*"))
+
+
+def step_of(path: Path) -> int:
+    """Finished steps of a checkpoint, by its folder's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _record(file: Path) -> FileRecord:
+    with file.open("rb") as content:
+        return FileRecord(file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from data_pipeline.config import SourceConfig, TaskKind, merged
 from data_pipeline.mixture import MixtureConfig
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tokenizer import TokenizerTrainingConfig
+from training.guard import GuardConfig
 from training.objective_config import (
     FineTuneConfig,
     MaskedLMConfig,
@@ -25,6 +26,7 @@ from training.objective_config import (
     XMixupConfig,
 )
 from training.tracking import TrackingConfig
+from training.watchdog import WatchdogConfig
 
 
 class LoraSettings(Section):
@@ -87,6 +89,7 @@ class DataConfig(Section):
     )
     max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
+    patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
     workers: int = Field(1, gt=0, description="background threads a rank that read, tokenise and pack")
 
     @model_validator(mode="before")
@@ -141,6 +144,16 @@ class CheckpointConfig(Section):
 
     every: int = Field(100, gt=0, description="steps between two checkpoints; the last step is always saved")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="also kept for good: those of steps divisible by this; 0: none")
+    best: str | None = Field(None, description="also kept: the best by this metric, such as eval/loss or eval/loss/sw")
+    best_mode: Literal["min", "max"] = Field("min", description="which value of that metric is best")
+    local_dir: str | None = Field(
+        None, description="folder on each node's own disk, such as $TMPDIR/run-a, for all checkpoints but the last: "
+        "a run then goes on with the same ranks on the same nodes only"
+    )  # fmt: skip
+    background: bool = Field(
+        True, description="write while training goes on; takes as much host memory as the state of a rank's GPU"
+    )
 
 
 class EvaluationConfig(Section):
@@ -191,7 +204,9 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, merged last")
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -199,6 +214,7 @@ class RunConfig(Section):
             raise ValueError("'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'")
         if self.evaluation.every and not self.data.heldout_items:
             raise ValueError("'evaluation.every' needs held-out samples: set 'data.heldout_items'")
+        self._best_is_measured()
         kinds = KINDS[type(self.objective)]
         kind = self.data.task.kind if self.data.task is not None else None
         if kind not in kinds:
@@ -218,3 +234,16 @@ class RunConfig(Section):
                     "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
                 )
         return self
+
+    def _best_is_measured(self) -> None:
+        """Raises ValueError where no checkpoint would ever have the metric that it is kept by."""
+        best, every = self.checkpoint.best, self.evaluation.every
+        if best is None or not best.startswith("eval/"):
+            return
+        if not every:
+            raise ValueError(f"'checkpoint.best' is {best!r}, which needs 'evaluation.every'")
+        if self.checkpoint.every % every:
+            raise ValueError(
+                f"'checkpoint.best' is {best!r}, so 'checkpoint.every' ({self.checkpoint.every}) must be a multiple of "
+                f"'evaluation.every' ({every})"
+            )

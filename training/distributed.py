@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.records import stable_hash
+from training.heartbeat import heart
 
 END_OF_FORWARD = "(end of the forward pass)"
 
@@ -38,6 +39,7 @@ def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     """Element-wise sum over ranks, fp64, on CPU."""
     total = torch.as_tensor(values, dtype=torch.float64).to(device)
     if dist.is_initialized():
+        heart.phase("all-reduce")
         dist.all_reduce(total)
     return total.cpu()
 
@@ -46,6 +48,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order; for rare events, not for each step."""
     if not dist.is_initialized():
         return [value]
+    heart.phase("gathering from all ranks")
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -54,6 +57,7 @@ def gather_objects(value: Any) -> list[Any]:
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
+        heart.phase("waiting for all ranks")
         dist.barrier()
 
 

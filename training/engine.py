@@ -1,4 +1,6 @@
-"""The only file that imports deepspeed: construction, forward, backward, step, saving, gathering.
+"""A model under DeepSpeed: construction, forward, backward, step, gathering. `engine_state.py` saves and loads.
+
+No other files import deepspeed.
 
 In: a model that `modeling.loading` built, and optimiser settings. Out: an Engine whose gradients are those of
 the global batch, however it was split. Next: `trainer.py`.
@@ -14,15 +16,15 @@ What DeepSpeed needs to be told, each verified and held by a test:
 from __future__ import annotations
 
 import ctypes
-import io
 import logging
 import os
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -35,11 +37,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from data_pipeline.config import merged
+from training import engine_state, preflight
 from training.config import RunConfig
+from training.heartbeat import heart
 
 deepspeed_logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CHECKPOINT_TAG = "zero"
 
 
 class NonFiniteUpdate(Exception):
@@ -53,16 +56,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_process_group(timeout_minutes: float) -> None:
-    """Join the ranks that the launcher started: NCCL on GPUs, gloo on CPU, no compiler needed."""
+def init_process_group(timeout_minutes: float, output_dir: Path | None = None) -> None:
+    """Join the ranks that the launcher started, after the preflight: NCCL on GPUs, gloo on CPU, no compiler needed.
+
+    Raises what `preflight.join` does.
+    """
     from datetime import timedelta
 
+    timeout = timedelta(minutes=timeout_minutes)
+    preflight.join(output_dir, timeout)
     # On CPU DeepSpeed would compile a shared-memory op here; gloo does the same without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timeout, verbose=False)  # takes the group over
 
 
 def build_op(name: str) -> Path:
@@ -201,6 +206,7 @@ class Engine:
 
     def forward(self, **inputs: Any) -> Any:
         """One forward pass; equal in number and modules on every rank."""
+        heart.forward()
         return self._engine(**inputs)
 
     @contextmanager
@@ -215,14 +221,16 @@ class Engine:
 
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
+        heart.phase("backward")
         self._engine.backward(loss_share * self.world_size)
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, and give the gradient norm before clipping.
 
         Raises:
-            NonFiniteUpdate: the gradient holds a NaN or an infinity.
+            NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
         """
+        heart.phase("update")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -232,6 +240,21 @@ class Engine:
             raise NonFiniteUpdate(f"gradient norm {norm}")
         return norm
 
+    def drop_update(self) -> None:
+        """Forget the gradients of the step, instead of `step`: DeepSpeed's own way with an overflow, which this feigns.
+
+        Every rank calls it. The moments and weights stay as they are.
+        """
+        name = "_get_norm_groups" if self.sharded else "scaled_global_norm"
+        invalid = torch.tensor(float("nan"))
+        setattr(self._optimizer, name, lambda *_, **__: [invalid] if self.sharded else invalid)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self._optimizer, name)  # the method again
+        if self._engine.was_step_applied():
+            raise RuntimeError("DeepSpeed applied an update that was to be dropped")
+
     def full_gradients(self) -> dict[str, Tensor]:
         """Whole fp32 gradients by parameter name, after the last backward and before `step`: for tests."""
         return {
@@ -240,15 +263,13 @@ class Engine:
             if (gradient := safe_get_full_grad(parameter)) is not None
         }
 
-    def save_state(self, directory: Path) -> None:
-        """Every rank writes its shards of weights and optimiser state under `directory`."""
-        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, save_latest=False)
+    def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
+        """This rank's shards of weights and optimiser state, in host memory: what to write where below `directory`."""
+        return engine_state.take_state(self._engine, directory)
 
-    def load_state(self, directory: Path) -> None:
-        """Take weights and optimiser state back from `save_state`, on the same number of ranks."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
-        if path is None:
-            raise FileNotFoundError(f"{directory}: DeepSpeed found no state to load")
+    def load_state(self, directory: Path, universal: bool = False) -> None:
+        """Take weights and optimiser state back from a checkpoint of as many ranks, or from a universal one."""
+        engine_state.load_state(self._engine, directory, universal)
 
     def destroy(self) -> None:
         """Release hooks and buffers."""
@@ -265,20 +286,3 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
             (decayed if dimensions > 1 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def consolidated(directory: Path, tied: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) from what `Engine.save_state` wrote, without starting ranks.
-
-    Tensors are put together one at a time. Names in `tied` are left out: each is another name of a weight that is
-    given, as in a Hugging Face file.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed's progress, for nobody
-        parts = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=CHECKPOINT_TAG, lazy_mode=True)
-    seen: set[int] = set()
-    for name, part in parts.items():
-        if name not in tied and id(part) not in seen:
-            seen.add(id(part))
-            yield name, part.contiguous()

@@ -1,6 +1,6 @@
-"""The error that the user of training can mend.
+"""Errors that say all there is to say: what the user can mend, and what ends a run.
 
-In: nothing. Out: `ConfigError`. Next: every file of `training` raises it; `crosslift.py` prints it.
+In: nothing. Out: exceptions. Next: every file of `training` raises them; `crosslift.py` and `__main__.py` print them.
 """
 
 from __future__ import annotations
@@ -10,3 +10,11 @@ class ConfigError(Exception):
     """One line that names the file, key or argument, what is wrong and what would be right."""
 
     exit_status = 2
+
+
+class NonFiniteStep(Exception):
+    """A loss or gradient that is not a number, or a loss that leapt; names step, ranks and sample ids."""
+
+
+class CheckpointFailed(Exception):
+    """The run cannot be saved; names the rank, its host and the reason. All ranks raise it together."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
-from training.checkpoint import MARKER, REFERENCE_FILE, RunState, problem
+from training.checkpoint import MARKER, REFERENCE_FILE, problem
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.objective_config import ShifConConfig, XMixupConfig
 from training.prepare import architecture
 from training.run_file import validate
+from training.run_state import RunState
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5 * 10**9
@@ -93,7 +95,7 @@ def _made(checkpoint: Path, output: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write(checkpoint, config, state.step, temporary)
+        _write(checkpoint, config, state, temporary)
         _check(checkpoint, config, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -101,27 +103,29 @@ def _made(checkpoint: Path, output: Path) -> Path:
     return temporary
 
 
-def _write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None:
+def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
     from modeling.architectures import auto_class
     from modeling.loading import directory_hash
-    from modeling.lora import merged
-    from training.engine import DTYPES, consolidated
+    from modeling.lora import completed, merged
+    from training.engine import DTYPES
+    from training.engine_state import consolidated
 
     model_config = AutoConfig.from_pretrained(checkpoint / "model_config")
     with torch.device("meta"):
         tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
     weights = consolidated(checkpoint, tied)
     if (lora := config.model.lora) is not None:
-        weights = merged(weights, lora.alpha / lora.rank)
+        base = _base(checkpoint, state.base or {}, config)
+        weights = merged(completed(dict(weights), base.named_parameters()), lora.alpha / lora.rank)
     _write_weights(weights, output, DTYPES[config.precision])
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
     model_config.save_pretrained(output)
     AutoTokenizer.from_pretrained(checkpoint / "model_config").save_pretrained(output)
-    description = _description(config, step)
+    description = _description(config, state.step)
     (output / EXPORT_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
     if isinstance(config.objective, ShifConConfig):
         vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
@@ -129,6 +133,17 @@ def _write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None
     if isinstance(config.objective, XMixupConfig):
         mixup = MixupState.load(checkpoint / MIXUP_FILE)
         replace(mixup, model_hash=directory_hash(output)).save(output / MIXUP_FILE)
+
+
+def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTrainedModel:
+    """The model whose weights a LoRA run left frozen. Raises ConfigError where it is gone or another one."""
+    from modeling.loading import directory_hash, load_pretrained
+    from training.engine import DTYPES
+
+    directory = Path(base["directory"])
+    if not directory.is_dir() or directory_hash(directory) != base["hash"]:
+        raise ConfigError(f"{checkpoint}: holds adapters to the model in {directory}, which is gone or has changed")
+    return load_pretrained(directory, DTYPES[config.precision], "eager", "cpu", architecture(config))
 
 
 def _description(config: RunConfig, step: int) -> dict[str, Any]:

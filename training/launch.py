@@ -1,16 +1,23 @@
-"""Ranks on this machine: `crosslift train` without torchrun's noise.
+"""Starts a node's ranks: the command that a job runs once a node, and what `crosslift train` calls.
 
-In: a config's path and how many ranks. Out: an exit status. Next: `python -m training`, once a rank.
+In: a config's path, how many ranks, which node of how many. Out: the run's exit status. Next: `launcher.py`.
+
+    python -m training.launch CONFIG [k=v ...] --nproc G [--nodes N --node-rank R --rendezvous HOST:PORT] [--resume ...]
 """
 
 from __future__ import annotations
 
-import logging
-import os
+import argparse
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
+
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.launcher import USER_ERROR, Launcher, say
+from training.logs import make_logs_folder
+from training.nodes import Nodes, Place
+from training.run_file import load_config
 
 
 def visible_gpus() -> int:
@@ -20,33 +27,49 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def launch(config: Path, overrides: Sequence[str], nproc: int, options: Sequence[str]) -> int:
-    """Start `nproc` ranks of `python -m training` and wait: 0, or the exit status of the first that failed."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def launch(
+    config: Path, overrides: Sequence[str], nproc: int, options: Sequence[str], place: Place | None = None
+) -> int:
+    """Start this node's `nproc` ranks of `python -m training`, and wait for the run to end: its exit status.
 
-    # What failed is said by the rank itself; elastic's own reports of it are noise.
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    source = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
-    os.environ["CROSSLIFT_ONE_MESSAGE"] = "1"  # every rank meets the same user error: rank 0 says it
-    settings = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, max_restarts=0,
-        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.2,
-    )  # fmt: skip
-    arguments = ["-m", "training", str(config), *overrides, *options]
+    Raises:
+        ConfigError: a mistake in the run file or in `place`, a folder that cannot be written, a taken port.
+    """
+    command = [sys.executable, "-m", "training", str(config), *overrides, *options]
+    settings: RunConfig = load_config(config, overrides)
+    make_logs_folder(settings.output_dir)
+    stall_seconds = settings.watchdog.stall_minutes * 60
+    return Launcher(Nodes(place or Place()), command, nproc, settings.output_dir, stall_seconds).run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One node's launcher from the command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m training.launch", description="Starts one node's ranks of a run.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--nproc", type=_positive, required=True, help="ranks on this node")
+    parser.add_argument("--nodes", type=_positive, default=1, help="nodes of the run")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="a free port of node 0; not needed for one node")
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's or run's folder")
+    parser.add_argument("--accept-changes", action="store_true", help="resume although data or config differ")
+    options = parser.parse_intermixed_args(arguments)
+    passed = ["--resume", options.resume, *(["--accept-changes"] if options.accept_changes else [])]
+    place = Place(options.nodes, options.node_rank, options.rendezvous)
     try:
-        elastic_launch(settings, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        first = error.get_first_failure()[1]
-        if first.exitcode < 0:
-            print(f"crosslift: rank {first.local_rank} was killed by signal {-first.exitcode}", file=sys.stderr)
-        return first.exitcode if first.exitcode > 0 else 1
-    except SignalException as stopped:
-        print(f"crosslift: stopped by {stopped.sigval.name}; the same command goes on from the last checkpoint",
-              file=sys.stderr)  # fmt: skip
-        return 128 + stopped.sigval
-    return 0
+        place.address()
+        load_config(options.config, options.overrides)  # its errors come before any rank starts
+        return launch(options.config, options.overrides, options.nproc, passed, place)
+    except ConfigError as error:
+        say(str(error))
+        return USER_ERROR
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -69,6 +69,7 @@ def open_index(config: RunConfig) -> DataIndex:
     return build_index(
         data.sources, data.languages, config.data_dir, config.output_dir / "index",
         heldout_items=data.heldout_items, seed=config.seed, max_bad_rows=data.max_bad_rows, task=data.task,
+        patience=data.patience_seconds,
     )  # fmt: skip
 
 

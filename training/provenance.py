@@ -6,12 +6,14 @@ as tags, and everything that is saved with a checkpoint.
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 _SOURCE = Path(__file__).resolve().parent.parent
+NOTED = "git.json"  # in a copy of the source, which has no `.git`: the state that it was copied from
 _PACKAGES = ("crosslift", "torch", "deepspeed", "transformers")
 
 
@@ -32,6 +34,8 @@ def git_state(source: Path = _SOURCE) -> dict[str, str]:
     Dirty means: a tracked file differs from the commit. A package installed somewhere inside another
     project's checkout is not one itself, hence the look at `.git`.
     """
+    if (noted := source / NOTED).is_file():
+        return dict(json.loads(noted.read_text(encoding="utf-8")))
     if not (source / ".git").exists():
         return {}
     try:

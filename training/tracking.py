@@ -94,15 +94,7 @@ class Tracker:
         self._record = RunRecord(self._output_dir)
         _, earlier = next(read_starts(self._record.path), (0, None))
         self.id = earlier["id"] if earlier else uuid.uuid4().hex
-        self._record.append(
-            "start",
-            id=self.id,
-            parent=config.parent,
-            experiment=config.experiment,
-            run_name=config.run_name or self._output_dir.resolve().name,
-            uri=None if config.uri is None else without_password(config.uri),
-            resumed_step=resumed_step,
-        )
+        self._append_start(resumed_step)
         self._record.append("params", values=flatten(params))
         self._record.append("tags", values={name: str(value) for name, value in tags.items()})
         if not config.enabled:
@@ -113,6 +105,22 @@ class Tracker:
         self._feeder = RecordFeeder(self._output_dir, config.uri or default_store(self._output_dir))
         self._thread = threading.Thread(target=self._feed_until_stopped, name="mlflow-feeder", daemon=True)
         self._thread.start()
+
+    def rewind(self, step: int) -> None:
+        """The run went back to where `step` steps were done; what was logged behind them comes anew."""
+        self._append_start(step)
+
+    def _append_start(self, resumed_step: int | None) -> None:
+        config = self._config
+        self._open_record.append(
+            "start",
+            id=self.id,
+            parent=config.parent,
+            experiment=config.experiment,
+            run_name=config.run_name or self._output_dir.resolve().name,
+            uri=None if config.uri is None else without_password(config.uri),
+            resumed_step=resumed_step,
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of a step. Costs microseconds, whatever becomes of MLflow."""

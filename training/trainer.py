@@ -1,110 +1,169 @@
-"""The loop: `fit` runs a whole run, `Trainer.train_step` one step, which reads like the method.
+"""The loop: `Trainer.train` runs the steps, `train_step` is one of them and reads like the method.
 
-In: a RunConfig on every rank. Out: checkpoints, metrics, and an exported model. Next: `export.py`, `evals`.
+In: a Run on every rank. Out: checkpoints and metrics. Next: `fit.py` starts and ends it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
+import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-import torch.distributed as dist
-import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch
 from data_pipeline.records import DataError
 from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
-from modeling.export_info import VECTORS_FILE
 from training import checkpoint
-from training.assembly import Run, assemble
+from training.assembly import Run
 from training.config import RunConfig
-from training.distributed import all_sum, barrier, gather_objects, rank, same_modules_on_every_rank, seed_step
-from training.engine import NonFiniteUpdate, init_process_group
-from training.errors import ConfigError
+from training.disks import checkpoint_disk, shared_disk
+from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
+from training.engine import NonFiniteUpdate
+from training.errors import NonFiniteStep
+from training.guard import Guard, Verdict
+from training.heartbeat import heart
 from training.objectives import LossTerms
-from training.plots import draw_plots
-from training.prepare import forget_preparation, prepare
-from training.provenance import git_state, versions
-from training.run_file import resolved
+from training.progress import Progress
+from training.run_state import RunState
+from training.saving import Saver, run_state
 from training.scaling import StepTotals, learning_rate, step_loss_share
-from training.start_checks import check_packing, reference_outputs, warm_up
+from training.start_checks import check_packing, warm_up
 from training.step_sums import StepRead, StepSums, memory
+from training.stop import StoppedOnRequest, StopRequest
+from training.straggler import Stragglers
 from training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 
-class NonFiniteStep(Exception):
-    """A loss or gradient that is not a number; names step, ranks and sample ids."""
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks know of a step before it begins."""
+
+    totals: StepTotals
+    read: StepRead
+    stop: bool  # some rank was asked to stop
+    writing: bool  # some rank is still writing a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class BadMicroBatches:
+    """Micro-batches whose loss is no number."""
+
+    any: bool  # on some rank
+    mine: list[int]  # numbers of this rank's
+
+
+class RollBack(Exception):
+    """Inside the loop: the state goes back to the last checkpoint, since this step failed."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 class Trainer:
     """One rank's side of a run."""
 
-    def __init__(self, run: Run, tracker: Tracker | None) -> None:
+    def __init__(self, run: Run, tracker: Tracker | None, stop: StopRequest | None = None) -> None:
         self.run = run
-        self.config = run.config
+        self.config: RunConfig = run.config
         self.tracker = tracker  # rank 0 only
+        self.stop = stop or StopRequest()
+        self.saver = Saver(run)
+        self.disk = checkpoint_disk(run.config)
+        self.guard = Guard(run.config.guard)
+        self.stragglers = Stragglers(run.config.watchdog, run.engine.device)
         self.bad_slots = 0
+        self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
+        self._metrics: dict[str, float] = {}
         self._first_step = True
 
     def train(self, start: int) -> None:
-        """Steps `start` .. `max_steps - 1`, with refreshes, evaluations and checkpoints when due."""
-        config, run = self.config, self.run
-        warm_up(run)
-        steps = range(start, config.max_steps)
-        progress = tqdm(
-            run.loader.steps(start, config.max_steps), total=config.max_steps, initial=start, unit="step",
-            disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True,
-        )  # fmt: skip
-        waiting_since = time.perf_counter()
-        for step, batch in zip(steps, progress, strict=True):
-            waited = time.perf_counter() - waiting_since
+        """Steps `start` .. `max_steps - 1`; the last state is saved.
+
+        Raises:
+            StoppedOnRequest: after a checkpoint, on every rank at the same step.
+        """
+        warm_up(self.run)
+        progress = Progress(start, self.config.max_steps, shown=rank() == 0)
+        while start < self.config.max_steps:
+            try:
+                self._train_from(start, progress)
+                break
+            except RollBack as failed:
+                start = self._roll_back(failed.step)
+        progress.close()
+
+    def _train_from(self, start: int, progress: Progress) -> None:
+        """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
+        config, run, offset = self.config, self.run, self.data_offset
+        reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
+        batches = heart.steps(reader, start)
+        began = time.perf_counter()
+        for step, batch in zip(range(start, config.max_steps), batches, strict=True):
+            waited = time.perf_counter() - began
+            agreed = self.agree(batch)
+            if self.saver.open and not agreed.writing:
+                self._settle()
+            if agreed.stop:
+                self._stop(step, unsaved=step > start)
             metrics = {"data/wait_seconds": waited, **run.objective.before_step(run.engine, step)}
             if self._first_step:
                 check_packing(run, batch)
-            metrics |= self.train_step(step, batch)
+            metrics |= self.train_step(step, batch, agreed)
             done = step + 1
+            metrics |= self.stragglers.after(done, waited)
             if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
                 metrics |= run.heldout.metrics(run.engine, run.objective)
-            self._log(done, metrics, progress)
+            self._metrics = metrics
+            if self.tracker is not None:
+                self.tracker.log(done, metrics)
+            progress.step_done(done, metrics)
             if done % config.checkpoint.every == 0 or done == config.max_steps:
-                self.save(done)
-            waiting_since = time.perf_counter()
+                self.save(done, metrics)
+            self.stop.took(time.perf_counter() - began)
+            began = time.perf_counter()
+        self._settle(required=True)
 
-    def train_step(self, step: int, batch: RankStep | TaskStep) -> dict[str, float]:
+    def train_step(self, step: int, batch: RankStep | TaskStep, agreed: Agreed) -> dict[str, float]:
         """One optimiser step over the global batch; metrics of it.
 
         Raises:
-            NonFiniteStep: before the update where a loss or gradient is not finite; DataError: too many bad rows.
+            NonFiniteStep: before the update, where the guard says stop; RollBack: where it says so.
         """
         started = time.perf_counter()
-        totals, read = self._agree(batch)
-        sums, micro_batches = self.accumulate(step, batch, totals)
-        reduced = self._reduce(step, sums, micro_batches)
-        rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
-        try:
-            grad_norm = self.run.engine.step(rate)
-        except NonFiniteUpdate as error:
-            self._stop_not_finite(step, str(error), [each.sample_ids for each in micro_batches])
-        seconds = time.perf_counter() - started
+        sums, micro_batches = self.accumulate(step, batch, agreed.totals)
+        reduced, bad = self._reduce(sums)
         languages = self.config.data.languages
+        metrics = {**sums.metrics(reduced, agreed.totals, languages), **agreed.read.metrics(languages)}
+        rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
+        verdict = self.guard.judge(math.nan if bad.any else metrics["train/loss"])
+        if verdict is None:
+            try:
+                metrics["train/grad_norm"] = self.run.engine.step(rate)
+            except NonFiniteUpdate as error:
+                verdict = self.guard.not_finite(str(error))
+        if verdict is not None:
+            if bad.any:
+                metrics["train/loss"] = math.nan  # what is left of the sums is no loss of the step
+            concerned = bad.mine if bad.any else range(len(micro_batches))
+            self._spare(step, verdict, [micro_batches[number].sample_ids for number in concerned])
+            metrics["guard/skipped"] = 1.0
+        seconds = time.perf_counter() - started
         return {
-            **sums.metrics(reduced, totals, languages),
-            **read.metrics(languages),
-            "train/grad_norm": grad_norm,
+            **metrics,
             "train/learning_rate": rate,
             "train/step_seconds": seconds,
-            "train/tokens_per_second": float(read.tokens.sum()) / seconds,
+            "train/tokens_per_second": float(agreed.read.tokens.sum()) / seconds,
             **memory(),
         }
 
@@ -126,65 +185,55 @@ class Trainer:
             sums.add(terms, share)
         return sums, micro_batches
 
-    def save(self, step: int) -> None:
-        """A checkpoint of the state after `step` steps; every rank calls it."""
-        run, output_dir = self.run, self.config.output_dir
-        if rank() == 0:
-            checkpoint.begin(output_dir, step)
-        barrier()
-        directory = checkpoint.incomplete_path(output_dir, step)
-        run.engine.save_state(directory)
-        run.objective.save(run.engine, directory)
-        reference = reference_outputs(run)
-        if rank() == 0:
-            from safetensors.torch import save_file
+    def save(self, step: int, metrics: dict[str, float]) -> None:
+        """Begin a checkpoint of the state after `step` steps, whose metrics these are; every rank calls it."""
+        if self.saver.open:
+            self._settle()
+        heart.phase("copying a checkpoint")
+        state = run_state(self.run, step, self.bad_slots, self.data_offset, metrics, self.guard.state())
+        # The last one goes where all nodes and the export see it.
+        self.saver.begin(step, state, self.disk if step < self.config.max_steps else shared_disk(self.config))
 
-            save_file(reference, directory / checkpoint.REFERENCE_FILE)
-            run.engine.module.config.save_pretrained(directory / "model_config")
-            run.data.tokenizer.save_pretrained(directory / "model_config")
-            state = checkpoint.RunState(
-                step=step, world_size=run.engine.world_size, bad_slots=self.bad_slots,
-                fingerprint=dict(run.data.index.fingerprint), config=resolved(self.config), versions=versions(),
-            )  # fmt: skip
-            state.write(directory)
-            checkpoint.commit(output_dir, step, self.config.checkpoint.keep)
-            if self.tracker is not None:
-                self.tracker.sync()
-        barrier()
-
-    def restore(self, path: Path, accept_changes: bool) -> int:
-        """Load a checkpoint; the number of finished steps.
-
-        Raises:
-            ConfigError: data, config or number of ranks are not those of the checkpoint.
-        """
-        state = checkpoint.RunState.read(path)
-        changes = checkpoint.differences(state, self.run.data.index.fingerprint, resolved(self.config))
-        if changes and not accept_changes:
-            listed = "; ".join(changes)
-            raise ConfigError(f"{path}: cannot resume, since this is another run: {listed} (--accept-changes goes on)")
-        if state.world_size != self.run.engine.world_size:
-            raise ConfigError(
-                f"{path}: saved on {state.world_size} ranks, this run has {self.run.engine.world_size}; "
-                f"resume with --nproc {state.world_size}"
-            )
-        self.run.engine.load_state(path)
+    def restore(self, path: Path, universal: Path | None = None) -> int:
+        """Load a checkpoint, or what was made of it for this number of ranks; the number of finished steps."""
+        state = RunState.read(path)
+        self.run.engine.load_state(universal or path, universal=universal is not None)
         self.run.objective.load(path)
-        self.bad_slots = state.bad_slots
+        self.bad_slots, self.data_offset = state.bad_slots, state.data_offset
+        self.guard.restore(state.guard)
         return state.step
 
-    def _agree(self, batch: RankStep | TaskStep) -> tuple[StepTotals, StepRead]:
-        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read."""
+    def _settle(self, required: bool = False) -> None:
+        """Make the checkpoint that is under way complete; the record is on the disk before it."""
+        if not self.saver.open:
+            return
+        if self.tracker is not None:
+            self.tracker.sync()
+        heart.phase("completing a checkpoint")
+        self.saver.settle(required)
+        self.stop.saved(self.saver.seconds)
+
+    def _stop(self, step: int, unsaved: bool) -> None:
+        """Save, if anything was done since this process began, and end the loop on every rank."""
+        reason = next(each for each in gather_objects(self.stop.reason) if each)
+        if unsaved:
+            self.save(step, self._metrics)
+        self._settle(required=True)
+        raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
+
+    def agree(self, batch: RankStep | TaskStep) -> Agreed:
+        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read, stopping."""
         ranks = self.run.engine.world_size
         n_micro_batches = [0] * ranks
         n_micro_batches[rank()] = max(len(batch.micro_batches), 1)
-        seen = [len(batch.bad_rows), batch.overlong, batch.fingerprint]
+        flags = [self.stop.reason is not None, self.saver.writing]
+        seen = [*flags, len(batch.bad_rows), batch.overlong, batch.fingerprint]
         total = all_sum(
             [*seen, *batch.counts.values(), *n_micro_batches, *batch.tokens.tolist()], self.run.engine.device
         )
         sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens)]
         seen_by_all, counts, by_rank, tokens = total.split(sizes)
-        bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
+        stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
         for line in batch.bad_rows:
             log.warning("step %d: a slot stays empty: %s", batch.step, line)
         self.bad_slots += bad_rows
@@ -195,7 +244,7 @@ class Trainer:
                 f"data.max_bad_rows is {self.config.data.max_bad_rows})"
             )
         totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
-        return totals, StepRead(tokens, overlong, fingerprint)
+        return Agreed(totals, StepRead(tokens, overlong, fingerprint), bool(stop), bool(writing))
 
     def _forward(self, batch: MicroBatch | TaskBatch) -> LossTerms:
         run = self.run
@@ -205,97 +254,50 @@ class Trainer:
         with same_modules_on_every_rank(run.engine.module, run.engine.device):
             return run.objective.loss_terms(run.engine, batch)
 
-    def _reduce(self, step: int, sums: StepSums, micro_batches: list[MicroBatch | TaskBatch]) -> Tensor:
-        """Step sums over ranks; stops the run where any rank's loss is not finite."""
+    def _reduce(self, sums: StepSums) -> tuple[Tensor, BadMicroBatches]:
+        """Step sums over ranks, and where the loss is no number."""
         bad = sums.bad_micro_batches()
         flag = torch.tensor([float(len(bad))], dtype=torch.float64, device=sums.losses.device)
         reduced = all_sum(torch.cat([flag, sums.finite()]), self.run.engine.device)
-        if reduced[0]:
-            self._stop_not_finite(step, "loss", [micro_batches[number].sample_ids for number in bad])
-        return reduced[1:]
+        return reduced[1:], BadMicroBatches(bool(reduced[0]), bad)
 
-    def _stop_not_finite(self, step: int, what: str, sample_ids: list[tuple[str, ...]]) -> None:
-        """All ranks raise the same error; the complete list of samples goes into a file."""
+    def _spare(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
+        """The weights are spared this update: all ranks drop it, go back, or raise the same error.
+
+        The complete list of the samples concerned goes into a file.
+        """
         mine = [sample for ids in sample_ids for sample in ids]
         by_rank = {number: ids for number, ids in enumerate(gather_objects(mine)) if ids}
         file = self.config.output_dir / f"not-finite-step-{step}.json"
+        if "finite" not in verdict.what:
+            file = file.with_name(f"spike-step-{step}.json")
         if rank() == 0:
-            file.write_text(json.dumps({"step": step, "what": what, "sample_ids": by_rank}, indent=1))
+            file.write_text(json.dumps({"step": step, "what": verdict.what, "sample_ids": by_rank}, indent=1))
         shown = "; ".join(
             f"rank {number}: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
             for number, ids in by_rank.items()
         )
-        raise NonFiniteStep(f"step {step}: {what} is not finite; samples of {shown}; all of them in {file}")
+        text = f"step {step}: {verdict.what}; samples of {shown}; all of them in {file}"
+        if verdict.policy == "stop":
+            raise NonFiniteStep(text)
+        self.run.engine.drop_update()
+        if rank() == 0:
+            used = f"{self.guard.events} of {self.config.guard.max_events} such events"
+            done = "the update is skipped" if verdict.policy == "skip" else "going back to the last checkpoint"
+            log.warning("%s; %s (%s)", text, done, used)
+        if verdict.policy == "rollback":
+            raise RollBack(step)
 
-    def _log(self, step: int, metrics: dict[str, float], progress: tqdm) -> None:
-        if self.tracker is None:
-            return
-        self.tracker.log(step, metrics)
-        brief = {"loss": f"{metrics['train/loss']:.3f}", "tok/s": f"{metrics['train/tokens_per_second']:.0f}"}
-        if "train/contrastive" in metrics:
-            brief["contrastive"] = f"{metrics['train/contrastive']:.3f}"
-        if "eval/loss" in metrics:
-            brief["held-out"] = f"{metrics['eval/loss']:.3f}"
-        progress.set_postfix(brief)
-        every = max(self.config.max_steps // 20, 1)
-        if progress.disable and (step % every == 0 or "eval/loss" in metrics or step == self.config.max_steps):
-            log.info("step %d/%d  %s", step, self.config.max_steps, "  ".join(f"{k} {v}" for k, v in brief.items()))
-
-
-def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False) -> Path:
-    """Run `config` to its last step on every rank; the last checkpoint.
-
-    Args:
-        resume: "auto", "never" or a path (see `checkpoint.find`).
-        accept_changes: go on although data or config differ from the checkpoint's.
-    """
-    init_process_group(timeout_minutes=30)
-    if rank() == 0:
-        forget_preparation(config)
-    barrier()  # nobody takes an earlier start's word for it
-    prepared = prepare(config, rank())
-    found = checkpoint.find(resume, config.output_dir)
-    if found is not None and checkpoint.RunState.read(found).step >= config.max_steps:
-        log.info("%s: the run is finished already", found)
-        return found
-    tracker = Tracker(config.output_dir, config.tracking) if rank() == 0 else None
-    run = assemble(config, prepared)
-    trainer = Trainer(run, tracker)
-    start = trainer.restore(found, accept_changes) if found is not None else 0
-    if rank() == 0:
-        checkpoint.set_aside_newer(config.output_dir, start)
-    if tracker is not None:
-        log.info("%s from step %d on %d ranks", config.output_dir, start, run.engine.world_size)
-        _write_resolved(config)
-        tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=start if found else None)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        trainer.train(start)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if tracker is not None:
-            _track_files(tracker, config.output_dir)
-            tracker.finish(status)
-    barrier()
-    run.engine.destroy()
-    dist.destroy_process_group()
-    return checkpoint.checkpoint_path(config.output_dir, config.max_steps)
-
-
-def _write_resolved(config: RunConfig) -> None:
-    """The run file with every default filled in, in the run folder."""
-    text = yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
-    (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
-
-
-def _track_files(tracker: Tracker, output_dir: Path) -> None:
-    """Resolved config, plots and the newest vectors, as artefacts of the run."""
-    tracker.artifact(output_dir / "config.yaml")
-    for plot in draw_plots(output_dir):
-        tracker.artifact(plot, "plots")
-    newest = checkpoint.latest(output_dir)
-    if newest is not None and (newest / VECTORS_FILE).is_file():
-        tracker.artifact(newest / VECTORS_FILE)
+    def _roll_back(self, failed: int) -> int:
+        """The state of the last checkpoint again, the data since then left out; the number of finished steps."""
+        self._settle()
+        found = gather_objects(checkpoint.latest(self.disk.home) if rank() == 0 else None)[0]
+        if found is None:
+            raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
+        events, offset = self.guard.events, self.data_offset
+        start = self.restore(checkpoint.checkpoint_root(self.disk.home) / found.name)
+        self.guard.events, self.data_offset = events, offset + failed + 1 - start
+        if self.tracker is not None:
+            self.tracker.rewind(start)
+            log.info("back to step %d; the data of steps %d to %d are left out", start, start + offset, failed + offset)
+        return start

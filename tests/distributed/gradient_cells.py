@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from tiny_run import XMIXUP, rank_values
 
@@ -76,9 +77,13 @@ def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage
     trainer = Trainer(run, tracker=None)
     batch, totals = _batch(trainer, STEP, micro_batches=2)
     saved = output / f"{objective}-stage-{stage}"
-    for number, name in enumerate(("first", "second", "second-after-load")):
-        if name == "second-after-load":
+    for number, name in enumerate(("first", "second", "second-after-load", "second-after-drop")):
+        if number > 1:
             run.engine.load_state(saved)
+        if name == "second-after-drop":
+            other = _batch(trainer, STEP + 1, micro_batches=2)
+            trainer.accumulate(STEP + 1, *other)
+            run.engine.drop_update()
         trainer.accumulate(STEP, batch, totals)
         gradients = run.engine.full_gradients()
         run.engine.step(LEARNING_RATE)
@@ -89,7 +94,9 @@ def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage
             save_file(gradients, output / f"{saved.name}-{name}-gradients.safetensors")
             save_file(parameters, output / f"{saved.name}-{name}-parameters.safetensors")
         if number == 0:
-            run.engine.save_state(saved)
+            for path, state in run.engine.take_state(saved):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(state, path)
             barrier()
     run.engine.destroy()
 
@@ -107,7 +114,7 @@ def _batch(trainer: Trainer, step: int, micro_batches: int) -> tuple[RankStep | 
     find = _packer_for if run.config.data.task is None else _task_packer_for
     run.loader.packer = find(run, step, micro_batches)
     batch = run.loader.load(step)
-    totals, _ = trainer._agree(batch)
+    totals = trainer.agree(batch).totals
     assert totals.micro_batches == micro_batches, (totals.micro_batches, micro_batches)
     return batch, totals
 

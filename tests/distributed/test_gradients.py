@@ -126,9 +126,13 @@ def test_the_stages_start_from_the_gradients_of_the_whole_batch(cells: Path, obj
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["shifcon", "xmixup"])
-def test_an_update_after_loading_is_the_update_without_a_stop(cells: Path, objective: str, stage: int) -> None:
+@pytest.mark.parametrize("before", ["after-load", "after-drop"])
+def test_an_update_after_loading_is_the_update_without_a_stop(
+    cells: Path, objective: str, stage: int, before: str
+) -> None:
+    """Also where the gradients of another batch were dropped in between: they leave nothing behind."""
     for what in ("gradients", "parameters"):
         one = load_file(cells / "2" / f"{objective}-stage-{stage}-second-{what}.safetensors")
-        other = load_file(cells / "2" / f"{objective}-stage-{stage}-second-after-load-{what}.safetensors")
+        other = load_file(cells / "2" / f"{objective}-stage-{stage}-second-{before}-{what}.safetensors")
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), what

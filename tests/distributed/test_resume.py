@@ -169,17 +169,18 @@ def test_only_the_newest_checkpoints_are_kept(shifcon: dict[str, Path]) -> None:
     assert kept == ["step-00000008", "step-00000010"]
 
 
-def test_a_torn_checkpoint_is_passed_over_and_changes_are_refused(shifcon: dict[str, Path], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_changes_are_refused(shifcon: dict[str, Path], tmp_path: Path) -> None:
     output = shifcon["undisturbed"]
     torn = checkpoint.checkpoint_path(output, STEPS)
     victim = next(torn.glob("zero/*optim_states.pt"))
     content = victim.read_bytes()
-    victim.write_bytes(content[: len(content) // 2])
+    middle = len(content) // 2
+    victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])  # its size is right
     try:
         changed = rank_values(output.parent / "data", output, **SHIFCON, seed=4)
         refused = run(train(write_config(tmp_path / "changed.yaml", changed)))
         assert refused.returncode == 2
-        assert f"{torn} is passed over: zero/{victim.name} has" in refused.stderr
+        assert f"{torn} is passed over: zero/{victim.name} is not what was saved" in refused.stderr
         assert "config seed: was 3, now 4" in refused.stderr
         assert "step-00000008" in refused.stderr
     finally:

@@ -53,9 +53,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+RUNS = ("mixed", "adapted")
+
+
 def metrics(run: Path) -> list[dict[str, float]]:
     events = [json.loads(line) for line in (run / "record.jsonl").read_text().splitlines()]
     return [event["values"] for event in events if event["kind"] == "metrics"]
+
+
+def test_a_checkpoint_of_adapters_holds_no_frozen_weight_and_knows_its_base(runs: Path, tmp_path: Path) -> None:
+    whole, adapted = (sum(f.stat().st_size for f in runs.glob(f"{name}/checkpoints/step-*/zero/*.pt")) for name in RUNS)
+    assert adapted < whole / 2
+    start = runs / "adapted" / "task_model" / "model.safetensors"
+    content = bytearray(start.read_bytes())
+    content[-1] ^= 1
+    start.write_bytes(content)
+    try:
+        refused = crosslift("export", str(runs / "adapted"), "--output", str(tmp_path / "model"))
+    finally:
+        content[-1] ^= 1
+        start.write_bytes(content)
+    assert refused.returncode == 2
+    assert "which is gone or has changed" in refused.stderr
+    assert not (tmp_path / "model").exists()
 
 
 def test_masked_words_are_learned_and_the_tied_head_is_stored_once(runs: Path) -> None:

@@ -7,14 +7,18 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from training import checkpoint
-from training.checkpoint import MARKER, RunState
+from training.checkpoint import MARKER, FileRecord, kept
+from training.config import CheckpointConfig
 from training.errors import ConfigError
+from training.run_state import STATE_FILE, RunState, differences
 
 CONFIG = {
     "seed": 1,
@@ -42,7 +46,7 @@ def save(output_dir: Path, step: int, keep: int = 9) -> Path:
     (directory / "zero").mkdir()
     (directory / "zero" / "rank_0.pt").write_bytes(b"x" * 1000)
     state(step).write(directory)
-    return checkpoint.commit(output_dir, step, keep)
+    return checkpoint.commit(output_dir, step, {}, CheckpointConfig(keep=keep))
 
 
 def steps_of(output_dir: Path) -> list[int]:
@@ -78,11 +82,12 @@ def test_a_committed_checkpoint_is_complete_and_marks_every_file(tmp_path: Path)
     path = save(tmp_path, 100)
     assert path == tmp_path / "checkpoints" / "step-00000100"
     assert checkpoint.problem(path) is None
-    sizes = json.loads((path / MARKER).read_text())
-    files = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert files.pop(MARKER)
-    assert sizes == files
-    assert set(sizes) == {"zero/rank_0.pt", "state.json"}
+    expected = {name: FileRecord(len(content), sha256(content).hexdigest()) for name, content in files.items()}
+    assert checkpoint.files_of(path) == expected
+    assert set(expected) == {"zero/rank_0.pt", "state.json"}
+    assert checkpoint.damage(path) is None
 
 
 def test_state_comes_back(tmp_path: Path) -> None:
@@ -92,9 +97,9 @@ def test_state_comes_back(tmp_path: Path) -> None:
 
 def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
-    file = path / checkpoint.STATE_FILE
-    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(ConfigError, match=r"state\.json: format 99, this version reads 1"):
+    file = path / STATE_FILE
+    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
+    with pytest.raises(ConfigError, match=r"state\.json: format 99, this version reads 2"):
         RunState.read(path)
 
 
@@ -125,6 +130,72 @@ def test_the_newest_is_by_number(tmp_path: Path) -> None:
     for step in (900, 1000, 99):
         save(tmp_path, step)
     assert checkpoint.latest(tmp_path) == checkpoint.checkpoint_path(tmp_path, 1000)
+
+
+@pytest.mark.parametrize("name", ["zero/rank_0.pt", "state.json"])
+def test_a_flipped_bit_is_damage_and_only_its_reader_sees_it(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 10)
+    file = path / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert checkpoint.problem(path) is None, "sizes are right"
+    assert checkpoint.damage(path) == f"{name} is not what was saved: its checksum differs"
+    shares = [checkpoint.damage(path, share, 2) for share in (0, 1)]
+    assert sorted(map(str, shares)) == sorted(["None", str(checkpoint.damage(path))]), "each file is read once"
+
+
+def test_what_refuses_is_asked_of_every_candidate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    older, newer = save(tmp_path, 10), save(tmp_path, 20)
+    assert checkpoint.find("auto", tmp_path, lambda path: "damaged" if path == newer else None) == older
+    assert f"{newer} is passed over: damaged" in caplog.text
+    with pytest.raises(ConfigError, match="not a complete checkpoint: damaged"):
+        checkpoint.find(str(newer), tmp_path, lambda path: "damaged")
+
+
+def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path) -> None:
+    directory = checkpoint.begin(tmp_path, 10)
+    state(10).write(directory)
+    with pytest.raises(ConfigError, match=r"zero/rank_1\.pt: written by its rank, but not seen by rank 0"):
+        checkpoint.commit(tmp_path, 10, {"zero/rank_1.pt": FileRecord(1, "x")}, CheckpointConfig())
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_what_ranks_wrote_is_recorded_as_they_say(tmp_path: Path) -> None:
+    """A writer's own checksum, not one of what the disk made of it."""
+    directory = checkpoint.begin(tmp_path, 10)
+    state(10).write(directory)
+    (directory / "rank_0.pt").write_bytes(b"abc")
+    meant = FileRecord(3, sha256(b"abd").hexdigest())
+    path = checkpoint.commit(tmp_path, 10, {"rank_0.pt": meant}, CheckpointConfig())
+    assert "rank_0.pt is not what was saved" in str(checkpoint.damage(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "newest", "every", "mode", "expected"),
+    [
+        ({10: None, 20: None, 30: None}, 1, 0, "min", {30}),
+        ({10: None, 20: None, 30: None, 40: None, 50: None}, 1, 20, "min", {20, 40, 50}),
+        ({10: 3.0, 20: 1.0, 30: 2.0}, 1, 0, "min", {20, 30}),
+        ({10: 3.0, 20: 1.0, 30: 2.0}, 1, 0, "max", {10, 30}),
+        ({10: 1.0, 20: 1.0, 30: 2.0}, 1, 0, "min", {20, 30}),
+        ({10: float("nan"), 20: 5.0, 30: None}, 1, 0, "max", {20, 30}),
+        ({10: -1.0, 20: -2.0, 30: 0.0}, 2, 0, "min", {20, 30}),
+    ],
+)
+def test_newest_kth_and_best_are_kept(
+    values: dict[int, float | None], newest: int, every: int, mode: str, expected: set[int]
+) -> None:
+    assert kept(values, newest, every, mode) == expected
+
+
+def test_the_best_one_outlives_newer_ones(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=1, best="eval/loss")
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5)):
+        directory = checkpoint.begin(tmp_path, step)
+        replace(state(step), metrics={"eval/loss": loss}).write(directory)
+        checkpoint.commit(tmp_path, step, {}, config)
+    assert steps_of(tmp_path) == [20, 40]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -262,7 +333,7 @@ def with_key(key: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_same_run_has_no_differences() -> None:
-    assert checkpoint.differences(state(), dict(FINGERPRINT), json.loads(json.dumps(CONFIG))) == []
+    assert differences(state(), dict(FINGERPRINT), json.loads(json.dumps(CONFIG))) == []
 
 
 @pytest.mark.parametrize(
@@ -283,7 +354,7 @@ def test_the_same_run_has_no_differences() -> None:
     ],
 )
 def test_a_changed_key_is_named_with_both_values(key: str, value: Any, lines: list[str]) -> None:
-    found = checkpoint.differences(state(), FINGERPRINT, with_key(key, value))
+    found = differences(state(), FINGERPRINT, with_key(key, value))
     assert set(lines) <= set(found)
     assert all(line.startswith(f"config {key.rsplit('.', 1)[0] if '.' in key else key}") for line in found)
 
@@ -301,12 +372,12 @@ def test_a_changed_key_is_named_with_both_values(key: str, value: Any, lines: li
     ],
 )
 def test_keys_that_change_no_sample_and_no_gradient_are_free(key: str, value: Any) -> None:
-    assert checkpoint.differences(state(), FINGERPRINT, with_key(key, value)) == []
+    assert differences(state(), FINGERPRINT, with_key(key, value)) == []
 
 
 def test_changed_new_and_gone_files_are_named() -> None:
     now = {"en.jsonl": "aa", "de.jsonl": "changed", "fr.jsonl": "cc"}
-    assert checkpoint.differences(state(), now, CONFIG) == [
+    assert differences(state(), now, CONFIG) == [
         "data de.jsonl: has changed",
         "data fr.jsonl: is new",
         "data languages: is gone",
@@ -314,5 +385,5 @@ def test_changed_new_and_gone_files_are_named() -> None:
 
 
 def test_data_and_config_are_reported_together() -> None:
-    found = checkpoint.differences(state(), FINGERPRINT | {"en.jsonl": "zz"}, with_key("seed", 5))
+    found = differences(state(), FINGERPRINT | {"en.jsonl": "zz"}, with_key("seed", 5))
     assert found == ["config seed: was 1, now 5", "data en.jsonl: has changed"]

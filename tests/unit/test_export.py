@@ -13,11 +13,12 @@ import pytest
 
 from modeling.export_info import EXPORT_FILE, ExportInfo
 from training import checkpoint, export
-from training.checkpoint import MARKER, RunState
-from training.config import RunConfig
+from training.checkpoint import MARKER
+from training.config import CheckpointConfig, RunConfig
 from training.errors import ConfigError
 from training.export import export_checkpoint, export_newest
 from training.run_file import resolved, validate
+from training.run_state import RunState
 
 Save = Callable[[int], Path]
 
@@ -31,7 +32,7 @@ def save(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> Save:
         directory = checkpoint.begin(tmp_path, step)
         (directory / "weights").write_text(f"weights after {step}")
         RunState(step, 1, 0, {}, config, {}).write(directory)
-        return checkpoint.commit(tmp_path, step, keep=9)
+        return checkpoint.commit(tmp_path, step, {}, CheckpointConfig(keep=9))
 
     return make
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from modeling.errors import ModelError
-from modeling.lora import add_adapters, is_adapter_weight, merged
+from modeling.lora import add_adapters, completed, is_adapter_weight, merged
 
 RANK, ALPHA = 3, 12
 IDS = torch.arange(5, 21)[None]
@@ -96,6 +96,17 @@ def test_merged_weights_compute_what_the_adapters_do(targets: list[str] | None) 
     plain.load_state_dict(dict(merged(weights, ALPHA / RANK)))  # strict: the names are a plain model's
     assert (logits(model) - before).abs().max() > 0.1
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
+def test_what_was_trained_and_the_base_make_the_whole_adapted_model(targets: list[str] | None) -> None:
+    model = adapted(targets)
+    disturb(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole = dict(completed(trained, llama().named_parameters()))
+    expected = dict(model.named_parameters())
+    assert whole.keys() == expected.keys()
+    assert all(torch.equal(whole[name], expected[name]) for name in whole)
 
 
 def test_every_rank_draws_the_same_and_the_runs_own_numbers_go_on() -> None:

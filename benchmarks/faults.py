@@ -1,0 +1,348 @@
+"""What a run survives, counted: kills, full disks, damaged checkpoints, servers and files that go away, stopped ranks.
+
+`python -m benchmarks.faults [--kills N] [--each N] [--only NAME ...] [--json FILE] [--work DIR]`
+
+After every fault: did the run go on, or stop with the right message; was a sample lost or repeated; were the losses
+those of the undisturbed run, to the last digit. A full disk needs root (a small file system of its own). Takes about
+twenty minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.disturbed_run import RANKS, DisturbedRun, Judgement, judge, starts
+from benchmarks.ranks import machine
+from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
+from training import checkpoint
+from training.mlflow_store import server_answers
+from training.stop import STOPPED
+
+FAULTS = (
+    "kills", "saving_kills", "full_disk", "flipped", "truncated", "mlflow_away", "source_away", "stopped_ranks"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One fault and what came of it."""
+
+    fault: str
+    as_expected: bool  # went on, or stopped with the right message
+    samples: bool
+    losses: bool
+    note: str
+
+    @property
+    def good(self) -> bool:
+        return self.as_expected and self.samples and self.losses
+
+
+class Faults:
+    """The undisturbed run, and every way to disturb one like it."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self.work, self.chance = work, random.Random(seed)
+        self.data = work / "data"
+        write_corpus(self.data, CorpusSizes(), seed)
+        undisturbed = self.run("undisturbed")
+        if status := undisturbed.finish():
+            raise RuntimeError(f"the undisturbed run ended with {status}: {undisturbed.said[-2000:]}")
+        (self.reference,) = starts(undisturbed.output)
+        self.weights = (undisturbed.output / "model" / "model.safetensors").read_bytes()
+
+    def run(self, name: str, **changes: object) -> DisturbedRun:
+        return DisturbedRun(self.work / name, self.data, **changes)
+
+    def kills(self, n: int) -> list[Outcome]:
+        """-9 at a random moment of training."""
+
+        def strike(run: DisturbedRun) -> str:
+            time.sleep(self.chance.uniform(0, 1.5))
+            run.kill(self.chance)
+            return "killed"
+
+        return self._struck("kill -9 in training", n, strike, lambda run, status: status != 0)
+
+    def saving_kills(self, n: int) -> list[Outcome]:
+        """-9 while a checkpoint is being written; those that came too late are not counted."""
+
+        def strike(run: DisturbedRun) -> str:
+            root = checkpoint.checkpoint_root(run.output)
+            run.wait_until(lambda: any(root.glob(".incomplete-*")), pause=0.001)
+            time.sleep(self.chance.uniform(0, 0.03))
+            run.kill(random.Random(0) if self.chance.random() < 0.5 else self.chance)
+            return "killed"
+
+        def half_written(run: DisturbedRun, status: int) -> bool:
+            return status != 0
+
+        def counted(run: DisturbedRun) -> bool:
+            return any(checkpoint.checkpoint_root(run.output).glob(".incomplete-*"))
+
+        return self._struck("kill -9 while saving", n, strike, half_written, counted)
+
+    def stopped_ranks(self, n: int) -> list[Outcome]:
+        """SIGSTOP to one rank: the watchdog names it and ends the run."""
+        number = 0
+
+        def strike(run: DisturbedRun) -> str:
+            nonlocal number
+            number = self.chance.randrange(RANKS)
+            run.ranks()[number].send_signal(signal.SIGSTOP)
+            return f"rank {number} stopped"
+
+        return self._struck(
+            "a rank stopped (SIGSTOP)", n, strike, lambda run, status: status == 1 and f"rank {number}" in run.said
+        )
+
+    def damaged(self, fault: str, n: int, damage: Callable[[Path], None]) -> list[Outcome]:
+        """A file of the newest checkpoint is damaged while the run is stopped: that checkpoint is passed over."""
+        spoilt: Path | None = None
+
+        def strike(run: DisturbedRun) -> str:
+            run.signal(signal.SIGTERM)
+            return "stopped"
+
+        def stopped(run: DisturbedRun, status: int) -> bool:
+            nonlocal spoilt
+            passed_over = spoilt is None or f"{spoilt} is passed over" in run.said
+            spoilt = checkpoint.latest(run.output)
+            files = checkpoint.files_of(spoilt) if spoilt else None
+            assert files
+            assert spoilt
+            damage(spoilt / self.chance.choice(sorted(files)))
+            return status == STOPPED and passed_over
+
+        outcomes = self._struck(fault, n + 1, strike, stopped)
+        return outcomes[1:]  # the first stop found nothing damaged yet
+
+    def flipped(self, n: int) -> list[Outcome]:
+        def flip(file: Path) -> None:
+            content = bytearray(file.read_bytes())
+            content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
+            file.write_bytes(content)
+
+        return self.damaged("a checkpoint's bit flipped", n, flip)
+
+    def truncated(self, n: int) -> list[Outcome]:
+        def cut(file: Path) -> None:
+            os.truncate(file, self.chance.randrange(file.stat().st_size))
+
+        return self.damaged("a checkpoint's file truncated", n, cut)
+
+    def full_disk(self, n: int) -> list[Outcome]:
+        """The disk of the checkpoints is full for a while: the run says so and goes on; what was saved stays."""
+        run = self.run("full-disk")
+        root = checkpoint.checkpoint_root(run.output)
+        root.mkdir(parents=True)
+        saved = checkpoint.checkpoint_root(self.work / "undisturbed" / "run").rglob("*")
+        size = sum(file.stat().st_size for file in saved if file.is_file())
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={3 * size}", "tmpfs", str(root)], check=True)
+        try:
+            outcomes = []
+            run.start()
+            for number in range(1, n + 1):
+                run.wait_for_steps(10 * number)
+                (root / "filler").write_bytes(b"")
+                with (root / "filler").open("wb", buffering=0) as filler:
+                    try:
+                        while True:
+                            filler.write(bytes(1 << 16))
+                    except OSError:
+                        pass  # full, as it should be
+                told = run.wait_until(lambda number=number: run.said.count("not saved") >= number)
+                (root / "filler").unlink()
+                complete = checkpoint.latest(run.output)
+                fine = told and "No space left on device" in run.said and complete is not None
+                outcomes.append(fine)
+            status = run.wait()
+            return self._one_run("disk full while saving", run, status, outcomes)
+        finally:
+            subprocess.run(["umount", str(root)], check=True)
+
+    def source_away(self, n: int) -> list[Outcome]:
+        """A source file is moved away for some seconds: the run waits for it."""
+        run = self.run("source-away")
+        run.start()
+        outcomes = []
+        for number in range(1, n + 1):
+            run.wait_for_steps(10 * number)
+            file = self.data / "finetune" / f"{self.chance.choice(LANGUAGES)}.jsonl"
+            away = file.with_suffix(".away")
+            file.rename(away)
+            try:
+                waiting = run.wait_until(lambda number=number: run.said.count("trying again") >= number)
+                time.sleep(self.chance.uniform(1, 4))
+            finally:
+                away.rename(file)
+            outcomes.append(waiting and run.running)
+        return self._one_run("source file unreadable for a while", run, run.wait(), outcomes)
+
+    def mlflow_away(self, n: int) -> list[Outcome]:
+        """MLflow's server is killed and started again: it has every step in the end."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        address = f"http://127.0.0.1:{port}"
+        tracking = {"enabled": True, "uri": address, "experiment": "faults", "sync_seconds": 0.5}
+        run = self.run("mlflow-away", tracking=tracking)
+        server = self._server(port)
+        try:
+            run.start()
+            outcomes = []
+            for number in range(1, n + 1):
+                run.wait_for_steps(10 * number)
+                before = run.last_step
+                server.kill()
+                server.wait()
+                run.wait_until(lambda before=before: run.last_step >= before + 5)
+                outcomes.append(run.last_step >= before + 5)
+                server = self._server(port)
+            status = run.wait()
+            from mlflow.tracking import MlflowClient
+
+            client = MlflowClient(address)
+            experiment = client.get_experiment_by_name("faults")
+            assert experiment is not None
+            (found,) = client.search_runs([experiment.experiment_id])
+            there = {point.step: point.value for point in client.get_metric_history(found.info.run_id, "train/loss")}
+            wanted = {step: values["train/loss"] for step, values in self.reference.metrics.items()}
+            outcomes = [fine and there == wanted for fine in outcomes]
+            return self._one_run("MLflow server killed and restarted", run, status, outcomes)
+        finally:
+            server.kill()
+
+    def _server(self, port: int) -> subprocess.Popen[bytes]:
+        store = f"sqlite:///{self.work}/mlflow.db"
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+        command += ["--artifacts-destination", str(self.work / "artifacts"), "--port", str(port)]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        quiet = subprocess.DEVNULL
+        server = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
+        while not server_answers(f"http://127.0.0.1:{port}", timeout=1.0):
+            if server.poll() is not None:
+                raise RuntimeError("MLflow's server does not start")
+            time.sleep(0.2)
+        return server
+
+    def _struck(
+        self,
+        fault: str,
+        n: int,
+        strike: Callable[[DisturbedRun], str],
+        expected: Callable[[DisturbedRun, int], bool],
+        counted: Callable[[DisturbedRun], bool] = lambda run: True,
+    ) -> list[Outcome]:
+        """`n` faults that each end the process, which is then started again; each judged by how it goes on."""
+        outcomes: list[Outcome] = []
+        name = fault.split(" (")[0].replace(" ", "-").replace("'", "")
+        runs = tries = 0
+        run = self.run(f"{name}-0")
+        pending: tuple[bool, int, str] | None = None  # of the last strike: as expected, last step, note
+        while tries < 3 * n:
+            begun = len(starts(run.output))
+            run.start()
+            alive = run.wait_for_steps(1) if not begun else run.wait_until(partial(_moved, run, begun))
+            if pending is not None:
+                outcomes.append(self._resumed(fault, run, *pending))
+                pending = None
+            if len(outcomes) >= n:
+                break
+            if not alive or not run.running:  # it came to its end
+                runs += 1
+                run = self.run(f"{name}-{runs}")
+                continue
+            note = strike(run)
+            tries += 1
+            fine = expected(run, run.wait())
+            if counted(run):
+                pending = (fine, run.last_step, note)
+        status = run.finish()
+        return self._with_the_end(outcomes, run, status)
+
+    def _resumed(self, fault: str, run: DisturbedRun, as_expected: bool, before: int, note: str) -> Outcome:
+        start = starts(run.output)[-1]
+        found = judge(start, self.reference.metrics, before)
+        note = f"{note} after step {before}, on from {start.resumed}"
+        return Outcome(fault, as_expected, found.samples, found.losses, note)
+
+    def _with_the_end(self, outcomes: list[Outcome], run: DisturbedRun, status: int) -> list[Outcome]:
+        """The last one also answers for the run's end: its weights are those of the undisturbed run."""
+        end = self._end(run, status)
+        last = outcomes[-1]
+        outcomes[-1] = Outcome(last.fault, last.as_expected and not status, last.samples and end.samples,
+                               last.losses and end.losses, f"{last.note}; the run's end looked at too")  # fmt: skip
+        return outcomes
+
+    def _one_run(self, fault: str, run: DisturbedRun, status: int, fine: list[bool]) -> list[Outcome]:
+        """Faults that end no process, all done to one run."""
+        end = self._end(run, status)
+        return [Outcome(fault, each and not status, end.samples, end.losses, f"exit status {status}") for each in fine]
+
+    def _end(self, run: DisturbedRun, status: int) -> Judgement:
+        found = [judge(each, self.reference.metrics, run.max_steps) for each in starts(run.output) if each.metrics]
+        weights = run.output / "model" / "model.safetensors"
+        equal = not status and weights.read_bytes() == self.weights
+        whole = run.last_step == run.max_steps
+        return Judgement(whole and all(each.samples for each in found), equal and all(each.losses for each in found))
+
+
+def _moved(run: DisturbedRun, begun: int) -> bool:
+    found = starts(run.output)
+    return len(found) > begun and bool(found[-1].metrics)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Faults by kind, as Markdown."""
+    columns = ["fault", "times", "as expected", "no sample lost or repeated", "losses equal", "all three"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for fault in dict.fromkeys(each.fault for each in outcomes):
+        of_it = [each for each in outcomes if each.fault == fault]
+        counts = [sum(getattr(each, what) for each in of_it) for what in ("as_expected", "samples", "losses", "good")]
+        lines.append(f"| {fault} | {len(of_it)} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="in training, and as many while saving")
+    parser.add_argument("--each", type=int, default=5, help="of every other fault")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, help="only these")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, help="a folder to keep; default: one that is removed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        faults = Faults(options.work or Path(temporary), options.seed)
+        counts = {"kills": options.kills, "saving_kills": options.kills}
+        outcomes: list[Outcome] = []
+        started = time.monotonic()
+        for name in options.only or FAULTS:
+            found = getattr(faults, name)(counts.get(name, options.each))
+            for each in found:
+                print(f"{'ok ' if each.good else 'BAD'} {each.fault}: {each.note}", flush=True)
+            outcomes += found
+        seconds = time.monotonic() - started
+    print(f"\n{table(outcomes)}\n\n{seconds / 60:.1f} minutes")
+    if options.json:
+        report = {"machine": machine(RANKS), "seconds": seconds, "outcomes": [asdict(each) for each in outcomes]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(each.good for each in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The error that a user of Slurm can mend, and pydantic's mistakes in one line each.
+
+In: nothing. Out: `SlurmError`. Next: every file of `slurm` raises it; `crosslift.py` prints it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ValidationError
+
+
+class SlurmError(Exception):
+    """One line that names the file, option or job, what is wrong and what would be right."""
+
+    exit_status = 2
+
+
+def mistakes(error: ValidationError, model: type[BaseModel], origins: Mapping[str, str]) -> SlurmError:
+    """Every mistake in a line of its own; `origins` says where a key was given: a file's name, or the option."""
+    return SlurmError("\n".join(_line(item, model, origins) for item in error.errors()))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """What a wrong name may have meant, or all that there is."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+
+
+def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> str:
+    assert isinstance(item, dict)
+    place = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "lax-", "json-"))]
+    message = item["msg"].removeprefix("Value error, ")
+    if not place and (key := message.partition(": ")[0]) in origins:  # found when the keys were looked at together
+        place, message = [key], message.partition(": ")[2]
+    origin = origins.get(place[0]) if place else None
+    # An option names itself; a file's key comes after the file.
+    of_option = [part for part in place[1:] if not part.isdigit()]
+    path = ".".join(of_option if origin and origin.startswith("--") else place)
+    where = ": ".join(filter(None, [origin, path]))
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {nearest(place[-1], _known(model, place[:-1]))}"
+    if item["type"] == "missing":
+        return f"{where}: required, but missing"
+    if item["type"] == "value_error":
+        return ": ".join(filter(None, [where, message]))
+    return f"{where}: {message[0].lower()}{message[1:]} (found {item['input']!r})"
+
+
+def _known(model: type[BaseModel], place: list[str]) -> list[str]:
+    """Keys of the section that `place` leads to."""
+    for name in place:
+        for each in (
+            model.model_fields[name].annotation,
+            *getattr(model.model_fields[name].annotation, "__args__", ()),
+        ):
+            if isinstance(each, type) and issubclass(each, BaseModel):
+                model = each
+    return list(model.model_fields)

@@ -1,0 +1,85 @@
+"""A site's defaults: `~/.config/crosslift/slurm.yaml`, then the project's `slurm.yaml`, then the command line.
+
+In: up to two YAML files and options. Out: JobSettings, with every mistake named by its file or option.
+Next: `submit.py`.
+
+The later one wins key by key; `environment` and `sbatch` are merged by their own keys, and null takes a default away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from slurm.errors import SlurmError, mistakes
+from slurm.spec import JobSettings
+
+MERGED = ("environment", "sbatch")
+PROJECT_FILE = Path("slurm.yaml")
+
+
+def user_file() -> Path:
+    """The user's own defaults."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "crosslift" / "slurm.yaml"
+
+
+def load_settings(options: Mapping[str, Any], files: tuple[Path, ...] | None = None) -> JobSettings:
+    """Defaults of `files` (those of the user and the project, as far as they exist), with `options` above them.
+
+    Args:
+        options: by key of JobSettings; None: not given.
+
+    Raises:
+        SlurmError: a line for every mistake, with its file and key, or its option.
+    """
+    found = [file for file in (user_file(), PROJECT_FILE) if file.is_file()] if files is None else files
+    layers = [(str(file), _read(file)) for file in found]
+    for origin, layer in layers:
+        # Each file alone: what is wrong in it must not be hidden by what comes above it.
+        _validated(layer, dict.fromkeys(layer, origin))
+    given = {key: value for key, value in options.items() if value is not None}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in (*layers, ("", given)):
+        for key, value in layer.items():
+            before = values.get(key)
+            both = key in MERGED and isinstance(value, dict) and isinstance(before, dict)
+            values[key] = {**before, **value} if both and before else value
+            origins[key] = origin or f"--{key.replace('_', '-')}"
+    return _validated(values, origins)
+
+
+def _validated(values: dict[str, Any], origins: Mapping[str, str]) -> JobSettings:
+    """Settings without what is null: not given, or taken away."""
+    plain = {
+        key: {name: each for name, each in value.items() if each is not None}
+        if key in MERGED and isinstance(value, dict)
+        else value
+        for key, value in values.items()
+        if value is not None
+    }
+    try:
+        return JobSettings.model_validate(plain)
+    except ValidationError as error:
+        raise mistakes(error, JobSettings, origins) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlurmError(f"{file}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f":{place.line + 1}" if place else ""
+        raise SlurmError(f"{file}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise SlurmError(f"{file}: must hold a mapping of keys, not {type(values).__name__}")
+    return values

@@ -1,0 +1,225 @@
+"""What a job is: the settings that a site or a user chooses, and the spec that the batch script is rendered from.
+
+In: plain values from files and options. Out: `JobSettings` and `JobSpec`, frozen and checked. Next: `site.py` merges
+settings, `render.py` writes the script.
+
+Everything here ends up in a batch script. Values may hold spaces, quotes, `$(...)` and any letters: they are quoted.
+What no quoting can carry (line breaks, other control characters) is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+GRACE_SECONDS = 300
+TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+OPTION = re.compile(r"[a-z][a-z0-9-]*")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+JOB = re.compile(r"\d+(_\d+)?")
+# Options of sbatch that the rest of the job rests on, and the key to use instead where there is one.
+OWN_OPTIONS = {
+    "nodes": "nodes", "ntasks-per-node": "nproc_per_node", "ntasks": "nproc_per_node", "gpus-per-node": "gpus_per_node",
+    "time": "time", "partition": "partition", "account": "account", "qos": "qos", "cpus-per-task": "cpus_per_task",
+    "mem": "mem", "signal": "grace_seconds", "array": "--array", "dependency": "--after", "export": "environment",
+    "job-name": None, "output": None, "error": None, "open-mode": None, "requeue": None, "no-requeue": None,
+    "chdir": None, "parsable": None, "wrap": None, "wait": None, "kill-on-invalid-dep": None,
+}  # fmt: skip
+
+
+def printable(text: str) -> str:
+    """The text, if it is one line of printable characters."""
+    if not text:
+        raise ValueError("must not be empty")
+    if bad := [each for each in text if not each.isprintable()]:
+        raise ValueError(f"{text!r} holds {bad[0]!r}; must be one line without control characters")
+    return text
+
+
+def _path(path: Path) -> Path:
+    printable(str(path))
+    if "\\" in str(path):
+        raise ValueError(f"{str(path)!r} holds a backslash, with which Slurm fills no job number into file names")
+    return path
+
+
+def _time(value: object) -> object:
+    # YAML 1.1 reads 12:00:00 as the number 43200, which Slurm would take for minutes.
+    if isinstance(value, int):
+        raise ValueError(f'{value}: write it in quotes, such as "12:00:00" or "90" (minutes)')
+    if isinstance(value, str) and not TIME.fullmatch(value):
+        raise ValueError(f"{value!r}: must be minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S, such as 12:00:00")
+    return value
+
+
+def _memory(text: str) -> str:
+    if not MEMORY.fullmatch(text):
+        raise ValueError(f"{text!r}: must be a number with K, M, G or T, such as 500G; 0 is all of a node")
+    return text
+
+
+def _line(text: str) -> str:
+    return printable(text.replace("\t", " "))
+
+
+def _lines(value: object) -> object:
+    """A block of text is as many lines."""
+    return tuple(value.splitlines()) if isinstance(value, str) else value
+
+
+def seconds(time: str) -> int:
+    """Seconds of a time limit as Slurm writes it."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(each) for each in rest.split(":")]
+    if dash:
+        hours, minutes, last = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, last = parts
+    else:
+        hours, (minutes, last) = 0, (*parts, 0)[:2]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + last
+
+
+Word = Annotated[str, AfterValidator(printable)]
+Line = Annotated[str, AfterValidator(_line)]
+PlainPath = Annotated[Path, AfterValidator(_path)]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Container(Section):
+    """An image that everything on a node runs in."""
+
+    image: Word = Field(description="file or address of the image")
+    mounts: tuple[Word, ...] = Field((), description="SOURCE:TARGET, as the container's program takes them")
+    command: Annotated[
+        tuple[Word, ...], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)
+    ] = Field(("apptainer", "exec", "--nv"), description="what starts it; `srun`: Slurm's own options (pyxis)")
+
+
+class JobSettings(Section):
+    """What a site, a project or a command line says about jobs."""
+
+    partition: Word | None = Field(None, description="Slurm's partition")
+    account: Word | None = Field(None, description="who pays")
+    qos: Word | None = Field(None, description="quality of service")
+    time: Annotated[str | None, BeforeValidator(_time)] = Field(None, description="limit of one job, such as 12:00:00")
+    nodes: int = Field(1, ge=1, description="nodes of a job")
+    gpus_per_node: int | None = Field(None, ge=0, description="GPUs of each node; 0: ranks on CPUs")
+    nproc_per_node: int | None = Field(None, ge=1, description="ranks a node; by default its GPUs, or 1")
+    cpus_per_task: int | None = Field(None, ge=1, description="CPU cores a node: Slurm's task is a node's launcher")
+    mem: Annotated[str, AfterValidator(_memory)] | None = Field(None, description="memory a node, such as 500G")
+    setup: Annotated[tuple[Line, ...], BeforeValidator(_lines)] = Field((), description="shell lines before all else")
+    python: Word | None = Field(None, description="interpreter on the nodes; by default the one that submits")
+    container: Container | None = Field(None, description="image that the node's program runs in")
+    environment: dict[str, str] = Field({}, description="variables for the job; nothing secret, it is written down")
+    gpu_memory_gib: float | None = Field(
+        None, gt=0, description="memory of a GPU, which the run's need is compared with"
+    )
+    grace_seconds: int | None = Field(
+        None, ge=1, le=65535, description="before the limit: when ranks are told to stop; by default 300 or a quarter"
+    )
+    max_requeues: int = Field(20, ge=0, description="how often a stopped job goes on by itself")
+    sbatch: dict[str, str | int | bool] = Field({}, description="further options of sbatch, such as constraint: a100")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JobSettings:
+        for name in self.environment:
+            if not VARIABLE.fullmatch(name):
+                raise ValueError(f"environment: {name!r} is no name of a variable")
+            if SECRET.search(name):
+                raise ValueError(
+                    f"environment: {name} looks secret, and job scripts are files; set it in the shell that submits, "
+                    "from which jobs inherit it"
+                )
+            if "\0" in self.environment[name]:
+                raise ValueError(f"environment: {name} holds a NUL character")
+        for name, value in self.sbatch.items():
+            if name in OWN_OPTIONS:
+                instead = OWN_OPTIONS[name]
+                raise ValueError(f"sbatch: {name} is crosslift's own" + (f"; use {instead}" if instead else ""))
+            if not OPTION.fullmatch(name):
+                raise ValueError(f"sbatch: {name!r} is no option; write it as sbatch does, such as constraint: a100")
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"sbatch: {name}: {value!r} is not one line without control characters")
+        if self.gpus_per_node and (self.nproc_per_node or 0) > self.gpus_per_node:
+            raise ValueError(
+                f"nproc_per_node: {self.nproc_per_node} ranks for {self.gpus_per_node} GPUs; at most one each"
+            )
+        if self.time is not None and seconds(self.time) <= (self.grace_seconds or 0):
+            raise ValueError(f"grace_seconds: {self.grace_seconds} is not less than the time limit, {self.time}")
+        return self
+
+    @property
+    def grace(self) -> int:
+        """Seconds before the time limit at which ranks are told to stop."""
+        quarter = seconds(self.time) // 4 if self.time else GRACE_SECONDS
+        return self.grace_seconds or max(min(GRACE_SECONDS, quarter), 1)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks a node."""
+        return self.nproc_per_node or self.gpus_per_node or 1
+
+
+class Element(Section):
+    """One piece of work: the only one of a job, or an element of its array."""
+
+    run_dir: PlainPath = Field(description="the run's folder, absolute")
+    arguments: tuple[str, ...] = Field(min_length=1, description="train: [CONFIG]; command: words of a crosslift line")
+    readable: tuple[Path, ...] = Field((), description="what each node must be able to read")
+
+    @model_validator(mode="after")
+    def _arguments_are_text(self) -> Element:
+        for word in self.arguments:
+            if "\0" in word:
+                raise ValueError(f"{word!r} holds a NUL character")
+        return self
+
+
+class JobSpec(Section):
+    """One job, ready to be rendered."""
+
+    name: Word = Field(description="shown by squeue")
+    stem: str = Field(pattern=r"[a-z0-9-]+", description="first part of the names of its files")
+    kind: Literal["train", "command"] = Field(description="ranks of a run on all nodes, or one process on one")
+    settings: JobSettings
+    folder: PlainPath = Field(description="of the submission: script and Slurm's output files lie here")
+    code: PlainPath = Field(description="the frozen source")
+    chdir: PlainPath = Field(description="where relative paths of the run file begin")
+    python: Word = Field(description="interpreter on the nodes")
+    elements: tuple[Element, ...] = Field(min_length=1)
+    array: bool = Field(False, description="a job array of the elements")
+    array_limit: int | None = Field(None, ge=1, description="elements that run at a time")
+    after: tuple[Annotated[str, AfterValidator(printable)], ...] = Field((), description="jobs that must succeed first")
+    elementwise: bool = Field(False, description="element i waits for element i of the jobs before")
+    offline: bool = Field(False, description="no Hugging Face hub on the nodes")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JobSpec:
+        for job in self.after:
+            if not JOB.fullmatch(job):
+                raise ValueError(f"--after {job}: must be a job's number, such as 1234 or 1234_5")
+        if self.settings.container is not None:
+            for path in (self.folder, self.chdir, *(each.run_dir for each in self.elements)):
+                if bad := set(str(path)) & set(":,"):
+                    raise ValueError(f"{path}: {bad.pop()!r} in a path that has to be mounted into the container")
+        return self
+
+    @property
+    def script(self) -> Path:
+        """The batch script's place."""
+        return self.folder / f"{self.stem}.sh"
+
+    def output(self, job: str | None = None) -> Path:
+        """Slurm's output file of a job, or the pattern that Slurm fills in."""
+        return self.folder / f"{self.stem}-{job or ('%A_%a' if self.array else '%j')}.out"

@@ -1,0 +1,94 @@
+"""A rank that stands still ends the run with its name, step, phase and stack; a slow one is left alone. Real ranks."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from ranks import SOURCE, environment
+from tiny_run import RANK_ITEMS, write_data
+
+PROGRAM = str(Path(__file__).with_name("stalls.py"))
+HOST = socket.gethostname()
+STALL_SECONDS = 6.0  # more than one slow step of `stalls.py`, less than all of them
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("stalls") / "data", RANK_ITEMS)
+
+
+def start_node(fault: str, data: Path, output: Path, place: str, nproc: int) -> subprocess.Popen[str]:
+    command = [sys.executable, PROGRAM, fault, str(data), str(output)]
+    program = f"""
+        import sys
+        from pathlib import Path
+        from training.launcher import Launcher
+        from training.nodes import Nodes, Place
+        nodes = Nodes({place})
+        sys.exit(Launcher(nodes, {command!r}, {nproc}, Path({str(output)!r}), {STALL_SECONDS}).run())
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment(), cwd=SOURCE, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    try:
+        return process.communicate(timeout=150)[1]
+    finally:
+        process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_an_endless_loop_is_found_after_slow_steps_were_left_alone(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    node = start_node("loop", data, output, "Place()", 2)
+    text = said(node)
+    assert node.returncode == 1, text[-3000:]
+    report = text[text.index("crosslift: ") :].splitlines()
+    assert report[0].startswith(f"crosslift: rank 1 on {HOST} stands still: no sign of life for ")
+    assert "; step 5, phase 'waiting for data', process " in report[0]
+    assert report[0].endswith(" is running")
+    assert report[1].endswith("in turn_for_ever")
+    assert report[2].endswith("in stalling")
+    assert report[-1] == f"    all stacks: {output}/logs/rank-00001.log and the other ranks' logs"
+    evidence = json.loads((output / "logs" / "stall-node-0.json").read_text())
+    assert [(each["rank"], each["step"], each["phase"]) for each in evidence] == [
+        (0, 4, "all-reduce"), (1, 4, "waiting for data")
+    ]  # fmt: skip
+    for rank, function in ((0, "in all_reduce"), (1, "in turn_for_ever")):
+        log = (output / "logs" / f"rank-{rank:05d}.log").read_text()
+        assert log.index("all threads:") < log.rindex(function)
+    assert "rank 1 on" in (output / "logs" / "run.log").read_text()
+    last = json.loads((output / "logs" / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["rank"], last["level"], last["step"]) == (None, "CRITICAL", 5)
+
+
+def test_a_stopped_rank_of_another_node_is_named_there(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    rendezvous = f"127.0.0.1:{free_port()}"
+    nodes = [start_node("stop", data, output, f"Place(2, {node}, {rendezvous!r})", 1) for node in range(2)]
+    texts = [said(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], "\n".join(texts)[-3000:]
+    (line,) = [line for line in texts[1].splitlines() if "stands still" in line]
+    assert line.startswith(f"crosslift: rank 1 on {HOST} stands still")
+    assert "step 5, phase 'waiting for data'" in line
+    assert line.endswith(" is stopped")
+    assert "in stalling" in texts[1]
+    assert "stands still" not in texts[0]
+    assert "killed" not in texts[0] + texts[1]
+    for node in range(2):
+        (evidence,) = json.loads((output / "logs" / f"stall-node-{node}.json").read_text())
+        assert evidence["rank"] == node

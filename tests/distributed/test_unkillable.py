@@ -1,0 +1,199 @@
+"""What two ranks survive, and how they end where they do not: bad losses, a full disk, signals and the deadline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import checked, run_ranks
+from tiny_run import RANK_ITEMS, write_data
+from unkillable_cells import CELLS, EVERY, STEPS
+
+from training import checkpoint
+from training.run_state import RunState
+
+FINISHED = [None, None]
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unkillable")
+    data = write_data(folder / "data", RANK_ITEMS)
+    program = [str(Path(__file__).with_name("unkillable_cells.py")), str(data), str(folder)]
+    results = run_ranks(program, world_size=2, timeout=400)
+    checked(results)
+    (folder / "log").write_text(results[0].stderr)
+    return folder
+
+
+def raised(cells: Path, name: str) -> list[list[str] | None]:
+    found: list[list[str] | None] = json.loads((cells / f"{name}.json").read_text())
+    return found
+
+
+def events(cells: Path, name: str) -> list[dict[str, Any]]:
+    lines = (cells / name / "record.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] in ("start", "metrics")]
+
+
+def fingerprints(cells: Path, name: str) -> list[float]:
+    """Of the data of every step that was run, in the order in which they were."""
+    return [e["values"]["data/step_fingerprint"] for e in events(cells, name) if e["kind"] == "metrics"]
+
+
+def losses(cells: Path, name: str) -> dict[int, Any]:
+    return {e["step"]: e["values"]["train/loss"] for e in events(cells, name) if e["kind"] == "metrics"}
+
+
+def saved(cells: Path, name: str) -> list[int]:
+    folder = checkpoint.checkpoint_root(cells / name)
+    assert not list(folder.glob(".incomplete*")), "nothing is left half-written"
+    paths = sorted(folder.glob("step-*"))
+    assert not [path for path in paths if checkpoint.problem(path) or checkpoint.damage(path)]
+    return [int(path.name.removeprefix("step-")) for path in paths]
+
+
+def test_an_undisturbed_run_ends_saved(cells: Path) -> None:
+    assert raised(cells, "undisturbed") == FINISHED
+    assert saved(cells, "undisturbed") == [STEPS - EVERY, STEPS]
+    assert sorted(losses(cells, "undisturbed")) == list(range(1, STEPS + 1))
+
+
+def test_writing_in_the_background_saves_what_writing_at_once_saves(cells: Path) -> None:
+    """Byte for byte: the copies are taken before training goes on."""
+    files = [
+        checkpoint.files_of(checkpoint.checkpoint_path(cells / each, STEPS)) for each in ("undisturbed", "foreground")
+    ]
+    assert files[0] is not None
+    assert files[1] is not None
+    states = [{name: each for name, each in found.items() if name.startswith("zero/")} for found in files]
+    assert len(states[0]) == 4
+    assert states[0] == states[1]
+
+
+def test_a_skipped_update_costs_its_samples_and_nothing_else(cells: Path) -> None:
+    assert raised(cells, "skip") == FINISHED
+    assert fingerprints(cells, "skip") == fingerprints(cells, "undisturbed")
+    here, there = losses(cells, "skip"), losses(cells, "undisturbed")
+    assert here.pop(5) == "NaN"
+    assert [here[step] for step in range(1, 5)] == [there[step] for step in range(1, 5)]
+    assert here[6] != there[6], "an update is missing"
+    assert all(0 < here[step] < 10 for step in range(6, STEPS + 1))
+    (listed,) = (cells / "skip").glob("not-finite-step-4.json")
+    assert list(json.loads(listed.read_text())["sample_ids"]) == ["1"]
+
+
+def test_a_roll_back_leaves_out_the_data_since_the_checkpoint(cells: Path) -> None:
+    """Step 5 fails, 4 steps were saved: the data of steps 4 and 5 are left out, and no step is missing."""
+    assert raised(cells, "roll back") == FINISHED
+    before, data = fingerprints(cells, "undisturbed"), fingerprints(cells, "roll back")
+    assert data[:5] == before[:5]
+    assert data[5 : 5 + 6] == before[6:12]
+    assert len(data) == 5 + 8
+    starts = [event["resumed_step"] for event in events(cells, "roll back") if event["kind"] == "start"]
+    assert starts == [None, 4]
+    here, there = losses(cells, "roll back"), losses(cells, "undisturbed")
+    assert all(here[step] == there[step] for step in range(1, 5))
+    assert RunState.read(checkpoint.checkpoint_path(cells / "roll back", STEPS)).data_offset == 2
+
+
+def test_roll_backs_add_up(cells: Path) -> None:
+    """Data step 7 fails as step 5 of the second try, which went on with the data of step 6 as its step 4."""
+    assert raised(cells, "roll back twice") == FINISHED
+    before, data = fingerprints(cells, "undisturbed"), fingerprints(cells, "roll back twice")
+    assert data == [*before[:5], before[6], *before[8:], *data[10:]]
+    assert len(set(data)) == len(data)
+    state = RunState.read(checkpoint.checkpoint_path(cells / "roll back twice", STEPS))
+    assert (state.data_offset, state.guard["events"]) == (4, 2)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(cells: Path) -> None:
+    for each in raised(cells, "roll back from nowhere"):
+        assert each == ["NonFiniteStep", "step 1: there is no checkpoint to go back to; set checkpoint.every lower"]
+
+
+def test_a_budget_that_is_used_up_stops_the_run(cells: Path) -> None:
+    for each in raised(cells, "used up"):
+        assert each is not None
+        assert each[0] == "NonFiniteStep"
+        assert each[1].startswith(
+            "step 6: loss is not finite, and guard.max_events=1 were used up before; samples of rank 1: "
+        )
+
+
+def test_a_loss_that_leaps_is_skipped_or_stops_the_run(cells: Path) -> None:
+    assert raised(cells, "spike skipped") == FINISHED
+    here, there = losses(cells, "spike skipped"), losses(cells, "undisturbed")
+    assert here[10] == pytest.approx(50 * there[10])
+    assert here[11] != there[11]
+    assert here[11] < 2 * there[11]
+    for each in raised(cells, "spike stops"):
+        assert each is not None
+        assert "step 9: loss " in each[1]
+        assert "times the median of the last 8 steps" in each[1]
+    assert sorted(losses(cells, "spike stops")) == list(range(1, 10))
+
+
+def test_a_full_disk_on_one_rank_costs_one_checkpoint(cells: Path) -> None:
+    assert raised(cells, "disk full once") == FINISHED
+    assert saved(cells, "disk full once") == [STEPS - EVERY, STEPS]
+    assert losses(cells, "disk full once") == losses(cells, "undisturbed")
+    log = (cells / "log").read_text()
+    assert "checkpoint of step 4: not saved: rank 1 on " in log
+    assert "No space left on device" in log
+
+
+def test_a_disk_that_stays_full_stops_every_rank(cells: Path) -> None:
+    for each in raised(cells, "disk full"):
+        assert each is not None
+        assert each[0] == "CheckpointFailed"
+        assert each[1].startswith("checkpoint of step 8: not saved: rank 1 on ")
+    assert saved(cells, "disk full") == [2], "what was complete before is still there"
+
+
+def test_a_run_whose_end_cannot_be_saved_is_no_success(cells: Path) -> None:
+    assert [each and each[0] for each in raised(cells, "disk full at the end")] == ["CheckpointFailed"] * 2
+    assert saved(cells, "disk full at the end") == []
+
+
+@pytest.mark.parametrize(("name", "step", "reason"), [("TERM", 5, "SIGTERM"), ("USR1 twice", 7, "SIGUSR1")])
+def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(
+    cells: Path, name: str, step: int, reason: str
+) -> None:
+    text = f"stopped by {reason} after {step} of {STEPS} steps; all of it is saved"
+    assert raised(cells, name) == [["StoppedOnRequest", text]] * 2
+    assert saved(cells, name) == [step]
+    assert sorted(losses(cells, name)) == list(range(1, step + 1))
+
+
+def test_the_deadline_is_met_by_stopping_before_it(cells: Path) -> None:
+    for each in raised(cells, "deadline near"):
+        assert each is not None
+        assert each[1].startswith("stopped by the end of the allocation after ")
+    assert raised(cells, "deadline far") == FINISHED
+    assert saved(cells, "deadline far") == [STEPS]
+
+
+def test_node_local_disks_hold_a_run_for_the_same_ranks_on_the_same_nodes(cells: Path) -> None:
+    report = json.loads((cells / "local disks.json").read_text())
+    root, before_last = cells / "local disks" / "checkpoints", f"step-{STEPS - EVERY:08d}"
+    assert report["shared"] == str(root / f"step-{STEPS:08d}"), "the last one lies where the export finds it"
+    homes = [cells / f"disk-{rank}" / "run" / "checkpoints" for rank in (0, 1)]
+    assert report["own"] == [str(home / before_last) for home in homes]
+    for rank, home in enumerate(homes):
+        files = checkpoint.files_of(home / f"step-{STEPS - 2 * EVERY:08d}") or {}
+        assert {name for name in files if name.startswith("zero/")} == {
+            f"zero/zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt" for what in ("model", "optim")
+        }
+        assert {"state.json", "reference.safetensors", "model_config/config.json"} <= files.keys()
+    assert report["damaged"] == str(homes[0] / f"step-{STEPS - 2 * EVERY:08d}"), "one disk's damage is all disks'"
+    expected = {str(step): loss for step, loss in losses(cells, "undisturbed").items() if step > STEPS - 2 * EVERY}
+    assert report["losses"] == expected
+    assert "rank 0 finds no part of its own on its node" in report["swapped"]
+
+
+def test_every_cell_is_looked_at() -> None:
+    text = Path(__file__).read_text()
+    assert [name for name in CELLS if f'"{name}"' not in text] == []

@@ -1,0 +1,54 @@
+"""A run saved on two ranks goes on on one and on four: the same samples, and losses that differ by rounding alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import checked, run_ranks
+from tiny_run import RANK_ITEMS, write_data, write_task_data
+from world_size_cells import CELLS, SAVED, SAVING_RANKS, STEPS
+
+# Relative. fp32 sums in another order; ten times what was seen. bf16 rounds what it sums.
+TOLERANCE = {"fp32": 2e-7, "bf16": 5e-3}
+OTHERS = (1, 4)
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world-size")
+    write_data(folder / "data", RANK_ITEMS)
+    write_task_data(folder / "data" / "tasks", RANK_ITEMS)
+    for ranks in (SAVING_RANKS, *OTHERS):
+        checked(
+            run_ranks([str(Path(__file__).with_name("world_size_cells.py")), str(folder / "data"), str(folder)], ranks)
+        )
+    return folder
+
+
+def metrics(cells: Path, name: str, ranks: int) -> dict[int, dict[str, float]]:
+    return {int(step): values for step, values in json.loads((cells / f"{name}-{ranks}.json").read_text()).items()}
+
+
+@pytest.mark.parametrize("ranks", OTHERS)
+@pytest.mark.parametrize("name", CELLS)
+def test_the_same_samples_and_losses(cells: Path, name: str, ranks: int) -> None:
+    here, there = metrics(cells, name, SAVING_RANKS), metrics(cells, name, ranks)
+    assert sorted(there) == list(range(SAVED, STEPS))
+    tolerance = TOLERANCE["bf16" if "bf16" in name else "fp32"]
+    for step, values in there.items():
+        assert values["data/step_fingerprint"] == here[step]["data/step_fingerprint"]
+        for key in ("train/loss", "train/grad_norm"):
+            assert values[key] == pytest.approx(here[step][key], rel=tolerance), (step, key)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_weights_move_in_those_steps(cells: Path, name: str) -> None:
+    """Otherwise equal losses would say nothing about the state that was loaded."""
+    losses = [values["train/loss"] for _, values in sorted(metrics(cells, name, SAVING_RANKS).items())]
+    assert abs(losses[-1] - losses[SAVED]) > 1e-2
+
+
+def test_the_vectors_are_estimated_anew_on_the_way(cells: Path) -> None:
+    assert "shift/norm/sw" in metrics(cells, "shifcon-3", 4)[4]

@@ -1,0 +1,219 @@
+"""One rank of the tests of what a run survives: bad losses, a full disk, a request to stop. All in one launch.
+
+python unkillable_cells.py DATA_DIR WORK_DIR
+
+Every cell is a run of its own with one thing done to it. Rank 0 writes `WORK_DIR/<cell>.json`: what every rank raised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiny_run import rank_values
+
+from training import saving
+from training.assembly import assemble
+from training.distributed import barrier, gather_objects, rank
+from training.engine import init_process_group
+from training.engine_state import shard_of
+from training.errors import ConfigError
+from training.prepare import prepare
+from training.resume import find_start, go_on
+from training.run_file import validate
+from training.stop import StopRequest
+from training.tracking import Tracker
+from training.trainer import Trainer
+
+STEPS, EVERY = 12, 2
+FAULTY_RANK = 1
+SMALL = {"objective": {"name": "sft"}, "data.slots_per_step": 16}
+
+Disturb = Callable[[Trainer], None]
+
+
+def poisoned(steps: set[int], factor: float, ranks: set[int]) -> Disturb:
+    """The losses of the samples that belong to these steps of the data are multiplied, on these ranks."""
+
+    def disturb(trainer: Trainer) -> None:
+        accumulate, loss_terms = trainer.accumulate, trainer.run.objective.loss_terms
+        current = [-1]
+
+        def watched(step, batch, totals):
+            current[0] = batch.step
+            found = accumulate(step, batch, totals)
+            current[0] = -1
+            return found
+
+        def spoiled(engine, batch):
+            terms = loss_terms(engine, batch)
+            if current[0] not in steps or rank() not in ranks:
+                return terms
+            sft = terms.terms["sft"]
+            spoilt = {**terms.terms, "sft": replace(sft, sum=sft.sum * factor)}
+            return replace(terms, terms=spoilt, label_losses=terms.label_losses * factor)
+
+        trainer.accumulate, trainer.run.objective.loss_terms = watched, spoiled
+
+    return disturb
+
+
+def full_disk(saves: set[int]) -> Disturb:
+    """The disk of one rank is full when these checkpoints (the first is 1) are written."""
+
+    def disturb(trainer: Trainer) -> None:
+        begin, number = trainer.saver.begin, [0]
+
+        def counted(step, state, disk):
+            number[0] += 1
+            full = rank() == FAULTY_RANK and number[0] in saves
+            saving.HashingFile.__init__ = _opens_full if full else _OPENS
+            begin(step, state, disk)
+
+        trainer.saver.begin = counted
+
+    return disturb
+
+
+_OPENS = saving.HashingFile.__init__
+
+
+def _opens_full(self, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/full")
+    _OPENS(self, path)
+
+
+def signalled(step: int, number: signal.Signals, again: bool = False) -> Disturb:
+    """One rank gets a signal while it works on a step; and once more while the checkpoint is saved."""
+
+    def disturb(trainer: Trainer) -> None:
+        trainer.stop.install()
+        trainer.stop.begin_training()
+        accumulate, begin = trainer.accumulate, trainer.saver.begin
+
+        def interrupted(at, batch, totals):
+            if at == step and rank() == FAULTY_RANK:
+                os.kill(os.getpid(), number)
+            return accumulate(at, batch, totals)
+
+        def interrupted_again(at, state, disk):
+            begin(at, state, disk)
+            if again and at == step + 1:
+                os.kill(os.getpid(), number)
+
+        trainer.accumulate, trainer.saver.begin = interrupted, interrupted_again
+
+    return disturb
+
+
+def deadline(seconds: float) -> Disturb:
+    """The allocation ends this soon, as one rank sees it."""
+
+    def disturb(trainer: Trainer) -> None:
+        if rank() == FAULTY_RANK:
+            trainer.stop._deadline = time.time() + seconds
+
+    return disturb
+
+
+CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
+    "undisturbed": ({}, lambda trainer: None),
+    "foreground": ({"checkpoint.background": False}, lambda trainer: None),
+    "skip": ({"guard.non_finite": "skip"}, poisoned({4}, float("nan"), {FAULTY_RANK})),
+    "roll back": ({"guard.non_finite": "rollback"}, poisoned({5}, float("nan"), {FAULTY_RANK})),
+    "roll back twice": ({"guard.non_finite": "rollback"}, poisoned({5, 7}, float("inf"), {FAULTY_RANK})),
+    "roll back from nowhere": ({"guard.non_finite": "rollback"}, poisoned({1}, float("nan"), {FAULTY_RANK})),
+    "used up": ({"guard": {"non_finite": "skip", "max_events": 1}}, poisoned({3, 6}, float("nan"), {FAULTY_RANK})),
+    "spike skipped": ({"guard": {"spike": "skip", "spike_window": 8}}, poisoned({9}, 50.0, {0, 1})),
+    "spike stops": ({"guard": {"spike": "stop", "spike_window": 8}}, poisoned({9}, 50.0, {0, 1})),
+    "disk full once": ({}, full_disk({2})),
+    "disk full": ({}, full_disk(set(range(2, 99)))),
+    "disk full at the end": ({"checkpoint.every": STEPS}, full_disk({1})),
+    "TERM": ({"checkpoint.every": 100}, signalled(4, signal.SIGTERM)),
+    "USR1 twice": ({"checkpoint.every": 100}, signalled(6, signal.SIGUSR1, again=True)),
+    "deadline near": ({"checkpoint.every": 100}, deadline(60.0)),
+    "deadline far": ({"checkpoint.every": 100}, deadline(100_000.0)),
+}
+
+
+def main() -> None:
+    data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
+    init_process_group(timeout_minutes=3)
+    for name, (changes, disturb) in CELLS.items():
+        usual = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY}
+        values = rank_values(data_dir, work / name, **{**usual, **changes})
+        config = validate(values, name)
+        trainer = Trainer(assemble(config, prepare(config, rank())), _tracker(config), StopRequest())
+        disturb(trainer)
+        raised = None
+        try:
+            trainer.train(0)
+        except Exception as error:
+            raised = [type(error).__name__, str(error)]
+        saving.HashingFile.__init__ = _OPENS
+        everyone = gather_objects(raised)
+        if trainer.tracker is not None:
+            trainer.tracker.finish("FINISHED" if raised is None else "FAILED")
+            (work / f"{name}.json").write_text(json.dumps(everyone))
+        trainer.run.engine.destroy()
+    local_disks(data_dir, work)
+
+
+def local_disks(data_dir: Path, work: Path) -> None:
+    """Each rank on a node of its own: a run whose end is taken away goes on from the disks, or says why it cannot."""
+    disks = [work / f"disk-{number}" for number in range(2)]
+    os.environ["OWN_DISK"] = str(disks[rank()])
+    changes = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY, "checkpoint.local_dir": "$OWN_DISK/run"}
+    config = validate(rank_values(data_dir, work / "local disks", **changes), "local disks")
+    prepared = prepare(config, rank())
+    trainer = Trainer(assemble(config, prepared), _tracker(config), StopRequest())
+    trainer.train(0)
+    trainer.run.engine.destroy()
+    report: dict[str, Any] = {"shared": str(find_start(config, "auto"))}
+    if rank() == 0:
+        shutil.rmtree(work / "local disks" / "checkpoints")
+    barrier()
+    report["own"] = gather_objects(str(find_start(config, "auto")))
+    shard = disks[FAULTY_RANK] / "run" / "checkpoints" / f"step-{STEPS - EVERY:08d}" / shard_of(FAULTY_RANK)
+    content = shard.read_bytes()
+    if rank() == 0:
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    barrier()
+    start = find_start(config, "auto")
+    assert start is not None
+    report["damaged"] = str(start)
+    again = Trainer(assemble(config, prepared), None, StopRequest())
+    losses = {}
+    for step in range(go_on(again, start, accept_changes=False), STEPS):
+        batch = again.run.loader.load(step)
+        losses[step + 1] = again.train_step(step, batch, again.agree(batch))["train/loss"]
+    report["losses"] = losses
+    again.run.engine.destroy()
+    os.environ["OWN_DISK"] = str(disks[1 - rank()])
+    try:
+        find_start(config, "auto")
+    except ConfigError as error:
+        report["swapped"] = str(error)
+    if rank() == 0:
+        (work / "local disks.json").write_text(json.dumps(report))
+
+
+def _tracker(config: Any) -> Tracker | None:
+    if rank() > 0:
+        return None
+    tracker = Tracker(config.output_dir, config.tracking)
+    tracker.start({}, {}, resumed_step=None)
+    return tracker
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""One rank of the test of other world sizes: two ranks save after some steps and go on; others go on from there.
+
+python world_size_cells.py DATA_DIR WORK_DIR
+
+With two ranks, each cell is trained to its last step and saved on the way. With another number, each goes on from
+what the two saved. Rank 0 writes every step's metrics to `WORK_DIR/<cell>-<ranks>.json`, and the order of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tiny_run import XMIXUP, rank_values
+
+from training import checkpoint
+from training.assembly import assemble
+from training.distributed import rank, world_size
+from training.engine import init_process_group
+from training.prepare import prepare
+from training.resume import go_on
+from training.run_file import validate
+from training.trainer import Trainer
+
+CELLS: dict[str, dict[str, Any]] = {
+    "shifcon-1": {"zero_stage": 1},
+    "shifcon-2": {"zero_stage": 2},
+    "shifcon-3": {},
+    "shifcon-3-bf16": {"precision": "bf16"},
+    "xmixup-3": XMIXUP,
+}
+SAVED, STEPS, SAVING_RANKS = 3, 7, 2
+
+
+def main() -> None:
+    data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
+    init_process_group(timeout_minutes=3)
+    for name, changes in CELLS.items():
+        data = data_dir / "tasks" if name.startswith("xmixup") else data_dir
+        config = validate(
+            rank_values(data, work / name, **changes, **{"max_steps": STEPS, "optimizer.learning_rate": 1e-2}), "test"
+        )
+        trainer = Trainer(assemble(config, prepare(config, rank())), tracker=None)
+        start = 0
+        if world_size() != SAVING_RANKS:
+            start = go_on(trainer, checkpoint.checkpoint_path(config.output_dir, SAVED), accept_changes=False)
+            assert start == SAVED
+        metrics = {}
+        for step in range(start, STEPS):
+            refreshed = trainer.run.objective.before_step(trainer.run.engine, step)
+            batch = trainer.run.loader.load(step)
+            metrics[step] = {**refreshed, **trainer.train_step(step, batch, trainer.agree(batch))}
+            if step + 1 == SAVED and world_size() == SAVING_RANKS:
+                trainer.save(SAVED, metrics[step])
+                trainer.saver.settle(required=True)
+        if rank() == 0:
+            (work / f"{name}-{world_size()}.json").write_text(json.dumps(metrics))
+        trainer.run.engine.destroy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Slurm's programs as files on PATH that do what a test says, for what a real cluster cannot show at will.
+
+Each writes its arguments down and prints what stands in `NAME.out` and `NAME.err`, with the status in `NAME.status`.
+`srun` starts what it is given, as the only node, unless a test gives it a status; `sbatch` runs the script where
+`runs_jobs` is set. To be read without any room of the project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+PROGRAM = """#!{python}
+import json, os, pathlib, subprocess, sys, time
+home = pathlib.Path({folder!r})
+name = os.path.basename(sys.argv[0])
+with (home / (name + ".calls")).open("a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+def said(kind, otherwise=""):
+    file = home / (name + "." + kind)
+    return file.read_text() if file.exists() else otherwise
+if name == "srun":
+    words = sys.argv[1:]
+    while words[0].startswith("--"):
+        words.pop(0)
+    if words == ["true"]:
+        sys.exit(int(said("probe", "0")))
+    (home / "srun.environment").write_text(json.dumps(dict(os.environ)))
+    while said("waits"):
+        time.sleep(0.02)
+    if not said("status"):
+        sys.exit(subprocess.call(words))
+    for word in words:
+        if word.startswith("--outcome=") and said("outcome"):
+            pathlib.Path(word.partition("=")[2]).write_text(said("outcome"))
+if name == "sbatch" and said("runs_jobs"):
+    job = {{"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "localhost", "SLURMD_NODENAME": "n1"}}
+    status = subprocess.call(["bash", sys.argv[-1]], env={{**os.environ, **job}}, stdout=(home / "job.out").open("w"),
+                             stderr=subprocess.STDOUT)
+    (home / "job.status").write_text(str(status))
+sys.stdout.write(said("out"))
+sys.stderr.write(said("err"))
+sys.exit(int(said("status", "0")))
+"""
+NAMES = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sacct")
+
+
+class FakeSlurm:
+    """A folder of such programs; `path` goes in front of PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "bin"
+        self.path.mkdir(parents=True)
+        for name in NAMES:
+            program = self.path / name
+            program.write_text(PROGRAM.format(python=sys.executable, folder=str(folder)))
+            program.chmod(program.stat().st_mode | stat.S_IEXEC)
+        self.says("sbatch", "12\n")
+        self.says("scontrol", "localhost\n")
+        self.says("sacct", "", "sacct: error: Slurm accounting storage is disabled\n", 1)
+
+    @property
+    def search_path(self) -> str:
+        return f"{self.path}{os.pathsep}{os.environ['PATH']}"
+
+    def says(self, name: str, out: str, err: str = "", status: int = 0) -> None:
+        """What a program answers from now on."""
+        for kind, text in (("out", out), ("err", err), ("status", str(status))):
+            self.set(name, kind, text)
+
+    def set(self, name: str, kind: str, text: str) -> None:
+        """A single file of a program: out, err, status; srun's probe, outcome, waits; sbatch's runs_jobs."""
+        (self.folder / f"{name}.{kind}").write_text(text)
+
+    def calls(self, name: str) -> list[list[str]]:
+        """Its arguments, call by call."""
+        file = self.folder / f"{name}.calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def environment(self) -> dict[str, str]:
+        """What srun's step got."""
+        found: dict[str, str] = json.loads((self.folder / "srun.environment").read_text())
+        return found
+
+    def job_output(self) -> str:
+        return (self.folder / "job.out").read_text()
+
+    def job_status(self) -> int:
+        return int((self.folder / "job.status").read_text())

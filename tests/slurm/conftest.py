@@ -1,0 +1,31 @@
+"""The cluster that the tests of this folder share, and runs on it (`slurm_runs.py`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import TwoNodeCluster, missing
+from slurm_runs import SlurmRun, reference_values
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodeCluster]:
+    """Two real nodes. Skipped where there is no Slurm, except where CROSSLIFT_REQUIRE_SLURM asks for it."""
+    if reason := missing():
+        if os.environ.get("CROSSLIFT_REQUIRE_SLURM"):
+            pytest.fail(f"CROSSLIFT_REQUIRE_SLURM is set, but {reason}")
+        pytest.skip(reason)
+    with TwoNodeCluster(tmp_path_factory.mktemp("cluster")) as started, started.use():
+        yield started
+
+
+@pytest.fixture(scope="session")
+def reference(cluster: TwoNodeCluster, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
+    """The run that nothing disturbs, on both nodes, with an evaluation behind it; submitted and finished."""
+    folder: Path = tmp_path_factory.mktemp("reference")
+    run = SlurmRun(cluster, folder, reference_values(folder))
+    run.submit_with_evaluation()
+    return run

@@ -1,0 +1,236 @@
+"""Logs: who writes what where, merged once, with nothing secret. Ranks are small programs that only log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from training import merged_logs
+from training.launcher import Launcher
+from training.logs import Appender, Secrets, event, part, rank_log, read_lines
+from training.merged_logs import MergedLogs
+from training.nodes import Nodes, Place
+
+HOST = socket.gethostname()
+TOKEN = "hf_fakeFAKEfakeFAKE"
+PASSWORD = "correct horse"
+RANK = """
+    import ctypes, logging, os, sys
+    from pathlib import Path
+    from training import logs
+    from training.heartbeat import heart
+    from training.merged_logs import kept_logs
+    rank = int(os.environ["RANK"])
+    heart.attach()
+    logs.log_to_person(rank)
+    log = logging.getLogger("training.trainer")
+"""
+
+
+def run(folder: Path, program: str, nproc: int = 2) -> int:
+    code = textwrap.dedent(RANK) + textwrap.dedent(program)
+    return Launcher(
+        Nodes(Place()), [sys.executable, "-c", code.replace("FOLDER", repr(str(folder)))], nproc, folder
+    ).run()
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "logs" / "events.jsonl").read_text().splitlines()]
+
+
+def test_every_message_is_where_it_belongs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = """
+        with kept_logs(Path(FOLDER), rank):
+            log.info("info of %d", rank)
+            for _ in heart.steps("ab", 3):
+                pass
+            log.warning("warning of %d", rank)
+            print(f"native {rank}", file=sys.stderr)
+    """
+    assert run(tmp_path, program) == 0
+    shown = capfd.readouterr().err.splitlines()
+    assert sorted(shown) == ["info of 0", "native 0", "native 1", "warning of 0", "warning of 1"]
+    for rank in range(2):
+        lines = rank_log(tmp_path, rank).read_text().splitlines()
+        assert [line.rpartition(",")[2][4:] for line in lines] == [
+            f"INFO info of {rank}", f"WARNING warning of {rank}", f"native {rank}"[4:]
+        ]  # fmt: skip
+    told = {(each["rank"], each["level"], each["step"], each["message"]) for each in events(tmp_path)}
+    assert told == {
+        (rank, level, step, f"{word} of {rank}")
+        for rank in range(2) for level, step, word in (("INFO", 0, "info"), ("WARNING", 5, "warning"))
+    } | {(rank, "STDERR", 5, f"native {rank}") for rank in range(2)}  # fmt: skip
+    assert {each["host"] for each in events(tmp_path)} == {HOST}
+    merged = (tmp_path / "logs" / "run.log").read_text()
+    assert "rank 0 INFO info of 0" in merged
+    assert "rank 1 WARNING warning of 1" in merged
+    assert "info of 1" not in merged
+
+
+@pytest.mark.parametrize(
+    ("last_act", "said"),
+    [
+        ("raise RuntimeError('of the reader')", "RuntimeError: of the reader"),
+        ("ctypes.CDLL(None).perror(b'from C'); os.abort()", "from C: "),
+        ("logs.say_failure('crosslift: rank 1: no memory'); os._exit(1)", "crosslift: rank 1: no memory"),
+    ],
+)
+def test_last_words_reach_the_terminal_and_the_ranks_log_once(
+    last_act: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = f"""
+        at_end = kept_logs(Path(FOLDER), rank)
+        at_end.__enter__()
+        if rank == 1:
+            {last_act}
+    """
+    assert run(tmp_path, program) == 1
+    assert capfd.readouterr().err.count(said) == 1
+    assert rank_log(tmp_path, 1).read_text().count(said) == 1
+    assert (tmp_path / "logs" / "run.log").read_text().count(said) == 1
+    assert not rank_log(tmp_path, 0).read_text()
+    assert [each["rank"] for each in events(tmp_path) if said in each["message"]] == [1]
+
+
+def test_what_all_ranks_say_in_crosslifts_name_is_shown_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = "logs.say_failure('crosslift: a.yaml: no such file'); os._exit(2)"
+    assert run(tmp_path, program, nproc=3) == 2
+    assert capfd.readouterr().err == "crosslift: a.yaml: no such file\n"
+
+
+def test_a_rank_without_a_launcher_keeps_its_logs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import subprocess
+
+    program = """
+        with kept_logs(Path(FOLDER), 0):
+            log.info("hello")
+            logs.say_failure("crosslift: rank 0: of itself")
+    """
+    code = (textwrap.dedent(RANK) + textwrap.dedent(program)).replace("FOLDER", repr(str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "RANK": "0"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == "hello\ncrosslift: rank 0: of itself\n"
+    assert [each["message"] for each in events(tmp_path)] == ["hello", "crosslift: rank 0: of itself"]
+    assert rank_log(tmp_path, 0).read_text().count("of itself") == 1
+
+
+def test_nothing_secret_is_written_or_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    program = """
+        with kept_logs(Path(FOLDER), rank):
+            log.warning("login with %s at http://me:pass@host/x", os.environ["HF_TOKEN"])
+            print(os.environ, file=sys.stderr)
+            try:
+                raise ValueError(os.environ["MLFLOW_TRACKING_PASSWORD"])
+            except ValueError:
+                log.exception("refused")
+            logs.say_failure(os.environ["HF_TOKEN"])
+            os.kill(os.getpid(), 9)
+    """
+    assert run(tmp_path, program) == 1
+    shown = capfd.readouterr()
+    everything = shown.out + shown.err + "".join(
+        path.read_text() for path in (tmp_path / "logs").rglob("*") if path.is_file()
+    )  # fmt: skip
+    assert "<HF_TOKEN>" in everything
+    assert "http://...@host/x" in everything
+    assert TOKEN not in everything
+    assert PASSWORD not in everything
+
+
+def test_only_names_of_secrets_are_hidden() -> None:
+    secrets = Secrets({"TOKENIZERS_PARALLELISM": "false!", "API_KEY": "short", "HOME": "/home/me", "A_TOKEN": "abcdef"})
+    assert secrets.hidden("false! short /home/me abcdef sqlite:///a@b.db") == (
+        "false! short /home/me <A_TOKEN> sqlite:///a@b.db"
+    )
+    assert Secrets({}).hidden("plain") == "plain"
+
+
+def test_a_torn_line_stays_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"whole": 1}\n{"to')
+    Appender(path).write('{"next": 1}\n')
+    assert path.read_text() == '{"whole": 1}\n{"to\n{"next": 1}\n'
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = Appender(Path("/dev/full"))
+    full.write("a\n")
+    full.write("b\n")
+    (tmp_path / "file").write_text("")
+    Appender(tmp_path / "file" / "x").write("a\n")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "/dev/full: No space left on device; the run goes on, its log has a gap",
+        f"{tmp_path}/file/x: File exists; the run goes on, its log has a gap",
+    ]
+
+
+def test_merging_goes_on_where_it_stopped_and_sorts_by_time(tmp_path: Path) -> None:
+    def write(rank: int, at: int, message: str) -> None:
+        line = json.loads(event(rank, "INFO", 0, message))
+        Appender(part(tmp_path, f"rank-{rank:05d}")).write(json.dumps({**line, "time": at}) + "\n")
+
+    write(0, 20, "second")
+    write(1, 10, "first")
+    with part(tmp_path, "rank-00000").open("a") as torn:
+        torn.write('{"time": 3')
+    MergedLogs(tmp_path).close()
+    write(0, 5, "after a restart")
+    MergedLogs(tmp_path).close()
+    MergedLogs(tmp_path).close()
+    assert [each["message"] for each in events(tmp_path)] == ["first", "second", "after a restart"]
+
+
+def test_lines_that_come_later_are_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged_logs, "MERGE_SECONDS", 0.05)
+    mine = Appender(part(tmp_path, "rank-00000"))
+    merged = MergedLogs(tmp_path)
+    for message in "abc":
+        mine.write(event(0, "INFO", 0, message))
+        time.sleep(0.2)
+    merged.close()
+    assert [each["message"] for each in events(tmp_path)] == ["a", "b", "c"]
+
+
+def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"a\nbc")
+    assert read_lines(path, 0) == ([b"a"], 2)
+    path.write_bytes(b"a\nbcd\n")
+    assert read_lines(path, 2) == ([b"bcd"], 6)
+    assert read_lines(tmp_path / "absent", 3) == ([], 3)
+
+
+def test_a_stop_that_the_ranks_have_spoken_of_is_not_said_twice(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = f"""
+        import signal
+        signal.signal(signal.SIGTERM, lambda *_: (logs.say_failure("crosslift: stopped, saved"), os._exit(75)))
+        os.kill({os.getpid()}, signal.SIGTERM)
+        signal.pause()
+        signal.pause()
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(tmp_path, program, nproc=1) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == "crosslift: stopped, saved\n"

@@ -1,0 +1,83 @@
+"""saving.py and engine_state.py: what is written, what it hashes to, and what becomes of a disk or file that fails."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import OrderedDict
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.engine_state import _copied, weights_only
+from training.saving import FileWriter
+
+
+def written(root: Path, files: list[tuple[Path, object]]) -> FileWriter:
+    writer = FileWriter(root, files)
+    writer.start()
+    writer.wait()
+    assert not writer.writing
+    return writer
+
+
+def test_files_are_what_their_records_say(tmp_path: Path) -> None:
+    states = {"zero/a.pt": {"x": torch.arange(10_000)}, "b.pt": {"y": [torch.ones(3), 2, "text"]}}
+    writer = written(tmp_path, [(tmp_path / name, state) for name, state in states.items()])
+    assert writer.error is None
+    assert set(writer.records) == set(states)
+    for name, record in writer.records.items():
+        content = (tmp_path / name).read_bytes()
+        assert (record.bytes, record.sha256) == (len(content), sha256(content).hexdigest())
+    assert torch.equal(torch.load(tmp_path / "zero/a.pt", weights_only=True)["x"], torch.arange(10_000))
+
+
+def test_a_full_disk_is_told_and_not_raised(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").symlink_to("/dev/full")
+    writer = written(tmp_path, [(tmp_path / "a.pt", torch.ones(1_000_000)), (tmp_path / "b.pt", 1)])
+    assert writer.error is not None
+    assert "No space left on device" in writer.error
+    assert writer.records == {}
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_a_path_that_is_no_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "zero").write_text("in the way")
+    writer = written(tmp_path, [(tmp_path / "zero" / "a.pt", 1)])
+    assert "zero" in str(writer.error)
+
+
+def test_copies_share_nothing_and_hold_no_more_than_they_show() -> None:
+    base = torch.arange(1000.0)
+    state = OrderedDict(a=base[10:20], b=[base, {"shape": torch.Size([2, 3])}], c=("text", None, 1.5))
+    copy = _copied(state)
+    base.zero_()
+    assert type(copy) is OrderedDict
+    assert torch.equal(copy["a"], torch.arange(10.0, 20.0))
+    assert copy["a"].untyped_storage().nbytes() == 40
+    assert torch.equal(copy["b"][0], torch.arange(1000.0))
+    assert copy["b"][1]["shape"].numel() == 6
+    assert copy["c"] == ("text", None, 1.5)
+
+
+class Malicious:
+    """Unpickled, it writes a file: what any program could do."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = str(canary)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, (f"touch '{self.canary}'",))
+
+
+def test_no_file_of_deepspeeds_can_name_code_to_run(tmp_path: Path) -> None:
+    """Not even for DeepSpeed, which asks torch for the unsafe reading; the canary shows that the file would do it."""
+    file, canary = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt", tmp_path / "canary"
+    torch.save({"optimizer_state_dict": Malicious(canary)}, file)
+    with weights_only(), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(file, weights_only=False)
+    assert not canary.exists()
+    torch.load(file, weights_only=False)
+    assert canary.exists()

@@ -1,0 +1,218 @@
+"""The program on each node: what it finds missing, what it sets, which signals it passes on, what srun sees."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slurm import node
+
+SOURCE = Path(__file__).resolve().parents[2]
+LAUNCHER = """
+import os, signal, sys, time
+def stop(number, frame):
+    print("stopped by", signal.Signals(number).name, flush=True)
+    sys.exit(75)
+if "--deaf" not in sys.argv:
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, stop)
+print("launched", *sys.argv[1:], flush=True)
+if "--waits" in sys.argv:
+    time.sleep(60)
+sys.exit(int(os.environ.get("STATUS", "0")))
+"""
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A source folder whose launcher is a stand-in."""
+    folder = tmp_path / "code"
+    (folder / "training").mkdir(parents=True)
+    (folder / "training" / "__init__.py").touch()
+    (folder / "training" / "launch.py").write_text(LAUNCHER)
+    (folder / "crosslift.py").write_text(LAUNCHER)
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path: Path, code: Path) -> Callable[..., subprocess.Popen[str]]:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def begin(*arguments: str, options: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if "SLURM" not in key and "IFNAME" not in key}
+        environment |= {"SLURMD_NODENAME": "n1", "SLURM_NODEID": "0", "XDG_CACHE_HOME": str(tmp_path)}
+        words = ["--code", code, "--run", run, "--chdir", tmp_path, "--outcome", tmp_path / "outcome", "--nproc", 2]
+        return subprocess.Popen(
+            [sys.executable, "-u", SOURCE / "slurm" / "node.py", *map(str, words), *options, "--", *arguments],
+            env={**environment, **variables}, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    return begin
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out.splitlines()
+
+
+def launched(process: subprocess.Popen[str]) -> str:
+    """The launcher's first line, which comes when it listens to signals."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("launched"):
+            return line.strip()
+    raise AssertionError("never launched")
+
+
+def test_it_needs_nothing_but_the_standard_library() -> None:
+    alone = [sys.executable, "-I", "-S", SOURCE / "slurm" / "node.py", "--help"]
+    done = subprocess.run(alone, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_one_node_needs_no_rendezvous(start: Start) -> None:
+    status, lines = ended(start("config.yaml"))
+    assert (status, lines[1:]) == (0, ["launched config.yaml --nproc 2"])
+
+
+def test_several_nodes_meet_at_the_first(start: Start) -> None:
+    options = ("--nodes", "2", "--host", "localhost", "--port", "21000")
+    _, lines = ended(start("config.yaml", options=options, SLURM_NODEID="1"))
+    assert lines[1] == "launched config.yaml --nproc 2 --nodes 2 --node-rank 1 --rendezvous localhost:21000"
+
+
+def test_a_name_that_does_not_resolve_here_gives_way_to_srun_s_address(start: Start) -> None:
+    options = ("--nodes", "2", "--host", "no-such-host.invalid", "--port", "21000")
+    _, lines = ended(start("config.yaml", options=options, SLURM_NODEID="1", SLURM_LAUNCH_NODE_IPADDR="127.0.0.1"))
+    assert lines[1].endswith("--rendezvous 127.0.0.1:21000")
+
+
+def test_another_command_than_training(start: Start) -> None:
+    status, lines = ended(start("eval", "a b", options=("--command",), STATUS="75"))
+    assert (status, lines[1]) == (75, "launched eval a b")
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 3])
+def test_srun_sees_the_launchers_status(start: Start, tmp_path: Path, status: int) -> None:
+    assert ended(start("config.yaml", STATUS=str(status)))[0] == status
+    assert not (tmp_path / "outcome").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stopped_on_request_is_no_bad_exit_and_node_0_notes_it(start: Start, tmp_path: Path, rank: int) -> None:
+    """--kill-on-bad-exit would kill the nodes that save a moment longer."""
+    assert ended(start("config.yaml", STATUS="75", SLURM_NODEID=str(rank)))[0] == 0
+    assert (tmp_path / "outcome").exists() == (rank == 0)
+    if rank == 0:
+        assert (tmp_path / "outcome").read_text() == "75"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_it_outlives_stop_signals_and_passes_them_on(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    process = start("config.yaml", "--waits")
+    launched(process)
+    process.send_signal(number)
+    status, lines = ended(process)
+    assert (status, lines) == (0, [f"stopped by {number.name}"])
+    assert (tmp_path / "outcome").read_text() == "75"
+
+
+def test_a_stop_before_the_launcher_listens_is_a_stop(start: Start, tmp_path: Path) -> None:
+    """Nothing was begun, nothing is lost: the job goes on later."""
+    process = start("config.yaml", "--waits", "--deaf")
+    launched(process)
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process)[0] == 0
+    assert (tmp_path / "outcome").read_text() == "75"
+
+
+def test_a_launcher_that_was_killed_is_a_failure(start: Start, tmp_path: Path) -> None:
+    process = start("config.yaml", "--waits")
+    launched(process)
+    (child,) = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(child, signal.SIGKILL)
+    assert ended(process)[0] == 128 + signal.SIGKILL
+    assert not (tmp_path / "outcome").exists()
+
+
+def test_each_thing_that_is_missing_is_a_line_with_the_nodes_name(start: Start, tmp_path: Path, code: Path) -> None:
+    (code / "training" / "launch.py").unlink()
+    (tmp_path / "run").rmdir()
+    options = ("--readable", "/not/there", "--chdir", "/proc")
+    status, lines = ended(start("config.yaml", options=options))
+    me = f"crosslift: node n1 ({socket.gethostname()})"
+    assert status == 2
+    assert lines == [
+        f"{me}: cannot enter /proc; it must be on a disk that all nodes share",
+        f"{me}: cannot read {code}/training/launch.py; it must be on a disk that all nodes share",
+        f"{me}: cannot read /not/there; it must be on a disk that all nodes share",
+        f"{me}: cannot write into {tmp_path}/run: No such file or directory",
+    ]
+
+
+def test_an_environment_without_crosslifts_packages_is_named(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "NEEDED", ("json", "no_such_package", "another_one"))
+    options = node._options(["--code", ".", "--run", str(tmp_path), "--chdir", os.getcwd(), "--", "x"])
+    (first, *_) = node.Node(options).problems()
+    assert first.startswith(f"{sys.executable} lacks no_such_package, another_one; ")
+
+
+def test_a_nodes_variables_are_set_and_said(start: Start, tmp_path: Path) -> None:
+    options = ("--nodes", "2", "--host", "localhost", "--port", "1")
+    _, lines = ended(
+        start("config.yaml", options=options, SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", SLURM_CPUS_ON_NODE="1")
+    )
+    host = socket.gethostname()
+    assert lines[0] == (
+        f"crosslift: node n1 ({host}): TORCH_EXTENSIONS_DIR={tmp_path}/crosslift/torch_extensions/{host}, "
+        "OMP_NUM_THREADS=1, only 1 CPU cores for 2 ranks (cpus_per_task gives more), NCCL_SOCKET_IFNAME=lo, "
+        "GLOO_SOCKET_IFNAME=lo"
+    )
+
+
+def test_the_users_variables_are_kept(start: Start) -> None:
+    options = ("--nodes", "2", "--host", "localhost", "--port", "1")
+    chosen = {"NCCL_SOCKET_IFNAME": "ib0", "TORCH_EXTENSIONS_DIR": "/mine", "OMP_NUM_THREADS": "7"}
+    _, lines = ended(start("config.yaml", options=options, SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", **chosen))
+    for name in chosen:
+        assert f"{name} kept" in lines[0]
+    assert "GLOO_SOCKET_IFNAME=lo" in lines[0]
+
+
+def test_the_interface_of_the_route() -> None:
+    assert node.interface_of("127.0.0.1") == "lo"
+    assert node.interface_of("203.0.113.7") is None  # nobody's address
+    address = node._source_address("203.0.113.7")
+    if address is not None:  # a machine with a way out: the interface that has this address
+        assert node.interface_of(address) in [name for _, name in socket.if_nameindex()]
+        assert node.interface_of(address) != "lo"
+
+
+def test_without_srun_there_is_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_LAUNCH_NODE_IPADDR", raising=False)
+    assert node.interface_to_others(0) is None
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    assert [node.interface_to_others(rank) for rank in (0, 1)] == ["lo", "lo"]
+
+
+def test_signals_that_come_twice_do_no_harm(start: Start) -> None:
+    process = start("config.yaml", "--waits")
+    launched(process)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert ended(process)[0] == 0

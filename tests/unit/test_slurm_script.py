@@ -1,0 +1,367 @@
+"""The batch script: what it says, and what it does when bash runs it with stand-ins for Slurm's programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_slurm import FakeSlurm
+
+from slurm.render import FIRST_PORT, PORTS, render, sbatch_quoted
+from slurm.spec import Container, Element, JobSettings, JobSpec
+
+JOB = 12
+
+
+def make_spec(folder: Path, arguments: tuple[str, ...] = ("config.yaml",), **changes: Any) -> JobSpec:
+    settings = changes.pop("settings", None) or JobSettings(gpus_per_node=0, nproc_per_node=2, nodes=2)
+    values: dict[str, Any] = {
+        "name": "a run", "kind": "train", "stem": "train", "settings": settings, "folder": folder, "code": folder,
+        "chdir": folder, "python": sys.executable, "elements": (Element(run_dir=folder, arguments=arguments),),
+    }  # fmt: skip
+    return JobSpec(**{**values, **changes})
+
+
+def options(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_the_options_of_a_run(tmp_path: Path) -> None:
+    settings = JobSettings(
+        nodes=4, gpus_per_node=8, cpus_per_task=64, mem="500G", time="1-00:00:00", partition="gpu", account="us",
+        qos="high", sbatch={"constraint": "a100", "exclusive": True, "nice": 5, "contiguous": False},
+    )  # fmt: skip
+    assert options(render(make_spec(tmp_path, settings=settings, after=("7", "8_1")))) == [
+        '--job-name="a run"', "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=64",
+        "--mem=500G", "--time=1-00:00:00", "--partition=gpu", "--account=us", "--qos=high",
+        "--dependency=afterok:7,afterok:8_1", "--kill-on-invalid-dep=yes", f"--chdir={tmp_path}",
+        f"--output={tmp_path}/train-%j.out", "--open-mode=append", "--requeue", "--signal=USR1@300",
+        "--constraint=a100", "--exclusive", "--nice=5",
+    ]  # fmt: skip
+
+
+def test_cpu_ranks_ask_for_no_gpus(tmp_path: Path) -> None:
+    script = render(make_spec(tmp_path))
+    assert "--gpus" not in script
+    assert "--nodes=2 --nproc=2" in script
+
+
+def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
+    """A step does not take over the job's --cpus-per-task since Slurm 22.05."""
+    script = render(make_spec(tmp_path, settings=JobSettings(nodes=2, gpus_per_node=4, cpus_per_task=16)))
+    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    assert line == (
+        "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL --cpus-per-task=16 "
+        "--gpus-per-node=4 \\"
+    )
+    assert "--nproc=4" in script
+
+
+def test_an_array_of_runs(tmp_path: Path) -> None:
+    elements = tuple(Element(run_dir=tmp_path / name, arguments=(f"{name}.yaml",)) for name in ("a", "b b"))
+    script = render(make_spec(tmp_path, elements=elements, array=True, array_limit=1))
+    assert "--array=0-1%1" in options(script)
+    assert f"--output={tmp_path}/train-%A_%a.out" in options(script)
+    assert f"1) run='{tmp_path}/b b'; readable=(); arguments=('b b.yaml') ;;" in script
+
+
+def test_a_command_has_one_node_and_is_not_requeued(tmp_path: Path) -> None:
+    settings = JobSettings(nodes=4, gpus_per_node=8)
+    script = render(make_spec(tmp_path, ("eval", "a b"), kind="command", settings=settings))
+    assert {"--nodes=1", "--gpus-per-node=1"} <= set(options(script))
+    assert not {"--requeue", "--signal=USR1@300"} & set(options(script))
+    assert "scontrol" not in script
+
+
+@pytest.mark.parametrize(
+    ("container", "expected"),
+    [
+        (
+            Container(image="/a b.sif", mounts=("/data:/data",)),
+            ["apptainer", "exec", "--nv", "--bind", "RUN:RUN", "--bind", "/data:/data", "/a b.sif"],
+        ),
+        (
+            Container(image="docker://x", command=("srun",)),
+            ["--container-image=docker://x", "--container-mounts=RUN:RUN"],
+        ),
+    ],
+)
+def test_a_container_is_around_the_nodes_program(tmp_path: Path, container: Container, expected: list[str]) -> None:
+    script = render(make_spec(tmp_path, settings=JobSettings(gpus_per_node=0, container=container)))
+    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    words = shlex.split(line.removesuffix("\\"))
+    assert words[-len(expected) :] == [word.replace("RUN", str(tmp_path)) for word in expected]
+
+
+HOSTILE = 'it\'s "a" $(touch canary) `touch canary`; touch canary & ü %j #x'
+
+
+@pytest.mark.parametrize("kind", ["train", "command"])
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("text", [HOSTILE, "-rf", "'\n touch canary\n#", "a\\b", "$HOME", "!x", "{a,b}", "~", "*"])
+def test_any_value_leaves_a_valid_script(tmp_path: Path, text: str, kind: Any, array: bool) -> None:
+    """Texts with line breaks are possible in arguments only."""
+    plain = text if text.isprintable() and "\\" not in text else "plain"
+    settings = JobSettings(gpus_per_node=0, partition=plain, setup=("true",), environment={"VALUE": text})
+    element = Element(run_dir=tmp_path / plain, arguments=("eval", text))
+    script = render(make_spec(tmp_path, name=plain, settings=settings, kind=kind, array=array,
+                              elements=(element,)))  # fmt: skip
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert all(line.startswith("#") for line in script.splitlines()[: 1 + len(options(script)) + 1])
+
+
+def test_values_are_quoted_as_sbatch_reads_them() -> None:
+    assert sbatch_quoted("a-b_c.d/e%j=f@4,5:6+7") == "a-b_c.d/e%j=f@4,5:6+7"
+    assert sbatch_quoted('a "b" \\c $(d) #e') == '"a \\"b\\" \\\\c $(d) #e"'
+
+
+def test_a_percent_sign_of_a_folder_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "100%j"
+    assert f"--output={tmp_path}/100%%j/train-%j.out" in options(render(make_spec(folder)))
+
+
+# --- run by bash
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "fake")
+
+
+@pytest.fixture
+def run_script(tmp_path: Path, slurm: FakeSlurm) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a spec's script as Slurm would."""
+
+    def start(spec: JobSpec, **variables: str) -> subprocess.Popen[str]:
+        spec.folder.mkdir(exist_ok=True, parents=True)
+        spec.script.write_text(render(spec))
+        plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "CROSSLIFT"))}
+        place = {"PATH": slurm.search_path, "SLURM_JOB_ID": str(JOB), "SLURM_JOB_NODELIST": "n[1-2]"}
+        return subprocess.Popen(
+            ["bash", str(spec.script)], env={**plain, **place, **variables}, cwd=spec.chdir, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    return start
+
+
+RunScript = Callable[..., subprocess.Popen[str]]
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def requeued(slurm: FakeSlurm) -> list[str]:
+    """Numbers that `scontrol requeue` got."""
+    return [call[1] for call in slurm.calls("scontrol") if call[0] == "requeue"]
+
+
+def step_ends(slurm: FakeSlurm, status: int, outcome: str = "") -> None:
+    slurm.set("srun", "status", str(status))
+    slurm.set("srun", "outcome", outcome)
+
+
+def test_a_step_that_ends_well(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    step_ends(slurm, 0)
+    assert end(run_script(make_spec(tmp_path / "s"))) == (0, "")
+    assert requeued(slurm) == []
+
+
+@pytest.mark.parametrize(
+    ("array", "number"), [({}, "12"), ({"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0")]
+)
+def test_stopped_after_a_checkpoint_it_requeues_itself(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, array: dict[str, str], number: str
+) -> None:
+    """The last element of an array has the array's own number: with that, all would be requeued."""
+    step_ends(slurm, 0, "75")
+    status, said = end(run_script(make_spec(tmp_path / "s"), **array))
+    assert (status, requeued(slurm)) == (75, [number])
+    assert f"crosslift: job {number} stopped on request and is requeued (1 of at most 20)" in said
+    assert not list((tmp_path / "s").glob("outcome-*"))
+
+
+def test_requeues_are_bounded(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    step_ends(slurm, 0, "75")
+    spec = make_spec(tmp_path / "s", settings=JobSettings(gpus_per_node=0, max_requeues=3))
+    status, said = end(run_script(spec, SLURM_RESTART_COUNT="3"))
+    assert (status, requeued(slurm)) == (75, [])
+    assert "3 requeues (max_requeues) are used up; the same command goes on" in said
+    end(run_script(spec, SLURM_RESTART_COUNT="2"))
+    assert requeued(slurm) == ["12"]
+
+
+@pytest.mark.parametrize(("status", "again"), [(1, []), (2, []), (137, [])])
+def test_a_failure_is_not_repeated(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, status: int, again: list[str]
+) -> None:
+    step_ends(slurm, status)
+    assert end(run_script(make_spec(tmp_path / "s")))[0] == status
+    assert requeued(slurm) == again
+
+
+@pytest.mark.parametrize(("status", "again"), [(1, ["12"]), (143, ["12"]), (2, []), (0, [])])
+def test_a_step_that_lost_a_node_goes_on(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, status: int, again: list[str]
+) -> None:
+    step_ends(slurm, status)
+    slurm.set("srun", "probe", "1")
+    code, said = end(run_script(make_spec(tmp_path / "s")))
+    assert (code, requeued(slurm)) == (status, again)
+    assert ("lost a node and is requeued" in said) == bool(again)
+
+
+@pytest.mark.parametrize(("reason", "again"), [("None", []), ("TimeLimit", ["12"])])
+def test_ended_from_outside_only_a_time_limit_is_requeued(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, reason: str, again: list[str]
+) -> None:
+    """scancel, or a requeue that is Slurm's own: nothing to do for the script."""
+    step_ends(slurm, 0, "75")
+    slurm.says(
+        "scontrol", f"JobId=12 JobName=x JobState=Y Reason=TimeLimit\n   JobState=COMPLETING Reason={reason} X=y\n"
+    )
+    slurm.set("srun", "waits", "yes")
+    process = run_script(make_spec(tmp_path / "s"))
+    wait_for(lambda: slurm.calls("srun"))
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None, "the script did not outlive the signal"
+    slurm.set("srun", "waits", "")
+    assert end(process)[0] == 75
+    assert requeued(slurm) == again
+
+
+def test_a_signal_to_the_script_reaches_the_step(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    """Slurm's own goes to the step; this is for `scancel --batch --signal=USR1` and sites that set `B:`."""
+    step_ends(slurm, 0)
+    slurm.set("srun", "waits", "yes")
+    process = run_script(make_spec(tmp_path / "s"))
+    wait_for(lambda: (slurm.folder / "srun.environment").exists())
+    process.send_signal(signal.SIGUSR1)
+    assert end(process)[0] == 128 + signal.SIGUSR1  # the stand-in has no handler
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("variables", "squeue", "expected"),
+    [
+        ({"SLURM_JOB_END_TIME": "1900000000"}, "1\n", "1900000000"),
+        ({}, "1900000001\n", "1900000001"),
+        ({}, "NONE\n", None),  # no time limit
+        ({}, "", None),
+    ],
+)
+def test_the_end_of_the_allocation(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, variables: dict[str, str], squeue: str, expected: Any
+) -> None:
+    step_ends(slurm, 0)
+    slurm.says("squeue", squeue)
+    assert end(run_script(make_spec(tmp_path / "s"), **variables))[0] == 0
+    assert slurm.environment().get("CROSSLIFT_DEADLINE") == expected
+
+
+def test_a_taken_port_is_passed_over(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    step_ends(slurm, 0)
+    slurm.says("scontrol", "first\nsecond\n")
+    wanted = FIRST_PORT + JOB % PORTS
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", wanted))
+        taken.listen()
+        end(run_script(make_spec(tmp_path / "s")))
+    (call,) = slurm.calls("srun")
+    ports = [word for word in call if word.startswith("--port=")]
+    assert ports == [f"--port={wanted + 1}"]
+    assert "--host=first" in call
+
+
+def test_setup_lines_come_first_and_one_that_fails_ends_the_job(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    step_ends(slurm, 0)
+    settings = JobSettings(gpus_per_node=0, setup=("export A=1", "B=$A$UNSET"), environment={"A": "2"})
+    assert end(run_script(make_spec(tmp_path / "s", settings=settings), UNSET=""))[0] == 0
+    assert slurm.environment()["A"] == "2"
+    failing = JobSettings(gpus_per_node=0, setup=("true", "cat /not/there", "touch canary"))
+    status, said = end(run_script(make_spec(tmp_path / "s", settings=failing)))
+    assert status == 2
+    assert said.splitlines()[-1].endswith(": cat /not/there")
+    assert len(slurm.calls("srun")) == 1
+    assert not (tmp_path / "s" / "canary").exists()
+
+
+def test_offline_jobs_leave_the_hub_alone(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    step_ends(slurm, 0)
+    end(run_script(make_spec(tmp_path / "s", offline=True)))
+    assert slurm.environment()["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_hostile_values_arrive_byte_for_byte_and_nothing_is_executed(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, array: bool
+) -> None:
+    folder = tmp_path / HOSTILE
+    elements = tuple(
+        Element(run_dir=folder / name, arguments=("-rf", HOSTILE, "'\n$(touch canary)"), readable=(folder / HOSTILE,))
+        for name in ("$(touch canary)", "`touch canary`")
+    )
+    settings = JobSettings(gpus_per_node=0, environment={"VALUE": HOSTILE + "\nü"}, partition=HOSTILE)
+    spec = make_spec(folder, settings=settings, elements=elements, array=array, name=HOSTILE)
+    step_ends(slurm, 0)
+    chosen = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"} if array else {}
+    assert end(run_script(spec, **chosen)) == (0, "")
+    (call,) = slurm.calls("srun")
+    element = elements[1 if array else 0]
+    after = call[call.index("bash") :]
+    assert after[4:7] == [sys.executable, "-u", f"{folder}/slurm/node.py"]
+    words = after[7:]
+    assert words[:4] == [
+        f"--code={folder}",
+        f"--run={element.run_dir}",
+        f"--chdir={folder}",
+        f"--outcome={folder}/outcome-12",
+    ]
+    assert words[words.index("--readable") :] == ["--readable", str(folder / HOSTILE), "--", *element.arguments]
+    assert slurm.environment()["VALUE"] == HOSTILE + "\nü"
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_a_missing_interpreter_names_the_node(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    status, said = end(run_script(make_spec(tmp_path / "s", python="/not/there"), SLURMD_NODENAME="n7"))
+    assert status == 2
+    assert said == f"crosslift: node n7 ({socket.gethostname()}): /not/there: no such python\n"
+
+
+def test_the_nodes_program_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    """Script, node's program and launcher in a chain; the launcher is a stand-in that says what it got."""
+    spec = make_spec(tmp_path / "s", (HOSTILE,), code=tmp_path / "code")
+    (tmp_path / "code" / "training").mkdir(parents=True)
+    (tmp_path / "code" / "slurm").symlink_to(Path(__file__).resolve().parents[2] / "slurm")
+    (tmp_path / "code" / "training" / "__init__.py").touch()
+    (tmp_path / "code" / "training" / "launch.py").write_text(
+        "import json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(75)\n"
+    )
+    slurm.says("scontrol", "localhost\n")
+    status, said = end(run_script(spec, SLURM_NODEID="0", SLURMD_NODENAME="n1"))
+    words = json.loads(said.splitlines()[1])
+    assert words[:9] == [HOSTILE, "--nproc", "2", "--nodes", "2", "--node-rank", "0", "--rendezvous",
+                         f"localhost:{FIRST_PORT + JOB}"]  # fmt: skip
+    assert (status, requeued(slurm)) == (75, ["12"])

@@ -1,0 +1,141 @@
+"""Site defaults: three layers, every mistake in one line that names its file and key; values no script can carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from slurm import site
+from slurm.errors import SlurmError
+from slurm.site import load_settings
+from slurm.spec import Element, JobSettings, JobSpec, seconds
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_later_layer_wins_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    user = site.user_file()
+    user.parent.mkdir(parents=True)
+    user.write_text(
+        "partition: one\naccount: mine\nqos: low\nenvironment: {A: '1', B: '1', C: '1'}\nsbatch: {constraint: a100}\n"
+    )
+    (tmp_path / "slurm.yaml").write_text("partition: two\nqos: null\nenvironment: {B: '2', A: null}\n")
+    found = load_settings({"partition": None, "account": "yours", "nodes": 3})
+    assert (found.partition, found.account, found.qos, found.nodes) == ("two", "yours", None, 3)
+    assert found.environment == {"B": "2", "C": "1"}
+    assert found.sbatch == {"constraint": "a100"}
+
+
+def test_without_files_there_are_plain_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert load_settings({}) == JobSettings()
+
+
+def test_the_example_is_a_valid_file() -> None:
+    found = load_settings({}, (ROOT / "configs" / "slurm-site.example.yaml",))
+    assert (found.time, found.ranks, found.grace) == ("24:00:00", 8, 300)
+    assert "constraint" in found.sbatch
+
+
+MISTAKES = [
+    ("partitoin: gpu", "partitoin: unknown key; did you mean 'partition'?"),
+    ("container: {image: a, monts: [b]}", "container.monts: unknown key; did you mean 'mounts'?"),
+    ("nodes: many", "nodes: input should be a valid integer, unable to parse string as an integer (found 'many')"),
+    ("nodes: 0", "nodes: input should be greater than or equal to 1 (found 0)"),
+    ("time: 12:00:00", 'time: 43200: write it in quotes, such as "12:00:00" or "90" (minutes)'),
+    ("time: tomorrow", "time: 'tomorrow': must be minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S, such as 12:00:00"),
+    ("mem: lots", "mem: 'lots': must be a number with K, M, G or T, such as 500G; 0 is all of a node"),
+    ('partition: "a\\nb"', "partition: 'a\\nb' holds '\\n'; must be one line without control characters"),
+    ('setup: ["a\\rb"]', "setup.0: 'a\\rb' holds '\\r'; must be one line without control characters"),
+    ("environment: {HF_TOKEN: x}", "environment: HF_TOKEN looks secret, and job scripts are files; set it in the shell "
+     "that submits, from which jobs inherit it"),
+    ("environment: {1A: x}", "environment: '1A' is no name of a variable"),
+    ("sbatch: {nodes: 2}", "sbatch: nodes is crosslift's own; use nodes"),
+    ("sbatch: {output: x}", "sbatch: output is crosslift's own"),
+    ("sbatch: {'a b': x}", "sbatch: 'a b' is no option; write it as sbatch does, such as constraint: a100"),
+    ('sbatch: {constraint: "a\\nb"}', "sbatch: constraint: 'a\\nb' is not one line without control characters"),
+    ("{gpus_per_node: 2, nproc_per_node: 4}", "nproc_per_node: 4 ranks for 2 GPUs; at most one each"),
+    ('{time: "5", grace_seconds: 300}', "grace_seconds: 300 is not less than the time limit, 5"),
+    ("- a", "must hold a mapping of keys, not list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES)
+def test_a_mistake_is_a_line_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text(text)
+    with pytest.raises(SlurmError) as refused:
+        load_settings({}, (file,))
+    assert str(refused.value) == f"{file}: {message}"
+    assert refused.value.exit_status == 2
+
+
+def test_two_mistakes_are_two_lines(tmp_path: Path) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text("container: {imge: a}")
+    with pytest.raises(SlurmError) as refused:
+        load_settings({}, (file,))
+    assert str(refused.value).splitlines() == [
+        f"{file}: container.image: required, but missing",
+        f"{file}: container.imge: unknown key; did you mean 'image'?",
+    ]
+
+
+def test_a_mistake_of_an_option_names_the_option() -> None:
+    with pytest.raises(SlurmError, match=r"^--time: 'soon': must be minutes"):
+        load_settings({"time": "soon"}, ())
+    with pytest.raises(SlurmError, match=r"^--cpus-per-task: input should be greater"):
+        load_settings({"cpus_per_task": 0}, ())
+
+
+def test_damaged_yaml_is_named_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text("a: 1\nb: [\n")
+    with pytest.raises(SlurmError, match=rf"^{file}:3: not valid YAML: "):
+        load_settings({}, (file,))
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405)],
+)
+def test_time_limits_as_slurm_reads_them(time: str, expected: int) -> None:
+    assert seconds(time) == expected
+
+
+def test_the_warning_comes_in_time_for_short_jobs() -> None:
+    assert JobSettings(time="4").grace == 60
+    assert JobSettings(time="1-0").grace == JobSettings().grace == 300
+    assert JobSettings(time="4", grace_seconds=30).grace == 30
+
+
+def spec(place: Path, **changes: Any) -> JobSpec:
+    values: dict[str, Any] = {
+        "name": "run", "kind": "train", "stem": "train", "settings": JobSettings(gpus_per_node=0), "folder": place,
+        "code": place, "chdir": place, "python": "python3",
+        "elements": (Element(run_dir=place, arguments=("config.yaml",)),),
+    }  # fmt: skip
+    return JobSpec(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a\nb"}, r"holds '\\n'"),
+        ({"folder": Path("/a\x1bb")}, r"holds '\\x1b'"),
+        ({"folder": Path("/a\\b")}, "holds a backslash, with which Slurm fills no job number into file names"),
+        ({"chdir": Path("/a\nb")}, r"holds '\\n'"),
+        ({"after": ("12; rm",)}, "must be a job's number, such as 1234 or 1234_5"),
+        ({"python": "a\nb"}, r"holds '\\n'"),
+    ],
+)
+def test_what_no_script_can_carry_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(tmp_path, **changes)
+    assert spec(tmp_path).name == "run"

@@ -1,0 +1,428 @@
+"""submit, status, logs, cancel as a user calls them, with stand-ins for Slurm and for the other rooms' checks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from fake_slurm import FakeSlurm
+from typer.testing import CliRunner
+
+from slurm import jobs
+from slurm.commands import Rooms, add_commands
+from slurm.errors import SlurmError
+from slurm.freeze import freeze_source
+from slurm.history import one_submission, read_jobs
+from slurm.jobs import find, log_file, read_log
+from slurm.sweep import points
+
+NAME = 'it\'s "a" $(touch canary) `touch canary`; -x ü %j'
+
+
+class Answer:
+    """What a command left behind; an error of the user's is its text."""
+
+    def __init__(self, result: Any) -> None:
+        refused = isinstance(result.exception, SlurmError)
+        assert refused or result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        self.out: str = result.stdout
+        self.error = str(result.exception) if refused else result.stderr
+        self.status = 2 if refused else result.exit_code
+
+
+Cli = Callable[..., Answer]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "fake")
+    monkeypatch.setenv("PATH", fake.search_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("HF_TOKEN", "hf_hush")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "mlflow_hush")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return fake
+
+
+class Checked:
+    """Stands in for training's check; says what it was asked."""
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, Any]] = []
+        self.error: Exception | None = None
+
+    def __call__(self, values: dict[str, Any], settings: Any) -> Iterator[str]:
+        self.values.append(values)
+        yield f"checked for {settings.nodes} nodes"
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def checked() -> Checked:
+    return Checked()
+
+
+@pytest.fixture
+def cli(slurm: FakeSlurm, checked: Checked) -> Cli:
+    """`crosslift ARGUMENTS` with run files that are plain mappings."""
+
+    def load(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+        given = dict(each.partition("=")[::2] for each in overrides)
+        return {**yaml.safe_load(config.read_text()), **given}
+
+    rooms = Rooms(load, checked, lambda values: [Path("/data")], lambda run: "step 3 of 9", lambda: ["eval", "score"],
+                  lambda: {"commit": "c0ffee", "dirty": "false"})  # fmt: skip
+    app = typer.Typer(pretty_exceptions_enable=False)
+    add_commands(app, rooms)
+    return lambda *arguments: Answer(CliRunner().invoke(app, [str(each) for each in arguments]))
+
+
+def run_file(name: str = "run", **values: Any) -> Path:
+    config = Path(f"{len(list(Path().glob('*.yaml')))}.yaml")
+    config.write_text(yaml.safe_dump({"output_dir": f"runs/{name}", "seed": 0, **values}))
+    return config
+
+
+def submitted(folder: Path) -> Path:
+    """The only submission's folder."""
+    (found,) = [path for path in (folder / "slurm").iterdir() if path.is_dir()]
+    return found
+
+
+def test_submitted_checked_frozen_and_written_down(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+    answer = cli("submit", run_file(text="ü\n'"), "seed=4", "--nodes", 2, "--gpus-per-node", 8, "--offline")
+    assert answer.status == 0, answer.error
+    run = Path("runs/run").absolute()
+    folder = submitted(run)
+    lines = answer.out.splitlines()
+    assert lines[0] == "checked for 2 nodes"
+    assert lines[1:3] == [f"job 12: train {run}, 2 node(s) of 8 rank(s)", f"  log: {folder}/train-12.out"]
+    assert lines[3] == f"  MLflow: crosslift ui {run}"
+    (job,) = read_jobs(run)
+    assert (job.job, job.what, job.output, job.submission) == ("12", "train", f"{folder}/train-12.out", folder.name)
+    assert slurm.calls("sbatch") == [["--parsable", str(folder / "train.sh")]]
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"output_dir": str(run), "seed": "4", "text": "ü\n'"}
+    assert json.loads((folder / "code" / "git.json").read_text()) == {"commit": "c0ffee", "dirty": "false"}
+    script = (folder / "train.sh").read_text()
+    assert f"readable=(--readable {folder}/config.yaml --readable /data)" in script
+    assert checked.values == [{"output_dir": str(run), "seed": "4", "text": "ü\n'"}]
+
+
+def test_nothing_secret_is_written(cli: Cli) -> None:
+    assert cli("submit", run_file(), "--gpus-per-node", 0).status == 0
+    for file in Path("runs").rglob("*"):
+        if file.is_file():
+            assert b"_hush" not in file.read_bytes(), file
+
+
+def test_only_source_is_frozen(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for room in ("training", "modeling", "data_pipeline", "evals", "slurm"):
+        (source / room / "__pycache__").mkdir(parents=True)
+        for name in ("__init__.py", "data.yaml", ".env", ".secret.py", "notes.txt", "model.safetensors", "key.pem",
+                     "__pycache__/a.py"):  # fmt: skip
+            (source / room / name).write_text("x")
+        (source / room / ".git").mkdir()
+        (source / room / ".git" / "a.py").write_text("x")
+    (source / "crosslift.py").write_text("x")
+    (source / ".env").write_text("TOKEN=1")
+    (source / "slurm" / "link.py").symlink_to("/etc/passwd")
+    assert freeze_source(tmp_path / "copy", {}, source) == 11
+    copied = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert {name for name in copied if name.startswith("slurm")} == {"slurm/__init__.py", "slurm/data.yaml"}
+    assert len(copied) == 11
+
+
+def test_the_frozen_source_is_complete(cli: Cli) -> None:
+    """It imports on its own: what setuptools would install is there."""
+    cli("submit", run_file(), "--gpus-per-node", 0)
+    code = submitted(Path("runs/run")) / "code"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    program = (
+        "import pathlib, crosslift, training.config, slurm.submit, data_pipeline.toy_problems as toy\n"
+        "print(crosslift.__file__, len(list(pathlib.Path(toy.__file__).parent.glob('phrasings/*.yaml'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=code, env={**environment, "PYTHONPATH": str(code.absolute())},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    place, phrasings = done.stdout.rsplit(maxsplit=1)
+    assert place == str(code.absolute() / "crosslift.py")
+    assert int(phrasings) > 5
+
+
+def test_a_hostile_run_folder_arrives_whole_and_executes_nothing(cli: Cli, slurm: FakeSlurm, tmp_path: Path) -> None:
+    """sbatch runs the script here, and srun the node's program, which then cannot find a launcher for such data."""
+    slurm.set("sbatch", "runs_jobs", "yes")
+    answer = cli("submit", run_file(NAME), "--gpus-per-node", 0, "--setup", 'export A="$(printf 1)"')
+    assert answer.status == 0, answer.error
+    run = Path("runs", NAME).absolute()
+    assert read_jobs(run)[0].output == str(submitted(run) / "train-12.out")
+    (call,) = slurm.calls("srun")
+    assert f"--run={run}" in call
+    assert call[-1] == str(submitted(run) / "config.yaml")
+    assert slurm.environment()["A"] == "1"
+    assert "cannot read /data; it must be on a disk that all nodes share" in slurm.job_output()
+    assert slurm.job_status() == 2
+    assert not list(tmp_path.rglob("canary"))
+
+
+@pytest.mark.parametrize(("name", "message"), [("a\nb", "output_dir: .*holds '\\\\n'"), ("a\\b", "holds a backslash"),
+                                              ("a\x1b[2J", "holds '\\\\x1b'")])  # fmt: skip
+def test_folders_that_slurm_cannot_name_are_refused(cli: Cli, slurm: FakeSlurm, name: str, message: str) -> None:
+    answer = cli("submit", run_file(name), "--gpus-per-node", 0)
+    assert answer.status == 2
+    assert re.search(message, answer.error)
+    assert len(answer.error.splitlines()) == 1
+    assert slurm.calls("sbatch") == []
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_is_queued_is_not_queued_again(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+    config = run_file()
+    assert cli("submit", config, "--gpus-per-node", 0).status == 0
+    slurm.says("squeue", "12|PENDING|Priority|0:00|\n")
+    answer = cli("submit", config, "--gpus-per-node", 0)
+    run = Path("runs/run").absolute()
+    assert (answer.status, answer.error) == (
+        2,
+        f"{run}: job 12 of this run is pending; wait for it, end it with `crosslift cancel {run}`, or give another "
+        "output_dir",
+    )
+    assert len(slurm.calls("sbatch")) == len(checked.values) == len(read_jobs(run)) == 1
+    slurm.says("squeue", "")
+    assert cli("submit", config, "--gpus-per-node", 0).status == 0
+
+
+def test_two_submissions_at_a_time_are_one_too_many(cli: Cli, slurm: FakeSlurm) -> None:
+    with one_submission(Path("runs/run").absolute()):
+        answer = cli("submit", run_file(), "--gpus-per-node", 0)
+    assert answer.status == 2
+    assert "another crosslift submit is at work on this run" in answer.error
+    assert slurm.calls("sbatch") == []
+
+
+@pytest.mark.parametrize("failing", ["sbatch refuses", "no sbatch", "no number", "check"])
+def test_after_an_error_nothing_is_left(cli: Cli, slurm: FakeSlurm, checked: Checked, failing: str) -> None:
+    if failing == "sbatch refuses":
+        slurm.says("sbatch", "", "sbatch: error: Batch job submission failed: no\n", 1)
+    elif failing == "no sbatch":
+        (slurm.path / "sbatch").unlink()
+    elif failing == "no number":
+        slurm.says("sbatch", "hello\n")
+    else:
+        checked.error = SlurmError("data: not there")
+    answer = cli("submit", run_file(), "--gpus-per-node", 0)
+    assert answer.status == 2
+    assert len(answer.error.splitlines()) == 1
+    assert [path.name for path in Path("runs").rglob("*") if path.is_file()] in ([".lock"], [])
+    assert not [path for path in Path("runs").glob("run/slurm/*") if path.is_dir()]
+
+
+def test_when_a_following_job_is_refused_the_first_is_taken_back(cli: Cli, slurm: FakeSlurm) -> None:
+    (slurm.path / "sbatch").write_text(
+        f"#!/bin/sh\nif [ -e {slurm.folder}/first ]; then echo 'sbatch: error: full' >&2; exit 1; fi\n"
+        f"touch {slurm.folder}/first; echo 12\n"
+    )
+    answer = cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score mgsm")
+    assert (answer.status, answer.error) == (2, "sbatch refused the job: full")
+    assert slurm.calls("scancel") == [["12"]]
+    assert read_jobs(Path("runs/run")) == []
+
+
+def test_a_chain_waits_for_success_with_the_runs_folder_filled_in(cli: Cli, slurm: FakeSlurm) -> None:
+    answer = cli("submit", run_file("a b"), "--gpus-per-node", 8, "--after", "7", "--after", "8_1", "--then",
+                 "crosslift eval {run}/model --output '{run}/out x'", "--then", "score mgsm")  # fmt: skip
+    assert answer.status == 0, answer.error
+    run = Path("runs/a b").absolute()
+    scripts = [(submitted(run) / f"{name}.sh").read_text() for name in ("train", "then-1", "then-2")]
+    assert "#SBATCH --dependency=afterok:7,afterok:8_1\n" in scripts[0]
+    assert all("#SBATCH --dependency=afterok:12\n#SBATCH --kill-on-invalid-dep=yes\n" in text for text in scripts[1:])
+    assert f"arguments=(eval '{run}/model' --output '{run}/out x')" in scripts[1]
+    assert [job.what for job in read_jobs(run)] == ["train", f"eval '{run}/model' --output '{run}/out x'", "score mgsm"]
+
+
+def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+    answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--array", "x=$(touch canary)",
+                 "--then", "eval {run}", "--then", "score all")  # fmt: skip
+    assert answer.status == 0, answer.error
+    run = Path("runs/run").absolute()
+    names = ["0-seed=1,x=__touch_canary_", "1-seed=2,x=__touch_canary_"]
+    assert sorted(path.name for path in run.iterdir()) == [*names, "slurm"]
+    assert [values["seed"] for values in checked.values] == ["1", "2"]
+    frozen = [yaml.safe_load((submitted(run) / "configs" / f"{n}.yaml").read_text()) for n in (0, 1)]
+    assert frozen == [{"output_dir": str(run / name), "seed": seed, "x": "$(touch canary)"}
+                      for name, seed in zip(names, "12", strict=True)]  # fmt: skip
+    then = [(submitted(run) / f"then-{n}.sh").read_text() for n in (1, 2)]
+    assert "#SBATCH --array=0-1\n#SBATCH --dependency=aftercorr:12\n" in then[0]
+    assert "--array" not in then[1]
+    assert "#SBATCH --dependency=afterok:12\n" in then[1]
+    (train, follower) = read_jobs(run / names[1])
+    assert (train.job, follower.job) == ("12_1", "12_1")
+    assert train.output == f"{submitted(run)}/train-12_1.out"
+    slurm.says("squeue", "12_1|RUNNING|None|0:01|n1\n")
+    element = cli("submit", run_file(f"run/{names[1]}"), "--gpus-per-node", 0)
+    assert "job 12_1 of this run is running" in element.error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--array", "seed"), "--array 'seed': must be key.sub=value,value, such as seed=0,1,2"),
+        (("--array", "seed=1,,2"), "--array 'seed=1,,2': must be key.sub=value,value, such as seed=0,1,2"),
+        (("--array", "a b=1"), "--array 'a b=1': must be key.sub=value,value, such as seed=0,1,2"),
+        (("--array", "s=1", "--array", "s=2"), "--array 's=2': s is given twice; put all its values into one"),
+        (("--array", "output_dir=a,b"),
+         "--array 'output_dir=a,b': every element gets a folder of its own below output_dir"),
+        (("--array-limit", "2"), "--array-limit: needs --array"),
+        (("--then", "evil x"), "--then 'evil x': must be a crosslift command, one of eval, score"),
+        (("--then", "eval 'x"), "--then \"eval 'x\": No closing quotation"),
+        (("--after", "x;y"), "--after x;y: must be a job's number, such as 1234 or 1234_5"),
+        (("--time", "soon"), "--time: 'soon': must be minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S, such as 12:00:00"),
+        (("--nodes", "0"), "--nodes: input should be greater than or equal to 1 (found 0)"),
+        (("--setup", "a\nb"), "--setup: 'a\\nb' holds '\\n'; must be one line without control characters"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_one_line_each(cli: Cli, slurm: FakeSlurm, options: tuple[str, ...], message: str) -> None:
+    answer = cli("submit", run_file(), "--gpus-per-node", 0, *options)
+    assert (answer.status, answer.error) == (2, message)
+    assert slurm.calls("sbatch") == []
+    assert not Path("runs").exists()
+
+
+def test_gpus_are_never_left_out_by_mistake(cli: Cli) -> None:
+    assert cli("submit", run_file()).error.startswith("--gpus-per-node: not given, nor in slurm.yaml; 0 means")
+    Path("slurm.yaml").write_text("gpus_per_node: 4\n")
+    assert cli("submit", run_file()).status == 0
+
+
+def test_a_dry_run_prints_scripts_and_commands_only(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+    config = run_file()
+    before = sorted(Path().rglob("*"))
+    answer = cli("submit", config, "--gpus-per-node", 0, "--dry-run", "--then", "score x")
+    assert answer.status == 0
+    assert "#SBATCH --job-name=run\n" in answer.out
+    assert "#SBATCH --dependency=afterok:JOB_OF_train\n" in answer.out
+    assert answer.out.count("\n# sbatch --parsable ") == 2
+    as_json = json.loads(cli("submit", config, "--gpus-per-node", 0, "--dry-run", "--json").out)
+    assert [set(job) for job in as_json] == [{"script", "command"}]
+    assert sorted(Path().rglob("*")) == before
+    assert slurm.calls("sbatch") == slurm.calls("squeue") == checked.values == []
+
+
+def test_values_of_a_sweep_are_split_outside_of_brackets() -> None:
+    assert [point.overrides for point in points(["a=[1,2],{b: 3, c: 4},'x,y'"])] == [
+        ("a=[1,2]",), ("a={b: 3, c: 4}",), ("a='x,y'",),
+    ]  # fmt: skip
+    with pytest.raises(SlurmError, match=r"1001 elements; at most 1000"):
+        points([f"a={','.join(map(str, range(1001)))}"])
+
+
+# --- status, logs, cancel
+
+
+@pytest.fixture
+def queued(cli: Cli) -> Path:
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score x").status == 0
+    run = Path("runs/run").absolute()
+    lines = [json.loads(line) for line in (run / "slurm" / "jobs.jsonl").read_text().splitlines()]
+    lines[1]["job"] = "13"  # the stand-in for sbatch knows one number only
+    (run / "slurm" / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_status_of_queued_past_and_forgotten_jobs(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+    slurm.says("squeue", "12|RUNNING|None|1:02|n[1-2]\n13|PENDING|Dependency|0:00|\n")
+    assert cli("status", queued).out.splitlines() == [
+        "job 12 (train): running for 1:02 on n[1-2]",
+        "job 13 (score x): pending (Dependency) for 0:00",
+        "step 3 of 9",
+    ]
+    slurm.says("squeue", "")
+    slurm.says("scontrol", "", "Invalid job id specified", 1)
+    assert "forgotten by Slurm" in cli("status", queued).out
+    slurm.says("sacct", "12|FAILED|00:00:09|n1|1:0|2\n")
+    found = json.loads(cli("status", queued, "--json").out)
+    assert found["progress"] == "step 3 of 9"
+    assert [(job["state"], job["exit"], job["restarts"]) for job in found["jobs"]] == [
+        ("FAILED", "1:0", 2),
+        ("UNKNOWN", None, None),
+    ]
+
+
+def test_a_job_is_found_by_its_number(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+    output = read_jobs(queued)[0].output
+    slurm.says("scontrol", f"JobId=12 JobName=run\n   JobState=RUNNING Reason=None X=y\n   StdOut={output}\n")
+    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n")
+    assert cli("status", "12").out.splitlines()[0] == "job 12 (train): running for 1:02 on n1"
+    slurm.says("scontrol", "", "Invalid job id specified", 1)
+    assert cli("status", "12").error == "12: Slurm knows no such job of a run; give the run's folder"
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel"])
+def test_a_folder_without_jobs_is_refused(cli: Cli, tmp_path: Path, command: str) -> None:
+    answer = cli(command, tmp_path)
+    assert (answer.status, answer.error) == (
+        2, f"{tmp_path}: no jobs (slurm/jobs.jsonl) there; give a run's folder or a job's number",
+    )  # fmt: skip
+
+
+def test_a_damaged_list_of_jobs_is_named_by_line(cli: Cli, queued: Path) -> None:
+    with (queued / "slurm" / "jobs.jsonl").open("a") as file:
+        file.write('{"job": 1}\n')
+    assert cli("status", queued).error == f"{queued}/slurm/jobs.jsonl:3: not a line of this file; remove it"
+
+
+def test_logs_of_the_job_and_of_a_rank(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+    slurm.says("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    output = read_jobs(queued)[0].output
+    assert cli("logs", queued).error == f"{output}: not there yet; job 12 is pending, job 13 is pending"
+    Path(output).write_text("ä\nb")
+    assert cli("logs", queued).out == "ä\nb"
+    assert cli("logs", queued, "--rank", 1).error.endswith("no rank has a log yet")
+    (queued / "logs").mkdir()
+    for rank in (0, 1):
+        (queued / "logs" / f"rank-{rank:05d}.log").write_text(f"rank {rank}\n")
+    assert cli("logs", queued, "--rank", 1).out == "rank 1\n"
+    assert cli("logs", queued, "--rank", 2).error.endswith("ranks with a log: 0 to 1")
+
+
+def test_a_log_is_followed_until_the_job_is_over(
+    slurm: FakeSlurm, queued: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "FOLLOW_SECONDS", 0.01)
+    monkeypatch.setattr(jobs, "ASK_SECONDS", 0.0)
+    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n")
+    target = find(str(queued))
+    file = log_file(target, None)
+    pieces = read_log(file, target, follow=True)
+    file.write_text("one\n")
+    assert next(pieces) == "one\n"
+    with file.open("a") as log:
+        log.write("two\n")
+    assert next(pieces) == "two\n"
+    with file.open("a") as log:
+        log.write("last words\n")
+    slurm.says("squeue", "")
+    assert list(pieces) == ["last words\n"]
+
+
+def test_cancel_ends_what_is_queued_the_last_first(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
+    assert cli("cancel", queued).out == "cancelled: job 12, job 13\n"
+    assert slurm.calls("scancel") == [["13", "12"]]
+    slurm.says("squeue", "")
+    assert cli("cancel", queued).out == "no job is pending or running\n"
+    assert len(slurm.calls("scancel")) == 1

@@ -1,0 +1,220 @@
+"""Beats, stalls, and who is blamed: without ranks. `tests/distributed/test_stalls.py` has real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from training import watchdog
+from training.heartbeat import ENDED, FOLDER, STARTING, STEPPING, Heart, beat_file, read_beat
+from training.watchdog import Evidence, Watchdog, from_json, furthest_behind, main_stack, to_json
+
+HANGS = """
+    import os, signal, sys, threading, time
+    from training.heartbeat import Heart
+    heart = Heart()
+    heart.attach()
+    def deep_in_the_reader():
+        open(os.environ["CROSSLIFT_BEATS"] + "/ready", "w").close()
+        while True:
+            time.sleep(0.05)
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    steps = heart.steps(iter(range(9)), 4)
+    next(steps)
+    heart.forward()
+    deep_in_the_reader()
+"""
+
+
+@pytest.fixture
+def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heart:
+    """This process as local rank 0 of a launcher's folder."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("training.heartbeat._end_with_launcher", lambda: None)
+    heart = Heart()
+    heart.attach()
+    return heart
+
+
+def test_the_launcher_reads_what_the_rank_does(heart: Heart, tmp_path: Path) -> None:
+    def now() -> tuple[int, int, int, str]:
+        beat = read_beat(tmp_path, 0)
+        assert beat is not None
+        assert beat.pid == os.getpid()
+        return beat.step, beat.beats, beat.state, beat.phase
+
+    assert now() == (-1, 1, STARTING, "starting")
+    seen = []
+    for batch in heart.steps("ab", 7):
+        seen += [batch, now()]
+        heart.forward()
+        heart.phase("backward")
+        heart.forward()
+        seen.append(now())
+    assert seen[:2] == ["a", (7, 2, STEPPING, "agreeing on the step")]
+    assert seen[2] == (7, 5, STEPPING, "forward 2")
+    assert seen[3:5] == ["b", (8, 2, STEPPING, "agreeing on the step")]
+    assert heart.step == 8  # there is no step 9
+    heart.end()
+    assert now()[2:] == (ENDED, "ended")
+
+
+def test_without_a_launcher_beats_are_only_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    heart = Heart()
+    heart.attach()
+    assert list(heart.steps("ab", 0)) == ["a", "b"]
+    assert heart.step == 1
+
+
+def test_a_rank_that_has_not_begun_to_beat_is_no_rank_yet(tmp_path: Path) -> None:
+    assert read_beat(tmp_path, 0) is None
+    beat_file(tmp_path, 0).write_bytes(b"")
+    assert read_beat(tmp_path, 0) is None
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
+
+
+def test_silence_counts_from_the_first_step_until_the_end(
+    heart: Heart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    dog = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=60, first_rank=0)
+
+    def stalled_after(seconds: float) -> bool:
+        assert not dog.stalled()
+        clock.now += seconds
+        return dog.stalled()
+
+    assert not stalled_after(1000)  # loading a model takes its time
+    steps = heart.steps("abc", 0)
+    next(steps)
+    assert not stalled_after(59)
+    heart.forward()
+    assert not stalled_after(59)
+    assert stalled_after(2)
+    heart.end()
+    assert not stalled_after(1000)
+
+
+def test_no_stall_minutes_mean_no_stall(heart: Heart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    dog = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=0, first_rank=0)
+    next(heart.steps("abc", 0))
+    assert not dog.stalled()
+    clock.now += 1e9
+    assert not dog.stalled()
+
+
+WAITS = ('File ".../torch/distributed/distributed_c10d.py", line 1 in all_reduce', 'File "trainer.py", line 2 in agree')
+WORKS = ('File "reader.py", line 3 in parse', 'File "trainer.py", line 1 in train')
+
+
+def rank(number: int, **changes: object) -> Evidence:
+    usual = Evidence(number, "host", 1, 5, 9, "all-reduce", 100.0, "S", WAITS)
+    return replace(usual, **changes)
+
+
+@pytest.mark.parametrize(
+    "culprit",
+    [
+        rank(2, step=4, beats=30),  # a step behind
+        rank(2, beats=8, silent_seconds=50),  # a phase behind
+        rank(2, state="T"),  # as far as the others, but stopped
+        rank(2, state="D", stack=()),
+        rank(2, stack=WORKS),  # as far, but not waiting for anybody
+        rank(2, silent_seconds=101),
+    ],
+)
+def test_the_rank_that_the_others_wait_for_is_found(culprit: Evidence) -> None:
+    others = [rank(0), rank(1, silent_seconds=99), rank(3, step=5, beats=9)]
+    assert furthest_behind([*others, culprit]) == culprit
+    assert furthest_behind(from_json(json.loads(json.dumps(to_json([culprit, *others]))))) == culprit
+
+
+def test_the_report_names_what_a_person_needs() -> None:
+    text = rank(2, host="n7", silent_seconds=930, state="D", stack=WORKS, phase="waiting for data").told()
+    assert text.splitlines() == [
+        "rank 2 on n7 stands still: no sign of life for 15.5 minutes; step 6, phase 'waiting for data', process 1 is "
+        "in a disk wait",
+        '    File "reader.py", line 3 in parse',
+        '    File "trainer.py", line 1 in train',
+    ]
+
+
+def test_the_main_threads_stack_is_found_among_all() -> None:
+    shown = textwrap.dedent("""\
+        Thread 0x00007f00000000aa (most recent call first):
+          File "feeder.py", line 1 in feed
+
+        Current thread 0x00007f00000000bb (most recent call first):
+          File "other.py", line 2 in f
+
+        Thread 0x00007f00000000cc (most recent call first):
+          File "main.py", line 3 in g
+          File "main.py", line 4 in main
+        """)
+    assert main_stack(shown, 0x7F00000000CC) == ('File "main.py", line 3 in g', 'File "main.py", line 4 in main')
+    assert main_stack(shown, 0x1) == ()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp_path: Path, stopped: bool) -> None:
+    environment = {**os.environ, FOLDER: str(tmp_path), "LOCAL_RANK": "0", "CROSSLIFT_LAUNCHER": str(os.getpid())}
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HANGS)], env=environment)
+    try:
+        until = time.monotonic() + 20
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        if stopped:
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.1)
+        (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=8).evidence()
+    finally:
+        process.kill()
+        process.wait()
+    assert (seen.rank, seen.step, seen.phase) == (8, 4, "forward 1")
+    assert seen.state == ("T" if stopped else "S")
+    assert "in deep_in_the_reader" in seen.stack[0]
+    assert "in <module>" in seen.stack[1]
+    assert not seen.in_collective
+
+
+def test_a_rank_dies_with_its_launcher(tmp_path: Path) -> None:
+    """Also one that waits in a call and looks at nothing."""
+    program = (
+        "from training.heartbeat import Heart; Heart().attach(); open('{}', 'w').close(); import time; time.sleep(60)"
+    )
+    launcher = f"""
+        import os, subprocess, sys, time
+        os.environ |= {{"CROSSLIFT_BEATS": {str(tmp_path)!r}, "LOCAL_RANK": "0"}}
+        os.environ["CROSSLIFT_LAUNCHER"] = str(os.getpid())
+        child = subprocess.Popen([sys.executable, "-c", {program.format(tmp_path / "ready")!r}], start_new_session=True)
+        while not os.path.exists({str(tmp_path / "ready")!r}):
+            time.sleep(0.02)
+        print(child.pid, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(launcher)], capture_output=True, text=True, timeout=30)
+    pid = int(done.stdout)
+    until = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < until, "the rank outlived its launcher"
+        time.sleep(0.05)

@@ -1,0 +1,104 @@
+"""A whole run: `fit` prepares, resumes, trains and ends it, on every rank.
+
+In: a RunConfig on every rank. Out: the last checkpoint. Next: `export.py`, `evals`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+import yaml
+
+from modeling.export_info import VECTORS_FILE
+from training import checkpoint
+from training.assembly import assemble
+from training.config import RunConfig
+from training.distributed import barrier, rank
+from training.engine import init_process_group
+from training.heartbeat import heart
+from training.plots import draw_plots
+from training.prepare import forget_preparation, prepare
+from training.provenance import git_state, versions
+from training.resume import find_start, go_on
+from training.run_file import resolved
+from training.run_state import RunState
+from training.stop import StoppedOnRequest, StopRequest
+from training.tracking import Tracker
+from training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).resolve().parent.parent
+
+
+def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, stop: StopRequest | None = None) -> Path:
+    """Run `config` to its last step on every rank; the last checkpoint.
+
+    Args:
+        resume: "auto", "never" or a path (see `checkpoint.find`).
+        accept_changes: go on although data or config differ from the checkpoint's.
+        stop: what asks the run to stop before its last step.
+
+    Raises:
+        StoppedOnRequest: after a checkpoint; the same call goes on.
+    """
+    stop = stop or StopRequest()
+    init_process_group(timeout_minutes=30, output_dir=config.output_dir)
+    if rank() == 0:
+        forget_preparation(config)
+    barrier()  # nobody takes an earlier start's word for it
+    prepared = prepare(config, rank())
+    found = find_start(config, resume)
+    if found is not None and RunState.read(found).step >= config.max_steps:
+        log.info("%s: the run is finished already", found)
+        return found
+    tracker = Tracker(config.output_dir, config.tracking) if rank() == 0 else None
+    run = assemble(config, prepared)
+    trainer = Trainer(run, tracker, stop)
+    start = go_on(trainer, found, accept_changes) if found is not None else 0
+    for home in {config.output_dir, trainer.disk.home}:
+        if rank() == 0 if home == config.output_dir else trainer.disk.leader:
+            checkpoint.set_aside_newer(home, start)
+    if tracker is not None:
+        log.info("%s from step %d on %d ranks", config.output_dir, start, run.engine.world_size)
+        _write_resolved(config)
+        tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=start if found else None)
+    status: Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"] = "FAILED"
+    try:
+        stop.begin_training()
+        trainer.train(start)
+        status = "FINISHED"
+    except StoppedOnRequest:
+        status = "SCHEDULED"  # MLflow's word for a run that is to go on
+        raise
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        heart.end()
+        stop.end_training()
+        if tracker is not None:
+            _track_files(tracker, config.output_dir)
+            tracker.finish(status)
+    barrier()
+    run.engine.destroy()
+    dist.destroy_process_group()
+    return checkpoint.checkpoint_path(config.output_dir, config.max_steps)
+
+
+def _write_resolved(config: RunConfig) -> None:
+    """The run file with every default filled in, in the run folder."""
+    text = yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
+    (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _track_files(tracker: Tracker, output_dir: Path) -> None:
+    """Resolved config, plots and the newest vectors, as artefacts of the run."""
+    tracker.artifact(output_dir / "config.yaml")
+    for plot in draw_plots(output_dir):
+        tracker.artifact(plot, "plots")
+    newest = checkpoint.latest(output_dir)
+    if newest is not None and (newest / VECTORS_FILE).is_file():
+        tracker.artifact(newest / VECTORS_FILE)

@@ -1,0 +1,69 @@
+"""What a rank writes to stderr without logging: tracebacks, C++ aborts, NCCL. The launcher reads it.
+
+In: the rank's stderr, a pipe. Out: the launcher's own stderr, the rank's log, and events, of level CRITICAL
+where crosslift says why it ends, STDERR otherwise.
+Next: `merged_logs.py`. The launcher reads, since a process that aborts cannot look after its own last words.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from training.logs import Appender, Secrets, event, part, rank_log
+
+CLOSE_SECONDS = 2.0  # a process that a rank left behind may keep the pipe open
+OURS = "crosslift: "
+
+
+class RankOutput:
+    """Reads one rank's stderr in a thread."""
+
+    def __init__(
+        self,
+        pipe: IO[bytes],
+        rank: int,
+        output_dir: Path | None,
+        secrets: Secrets,
+        first_to_say: Callable[[str, int], bool],
+        step: Callable[[], int],
+    ) -> None:
+        """`first_to_say` is asked before a rank's n-th line of the same words is shown, where they are our own."""
+        self.spoke = False  # one of our own lines came: the rank has said why it ended
+        self._said: Counter[str] = Counter()
+        self._pipe = pipe
+        self._rank = rank
+        self._secrets = secrets
+        self._first_to_say = first_to_say
+        self._step = step
+        self._log = Appender(rank_log(output_dir, rank)) if output_dir else None
+        self._events = Appender(part(output_dir, f"stderr-{rank:05d}")) if output_dir else None
+        self._thread = threading.Thread(target=self._read, name=f"stderr-{rank}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """After the rank's end: what it still said is shown."""
+        self._thread.join(CLOSE_SECONDS)
+
+    def _read(self) -> None:
+        for line in self._pipe:
+            text = self._secrets.hidden(line.decode(errors="backslashreplace").rstrip("\n"))
+            self._show(text)
+            text = text.rstrip("\r").rpartition("\r")[2]  # of a bar that redraws itself, how it ended
+            if self._log is not None:
+                self._log.write(text + "\n")
+            if self._events is not None and text.strip():
+                level = "CRITICAL" if text.startswith(OURS) else "STDERR"
+                self._events.write(event(self._rank, level, self._step(), text))
+
+    def _show(self, text: str) -> None:
+        if text.startswith(OURS):
+            self.spoke = True
+            self._said[text] += 1
+            if not self._first_to_say(text, self._said[text]):
+                return
+        print(text, file=sys.stderr, flush=True)
