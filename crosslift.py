@@ -398,12 +398,13 @@ def quickstart(
 @app.command()
 def ui(
     runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder that holds run folders")] = Path("runs"),
-    port: Annotated[int, typer.Option(help="port on localhost")] = 5000,
+    port: Annotated[int, typer.Option(help="its port")] = 5000,
+    host: Annotated[str, typer.Option(help="address it listens at; others than 127.0.0.1 let others in")] = "127.0.0.1",
 ) -> None:
     """Open MLflow's page on the runs. Example: crosslift ui runs --port 5001"""
     from training.tracking import serve_ui
 
-    raise SystemExit(serve_ui(runs, port))
+    raise SystemExit(serve_ui(runs, port, host))
 
 
 def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def load_hub(path: str, config: str | None, split: str) -> Dataset:
             loaded = datasets.load_from_disk(path)
             return loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
         return cast("Dataset", datasets.load_dataset(path, config, split=split))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: split {split!r} cannot be loaded ({' '.join(str(error).split())})") from error
 
 

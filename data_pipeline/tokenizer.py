@@ -64,7 +64,7 @@ def train_tokenizer(texts: Iterable[str], output: Path, config: TokenizerTrainin
 
     tokenizer = _decoder(texts, config) if config.style == "decoder" else _encoder(texts, config)
     tokenizer.save_pretrained(output)
-    return AutoTokenizer.from_pretrained(output)
+    return AutoTokenizer.from_pretrained(output, trust_remote_code=False)
 
 
 def _decoder(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:

@@ -134,7 +134,7 @@ def _with_head(
     with quiet(), torch.random.fork_rng(devices=[]):  # what transformers draws for the head is drawn anew below
         loaded: Any = auto_class(architecture).from_pretrained(
             directory, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
-            use_safetensors=True, dtype="auto", **changes,
+            use_safetensors=True, trust_remote_code=False, attn_implementation="eager", dtype="auto", **changes,
         )  # fmt: skip
     model, report = loaded
     mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]

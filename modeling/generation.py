@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling.errors import ModelError
 from modeling.export_info import VECTORS_FILE, ExportInfo
@@ -27,7 +27,8 @@ from modeling.language_vectors import LanguageVectors
 from modeling.layers import state_hook
 from modeling.loading import AttentionName, load_pretrained, resolve_directory
 from modeling.shifcon import LanguageShift
-from modeling.weight_files import directory_hash, one_line
+from modeling.untrusted import read_tokenizer
+from modeling.weight_files import directory_hash
 
 NO_LANGUAGE = -1
 
@@ -94,10 +95,7 @@ class ShiftedGenerator:
         directory = resolve_directory(path)
         info = ExportInfo.read(directory)
         vectors = _own_vectors(directory) if info.objective == "shifcon" else None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{directory}: no usable tokenizer ({one_line(error)})") from error
+        tokenizer = read_tokenizer(directory, local_files_only=True)
         return cls(load_pretrained(directory, dtype, attention, device), tokenizer, info, vectors)
 
     def generate(

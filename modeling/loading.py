@@ -20,10 +20,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
@@ -32,6 +31,7 @@ from transformers.utils import logging
 from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
 from modeling.initial_model import write_initial_model
+from modeling.untrusted import read_config
 from modeling.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
 
 __all__ = [
@@ -115,10 +115,7 @@ def quiet() -> Iterator[None]:
 
 def load_config(directory: Path, architecture: Architecture = "causal-lm") -> PreTrainedConfig:
     """The config of a model. Raises ModelError where it is absent, unknown, without that head or quantised."""
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"{directory}: {one_line(error)}") from error
+    config = read_config(directory)
     try:
         model_class(config, architecture)
     except ModelError as error:
@@ -267,6 +264,7 @@ def load_pretrained(
         ignore_mismatched_sizes=True,  # so that they come in the report with the others
         local_files_only=True,
         use_safetensors=True,
+        trust_remote_code=False,
     )
     model, report = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModel,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +28,8 @@ from modeling.consistency import representations
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers, hidden_size, position_limit, state_hook
 from modeling.loading import load_config, named, quiet, resolve_directory
-from modeling.weight_files import one_line, stored_tensors
+from modeling.untrusted import read_tokenizer
+from modeling.weight_files import stored_tensors
 
 Pooling = Literal["mean", "first"]
 
@@ -83,10 +83,7 @@ class SentenceStates:
         Raises ModelError: no usable model or tokenizer there; weights of the layers missing, left over, misshapen.
         """
         directory = resolve_directory(directory_or_name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{directory}: no usable tokenizer ({one_line(error)})") from error
+        tokenizer = read_tokenizer(directory, local_files_only=True)
         model: Any = _without_head(directory, dtype)
         return cls(model.to(device), tokenizer, pooling, max_length)
 
@@ -171,7 +168,7 @@ def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored would be drawn, and said aloud
         loaded: Any = AutoModel.from_pretrained(
             directory, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-            local_files_only=True, use_safetensors=True,
+            local_files_only=True, use_safetensors=True, trust_remote_code=False,
             attn_implementation="sdpa" if model_class(config, architecture)._supports_sdpa else "eager",
         )  # fmt: skip
     model, report = loaded

@@ -31,6 +31,7 @@ from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
 from modeling.lora import add_adapters
+from modeling.untrusted import read_tokenizer
 from training.config import RunConfig
 from training.distributed import rank, world_size
 from training.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
@@ -88,10 +89,8 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     Raises:
         DataError, ConfigError: a wrong label mask, a contrast set above the micro-batch budget.
     """
-    from transformers import AutoTokenizer
-
     index, data = prepared.index, config.data
-    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
+    tokenizer = read_tokenizer(prepared.tokenizer_dir)
     if data.task is not None:
         return task_data(config, data.task, index, tokenizer)
     chat = Chat(tokenizer, data.template, data.languages)

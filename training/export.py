@@ -105,15 +105,15 @@ def _made(checkpoint: Path, output: Path) -> Path:
 
 def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
     import torch
-    from transformers import AutoConfig, AutoTokenizer
 
     from modeling.architectures import auto_class
     from modeling.loading import directory_hash
     from modeling.lora import completed, merged
+    from modeling.untrusted import read_config, read_tokenizer
     from training.engine import DTYPES
     from training.engine_state import consolidated
 
-    model_config = AutoConfig.from_pretrained(checkpoint / "model_config")
+    model_config = read_config(checkpoint / "model_config")
     with torch.device("meta"):
         tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
     weights = consolidated(checkpoint, tied)
@@ -124,7 +124,7 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
     model_config.save_pretrained(output)
-    AutoTokenizer.from_pretrained(checkpoint / "model_config").save_pretrained(output)
+    read_tokenizer(checkpoint / "model_config", local_files_only=True).save_pretrained(output)
     description = _description(config, state.step)
     (output / EXPORT_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
     if isinstance(config.objective, ShifConConfig):

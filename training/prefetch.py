@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.run_file import resolved, validate
+from training.run_file import validate
 
 if TYPE_CHECKING:
     from data_pipeline.config import SourceConfig
@@ -80,10 +80,9 @@ def prefetch(config: RunConfig) -> Iterator[str]:
 
 def open_all(config: RunConfig) -> None:
     """Opens model, tokenizer and data, as a run does, without reading weights or rows. Raises as a run would."""
-    from transformers import AutoTokenizer
-
     from data_pipeline.sources import open_source
     from modeling.loading import load_config, resolve_directory
+    from modeling.untrusted import read_tokenizer
     from modeling.weight_files import stored_tensors
     from training.prepare import architecture
 
@@ -92,10 +91,7 @@ def open_all(config: RunConfig) -> None:
         load_config(directory, architecture(config))
         stored_tensors(directory)
     if (tokenizer := config.tokenizer.path or config.model.path) is not None:
-        try:
-            AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"tokenizer {tokenizer!r}: cannot be opened: {_one_line(error)}") from None
+        read_tokenizer(tokenizer)
     for source in config.data.sources:
         open_source(source, config.data_dir, config.output_dir / "index")
 
@@ -178,7 +174,8 @@ def _check_offline(config: RunConfig) -> None:
     """In a process of its own, since the hub's libraries read HF_HUB_OFFLINE when they are imported."""
     done = subprocess.run(
         [sys.executable, "-m", "training.prefetch"],
-        input=json.dumps(resolved(config)), env={**os.environ, **OFFLINE}, capture_output=True, text=True,
+        input=config.model_dump_json(),  # with logins, which are written nowhere
+        env={**os.environ, **OFFLINE}, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

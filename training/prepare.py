@@ -154,11 +154,10 @@ def _from_scratch(config: RunConfig, tokenizer_dir: str) -> str:
     head: Architecture = "causal-lm" if config.data.task is None else "masked-lm"
 
     def write(path: Path) -> None:
-        from transformers import AutoTokenizer
-
         from modeling.loading import write_initial_model
+        from modeling.untrusted import read_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        tokenizer = read_tokenizer(tokenizer_dir)
         write_initial_model(init, tokenizer, path, config.seed, architecture=head)
 
     made_from = {"init": init, "seed": config.seed, "tokenizer": _identity(tokenizer_dir), "head": head}

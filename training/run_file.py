@@ -7,6 +7,7 @@ Next: `prepare.py`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,22 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """The config as plain YAML-ready values, every default filled in."""
-    return config.model_dump(mode="json")
+    """The config as plain YAML-ready values, every default filled in, passwords in addresses left out.
+
+    It is written into the run folder, into checkpoints, and to MLflow.
+    """
+    values: dict[str, Any] = _without_logins(config.model_dump(mode="json"))
+    return values
+
+
+def _without_logins(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_logins(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_logins(each) for each in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1@", re.sub(r"(https?://)[^/@\s]+@", r"\1", value))
 
 
 def _given_twice(node: yaml.Node | None, path: str = "", seen: set[int] | None = None) -> Iterator[str]:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
 import uuid
 import webbrowser
 from collections.abc import Iterator, Mapping
@@ -214,6 +215,7 @@ def run_of_runs(
         uri = default_store(output_dir)
     tracker = Tracker(output_dir, config)
     tracker.start(params, {**versions(), **git_state()}, resumed_step=None)
+    uri = _login_to_environment(uri)
     inside = {"enabled": config.enabled, "uri": uri, "experiment": config.experiment, "parent": tracker.id}
     status: Status = "FAILED"
     try:
@@ -224,6 +226,24 @@ def run_of_runs(
         raise
     finally:
         tracker.finish(status)
+
+
+def _login_to_environment(uri: str | None) -> str | None:
+    """The address as the run file of a run inside may hold it; a server's login goes to that run by the environment.
+
+    Raises ConfigError for a database's password, which has no such way.
+    """
+    login = urllib.parse.urlsplit(uri or "")
+    if uri is None or login.password is None:
+        return uri
+    if not login.scheme.startswith("http"):
+        raise ConfigError(
+            "tracking.uri: holds a password, which would be written into the training's run file; leave it out there "
+            "and give it as the database's driver reads it (such as PGPASSWORD), or name a server"
+        )
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", urllib.parse.unquote(login.username or ""))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", urllib.parse.unquote(login.password))
+    return without_password(uri)
 
 
 def sync_record(output_dir: Path, uri: str | None = None) -> SyncResult:

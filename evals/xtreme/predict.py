@@ -83,12 +83,12 @@ class EncoderPredictor:
         Raises EvalError for a model of no task, ModelError for one whose files do not fit together.
         """
         import torch
-        from transformers import AutoTokenizer
 
         from modeling.encoders import load_task_model
         from modeling.export_info import EXPORT_FILE, ExportInfo
         from modeling.loading import resolve_directory
         from modeling.mixup_state import MIXUP_FILE
+        from modeling.untrusted import read_tokenizer
         from modeling.xmixup import CrossLingualMixup
 
         directory = resolve_directory(path)
@@ -104,7 +104,7 @@ class EncoderPredictor:
         # A model trained on pairs that were never mixed (`objective.mix: false`) has no such file.
         mixup = CrossLingualMixup.attach(model, directory) if (directory / MIXUP_FILE).is_file() else None
         tokenizer = TaskTokenizer(
-            AutoTokenizer.from_pretrained(directory), task, info.sequence_length, info.languages
+            read_tokenizer(directory, local_files_only=True), task, info.sequence_length, info.languages
         )  # fmt: skip
         return cls(model, tokenizer, info, mixup, batch_tokens)
 

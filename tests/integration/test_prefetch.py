@@ -89,6 +89,7 @@ def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path
         ("gated", "model.path 'tiny/llama': gated: accept its terms on its page, then set HF_TOKEN"),
         ("too large", "are to be fetched, but"),
         ("no network", "model.path 'tiny/llama': http://127.0.0.1:9 cannot be reached"),
+        ("damaged", "fetched, but with HF_HUB_OFFLINE=1: "),
         ("offline", "HF_HUB_OFFLINE is set, so nothing can be fetched; unset it"),
     ],
 )
@@ -102,6 +103,11 @@ def test_what_goes_wrong_is_one_line_without_the_token(
         monkeypatch.setattr(hub, "gated", {MODEL})
     if case == "too large":
         monkeypatch.setattr(hub, "sizes", {"model.safetensors": 10**16})
+    if case == "damaged":
+        weights = hub.root / "models" / MODEL / "model.safetensors"
+        shutil.copytree(weights.parent, hub.root / "models" / "tiny" / "damaged")
+        (hub.root / "models" / "tiny" / "damaged" / weights.name).write_bytes(weights.read_bytes()[:-9])
+        config = run_file(tmp_path, corpus, "tiny/damaged")
     address = "http://127.0.0.1:9" if case == "no network" else hub.address
     done = crosslift(
         "prefetch", str(config), "--hf-home", str(tmp_path / "hf"), HF_ENDPOINT=address, HF_TOKEN="hf_verysecretvalue",
