@@ -8,12 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -197,97 +194,3 @@ def test_the_page_shows_local_runs_and_catches_up_a_server_that_answers(server: 
     assert server.uri in said
     assert set(json.loads((runs / "a" / "tracking.json").read_text())["stores"]) == {default_store(runs)}
     assert (runs / "a" / RECORD_NAME).exists()
-
-
-@pytest.mark.parametrize("status", [500, 507])
-def test_a_server_that_answers_errors_is_caught_up_when_it_is_well(server: Server, tmp_path: Path, status: int) -> None:
-    """Its disk is full, say. The same port has a healthy one in the end."""
-
-    class Failing(BaseHTTPRequestHandler):
-        asked = 0
-
-        def _fail(self) -> None:
-            type(self).asked += 1
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_POST = _fail
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    failing = ThreadingHTTPServer(("127.0.0.1", server.port), Failing)
-    threading.Thread(target=failing.serve_forever, daemon=True).start()
-    tracker = tracker_for(server, tmp_path / "run")
-    slowest = 0.0
-    for step in range(1, 60):
-        began = time.monotonic()
-        tracker.log(step, {"loss": float(step)})
-        slowest = max(slowest, time.monotonic() - began)
-        time.sleep(0.02)
-    wait_for(lambda: Failing.asked > 0)
-    failing.shutdown()
-    failing.server_close()
-    server.start()
-    tracker.finish("FINISHED", timeout=60)
-    assert slowest < 0.5
-    assert losses(server) == [(step, float(step)) for step in range(1, 60)]
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small disk, which needs root")
-def test_a_store_whose_disk_is_full_gets_everything_when_there_is_room(tmp_path: Path) -> None:
-    """The store lies on a disk of its own; the record, in the run folder, is what is fed from."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
-    try:
-        folder, uri = tmp_path / "run", default_store(disk)
-        tracker = Tracker(folder, TrackingConfig(uri=uri, sync_seconds=0.2))
-        tracker.start({}, {}, None)
-        tracker.log(1, {"loss": 1.0})
-        wait_for(lambda: runs_at(uri)[1] != [])
-        filler = disk / "filler"
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        slowest = 0.0
-        for step in range(2, 402):
-            began = time.monotonic()
-            tracker.log(step, {f"loss/{n}": float(step) for n in range(10)})
-            slowest = max(slowest, time.monotonic() - began)
-            time.sleep(0.005)
-        filler.unlink()
-        tracker.finish("FINISHED", timeout=60)
-        assert slowest < 0.5
-        client, (found,) = runs_at(uri)
-        history = client.get_metric_history(found.info.run_id, "loss/9", max_results=1000)
-        assert sorted((m.step, m.value) for m in history) == [(step, float(step)) for step in range(2, 402)]
-        assert sync_record(folder, uri).left == 0
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # SQLite may still hold it
-
-
-def test_the_runs_of_a_sweep_share_a_server(server: Server, tmp_path: Path) -> None:
-    """Three processes at once, folders beside each other: three runs, each whole and with nobody else's values."""
-    server.start()
-    program = (
-        "import sys, time; from pathlib import Path; from training.tracking import Tracker, TrackingConfig\n"
-        "folder, uri, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])\n"
-        "tracker = Tracker(folder, TrackingConfig(uri=uri, sync_seconds=0.1))\n"
-        "tracker.start({'seed': number}, {}, None)\n"
-        "for step in range(1, 51):\n"
-        "    tracker.log(step, {'loss': 100.0 * number + step}); time.sleep(0.02)\n"
-        "tracker.finish('FINISHED', timeout=60)\n"
-    )
-    sweep = tmp_path / "sweep"
-    runs = [
-        subprocess.Popen([sys.executable, "-c", program, str(sweep / f"seed={n}"), server.uri, str(n)], cwd=ROOT)
-        for n in range(3)
-    ]
-    assert [each.wait(120) for each in runs] == [0, 0, 0]
-    client, found = runs_at(server.uri)
-    assert sorted(run.info.run_name for run in found) == ["seed=0", "seed=1", "seed=2"]
-    for run in found:
-        number = int(run.data.params["seed"])
-        history = client.get_metric_history(run.info.run_id, "loss")
-        assert sorted((m.step, m.value) for m in history) == [(s, 100.0 * number + s) for s in range(1, 51)]
