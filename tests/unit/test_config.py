@@ -82,10 +82,7 @@ def test_the_resolved_config_is_plain_and_gives_the_same_config_again(values: Va
         ("objective.layer", "objective.layer: unknown key; did you mean 'layers'?"),
         ("objective.contrastive.scael", "objective.contrastive.scael: unknown key; did you mean 'scale'?"),
         ("tokenizer.train.vocabsize", "tokenizer.train.vocabsize: unknown key; did you mean 'vocab_size'?"),
-        (
-            "checkpoint.zzz",
-            "checkpoint.zzz: unknown key; known keys: background, best, best_mode, every, keep, keep_every",
-        ),
+        ("schedule.zzz", "schedule.zzz: unknown key; known keys: final_ratio, name, warmup_ratio"),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_valid_one(values: Values, key: str, line: str) -> None:
