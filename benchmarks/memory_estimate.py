@@ -60,9 +60,10 @@ def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
     from training.trainer import Trainer
 
     trainer = Trainer(run, tracker=None)
-    trainer.train_step(0, run.loader.load(0))  # afterwards the moments are there, and the trace of modules
+    first = run.loader.load(0)
+    trainer.train_step(0, first, trainer.agree(first))  # afterwards the moments are there, and the trace of modules
     batch = run.loader.load(1)
-    totals, _ = trainer._agree(batch)
+    totals = trainer.agree(batch).totals
     gathered = watch_gathered(run)
     trainer.accumulate(1, batch, totals)
     optimizer: Any = run.engine._optimizer

@@ -21,12 +21,14 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 STOPPED, USER_ERROR = 75, 2
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 OLDEST_PYTHON = (3, 11)
 NEEDED = ("torch", "deepspeed", "transformers", "pydantic", "yaml", "typer")
+OTHERS_SPEAK_SECONDS = 5  # a node that cannot work ends so late: srun then kills the others, which may have a say too
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 
 
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     if problems := node.problems():
         for problem in problems:
             print(f"crosslift: node {node.name}: {problem}", file=sys.stderr, flush=True)
+        if options.nodes > 1:
+            time.sleep(OTHERS_SPEAK_SECONDS)
         return USER_ERROR
     print(f"crosslift: node {node.name}: {', '.join(node.prepare())}", flush=True)
     status = Work(node.command()).run()

@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
+from slurm.node import OTHERS_SPEAK_SECONDS
 from slurm.spec import Element, JobSpec
 
 PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,=-]+")
@@ -201,10 +202,12 @@ ended= interrupted=
 trap 'ended=1 interrupted=1' TERM
 trap 'interrupted=1; kill -USR1 "$step"' USR1 USR2"""
 
-# Each node looks for its own interpreter first: Slurm's own message about a missing one does not help.
-_PROGRAM = """bash -c '
+# Each node looks for its own interpreter first: Slurm's own message about a missing one does not help. The first node
+# that ends with an error has the others killed: it waits until they, too, have said what they lack.
+_PROGRAM = f"""bash -c '
     command -v "$1" > /dev/null && exec "$@"
     echo "crosslift: node $SLURMD_NODENAME ($(hostname)): $1: no such python" >&2
+    sleep {OTHERS_SPEAK_SECONDS}
     exit 2' bash "$python" -u "$code/slurm/node.py\""""
 
 _WAIT = """step=$!

@@ -27,7 +27,7 @@ GIB = 2**30
 ITEM = {"fp32": 4, "bf16": 2}
 ALLOWANCE = 2 * GIB  # CUDA context, NCCL, cuBLAS, fragmentation: not measured
 ALIGNMENT = 2  # elements a rank that ZeRO-1 and -2 round a flat group up to
-# What DeepSpeed takes where a run file says nothing; `tests/unit/test_memory.py` holds them to its own defaults.
+# What DeepSpeed takes where a run file says nothing; `tests/unit/test_memory_estimate.py` holds them to its own.
 ZERO_DEFAULTS: dict[str, int] = {
     "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,

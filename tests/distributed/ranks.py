@@ -6,8 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -42,12 +42,14 @@ def run_ranks(
                 cwd=SOURCE,
             )
         )
-    deadline = time.monotonic() + timeout
-    results = []
+
+    def end(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
     try:
-        for process in processes:
-            out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
-            results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        with ThreadPoolExecutor(world_size) as pool:  # all are read at once: one whose pipe is full would wait for ever
+            return list(pool.map(end, processes))
     except subprocess.TimeoutExpired as expired:
         raise AssertionError(f"ranks still hang after {timeout} s: {program}") from expired
     finally:
@@ -55,7 +57,6 @@ def run_ranks(
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    return results
 
 
 def checked(results: Sequence[subprocess.CompletedProcess[str]]) -> None:

@@ -42,8 +42,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Instead of a model, an export holds the checkpoint's file; the steps of those that were made and checked."""
     checked: list[int] = []
 
-    def write(checkpoint: Path, config: RunConfig, step: int, output: Path) -> None:
-        (output / EXPORT_FILE).write_text(json.dumps(export._description(config, step)))
+    def write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
+        (output / EXPORT_FILE).write_text(json.dumps(export._description(config, state.step)))
         (output / "weights").write_text((checkpoint / "weights").read_text())
 
     def check(checkpoint: Path, config: RunConfig, output: Path) -> None:
