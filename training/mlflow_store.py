@@ -7,6 +7,7 @@ both happen inside `open_client`, which a training process calls from a thread o
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import posixpath
@@ -42,13 +43,32 @@ def open_client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
-    for name in (
-        "mlflow",
-        "alembic",
-        "sqlalchemy",
-    ):  # said by us in one line, and set too late if already imported
+    for name in ("mlflow", "alembic", "sqlalchemy"):  # said by us in one line, and set too late if already imported
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if (database := _database(uri)) is not None:
+        _make_once(database)
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_once(database: Path) -> None:
+    """A new SQLite store, made by one process, under another name until it is whole.
+
+    MLflow makes the tables in dozens of migrations: two processes at it at once, or one that is killed, leave a store
+    that nobody can open again.
+    """
+    from mlflow.tracking import MlflowClient
+
+    if database.exists():
+        return
+    with database.with_name(f".{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if database.exists():
+            return
+        unfinished = database.with_name(f".unfinished-{database.name}")
+        for name in (unfinished.name, f"{unfinished.name}-journal"):
+            database.with_name(name).unlink(missing_ok=True)
+        MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        unfinished.rename(database)
 
 
 def default_store(folder: Path) -> str:
@@ -58,11 +78,16 @@ def default_store(folder: Path) -> str:
 
 def artifact_root(output_dir: Path, uri: str) -> str | None:
     """Where a new experiment keeps its artifacts: a server decides itself, a database has them beside it."""
-    address = urllib.parse.urlsplit(uri)
-    if address.scheme in ("http", "https"):
+    if urllib.parse.urlsplit(uri).scheme in ("http", "https"):
         return None
-    folder = Path(address.path[1:]).parent if address.scheme.startswith("sqlite") else output_dir
-    return (folder.resolve() / "mlartifacts").as_uri()
+    database = _database(uri)
+    return ((database.parent if database else output_dir).resolve() / "mlartifacts").as_uri()
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite store; None: another kind of store."""
+    address = urllib.parse.urlsplit(uri)
+    return Path(address.path[1:]) if address.scheme.startswith("sqlite") else None
 
 
 def without_password(uri: str) -> str:

@@ -31,7 +31,7 @@ class StopRequest:
     """Catches the signals of this process; before the first step and after the last one they end it at once."""
 
     def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
+        self._reason: str | None = None
         self._training = False
         self._deadline = float(os.environ.get(DEADLINE) or "inf")
         self._longest_step = 0.0
@@ -61,17 +61,15 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why this rank should stop now, or None."""
-        if self._signal is not None:
-            return self._signal.name
+        """Why this rank should stop now, or None. Once there is one it stays: other ranks may have heard of it."""
         save = 1.5 * self._longest_save if self._longest_save else UNMEASURED_SAVE_SECONDS
-        if time.time() + 2 * self._longest_step + save + SPARE_SECONDS >= self._deadline:
-            return "the end of the allocation"
-        return None
+        if self._reason is None and time.time() + 2 * self._longest_step + save + SPARE_SECONDS >= self._deadline:
+            self._reason = "the end of the allocation"
+        return self._reason
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self._training:
-            self._signal = signal.Signals(number)
+            self._reason = signal.Signals(number).name
             return
         name = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":

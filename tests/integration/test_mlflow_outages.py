@@ -251,6 +251,18 @@ def test_three_runs_of_a_sweep_at_once(server: Server, tmp_path: Path, where: st
         assert run.info.status == "FINISHED"
 
 
+def test_a_store_whose_maker_is_killed_is_made_by_the_next(tmp_path: Path) -> None:
+    store = default_store(tmp_path)
+    program = f"from training.mlflow_store import open_client; open_client({store!r})"
+    maker = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    unfinished = tmp_path / ".unfinished-mlflow.db"
+    wait_for(lambda: unfinished.exists() and unfinished.stat().st_size > 100_000)
+    maker.kill()
+    maker.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert [each.name for each in open_client(store).search_experiments()] == ["Default"]
+
+
 def made_store(folder: Path) -> Path:
     """An empty MLflow database."""
     place = folder / "store"

@@ -62,6 +62,14 @@ def test_the_deadline_leaves_time_for_a_checkpoint_that_was_never_measured(monke
     assert with_deadline(monkeypatch, needed - 1).reason == "the end of the allocation"
 
 
+def test_a_reason_that_was_told_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that turns out to be quick does not take back what the other ranks already act upon."""
+    stop = with_deadline(monkeypatch, UNMEASURED_SAVE_SECONDS)
+    assert stop.reason == "the end of the allocation"
+    stop.saved(0.1)
+    assert stop.reason == "the end of the allocation"
+
+
 def test_the_deadline_counts_the_longest_step_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the longest steps, since one is under way when the next begins, and half as much again for the disk."""
     for spare, reason in ((5, None), (-1, "the end of the allocation")):
