@@ -20,7 +20,7 @@ lint: $(STAMP)
 
 # Two files at a time: much of a test that starts ranks is one process importing.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10
 
 # torch goes first: otherwise the resolver may take one with several GB of CUDA packages. deepspeed comes as source and
 # builds without its CUDA ops.

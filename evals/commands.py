@@ -1,0 +1,226 @@
+"""The commands `generate`, `eval`, `score` and most of `xtreme ...`; `xtreme run` trains too: the front door has it.
+
+In: the command line. Out: answers, scores and rows. Heavy imports happen inside commands, so that `--help` answers at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTREME: data, runs, retrieval, analysis.")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands into the front door's app."""
+    for command in (generate, eval, score):
+        app.command()(command)
+    app.add_typer(xtreme_app, name="xtreme")
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
+    prompt: Annotated[str | None, typer.Option(help="one question")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL: prompt, and optionally language")] = None,
+    language: Annotated[
+        str, typer.Option(help="the questions' language; auto: nearest vector; none: no shift")
+    ] = "auto",
+    response_language: Annotated[
+        str | None, typer.Option(help="the answers'; default: the model's, else the same")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON line an answer")] = False,
+) -> None:
+    """Answer questions, the shift on. Example: crosslift generate runs/a/model --language sw --prompt "..." """
+    from evals.errors import EvalError
+    from evals.opening import Question, answer, open_model, read_questions
+
+    if (prompt is None) == (file is None):
+        raise EvalError("give exactly one of --prompt and --file")
+    questions = read_questions(file, language) if file else [Question(prompt or "", language, None)]
+    if response_language:
+        questions = [Question(each.text, each.language, response_language) for each in questions]
+    generator, chat = open_model(model)
+    bar = _progress(len(questions), "answers")
+    for row in answer(generator, chat, questions, max_new_tokens=max_new_tokens, num_beams=num_beams,
+                      batch_size=batch_size, progress=bar):  # fmt: skip
+        print(json.dumps(row, ensure_ascii=False) if as_json else row["output"])
+
+
+def eval(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
+    output: Annotated[Path, typer.Option(help="folder for results.json and all raw outputs")],
+    data_dir: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv")],
+    tasks: Annotated[str, typer.Option(help="mgsm")] = "mgsm",
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all in the folder")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="problems a language")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 600,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    template: Annotated[
+        Literal["alpaca", "model"], typer.Option(help="alpaca: the published protocol; model: the model's own")
+    ] = "alpaca",
+    as_json: Annotated[bool, typer.Option("--json", help="print results.json instead of the table")] = False,
+) -> None:
+    """Score a model. Example: crosslift eval runs/a/model --tasks mgsm --data-dir mgsm --output runs/a/mgsm"""
+    from evals.errors import EvalError
+    from evals.mgsm import evaluate_mgsm, find_files, mgsm_table, read_problems
+    from evals.opening import open_model
+
+    if tasks != "mgsm":
+        raise EvalError(f"--tasks {tasks}: known tasks: mgsm")
+    chosen = languages.split(",") if languages else None
+    total = sum(len(read_problems(file)[:limit]) for file in find_files(data_dir, ".tsv", chosen).values())
+    generator, chat = open_model(model, template=None if template == "model" else template)
+    results = evaluate_mgsm(
+        generator, chat, data_dir, output, languages=chosen, limit=limit, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, progress=_progress(total, "problems"),
+    )  # fmt: skip
+    print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({_model_name(model): results}))
+    print(f"{output / 'results.json'}; every output: {output / 'predictions'}", file=sys.stderr)
+
+
+def score(
+    task: Annotated[str, typer.Argument(help="mgsm or xtreme")],
+    predictions: Annotated[Path, typer.Option(help="an evaluation's folder, or its predictions")],
+    labels: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv; xtreme: TASK/test-XX.tsv or .json")],
+    tasks: Annotated[str | None, typer.Option(help="xtreme: comma-separated; default: all with predictions")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Judge kept outputs. Example: crosslift score xtreme --predictions runs/a/predictions --labels xtreme-labels"""
+    if task == "xtreme":
+        from evals.xtreme.score import score_directory, score_table
+
+        scores = score_directory(predictions, labels, _listed(tasks))
+        print(json.dumps(scores.to_json(), ensure_ascii=False, indent=1) if as_json else score_table(scores))
+        return
+    from evals.errors import EvalError
+    from evals.mgsm import mgsm_table, score_mgsm
+    from evals.numbers import RULES
+
+    if task != "mgsm":
+        raise EvalError(f"{task}: known tasks: mgsm, xtreme")
+    results = score_mgsm(predictions, labels)
+    print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({"": results}, list(RULES)))
+
+
+@xtreme_app.command("prepare")
+def xtreme_prepare(
+    task: Annotated[str, typer.Argument(help="xnli, pawsx, udpos, panx, xquad, mlqa, tydiqa, tatoeba, bucc2018")],
+    data_dir: Annotated[Path, typer.Option(help="XTREME's files")],
+    output: Annotated[Path, typer.Option(help="folder for train/, dev/, test/ with XX.jsonl")],
+    translations: Annotated[Path | None, typer.Option(help="folder of translation files")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    layout: Annotated[str, typer.Option(help="auto, download, hub, conllu, xmixup")] = "auto",
+    splits: Annotated[
+        str | None, typer.Option(help="split to write=split to read, such as train=dev,test=test")
+    ] = None,
+    unlabelled: Annotated[bool, typer.Option(help="erased test labels are no error")] = False,
+    remake: Annotated[bool, typer.Option(help="replace an output that was made of something else")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="counts as JSON")] = False,
+) -> None:
+    """XTREME's files as rows. Example: crosslift xtreme prepare xnli --data-dir xtreme --output rows/xnli"""
+    from data_pipeline.xtreme.prepare import prepare_task
+
+    chosen = dict(pair.partition("=")[::2] for pair in splits.split(",")) if splits else None
+    counts = prepare_task(
+        task, data_dir, output, languages=_listed(languages), layout=layout, splits=chosen,
+        translations=translations, allow_unlabelled_test=unlabelled, remake=remake,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(counts, ensure_ascii=False, indent=1))
+        return
+    for split in ("train", "dev", "test"):
+        rows = counts[split]
+        print(f"{split:<6}{'  '.join(f'{language} {number:,}' for language, number in rows.items()) or '-'}")
+    for name in ("skipped", "missing"):
+        if any(counts[name].values()):
+            print(f"{name}: {json.dumps(counts[name], ensure_ascii=False)}")
+
+
+@xtreme_app.command("soft-labels")
+def xtreme_soft_labels(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="export of a zero-shot or translate-train tagger")],
+    task: Annotated[str, typer.Option(help="udpos or panx")],
+    translations: Annotated[list[Path], typer.Option(help="rows to label: files or folders; may be repeated")],
+    output: Annotated[Path, typer.Option(help="folder for the same files with soft_tags")],
+) -> None:
+    """A teacher's tag probabilities. Example: crosslift xtreme soft-labels M --task panx --translations D --output O"""
+    from evals.xtreme.predict import EncoderPredictor
+    from evals.xtreme.teacher import soft_labels
+
+    for name, rows in soft_labels(EncoderPredictor.open(model), task, translations, output).items():
+        print(f"{output / name}: {rows:,} rows")
+
+
+@xtreme_app.command("retrieve")
+def xtreme_retrieve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="directory or hub name of an encoder")],
+    data_dir: Annotated[Path, typer.Option(help="Tatoeba's files")],
+    output: Annotated[Path, typer.Option(help="folder for predictions and scores")],
+    layer: Annotated[int | None, typer.Option(min=0, help="whose states are compared; default: the middle one")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Tatoeba by nearest sentences. Example: crosslift xtreme retrieve M --data-dir tatoeba --output runs/retrieval"""
+    from evals.xtreme.retrieval import SentenceEncoder, retrieve_tatoeba
+    from evals.xtreme.score import score_table
+
+    results, scores = retrieve_tatoeba(
+        SentenceEncoder.open(model, layer), data_dir, output, languages=_listed(languages)
+    )
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+    else:
+        print(score_table(scores) if scores is not None else f"{output}: predictions; the data's order tells no gold")
+
+
+@xtreme_app.command("analyse")
+def xtreme_analyse(
+    model: Annotated[list[str], typer.Option(help="LABEL=DIR, such as before=DIR; may be repeated")],
+    texts: Annotated[Path, typer.Option(help="folder of parallel texts: XX.jsonl rows, or Tatoeba's files")],
+    output: Annotated[Path, typer.Option(help="folder for JSON and plot")],
+    dominant: Annotated[str, typer.Option()] = "en",
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="sentences a language")] = None,
+) -> None:
+    """CKA and centroids by layer. Example: crosslift xtreme analyse --model a=DIR --texts tatoeba --output OUT"""
+    from evals.errors import EvalError
+    from evals.parallel_texts import parallel_texts, text_files
+    from evals.representation_plots import write_report
+    from evals.representations import analyse, representation_table
+
+    models = dict(each.partition("=")[::2] for each in model)
+    if not all(models.values()):
+        raise EvalError(f"--model {' '.join(model)}: must be LABEL=DIR, such as before=runs/a/model")
+    pairs = parallel_texts(text_files(texts, _listed(languages)), dominant, limit)
+    report = analyse(models, pairs, dominant=dominant)
+    print(representation_table(report))
+    print("  ".join(map(str, write_report(report, output))))
+
+
+def _listed(text: str | None) -> list[str] | None:
+    """The names in a comma-separated option."""
+    return text.split(",") if text else None
+
+
+def _model_name(path: str) -> str:
+    """What a table calls a model: the run's folder where it is a run's `model`."""
+    here = Path(path)
+    return here.resolve().parent.name if here.name == "model" else here.name
+
+
+def _progress(total: int, unit: str) -> Callable[[int], object] | None:
+    """A progress bar when a person watches, nothing when piped."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=f" {unit}", dynamic_ncols=True).update
