@@ -8,24 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from tiny_run import run_values, write_config, write_data
-
-if TYPE_CHECKING:
-    from training.config import RunConfig
-    from training.prepare import Prepared
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedRun:
-    """The tiny run after `prepare`: index, tokenizer and starting weights lie in `config.output_dir`."""
-
-    config: RunConfig
-    prepared: Prepared
+from tiny_run import PreparedRun, run_values, write_config, write_data
 
 
 @pytest.fixture(scope="session")

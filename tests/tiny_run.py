@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
+    from training.prepare import Prepared
 
 LANGUAGES = ("en", "de", "sw", "zh")
 ITEMS = 40
@@ -48,6 +53,14 @@ FOR_RANKS: dict[str, Any] = {
     "data.micro_batch_tokens": 1024,
 }
 RANK_ITEMS = 240
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """The tiny run after `prepare`: index, tokenizer and starting weights lie in `config.output_dir`."""
+
+    config: RunConfig
+    prepared: Prepared
 
 
 def corpus_rows(language: str, items: int = ITEMS) -> list[dict[str, str]]:

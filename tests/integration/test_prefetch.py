@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PreparedRun
 from fake_hub import SHA, Hub, serving
-from tiny_run import LANGUAGES, run_values, write_config
+from tiny_run import LANGUAGES, PreparedRun, run_values, write_config
 
 from training.config import RunConfig
 from training.errors import ConfigError

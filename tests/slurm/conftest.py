@@ -11,9 +11,12 @@ from cluster import TwoNodeCluster, missing
 from slurm_runs import SlurmRun, reference_values
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodeCluster]:
-    """Two real nodes. Skipped where there is no Slurm, except where CROSSLIFT_REQUIRE_SLURM asks for it."""
+    """Two real nodes, gone before other files' tests, which must find no cluster.
+
+    Skipped where there is no Slurm, except where CROSSLIFT_REQUIRE_SLURM asks for it.
+    """
     if reason := missing():
         if os.environ.get("CROSSLIFT_REQUIRE_SLURM"):
             pytest.fail(f"CROSSLIFT_REQUIRE_SLURM is set, but {reason}")
@@ -22,7 +25,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodeCluster
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference(cluster: TwoNodeCluster, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
     """The run that nothing disturbs, on both nodes, with an evaluation behind it; submitted and finished."""
     folder: Path = tmp_path_factory.mktemp("reference")

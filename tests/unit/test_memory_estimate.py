@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PreparedRun
-from tiny_run import XMIXUP, run_values, write_data, write_task_data
+from tiny_run import XMIXUP, PreparedRun, run_values, write_data, write_task_data
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from training.activations import Activations

@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import PreparedRun
-from tiny_run import LANGUAGES, run_values
+from tiny_run import LANGUAGES, PreparedRun, run_values
 
 from data_pipeline.chat import Chat, TemplateConfig
 from data_pipeline.config import SourceConfig

@@ -215,11 +215,14 @@ def test_two_submissions_at_a_time_are_one_too_many(cli: Cli, slurm: FakeSlurm) 
 
 
 @pytest.mark.parametrize("failing", ["sbatch refuses", "no sbatch", "no number", "check"])
-def test_after_an_error_nothing_is_left(cli: Cli, slurm: FakeSlurm, checked: Checked, failing: str) -> None:
+def test_after_an_error_nothing_is_left(
+    cli: Cli, slurm: FakeSlurm, checked: Checked, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if failing == "sbatch refuses":
         slurm.says("sbatch", "", "sbatch: error: Batch job submission failed: no\n", 1)
     elif failing == "no sbatch":
         (slurm.path / "sbatch").unlink()
+        monkeypatch.setenv("PATH", str(slurm.path))  # without this machine's own
     elif failing == "no number":
         slurm.says("sbatch", "hello\n")
     else:
