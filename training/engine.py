@@ -26,22 +26,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_grad
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from data_pipeline.config import merged
 from training import engine_state, preflight
 from training.config import RunConfig
+from training.engine_state import deepspeed
 from training.heartbeat import heart
 
-deepspeed_logger.setLevel(logging.WARNING)
+deepspeed.utils.logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -260,7 +254,7 @@ class Engine:
         return {
             name: gradient.detach().float().cpu().clone()
             for name, parameter in self.module.named_parameters()
-            if (gradient := safe_get_full_grad(parameter)) is not None
+            if (gradient := deepspeed.utils.safe_get_full_grad(parameter)) is not None
         }
 
     def take_state(self, directory: Path) -> list[tuple[Path, Any]]:

@@ -25,10 +25,19 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
+# DeepSpeed's autotuner, which nothing here calls, would import MLflow: two seconds and 75 MB a rank.
+_without_mlflow = "mlflow" not in sys.modules
+if _without_mlflow:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+try:
+    import deepspeed as deepspeed
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+finally:
+    if _without_mlflow:
+        del sys.modules["mlflow"]
 
 TAG = "zero"  # DeepSpeed's name for a checkpoint: the folder below ours
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
