@@ -336,11 +336,12 @@ def main() -> int:
             for each in found:
                 print(f"{'ok ' if each.good else 'BAD'} {each.fault}: {each.note}", flush=True)
             outcomes += found
-        seconds = time.monotonic() - started
+            seconds = time.monotonic() - started
+            if options.json:  # after each kind: what is counted is kept
+                rows = [asdict(each) for each in outcomes]
+                report = {"machine": machine(RANKS), "seconds": round(seconds), "outcomes": rows}
+                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(outcomes)}\n\n{seconds / 60:.1f} minutes")
-    if options.json:
-        report = {"machine": machine(RANKS), "seconds": seconds, "outcomes": [asdict(each) for each in outcomes]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if all(each.good for each in outcomes) else 1
 
 
