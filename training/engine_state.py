@@ -85,8 +85,7 @@ class _Taking(CheckpointEngine):
 def _copied(state: Any) -> Any:
     """The same nest of containers, its tensors on the host, with no more storage than they show."""
     if isinstance(state, Tensor):
-        host = state.detach().to("cpu", copy=True)
-        return host.clone() if host.untyped_storage().nbytes() > host.nbytes else host
+        return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         return type(state)((key, _copied(value)) for key, value in state.items())
     if type(state) in (list, tuple):  # and no torch.Size, which is one of numbers
