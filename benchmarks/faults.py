@@ -82,9 +82,11 @@ class Faults:
 
         def strike(run: DisturbedRun) -> str:
             root = checkpoint.checkpoint_root(run.output)
+            time.sleep(self.chance.uniform(0, 1.5))  # not always the first one
+            run.wait_until(lambda: not any(root.glob(".incomplete-*")), pause=0.001)
             run.wait_until(lambda: any(root.glob(".incomplete-*")), pause=0.001)
             time.sleep(self.chance.uniform(0, 0.03))
-            run.kill(random.Random(0) if self.chance.random() < 0.5 else self.chance)
+            run.kill(self.chance)
             return "killed"
 
         def half_written(run: DisturbedRun, status: int) -> bool:
@@ -317,6 +319,15 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def write_report(file: Path, outcomes: list[Outcome]) -> None:
+    """All outcomes; of kinds that were not counted this time, those that the file has from before."""
+    counted = {each.fault for each in outcomes}
+    before = json.loads(file.read_text(encoding="utf-8"))["outcomes"] if file.exists() else []
+    rows = [row for row in before if row["fault"] not in counted] + [asdict(each) for each in outcomes]
+    report = {"machine": machine(RANKS), "outcomes": rows}
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="in training, and as many while saving")
@@ -338,9 +349,7 @@ def main() -> int:
             outcomes += found
             seconds = time.monotonic() - started
             if options.json:  # after each kind: what is counted is kept
-                rows = [asdict(each) for each in outcomes]
-                report = {"machine": machine(RANKS), "seconds": round(seconds), "outcomes": rows}
-                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                write_report(options.json, outcomes)
     print(f"\n{table(outcomes)}\n\n{seconds / 60:.1f} minutes")
     return 0 if all(each.good for each in outcomes) else 1
 

@@ -102,6 +102,8 @@ def test_merged_weights_compute_what_the_adapters_do(targets: list[str] | None) 
 def test_what_was_trained_and_the_base_make_the_whole_adapted_model(targets: list[str] | None) -> None:
     model = adapted(targets)
     disturb(model)
+    norm = model.model.norm.weight  # trained beside the adapters, as a task's head is
+    norm.requires_grad_(True).data += 1
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = dict(completed(trained, llama().named_parameters()))
     expected = dict(model.named_parameters())
