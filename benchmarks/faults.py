@@ -116,6 +116,7 @@ class Faults:
         spoilt: Path | None = None
 
         def strike(run: DisturbedRun) -> str:
+            time.sleep(self.chance.uniform(0.5, 2))  # for older checkpoints to fall back on
             run.signal(signal.SIGTERM)
             return "stopped"
 
