@@ -54,8 +54,8 @@ class Outcome:
 class Faults:
     """The undisturbed run, and every way to disturb one like it."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        self.work, self.chance = work, random.Random(seed)
+    def __init__(self, work: Path, seed: int, max_steps: int = 400) -> None:
+        self.work, self.chance, self.max_steps = work, random.Random(seed), max_steps
         self.data = work / "data"
         write_corpus(self.data, CorpusSizes(), seed)
         undisturbed = self.run("undisturbed")
@@ -65,7 +65,7 @@ class Faults:
         self.weights = (undisturbed.output / "model" / "model.safetensors").read_bytes()
 
     def run(self, name: str, **changes: object) -> DisturbedRun:
-        return DisturbedRun(self.work / name, self.data, **changes)
+        return DisturbedRun(self.work / name, self.data, max_steps=self.max_steps, **changes)
 
     def kills(self, n: int) -> list[Outcome]:
         """-9 at a random moment of training."""
