@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,17 @@ DEAF = """
     open(f"{FOLDER}/ready-{os.environ['RANK']}", "w").close()
     time.sleep(120)
 """
+
+
+@pytest.fixture(autouse=True)
+def terminal_signals() -> Iterator[None]:
+    """Signals as a terminal leaves them: under nohup SIGHUP is ignored, in a script's background SIGINT."""
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def rank_program(folder: Path, program: str, when: dict[int, str] | None = None) -> list[str]:
@@ -97,13 +108,9 @@ def test_the_status_is_the_ranks_own(statuses: tuple[int, int], expected: int, t
 def test_a_stop_reaches_every_rank_and_the_launcher_lives_to_tell(
     number: signal.Signals, seen: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = signal.signal(number, signal.SIG_DFL)  # whatever started these tests: nohup has SIGHUP ignored
-    try:
-        send_when_ready(tmp_path, 2, number)
-        assert Launcher(Nodes(Place()), rank_program(tmp_path, STOPS), 2).run() == 75
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, found)
+    send_when_ready(tmp_path, 2, number)
+    assert Launcher(Nodes(Place()), rank_program(tmp_path, STOPS), 2).run() == 75
+    assert signal.getsignal(number) == signal.SIG_DFL
     assert [(tmp_path / f"asked-{rank}").read_text() for rank in range(2)] == [seen, seen]
     assert capfd.readouterr().err == (
         f"crosslift: stopped by {number.name}; the same command goes on from the last checkpoint\n"
