@@ -63,11 +63,14 @@ def ranks_below(process: int) -> list[int]:
 
 
 def kill_a_rank_after(command: list[str], output_dir: Path, step: int) -> int:
-    """Start a run, kill -9 rank 1 once `step` steps are recorded; the launcher's exit status."""
+    """Start a run, kill -9 rank 1 once `step` steps are recorded and one is saved; the launcher's exit status.
+
+    A checkpoint is written while training goes on: when its step is recorded, it may not be complete.
+    """
     process = subprocess.Popen(command, env=environment(), cwd=SOURCE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     record = output_dir / "record.jsonl"
-    while not (record.exists() and max(metrics(output_dir), default=0) >= step):
+    while not (record.exists() and max(metrics(output_dir), default=0) >= step and checkpoint.latest(output_dir)):
         assert time.monotonic() < deadline, "the run never got there"
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.05)
