@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in problems:
             print(f"crosslift: node {node.name}: {problem}", file=sys.stderr, flush=True)
         if options.nodes > 1:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(USER_ERROR))  # another node was first to end
             time.sleep(OTHERS_SPEAK_SECONDS)
         return USER_ERROR
     print(f"crosslift: node {node.name}: {', '.join(node.prepare())}", flush=True)

@@ -203,10 +203,11 @@ trap 'ended=1 interrupted=1' TERM
 trap 'interrupted=1; kill -USR1 "$step"' USR1 USR2"""
 
 # Each node looks for its own interpreter first: Slurm's own message about a missing one does not help. The first node
-# that ends with an error has the others killed: it waits until they, too, have said what they lack.
+# that ends with an error has the others killed: it waits until they have said what they lack, and all end alike.
 _PROGRAM = f"""bash -c '
     command -v "$1" > /dev/null && exec "$@"
     echo "crosslift: node $SLURMD_NODENAME ($(hostname)): $1: no such python" >&2
+    trap "exit 2" TERM
     sleep {OTHERS_SPEAK_SECONDS}
     exit 2' bash "$python" -u "$code/slurm/node.py\""""
 
