@@ -89,13 +89,10 @@ class Faults:
             run.kill(self.chance)
             return "killed"
 
-        def half_written(run: DisturbedRun, status: int) -> bool:
-            return status != 0
-
         def counted(run: DisturbedRun) -> bool:
             return any(checkpoint.checkpoint_root(run.output).glob(".incomplete-*"))
 
-        return self._struck("kill -9 while saving", n, strike, half_written, counted)
+        return self._struck("kill -9 while saving", n, strike, lambda run, status: status != 0, counted)
 
     def stopped_ranks(self, n: int) -> list[Outcome]:
         """SIGSTOP to one rank: the watchdog names it and ends the run."""

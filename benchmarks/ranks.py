@@ -6,6 +6,7 @@ Next: every other file here.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 SOURCE = Path(__file__).resolve().parent.parent
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark takes that starts itself again as ranks: `rank_folder` is given to a rank alone."""
+    parser.add_argument("--nproc", type=int, default=2, help="ranks (on GPUs: at most as many as there are)")
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
+
+
+def usable_ranks(wanted: int) -> int:
+    """No more than there are GPUs, where there are any."""
+    from training.launch import visible_gpus
+
+    return min(wanted, visible_gpus() or wanted)
 
 
 def run_ranks(module: str, arguments: Sequence[str], nproc: int) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
-from benchmarks.ranks import all_max, machine, run_ranks
+from benchmarks.ranks import add_rank_options, all_max, machine, run_ranks, usable_ranks
 
 CLOCKS = {"wall_seconds": "wall clock", "cpu_seconds": "CPU time, all ranks"}
 OBJECTIVES = ("SFT", "one-pass", "three-pass")
@@ -268,16 +268,12 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["5M", "20M"], choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--slots", type=int, default=48, help="samples in a step's global batch")
-    parser.add_argument("--nproc", type=int, default=2, help="ranks (on GPUs: at most as many as there are)")
-    parser.add_argument("--json", type=Path, help="also write all figures here")
-    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
+    add_rank_options(parser)
     options = parser.parse_args()
     if options.rank_folder is not None:
         rank_main(options.rank_folder, options)
         return
-    from training.launch import visible_gpus
-
-    nproc = min(options.nproc, visible_gpus() or options.nproc)
+    nproc = usable_ranks(options.nproc)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_data(folder / "data")
