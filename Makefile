@@ -18,9 +18,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two files at a time: much of a test that starts ranks is one process importing.
+# Three files at a time: much of a test that starts ranks is one process importing, of one on a cluster waiting.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10
 
 # torch goes first: otherwise the resolver may take one with several GB of CUDA packages. deepspeed comes as source and
 # builds without its CUDA ops.

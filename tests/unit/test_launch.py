@@ -209,9 +209,22 @@ def test_a_death_on_one_node_ends_the_ranks_of_the_other_and_is_said_once(
 
 
 def test_a_killed_rank_is_the_cause_of_what_another_node_met_before_it_was_seen(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = rank_program(tmp_path, "os._exit(1)", {1: "import time; time.sleep(0.4); os.kill(os.getpid(), 9)"})
+    monkeypatch.setattr(launching, "NEWS_SECONDS", 6.0)  # of which a busy machine may take some
+    program = """
+        import time
+        while not os.path.exists(f"{FOLDER}/ready-1"):
+            time.sleep(0.01)
+        os._exit(1)
+    """
+    dies = """
+        import time
+        open(f"{FOLDER}/ready-1", "w").close()
+        time.sleep(0.4)
+        os.kill(os.getpid(), 9)
+    """
+    command = rank_program(tmp_path, program, {1: dies})
     assert run_nodes([command] * 2, 1) == [1, 1]
     (line,) = capfd.readouterr().err.splitlines()
     assert "rank 1 on" in line
