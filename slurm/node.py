@@ -37,10 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     node = Node(options)
     if problems := node.problems():
+        for number in STOP_SIGNALS:  # srun's, when another node was first to end: the status stays what a user can mend
+            signal.signal(number, lambda *_: os._exit(USER_ERROR))
         for problem in problems:
             print(f"crosslift: node {node.name}: {problem}", file=sys.stderr, flush=True)
         if options.nodes > 1:
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(USER_ERROR))  # another node was first to end
             time.sleep(OTHERS_SPEAK_SECONDS)
         return USER_ERROR
     print(f"crosslift: node {node.name}: {', '.join(node.prepare())}", flush=True)

@@ -162,6 +162,17 @@ def test_each_thing_that_is_missing_is_a_line_with_the_nodes_name(start: Start, 
     ]
 
 
+def test_a_node_that_cannot_work_leaves_others_time_to_say_so_too(start: Start) -> None:
+    """And is killed by srun, as the first to end makes it do, with the status of its own finding."""
+    process = start("config.yaml", options=("--readable", "/not/there", "--nodes", "2"))
+    assert process.stdout is not None
+    assert "cannot read /not/there" in process.stdout.readline()
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (2, [])
+
+
 def test_an_environment_without_crosslifts_packages_is_named(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
