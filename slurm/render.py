@@ -206,8 +206,8 @@ trap 'interrupted=1; kill -USR1 "$step"' USR1 USR2"""
 # that ends with an error has the others killed: it waits until they have said what they lack, and all end alike.
 _PROGRAM = f"""bash -c '
     command -v "$1" > /dev/null && exec "$@"
-    echo "crosslift: node $SLURMD_NODENAME ($(hostname)): $1: no such python" >&2
     trap "exit 2" TERM
+    echo "crosslift: node $SLURMD_NODENAME ($(hostname)): $1: no such python" >&2
     sleep {OTHERS_SPEAK_SECONDS}
     exit 2' bash "$python" -u "$code/slurm/node.py\""""
 
