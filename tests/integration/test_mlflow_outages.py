@@ -114,11 +114,13 @@ class Logged:
 
 
 def stored(uri: str, experiment: str) -> list[tuple[int, float, int]]:
-    """(step, value, time) of every point of the only run's loss, in order."""
+    """(step, value, time) of every point of the only run's loss, in order; none before there is a run."""
     client = open_client(uri)
     found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    (run,) = client.search_runs([found.experiment_id])
+    runs = client.search_runs([found.experiment_id]) if found is not None else []
+    if not runs:
+        return []
+    (run,) = runs
     return sorted((m.step, m.value, m.timestamp) for m in client.get_metric_history(run.info.run_id, "loss"))
 
 
