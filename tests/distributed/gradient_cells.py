@@ -124,8 +124,9 @@ def _packer_for(run: Run, step: int, micro_batches: int) -> Packer:
     for other in range(world_size()):
         batch = run.data.loader(run.config, other, world_size()).load(step)
         shares.append([unit for micro_batch in batch.micro_batches for unit in micro_batch.units])
+    samples = max(sum(len(unit.samples) for unit in share) for share in shares)
     for row in (128, 112, 96, 80):
-        for rows in range(200, 0, -1):
+        for rows in range(samples, 0, -1):
             packer = Packer("packed", rows * row, row, run.loader.packer.pad_id)
             if max(len(packer.pack(share)) for share in shares) == micro_batches:
                 return packer
@@ -141,7 +142,7 @@ def _task_packer_for(run: Run, step: int, micro_batches: int) -> TaskPacker:
     for other in range(world_size()):
         units = run.data.loader(run.config, other, world_size()).units(step)
         shares.append([reader.read(slot.row, step) for unit in units for slot in unit.slots])
-    for budget in range(256, 2**14, 32):
+    for budget in range(256, 2**14, 64):
         packer = TaskPacker(own.pad_id, budget, own.task, own.paired, own.has_token_types)
         if max(len(packer.pack(share)) for share in shares) == micro_batches:
             return packer
