@@ -25,16 +25,34 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# DeepSpeed's autotuner, which nothing here calls, would import MLflow: two seconds and 75 MB a rank.
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Inside, the environment has `name` set to `value`."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# What DeepSpeed imports and nothing here uses: MLflow, for its autotuner (two seconds and 75 MB of a rank's start), and
+# torch's whole compiler (one second), for Muon, which it looks for in every engine.
 _without_mlflow = "mlflow" not in sys.modules
 if _without_mlflow:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
 try:
-    import deepspeed as deepspeed
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    with _variable("TORCHDYNAMO_DISABLE", "1"):
+        import deepspeed as deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
 finally:
     if _without_mlflow:
         del sys.modules["mlflow"]
@@ -47,16 +65,8 @@ _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
 @contextmanager
 def weights_only() -> Iterator[None]:
     """Inside, `torch.load` runs no code of a file's choice, whatever its caller asked for."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(_CLASSES):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+    with _variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"), torch.serialization.safe_globals(_CLASSES):
+        yield
 
 
 class _Taking(CheckpointEngine):

@@ -68,6 +68,7 @@ def main() -> None:
         run.engine.destroy()
         del run, before
         gc.collect()
+    assert not {"mlflow", "torch._inductor.compile_fx"} & sys.modules.keys(), "the engine imports what nothing uses"
     if rank() == 0:
         (output / f"{world_size()}.json").write_text(json.dumps(measured))
 
