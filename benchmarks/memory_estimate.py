@@ -117,8 +117,9 @@ def floats() -> list[Tensor]:
 
 
 def size(tensors: Any) -> int:
-    """Bytes of the storages behind the tensors, each once."""
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    """Bytes of the storages behind the tensors, each once; tensors on the meta device have none."""
+    real = (each.untyped_storage() for each in tensors if not each.is_meta)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in real}
     return sum(storages.values())
 
 
