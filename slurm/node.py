@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -90,8 +91,10 @@ class Node:
         said = []
         # Compiled DeepSpeed ops: nodes differ in GPUs and compilers, and two that build in one folder wait for ever.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        extensions = str(cache / "crosslift" / "torch_extensions" / socket.gethostname())
-        said.append(_default("TORCH_EXTENSIONS_DIR", extensions))
+        extensions = cache / "crosslift" / "torch_extensions" / socket.gethostname()
+        said.append(_default("TORCH_EXTENSIONS_DIR", str(extensions)))
+        if os.environ["TORCH_EXTENSIONS_DIR"] == str(extensions):
+            said += _take_over(extensions.with_name("prebuilt"), extensions)
         cores = len(os.sched_getaffinity(0))
         granted = int(os.environ.get("SLURM_CPUS_ON_NODE", cores))
         ranks = self.options.nproc or 1
@@ -199,6 +202,29 @@ def interface_of(address: str) -> str | None:
             if socket.inet_ntoa(packed[20:24]) == address:
                 return name
     return None
+
+
+def _take_over(prebuilt: Path, extensions: Path) -> list[str]:
+    """Ops that `crosslift prefetch --build-ops` built, where this node has none or older ones; what was copied.
+
+    Times are kept: where compiler, flags and sources are the same here, nothing is built again.
+    """
+    said = []
+    for built in sorted(prebuilt.glob("*/*.so")):
+        op, here = built.parent.name, extensions / built.parent.name
+        mine = here / built.name
+        if mine.exists() and mine.stat().st_mtime >= built.stat().st_mtime:
+            continue
+        try:
+            extensions.mkdir(parents=True, exist_ok=True)
+            copy = Path(tempfile.mkdtemp(dir=extensions))
+            shutil.copytree(built.parent, copy, ignore=shutil.ignore_patterns("lock"), dirs_exist_ok=True)
+            shutil.rmtree(here, ignore_errors=True)
+            copy.rename(here)
+            said.append(f"{op} as built before")
+        except OSError as error:
+            said.append(f"{op} will be built here, as it cannot be copied: {error.strerror}")
+    return said
 
 
 def _default(name: str, value: str) -> str:

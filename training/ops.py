@@ -1,7 +1,8 @@
 """DeepSpeed's compiled ops: which ones a run's settings need, and building them before the job does.
 
-In: a RunConfig. Out: names with the reason, and built extensions under TORCH_EXTENSIONS_DIR. Next: `crosslift
-prefetch --build-ops`; the job finds them there, or would build them on each node while GPUs wait.
+In: a RunConfig. Out: names with the reason, and built extensions under TORCH_EXTENSIONS_DIR, by default `prebuilt()`.
+Next: `crosslift prefetch --build-ops`; from there `slurm/node.py` takes them over, where each node would otherwise
+build them while its GPUs wait.
 
 They are compiled for the processor that builds them: build on a node of the kind that runs the job.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from training.config import RunConfig
@@ -37,11 +39,18 @@ def required_ops(config: RunConfig) -> dict[str, str]:
     return needed
 
 
+def prebuilt() -> Path:
+    """Where ops are built for the nodes of later jobs, unless TORCH_EXTENSIONS_DIR says otherwise."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "crosslift" / "torch_extensions" / "prebuilt"
+
+
 def build_ops(config: RunConfig) -> Iterator[str]:
     """Builds what `required_ops` names; a line for each.
 
     Raises:
-        ConfigError: no compiler here, or the op does not build, with the compiler's first complaint.
+        ConfigError: no compiler here, a build that was killed or is under way, or the op does not build, with the
+            compiler's first complaint.
     """
     needed = required_ops(config)
     if not needed:
@@ -54,6 +63,9 @@ def build_ops(config: RunConfig) -> Iterator[str]:
                 f"--build-ops: {', '.join(needed)} must be compiled, and there is no {tool} here; load a module that "
                 "has it, or build where the job will run"
             )
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(prebuilt())))
+    for lock in folder.glob("*/lock"):  # torch would wait for it in silence, for ever where its owner was killed
+        raise ConfigError(f"--build-ops: {lock}: another build is under way, or was killed: then remove this file")
     from training.engine import build_op
 
     for name, why in needed.items():

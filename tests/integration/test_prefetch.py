@@ -16,7 +16,7 @@ from tiny_run import LANGUAGES, PreparedRun, run_values, write_config
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.ops import build_ops, required_ops
+from training.ops import build_ops, prebuilt, required_ops
 from training.run_file import validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,6 +179,20 @@ def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match=r"--build-ops: async_io must be compiled, and there is no c\+\+ here; load"):
         list(build_ops(config))
     assert list(build_ops(config_with({}))) == ["DeepSpeed ops: none is needed"]
+
+
+def test_a_build_that_was_killed_is_said_instead_of_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tool in ("c++", "ninja"):
+        (tmp_path / tool).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(prebuilt()))
+    lock = prebuilt() / "pin_memory" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    config = config_with({"zero_optimization": {"offload_param": {"device": "nvme"}}})
+    with pytest.raises(ConfigError, match=f"--build-ops: {lock}: another build is under way, or was killed: then remo"):
+        list(build_ops(config))
 
 
 def config_with(deepspeed: dict[str, Any]) -> RunConfig:

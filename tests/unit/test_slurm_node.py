@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from slurm import node
+from training.ops import prebuilt
 
 SOURCE = Path(__file__).resolve().parents[2]
 LAUNCHER = """
@@ -193,6 +194,26 @@ def test_a_nodes_variables_are_set_and_said(start: Start, tmp_path: Path) -> Non
         "OMP_NUM_THREADS=1, only 1 CPU cores for 2 ranks (cpus_per_task gives more), NCCL_SOCKET_IFNAME=lo, "
         "GLOO_SOCKET_IFNAME=lo"
     )
+
+
+def test_ops_that_were_built_before_the_job_are_taken_over(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built, mine = prebuilt() / "cpu_adam", prebuilt().with_name(socket.gethostname()) / "cpu_adam"
+    built.mkdir(parents=True)
+    for name in ("cpu_adam.so", ".ninja_log", "lock"):
+        (built / name).write_text("built")
+        os.utime(built / name, (1e9, 1e9))
+    assert "cpu_adam as built before" in ended(start("config.yaml"))[1][0]
+    assert sorted(path.name for path in mine.iterdir()) == [".ninja_log", "cpu_adam.so"]
+    assert {path.stat().st_mtime for path in mine.iterdir()} == {1e9}  # ninja would build anew what is not
+    assert "cpu_adam" not in ended(start("config.yaml"))[1][0]
+    (built / "cpu_adam.so").write_text("built again")
+    os.utime(built / "cpu_adam.so", (2e9, 2e9))
+    assert "cpu_adam as built before" in ended(start("config.yaml"))[1][0]
+    assert (mine / "cpu_adam.so").read_text() == "built again"
+    assert "cpu_adam" not in ended(start("config.yaml", TORCH_EXTENSIONS_DIR=str(tmp_path / "own")))[1][0]
 
 
 def test_the_users_variables_are_kept(start: Start) -> None:
