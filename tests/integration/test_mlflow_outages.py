@@ -5,6 +5,7 @@ A real server stands behind a proxy that misbehaves on demand.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -263,6 +264,21 @@ def test_a_store_whose_maker_is_killed_is_made_by_the_next(tmp_path: Path) -> No
     maker.wait()
     assert not (tmp_path / "mlflow.db").exists()
     assert [each.name for each in open_client(store).search_experiments()] == ["Default"]
+
+
+def test_a_store_is_made_by_one_at_a_time(tmp_path: Path) -> None:
+    """Two at it would rename what the other has half made: whoever comes second waits, and finds it there."""
+    import mlflow.tracking  # noqa: F401 -- not in the three seconds
+
+    with (tmp_path / ".mlflow.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        maker = threading.Thread(target=open_client, args=(default_store(tmp_path),), daemon=True)
+        maker.start()
+        maker.join(3)
+        assert maker.is_alive()
+        assert [path.name for path in tmp_path.iterdir()] == [".mlflow.db.lock"]
+    maker.join(60)
+    assert (tmp_path / "mlflow.db").exists()
 
 
 def made_store(folder: Path) -> Path:
