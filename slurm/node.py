@@ -90,6 +90,7 @@ class Node:
         """Set this node's variables, none of them where the user has; what was set, for people."""
         said = []
         # Compiled DeepSpeed ops: nodes differ in GPUs and compilers, and two that build in one folder wait for ever.
+        # The folder beside it is `training.ops.prebuilt`, which a program without imports cannot ask.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         extensions = cache / "crosslift" / "torch_extensions" / socket.gethostname()
         said.append(_default("TORCH_EXTENSIONS_DIR", str(extensions)))
@@ -217,10 +218,10 @@ def _take_over(prebuilt: Path, extensions: Path) -> list[str]:
             continue
         try:
             extensions.mkdir(parents=True, exist_ok=True)
-            copy = Path(tempfile.mkdtemp(dir=extensions))
-            shutil.copytree(built.parent, copy, ignore=shutil.ignore_patterns("lock"), dirs_exist_ok=True)
-            shutil.rmtree(here, ignore_errors=True)
-            copy.rename(here)
+            with tempfile.TemporaryDirectory(dir=extensions) as unfinished:
+                copy = shutil.copytree(built.parent, Path(unfinished, op), ignore=shutil.ignore_patterns("lock"))
+                shutil.rmtree(here, ignore_errors=True)
+                copy.rename(here)
             said.append(f"{op} as built before")
         except OSError as error:
             said.append(f"{op} will be built here, as it cannot be copied: {error.strerror}")

@@ -13,11 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 
@@ -39,7 +39,7 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with _variables(environment()):
+    with patch.dict(os.environ, environment()):
         forkserver.ensure_running()
     processes = []
     with TemporaryDirectory() as temporary:
@@ -88,18 +88,6 @@ def _be_rank(program: Sequence[str], variables: Mapping[str, str], out: Path, er
     else:
         sys.path.insert(0, str(Path(code).parent))
         runpy.run_path(code, run_name="__main__")
-
-
-@contextmanager
-def _variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Inside, they are this process's environment."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def checked(results: Sequence[subprocess.CompletedProcess[str]]) -> None:
