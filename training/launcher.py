@@ -151,11 +151,15 @@ class Launcher:
             for rank in self.ranks
             if (status := rank.ended()) is not None and rank.number not in self._killed
         ]
-        failed = [(rank, status) for rank, status in ended if self._judge(status) not in (0, STOPPED)]
+        now = time.time()
+        failed = [
+            {"rank": rank.number, "host": self.nodes.name, "status": status, "time": now}
+            for rank, status in ended
+            if self._judge(status) not in (0, STOPPED)
+        ]
         if failed:
-            rank, status = min(failed, key=lambda each: (each[1] >= 0, each[1] != USER_ERROR, each[0].number))
-            word = {"rank": rank.number, "host": self.nodes.name, "status": status, "time": time.time()}
-            self.nodes.tell("failed", word)
+            told = self.nodes.heard("failed").get(self.nodes.place.node)
+            self.nodes.tell("failed", cause([*([told] if told else []), *failed]))
         elif any(self._judge(status) == STOPPED for _, status in ended):
             self._end_within(STOPPED_GRACE)
         if self.nodes.lost is not None:
@@ -211,8 +215,7 @@ class Launcher:
             say(f"stopped by {self._interrupted.name}; the same command goes on from the last checkpoint")
             return INTERRUPTED
         if failures := list(self.nodes.heard("failed").values()):
-            # A killed rank is the cause of what the others then met, whoever was seen first.
-            return self._say_failure(min(failures, key=lambda each: (each["status"] >= 0, each["time"])))
+            return self._say_failure(cause(failures))
         statuses = {self._judge(rank.ended() or 0) for rank in self.ranks if rank.number not in self._killed}
         if STOPPED in statuses:
             late = f"; ranks {sorted(self._killed)} did not end and were killed" if self._killed else ""
@@ -271,6 +274,12 @@ class Launcher:
         finally:
             for name, handler in before.items():
                 signal.signal(signal.Signals[name], handler)
+
+
+def cause(failures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The failure that the others followed from: a killed rank and one that says what the user can mend know why they
+    ended, wherever they were seen first (what they leave to the others is a broken connection); else the earliest."""
+    return min(failures, key=lambda each: (each["status"] >= 0, each["status"] != USER_ERROR, each["time"]))
 
 
 def say(text: str) -> None:

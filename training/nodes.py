@@ -68,6 +68,7 @@ class Nodes:
         self._news: dict[Kind, dict[int, Any]] = {kind: {} for kind in KINDS}
         self._outbox: queue.SimpleQueue[tuple[Kind, Any]] = queue.SimpleQueue()
         self._store: TCPStore | None = None
+        self._noting = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._exchange, name="nodes", daemon=True)
 
@@ -107,9 +108,9 @@ class Nodes:
             self._thread.join(CLOSE_SECONDS)
 
     def tell(self, kind: Kind, value: Any) -> None:
-        """This node's word of a kind, said once; `value` is of JSON."""
-        if self.place.node not in self._news[kind]:
-            self._news[kind] = {**self._news[kind], self.place.node: value}
+        """This node's word of a kind, in the place of what it said before; `value` is of JSON."""
+        if self._news[kind].get(self.place.node) != value:
+            self._note(kind, self.place.node, value)
             self._outbox.put((kind, value))
 
     def heard(self, kind: Kind) -> dict[int, Any]:
@@ -165,8 +166,13 @@ class Nodes:
 
     def _read(self) -> None:
         assert self._store is not None
+        others = [node for node in range(self.place.nodes) if node != self.place.node]
         for kind in KINDS:
-            for node in range(self.place.nodes):
+            for node in others:
                 key = f"crosslift/{kind}/{node}"
-                if node not in self._news[kind] and self._store.check([key]):
-                    self._news[kind] = {**self._news[kind], node: json.loads(self._store.get(key))}
+                if self._store.check([key]):
+                    self._note(kind, node, json.loads(self._store.get(key)))
+
+    def _note(self, kind: Kind, node: int, value: Any) -> None:
+        with self._noting:  # by the launcher's loop and by the thread: neither may undo the other's
+            self._news[kind] = {**self._news[kind], node: value}

@@ -94,7 +94,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     ("statuses", "expected"),
-    [((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((2, 2), 2), ((1, 2), 2), ((3, 0), 1), ((75, 1), 1)],
+    [((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((2, 2), 2), ((3, 0), 1), ((75, 1), 1)],
 )
 def test_the_status_is_the_ranks_own(statuses: tuple[int, int], expected: int, tmp_path: Path) -> None:
     command = rank_program(tmp_path, f"os._exit({statuses[0]})", {1: f"os._exit({statuses[1]})"})
@@ -208,8 +208,15 @@ def test_a_death_on_one_node_ends_the_ranks_of_the_other_and_is_said_once(
     assert "rank 1 on" in line
 
 
-def test_a_killed_rank_is_the_cause_of_what_another_node_met_before_it_was_seen(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(("end", "status"), [("os.kill(os.getpid(), 9)", 1), ("os._exit(2)", 2)])
+def test_a_killed_rank_and_one_that_says_why_are_causes_whoever_was_seen_first(
+    end: str,
+    status: int,
+    nodes: int,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launching, "NEWS_SECONDS", 6.0)  # of which a busy machine may take some
     program = """
@@ -218,16 +225,17 @@ def test_a_killed_rank_is_the_cause_of_what_another_node_met_before_it_was_seen(
             time.sleep(0.01)
         os._exit(1)
     """
-    dies = """
+    ends_later = f"""
         import time
-        open(f"{FOLDER}/ready-1", "w").close()
-        time.sleep(0.4)
-        os.kill(os.getpid(), 9)
+        open(f"{{FOLDER}}/ready-1", "w").close()
+        time.sleep(0.8)
+        {end}
     """
-    command = rank_program(tmp_path, program, {1: dies})
-    assert run_nodes([command] * 2, 1) == [1, 1]
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "rank 1 on" in line
+    command = rank_program(tmp_path, program, {1: ends_later})
+    assert run_nodes([command] * nodes, 2 // nodes) == [status] * nodes
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == (status == 1)  # what a user can mend the rank has said itself
+    assert all(f"rank 1 on {HOST} was killed" in line for line in said)
 
 
 def test_a_node_0_that_does_not_come_is_named(
