@@ -1,6 +1,5 @@
 """The start-up check tells classes that keep packed samples apart from those that do not."""
 
-
 import pytest
 import torch
 from transformers import AutoConfig, PreTrainedConfig
