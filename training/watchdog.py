@@ -9,6 +9,7 @@ and not the one that was silent first. A rank is watched from its first step unt
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -107,9 +108,11 @@ class Watchdog:
         before = {local_rank: self._stacks_size(local_rank) for local_rank in self.pids}
         beats = {local_rank: read_beat(self.folder, local_rank) for local_rank in self.pids}
         for local_rank, pid in self.pids.items():
-            _send(pid, STACKS_SIGNAL)
             if states[local_rank] in ("T", "t"):
+                _send_to_main_thread(pid, STACKS_SIGNAL)
                 _send(pid, signal.SIGCONT)
+            else:  # whichever thread can take it, as the main one may be in a disk wait
+                _send(pid, STACKS_SIGNAL)
         self._wait_for_stacks(before, beats)
         return [
             Evidence(
@@ -202,6 +205,16 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+def _send_to_main_thread(pid: int, number: signal.Signals) -> None:
+    """So that a stopped process, going on, shows where it was: another thread would take the signal while the main
+    one runs away. The main thread's number is the process's. Before glibc 2.30 there is no such call."""
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tgkill is None:
+        _send(pid, number)
+    else:
+        tgkill(pid, pid, int(number))
 
 
 def _duration(seconds: float) -> str:

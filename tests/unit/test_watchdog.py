@@ -33,6 +33,22 @@ HANGS = """
     heart.forward()
     deep_in_the_reader()
 """
+STOPS_ITSELF = """
+    import os, signal, threading, time
+    from training.heartbeat import Heart
+    heart = Heart()
+    heart.attach()
+    def stopping():
+        os.kill(os.getpid(), signal.SIGSTOP)
+    def other():
+        while True:
+            time.sleep(0.001)
+    for _ in range(8):
+        threading.Thread(target=other, daemon=True).start()
+    for batch in heart.steps(range(1000), 0):
+        stopping()
+        time.sleep(0.2)
+"""
 
 
 @pytest.fixture
@@ -195,6 +211,23 @@ def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp
     assert "in deep_in_the_reader" in seen.stack[0]
     assert "in <module>" in seen.stack[1]
     assert not seen.in_collective
+
+
+def test_a_stopped_process_shows_where_it_stopped_and_not_where_it_is_when_let_go_on(tmp_path: Path) -> None:
+    """Other threads would take the signal too, and the main one would have moved on by then."""
+    environment = {**os.environ, FOLDER: str(tmp_path), "LOCAL_RANK": "0", "CROSSLIFT_LAUNCHER": str(os.getpid())}
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(STOPS_ITSELF)], env=environment)
+    try:
+        for _ in range(10):
+            until = time.monotonic() + 20
+            while watchdog._state(process.pid) != "T":
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=0).evidence()
+            assert "in stopping" in seen.stack[0]
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_rank_dies_with_its_launcher(tmp_path: Path) -> None:
