@@ -145,7 +145,7 @@ def test_a_server_that_misbehaves_for_a_while(
     run.steps(range(120, 140))
     began = time.monotonic()
     run.tracker.finish("FINISHED")
-    assert time.monotonic() - began < 40  # 30 for the store, and the disk's own time for the record
+    assert time.monotonic() - began < 31
     assert run.longest < LONGEST_LOG
     assert [step for step, *_ in stored(server.uri, mode)] == list(range(140))
     assert stored(server.uri, mode) == recorded(tmp_path / "run")
@@ -162,7 +162,7 @@ def test_an_end_while_the_server_is_away_is_bounded_and_caught_up_later(
     run.steps(range(30))
     began = time.monotonic()
     run.tracker.finish("SCHEDULED", timeout=4)
-    assert time.monotonic() - began < 15  # unbounded it is 30
+    assert time.monotonic() - began < 5
     assert run.longest < LONGEST_LOG
     assert "have not reached MLflow" in capfd.readouterr().err
     proxy.mode = "pass"

@@ -171,12 +171,12 @@ def join_program(before: str = "") -> list[str]:
     return ["-c", textwrap.dedent(JOIN).format(before=before)]
 
 
-def test_two_real_ranks_join_and_the_slow_one_is_named() -> None:
+def test_two_real_ranks_join_within_two_seconds_and_the_slow_one_is_named() -> None:
     results = run_ranks(join_program(), 2, timeout=60)
     assert [each.returncode for each in results] == [0, 0], results[1].stderr[-2000:]
     lines = results[0].stderr.splitlines()
     (line,) = [line for line in lines if line.startswith("preflight: 2 ranks on")]
-    assert float(line.rpartition("(")[2].partition(" s)")[0]) < 10  # under 2 on free cores
+    assert float(line.rpartition("(")[2].partition(" s)")[0]) < 2
     assert float(line.rpartition(" GiB/s")[0].rpartition(" ")[2]) > 0
     assert [each.stdout for each in results] == ["1.0 True 0.25\n"] * 2
     (warning,) = [line for line in lines if "rank 1 on" in line]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,11 +191,21 @@ def test_the_main_threads_stack_is_found_among_all() -> None:
     assert main_stack(shown, 0x1) == ()
 
 
+@contextmanager
+def rank_process(program: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that beats into `folder` as local rank 0, killed at the end."""
+    environment = {**os.environ, FOLDER: str(folder), "LOCAL_RANK": "0", "CROSSLIFT_LAUNCHER": str(os.getpid())}
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp_path: Path, stopped: bool) -> None:
-    environment = {**os.environ, FOLDER: str(tmp_path), "LOCAL_RANK": "0", "CROSSLIFT_LAUNCHER": str(os.getpid())}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HANGS)], env=environment)
-    try:
+    with rank_process(HANGS, tmp_path) as process:
         until = time.monotonic() + 20
         while not (tmp_path / "ready").exists():
             assert time.monotonic() < until
@@ -202,9 +214,6 @@ def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp
             process.send_signal(signal.SIGSTOP)
             time.sleep(0.1)
         (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=8).evidence()
-    finally:
-        process.kill()
-        process.wait()
     assert (seen.rank, seen.step, seen.phase) == (8, 4, "forward 1")
     assert seen.state == ("T" if stopped else "S")
     assert "in deep_in_the_reader" in seen.stack[0]
@@ -214,9 +223,7 @@ def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp
 
 def test_a_stopped_process_shows_where_it_stopped_and_not_where_it_is_when_let_go_on(tmp_path: Path) -> None:
     """Other threads would take the signal too, and the main one would have moved on by then."""
-    environment = {**os.environ, FOLDER: str(tmp_path), "LOCAL_RANK": "0", "CROSSLIFT_LAUNCHER": str(os.getpid())}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(STOPS_ITSELF)], env=environment)
-    try:
+    with rank_process(STOPS_ITSELF, tmp_path) as process:
         for _ in range(10):
             until = time.monotonic() + 20
             while watchdog._state(process.pid) != "T":
@@ -224,9 +231,6 @@ def test_a_stopped_process_shows_where_it_stopped_and_not_where_it_is_when_let_g
                 time.sleep(0.02)
             (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=0).evidence()
             assert "in stopping" in seen.stack[0]
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_rank_dies_with_its_launcher(tmp_path: Path) -> None:
