@@ -130,40 +130,38 @@ def run_config(folder: Path) -> Any:
 
 def rank_main(folder: Path) -> None:
     """One rank: load as `training.assembly.assemble` does; rank 0 keeps every rank's figures."""
-    import torch.distributed as dist
     from transformers import LlamaForCausalLM  # noqa: F401  an import, so part of the baseline
 
     from training.assembly import starting_model
     from training.distributed import barrier, gather_objects, rank, world_size
-    from training.engine import deepspeed_settings, init_process_group
+    from training.engine import deepspeed_settings, process_group
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    init_process_group(timeout_minutes=10)
-    config = run_config(folder)
-    barrier()
-    before = memory()
-    started = time.perf_counter()
-    with peak_memory() as peak:
-        model = starting_model(config, folder, deepspeed_settings(config, world_size()))
+    with process_group(timeout_minutes=10):
+        config = run_config(folder)
         barrier()
-    seconds = time.perf_counter() - started
-    after = memory()
-    parameters: list[Any] = list(model.parameters())  # with ZeRO-3's own attributes
-    shard = sum(each.ds_tensor.numel() * each.ds_tensor.element_size() for each in parameters)
-    check_weights(model, folder)
-    over = {key: peak[key] - before[key] for key in (*STATUS_KEYS, "unreclaimable")}
-    # The high-water mark counts from what was resident when it was reset.
-    over["VmHWM"] = peak["VmHWM"] - before["VmRSS"]
-    kept = {key: after[key] - before[key] for key in over if key != "VmHWM"}
-    mine = {
-        "shard_bytes": shard, "baseline": before, "peak_over_baseline": over, "kept_over_baseline": kept,
-        "samples": peak["samples"], "seconds": seconds,
-    }  # fmt: skip
-    ranks = gather_objects(mine)
-    if rank() == 0:
-        total = sum(each.ds_numel for each in parameters)
-        (folder / "measured.json").write_text(json.dumps({"parameters": total, "ranks": ranks}))
-    dist.destroy_process_group()
+        before = memory()
+        started = time.perf_counter()
+        with peak_memory() as peak:
+            model = starting_model(config, folder, deepspeed_settings(config, world_size()))
+            barrier()
+        seconds = time.perf_counter() - started
+        after = memory()
+        parameters: list[Any] = list(model.parameters())  # with ZeRO-3's own attributes
+        shard = sum(each.ds_tensor.numel() * each.ds_tensor.element_size() for each in parameters)
+        check_weights(model, folder)
+        over = {key: peak[key] - before[key] for key in (*STATUS_KEYS, "unreclaimable")}
+        # The high-water mark counts from what was resident when it was reset.
+        over["VmHWM"] = peak["VmHWM"] - before["VmRSS"]
+        kept = {key: after[key] - before[key] for key in over if key != "VmHWM"}
+        mine = {
+            "shard_bytes": shard, "baseline": before, "peak_over_baseline": over, "kept_over_baseline": kept,
+            "samples": peak["samples"], "seconds": seconds,
+        }  # fmt: skip
+        ranks = gather_objects(mine)
+        if rank() == 0:
+            total = sum(each.ds_numel for each in parameters)
+            (folder / "measured.json").write_text(json.dumps({"parameters": total, "ranks": ranks}))
 
 
 def check_weights(model: Any, folder: Path) -> None:

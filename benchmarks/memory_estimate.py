@@ -242,31 +242,31 @@ def rank_main(folder: Path) -> None:
     from training.activations import Activations
     from training.assembly import assemble
     from training.distributed import rank, world_size
-    from training.engine import init_process_group
+    from training.engine import process_group
     from training.memory import memory_estimate
     from training.prepare import prepare
 
     warnings.simplefilter("ignore")  # PyTorch's about what DeepSpeed calls
-    init_process_group(timeout_minutes=10)
-    rows = []
-    for stage in (1, 2, 3):
-        for precision in DTYPES:
-            config = run_config(folder, stage, precision)
-            kept = floats()
-            before = {id(each) for each in kept}
-            prepared = prepare(config, rank())
-            run = assemble(config, prepared)
-            held = held_bytes(run, before)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(prepared.model_dir))
-            nothing = Activations((), 0, 0, 0, 0, counted=True)
-            parts = memory_estimate(config, model, nothing, world_size(), world_size()).parts
-            said = {what: sum(part.gpu for part in parts if part.name in names) for what, names in NAMES.items()}
-            rows.append({"stage": stage, "precision": precision, "held": held, "estimated": said})
-            run.engine.destroy()
-            del run, kept
-    if rank() == 0:
-        (folder / "measured.json").write_text(json.dumps(rows))
+    with process_group(timeout_minutes=10):
+        rows = []
+        for stage in (1, 2, 3):
+            for precision in DTYPES:
+                config = run_config(folder, stage, precision)
+                kept = floats()
+                before = {id(each) for each in kept}
+                prepared = prepare(config, rank())
+                run = assemble(config, prepared)
+                held = held_bytes(run, before)
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(prepared.model_dir))
+                nothing = Activations((), 0, 0, 0, 0, counted=True)
+                parts = memory_estimate(config, model, nothing, world_size(), world_size()).parts
+                said = {what: sum(part.gpu for part in parts if part.name in names) for what, names in NAMES.items()}
+                rows.append({"stage": stage, "precision": precision, "held": held, "estimated": said})
+                run.engine.destroy()
+                del run, kept
+        if rank() == 0:
+            (folder / "measured.json").write_text(json.dumps(rows))
 
 
 def main() -> None:

@@ -143,17 +143,16 @@ def rank_main(folder: Path, options: argparse.Namespace) -> None:
     import torch
 
     from training.distributed import rank
-    from training.engine import init_process_group
+    from training.engine import process_group
     from training.run_file import validate
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    init_process_group(timeout_minutes=10)
-    values = run_values(folder, options.size, options.slots, torch.cuda.is_available())
-    values["checkpoint"] = {"keep": 1}
-    measured = measure(validate(values, "benchmark"), options.rounds, options.steps)
-    if rank() == 0:
-        (folder / "measured.json").write_text(json.dumps(measured))
-    torch.distributed.destroy_process_group()
+    with process_group(timeout_minutes=10):
+        values = run_values(folder, options.size, options.slots, torch.cuda.is_available())
+        values["checkpoint"] = {"keep": 1}
+        measured = measure(validate(values, "benchmark"), options.rounds, options.steps)
+        if rank() == 0:
+            (folder / "measured.json").write_text(json.dumps(measured))
 
 
 def main() -> None:

@@ -71,5 +71,7 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A rank that failed must not wait in the interpreter's exit for peers that are stuck in a collective.
-    os._exit(status) if status else sys.exit(0)
+    # Not through the interpreter's exit. A rank that failed would wait there for peers that are stuck in a collective;
+    # one that ended well may be aborted there (SIGABRT), where a thread of gloo lets go of its last tensors (pytorch
+    # #179291): DeepSpeed's groups keep such threads after they are destroyed.
+    os._exit(status)

@@ -32,6 +32,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from data_pipeline.config import merged
 from training import engine_state, preflight
 from training.config import RunConfig
+from training.distributed import barrier
 from training.engine_state import deepspeed
 from training.heartbeat import heart
 
@@ -50,9 +51,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_process_group(timeout_minutes: float, output_dir: Path | None = None) -> None:
-    """Join the ranks that the launcher started, after the preflight: NCCL on GPUs, gloo on CPU, no compiler needed.
+@contextmanager
+def process_group(timeout_minutes: float, output_dir: Path | None = None) -> Iterator[None]:
+    """Inside, this process is one of the launcher's ranks, after the preflight: NCCL on GPUs, gloo on CPU, no compiler.
 
+    All ranks leave together after their last collective call. A rank that fails leaves alone: its peers may be in one.
     Raises what `preflight.join` does.
     """
     from datetime import timedelta
@@ -62,6 +65,9 @@ def init_process_group(timeout_minutes: float, output_dir: Path | None = None) -
     # On CPU DeepSpeed would compile a shared-memory op here; gloo does the same without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timeout, verbose=False)  # takes the group over
+    yield
+    barrier()
+    dist.destroy_process_group()
 
 
 def build_op(name: str) -> Path:

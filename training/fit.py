@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
 import yaml
 
 from modeling.export_info import VECTORS_FILE
@@ -17,7 +16,7 @@ from training import checkpoint
 from training.assembly import assemble
 from training.config import RunConfig
 from training.distributed import barrier, rank
-from training.engine import init_process_group
+from training.engine import process_group
 from training.heartbeat import heart
 from training.plots import draw_plots
 from training.prepare import forget_preparation, prepare
@@ -44,8 +43,11 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     Raises:
         StoppedOnRequest: after a checkpoint; the same call goes on.
     """
-    stop = stop or StopRequest()
-    init_process_group(timeout_minutes=30, output_dir=config.output_dir)
+    with process_group(timeout_minutes=30, output_dir=config.output_dir):
+        return _fit(config, resume, accept_changes, stop or StopRequest())
+
+
+def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest) -> Path:
     if rank() == 0:
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it
@@ -82,9 +84,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
         if tracker is not None:
             _track_files(tracker, config.output_dir)
             tracker.finish(status)
-    barrier()
     run.engine.destroy()
-    dist.destroy_process_group()
     return checkpoint.checkpoint_path(config.output_dir, config.max_steps)
 
 

@@ -23,7 +23,7 @@ from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
-from training.engine import gathered, init_process_group
+from training.engine import gathered, process_group
 from training.prepare import prepare
 from training.run_file import validate
 from training.scaling import StepTotals
@@ -40,9 +40,9 @@ STEPS = {"xmixup": {"xmixup": STEP, "xmixup-back": 5}}  # cell: step; others hav
 LEARNING_RATE = 1e-2
 
 
+@process_group(timeout_minutes=3)
 def main() -> None:
     data_dir, work, output = (Path(argument) for argument in sys.argv[1:])
-    init_process_group(timeout_minutes=3)
     for objective in OBJECTIVES:
         run = _run(data_dir, work, objective)
         for cell, step in STEPS.get(objective, {objective: STEP}).items():

@@ -16,7 +16,7 @@ from tiny_run import rank_values
 from benchmarks.memory_estimate import floats, held_bytes
 from training.assembly import assemble
 from training.distributed import rank, world_size
-from training.engine import init_process_group
+from training.engine import process_group
 from training.prepare import prepare
 from training.run_file import validate
 
@@ -56,9 +56,9 @@ def values(data_dir: Path, output_dir: Path, cell: str) -> dict[str, Any]:
     return rank_values(data_dir, output_dir, **changes)
 
 
+@process_group(timeout_minutes=3)
 def main() -> None:
     data_dir, work, output = (Path(argument) for argument in sys.argv[1:])
-    init_process_group(timeout_minutes=3)
     measured = {}
     for cell in CELLS:
         config = validate(values(data_dir, work, cell), "test")

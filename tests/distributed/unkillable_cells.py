@@ -23,7 +23,7 @@ from tiny_run import rank_values
 from training import saving
 from training.assembly import assemble
 from training.distributed import barrier, gather_objects, rank
-from training.engine import init_process_group
+from training.engine import process_group
 from training.engine_state import shard_of
 from training.errors import ConfigError
 from training.prepare import prepare
@@ -145,9 +145,9 @@ CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
 }
 
 
+@process_group(timeout_minutes=3)
 def main() -> None:
     data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
-    init_process_group(timeout_minutes=3)
     for name, (changes, disturb) in CELLS.items():
         usual = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY}
         values = rank_values(data_dir, work / name, **{**usual, **changes})

@@ -18,7 +18,7 @@ from tiny_run import XMIXUP, rank_values
 from training import checkpoint
 from training.assembly import assemble
 from training.distributed import rank, world_size
-from training.engine import init_process_group
+from training.engine import process_group
 from training.prepare import prepare
 from training.resume import go_on
 from training.run_file import validate
@@ -34,9 +34,9 @@ CELLS: dict[str, dict[str, Any]] = {
 SAVED, STEPS, SAVING_RANKS = 3, 7, 2
 
 
+@process_group(timeout_minutes=3)
 def main() -> None:
     data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
-    init_process_group(timeout_minutes=3)
     for name, changes in CELLS.items():
         data = data_dir / "tasks" if name.startswith("xmixup") else data_dir
         config = validate(
