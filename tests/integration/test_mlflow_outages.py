@@ -32,8 +32,9 @@ LONGEST_LOG = 0.5  # seconds that a training step may ever wait for the tracker;
 class Proxy:
     """Passes requests on to a real server, or does what `mode` says instead."""
 
-    def __init__(self, target: str) -> None:
-        self.mode = "pass"  # or silent, lost (done, but the answer never comes), slow, 500, 507
+    def __init__(self, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.behave()
         self.requests = 0
         proxy = self
 
@@ -77,6 +78,16 @@ class Proxy:
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
+    def behave(self) -> None:
+        """From now on requests are passed on, and waited for as a run does it: the machine may be busy."""
+        self.mode = "pass"
+        self._monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+    def misbehave(self, mode: str) -> None:
+        """`mode`: silent, lost (done, but the answer never comes), slow, 500, 507."""
+        self._monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # less than the silence
+        self.mode = mode
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -92,8 +103,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    proxy = Proxy(server.uri)
+    proxy = Proxy(server.uri, monkeypatch)
     yield proxy
     proxy.close()
 
@@ -137,18 +147,19 @@ def test_a_server_that_misbehaves_for_a_while(
 ) -> None:
     run = Logged(tmp_path / "run", proxy.uri, mode)
     run.steps(range(20))
-    wait_for(lambda: len(stored(server.uri, mode)) == 20 if proxy.requests > 3 else False)
-    proxy.mode, before = mode, proxy.requests
+    wait_for(lambda: len(stored(server.store, mode)) == 20 if proxy.requests > 3 else False)
+    before = proxy.requests
+    proxy.misbehave(mode)
     run.steps(range(20, 120), pause=0.02)
     wait_for(lambda: proxy.requests > before + 1)
-    proxy.mode = "pass"
+    proxy.behave()
     run.steps(range(120, 140))
     began = time.monotonic()
     run.tracker.finish("FINISHED")
     assert time.monotonic() - began < 31
     assert run.longest < LONGEST_LOG
-    assert [step for step, *_ in stored(server.uri, mode)] == list(range(140))
-    assert stored(server.uri, mode) == recorded(tmp_path / "run")
+    assert [step for step, *_ in stored(server.store, mode)] == list(range(140))
+    assert stored(server.store, mode) == recorded(tmp_path / "run")
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -157,7 +168,7 @@ def test_an_end_while_the_server_is_away_is_bounded_and_caught_up_later(
     server: Server, proxy: Proxy, tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     name, folder = f"end {mode}", tmp_path / "run"
-    proxy.mode = mode
+    proxy.misbehave(mode)
     run = Logged(folder, proxy.uri, name)
     run.steps(range(30))
     began = time.monotonic()
@@ -165,9 +176,9 @@ def test_an_end_while_the_server_is_away_is_bounded_and_caught_up_later(
     assert time.monotonic() - began < 5
     assert run.longest < LONGEST_LOG
     assert "have not reached MLflow" in capfd.readouterr().err
-    proxy.mode = "pass"
+    proxy.behave()
     assert sync_record(folder).left == 0
-    assert stored(server.uri, name) == recorded(folder)
+    assert stored(server.store, name) == recorded(folder)
     assert [step for step, *_ in recorded(folder)] == list(range(30))
 
 

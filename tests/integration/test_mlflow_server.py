@@ -35,11 +35,12 @@ class Server:
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.port, self.uri = folder, port, f"http://127.0.0.1:{port}"
+        self.store = default_store(folder)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
-        command += ["--backend-store-uri", default_store(self.folder)]
+        command += ["--backend-store-uri", self.store]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
