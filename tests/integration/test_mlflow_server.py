@@ -10,24 +10,20 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import waiting
 
 from training.mlflow_store import QUIET, default_store, open_client, server_answers
 from training.run_record import RECORD_NAME
 from training.tracking import Tracker, TrackingConfig, sync_record
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
+wait_for = partial(waiting.wait_for, seconds=90, every=0.1)  # a server takes its time to come up
 
 
 class Server:

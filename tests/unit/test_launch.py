@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from training import launcher as launching
 from training import nodes as meeting
@@ -63,13 +64,6 @@ def rank_program(folder: Path, program: str, when: dict[int, str] | None = None)
     ]
     parts += [f"if RANK not in {list(when or {})}:\n{textwrap.indent(textwrap.dedent(program), '    ')}"]
     return [sys.executable, "-c", "\n".join(parts)]
-
-
-def wait_for(found: Callable[[], object], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
 
 
 def send_when_ready(folder: Path, ranks: int, *numbers: signal.Signals) -> threading.Thread:

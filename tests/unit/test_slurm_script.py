@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from fake_slurm import FakeSlurm
+from waiting import wait_for
 
 from slurm.render import FIRST_PORT, PORTS, render, sbatch_quoted
 from slurm.spec import Container, Element, JobSettings, JobSpec
@@ -235,7 +236,7 @@ def test_ended_from_outside_only_a_time_limit_is_requeued(
     )
     slurm.set("srun", "waits", "yes")
     process = run_script(make_spec(tmp_path / "s"))
-    wait_for(lambda: slurm.calls("srun"))
+    wait_for(lambda: slurm.calls("srun"), seconds=30)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None, "the script did not outlive the signal"
@@ -249,16 +250,9 @@ def test_a_signal_to_the_script_reaches_the_step(tmp_path: Path, slurm: FakeSlur
     step_ends(slurm, 0)
     slurm.set("srun", "waits", "yes")
     process = run_script(make_spec(tmp_path / "s"))
-    wait_for(lambda: (slurm.folder / "srun.environment").exists())
+    wait_for(lambda: (slurm.folder / "srun.environment").exists(), seconds=30)
     process.send_signal(signal.SIGUSR1)
     assert end(process)[0] == 128 + signal.SIGUSR1  # the stand-in has no handler
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

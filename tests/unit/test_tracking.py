@@ -11,12 +11,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from waiting import wait_for
 
 from training.errors import ConfigError
 from training.mlflow_feed import STATE_NAME, RecordFeeder
@@ -71,13 +71,6 @@ def stored(folder: Path) -> tuple[Any, Any]:
 def history(folder: Path, name: str) -> list[tuple[int, float]]:
     client, found = stored(folder)
     return sorted((m.step, m.value) for m in client.get_metric_history(found.info.run_id, name))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 # --- the record ---------------------------------------------------------------------------------------------

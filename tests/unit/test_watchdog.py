@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from training import watchdog
 from training.heartbeat import ENDED, FOLDER, STARTING, STEPPING, Heart, beat_file, read_beat
@@ -206,10 +207,7 @@ def rank_process(program: str, folder: Path) -> Iterator[subprocess.Popen[bytes]
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp_path: Path, stopped: bool) -> None:
     with rank_process(HANGS, tmp_path) as process:
-        until = time.monotonic() + 20
-        while not (tmp_path / "ready").exists():
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        wait_for((tmp_path / "ready").exists)
         if stopped:
             process.send_signal(signal.SIGSTOP)
             time.sleep(0.1)
@@ -225,10 +223,7 @@ def test_a_stopped_process_shows_where_it_stopped_and_not_where_it_is_when_let_g
     """Other threads would take the signal too, and the main one would have moved on by then."""
     with rank_process(STOPS_ITSELF, tmp_path) as process:
         for _ in range(10):
-            until = time.monotonic() + 20
-            while watchdog._state(process.pid) != "T":
-                assert time.monotonic() < until
-                time.sleep(0.02)
+            wait_for(lambda: watchdog._state(process.pid) == "T")
             (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=0).evidence()
             assert "in stopping" in seen.stack[0]
 
