@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "tracking.json"
 RECORD_TAG = "crosslift.record"  # holds the record's id; finds the run again when tracking.json is gone
+PARENT_RECORD_TAG = "crosslift.parent_record"  # of a run inside another one: the other's record's id
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class RecordFeeder:
         self._store = without_password(uri)
         self._state = _read_states(self._output_dir).get(self._store, _StoreState())
         self._opened = False
-        self._parent: str | None = None  # the record of the run that this one is part of, until the store links them
+        self._unlinked: dict[str, Any] | None = None  # the record's first start, until `_link` is done with it
         self._metrics: list[Metric] = []
         self._params: list[Param] = []
         self._tags: list[RunTag] = []
@@ -107,7 +108,7 @@ class RecordFeeder:
                 arrived = end
                 self._taken += 1
             self._flush(arrived)
-            self._link_to_parent()
+            self._link()
             self._upload()
         except Exception:
             # Whatever the store holds now is found out anew; what was not yet sent is read again.
@@ -126,7 +127,7 @@ class RecordFeeder:
         if not self._state.run_id or not self._run_exists(self._state.run_id):
             self._state = _StoreState(self._find_or_create_run(first))
             self._save()
-        self._parent = first.get("parent")
+        self._unlinked = first
         self._known_params = {}
         for _, event in read_events(self._record, stop=self._state.cursor):
             if event["kind"] == "params":
@@ -151,31 +152,50 @@ class RecordFeeder:
         return True
 
     def _find_or_create_run(self, first: dict[str, Any]) -> str:
-        experiment = self._client.get_experiment_by_name(first["experiment"])
-        if experiment is None:
-            root = artifact_root(self._output_dir, self._uri)
-            experiment_id = self._client.create_experiment(first["experiment"], root)
-        else:
-            experiment_id = experiment.experiment_id
-            if found := self._run_of(first["id"], experiment_id):
-                return found
+        experiment_id = self._find_or_create_experiment(first["experiment"])
+        if found := self._runs_tagged(RECORD_TAG, first["id"], experiment_id):
+            return found[0]
         tags = {RECORD_TAG: first["id"]}
+        if parent := first.get("parent"):
+            tags[PARENT_RECORD_TAG] = parent
         run = self._client.create_run(experiment_id, first["time"], tags, run_name=first["run_name"])
         return str(run.info.run_id)
 
-    def _run_of(self, record_id: str, experiment_id: str) -> str | None:
-        runs = self._client.search_runs([experiment_id], f"tags.`{RECORD_TAG}` = '{record_id}'")
-        return str(runs[0].info.run_id) if runs else None
+    def _find_or_create_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
 
-    def _link_to_parent(self) -> None:
-        """Nests the run under the one that it is part of, as soon as the store has that one."""
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_root(self._output_dir, self._uri)))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = self._client.get_experiment_by_name(name)  # another run was quicker
+            assert experiment is not None
+        return str(experiment.experiment_id)
+
+    def _runs_tagged(self, tag: str, record_id: str, experiment_id: str) -> list[str]:
+        runs = self._client.search_runs([experiment_id], f"tags.`{tag}` = '{record_id}'")
+        return [str(run.info.run_id) for run in runs]
+
+    def _link(self) -> None:
+        """Nests this run under the one that it is part of, and under this one those that are part of it.
+
+        A run's tags are there before it looks for its parent, and before the parent looks for it: whichever comes
+        second finds the other, though the first may have ended by then.
+        """
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        if self._parent is not None:
-            experiment_id = self._client.get_run(self._state.run_id).info.experiment_id
-            if found := self._run_of(self._parent, experiment_id):
-                self._client.set_tag(self._state.run_id, MLFLOW_PARENT_RUN_ID, found)
-                self._parent = None
+        if (first := self._unlinked) is None:
+            return
+        mine = self._state.run_id
+        experiment_id = self._client.get_run(mine).info.experiment_id
+        for inner in self._runs_tagged(PARENT_RECORD_TAG, first["id"], experiment_id):
+            self._client.set_tag(inner, MLFLOW_PARENT_RUN_ID, mine)
+        if (parent := first.get("parent")) and (found := self._runs_tagged(RECORD_TAG, parent, experiment_id)):
+            self._client.set_tag(mine, MLFLOW_PARENT_RUN_ID, found[0])
+        self._unlinked = None
 
     def _expect_replay(self, start: dict[str, Any], before: int) -> None:
         """After a resume the steps behind the checkpoint come again: looks up what was recorded for them."""

@@ -46,13 +46,41 @@ def test_the_run_inside_is_nested(tmp_path: Path) -> None:
     assert found["whole"].data.params == {"task": "xnli", "soft_labels": "None"}
     assert list(_run_folders(tmp_path)) == [outer, outer / "training"]
 
-    elsewhere = default_store(tmp_path)
-    sync_record(outer / "training", elsewhere)
-    assert PARENT not in runs(tmp_path)["inside"].data.tags  # its parent is not there yet
-    sync_record(outer, elsewhere)
-    sync_record(outer / "training", elsewhere)
+
+@pytest.mark.parametrize("order", [("", "training"), ("training", "")], ids=["outer first", "inner first"])
+def test_whichever_arrives_first(tmp_path: Path, order: tuple[str, str]) -> None:
+    outer, store = tmp_path / "whole", default_store(tmp_path)
+    with run_of_runs(outer, {"enabled": False}, {}) as (_, inside):
+        finish(outer / "training", inside)
+    for folder in order:
+        assert PARENT not in {tag for run in runs(tmp_path).values() for tag in run.data.tags}
+        sync_record(outer / folder, store)
     found = runs(tmp_path)
     assert found["inside"].data.tags[PARENT] == found["whole"].info.run_id
+    assert PARENT not in found["whole"].data.tags
+
+
+def test_two_runs_that_make_their_experiment_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees that there is none, and one is quicker: the other takes what is there then, and loses nothing."""
+    from mlflow.tracking import MlflowClient
+
+    store = default_store(tmp_path)
+    for name in ("a", "b"):
+        finish(tmp_path / name, {"enabled": False, "experiment": "mine"})
+    create = MlflowClient.create_experiment
+
+    def b_is_quicker(client: Any, *args: Any) -> str:
+        monkeypatch.setattr(MlflowClient, "create_experiment", create)
+        assert sync_record(tmp_path / "b", store).left == 0
+        return create(client, *args)
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", b_is_quicker)
+    result = sync_record(tmp_path / "a", store)
+    assert (result.left, result.error) == (0, None)
+    client = open_client(store)
+    experiment = client.get_experiment_by_name("mine")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 2
 
 
 def test_a_second_call_goes_on_with_the_same_run(tmp_path: Path) -> None:
