@@ -2,7 +2,8 @@
 
 In: a model's config and attention implementation. Out: `packed` only where a tiny model of the same class,
 given packed rows, shows the logits it gives the samples one by one: some classes ignore restarting position
-ids (BLOOM, OPT, MPT, Falcon), and others may come to. Next: `data_pipeline/packing.py` lays batches out so.
+ids (BLOOM, OPT, MPT; Falcon until transformers 5.24), and others may come to. Next: `data_pipeline/packing.py`
+lays batches out so.
 
 Shapes: T tokens of one sample, V vocabulary.
 """

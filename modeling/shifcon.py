@@ -132,7 +132,7 @@ class LanguageShift:
         if self._languages_BT is None or self.vectors is None or not self._enabled:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        # Layers call it past_key_values or layer_past, by name or by position.
+        # Layers call it past_key_values, cache or layer_past, by name or by position.
         cache = next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, Cache)), None)
         past = 0 if cache is None else int(cache.get_seq_length())
         rows, tokens = hidden.shape[:2]

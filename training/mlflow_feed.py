@@ -122,6 +122,7 @@ class RecordFeeder:
         _, first = next(read_starts(self._record), (0, None))
         if first is None:
             return False
+        _ = self._client  # mlflow as a whole, before anything below imports a part of it: see `open_client`
         if not on_a_line(self._record, self._state.cursor):  # a power cut took lines that were fed: begin again
             self._state.cursor = 0
         if not self._state.run_id or not self._run_exists(self._state.run_id):

@@ -12,6 +12,7 @@ import logging
 import os
 import posixpath
 import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -37,11 +38,19 @@ _SHARED_DISKS = re.compile(
 )
 
 
+_importing = threading.Lock()
+
+
 def open_client(uri: str) -> MlflowClient:
-    """A client for the store at `uri`. Environment variables that the user has set are kept."""
+    """A client for the store at `uri`. Environment variables that the user has set are kept.
+
+    mlflow imports itself in circles: two threads that import parts of it at once break it for the whole process. So
+    it is imported here, by one at a time; whoever needs a part of it has opened a client before.
+    """
     for name, value in {**QUIET, **_BOUNDED}.items():
         os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
+    with _importing:
+        from mlflow.tracking import MlflowClient
 
     for name in ("mlflow", "alembic", "sqlalchemy"):  # said by us in one line, and set too late if already imported
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -10,8 +10,13 @@ from ranks import checked, run_ranks
 from tiny_run import RANK_ITEMS, write_data, write_task_data
 from world_size_cells import CELLS, SAVED, SAVING_RANKS, STEPS
 
-# Relative. fp32 sums in another order; ten times what was seen. bf16 rounds what it sums.
-TOLERANCE = {"fp32": 2e-7, "bf16": 5e-3}
+# Relative; ten times what was seen on any machine. A loss is summed in fp64 from equal forward passes; a norm is the
+# root of an fp32 sum of squares over all parameters, two of whose last digits (1.2e-7 each) depend on the processor.
+# bf16 rounds what it sums.
+TOLERANCE = {
+    "fp32": {"train/loss": 2e-7, "train/grad_norm": 2e-6},
+    "bf16": {"train/loss": 5e-3, "train/grad_norm": 5e-3},
+}
 OTHERS = (1, 4)
 
 # Every launch of the fixture counts, beside whatever else the machine does.
@@ -42,8 +47,8 @@ def test_the_same_samples_and_losses(cells: Path, name: str, ranks: int) -> None
     tolerance = TOLERANCE["bf16" if "bf16" in name else "fp32"]
     for step, values in there.items():
         assert values["data/step_fingerprint"] == here[step]["data/step_fingerprint"]
-        for key in ("train/loss", "train/grad_norm"):
-            assert values[key] == pytest.approx(here[step][key], rel=tolerance), (step, key)
+        for key, relative in tolerance.items():
+            assert values[key] == pytest.approx(here[step][key], rel=relative), (step, key)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -253,6 +253,30 @@ def test_importing_and_making_a_tracker_imports_neither_mlflow_nor_torch(tmp_pat
 # --- into the store -----------------------------------------------------------------------------------------
 
 
+def test_only_one_thread_at_a_time_imports_mlflow(run: Path) -> None:
+    """Parts of it imported by two at once break it for the process, so a feeder asks for the whole first."""
+    tracker = tracked(run)
+    tracker.finish("FINISHED")  # the next feeder knows its run, and looks it up instead of making one
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from training import mlflow_store
+        from training.mlflow_feed import RecordFeeder
+        class FirstImport:
+            def find_spec(self, name, *_):
+                if name.partition(".")[0] == "mlflow":
+                    sys.meta_path.remove(self)
+                    print(mlflow_store._importing.locked())
+        sys.meta_path.insert(0, FirstImport())
+        RecordFeeder(Path({str(run)!r}), {default_store(run)!r}).feed()
+    """
+    for known in (True, False):
+        if not known:
+            (run / STATE_NAME).unlink()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 def test_a_run_arrives_whole(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # as a strict server has it
     params = {f"p{i}": i for i in range(150)} | {"long": "x" * 7000}
