@@ -13,9 +13,9 @@ Shapes: B rows, T tokens a row, S samples (segments), N label positions, P trans
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from data_pipeline.records import NO_LANGUAGE, TokenizedSample
 log = logging.getLogger(__name__)
 Layout = Literal["packed", "padded"]
 PADDING = -1
+_Sample = TypeVar("_Sample", bound=Sized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,9 @@ class Packer:
                 rows = self._place([], unit.samples, self.micro_batch_tokens)
                 if rows is None:
                     log.warning(
-                        "a contrast set of %d tokens is above micro_batch_tokens (%d); it runs alone",
-                        sum(map(len, unit.samples)),
+                        "a contrast set takes %d tokens %s, above micro_batch_tokens (%d); it runs alone",
+                        self.tokens_alone([len(sample) for sample in unit.samples]),
+                        self.layout,
                         self.micro_batch_tokens,
                     )
                     rows = self._place([], unit.samples, None)
@@ -131,10 +133,16 @@ class Packer:
         """One token, no label, no language: keeps a rank in step when others have more micro-batches."""
         return self._collate(_Bin())
 
+    def tokens_alone(self, lengths: Sequence[int]) -> int:
+        """Rows x row length of a micro-batch that holds samples of these lengths and no others."""
+        rows = self._place([], [range(length) for length in lengths], None)
+        assert rows is not None
+        return len(rows) * (self.row_tokens if self.layout == "packed" else max(lengths))
+
     def _place(
-        self, rows: list[list[TokenizedSample]], samples: Sequence[TokenizedSample], budget: int | None
-    ) -> list[list[TokenizedSample]] | None:
-        """Rows with `samples` added, or None where the budget does not hold them."""
+        self, rows: list[list[_Sample]], samples: Sequence[_Sample], budget: int | None
+    ) -> list[list[_Sample]] | None:
+        """Rows with `samples` added, or None where the budget does not hold them; only their lengths count."""
         placed = [list(row) for row in rows]
         if self.layout == "padded":
             placed += [[sample] for sample in samples]

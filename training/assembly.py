@@ -97,7 +97,7 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     reader = SampleReader(index, chat, data.sequence_length)
     planner = build_planner(config, index, tokens_per_byte(config, reader))
     packer = build_packer(config, prepared.model_dir, tokenizer)
-    check_contrast_sets(config, planner)
+    check_contrast_sets(config, planner, packer)
     return DataParts(index, tokenizer, reader, planner, packer)
 
 
@@ -226,26 +226,40 @@ def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokeniz
 
 
 def tokens_per_byte(config: RunConfig, reader: SampleReader | TaskReader) -> list[float]:
-    """Measured on the first samples of every language's probe order; the plan's costs rest on it."""
+    """Measured on the first samples of every language's probe order; the plan's costs rest on it.
+
+    Raises:
+        ConfigError: all of them are longer than `data.sequence_length`.
+    """
     ratios = []
     for language in range(len(config.data.languages)):
-        rows, samples = reader.readable(sample_rows(reader.index, language, COST_SAMPLES, config.seed))
+        looked_at = sample_rows(reader.index, language, COST_SAMPLES, config.seed)
+        rows, samples = reader.readable(looked_at)
+        if looked_at and not samples:
+            raise ConfigError(
+                f"data.sequence_length: {config.data.sequence_length} tokens hold none of the {len(looked_at)} samples "
+                f"looked at in language {config.data.languages[language]!r}; raise it"
+            )
         n_bytes = int(np.sum(reader.index.n_bytes[rows], dtype=np.int64))
         ratios.append(sum(len(sample) for sample in samples) / n_bytes if n_bytes else 1.0)
     return ratios
 
 
-def check_contrast_sets(config: RunConfig, planner: Planner) -> None:
+def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> None:
     """Refuse at the start what would not fit: a contrast set is one rank's, in one micro-batch."""
     if not isinstance(config.objective, ShifConConfig):
         return
-    steps = range(min(config.max_steps, CHECKED_STEPS))
-    largest = max((unit.cost for step in steps for unit in planner.step(step).units if unit.pairs), default=0.0)
-    if largest > config.data.micro_batch_tokens:
+    longest, budget = config.data.sequence_length, config.data.micro_batch_tokens
+    units = (unit for step in range(min(config.max_steps, CHECKED_STEPS)) for unit in planner.step(step).units)
+    largest = max(
+        (packer.tokens_alone([min(round(slot.cost), longest) for slot in unit.slots]) for unit in units if unit.pairs),
+        default=0,
+    )
+    if largest > budget:
         raise ConfigError(
-            f"objective.contrastive.set_size: a set of {config.objective.contrastive.set_size} pairs takes about "
-            f"{largest:.0f} tokens, data.micro_batch_tokens is {config.data.micro_batch_tokens}; "
-            "lower the one or raise the other"
+            f"objective.contrastive.set_size: a set of {config.objective.contrastive.set_size} pairs (the last of a "
+            f"step may hold nearly twice as many) takes about {largest} tokens {packer.layout}, "
+            f"data.micro_batch_tokens is {budget}; lower the one or raise the other"
         )
 
 

@@ -6,10 +6,11 @@ No heavy import here: `crosslift --help` and `crosslift check` answer at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.chat import TemplateConfig
 from data_pipeline.config import SourceConfig, TaskKind, merged
@@ -24,6 +25,7 @@ from training.objective_config import (
     SFTConfig,
     ShifConConfig,
     XMixupConfig,
+    refuse,
 )
 from training.tracking import TrackingConfig
 from training.watchdog import WatchdogConfig
@@ -102,28 +104,48 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
+        refuse(self._mistakes())
+        return self
+
+    def _mistakes(self) -> Iterator[str]:
+        """What is wrong between keys; which languages there are is known here, so those of all sections are checked."""
+        known = f"'languages' has {', '.join(self.languages)}"
         if len(set(self.languages)) < len(self.languages):
-            raise ValueError("'languages' names a language twice")
+            yield "'languages' names a language twice"
         if self.dominant not in self.languages:
-            raise ValueError(f"'dominant' is {self.dominant!r}, which is not among 'languages'")
+            yield f"'dominant' is {self.dominant!r}, which is not among 'languages'"
+        for language in self.mixture.weights or ():
+            if language not in self.languages:
+                yield f"'mixture.weights' names {language!r}; {known}"
         if self.sequence_length > self.micro_batch_tokens:
-            raise ValueError(
+            yield (
                 f"'sequence_length' ({self.sequence_length}) is above 'micro_batch_tokens' "
                 f"({self.micro_batch_tokens}): the longest sample would fit no micro-batch"
             )
         kind = self.task.kind if self.task is not None else "chat"
+        names = [source.name for source in self.sources]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"two sources have the name {name!r}"
         for source in self.sources:
+            for key in ("language", "response_language"):
+                if (language := getattr(source, key)) is not None and language not in self.languages:
+                    yield f"source {source.name!r} has {key} {language!r}; {known}"
+            for language in source.languages or ():
+                if language not in self.languages:
+                    yield f"source {source.name!r} has the language {language!r}; {known}"
             if source.columns.kind != kind:
                 said = f"'task.kind' is {kind!r}" if self.task is not None else "there is no 'task'"
-                raise ValueError(f"source {source.name!r} has columns of kind {source.columns.kind!r}, but {said}")
-        return self
+                yield f"source {source.name!r} has columns of kind {source.columns.kind!r}, but {said}"
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: float = Field(gt=0, description="the peak, which the schedule climbs to and falls from")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two running moments")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the two running moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only: biases and norms are left out")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
@@ -167,6 +189,16 @@ class EvaluationConfig(Section):
     )
 
 
+# DeepSpeed settings that follow from other keys: with values of their own, gradients or learning rates would be others.
+FOLLOWS_FROM = {
+    "train_batch_size": "data.slots_per_step",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_tokens",
+    "gradient_accumulation_steps": "data.micro_batch_tokens",
+    "scheduler": "schedule",
+    "fp16": "precision",
+    "zero_optimization.stage": "zero_stage",
+}
+
 # Which kinds of rows an objective learns from; None: conversations.
 KINDS: dict[type[Section], tuple[TaskKind | None, ...]] = {
     SFTConfig: (None,),
@@ -208,42 +240,52 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _leaves_to_us_what_is_ours(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        zero = settings.get("zero_optimization")
+        given = {*settings, *(f"zero_optimization.{name}" for name in (zero if isinstance(zero, dict) else ()))}
+        refuse(f"{key!r} follows from {source!r}; leave it out" for key, source in FOLLOWS_FROM.items() if key in given)
+        return settings
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        refuse(self._mistakes())
+        return self
+
+    def _mistakes(self) -> Iterator[str]:
+        """What is wrong between sections."""
         if self.model.init is not None and self.tokenizer.path is None and self.tokenizer.train is None:
-            raise ValueError("'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'")
+            yield "'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'"
         if self.evaluation.every and not self.data.heldout_items:
-            raise ValueError("'evaluation.every' needs held-out samples: set 'data.heldout_items'")
-        self._best_is_measured()
+            yield "'evaluation.every' needs held-out samples: set 'data.heldout_items'"
+        yield from self._best_is_measured()
         kinds = KINDS[type(self.objective)]
         kind = self.data.task.kind if self.data.task is not None else None
         if kind not in kinds:
             wanted = (
                 "no 'data.task'" if None in kinds else f"'data.task.kind' to be one of {', '.join(map(str, kinds))}"
             )
-            raise ValueError(f"objective {self.objective.name!r} needs {wanted}, not {kind!r}")
+            yield f"objective {self.objective.name!r} needs {wanted}, not {kind!r}"
         if self.data.task is not None and self.data.mixture.pairing != "none":
-            raise ValueError("an encoder's samples bring their sources along: 'data.mixture.pairing' must be 'none'")
+            yield "an encoder's samples bring their sources along: 'data.mixture.pairing' must be 'none'"
         if self.data.task is not None and self.evaluation.swapped_prompts:
-            raise ValueError("'evaluation.swapped_prompts' is of conversations; a task has no prompts")
-        if isinstance(self.objective, ShifConConfig):
+            yield "'evaluation.swapped_prompts' is of conversations; a task has no prompts"
+        if isinstance(self.objective, ShifConConfig) and kind is None:
             if self.data.mixture.pairing == "none" and self.objective.contrastive.weight:
-                raise ValueError("the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'")
+                yield "the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'"
             if len(self.data.languages) < 2:
-                raise ValueError(
-                    "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
-                )
-        return self
+                yield "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
 
-    def _best_is_measured(self) -> None:
-        """Raises ValueError where no checkpoint would ever have the metric that it is kept by."""
+    def _best_is_measured(self) -> Iterator[str]:
+        """Where no checkpoint would ever have the metric that it is kept by."""
         best, every = self.checkpoint.best, self.evaluation.every
         if best is None or not best.startswith("eval/"):
             return
         if not every:
-            raise ValueError(f"'checkpoint.best' is {best!r}, which needs 'evaluation.every'")
-        if self.checkpoint.every % every:
-            raise ValueError(
+            yield f"'checkpoint.best' is {best!r}, which needs 'evaluation.every'"
+        elif self.checkpoint.every % every:
+            yield (
                 f"'checkpoint.best' is {best!r}, so 'checkpoint.every' ({self.checkpoint.every}) must be a multiple of "
                 f"'evaluation.every' ({every})"
             )

@@ -25,15 +25,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from data_pipeline.config import merged
+from modeling.weight_files import one_line
 from training import engine_state, preflight
 from training.config import RunConfig
 from training.distributed import barrier
 from training.engine_state import deepspeed
+from training.errors import ConfigError
 from training.heartbeat import heart
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -80,7 +83,11 @@ def build_op(name: str) -> Path:
 
 
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run; `config.deepspeed` is merged last."""
+    """The DeepSpeed JSON of a run; `config.deepspeed` is merged last.
+
+    Raises:
+        ConfigError: DeepSpeed refuses it, as it does a typo in a section of its own.
+    """
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -107,7 +114,15 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         },
         "steps_per_print": 10**12,
     }
-    return merged(settings, config.deepspeed)
+    settings = merged(settings, config.deepspeed)
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ConfigError(f"deepspeed: {'.'.join(map(str, found['loc']))}: {found['msg']}") from error
+    except Exception as error:  # an assertion, KeyError, ...: whatever it has against a setting
+        raise ConfigError(f"deepspeed: refused by DeepSpeed: {one_line(error)}") from error
+    return settings
 
 
 class Construction:

@@ -5,6 +5,7 @@ In: nothing. Out: frozen, checked models. Next: `config.py`, which puts them int
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,6 +17,12 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def refuse(mistakes: Iterable[str]) -> None:
+    """In a validator: raises ValueError with all mistakes, a line each, if there are any."""
+    if lines := list(mistakes):
+        raise ValueError("\n".join(lines))
 
 
 class SFTConfig(Section):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -56,7 +56,7 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
         # A list with a wrong entry is also reported as too short, which it is not.
         wrong_inside = {item["loc"][:length] for item in found for length in range(len(item["loc"]))}
         shown = [item for item in found if item["type"] != "too_short" or item["loc"] not in wrong_inside]
-        lines = [f"{origin}: {_explain(item)}" for item in shown]
+        lines = dict.fromkeys(f"{origin}: {line}" for item in shown for line in _explain(item))
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -132,38 +132,52 @@ def _list_index(node: list[Any], name: str, text: str) -> int:
     return int(name)
 
 
-def _explain(item: Any) -> str:
-    location = [part for at, part in enumerate(item["loc"]) if at == 0 or item["loc"][at - 1] != "objective"]
-    path = ".".join(map(str, location)) or "(top level)"
+def _explain(item: Any) -> list[str]:
+    """A line for each mistake that pydantic reports as one item."""
+    keys, known = _place(item["loc"])
+    path = ".".join(map(str, keys)) or "(top level)"
     if item["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1], item["loc"])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-        return f"{path}: unknown key; {hint}"
+        return [f"{path}: unknown key; {hint}"]
     if item["type"] == "missing":
-        return f"{path}: required, but missing"
+        return [f"{path}: required, but missing"]
     if item["type"] == "union_tag_not_found":
-        return f"{path}.name: required, but missing"
+        return [f"{path}.name: required, but missing"]
     if item["type"] == "union_tag_invalid":
-        return f"{path}.name: {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"
+        return [f"{path}.name: {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"]
     if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        return f"{path}: must be a section of keys (found {item['input']!r})"
+        return [f"{path}: must be a section of keys (found {item['input']!r})"]
     message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     if item["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path}: {message[0].lower()}{message[1:]} (found {item['input']!r})"
+        return [f"{path}: {line}" for line in message.splitlines()]
+    return [f"{path}: {message[0].lower()}{message[1:]} (found {item['input']!r})"]
 
 
-def _keys_at(location: Iterable[Any], full: Sequence[Any]) -> list[str]:
-    """Valid keys of the section at `location`, found by walking the models' own fields."""
-    model: type[BaseModel] = RunConfig
+def _place(location: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The keys of a location, and the valid keys where the last one stands, by walking the models' own fields.
+
+    pydantic also names the class of an objective and the branch of a union, as in `files.str`: those are left out.
+    """
+    keys: list[Any] = []
+    known: list[str] = []
+    annotation: Any = None
+    options: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        if isinstance(part, int):
+        if tagged := [model for model in options if "name" in model.model_fields and _tag(model) == part]:
+            options = tagged
             continue
-        options = _models_in(model.model_fields[part].annotation)
-        tagged = [each for each in options if "name" in each.model_fields and _tag(each) in full]
-        model = (tagged or options)[0]
-    return list(model.model_fields)
+        fields = {name: field for model in options for name, field in model.model_fields.items()}
+        if isinstance(part, int):
+            keys.append(part)
+        elif part in fields:
+            keys.append(part)
+            known, annotation = list(fields), fields[part].annotation
+            options = _models_in(annotation)
+        elif fields or any(get_origin(each) is dict for each in (annotation, *get_args(annotation))):
+            keys.append(part)
+            known, options = list(fields), []
+    return keys, known
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -1,7 +1,8 @@
-"""What a model cannot do is said before its weights are read, by `check` and by `train` alike."""
+"""What a model, its batches or DeepSpeed cannot do is said before weights are read, by `check` and `train` alike."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from tiny_run import XMIXUP, run_values, write_data, write_task_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-from training.assembly import check_model
+from data_pipeline.packing import Packer
+from training.assembly import assemble_data, check_model
 from training.check import check_run
+from training.config import RunConfig
+from training.engine import deepspeed_settings
 from training.errors import ConfigError
+from training.prepare import prepare
 from training.run_file import validate
 
 
@@ -58,3 +63,64 @@ def test_a_decoder_without_a_table_of_positions_reads_on(tmp_path: Path) -> None
     beyond = config.model_copy(update={"objective": config.objective.model_copy(update={"layers": (1, 3)})})
     with pytest.raises(ConfigError, match=r"^objective\.layers: \[1, 3\], but the model has 2 layers"):
         check_model(beyond, model)
+
+
+def test_what_deepspeed_refuses_is_one_line(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    typo = config_of(data, tmp_path, deepspeed={"zero_optimization": {"stag": 3}})
+    with pytest.raises(ConfigError, match=r"^deepspeed: stag: Extra inputs are not permitted$"):
+        list(check_run(typo))
+    with pytest.raises(ConfigError, match=r"^deepspeed: stag: "):
+        deepspeed_settings(typo, 1)
+    no_format = config_of(data, tmp_path, deepspeed={"communication_data_type": "fp17"})
+    with pytest.raises(ConfigError, match=r"^deepspeed: refused by DeepSpeed: .*fp17"):
+        deepspeed_settings(no_format, 1)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_contrast_set_that_fits_no_micro_batch_is_refused_with_both_numbers(tmp_path: Path, layout: str) -> None:
+    """Rows have a width: texts of unequal length fill the budget long before their tokens do."""
+    folder = write_data(tmp_path / "data")
+    for file in folder.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for row in rows[::4]:
+            row["question"] += " 7" * 40
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = {"data.layout": layout, "data.sequence_length": 160, "data.slots_per_step": 16, "max_steps": 8}
+    changes |= {"data.mixture": {"strategy": "explicit", "weights": {"en": 3, "de": 1, "sw": 1, "zh": 1}}}
+    changes |= {"objective.contrastive": {"weight": 0.5, "scale": 10.0, "set_size": 4}}
+    needed = largest_set(config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": 10**6}))
+    fits = config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": needed})
+    assemble_data(fits, prepare(fits))
+    too_small = config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": needed - 1})
+    prepared = prepare(too_small)
+    with pytest.raises(ConfigError) as refusal:
+        assemble_data(too_small, prepared)
+    assert f"takes about {needed} tokens {layout}, data.micro_batch_tokens is {needed - 1}" in str(refusal.value)
+
+
+def largest_set(config: RunConfig) -> int:
+    """Rows x width of the run's largest contrast set, by packing each as if it were alone."""
+    data = assemble_data(config, prepare(config))
+    assert isinstance(data.packer, Packer)
+    sizes = []
+    for step in range(config.max_steps):
+        for unit in data.planner.step(step).units:
+            if unit.pairs:
+                lengths = [min(round(slot.cost), config.data.sequence_length) for slot in unit.slots]
+                width = config.data.sequence_length if data.packer.layout == "packed" else max(lengths)
+                rows: list[int] = []  # tokens in each: best fit, longest first
+                for length in sorted(lengths, reverse=True):
+                    free = [n for n in rows if data.packer.layout == "packed" and n + length <= width]
+                    if free:
+                        rows[rows.index(max(free))] += length
+                    else:
+                        rows.append(length)
+                sizes.append(len(rows) * width)
+    return max(sizes)
+
+
+def test_a_language_none_of_whose_samples_fits_is_named(tmp_path: Path) -> None:
+    config = config_of(write_data(tmp_path / "data"), tmp_path, **{"data.sequence_length": 8})
+    with pytest.raises(ConfigError, match=r"^data\.sequence_length: 8 tokens hold none of the 32 samples .* 'en'"):
+        list(check_run(config))

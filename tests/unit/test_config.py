@@ -113,7 +113,19 @@ def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -
         ("objective.layers", [2, 1], r"objective\.layers: must be \[toward, back\] .*not \[2, 1\].*"),
         ("objective.contrastive.set_size", 1, r"objective\.contrastive\.set_size: .*greater than 1 \(found 1\)"),
         ("optimizer.betas", [0.9], r"optimizer\.betas\.1: required, but missing"),
+        ("optimizer.betas", [0.9, 1.5], r"optimizer\.betas\.1: .*less than 1 \(found 1\.5\)"),
         ("schedule", {"warmup_ratio": 1.0}, r"schedule\.warmup_ratio: .*less than 1 \(found 1\.0\)"),
+        (
+            "data.mixture",
+            {"strategy": "explicit", "weights": {"zh-Hant": "much"}},
+            r"data\.mixture\.weights\.zh-Hant: .*number.* \(found 'much'\)",
+        ),
+        (
+            "deepspeed",
+            {"gradient_accumulation_steps": 2},
+            r"deepspeed: 'gradient_accumulation_steps' follows from 'data\.micro_batch_tokens'; leave it out",
+        ),
+        ("deepspeed.zero_optimization.stage", 2, r"deepspeed: 'zero_optimization\.stage' follows from 'zero_stage'.*"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_found(values: Values, key: str, value: Any, line: str) -> None:
@@ -133,6 +145,37 @@ def test_all_mistakes_are_reported_at_once(values: Values) -> None:
         "data.mixture.temprature",
         "objective.contrastive.scale",
     ]
+
+
+def test_all_that_does_not_fit_together_is_reported_at_once(values: Values) -> None:
+    changed(values, "data.dominant", "fr")
+    changed(values, "data.sequence_length", 400)
+    changed(values, "data.mixture", {"strategy": "explicit", "weights": {"en": 1, "dee": 1}})
+    changed(values, "data.sources", [{**values["data"]["sources"][0], "language": "swa"}] * 2)
+    changed(values, "deepspeed", {"train_batch_size": 8, "scheduler": {}})
+    known = "'languages' has en, de, sw, zh"
+    assert mistakes(values) == [
+        "data: 'dominant' is 'fr', which is not among 'languages'",
+        f"data: 'mixture.weights' names 'dee'; {known}",
+        "data: 'sequence_length' (400) is above 'micro_batch_tokens' (384): the longest sample would fit no "
+        "micro-batch",
+        "data: two sources have the name 'problems'",
+        f"data: source 'problems' has language 'swa'; {known}",
+        "deepspeed: 'train_batch_size' follows from 'data.slots_per_step'; leave it out",
+        "deepspeed: 'scheduler' follows from 'schedule'; leave it out",
+    ]
+
+
+def test_mistakes_between_sections_are_reported_at_once(values: Values) -> None:
+    changed(values, "evaluation", {"every": 5})
+    changed(values, "data.mixture", {"pairing": "none"})
+    assert [line.split("'")[1] for line in mistakes(values)] == ["evaluation.every", "data.mixture.pairing"]
+
+
+def test_a_value_that_may_be_of_two_kinds_is_named_by_its_key_alone(values: Values) -> None:
+    found = mistakes(changed(values, "data.sources.0.files", 5))
+    assert [line.split(":")[0] for line in found] == ["data.sources.0.files"] * 2
+    assert all(line.endswith("(found 5)") for line in found)
 
 
 def test_the_contrastive_scale_has_no_default() -> None:
