@@ -107,7 +107,7 @@ class DataIndex:
         group = self.group[row]
         first = int(groups.searchsorted(group))
         last = int(groups.searchsorted(group, "right"))
-        if first == last or self.bad[row]:
+        if first == last:  # a bad row has no group, and is not among them
             return -1
         if last - first == 1:
             return int(entries[first])

@@ -4,9 +4,10 @@ In: the data index and the quotas. Out: a `StepPlan`, the step's slots in units 
 `assign`, which shares the units among ranks. Next: `packing.py`, which each rank runs on its own units.
 
 Pairing reuses slots: a dominant-language slot may hold the translation of another slot's item. Its own cursor
-moves on all the same, so the row that a slot would have by itself depends on nothing but its number. Rows do
-not depend on which of them are bad either: a bad row leaves its slot empty when it is read, and only breaks
-its own pair.
+moves on all the same, so the row that a slot would have by itself depends on nothing but its number. A row that is
+found bad when it is read leaves its slot empty, and breaks its own pair, and nothing else changes. One that the index
+knows as bad keeps its slot too; but its item cannot be read, so it is nobody's translation, and the dominant slots
+of its step may take other items (the fingerprint of the data is another one).
 
 Legend: S slots of a step; positions 0 .. S-1 are slots, from S on label-free fills.
 """

@@ -240,6 +240,34 @@ def test_a_broken_line_moves_no_other_slot(
     assert sum(bool(index.bad[slot.row]) for slot in slots) == len(bad_rows)
 
 
+@pytest.mark.parametrize("pairing", ["reuse", "fill"])
+def test_a_broken_line_is_no_ones_translation_and_changes_partners_alone(
+    make: Callable[..., StepLoader],
+    reader: SampleReader,
+    prepared_run: Any,
+    corpus: Path,
+    tmp_path: Path,
+    pairing: Pairing,
+) -> None:
+    """Its item cannot be read: dominant slots take other items, and every other slot keeps the row it had."""
+    data = prepared_run.config.data
+    folder = broken_corpus(corpus, tmp_path / "data", line=18)
+    index = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=3, max_bad_rows=1)
+    whole, torn = (
+        make(reader=each, pairing=pairing).planner for each in (reader, SampleReader(index, reader.chat, 96))
+    )
+    changed = 0
+    for number in range(4 * STEPS):
+        before, after = ([slot for slot in each.step(number).slots if slot.labelled] for each in (whole, torn))
+        assert [(slot.number, slot.language) for slot in before] == [(slot.number, slot.language) for slot in after]
+        others = [(a.row, b.row) for a, b in zip(before, after, strict=True) if a.language != 0]
+        assert all(a == b for a, b in others)
+        changed += sum(a.row != b.row for a, b in zip(before, after, strict=True))
+        in_pairs = {unit.slots[place].row for unit in torn.step(number).units for pair in unit.pairs for place in pair}
+        assert not in_pairs & set(np.flatnonzero(index.bad).tolist())
+    assert changed > 0
+
+
 # --- workers
 
 
