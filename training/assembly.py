@@ -257,8 +257,8 @@ def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> 
     )
     if largest > budget:
         raise ConfigError(
-            f"objective.contrastive.set_size: a set of {config.objective.contrastive.set_size} pairs (the last of a "
-            f"step may hold nearly twice as many) takes about {largest} tokens {packer.layout}, "
+            f"objective.contrastive.set_size: a set of {config.objective.contrastive.set_size} pairs takes about "
+            f"{largest} tokens {packer.layout} (a step's last set may hold nearly twice the pairs), "
             f"data.micro_batch_tokens is {budget}; lower the one or raise the other"
         )
 

@@ -66,6 +66,12 @@ def forget_preparation(config: RunConfig) -> None:
 def open_index(config: RunConfig) -> DataIndex:
     """The index of the run's sources, built where it is missing."""
     data = config.data
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {config.output_dir}: cannot be written to ({error.strerror}); name a folder of your own"
+        ) from None
     return build_index(
         data.sources, data.languages, config.data_dir, config.output_dir / "index",
         heldout_items=data.heldout_items, seed=config.seed, max_bad_rows=data.max_bad_rows, task=data.task,

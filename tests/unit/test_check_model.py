@@ -96,7 +96,8 @@ def test_a_contrast_set_that_fits_no_micro_batch_is_refused_with_both_numbers(tm
     prepared = prepare(too_small)
     with pytest.raises(ConfigError) as refusal:
         assemble_data(too_small, prepared)
-    assert f"takes about {needed} tokens {layout}, data.micro_batch_tokens is {needed - 1}" in str(refusal.value)
+    assert f"takes about {needed} tokens {layout} (" in str(refusal.value)
+    assert f"data.micro_batch_tokens is {needed - 1};" in str(refusal.value)
 
 
 def largest_set(config: RunConfig) -> int:
