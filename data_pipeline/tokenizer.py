@@ -13,7 +13,9 @@ tokenizer: `<s> A </s>` or `<s> A </s></s> B </s>`, a space in front of each wor
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,6 +67,13 @@ def train_tokenizer(texts: Iterable[str], output: Path, config: TokenizerTrainin
     tokenizer = _decoder(texts, config) if config.style == "decoder" else _encoder(texts, config)
     tokenizer.save_pretrained(output)
     return AutoTokenizer.from_pretrained(output, trust_remote_code=False)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for two tokenizers that make the same tokens and prompts of any text, wherever their files come from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return hashlib.sha256(json.dumps([tokens, tokenizer.chat_template]).encode()).hexdigest()
 
 
 def _decoder(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:

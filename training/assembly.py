@@ -26,6 +26,7 @@ from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.reader import TaskLoader, TaskReader
 from data_pipeline.tasks.tokenize import TaskTokenizer
+from data_pipeline.tokenizer import tokenizer_hash
 from modeling.layers import decoder_layers, position_limit, position_table
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
@@ -60,6 +61,7 @@ class DataParts:
     reader: SampleReader | TaskReader
     planner: Planner
     packer: Packer | TaskPacker
+    fingerprint: dict[str, str]  # of all that decides which tokens a step reads: the data and the tokenizer
 
     def loader(self, config: RunConfig, rank: int, world_size: int) -> StepLoader | TaskLoader:
         workers = config.data.workers
@@ -98,7 +100,7 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     planner = build_planner(config, index, tokens_per_byte(config, reader))
     packer = build_packer(config, prepared.model_dir, tokenizer)
     check_contrast_sets(config, planner, packer)
-    return DataParts(index, tokenizer, reader, planner, packer)
+    return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
 
 
 def task_data(config: RunConfig, task: TaskConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> DataParts:
@@ -118,7 +120,11 @@ def task_data(config: RunConfig, task: TaskConfig, index: DataIndex, tokenizer: 
         has_token_types="token_type_ids" in tokenizer.model_input_names,
     )  # fmt: skip
     planner = build_planner(config, index, tokens_per_byte(config, reader))
-    return DataParts(index, tokenizer, reader, planner, packer)
+    return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
+
+
+def _fingerprint(index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {**index.fingerprint, "tokenizer": tokenizer_hash(tokenizer)}
 
 
 def assemble(config: RunConfig, prepared: Prepared) -> Run:

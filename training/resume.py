@@ -123,7 +123,7 @@ def go_on(trainer: Trainer, path: Path, accept_changes: bool) -> int:
         ConfigError: data or config are not those of the checkpoint.
     """
     run, state = trainer.run, RunState.read(path)
-    changes = differences(state, run.data.index.fingerprint, resolved(run.config))
+    changes = differences(state, run.data.fingerprint, resolved(run.config))
     if changes and not accept_changes:
         listed = "; ".join(changes)
         raise ConfigError(f"{path}: cannot resume, since this is another run: {listed} (--accept-changes goes on)")

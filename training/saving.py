@@ -232,7 +232,7 @@ def run_state(
     return RunState(
         step=step, world_size=run.engine.world_size, bad_slots=bad_slots, data_offset=data_offset,
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, guard=guard,
-        fingerprint=dict(run.data.index.fingerprint), config=resolved(run.config), versions=versions(),
+        fingerprint=run.data.fingerprint, config=resolved(run.config), versions=versions(),
         zero_stage=run.config.zero_stage, base=base_of(run),
     )  # fmt: skip
 

@@ -121,6 +121,22 @@ def largest_set(config: RunConfig) -> int:
     return max(sizes)
 
 
+def test_another_tokenizer_is_a_change_of_the_data(tmp_path: Path) -> None:
+    config = config_of(write_data(tmp_path / "data"), tmp_path)
+    prepared = prepare(config)
+    before = assemble_data(config, prepared).fingerprint
+    assert assemble_data(config, prepare(config)).fingerprint == before
+    file = Path(prepared.tokenizer_dir) / "tokenizer.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["model"]["vocab"] |= {
+        "Anna": 6,
+        next(token for token, id in values["model"]["vocab"].items() if id == 6): 399,
+    }
+    file.write_text(json.dumps(values), encoding="utf-8")
+    after = assemble_data(config, prepare(config)).fingerprint
+    assert {name for name in before if before[name] != after[name]} == {"tokenizer"}
+
+
 def test_a_language_none_of_whose_samples_fits_is_named(tmp_path: Path) -> None:
     config = config_of(write_data(tmp_path / "data"), tmp_path, **{"data.sequence_length": 8})
     with pytest.raises(ConfigError, match=r"^data\.sequence_length: 8 tokens hold none of the 32 samples .* 'en'"):

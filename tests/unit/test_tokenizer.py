@@ -10,7 +10,13 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from data_pipeline.records import DataError
-from data_pipeline.tokenizer import ENCODER_TOKENS, SPECIAL_TOKENS, TokenizerTrainingConfig, train_tokenizer
+from data_pipeline.tokenizer import (
+    ENCODER_TOKENS,
+    SPECIAL_TOKENS,
+    TokenizerTrainingConfig,
+    tokenizer_hash,
+    train_tokenizer,
+)
 
 TEXTS = {
     "en": "Anna has 12 apples and buys 30 more. How many apples does she have now?",
@@ -57,6 +63,18 @@ def test_every_text_comes_back_whole_and_in_parts(tokenizer, text):
     for cut in range(0, len(text), 3):
         parts = plain_ids(tokenizer, text[:cut]) + plain_ids(tokenizer, text[cut:])
         assert decode(tokenizer, parts) == text
+
+
+def test_its_hash_tells_what_it_does_and_not_where_it_lies(trained, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "elsewhere")
+    found = tokenizer_hash(AutoTokenizer.from_pretrained(trained))
+    copy = AutoTokenizer.from_pretrained(tmp_path / "elsewhere")
+    assert tokenizer_hash(copy) == found
+    copy.chat_template = "{{ messages }}"
+    templated = tokenizer_hash(copy)
+    copy.chat_template = None
+    copy.add_tokens(["<new>"])
+    assert len({found, templated, tokenizer_hash(copy)}) == 3
 
 
 def test_no_text_is_unknown(tokenizer):
