@@ -69,7 +69,8 @@ class Chat:
     def prompt_ids(self, messages: Sequence[Message], language: str, response_language: str) -> tuple[Ids, Mask]:
         """What generation feeds, up to where the answer begins: token ids (T,) and the content mask (T,).
 
-        `messages` ends with a user's turn; languages are codes. Raises DataError for turns out of order.
+        `messages` ends with a user's turn; languages are codes, "" if not known. Raises DataError for turns out of
+        order, and where the template names a language that is not known.
         """
         if not messages or messages[-1].role != "user":
             raise DataError("a prompt ends with a user's turn")

@@ -28,7 +28,7 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.formats import Place
 from data_pipeline.patience import patiently
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
-from data_pipeline.scan import COLUMNS, Arrays, Scan, check_rows, lookups, refuse_bad
+from data_pipeline.scan import COLUMNS, Arrays, Scan, check_columns, check_rows, lookups, refuse_bad
 from data_pipeline.sources import AnyRecord, RecordReader, open_source
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import TaskRecord
@@ -197,6 +197,7 @@ def build_index(
     if index is None:
         scan = Scan(languages, max_bad_rows)
         contents = {reader.shard.name: scan.read(number, reader) for number, reader in enumerate(readers)}
+        check_columns(readers)
         refuse_bad(scan.bad_rows, scan.bad_count, max_bad_rows)
         arrays = scan.arrays()
         check_rows(arrays, readers)

@@ -127,6 +127,19 @@ def lookups(arrays: Arrays, languages: Sequence[str], heldout_items: int, seed: 
     }
 
 
+def check_columns(readers: Sequence[RecordReader]) -> None:
+    """Raises DataError for a mapped column that no row of a source has, naming those of its first row."""
+    for name in dict.fromkeys(reader.source.name for reader in readers):
+        of_source = [reader for reader in readers if reader.source.name == name]
+        nowhere = set.intersection(*(reader.unseen for reader in of_source))
+        if nowhere and (rows := [(reader, found) for reader in of_source if (found := reader.shard.columns())]):
+            reader, present = rows[0]
+            raise DataError(
+                f"{reader.shard.address}: source {name!r} maps column {min(nowhere)!r}, which no row of it has; the"
+                f" columns of the first are {', '.join(map(repr, present))}"
+            )
+
+
 def check_rows(arrays: Arrays, readers: Sequence[RecordReader]) -> None:
     """Raises DataError for a source without usable rows, and for a mapped column that is empty in all of them."""
     good = {readers[shard].source.name for shard in np.unique(arrays["shard"][~arrays["bad"]])}

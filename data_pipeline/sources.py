@@ -42,7 +42,8 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
 
     `cache_dir` is where Parquet files get their memory-mapped copies. Raises DataError: no file matches, an
     unknown format, or a mapped column that is not there (naming those that are). Labels and back-translations may
-    be missing in some of a source's files; `scan.py` sees whether they are in none.
+    be missing in some of a source's files, and in JSONL what `_sparse` names in some rows; `scan.py` sees whether they
+    are in none.
     """
     mapped = [(what, name) for columns in source.column_maps().values() for what, name in columns.named().items()]
     wanted = tuple(dict.fromkeys(name for _, name in mapped))
@@ -57,7 +58,8 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
         except OSError as error:
             raise DataError(f"{shard.address}: cannot be read ({error})") from error
         missing = [name for name in wanted if name not in present]
-        if present and (needed := [name for name in missing if name not in optional]):
+        may_lack = optional | _sparse(source) if isinstance(shard, JsonLines) else optional
+        if present and (needed := [name for name in missing if name not in may_lack]):
             raise DataError(
                 f"{shard.address}: source {source.name!r} maps column {needed[0]!r}, which is not there;"
                 f" the columns are {', '.join(map(repr, present))}"
@@ -65,6 +67,20 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
         if missing and isinstance(shard, Parquet | HubSplit):
             shards[number] = replace(shard, wanted=tuple(name for name in wanted if name not in missing))
     return shards
+
+
+def _sparse(source: SourceConfig) -> set[str]:
+    """The mapped columns that a row may do without: in JSONL it then has no such field, be it the first or the last.
+
+    Those of one language of the wide layout, and those that say what has a default.
+    """
+    defaults = {"system", "response_language"} | ({"language"} if source.language is not None else set())
+    return {
+        name
+        for columns in source.column_maps().values()
+        for what, name in columns.named().items()
+        if what not in OPTIONAL_COLUMNS and (what in defaults or PLACEHOLDER in source.columns.named()[what])
+    }
 
 
 def _files(source: SourceConfig, data_dir: Path | None) -> list[str]:
@@ -150,12 +166,16 @@ class RecordReader:
         self.stem = Path(shard.name).stem
         self.optional = OPTIONAL_COLUMNS & source.columns.named().keys()
         self.filled: set[str] = set()  # of the optional columns, those that the scan met with something in them
+        # of the columns that a row may do without, those that the scan has met in no row
+        self.unseen = _sparse(source) if isinstance(shard, JsonLines) else set()
 
     def records(self, row: Row | BadRow, place: Place) -> Iterator[tuple[str | None, AnyRecord | BadRow]]:
         """Each (language, Record) of a row: one in the long layout, one a translation in the wide layout.
 
         A BadRow comes with the language whose place it keeps; None where nothing in the row tells it.
         """
+        if self.unseen and not isinstance(row, BadRow):
+            self.unseen.difference_update(row)
         empty = True
         for wide in self.maps:
             language = wide or (self.source.language if self.source.columns.language is None else None)

@@ -122,6 +122,7 @@ class PatternTemplate:
     """plain, alpaca and custom: one pattern, repeated for every user turn."""
 
     def __init__(self, config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._name = config.name
         patterns = {"plain": _PLAIN, "alpaca": (_ALPACA, _ALPACA), "custom": (config.prompt, config.prompt)}
         self._same, self._differs = (
             [(literal, field) for literal, field, _, _ in Formatter().parse(pattern or "")]
@@ -133,7 +134,10 @@ class PatternTemplate:
         self.answer_slot = Slot(-1)
 
     def turns(self, roles: tuple[Role, ...], language: str, response_language: str) -> list[Turn]:
-        """The prompt in front of each answer; `roles` ends with the user. Languages are codes."""
+        """The prompt in front of each answer; `roles` ends with the user. Languages are codes, "" if not known.
+
+        Raises DataError where the pattern names a language that is not known.
+        """
         pattern = self._same if language == response_language else self._differs
         names = {"language": language_name(language), "response_language": language_name(response_language)}
         system = roles[0] == "system"
@@ -150,6 +154,10 @@ class PatternTemplate:
                 elif field == "system":
                     parts += system_slot if number == 0 else ()
                 elif field is not None:
+                    if not names[field]:
+                        raise DataError(
+                            f"the {self._name} template names {{{field}}}, which is not known; give --language"
+                        )
                     parts.append(names[field])
             turns.append(tuple(parts))
         return turns

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,9 +28,9 @@ def add_commands(app: typer.Typer) -> None:
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
     prompt: Annotated[str | None, typer.Option(help="one question")] = None,
-    file: Annotated[Path | None, typer.Option(help="JSONL: prompt, and optionally language")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL: prompt; optionally language, response_language")] = None,
     language: Annotated[
-        str, typer.Option(help="the questions' language; auto: nearest vector; none: no shift")
+        str, typer.Option(help="the questions', where --file does not say; auto: nearest vector; none: no shift")
     ] = "auto",
     response_language: Annotated[
         str | None, typer.Option(help="the answers'; default: the model's, else the same")
@@ -41,18 +42,24 @@ def generate(
 ) -> None:
     """Answer questions, the shift on. Example: crosslift generate runs/a/model --language sw --prompt "..." """
     from evals.errors import EvalError
-    from evals.opening import Question, answer, open_model, read_questions
+    from evals.opening import Question, answer, open_model, read_questions, without_vector
 
     if (prompt is None) == (file is None):
         raise EvalError("give exactly one of --prompt and --file")
-    questions = read_questions(file, language) if file else [Question(prompt or "", language, None)]
+    questions = read_questions(file, language) if file else [Question(prompt or "", language)]
     if response_language:
-        questions = [Question(each.text, each.language, response_language) for each in questions]
+        questions = [replace(each, response_language=response_language) for each in questions]
     generator, chat = open_model(model)
-    bar = _progress(len(questions), "answers")
-    for row in answer(generator, chat, questions, max_new_tokens=max_new_tokens, num_beams=num_beams,
-                      batch_size=batch_size, progress=bar):  # fmt: skip
+    rows = list(
+        answer(
+            generator, chat, questions, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size,
+            progress=_progress(len(questions), "answers"),
+        )
+    )  # fmt: skip
+    for row in rows:
         print(json.dumps(row, ensure_ascii=False) if as_json else row["output"])
+    if unshifted := without_vector(generator, rows):
+        print(f"no language vector: {', '.join(unshifted)} ran unshifted", file=sys.stderr)
 
 
 def eval(

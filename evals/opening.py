@@ -5,18 +5,19 @@ In: an export (or any Hugging Face directory) and questions. Out: answers. Next:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_pipeline.records import Message
+from data_pipeline.cells import Cells
+from data_pipeline.formats import JsonLines
+from data_pipeline.records import BadRow, DataError, Message
 from evals.errors import EvalError
 
 if TYPE_CHECKING:
     from data_pipeline.chat import Chat
-    from modeling.generation import ShiftedGenerator
+    from modeling.generation import Prompt, ShiftedGenerator
     from modeling.loading import AttentionName
 
 TemplateName = Literal["plain", "alpaca", "chat"]
@@ -26,11 +27,12 @@ NEAREST = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt. `language` None: not known, so unshifted."""
+    """One prompt. `language`: a code, NEAREST, or NO_SHIFT (not known, and nothing is to be shifted)."""
 
     text: str
-    language: str | None
-    response_language: str | None
+    language: str
+    response_language: str | None = None
+    origin: str | None = None  # "file.jsonl:17", for messages
 
 
 def open_model(
@@ -63,22 +65,23 @@ def open_model(
     return generator, Chat(generator.tokenizer, chosen, generator.info.languages)
 
 
-def read_questions(file: Path, default: str | None) -> list[Question]:
-    """Questions of a JSONL file: `prompt`, optionally `language` and `response_language`. Raises EvalError."""
+def read_questions(file: Path, default: str) -> list[Question]:
+    """Questions of a JSONL file: `prompt`, optionally `language` and `response_language`.
+
+    Lines are read as those of training data are. Raises EvalError, or DataError naming the line.
+    """
+    shard = JsonLines(str(file), file.name, "")
     questions = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"{file}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            text = row["prompt"]
-            if not isinstance(text, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvalError(f'{file}:{number}: not a question; a line is {{"prompt": TEXT}}') from error
-        questions.append(Question(text, row.get("language", default), row.get("response_language")))
+        with file.open("rb") as lines:
+            for place, row in shard.rows(lines):
+                if isinstance(row, BadRow):
+                    raise row
+                cells = Cells(row, shard.origin(place))
+                language, response = cells.given("language") or default, cells.given("response_language")
+                questions.append(Question(cells.text("prompt"), language, response, cells.origin))
+    except OSError as error:
+        raise EvalError(f"{file}: cannot be read: {error.strerror}") from error
     if not questions:
         raise EvalError(f"{file}: holds no question")
     return questions
@@ -94,32 +97,90 @@ def answer(
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Answers in the order of the questions, each with what was shifted.
+    """Answers in the order of the questions, each with its languages (None: not known) and whether it was shifted.
 
-    A question whose language is "auto" takes the nearest language vector's (methods.md, "Routing").
+    A question whose language is NEAREST takes the nearest language vector's (methods.md, "Routing"). Raises
+    EvalError for a language that the model does not have, or that its template needs and nothing tells.
     """
-    from modeling.generation import Prompt
-
-    known = generator.info.languages
-    prompts = []
     for question in questions:
-        language = None if question.language == NO_SHIFT else question.language
-        if known and language not in (None, NEAREST, *known):
-            raise EvalError(f"language {language!r}: the model has {', '.join(known)}; or say auto or none")
-        messages = [Message("user", question.text)]
-        if language == NEAREST:
-            ids, _ = chat.prompt_ids(messages, generator.info.dominant or "", generator.info.dominant or "")
-            language = generator.nearest_language([int(token) for token in ids])
-        response = question.response_language or generator.info.response_language or language
-        ids, _ = chat.prompt_ids(messages, language or "", response or "")
-        prompts.append(Prompt([int(token) for token in ids], language, response))
-    answers = generator.generate(prompts, max_new_tokens, num_beams, batch_size, progress)
-    for question, prompt, generated in zip(questions, prompts, answers, strict=True):
+        _check_languages(question, generator.info.languages)
+    asked = [_asked(generator, chat, question) for question in questions]
+    answers = generator.generate([each.prompt for each in asked], max_new_tokens, num_beams, batch_size, progress)
+    for question, each, generated in zip(questions, asked, answers, strict=True):
         yield {
             "prompt": question.text,
-            "language": prompt.language,
-            "response_language": prompt.response_language,
+            "language": each.language,
+            "response_language": each.response_language,
             "output": generated.text,
             "finished": generated.finished,
             "shifted": generated.shifted,
         }
+
+
+def without_vector(generator: ShiftedGenerator, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The languages whose tokens ran unshifted in these answers, as the model has no vector of them.
+
+    None for a model that shifts nothing, nor for questions that asked for no shift.
+    """
+    vectors = generator.vectors
+    if vectors is None:
+        return []
+    languages = {row[key] for row in rows if row["language"] for key in ("language", "response_language")}
+    return sorted(language for language in languages if not vectors.has(language))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question as tokens, and its languages as far as they are known."""
+
+    prompt: Prompt
+    language: str | None
+    response_language: str | None
+
+
+def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Asked:
+    """Two languages apart: the one that the shift takes, and the one with which the template writes the prompt.
+
+    The shift takes none that is not known. The template, which may name it, then takes the dominant one, or the only
+    one.
+    """
+    from modeling.generation import Prompt
+
+    info = generator.info
+    stand_in = info.dominant or (info.languages[0] if len(info.languages) == 1 else None)
+    said = question.response_language or info.response_language
+    messages = [Message("user", question.text)]
+
+    def written(language: str | None) -> tuple[list[int], list[bool]]:
+        prompt_language = language or stand_in or ""
+        try:
+            ids, content = chat.prompt_ids(messages, prompt_language, said or prompt_language)
+        except DataError as error:
+            raise EvalError(f"{_where(question)}{error}") from error
+        return ids.tolist(), content.tolist()
+
+    language = None if question.language in (NO_SHIFT, NEAREST) else question.language
+    if question.language == NEAREST:
+        language = generator.nearest_language(*written(None))
+    ids, _ = written(language)
+    response = said or language
+    shift = (None, None) if question.language == NO_SHIFT else (language, response)
+    return _Asked(Prompt(ids, *shift), language, response)
+
+
+def _check_languages(question: Question, known: Sequence[str]) -> None:
+    """Raises EvalError for a language that the model does not have; a plain Hugging Face directory tells none."""
+    if not known:
+        return
+    if question.language not in (NO_SHIFT, NEAREST, *known):
+        raise EvalError(
+            f"{_where(question)}language {question.language!r}: the model has {', '.join(known)}; or say auto or none"
+        )
+    if question.response_language not in (None, *known):
+        raise EvalError(
+            f"{_where(question)}response language {question.response_language!r}: the model has {', '.join(known)}"
+        )
+
+
+def _where(question: Question) -> str:
+    return f"{question.origin}: " if question.origin else ""

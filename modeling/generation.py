@@ -37,7 +37,8 @@ NO_LANGUAGE = -1
 class Prompt:
     """Token ids that end where the answer begins; languages as codes, None for unknown.
 
-    Without a `response_language` the export's own is taken, and without that the prompt's.
+    Without a `response_language` the export's own is taken, and without that the prompt's; where both are None,
+    nothing is shifted.
     """
 
     ids: list[int]
@@ -124,11 +125,12 @@ class ShiftedGenerator:
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
-    def nearest_language(self, ids: Sequence[int]) -> str | None:
-        """The language whose vector is nearest to the mean unshifted `h[toward]` over a prompt's tokens.
+    def nearest_language(self, ids: Sequence[int], content: Sequence[bool]) -> str | None:
+        """The language whose vector is nearest to the mean unshifted `h[toward]` over a prompt's content tokens.
 
-        The first token, an attention sink, is left out where there are others (methods.md, "Routing"). None for
-        a model that does not shift.
+        `content` marks the user's own words, which the vectors are means over (methods.md, "Routing"); where it
+        marks none, all tokens stand in. The first token, an attention sink, is left out where there are others.
+        None for a model that does not shift.
         """
         if self.vectors is None or self.shift is None:
             return None
@@ -140,7 +142,9 @@ class ShiftedGenerator:
                 self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
         finally:
             hook.remove()
-        return self.vectors.nearest(states[0][0, min(1, len(ids) - 1) :].float().mean(dim=0), toward)
+        others = range(1, len(ids))
+        chosen = [place for place in others if content[place]] or list(others) or [0]
+        return self.vectors.nearest(states[0][0, chosen].float().mean(dim=0), toward)
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[Prompt], config: GenerationConfig) -> list[Generation]:
@@ -179,6 +183,8 @@ class ShiftedGenerator:
         return next(id for id in (self.tokenizer.pad_token_id, *self.end_ids, 0) if id is not None)
 
     def _response_language(self, prompt: Prompt) -> str | None:
+        if prompt.language is None:
+            return prompt.response_language
         return prompt.response_language or self.info.response_language or prompt.language
 
     def _index(self, language: str | None) -> int:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.config import SourceConfig
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
@@ -203,8 +204,19 @@ def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path, dt
 
 def _fixed_response_language(config: RunConfig) -> str | None:
     """The one language every answer is in, where the sources say so; else answers follow the prompt."""
-    said = {source.response_language for source in config.data.sources}
+    said = {_response_language_of(source) for source in config.data.sources}
     return said.pop() if len(said) == 1 else None
+
+
+def _response_language_of(source: SourceConfig) -> str | None:
+    """The language of all of a source's answers, None where its rows may differ."""
+    if source.columns.response_language is not None:
+        return None
+    if source.response_language is not None:
+        return source.response_language
+    if source.languages is not None:
+        return source.languages[0] if len(source.languages) == 1 else None
+    return source.language if source.columns.language is None else None
 
 
 def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:

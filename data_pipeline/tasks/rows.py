@@ -52,6 +52,10 @@ def read_task_file(path: Path, kind: TaskKind) -> Iterator[TaskRecord]:
             cells = Cells(row, shard.origin(place))
             if columns is None:
                 columns = _canonical(kind, pairs=cells.has("text_b"))
+            if kind == "classification" and columns.text_b is None and cells.has("text_b"):
+                raise cells.bad(
+                    "'text_b' is given, but not in the rows before: texts come in pairs in all rows or none"
+                )
             name, language = str(cells.name("id")), cells.text("language")
             group = str(cells.name("group")) if cells.has("group") else name
             yield TaskRecord(name, group, language, cells.origin, *read_example(cells, columns))

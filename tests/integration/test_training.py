@@ -8,7 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -17,7 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from ranks import SOURCE, checked, environment, run_ranks
 from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
-from data_pipeline.records import Message
+from data_pipeline.records import Message, TokenizedSample
+from modeling.export_info import VECTORS_FILE
+from training.config import RunConfig
+from training.objective_config import ShifConConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_pipeline.chat import Chat
+    from modeling.generation import ShiftedGenerator
 
 
 def crosslift(*arguments: str, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -40,6 +52,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tracking": {"enabled": True, "sync_seconds": 0.5},
         "data.heldout_items": 12,
         "evaluation": {"every": 3, "items": 4, "swapped_prompts": True},
+        "objective.shift_first_token": False,
     }
     values = rank_values(data, output, **changes)
     bare = folder / "bin"
@@ -102,22 +115,126 @@ def test_generate_answers_with_the_shift_on(trained: Path) -> None:
     assert (row["language"], row["shifted"]) == ("sw", True)
 
 
-def test_generation_from_the_export_is_what_training_saw(trained: Path) -> None:
-    """The shifted loss of a sample, from the export alone, is the loss inside the trainer's own objective."""
+class Finished(NamedTuple):
+    """What is left of a run, opened for generation as a user opens it."""
+
+    checkpoint: Path
+    config: RunConfig
+    generator: ShiftedGenerator
+    chat: Chat
+
+    def losses(self, sample: TokenizedSample, language: str, response_language: str, shifted: bool = True) -> Tensor:
+        """(N,): the cross entropy of each label, given to the generator behind its prompt."""
+        import torch
+        from torch.nn import functional
+
+        from modeling.generation import Prompt
+
+        ids = torch.tensor(sample.input_ids[None]).long()
+        prompt = Prompt(ids[0, : int(sample.labels.argmax())].tolist(), language, response_language)
+        shift = self.generator.shifted([prompt], torch.ones(1, len(prompt.ids), dtype=torch.int64))
+        with torch.no_grad(), shift if shifted else nullcontext():
+            logits = self.generator.model(ids, use_cache=False).logits[0]
+        labels = torch.tensor(sample.labels).nonzero()[:, 0]
+        return functional.cross_entropy(logits[labels - 1], ids[0, labels], reduction="none")
+
+
+@pytest.fixture(scope="module")
+def finished(trained: Path) -> Finished:
+    from evals.opening import open_model
+    from training.resume import find_checkpoint
+    from training.run_file import validate
+    from training.run_state import RunState
+
+    checkpoint = find_checkpoint("auto", trained)
+    assert checkpoint is not None
+    config = validate(RunState.read(checkpoint).config, str(checkpoint))
+    return Finished(checkpoint, config, *open_model(str(trained / "model")))
+
+
+def test_generation_from_the_export_is_what_training_saw(trained: Path, finished: Finished) -> None:
+    """The held-out losses, from the export alone, are those that the run logged at its last step."""
     import torch
 
-    from evals.opening import open_model
-    from modeling.generation import Prompt
+    from training.prepare import open_index
 
-    generator, chat = open_model(str(trained / "model"))
-    ids, _ = chat.prompt_ids([Message("user", "3 maembe 4 ?")], "sw", "sw")
-    prompt = Prompt([int(i) for i in ids], "sw", "sw")
+    events = map(json.loads, (trained / "record.jsonl").read_text().splitlines())
+    logged = [event["values"] for event in events if event["kind"] == "metrics" and event["step"] == 6][-1]
+    index, items = open_index(finished.config), finished.config.evaluation.items
+    for number, language in enumerate(LANGUAGES):
+        records = [index.record(int(row)) for row in index.rows(number, heldout=True)[:items]]
+        samples = [finished.chat.tokenize(record) for record in records]
+        found, plain = (
+            torch.cat([finished.losses(sample, language, language, shifted) for sample in samples])
+            for shifted in (True, False)
+        )
+        assert float(found.mean()) == pytest.approx(logged[f"eval/loss/{language}"], rel=2e-6)
+        moved = float((found - plain).abs().mean())
+        assert moved == 0 if language == "en" else moved > 1e-4, "the shift is seen in these numbers"
+
+
+def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) -> None:
+    """Answers in another language than their prompts: training's objective on a packed row, the generator, and the
+    formulas (methods.md) from the last checkpoint's vectors and the exported weights give the same losses."""
+    import torch
+    from torch.nn import functional
+
+    from data_pipeline.packing import Packer, TokenizedUnit
+    from data_pipeline.records import Record
+    from modeling.language_vectors import LanguageVectors
+    from modeling.loading import load_pretrained
+    from training.objectives import ShifCon
+
+    config, chat = finished.config, finished.chat
+    assert isinstance(config.objective, ShifConConfig)
+    spoken = [
+        ("sw", "zh", "Basi lina watu 3?", "答案：7"),
+        ("zh", "en", "3加4？", "Answer: 7"),
+        ("en", "de", "3+4?", "7"),
+    ]
+    samples = [
+        chat.tokenize(Record("", str(n), language, response, (Message("user", q), Message("assistant", a)), ""))
+        for n, (language, response, q, a) in enumerate(spoken)
+    ]
+    directory = finished.generator.model.name_or_path
+    model: Any = load_pretrained(directory, torch.float32, "eager", "cpu")
+
+    objective = ShifCon(model, config.objective, config.data.languages, config.data.dominant, probe=[])
+    objective.load(finished.checkpoint)
+    (batch,) = Packer("packed", 512, 512, 0).pack([TokenizedUnit(tuple(samples))])
+    assert len(batch.input_ids) == 1
     with torch.no_grad():
-        rows = torch.tensor([prompt.ids])
-        plain = generator.model(rows).logits
-        with generator.shifted([prompt], torch.ones_like(rows)):
-            shifted = generator.model(rows).logits
-    assert (plain - shifted).abs().max() > 1e-4
+        trained = objective.loss_terms(SimpleNamespace(forward=model), batch).label_losses
+    objective.shift.remove()
+    generated = torch.cat(
+        [finished.losses(s, *languages) for s, (*languages, _, _) in zip(samples, spoken, strict=True)]
+    )
+
+    vectors = LanguageVectors.load(finished.checkpoint / VECTORS_FILE)
+    expected = []
+    for sample, (language, response, _, _) in zip(samples, spoken, strict=True):
+        handles = []
+        for sign, layer in zip((1, -1), config.objective.layers, strict=True):
+            mean = dict(zip(vectors.languages, vectors.at(layer), strict=True))
+            delta = torch.stack(
+                [sign * (mean["en"] - mean[response if is_label else language]) for is_label in sample.labels]
+            )
+            delta[0] = 0  # shift_first_token is off
+
+            def add(_: object, args: tuple, delta: Tensor = delta) -> tuple:
+                return (args[0] + delta, *args[1:])
+
+            handles.append(model.model.layers[layer].register_forward_pre_hook(add))
+        ids = torch.tensor(sample.input_ids[None]).long()
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0]
+        for handle in handles:
+            handle.remove()
+        for place in range(1, len(sample)):
+            if sample.labels[place]:
+                expected.append(functional.cross_entropy(logits[place - 1], ids[0, place]))
+    torch.testing.assert_close(trained, torch.stack(expected), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(generated, torch.stack(expected), rtol=2e-6, atol=2e-6)
 
 
 def test_a_shifcon_export_without_vectors_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -173,3 +173,33 @@ def test_export_to_a_folder_that_is_there_is_refused(save: Save, made: list[int]
         export_checkpoint(save(20), tmp_path / "a" / "b")
     assert weights(tmp_path / "a" / "b") == "weights after 10"
     assert made == [10]
+
+
+LONG = {"id": "id", "language": "language", "prompt": "question", "completion": "answer"}
+OF_ONE = {name: column for name, column in LONG.items() if name != "language"}
+SAYS = {**LONG, "response_language": "said"}
+WIDE = {"id": "id", "prompt": "question_{language}", "completion": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "fixed"),
+    [
+        ([{"columns": LONG}], None),
+        ([{"columns": LONG, "response_language": "en"}], "en"),
+        ([{"columns": SAYS, "response_language": "en"}], None),  # a row may say otherwise
+        ([{"columns": SAYS, "response_language": "en"}, {"columns": OF_ONE, "language": "en"}], None),
+        ([{"columns": LONG, "response_language": "en"}, {"columns": OF_ONE, "language": "en"}], "en"),
+        ([{"columns": LONG, "response_language": "en"}, {"columns": OF_ONE, "language": "sw"}], None),
+        ([{"columns": OF_ONE, "language": "sw", "response_language": "en"}], "en"),
+        ([{"columns": LONG, "language": "en"}], None),  # where a row does not say its language
+        ([{"columns": WIDE, "languages": ["en", "sw"]}], None),
+        ([{"columns": WIDE, "languages": ["en", "sw"], "response_language": "en"}], "en"),
+        ([{"columns": WIDE, "languages": ["sw"]}, {"columns": OF_ONE, "language": "sw"}], "sw"),
+    ],
+)
+def test_the_response_language_is_fixed_only_where_every_answer_is_in_it(
+    sources: list[dict[str, Any]], fixed: str | None, tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]
+) -> None:
+    named = [{"name": str(number), "files": "*.jsonl", **source} for number, source in enumerate(sources)]
+    config = validate(tiny_run(tmp_path, **{"data.sources": named}), "tiny run")
+    assert export._description(config, 1)["response_language"] == fixed

@@ -1,6 +1,7 @@
 """Batched, cached, left-padded, shifted generation equals one prompt at a time without a cache."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,71 @@ def test_order_progress_and_batch_size(tmp_path: Path) -> None:
         generator.generate([Prompt([5]), Prompt([])], max_new_tokens=4)
 
 
+def slow_nearest(generator: ShiftedGenerator, ids: list[int], content: list[bool]) -> str:
+    """The definition of routing: one token at a time, one language at a time."""
+    with torch.no_grad():
+        states = generator.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[AREA[0]][0].double()
+    total, n = torch.zeros(32).double(), 0
+    for place, is_content in enumerate(content):
+        if is_content and place > 0:
+            total, n = total + states[place], n + 1
+    if n == 0:
+        for place in range(1, len(ids)):
+            total, n = total + states[place], n + 1
+    if n == 0:
+        total, n = states[0], 1
+    assert generator.vectors is not None
+    distances = {}
+    for language, mean, tokens in zip(LANGUAGES, generator.vectors.mean, generator.vectors.tokens, strict=True):
+        if tokens > 0:
+            distances[language] = float(((mean[0].double() - total / n) ** 2).sum())
+    return min(distances, key=distances.__getitem__)
+
+
+def test_auto_is_the_language_nearest_to_the_content_tokens(tmp_path: Path) -> None:
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path))
+    assert generator.vectors is not None
+    assert generator.shift is not None
+    drawn = torch.Generator().manual_seed(4)
+    found = set()
+    for case in range(40):
+        ids = torch.randint(4, 64, (2 + case % 9,), generator=drawn).tolist()
+        content = (torch.rand(len(ids), generator=drawn) < (0.4, 0.0)[case % 5 == 4]).tolist()
+        with torch.no_grad():
+            states = generator.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[AREA[0]][0]
+        # each language lies where the wrong tokens would lead, and one where the right ones do
+        chosen = [place for place, inside in enumerate(content) if inside and place]
+        places = [chosen or [*range(1, len(ids))], [*range(len(ids))], [0]]
+        vectors = replace(generator.vectors, mean=generator.vectors.mean.clone())
+        for language, tokens in zip(torch.randperm(3, generator=drawn).tolist(), places, strict=True):
+            vectors.mean[language, 0] = states[tokens].mean(dim=0)
+        generator.vectors = vectors
+        generator.shift.set_vectors(vectors)
+        language = generator.nearest_language(ids, content)
+        assert language == slow_nearest(generator, ids, content), (ids, content)
+        found.add(language)
+    assert found == {"en", "de", "sw"}
+    assert generator.nearest_language([9], [False]) == slow_nearest(generator, [9], [False])
+
+
+def test_auto_does_not_read_template_tokens(tmp_path: Path) -> None:
+    """Other template tokens, as many as one likes, change no answer, even from layers that look only at themselves."""
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path))
+    assert generator.vectors is not None
+    with torch.no_grad():
+        for layer in generator.model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()  # each token's state is its own
+        states = generator.model(torch.arange(64)[None], output_hidden_states=True).hidden_states[AREA[0]][0]
+    for language, token in enumerate((30, 40, 50)):
+        generator.vectors.mean[language, 0] = states[token]
+    for language, token in zip(("en", "de", "sw"), (30, 40, 50), strict=True):
+        for template in (30, 40, 50):
+            for before in range(1, 6):
+                ids = [template] * before + [token] + [template] * 5
+                content = [place == before for place in range(len(ids))]
+                assert generator.nearest_language(ids, content) == language
+
+
 def test_the_export_s_response_language_is_the_default(tmp_path: Path) -> None:
     generator = ShiftedGenerator.from_directory(write_export(tmp_path, response_language="en"))
     (ids, _, _) = (prompt.ids for prompt in prompts()[:3])
@@ -166,6 +232,20 @@ def test_the_export_s_response_language_is_the_default(tmp_path: Path) -> None:
         [Prompt(ids, "de"), Prompt(ids, "de", "en"), Prompt(ids, "de", "de")], max_new_tokens=8
     )
     assert implied == said != other
+
+
+def test_without_any_language_nothing_is_shifted(tmp_path: Path) -> None:
+    """Not even the answer of a model whose answers are always in one language."""
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path, response_language="sw"))
+    assert generator.shift is not None
+    unknown = [Prompt(prompt.ids) for prompt in prompts()]
+    answers = generator.generate(unknown, max_new_tokens=8)
+    with generator.shift.disabled():
+        plain = generator.generate(prompts(), max_new_tokens=8)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in plain]
+    assert not any(answer.shifted for answer in answers)
+    only_the_answer = generator.generate([Prompt(prompt.ids, None, "sw") for prompt in prompts()], max_new_tokens=8)
+    assert [answer.token_ids for answer in only_the_answer] != [answer.token_ids for answer in plain]
 
 
 def test_the_end_token_ends_an_answer(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import pickle
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,71 @@ def test_wide_parquet_agrees_with_the_records(tmp_path: Path) -> None:
     index = build(tmp_path, wide, heldout_items=5)
     assert [len(index.rows(code)) + len(index.rows(code, heldout=True)) for code in range(3)] == [50, 50, 25]
     check_whole(index)
+
+
+# Columns that a row of JSONL may do without, and rows of which each lacks some of them.
+GAPS: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
+    (
+        {"languages": LANGUAGES, "columns": {"id": "id", "prompt": "q_{language}", "completion": "a_{language}"}},
+        [
+            {"id": "1", "q_en": "One?", "a_en": "1", "q_th": "หนึ่ง?", "a_th": "๑"},
+            {"id": "2", "q_en": "Two?", "a_en": "2", "q_sw": "Mbili?", "a_sw": "2"},
+        ],
+    ),
+    (
+        {"columns": {"system": "rules", "response_language": "said", **COLUMNS}},
+        [row(1, "sw"), row(2, "en") | {"said": "th"}, row(3, "th") | {"rules": "Be brief."}],
+    ),
+    (
+        {"language": "th", "columns": COLUMNS},
+        [{name: value for name, value in row(1, "th").items() if name != "lang"}, row(2, "en"), row(3, "sw")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "rows"), GAPS, ids=["wide", "system and response_language", "language"])
+def test_which_row_lacks_a_column_does_not_matter(
+    changes: dict[str, Any], rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    found = []
+    for order in permutations(rows):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        write(folder / "x.jsonl", list(order))
+        index = build(folder, source(**changes))
+        records = [replace(index.record(number), origin="") for number in range(len(index))]
+        found.append(sorted(records, key=lambda record: (record.id, record.language)))
+        check_whole(index)
+    assert found == [found[0]] * len(found)
+    write(tmp_path / "empty.jsonl", [])  # nor that a file has no row, or only some of the columns
+    for number, each in enumerate(rows):
+        write(tmp_path / f"{number}.jsonl", [each])
+    assert len(build(tmp_path, source(**changes))) == len(found[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "column"),
+    [
+        ({"languages": ["en", "sw"], "columns": {"prompt": "{language}", "completion": "answer"}}, "sw"),
+        ({"languages": ["en"], "columns": {"prompt": "q_{language}", "completion": "answer"}}, "q_en"),
+        ({"columns": COLUMNS | {"system": "rule"}}, "rule"),
+        ({"columns": COLUMNS | {"response_language": "says"}}, "says"),
+        ({"language": "en", "columns": COLUMNS | {"language": "code"}}, "code"),
+    ],
+)
+def test_a_column_that_no_row_has_is_refused_with_those_that_are_there(
+    changes: dict[str, Any], column: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "x.jsonl", ["{", *(row(item, code) | {"en": "One?"} for item in range(2) for code in LANGUAGES)])
+    with pytest.raises(DataError) as caught:
+        build(tmp_path, source(**changes), max_bad_rows=1)
+    assert str(caught.value) == (
+        f"{tmp_path}/x.jsonl: source 'items' maps column {column!r}, which no row of it has;"
+        " the columns of the first are 'id', 'lang', 'question', 'answer', 'en'"
+    )
+    write(tmp_path / "x.jsonl", ["{"])
+    with pytest.raises(DataError, match=r"x\.jsonl:1: not valid JSON"):
+        build(tmp_path, source(**changes))
 
 
 def test_held_out_items_are_so_in_every_language_and_by_seed(parallel: Path) -> None:

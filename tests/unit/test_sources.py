@@ -278,8 +278,16 @@ def test_fsspec_address(tmp_path: Path) -> None:
             r"x\.jsonl: source 'source' maps column 'output', which is not there; the columns are 'id', 'lang', 'q",
         ),
         (
-            {"files": "x.jsonl", "languages": ["en"], "columns": {"prompt": "q_{language}", "completion": "answer"}},
-            r"x\.jsonl: source 'source' maps column 'q_en', which is not there",
+            {"files": "x.csv", "languages": ["en"], "columns": {"prompt": "q_{language}", "completion": "answer"}},
+            r"x\.csv: source 'source' maps column 'q_en', which is not there",
+        ),
+        (
+            {"files": "x.csv", "columns": COLUMNS | {"system": "rules"}},
+            r"x\.csv: source 'source' maps column 'rules', which is not there",
+        ),
+        (
+            {"files": "x.jsonl", "columns": COLUMNS | {"language": "code"}},
+            r"x\.jsonl: source 'source' maps column 'code', which is not there",
         ),
         ({"files": "x.jsonl", "format": "parquet"}, r"x\.jsonl: not a Parquet file"),
         ({"files": "twice.csv"}, r"twice\.csv:1: not a header line, which must name each column once: \['id', 'id'\]"),
@@ -290,6 +298,7 @@ def test_fsspec_address(tmp_path: Path) -> None:
 def test_sources_that_cannot_be_opened(source: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     write_jsonl(tmp_path / "hubdir" / "train.jsonl", ROWS)
+    write_delimited(tmp_path / "x.csv", ROWS, ",")
     (tmp_path / "x.jsonl.gz").write_bytes(b"")
     (tmp_path / "twice.csv").write_text("id,id\n1,2\n")
     (tmp_path / "folder").mkdir()

@@ -338,6 +338,11 @@ def test_a_canonical_file_with_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"id": "1", "language": "en"}\n')
     with pytest.raises(BadRow, match=r"x\.jsonl:1: no field 'text_a'; the row has 'id', 'language'"):
         list(read_task_file(tmp_path / "x.jsonl", "classification"))
+    pair, single = named([{"text_a": "a", "text_b": "b"}, {"text_a": "a"}])
+    for rows, reason in (([pair, single], "no field 'text_b'"), ([single, pair], "'text_b' is given, but not in")):
+        write(tmp_path / "x.jsonl", rows)
+        with pytest.raises(BadRow, match=rf"x\.jsonl:2: {reason}"):
+            list(read_task_file(tmp_path / "x.jsonl", "classification"))
 
 
 # --- what goes together

@@ -1,0 +1,254 @@
+"""Questions from the command line to the model: how they are read, in which language written, and what is shifted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data_pipeline.chat import Chat
+from data_pipeline.records import DataError, Message
+from evals.commands import generate
+from evals.errors import EvalError
+from evals.opening import Question, answer, open_model, read_questions, without_vector
+from modeling.generation import Generation, Prompt, ShiftedGenerator
+from modeling.language_vectors import LanguageVectors
+from modeling.loading import directory_hash
+
+LANGUAGES = ("en", "zh", "sw", "bn")  # bn has no vector
+AREA = (1, 3)
+CUSTOM = {"name": "custom", "prompt": "A question in {language}: {user}\nIts answer in {response_language}: "}
+Opened = tuple[ShiftedGenerator, Chat]
+
+
+def write_model(directory: Path, *, shifts: bool = False, plain: bool = False, **described: Any) -> Path:
+    """A tiny Llama whose every byte is a token, as an export; `plain`: as a Hugging Face directory."""
+    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", "<pad>"])}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[symbol] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(directory)
+    torch.manual_seed(5)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=512, initializer_range=0.3, eos_token_id=1,
+        )
+    ).save_pretrained(directory)  # fmt: skip
+    if shifts:
+        write_vectors(directory, torch.randn(4, 2, 32) * 2)
+    if not plain:
+        about = {"format": 1, "objective": "shifcon" if shifts else "sft", "languages": LANGUAGES, "dominant": "en"}
+        (directory / "crosslift.json").write_text(json.dumps({**about, "template": {"name": "plain"}, **described}))
+    return directory
+
+
+def write_vectors(directory: Path, mean: torch.Tensor) -> None:
+    LanguageVectors(
+        languages=LANGUAGES,
+        dominant="en",
+        layers=AREA,
+        area=AREA,
+        mean=mean,
+        state_norm=torch.ones(4, 2),
+        tokens=torch.tensor([9, 9, 9, 0]),
+        estimator="test",
+        model_hash=directory_hash(directory),
+    ).save(directory / "language_vectors.safetensors")
+
+
+def ask(opened: Opened, *questions: Question) -> list[dict[str, Any]]:
+    return list(answer(*opened, questions, max_new_tokens=4))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
+    """The prompts that come to `generate`, which then answers nothing."""
+    prompts: list[Prompt] = []
+
+    def record(self: ShiftedGenerator, given: list[Prompt], *_: object) -> list[Generation]:
+        prompts.extend(given)
+        return [Generation("", [], True, False) for _ in given]
+
+    monkeypatch.setattr(ShiftedGenerator, "generate", record)
+    return prompts
+
+
+@pytest.mark.parametrize("response", [None, "sw"])
+@pytest.mark.parametrize(("shifts", "language"), [(False, "auto"), (False, "none"), (True, "none")])
+def test_a_language_that_is_not_known_is_written_as_the_dominant_one(
+    tmp_path: Path, asked: list[Prompt], shifts: bool, language: str, response: str | None
+) -> None:
+    """The template names a language, and the shift takes none; the export may say what answers are in."""
+    for template, words in (
+        ({"name": "alpaca"}, "the request in {}. Please answer in {}.\n\n### Instruction:\n3+4?\n\n### Response:"),
+        (CUSTOM, "A question in English: 3+4?\nIts answer in {}: "),
+    ):
+        model = write_model(tmp_path / template["name"], shifts=shifts, template=template, response_language=response)
+        generator, chat = open_model(str(model))
+        (row,) = ask((generator, chat), Question("3+4?", language))
+        name = "Swahili" if response else "English"
+        assert chat.decode(asked[-1].ids).endswith(words.format(name, name))
+        assert (row["language"], row["response_language"]) == (None, response)
+        assert asked[-1].language is None
+
+
+def test_a_language_that_is_given_is_written_and_shifted(tmp_path: Path, asked: list[Prompt]) -> None:
+    generator, chat = open_model(str(write_model(tmp_path, shifts=True, template=CUSTOM)))
+    ask((generator, chat), Question("3+4?", "sw"), Question("3+4?", "zh", "sw"))
+    assert [(prompt.language, prompt.response_language) for prompt in asked] == [("sw", "sw"), ("zh", "sw")]
+    assert [chat.decode(prompt.ids) for prompt in asked] == [
+        "A question in Swahili: 3+4?\nIts answer in Swahili: ",
+        "A question in Chinese: 3+4?\nIts answer in Swahili: ",
+    ]
+
+
+def test_without_a_dominant_language_only_a_template_that_names_one_refuses(
+    tmp_path: Path, asked: list[Prompt]
+) -> None:
+    for template, wanted in (({"name": "alpaca"}, "{response_language}"), (CUSTOM, "{language}")):
+        opened = open_model(str(write_model(tmp_path / template["name"], template=template, dominant=None)))
+        question = Question("3+4?", "auto", origin="questions.jsonl:7")
+        with pytest.raises(EvalError) as caught:
+            ask(opened, question)
+        told = f"questions.jsonl:7: the {template['name']} template names {wanted}, which is not known; give --language"
+        assert (str(caught.value), caught.value.exit_status) == (told, 2)
+        ask(opened, Question("3+4?", "sw"))
+    opened = open_model(str(write_model(tmp_path / "plain", dominant=None)))
+    ask(opened, Question("3+4?", "auto"))
+    opened = open_model(str(write_model(tmp_path / "one", template=CUSTOM, dominant=None, languages=["sw"])))
+    ask(opened, Question("3+4?", "none"))
+    assert opened[1].decode(asked[-1].ids) == "A question in Swahili: 3+4?\nIts answer in Swahili: "
+
+
+def test_a_plain_hugging_face_directory_takes_any_language_or_none(tmp_path: Path, asked: list[Prompt]) -> None:
+    generator, chat = open_model(str(write_model(tmp_path, plain=True)))
+    ask((generator, chat), *(Question("3+4?", "auto", said) for said in (None, "yo")), Question("3+4?", "yo"))
+    assert [chat.decode(prompt.ids) for prompt in asked] == ["3+4?\n", "3+4?\nAnswer in Yoruba:\n", "3+4?\n"]
+
+
+def test_none_shifts_no_token_whatever_the_answers_are_in(tmp_path: Path) -> None:
+    opened = open_model(str(write_model(tmp_path, shifts=True, response_language="sw")))
+    generator, _ = opened
+    none, said, auto = ask(
+        opened, Question("3 + 4?", "none"), Question("3 + 4?", "none", "zh"), Question("3 + 4?", "en")
+    )
+    assert generator.shift is not None
+    with generator.shift.disabled():
+        unshifted = ask(opened, Question("3 + 4?", "en"), Question("3 + 4?", "en", "zh"))
+    assert [none["output"], said["output"]] == [row["output"] for row in unshifted]
+    assert auto["output"] != none["output"], "the answer's shift changes it"
+    assert [row["shifted"] for row in (none, said, auto)] == [False, False, True]
+    assert [row["response_language"] for row in (none, said, auto)] == ["sw", "zh", "sw"]
+
+
+def test_auto_goes_by_the_question_not_by_the_template(tmp_path: Path) -> None:
+    """English template around a Chinese question: its words are nearest to Chinese, prompt and template to English."""
+    model = write_model(tmp_path, shifts=True, template={"name": "alpaca"})
+    generator, chat = open_model(str(model))
+    ids, content = chat.prompt_ids([Message("user", "安娜有三个苹果？")], "en", "en")
+    states = generator.model(torch.tensor(ids[None]).long(), output_hidden_states=True).hidden_states[AREA[0]][0]
+    mean = torch.zeros(4, 2, 32)
+    mean[0], mean[1], mean[2] = states[1:].mean(0), states[torch.tensor(content)].mean(0), 99.0
+    write_vectors(model, mean.detach())
+    opened = open_model(str(model))
+    (row,) = ask(opened, Question("安娜有三个苹果？", "auto"))
+    assert (row["language"], row["response_language"], row["shifted"]) == ("zh", "zh", True)
+
+
+def test_languages_that_the_model_does_not_have(tmp_path: Path, asked: list[Prompt]) -> None:
+    opened = open_model(str(write_model(tmp_path)))
+    for question, message in {
+        Question("?", "sww"): "language 'sww': the model has en, zh, sw, bn; or say auto or none",
+        Question("?", "sw", "sww"): "response language 'sww': the model has en, zh, sw, bn",
+        Question("?", "sw", "auto", "q.jsonl:3"): "q.jsonl:3: response language 'auto': the model has en, zh, sw, bn",
+    }.items():
+        with pytest.raises(EvalError) as caught:
+            ask(opened, Question("?", "sw"), question)
+        assert str(caught.value) == message
+    assert not asked
+
+
+def test_half_a_surrogate_is_named_by_its_line(tmp_path: Path) -> None:
+    opened = open_model(str(write_model(tmp_path)))
+    with pytest.raises(EvalError, match=r"^q\.jsonl:3: the text is not valid Unicode"):
+        ask(opened, Question("\ud800", "sw", origin="q.jsonl:3"))
+
+
+def test_questions_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    lines = [
+        '\ufeff{"prompt": "one\u2028two\x85three"}',
+        "",
+        '{"prompt": "b", "language": "sw", "response_language": "en"}\r',
+        " \r",
+        '{"prompt": "c", "language": null}',
+    ]
+    file.write_bytes("\n".join(lines).encode())
+    assert read_questions(file, "auto") == [
+        Question("one\u2028two\x85three", "auto", None, f"{file}:1"),
+        Question("b", "sw", "en", f"{file}:3"),
+        Question("c", "auto", None, f"{file}:5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "b", "language": 5}', ":2: 'language' is int; it must be text"),
+        (b'{"prompt": "b", "response_language": ["sw"]}', ":2: 'response_language' is list; it must be text"),
+        (b'{"prompt": 5}', ":2: 'prompt' is int; it must be text"),
+        (b'{"question": "b"}', ":2: no field 'prompt'; the row has 'question'"),
+        (b'"b"', ":2: a JSON str; each line must be one JSON object"),
+        (b"b", ":2: not valid JSON (Expecting value at column 1); each line must be one JSON object"),
+        (b'{"prompt": "\xff"}', ":2: not UTF-8 (byte 0xff, number 13 of the line)"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
+    with pytest.raises(DataError) as caught:
+        read_questions(file, "auto")
+    assert (str(caught.value), caught.value.exit_status) == (f"{file}{message}", 2)
+
+
+def test_files_that_hold_no_question(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text("\n \n")
+    for file, message in (("q.jsonl", "q.jsonl: holds no question"), ("x.jsonl", "x.jsonl: cannot be read: No such")):
+        with pytest.raises(EvalError, match=message):
+            read_questions(tmp_path / file, "auto")
+
+
+def test_the_command_names_the_languages_that_ran_unshifted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A language without a vector is marked; a model that shifts nothing, or a question that wants none, is not."""
+    model = str(write_model(tmp_path / "shifts", shifts=True))
+    file = tmp_path / "q.jsonl"
+    rows = [{"prompt": "a", "language": "sw"}, {"prompt": "b", "language": "bn"}, {"prompt": "c", "language": "none"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(model, file=file, max_new_tokens=2)
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "no language vector: bn ran unshifted"
+    generate(model, file=file, response_language="en", max_new_tokens=2, as_json=True)
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "no language vector: bn ran unshifted"
+    told = [(row["prompt"], row["response_language"], row["shifted"]) for row in map(json.loads, out.splitlines())]
+    assert told == [("a", "en", True), ("b", "en", False), ("c", "en", False)]
+    for quiet, language in ((model, "sw"), (model, "none"), (str(write_model(tmp_path / "sft")), "bn")):
+        generate(quiet, prompt="a", language=language, max_new_tokens=2)
+        assert "unshifted" not in capsys.readouterr().err
+
+
+def test_an_answer_in_a_language_without_a_vector_is_named_too(tmp_path: Path) -> None:
+    generator, chat = open_model(str(write_model(tmp_path, shifts=True, response_language="bn")))
+    rows = ask((generator, chat), Question("a", "sw"), Question("a", "none"))
+    assert without_vector(generator, rows) == ["bn"]
+    assert without_vector(generator, rows[1:]) == []
