@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +32,7 @@ def generate(
         str, typer.Option(help="the questions', where --file does not say; auto: nearest vector; none: no shift")
     ] = "auto",
     response_language: Annotated[
-        str | None, typer.Option(help="the answers'; default: the model's, else the same")
+        str | None, typer.Option(help="the answers', where --file does not say; default: the model's, else the same")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
@@ -46,9 +45,10 @@ def generate(
 
     if (prompt is None) == (file is None):
         raise EvalError("give exactly one of --prompt and --file")
-    questions = read_questions(file, language) if file else [Question(prompt or "", language)]
-    if response_language:
-        questions = [replace(each, response_language=response_language) for each in questions]
+    if file:
+        questions = read_questions(file, language, response_language)
+    else:
+        questions = [Question(prompt or "", language, response_language)]
     generator, chat = open_model(model)
     rows = list(
         answer(

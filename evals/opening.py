@@ -65,8 +65,8 @@ def open_model(
     return generator, Chat(generator.tokenizer, chosen, generator.info.languages)
 
 
-def read_questions(file: Path, default: str) -> list[Question]:
-    """Questions of a JSONL file: `prompt`, optionally `language` and `response_language`.
+def read_questions(file: Path, language: str, response_language: str | None = None) -> list[Question]:
+    """Questions of a JSONL file: `prompt`, and `language` and `response_language` where those given do not hold.
 
     Lines are read as those of training data are. Raises EvalError, or DataError naming the line.
     """
@@ -78,8 +78,8 @@ def read_questions(file: Path, default: str) -> list[Question]:
                 if isinstance(row, BadRow):
                     raise row
                 cells = Cells(row, shard.origin(place))
-                language, response = cells.given("language") or default, cells.given("response_language")
-                questions.append(Question(cells.text("prompt"), language, response, cells.origin))
+                asked = cells.given("language") or language, cells.given("response_language") or response_language
+                questions.append(Question(cells.text("prompt"), *asked, cells.origin))
     except OSError as error:
         raise EvalError(f"{file}: cannot be read: {error.strerror}") from error
     if not questions:

@@ -203,9 +203,13 @@ def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path, dt
 
 
 def _fixed_response_language(config: RunConfig) -> str | None:
-    """The one language every answer is in, where the sources say so; else answers follow the prompt."""
-    said = {_response_language_of(source) for source in config.data.sources}
-    return said.pop() if len(said) == 1 else None
+    """The one language every answer is in, where the sources say so; else answers follow the prompt.
+
+    A corpus of one language alone says nothing: its answers did follow their prompts.
+    """
+    sources = config.data.sources
+    said = {_response_language_of(source) for source in sources}
+    return said.pop() if len(said) == 1 and any(source.response_language for source in sources) else None
 
 
 def _response_language_of(source: SourceConfig) -> str | None:

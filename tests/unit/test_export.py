@@ -194,7 +194,11 @@ WIDE = {"id": "id", "prompt": "question_{language}", "completion": "answer"}
         ([{"columns": LONG, "language": "en"}], None),  # where a row does not say its language
         ([{"columns": WIDE, "languages": ["en", "sw"]}], None),
         ([{"columns": WIDE, "languages": ["en", "sw"], "response_language": "en"}], "en"),
-        ([{"columns": WIDE, "languages": ["sw"]}, {"columns": OF_ONE, "language": "sw"}], "sw"),
+        ([{"columns": WIDE, "languages": ["sw"]}, {"columns": OF_ONE, "language": "sw"}], None),
+        (
+            [{"columns": WIDE, "languages": ["sw"]}, {"columns": OF_ONE, "language": "en", "response_language": "sw"}],
+            "sw",
+        ),
     ],
 )
 def test_the_response_language_is_fixed_only_where_every_answer_is_in_it(

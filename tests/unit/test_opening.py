@@ -199,6 +199,11 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
         Question("b", "sw", "en", f"{file}:3"),
         Question("c", "auto", None, f"{file}:5"),
     ]
+    said = [(each.language, each.response_language) for each in read_questions(file, "de", "zh")]
+    assert said == [
+        ("de" if each.language == "auto" else each.language, each.response_language or "zh")
+        for each in read_questions(file, "auto")
+    ]
 
 
 @pytest.mark.parametrize(
