@@ -44,9 +44,9 @@ def sbatch_quoted(value: str) -> str:
 
 def _options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
     """Options of sbatch: (name, value), without a value for a switch."""
-    chosen, nodes = spec.settings, nodes_of(spec)
+    chosen = spec.settings
     yield "job-name", spec.name
-    yield "nodes", str(nodes)
+    yield "nodes", str(chosen.nodes if spec.kind == "train" else 1)  # a command other than training runs on one
     yield "ntasks-per-node", "1"  # a launcher, which starts the node's ranks
     if gpus := gpus_of(spec):
         yield "gpus-per-node", str(gpus)
@@ -80,11 +80,6 @@ def slurm_file(spec: JobSpec) -> str:
     """The output file's pattern, with `%` doubled where it is a letter of the folder's name."""
     path = spec.output()
     return f"{str(path.parent).replace('%', '%%')}/{path.name}"
-
-
-def nodes_of(spec: JobSpec) -> int:
-    """Nodes of a job; a command other than training runs on one."""
-    return spec.settings.nodes if spec.kind == "train" else 1
 
 
 def gpus_of(spec: JobSpec) -> int:
@@ -143,6 +138,8 @@ def _element(element: Element) -> list[str]:
 
 
 _MEETING = f"""
+# As many nodes as the job really has: while it was pending, somebody may have given it another number.
+nodes=$SLURM_JOB_NUM_NODES
 # Where the nodes meet: on the first one, where this script runs, at a port that nobody listens on.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))
@@ -177,7 +174,7 @@ def _step(spec: JobSpec) -> str:
     if spec.kind == "train":
         node = [
             '--outcome="$outcome" --host="$host" --port="$port"',
-            f"--nodes={settings.nodes} --nproc={settings.ranks}",
+            f'--nodes="$nodes" --nproc={settings.ranks}',
         ]
     else:
         node = ["--command"]
@@ -192,7 +189,8 @@ def _step(spec: JobSpec) -> str:
 
 
 def _every_node(spec: JobSpec) -> str:
-    return f"--nodes={nodes_of(spec)} --ntasks={nodes_of(spec)} --ntasks-per-node=1"
+    nodes = '"$nodes"' if spec.kind == "train" else "1"
+    return f"--nodes={nodes} --ntasks={nodes} --ntasks-per-node=1"
 
 
 _STEP_BEGINS = """

@@ -37,7 +37,8 @@ if name == "srun":
         if word.startswith("--outcome=") and said("outcome"):
             pathlib.Path(word.partition("=")[2]).write_text(said("outcome"))
 if name == "sbatch" and said("runs_jobs"):
-    job = {{"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "localhost", "SLURMD_NODENAME": "n1"}}
+    job = {{"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1",
+           "SLURMD_NODENAME": "n1"}}
     status = subprocess.call(["bash", sys.argv[-1]], env={{**os.environ, **job}}, stdout=(home / "job.out").open("w"),
                              stderr=subprocess.STDOUT)
     (home / "job.status").write_text(str(status))

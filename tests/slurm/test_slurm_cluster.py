@@ -222,9 +222,15 @@ def test_cancelled_it_stays_cancelled(life: SlurmRun, reference: SlurmRun) -> No
 
 
 def test_it_goes_on_on_one_node_and_again_on_two(life: SlurmRun, reference: SlurmRun) -> None:
+    """On one node although it was submitted for two: the pending job is given another number."""
     before = life.last_step()
     assert life.cluster.state(life.job) == "CANCELLED"
-    life.submit(nodes=1)
+    site = life.folder / "slurm.yaml"
+    site.write_text("sbatch: {hold: true}\n")
+    life.submit(nodes=2)
+    site.unlink()
+    life.cluster.slurm("scontrol", "update", f"JobId={life.job}", "NumNodes=1-1")
+    life.cluster.slurm("scontrol", "release", life.job)
     life.train_until(before + 2)
     assert lost_steps(life, before) == 0
     assert "on 1 ranks" in life.log()

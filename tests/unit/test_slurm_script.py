@@ -54,7 +54,7 @@ def test_the_options_of_a_run(tmp_path: Path) -> None:
 def test_cpu_ranks_ask_for_no_gpus(tmp_path: Path) -> None:
     script = render(make_spec(tmp_path))
     assert "--gpus" not in script
-    assert "--nodes=2 --nproc=2" in script
+    assert '--nodes="$nodes" --nproc=2' in script
 
 
 def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
     script = render(make_spec(tmp_path, settings=JobSettings(nodes=2, gpus_per_node=4, cpus_per_task=16)))
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert line == (
-        "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL --cpus-per-task=16 "
-        "--gpus-per-node=4 \\"
+        'srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL '
+        "--cpus-per-task=16 --gpus-per-node=4 \\"
     )
     assert "--nproc=4" in script
 
@@ -148,7 +148,8 @@ def run_script(tmp_path: Path, slurm: FakeSlurm) -> Callable[..., subprocess.Pop
         spec.folder.mkdir(exist_ok=True, parents=True)
         spec.script.write_text(render(spec))
         plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "CROSSLIFT"))}
-        place = {"PATH": slurm.search_path, "SLURM_JOB_ID": str(JOB), "SLURM_JOB_NODELIST": "n[1-2]"}
+        place = {"PATH": slurm.search_path, "SLURM_JOB_ID": str(JOB), "SLURM_JOB_NODELIST": "n[1-2]",
+                 "SLURM_JOB_NUM_NODES": str(spec.settings.nodes)}  # fmt: skip
         return subprocess.Popen(
             ["bash", str(spec.script)], env={**plain, **place, **variables}, cwd=spec.chdir, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -223,6 +224,17 @@ def test_a_step_that_lost_a_node_goes_on(
     code, said = end(run_script(make_spec(tmp_path / "s")))
     assert (code, requeued(slurm)) == (status, again)
     assert ("lost a node and is requeued" in said) == bool(again)
+
+
+def test_a_job_that_was_given_another_number_of_nodes_runs_on_these(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    """`scontrol update NumNodes=1-1` of a pending job that was submitted for two."""
+    step_ends(slurm, 1)
+    end(run_script(make_spec(tmp_path / "s"), SLURM_JOB_NUM_NODES="1"))
+    step, probe = slurm.calls("srun")
+    assert step[:2] == probe[:2] == ["--nodes=1", "--ntasks=1"]
+    assert [word for word in step if word.startswith("--nodes=")] == ["--nodes=1", "--nodes=1"]  # srun's, the program's
 
 
 @pytest.mark.parametrize(("reason", "again"), [("None", []), ("TimeLimit", ["12"])])
