@@ -25,6 +25,8 @@ SCRIPT_OPTIONS = re.compile(
     r"SBATCH_(ARRAY_INX|CHDIR|DEPENDENCY|EXPORT|GPUS.*|JOB_NAME|MEM_.*|NO_REQUEUE|OPEN_MODE|OUTPUT|REQUEUE|SIGNAL|WAIT.*"
     r"|PARTITION|ACCOUNT|QOS|TIMELIMIT|CPUS_PER_.*)"
 )
+CHECKPOINT_FIRST = ("--batch", "--signal=HUP")  # what the batch script of a training waits for; see `render.py`
+ENDED = ("Invalid job id", "already completing or completed")
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
@@ -159,11 +161,11 @@ def output_file(job: JobId) -> str | None:
     return found[1] if found else None
 
 
-def cancel(jobs: Sequence[JobId]) -> None:
-    """`scancel`; jobs that have ended meanwhile are no error."""
+def cancel(jobs: Sequence[JobId], *options: str) -> None:
+    """`scancel`, with options such as CHECKPOINT_FIRST; jobs that have ended meanwhile are no error."""
     for cluster, numbers in _by_cluster(jobs):
-        answer = _call(["scancel", *_cluster(cluster), *numbers])
-        if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
+        answer = _call(["scancel", *options, *_cluster(cluster), *numbers])
+        if answer.returncode != 0 and not any(each in answer.stderr for each in ENDED):
             raise SlurmError(f"scancel: {_reason(answer.stderr)}")
 
 

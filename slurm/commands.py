@@ -122,8 +122,13 @@ def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
         """End a run's jobs, after a checkpoint. Example: crosslift cancel runs/llama-8b-shifcon"""
         from slurm.jobs import cancel, find
 
-        ended = cancel(find(run))
-        print(f"cancelled: {', '.join(f'job {job}' for job in ended)}" if ended else "no job is pending or running")
+        ended, saving = cancel(find(run))
+        if ended:
+            print(f"cancelled: {', '.join(f'job {job}' for job in ended)}")
+        for job in saving:
+            print(f"job {job} saves a checkpoint and ends (`scancel {job}` does not wait for it)")
+        if not ended and not saving:
+            print("no job is pending or running")
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,12 +92,21 @@ def _report(job: SubmittedJob, state: JobState) -> JobReport:
     )  # fmt: skip
 
 
-def cancel(target: Target) -> list[str]:
-    """End what is pending or running of these jobs; their numbers."""
-    active = [job for job in target.jobs if any(belongs(each, job) for each in client.queued([job.id]))]
-    # What waits for a job goes first, or it would be cancelled by Slurm in between.
-    client.cancel([job.id for job in reversed(active)])
-    return [job.job for job in active]
+def cancel(target: Target) -> tuple[list[str], list[str]]:
+    """End what is pending or running of these jobs: numbers of those that ended, and of those that save first."""
+    at_once: list[JobId] = []
+    saving: list[JobId] = []
+    for job in reversed(target.jobs):  # what waits for a job goes first, or it would be cancelled by Slurm in between
+        states = [each for each in client.queued([job.id]) if belongs(each, job)]
+        running = [JobId(each.job, job.cluster) for each in states if job.trains and each.state == "RUNNING"]
+        saving += running
+        if running:
+            at_once += [JobId(each.job, job.cluster) for each in states if each.state != "RUNNING"]
+        elif states:
+            at_once.append(job.id)
+    client.cancel(at_once)
+    client.cancel(saving, *client.CHECKPOINT_FIRST)
+    return [job.number for job in at_once], [job.number for job in saving]
 
 
 def log_file(target: Target, rank: int | None) -> Path:

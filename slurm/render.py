@@ -195,10 +195,14 @@ def _every_node(spec: JobSpec) -> str:
 
 _STEP_BEGINS = """
 # This shell outlives the signals that end a job, to see how its step ended. Slurm signals the step's processes itself.
+# HUP is `crosslift cancel`, for this shell alone: plain scancel gives ranks KillWait to save, and a TERM that reaches
+# srun has them killed at once.
 rm -f "$outcome"
-ended= interrupted=
+step= ended= cancelled= interrupted=
+stop() { interrupted=1; if [ -n "$step" ]; then kill -USR1 "$step"; fi; }
 trap 'ended=1 interrupted=1' TERM
-trap 'interrupted=1; kill -USR1 "$step"' USR1 USR2"""
+trap 'stop' USR1 USR2
+trap 'ended=1 cancelled=1; stop' HUP"""
 
 # Each node looks for its own interpreter first: Slurm's own message about a missing one does not help. The first node
 # that ends with an error has the others killed: it waits until they have said what they lack, and all end alike.
@@ -210,6 +214,7 @@ _PROGRAM = f"""bash -c '
     exit 2' bash "$python" -u "$code/slurm/node.py\""""
 
 _WAIT = """step=$!
+if [ -n "$interrupted" ]; then stop; fi
 status=127
 while :; do
   interrupted=
@@ -246,6 +251,7 @@ if [ -n "$again" ]; then
     echo "crosslift: job $job $again, but cannot be requeued here; the same command goes on" >&2
   fi
 fi
+if [ -n "$cancelled" ] && [ "$status" != 0 ]; then scancel "$job"; fi  # so that Slurm calls it that, and not failed
 rm -f "$outcome"
 exit "$status\""""
 

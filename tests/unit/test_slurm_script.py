@@ -229,7 +229,7 @@ def test_a_step_that_lost_a_node_goes_on(
 def test_a_job_that_was_given_another_number_of_nodes_runs_on_these(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
 ) -> None:
-    """`scontrol update NumNodes=1-1` of a pending job that was submitted for two."""
+    """`scontrol update NumTasks=1 NumNodes=1-1` of a pending job that was submitted for two."""
     step_ends(slurm, 1)
     end(run_script(make_spec(tmp_path / "s"), SLURM_JOB_NUM_NODES="1"))
     step, probe = slurm.calls("srun")
@@ -265,6 +265,29 @@ def test_a_signal_to_the_script_reaches_the_step(tmp_path: Path, slurm: FakeSlur
     wait_for(lambda: (slurm.folder / "srun.environment").exists(), seconds=30)
     process.send_signal(signal.SIGUSR1)
     assert end(process)[0] == 128 + signal.SIGUSR1  # the stand-in has no handler
+
+
+SAVES = """#!/bin/bash
+trap 'sleep 0.3; printf 75 > {outcome}; exit 0' USR1
+trap 'echo killed; exit 143' TERM HUP
+touch {started}
+for ((i = 0; i < 500; i++)); do sleep 0.02; done
+"""
+
+
+def test_cancelled_it_waits_for_the_checkpoint_and_does_not_requeue(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    """`crosslift cancel` is HUP, for the script alone. Slurm would call a job failed that ends with 75 by itself."""
+    spec, started = make_spec(tmp_path / "s"), tmp_path / "started"
+    (slurm.path / "srun").write_text(SAVES.format(outcome=spec.folder / f"outcome-{JOB}", started=started))
+    process = run_script(spec)
+    wait_for(started.exists, seconds=30)
+    process.send_signal(signal.SIGHUP)
+    status, said = end(process)
+    assert (status, said) == (75, "crosslift: job 12 was ended from outside; it does not requeue itself\n")
+    assert requeued(slurm) == []
+    assert slurm.calls("scancel") == [["12"]]
 
 
 @pytest.mark.parametrize(

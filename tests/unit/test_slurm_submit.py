@@ -420,9 +420,26 @@ def test_a_log_is_followed_until_the_job_is_over(
 
 
 def test_cancel_ends_what_is_queued_the_last_first(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
-    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
-    assert cli("cancel", queued).out == "cancelled: job 12, job 13\n"
+    slurm.says("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    assert cli("cancel", queued).out == "cancelled: job 13, job 12\n"
     assert slurm.calls("scancel") == [["13", "12"]]
     slurm.says("squeue", "")
     assert cli("cancel", queued).out == "no job is pending or running\n"
     assert len(slurm.calls("scancel")) == 1
+
+
+def test_a_training_that_runs_is_told_to_save_instead(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
+    assert cli("cancel", queued).out.splitlines() == [
+        "cancelled: job 13", "job 12 saves a checkpoint and ends (`scancel 12` does not wait for it)",
+    ]  # fmt: skip
+    assert slurm.calls("scancel") == [["13"], ["--batch", "--signal=HUP", "12"]]
+
+
+def test_of_a_sweep_each_run_is_cancelled_by_its_state(cli: Cli, slurm: FakeSlurm) -> None:
+    """What is pending goes first, or it would start in the place of what ends; a command has nothing to save."""
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2,3", "--then", "eval {run}").status == 0
+    slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|RUNNING|None|1:02|n1\n12_2|PENDING|Priority|0:00|\n"
+                         "13_0|RUNNING|None|0:01|n1\n")  # fmt: skip
+    assert cli("cancel", "runs/run").out.startswith("cancelled: job 13, job 12_2\njob 12_0 saves")
+    assert slurm.calls("scancel") == [["13", "12_2"], ["--batch", "--signal=HUP", "12_0", "12_1"]]
