@@ -148,6 +148,8 @@ def _request(rooms: Rooms, config: Path, overrides: Sequence[str], options: dict
     from slurm.submit import Request, Run, following
     from slurm.sweep import points
 
+    if sweep.offline:
+        options = {**options, "environment": {"HF_HUB_OFFLINE": "1"}}
     settings = load_settings(options)
     if settings.gpus_per_node is None:
         raise SlurmError("--gpus-per-node: not given, nor in slurm.yaml; 0 means ranks on CPUs")
@@ -163,7 +165,7 @@ def _request(rooms: Rooms, config: Path, overrides: Sequence[str], options: dict
         runs.append(Run(home, {**values, "output_dir": str(home)}, tuple(rooms.readable(values))))
     return Request(
         folder, tuple(runs), settings, array=bool(sweep.array), array_limit=sweep.array_limit, after=sweep.after,
-        then=then, offline=sweep.offline, git=rooms.git_state(),
+        then=then, git=rooms.git_state(),
     )  # fmt: skip
 
 

@@ -124,8 +124,6 @@ def _values(spec: JobSpec) -> Iterator[str]:
         yield from _element(spec.elements[0])
     for name, value in spec.settings.environment.items():
         yield f"export {name}={shlex.quote(value)}"
-    if spec.offline:
-        yield "export HF_HUB_OFFLINE=1"
 
 
 def _element(element: Element) -> list[str]:

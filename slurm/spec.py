@@ -202,7 +202,6 @@ class JobSpec(Section):
     array_limit: int | None = Field(None, ge=1, description="elements that run at a time")
     after: tuple[Annotated[str, AfterValidator(printable)], ...] = Field((), description="jobs that must succeed first")
     elementwise: bool = Field(False, description="element i waits for element i of the jobs before")
-    offline: bool = Field(False, description="no Hugging Face hub on the nodes")
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:

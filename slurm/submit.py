@@ -56,7 +56,6 @@ class Request:
     array_limit: int | None = None
     after: tuple[str, ...] = ()
     then: tuple[tuple[str, ...], ...] = ()  # words of crosslift commands
-    offline: bool = False
     git: dict[str, str] = field(default_factory=dict)  # state of the source: commit, dirty
 
 
@@ -114,7 +113,6 @@ def job_specs(request: Request, folder: Path) -> list[JobSpec]:
     python = chosen.python or ("python3" if chosen.container else sys.executable)
     common: dict[str, Any] = {
         "settings": chosen, "folder": folder, "code": folder / "code", "chdir": Path.cwd(), "python": python,
-        "offline": request.offline,
     }  # fmt: skip
     try:
         train = JobSpec(

@@ -337,12 +337,6 @@ def test_setup_lines_come_first_and_one_that_fails_ends_the_job(
     assert not (tmp_path / "s" / "canary").exists()
 
 
-def test_offline_jobs_leave_the_hub_alone(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
-    step_ends(slurm, 0)
-    end(run_script(make_spec(tmp_path / "s", offline=True)))
-    assert slurm.environment()["HF_HUB_OFFLINE"] == "1"
-
-
 @pytest.mark.parametrize("array", [False, True])
 def test_hostile_values_arrive_byte_for_byte_and_nothing_is_executed(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, array: bool

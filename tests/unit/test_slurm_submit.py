@@ -59,10 +59,12 @@ class Checked:
 
     def __init__(self) -> None:
         self.values: list[dict[str, Any]] = []
+        self.environment: dict[str, str] = {}
         self.error: Exception | None = None
 
     def __call__(self, values: dict[str, Any], settings: Any) -> Iterator[str]:
         self.values.append(values)
+        self.environment = settings.environment
         yield f"checked for {settings.nodes} nodes"
         if self.error:
             raise self.error
@@ -117,6 +119,15 @@ def test_submitted_checked_frozen_and_written_down(cli: Cli, slurm: FakeSlurm, c
     script = (folder / "train.sh").read_text()
     assert f"readable=(--readable {folder}/config.yaml --readable /data)" in script
     assert checked.values == [{"output_dir": str(run), "seed": "4", "text": "ü\n'"}]
+
+
+def test_offline_jobs_and_their_check_leave_the_hub_alone(cli: Cli, checked: Checked) -> None:
+    Path("slurm.yaml").write_text("environment: {HF_HOME: /work/hf, HF_HUB_OFFLINE: '0'}\n")
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--offline", "--then", "score x").status == 0
+    for name in ("train", "then-1"):
+        script = (submitted(Path("runs/run")) / f"{name}.sh").read_text()
+        assert "export HF_HOME=/work/hf\nexport HF_HUB_OFFLINE=1\n" in script
+    assert checked.environment == {"HF_HOME": "/work/hf", "HF_HUB_OFFLINE": "1"}
 
 
 def test_nothing_secret_is_written(cli: Cli) -> None:
