@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from slurm import site
 from slurm.errors import SlurmError
 from slurm.site import load_settings
-from slurm.spec import Element, JobSettings, JobSpec, seconds
+from slurm.spec import Container, Element, JobSettings, JobSpec, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +29,13 @@ def test_the_later_layer_wins_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert (found.partition, found.account, found.qos, found.nodes) == ("two", "yours", None, 3)
     assert found.environment == {"B": "2", "C": "1"}
     assert found.sbatch == {"constraint": "a100"}
+
+
+def test_another_image_keeps_the_sites_mounts_and_program(tmp_path: Path) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text("container: {image: a.sif, mounts: ['/scratch:/scratch'], command: singularity exec}\n")
+    found = load_settings({"container": {"image": "b.sif"}}, (file,)).container
+    assert found == Container(image="b.sif", mounts=("/scratch:/scratch",), command=("singularity", "exec"))
 
 
 def test_without_files_there_are_plain_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
