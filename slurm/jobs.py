@@ -62,8 +62,7 @@ def find(text: str) -> Target:
     if home is None or not jobs:
         raise SlurmError(f"{text}: Slurm knows no such job of a run; give the run's folder")
     whole = jobs[-1]
-    return Target(home, (whole,) if whole.job == text else (SubmittedJob(text, whole.what, whole.output.replace(
-        "%A_%a", text), whole.submission, whole.cluster, 1, whole.time),))  # fmt: skip
+    return Target(home, (whole if whole.job == text else whole.element(text),))
 
 
 def report(target: Target) -> list[JobReport]:
@@ -116,7 +115,7 @@ def log_file(target: Target, rank: int | None) -> Path:
         SlurmError: it is not there (yet), or an array's element has to be chosen.
     """
     job = next(job for job in target.jobs)
-    if job.elements > 1:
+    if job.array:
         raise SlurmError(f"job {job.job} is an array of {job.elements} runs; give one run's folder, or {job.job}_0")
     if rank is None:
         return Path(job.output)

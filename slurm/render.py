@@ -26,7 +26,7 @@ def render(spec: JobSpec) -> str:
     parts = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={sbatch_quoted(value)}"
-          for name, value in _options(spec)),
+          for name, value in options(spec)),
         f"# {_headline(spec)}. Written by `crosslift submit`.",
         *_setup(spec),
         *_values(spec),
@@ -42,7 +42,7 @@ def sbatch_quoted(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
+def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
     """Options of sbatch: (name, value), without a value for a switch."""
     chosen = spec.settings
     yield "job-name", spec.name

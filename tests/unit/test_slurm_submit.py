@@ -269,12 +269,37 @@ def test_a_chain_waits_for_success_with_the_runs_folder_filled_in(cli: Cli, slur
     assert [job.what for job in read_jobs(run)] == ["train", f"eval '{run}/model' --output '{run}/out x'", "score mgsm"]
 
 
+def test_what_follows_goes_to_the_cluster_of_the_run(cli: Cli, slurm: FakeSlurm) -> None:
+    """With several clusters (SBATCH_CLUSTERS) Slurm chooses one for the run; its number means nothing on another."""
+    slurm.says("sbatch", "12;c1\n")
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score x").status == 0
+    first, second = slurm.calls("sbatch")
+    assert "--clusters=c1" not in first
+    assert second == ["--parsable", "--clusters=c1", str(submitted(Path("runs/run").absolute()) / "then-1.sh")]
+
+
+def test_a_site_s_own_variables_for_sbatch_count_where_the_script_says_nothing(
+    cli: Cli, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm.path / "sbatch").write_text("#!/bin/sh\nenv > " + str(slurm.folder / "seen") + "\necho 12\n")
+    for name in ("ACCOUNT", "PARTITION", "QOS", "TIMELIMIT", "CONSTRAINT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "theirs")
+    Path("slurm.yaml").write_text("sbatch: {constraint: a100}\n")
+
+    def given() -> set[str]:
+        lines = (slurm.folder / "seen").read_text().splitlines()
+        return {line.partition("=")[0] for line in lines if line.startswith("SBATCH_")}
+
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--account", "us", "--time", "60").status == 0
+    assert given() == {"SBATCH_PARTITION", "SBATCH_QOS"}
+
+
 def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--array", "x=$(touch canary)",
                  "--then", "eval {run}", "--then", "score all")  # fmt: skip
     assert answer.status == 0, answer.error
     run = Path("runs/run").absolute()
-    names = ["0-seed=1,x=__touch_canary_", "1-seed=2,x=__touch_canary_"]
+    names = ["0-seed=1+x=__touch_canary_", "1-seed=2+x=__touch_canary_"]
     assert sorted(path.name for path in run.iterdir()) == [*names, "slurm"]
     assert [values["seed"] for values in checked.values] == ["1", "2"]
     frozen = [yaml.safe_load((submitted(run) / "configs" / f"{n}.yaml").read_text()) for n in (0, 1)]
@@ -290,6 +315,22 @@ def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     slurm.says("squeue", "12_1|RUNNING|None|0:01|n1\n")
     element = cli("submit", run_file(f"run/{names[1]}"), "--gpus-per-node", 0)
     assert "job 12_1 of this run is running" in element.error
+
+
+def test_a_sweep_of_one_run_is_an_array_too(cli: Cli, slurm: FakeSlurm) -> None:
+    answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1", "--then", "score all",
+                 "--then", "eval {run}")  # fmt: skip
+    assert answer.status == 0, answer.error
+    run = Path("runs/run").absolute()
+    assert cli("logs", run).error == "job 12 is an array of 1 runs; give one run's folder, or 12_0"
+    element = run / "0-seed=1"
+    assert [(job.job, job.output) for job in read_jobs(element)] == [
+        ("12_0", f"{submitted(run)}/train-12_0.out"), ("14_0", f"{submitted(run)}/then-2-14_0.out"),
+    ]  # fmt: skip
+    (submitted(run) / "train-12_0.out").write_text("trained\n")
+    assert cli("logs", element).out == "trained\n"
+    slurm.says("scontrol", f"JobId=12\n   StdOut={submitted(run)}/train-12_0.out\n")
+    assert cli("logs", "12_0").out == "trained\n"
 
 
 @pytest.mark.parametrize(
@@ -335,6 +376,16 @@ def test_a_dry_run_prints_scripts_and_commands_only(cli: Cli, slurm: FakeSlurm, 
     assert [set(job) for job in as_json] == [{"script", "command"}]
     assert sorted(Path().rglob("*")) == before
     assert slurm.calls("sbatch") == slurm.calls("squeue") == checked.values == []
+
+
+def test_a_sweep_over_two_keys_and_lists_runs_in_a_container(cli: Cli) -> None:
+    options = ("--container", "/i.sif", "--array", "a=[1,2],{b: 3}", "--array", "seed=1")
+    answer = cli("submit", run_file(), "--gpus-per-node", 0, *options)
+    assert answer.status == 0, answer.error
+    run = Path("runs/run").absolute()
+    script = (submitted(run) / "train.sh").read_text()
+    for name in ("0-a=_1_2_+seed=1", "1-a=_b__3_+seed=1"):
+        assert f"--bind {run}/{name}:{run}/{name}" in script
 
 
 def test_values_of_a_sweep_are_split_outside_of_brackets() -> None:
