@@ -62,6 +62,10 @@ MISTAKES = [
     ('setup: ["a\\rb"]', "setup.0: 'a\\rb' holds '\\r'; must be one line without control characters"),
     ("environment: {HF_TOKEN: x}", "environment: HF_TOKEN looks secret, and job scripts are files; set it in the shell "
      "that submits, from which jobs inherit it"),
+    ("environment: {MLFLOW_TRACKING_URI: 'http://u:pw@h'}", "environment: MLFLOW_TRACKING_URI holds an address with a "
+     "login, and job scripts are files; set it in the shell that submits, from which jobs inherit it"),
+    ("environment: {PROXY: 'https://hush@h'}", "environment: PROXY holds an address with a login, and job scripts are "
+     "files; set it in the shell that submits, from which jobs inherit it"),
     ("environment: {1A: x}", "environment: '1A' is no name of a variable"),
     ("sbatch: {nodes: 2}", "sbatch: nodes is crosslift's own; use nodes"),
     ("sbatch: {output: x}", "sbatch: output is crosslift's own"),
@@ -81,6 +85,16 @@ def test_a_mistake_is_a_line_with_file_and_key(tmp_path: Path, text: str, messag
         load_settings({}, (file,))
     assert str(refused.value) == f"{file}: {message}"
     assert refused.value.exit_status == 2
+
+
+def test_what_only_sounds_secret_is_no_matter(tmp_path: Path) -> None:
+    plain = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_TOKEN_PATH": "/a",
+        "DB": "postgresql://me@h/db",
+        "URI": "http://h/a@b",
+    }
+    assert JobSettings(environment=plain).environment == plain
 
 
 def test_two_mistakes_are_two_lines(tmp_path: Path) -> None:
