@@ -139,6 +139,23 @@ def test_a_stop_before_the_launcher_listens_is_a_stop(start: Start, tmp_path: Pa
     assert (tmp_path / "outcome").read_text() == "75"
 
 
+FIRST_MOMENT = """
+import os, signal, sys
+def hook(event, arguments):
+    if event == "import" and arguments[0] == "argparse":
+        os.kill(os.getpid(), signal.{name})
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stop_while_the_program_itself_begins_is_a_stop(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    """It comes with the program's first imports."""
+    (tmp_path / "sitecustomize.py").write_text(FIRST_MOMENT.format(name=number.name))
+    assert ended(start("config.yaml", "--waits", PYTHONPATH=str(tmp_path)))[0] == 0
+    assert (tmp_path / "outcome").read_text() == "75"
+
+
 def test_a_launcher_that_was_killed_is_a_failure(start: Start, tmp_path: Path) -> None:
     process = start("config.yaml", "--waits")
     launched(process)
