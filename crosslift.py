@@ -247,9 +247,9 @@ def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
 
 
 def _files_read(values: dict[str, Any]) -> list[Path]:
-    """What every node must find: the data, and model and tokenizer where they are folders and no hub names."""
-    names = [values["data_dir"], values["model"]["path"], values["tokenizer"]["path"]]
-    return [Path(name).absolute() for name in names if name and Path(name).exists()]
+    from training.inputs import paths_read
+
+    return paths_read(values)
 
 
 def _progress_of(run: Path) -> str | None:

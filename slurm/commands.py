@@ -91,16 +91,19 @@ def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
     @app.command()
     def status(run: Target, as_json: Annotated[bool, typer.Option("--json", help="the jobs as JSON")] = False) -> None:
         """What a run's jobs are doing. Example: crosslift status runs/llama-8b-shifcon"""
-        from slurm.jobs import find, report
+        from slurm.jobs import element_folders, find, report
 
         target = find(run)
         reports = report(target)
-        progress = rooms.progress(target.run) if target.run is not None else None
+        progress = rooms.progress(target.run)
+        of_elements = {job: rooms.progress(folder) for job, folder in element_folders(target.run).items()}
         if as_json:
-            print(json.dumps({"progress": progress, "jobs": [asdict(each) for each in reports]}, ensure_ascii=False))
+            found = [{**asdict(each), "progress": of_elements.get(each.job)} for each in reports]
+            print(json.dumps({"progress": progress, "jobs": found}, ensure_ascii=False))
             return
         for each in reports:
-            print(_line(each))
+            steps = of_elements.get(each.job)
+            print(f"{_line(each)}; {steps}" if steps else _line(each))
         if progress:
             print(progress)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from slurm import client
 from slurm.client import JobId, JobState
 from slurm.errors import SlurmError
-from slurm.history import SubmittedJob, read_jobs
+from slurm.history import FOLDER, NAME, SubmittedJob, read_jobs
 from slurm.spec import JOB
 
 FOLLOW_SECONDS = 0.5
@@ -40,7 +40,7 @@ class JobReport:
 class Target:
     """What a command was pointed at."""
 
-    run: Path | None  # None: a job whose run is not known here
+    run: Path  # the run's folder, or a sweep's
     jobs: tuple[SubmittedJob, ...]  # of the newest submission
 
 
@@ -62,7 +62,15 @@ def find(text: str) -> Target:
     if home is None or not jobs:
         raise SlurmError(f"{text}: Slurm knows no such job of a run; give the run's folder")
     whole = jobs[-1]
-    return Target(home, (whole if whole.job == text else whole.element(text),))
+    if whole.job == text:
+        return Target(home, (whole,))
+    return Target(element_folders(home).get(text, home), (whole.element(text),))
+
+
+def element_folders(sweep: Path) -> dict[str, Path]:
+    """The runs of a sweep: their folders, by the number of their jobs such as 12_3; none where it is a single run."""
+    homes = [file.parents[1] for file in sorted(sweep.glob(f"*/{FOLDER}/{NAME}"))]
+    return {job.job: home for home in homes for job in read_jobs(home) if job.trains}
 
 
 def report(target: Target) -> list[JobReport]:
@@ -119,7 +127,6 @@ def log_file(target: Target, rank: int | None) -> Path:
         raise SlurmError(f"job {job.job} is an array of {job.elements} runs; give one run's folder, or {job.job}_0")
     if rank is None:
         return Path(job.output)
-    assert target.run is not None
     file = target.run / "logs" / f"rank-{rank:05d}.log"
     if not file.is_file():
         there = sorted(int(each.stem.rpartition("-")[2]) for each in file.parent.glob("rank-*.log"))

@@ -49,3 +49,21 @@ def test_addresses_without_a_login_are_no_matter(tmp_path: Path) -> None:
     for address in ("http://host:5000", "postgresql://me@host/db", "sqlite:////a/b@c.db"):
         values = crosslift._load_values(values_of(tmp_path, tracking={"uri": address}), [])
         assert values["tracking"]["uri"] == address
+
+
+def test_all_that_a_run_reads_is_looked_for_on_each_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it lies in data_dir or not: absolute files need none."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/a.jsonl", "other/b.jsonl", "globbed/deep/c.jsonl", "[x]/d.jsonl", "tokens/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    files = [f"{tmp_path}/other/b.jsonl", f"{tmp_path}/globbed/*/c.jsonl", "[x]/d.jsonl", "s3://bucket/e.jsonl"]
+    expected = [tmp_path / "tokens", tmp_path / "other" / "b.jsonl", tmp_path / "globbed", tmp_path / "[x]" / "d.jsonl"]
+    changes = {"tokenizer": {"path": "tokens"}, "model": {"path": "some/hub-name"}}
+    config = values_of(tmp_path, {"files": files}, **changes)
+    assert crosslift._files_read(crosslift._load_values(config, ["data_dir=null"])) == expected
+    inside = values_of(tmp_path, {"files": ["a.jsonl", "{data_dir}/*.jsonl", *files[:1]]}, **changes)
+    values = crosslift._load_values(inside, ["data_dir=data"])
+    assert crosslift._files_read(values) == [tmp_path / "data", *expected[:2]]
+    values["data"]["sources"][0] |= {"files": None, "hub": str(tmp_path / "globbed")}
+    assert crosslift._files_read(values) == [tmp_path / "data", tmp_path / "tokens", tmp_path / "globbed"]

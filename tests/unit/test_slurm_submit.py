@@ -83,7 +83,10 @@ def cli(slurm: FakeSlurm, checked: Checked) -> Cli:
         given = dict(each.partition("=")[::2] for each in overrides)
         return {**yaml.safe_load(config.read_text()), **given}
 
-    rooms = Rooms(load, checked, lambda values: [Path("/data")], lambda run: "step 3 of 9", lambda: ["eval", "score"],
+    def progress(run: Path) -> str | None:
+        return None if list(run.glob("0-*")) else "step 3 of 9"  # a sweep has no record of its own
+
+    rooms = Rooms(load, checked, lambda values: [Path("/data")], progress, lambda: ["eval", "score"],
                   lambda: {"commit": "c0ffee", "dirty": "false"})  # fmt: skip
     app = typer.Typer(pretty_exceptions_enable=False)
     add_commands(app, rooms)
@@ -422,6 +425,32 @@ def test_status_of_queued_past_and_forgotten_jobs(cli: Cli, slurm: FakeSlurm, qu
         ("FAILED", "1:0", 2),
         ("UNKNOWN", None, None),
     ]
+
+
+def test_status_of_a_sweep_has_each_runs_step(cli: Cli, slurm: FakeSlurm) -> None:
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--then", "score x").status == 0
+    slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    assert cli("status", "runs/run").out.splitlines() == [
+        "job 12_0 (train): running for 1:02 on n1; step 3 of 9",
+        "job 12_1 (train): pending (Priority) for 0:00; step 3 of 9",
+        "job 13 (score x): pending (Dependency) for 0:00",
+    ]
+    found = json.loads(cli("status", "runs/run", "--json").out)
+    assert [found["progress"], *(job["progress"] for job in found["jobs"])] == [
+        None,
+        "step 3 of 9",
+        "step 3 of 9",
+        None,
+    ]
+
+
+def test_an_element_of_a_sweep_is_found_by_its_number(cli: Cli, slurm: FakeSlurm) -> None:
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2").status == 0
+    slurm.says("scontrol", f"JobId=12\n   StdOut={submitted(Path('runs/run').absolute())}/train-12_1.out\n")
+    log = Path("runs/run/1-seed=2/logs/rank-00000.log")
+    log.parent.mkdir()
+    log.write_text("rank 0 of it\n")
+    assert cli("logs", "12_1", "--rank", 0).out == "rank 0 of it\n"
 
 
 def test_a_job_is_found_by_its_number(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
