@@ -26,7 +26,7 @@ SCRIPTS_OWN = re.compile(
     r"|SIGNAL|WAIT.*|CPUS_PER_.*)"
 )
 RENAMED = {"TIME": "TIMELIMIT"}  # variables with another name than the option
-CHECKPOINT_FIRST = ("--batch", "--signal=HUP")  # what the batch script of a training waits for; see `render.py`
+CHECKPOINT_FIRST = ("--batch", "--signal=ALRM")  # what the batch script of a training waits for; see `render.py`
 ENDED = ("Invalid job id", "already completing or completed")
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 

@@ -193,14 +193,14 @@ def _every_node(spec: JobSpec) -> str:
 
 _STEP_BEGINS = """
 # This shell outlives the signals that end a job, to see how its step ended. Slurm signals the step's processes itself.
-# HUP is `crosslift cancel`, for this shell alone: plain scancel gives ranks KillWait to save, and a TERM that reaches
-# srun has them killed at once.
+# ALRM is `crosslift cancel`, for this shell alone: plain scancel gives ranks KillWait to save, and a TERM that reaches
+# srun has them killed at once. (A shell cannot trap HUP where slurmd was started with nohup.)
 rm -f "$outcome"
 step= ended= cancelled= interrupted=
-stop() { interrupted=1; if [ -n "$step" ]; then kill -USR1 "$step"; fi; }
+stop() { interrupted=1; if [ -n "$step" ]; then kill -USR1 "$step" 2> /dev/null; fi; }
 trap 'ended=1 interrupted=1' TERM
 trap 'stop' USR1 USR2
-trap 'ended=1 cancelled=1; stop' HUP"""
+trap 'ended=1 cancelled=1; stop' ALRM"""
 
 # Each node looks for its own interpreter first: Slurm's own message about a missing one does not help. The first node
 # that ends with an error has the others killed: it waits until they have said what they lack, and all end alike.

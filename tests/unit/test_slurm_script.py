@@ -269,7 +269,7 @@ def test_a_signal_to_the_script_reaches_the_step(tmp_path: Path, slurm: FakeSlur
 
 SAVES = """#!/bin/bash
 trap 'sleep 0.3; printf 75 > {outcome}; exit 0' USR1
-trap 'echo killed; exit 143' TERM HUP
+trap 'echo killed; exit 143' TERM ALRM
 touch {started}
 for ((i = 0; i < 500; i++)); do sleep 0.02; done
 """
@@ -278,12 +278,12 @@ for ((i = 0; i < 500; i++)); do sleep 0.02; done
 def test_cancelled_it_waits_for_the_checkpoint_and_does_not_requeue(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
 ) -> None:
-    """`crosslift cancel` is HUP, for the script alone. Slurm would call a job failed that ends with 75 by itself."""
+    """`crosslift cancel` is ALRM, for the script alone. Slurm would call a job failed that ends with 75 by itself."""
     spec, started = make_spec(tmp_path / "s"), tmp_path / "started"
     (slurm.path / "srun").write_text(SAVES.format(outcome=spec.folder / f"outcome-{JOB}", started=started))
     process = run_script(spec)
     wait_for(started.exists, seconds=30)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGALRM)
     status, said = end(process)
     assert (status, said) == (75, "crosslift: job 12 was ended from outside; it does not requeue itself\n")
     assert requeued(slurm) == []

@@ -524,7 +524,7 @@ def test_a_training_that_runs_is_told_to_save_instead(cli: Cli, slurm: FakeSlurm
     assert cli("cancel", queued).out.splitlines() == [
         "cancelled: job 13", "job 12 saves a checkpoint and ends (`scancel 12` does not wait for it)",
     ]  # fmt: skip
-    assert slurm.calls("scancel") == [["13"], ["--batch", "--signal=HUP", "12"]]
+    assert slurm.calls("scancel") == [["13"], ["--batch", "--signal=ALRM", "12"]]
 
 
 def test_of_a_sweep_each_run_is_cancelled_by_its_state(cli: Cli, slurm: FakeSlurm) -> None:
@@ -533,4 +533,4 @@ def test_of_a_sweep_each_run_is_cancelled_by_its_state(cli: Cli, slurm: FakeSlur
     slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|RUNNING|None|1:02|n1\n12_2|PENDING|Priority|0:00|\n"
                          "13_0|RUNNING|None|0:01|n1\n")  # fmt: skip
     assert cli("cancel", "runs/run").out.startswith("cancelled: job 13, job 12_2\njob 12_0 saves")
-    assert slurm.calls("scancel") == [["13", "12_2"], ["--batch", "--signal=HUP", "12_0", "12_1"]]
+    assert slurm.calls("scancel") == [["13", "12_2"], ["--batch", "--signal=ALRM", "12_0", "12_1"]]
