@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from slurm import node
 from training.ops import prebuilt
@@ -185,7 +186,8 @@ def test_a_node_that_cannot_work_leaves_others_time_to_say_so_too(start: Start) 
     process = start("config.yaml", options=("--readable", "/not/there", "--nodes", "2"))
     assert process.stdout is not None
     assert "cannot read /not/there" in process.stdout.readline()
-    time.sleep(0.5)
+    status = Path(f"/proc/{process.pid}/status")
+    wait_for(lambda: "SigBlk:\t0000000000000000\n" in status.read_text())  # srun's signal will not be left waiting
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert ended(process) == (2, [])
