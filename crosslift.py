@@ -74,17 +74,22 @@ def check(
 def prefetch(
     config: Config,
     overrides: Overrides = None,
-    hf_home: Annotated[Path | None, typer.Option(help="shared cache for compute nodes; default: HF_HOME")] = None,
+    hf_home: Annotated[
+        Path | None, typer.Option(help="shared cache; default: HF_HOME of slurm.yaml's environment, or the shell's")
+    ] = None,
     tasks_dir: Annotated[Path | None, typer.Option(help="folder with mgsm_XX.tsv: also checked")] = None,
     build_ops: Annotated[bool, typer.Option("--build-ops", help="compile the DeepSpeed ops that it needs")] = False,
 ) -> None:
     """Model, tokenizer, data for nodes without a network. Example: crosslift prefetch CONFIG --hf-home /shared/hf"""
-    from training.prefetch import use_hf_home
+    from slurm.site import load_settings
+    from training.prefetch import use_caches, use_hf_home
     from training.run_file import load_config
 
     settings = load_config(config, overrides or [])
     if hf_home is not None:
         use_hf_home(hf_home)
+    else:
+        use_caches(load_settings({}).environment)
     from training import ops
     from training.prefetch import prefetch as fetch
 
@@ -223,12 +228,17 @@ def ui(
 
 
 def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    from training.run_file import load_config, resolved
+    from training.run_file import load_config, refuse_logins, resolved
 
-    return resolved(load_config(config, overrides))
+    settings = load_config(config, overrides)
+    refuse_logins(settings, config)
+    return resolved(settings)
 
 
 def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
+    from training.prefetch import use_variables
+
+    use_variables(job.environment)  # model and data as the job will find them, HF_HUB_OFFLINE included
     from training.check import check_run
     from training.run_file import validate
 
@@ -237,9 +247,9 @@ def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
 
 
 def _files_read(values: dict[str, Any]) -> list[Path]:
-    """What every node must find: the data, and model and tokenizer where they are folders and no hub names."""
-    names = [values["data_dir"], values["model"]["path"], values["tokenizer"]["path"]]
-    return [Path(name).absolute() for name in names if name and Path(name).exists()]
+    from training.inputs import paths_read
+
+    return paths_read(values)
 
 
 def _progress_of(run: Path) -> str | None:

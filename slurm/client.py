@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from slurm.errors import SlurmError
@@ -20,11 +20,14 @@ from slurm.errors import SlurmError
 SECONDS = 60.0  # for one answer
 PLAIN_NUMBER = re.compile(r"(\d+)(?:;([\w.-]+))?")
 SENTENCE = re.compile(r"Submitted batch job (\d+)(?: on cluster ([\w.-]+))?")
-# What sbatch would read from the shell in place of what the script says.
-SCRIPT_OPTIONS = re.compile(
-    r"SBATCH_(ARRAY_INX|CHDIR|DEPENDENCY|EXPORT|GPUS.*|JOB_NAME|MEM_.*|NO_REQUEUE|OPEN_MODE|OUTPUT|REQUEUE|SIGNAL|WAIT.*"
-    r"|PARTITION|ACCOUNT|QOS|TIMELIMIT|CPUS_PER_.*)"
+# What sbatch would read from the shell although the script rests on its own; besides, whatever a script's options say.
+SCRIPTS_OWN = re.compile(
+    r"SBATCH_(ARRAY_INX|CHDIR|DEPENDENCY|ERROR|EXPORT|GPUS.*|INPUT|JOB_NAME|MEM_.*|NO_REQUEUE|OPEN_MODE|OUTPUT|REQUEUE"
+    r"|SIGNAL|WAIT.*|CPUS_PER_.*)"
 )
+RENAMED = {"TIME": "TIMELIMIT"}  # variables with another name than the option
+CHECKPOINT_FIRST = ("--batch", "--signal=ALRM")  # what the batch script of a training waits for; see `render.py`
+ENDED = ("Invalid job id", "already completing or completed")
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
@@ -52,27 +55,31 @@ class JobState:
     exit: str | None = None
 
 
-def submit(script: str) -> JobId:
-    """`sbatch SCRIPT`.
+def submit(script: str, options: Collection[str] = (), cluster: str | None = None) -> JobId:
+    """`sbatch SCRIPT`, to a cluster of several where one is named.
+
+    `options` are the names of those that the script sets. sbatch would rather go by a variable of the shell.
 
     Raises:
         SlurmError: it was refused, with Slurm's reason; or there is no sbatch.
     """
+    upper = (option.upper().replace("-", "_") for option in options)
+    said = {f"SBATCH_{RENAMED.get(name, name)}" for name in upper}
     # A job that is submitted from within another one must not take over that one's shape.
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not (name.startswith("SLURM_") and name not in KEPT) and not SCRIPT_OPTIONS.fullmatch(name)
+        if not (name.startswith("SLURM_") and name not in KEPT) and not SCRIPTS_OWN.fullmatch(name) and name not in said
     }
-    answer = _call(sbatch_command(script), clean)
+    answer = _call(sbatch_command(script, cluster), clean)
     if answer.returncode != 0:
         raise SlurmError(f"sbatch refused the job: {_reason(answer.stderr) or 'it gave no reason'}")
     return job_id(answer.stdout)
 
 
-def sbatch_command(script: str) -> list[str]:
+def sbatch_command(script: str, cluster: str | None = None) -> list[str]:
     """The command that submits a script."""
-    return ["sbatch", "--parsable", script]
+    return ["sbatch", "--parsable", *_cluster(cluster), script]
 
 
 def job_id(output: str) -> JobId:
@@ -159,11 +166,11 @@ def output_file(job: JobId) -> str | None:
     return found[1] if found else None
 
 
-def cancel(jobs: Sequence[JobId]) -> None:
-    """`scancel`; jobs that have ended meanwhile are no error."""
+def cancel(jobs: Sequence[JobId], *options: str) -> None:
+    """`scancel`, with options such as CHECKPOINT_FIRST; jobs that have ended meanwhile are no error."""
     for cluster, numbers in _by_cluster(jobs):
-        answer = _call(["scancel", *_cluster(cluster), *numbers])
-        if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
+        answer = _call(["scancel", *options, *_cluster(cluster), *numbers])
+        if answer.returncode != 0 and not any(each in answer.stderr for each in ENDED):
             raise SlurmError(f"scancel: {_reason(answer.stderr)}")
 
 

@@ -91,16 +91,19 @@ def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
     @app.command()
     def status(run: Target, as_json: Annotated[bool, typer.Option("--json", help="the jobs as JSON")] = False) -> None:
         """What a run's jobs are doing. Example: crosslift status runs/llama-8b-shifcon"""
-        from slurm.jobs import find, report
+        from slurm.jobs import element_folders, find, report
 
         target = find(run)
         reports = report(target)
-        progress = rooms.progress(target.run) if target.run is not None else None
+        progress = rooms.progress(target.run)
+        of_elements = {job: rooms.progress(folder) for job, folder in element_folders(target.run).items()}
         if as_json:
-            print(json.dumps({"progress": progress, "jobs": [asdict(each) for each in reports]}, ensure_ascii=False))
+            found = [{**asdict(each), "progress": of_elements.get(each.job)} for each in reports]
+            print(json.dumps({"progress": progress, "jobs": found}, ensure_ascii=False))
             return
         for each in reports:
-            print(_line(each))
+            steps = of_elements.get(each.job)
+            print(f"{_line(each)}; {steps}" if steps else _line(each))
         if progress:
             print(progress)
 
@@ -122,8 +125,13 @@ def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
         """End a run's jobs, after a checkpoint. Example: crosslift cancel runs/llama-8b-shifcon"""
         from slurm.jobs import cancel, find
 
-        ended = cancel(find(run))
-        print(f"cancelled: {', '.join(f'job {job}' for job in ended)}" if ended else "no job is pending or running")
+        ended, saving = cancel(find(run))
+        if ended:
+            print(f"cancelled: {', '.join(f'job {job}' for job in ended)}")
+        for job in saving:
+            print(f"job {job} saves a checkpoint and ends (`scancel {job}` does not wait for it)")
+        if not ended and not saving:
+            print("no job is pending or running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,8 @@ def _request(rooms: Rooms, config: Path, overrides: Sequence[str], options: dict
     from slurm.submit import Request, Run, following
     from slurm.sweep import points
 
+    if sweep.offline:
+        options = {**options, "environment": {"HF_HUB_OFFLINE": "1"}}
     settings = load_settings(options)
     if settings.gpus_per_node is None:
         raise SlurmError("--gpus-per-node: not given, nor in slurm.yaml; 0 means ranks on CPUs")
@@ -158,7 +168,7 @@ def _request(rooms: Rooms, config: Path, overrides: Sequence[str], options: dict
         runs.append(Run(home, {**values, "output_dir": str(home)}, tuple(rooms.readable(values))))
     return Request(
         folder, tuple(runs), settings, array=bool(sweep.array), array_limit=sweep.array_limit, after=sweep.after,
-        then=then, offline=sweep.offline, git=rooms.git_state(),
+        then=then, git=rooms.git_state(),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from slurm.client import JobId
@@ -30,11 +30,16 @@ class SubmittedJob:
     submission: str  # folder below slurm/
     cluster: str | None = None
     elements: int = 1
+    array: bool = False  # be it of one element
     time: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     @property
     def id(self) -> JobId:
         return JobId(self.job, self.cluster)
+
+    def element(self, job: str) -> SubmittedJob:
+        """One element of the array, by its number such as 12_3."""
+        return replace(self, job=job, output=self.output.replace("%A_%a", job), elements=1, array=False)
 
     @property
     def trains(self) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from slurm import client
 from slurm.client import JobId, JobState
 from slurm.errors import SlurmError
-from slurm.history import SubmittedJob, read_jobs
+from slurm.history import FOLDER, NAME, SubmittedJob, read_jobs
 from slurm.spec import JOB
 
 FOLLOW_SECONDS = 0.5
@@ -40,7 +40,7 @@ class JobReport:
 class Target:
     """What a command was pointed at."""
 
-    run: Path | None  # None: a job whose run is not known here
+    run: Path  # the run's folder, or a sweep's
     jobs: tuple[SubmittedJob, ...]  # of the newest submission
 
 
@@ -62,8 +62,15 @@ def find(text: str) -> Target:
     if home is None or not jobs:
         raise SlurmError(f"{text}: Slurm knows no such job of a run; give the run's folder")
     whole = jobs[-1]
-    return Target(home, (whole,) if whole.job == text else (SubmittedJob(text, whole.what, whole.output.replace(
-        "%A_%a", text), whole.submission, whole.cluster, 1, whole.time),))  # fmt: skip
+    if whole.job == text:
+        return Target(home, (whole,))
+    return Target(element_folders(home).get(text, home), (whole.element(text),))
+
+
+def element_folders(sweep: Path) -> dict[str, Path]:
+    """The runs of a sweep: their folders, by the number of their jobs such as 12_3; none where it is a single run."""
+    homes = [file.parents[1] for file in sorted(sweep.glob(f"*/{FOLDER}/{NAME}"))]
+    return {job.job: home for home in homes for job in read_jobs(home) if job.trains}
 
 
 def report(target: Target) -> list[JobReport]:
@@ -92,12 +99,21 @@ def _report(job: SubmittedJob, state: JobState) -> JobReport:
     )  # fmt: skip
 
 
-def cancel(target: Target) -> list[str]:
-    """End what is pending or running of these jobs; their numbers."""
-    active = [job for job in target.jobs if any(belongs(each, job) for each in client.queued([job.id]))]
-    # What waits for a job goes first, or it would be cancelled by Slurm in between.
-    client.cancel([job.id for job in reversed(active)])
-    return [job.job for job in active]
+def cancel(target: Target) -> tuple[list[str], list[str]]:
+    """End what is pending or running of these jobs: numbers of those that ended, and of those that save first."""
+    at_once: list[JobId] = []
+    saving: list[JobId] = []
+    for job in reversed(target.jobs):  # what waits for a job goes first, or it would be cancelled by Slurm in between
+        states = [each for each in client.queued([job.id]) if belongs(each, job)]
+        running = [JobId(each.job, job.cluster) for each in states if job.trains and each.state == "RUNNING"]
+        saving += running
+        if running:
+            at_once += [JobId(each.job, job.cluster) for each in states if each.state != "RUNNING"]
+        elif states:
+            at_once.append(job.id)
+    client.cancel(at_once)
+    client.cancel(saving, *client.CHECKPOINT_FIRST)
+    return [job.number for job in at_once], [job.number for job in saving]
 
 
 def log_file(target: Target, rank: int | None) -> Path:
@@ -107,11 +123,10 @@ def log_file(target: Target, rank: int | None) -> Path:
         SlurmError: it is not there (yet), or an array's element has to be chosen.
     """
     job = next(job for job in target.jobs)
-    if job.elements > 1:
+    if job.array:
         raise SlurmError(f"job {job.job} is an array of {job.elements} runs; give one run's folder, or {job.job}_0")
     if rank is None:
         return Path(job.output)
-    assert target.run is not None
     file = target.run / "logs" / f"rank-{rank:05d}.log"
     if not file.is_file():
         there = sorted(int(each.stem.rpartition("-")[2]) for each in file.parent.glob("rank-*.log"))

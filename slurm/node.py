@@ -11,12 +11,18 @@ the outcome file, which the batch script reads on the same machine.
 
 from __future__ import annotations
 
+import signal
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+if __name__ == "__main__":  # before all else: one that came now would end this program with a status of its own
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+# ruff: noqa: E402
 import argparse
 import fcntl
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -26,7 +32,6 @@ import time
 from pathlib import Path
 
 STOPPED, USER_ERROR = 75, 2
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 OLDEST_PYTHON = (3, 11)
 NEEDED = ("torch", "deepspeed", "transformers", "pydantic", "yaml", "typer")
 OTHERS_SPEAK_SECONDS = 5  # a node that cannot work ends so late: srun then kills the others, which may have a say too
@@ -42,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, lambda *_: os._exit(USER_ERROR))
         for problem in problems:
             print(f"crosslift: node {node.name}: {problem}", file=sys.stderr, flush=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if options.nodes > 1:
             time.sleep(OTHERS_SPEAK_SECONDS)
         return USER_ERROR

@@ -26,7 +26,7 @@ def render(spec: JobSpec) -> str:
     parts = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={sbatch_quoted(value)}"
-          for name, value in _options(spec)),
+          for name, value in options(spec)),
         f"# {_headline(spec)}. Written by `crosslift submit`.",
         *_setup(spec),
         *_values(spec),
@@ -42,11 +42,11 @@ def sbatch_quoted(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
+def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
     """Options of sbatch: (name, value), without a value for a switch."""
-    chosen, nodes = spec.settings, nodes_of(spec)
+    chosen = spec.settings
     yield "job-name", spec.name
-    yield "nodes", str(nodes)
+    yield "nodes", str(chosen.nodes if spec.kind == "train" else 1)  # a command other than training runs on one
     yield "ntasks-per-node", "1"  # a launcher, which starts the node's ranks
     if gpus := gpus_of(spec):
         yield "gpus-per-node", str(gpus)
@@ -80,11 +80,6 @@ def slurm_file(spec: JobSpec) -> str:
     """The output file's pattern, with `%` doubled where it is a letter of the folder's name."""
     path = spec.output()
     return f"{str(path.parent).replace('%', '%%')}/{path.name}"
-
-
-def nodes_of(spec: JobSpec) -> int:
-    """Nodes of a job; a command other than training runs on one."""
-    return spec.settings.nodes if spec.kind == "train" else 1
 
 
 def gpus_of(spec: JobSpec) -> int:
@@ -129,8 +124,6 @@ def _values(spec: JobSpec) -> Iterator[str]:
         yield from _element(spec.elements[0])
     for name, value in spec.settings.environment.items():
         yield f"export {name}={shlex.quote(value)}"
-    if spec.offline:
-        yield "export HF_HUB_OFFLINE=1"
 
 
 def _element(element: Element) -> list[str]:
@@ -143,6 +136,8 @@ def _element(element: Element) -> list[str]:
 
 
 _MEETING = f"""
+# As many nodes as the job really has: while it was pending, somebody may have given it another number.
+nodes=$SLURM_JOB_NUM_NODES
 # Where the nodes meet: on the first one, where this script runs, at a port that nobody listens on.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))
@@ -177,7 +172,7 @@ def _step(spec: JobSpec) -> str:
     if spec.kind == "train":
         node = [
             '--outcome="$outcome" --host="$host" --port="$port"',
-            f"--nodes={settings.nodes} --nproc={settings.ranks}",
+            f'--nodes="$nodes" --nproc={settings.ranks}',
         ]
     else:
         node = ["--command"]
@@ -192,15 +187,20 @@ def _step(spec: JobSpec) -> str:
 
 
 def _every_node(spec: JobSpec) -> str:
-    return f"--nodes={nodes_of(spec)} --ntasks={nodes_of(spec)} --ntasks-per-node=1"
+    nodes = '"$nodes"' if spec.kind == "train" else "1"
+    return f"--nodes={nodes} --ntasks={nodes} --ntasks-per-node=1"
 
 
 _STEP_BEGINS = """
 # This shell outlives the signals that end a job, to see how its step ended. Slurm signals the step's processes itself.
+# ALRM is `crosslift cancel`, for this shell alone: plain scancel gives ranks KillWait to save, and a TERM that reaches
+# srun has them killed at once. (A shell cannot trap HUP where slurmd was started with nohup.)
 rm -f "$outcome"
-ended= interrupted=
+step= ended= cancelled= interrupted=
+stop() { interrupted=1; if [ -n "$step" ]; then kill -USR1 "$step" 2> /dev/null; fi; }
 trap 'ended=1 interrupted=1' TERM
-trap 'interrupted=1; kill -USR1 "$step"' USR1 USR2"""
+trap 'stop' USR1 USR2
+trap 'ended=1 cancelled=1; stop' ALRM"""
 
 # Each node looks for its own interpreter first: Slurm's own message about a missing one does not help. The first node
 # that ends with an error has the others killed: it waits until they have said what they lack, and all end alike.
@@ -212,6 +212,7 @@ _PROGRAM = f"""bash -c '
     exit 2' bash "$python" -u "$code/slurm/node.py\""""
 
 _WAIT = """step=$!
+if [ -n "$interrupted" ]; then stop; fi
 status=127
 while :; do
   interrupted=
@@ -248,6 +249,7 @@ if [ -n "$again" ]; then
     echo "crosslift: job $job $again, but cannot be requeued here; the same command goes on" >&2
   fi
 fi
+if [ -n "$cancelled" ] && [ "$status" != 0 ]; then scancel "$job"; fi  # so that Slurm calls it that, and not failed
 rm -f "$outcome"
 exit "$status\""""
 

@@ -3,7 +3,8 @@
 In: up to two YAML files and options. Out: JobSettings, with every mistake named by its file or option.
 Next: `submit.py`.
 
-The later one wins key by key; `environment` and `sbatch` are merged by their own keys, and null takes a default away.
+The later one wins key by key; `container`, `environment` and `sbatch` are merged by their own keys, and null takes a
+default away.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from slurm.errors import SlurmError, mistakes
 from slurm.spec import JobSettings
 
-MERGED = ("environment", "sbatch")
+MERGED = ("container", "environment", "sbatch")
 PROJECT_FILE = Path("slurm.yaml")
 
 

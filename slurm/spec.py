@@ -20,7 +20,11 @@ TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+SECRET = re.compile(
+    r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)$", re.IGNORECASE
+)  # as training/logs.py hides them
+LOGIN = re.compile(r"://[^/@\s]+:[^/@\s]+@|https?://[^/@\s]+@", re.IGNORECASE)
+NOT_IN_SCRIPTS = "and job scripts are files; set it in the shell that submits, from which jobs inherit it"
 JOB = re.compile(r"\d+(_\d+)?")
 # Options of sbatch that the rest of the job rests on, and the key to use instead where there is one.
 OWN_OPTIONS = {
@@ -137,10 +141,9 @@ class JobSettings(Section):
             if not VARIABLE.fullmatch(name):
                 raise ValueError(f"environment: {name!r} is no name of a variable")
             if SECRET.search(name):
-                raise ValueError(
-                    f"environment: {name} looks secret, and job scripts are files; set it in the shell that submits, "
-                    "from which jobs inherit it"
-                )
+                raise ValueError(f"environment: {name} looks secret, {NOT_IN_SCRIPTS}")
+            if LOGIN.search(self.environment[name]):
+                raise ValueError(f"environment: {name} holds an address with a login, {NOT_IN_SCRIPTS}")
             if "\0" in self.environment[name]:
                 raise ValueError(f"environment: {name} holds a NUL character")
         for name, value in self.sbatch.items():
@@ -202,7 +205,6 @@ class JobSpec(Section):
     array_limit: int | None = Field(None, ge=1, description="elements that run at a time")
     after: tuple[Annotated[str, AfterValidator(printable)], ...] = Field((), description="jobs that must succeed first")
     elementwise: bool = Field(False, description="element i waits for element i of the jobs before")
-    offline: bool = Field(False, description="no Hugging Face hub on the nodes")
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:

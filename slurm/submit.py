@@ -29,7 +29,7 @@ from slurm.client import JobId
 from slurm.errors import SlurmError, mistakes
 from slurm.freeze import freeze_config, freeze_source
 from slurm.history import SubmittedJob, add_jobs, one_submission, read_jobs, slurm_folder
-from slurm.render import render
+from slurm.render import options, render
 from slurm.spec import Element, JobSettings, JobSpec, printable
 
 RUN = "{run}"  # in a command that follows: the run's folder
@@ -56,7 +56,6 @@ class Request:
     array_limit: int | None = None
     after: tuple[str, ...] = ()
     then: tuple[tuple[str, ...], ...] = ()  # words of crosslift commands
-    offline: bool = False
     git: dict[str, str] = field(default_factory=dict)  # state of the source: commit, dirty
 
 
@@ -114,7 +113,6 @@ def job_specs(request: Request, folder: Path) -> list[JobSpec]:
     python = chosen.python or ("python3" if chosen.container else sys.executable)
     common: dict[str, Any] = {
         "settings": chosen, "folder": folder, "code": folder / "code", "chdir": Path.cwd(), "python": python,
-        "offline": request.offline,
     }  # fmt: skip
     try:
         train = JobSpec(
@@ -173,10 +171,12 @@ def _queue(spec: JobSpec, before: Sequence[SubmittedJob]) -> SubmittedJob:
     if before:
         spec = JobSpec.model_validate({**dict(spec), "after": (before[-1].job,)})
     spec.script.write_text(render(spec), encoding="utf-8")
-    job = client.submit(str(spec.script))
+    # A job's number means nothing on another cluster.
+    cluster = before[-1].cluster if before else None
+    job = client.submit(str(spec.script), [name for name, _ in options(spec)], cluster)
     what = "train" if spec.kind == "train" else shlex.join(spec.elements[0].arguments)
     output = str(spec.output() if spec.array else spec.output(job.number))
-    return SubmittedJob(job.number, what, output, spec.folder.name, job.cluster, len(spec.elements))
+    return SubmittedJob(job.number, what, output, spec.folder.name, job.cluster, len(spec.elements), spec.array)
 
 
 def _freeze(request: Request, folder: Path) -> None:
@@ -198,12 +198,7 @@ def _note(request: Request, jobs: Sequence[SubmittedJob]) -> None:
     """Into the run's folder, and each element's own job into the element's."""
     add_jobs(request.folder, jobs)
     for number, run in enumerate(request.runs if request.array else ()):
-        add_jobs(run.folder, [_element_of(job, number) for job in jobs if job.elements == len(request.runs)])
-
-
-def _element_of(job: SubmittedJob, number: int) -> SubmittedJob:
-    output = job.output.replace("%A_%a", f"{job.job}_{number}")
-    return SubmittedJob(f"{job.job}_{number}", job.what, output, job.submission, job.cluster, 1, job.time)
+        add_jobs(run.folder, [job.element(f"{job.job}_{number}") for job in jobs if job.array])
 
 
 def _take_back(jobs: Sequence[SubmittedJob], *folders: Path) -> None:

@@ -45,7 +45,7 @@ def points(texts: Sequence[str]) -> list[Point]:
     found = []
     for number, chosen in enumerate(itertools.product(*axes.values())):
         overrides = tuple(f"{key}={value}" for key, value in zip(axes, chosen, strict=True))
-        plain = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(overrides))[:LONGEST_NAME]
+        plain = re.sub(r"[^A-Za-z0-9_.=+-]", "_", "+".join(overrides))[:LONGEST_NAME]  # no comma: containers mount it
         found.append(Point(f"{number}-{plain}", overrides))
     if len(found) > LARGEST:
         raise SlurmError(f"--array: {len(found)} elements; at most {LARGEST}")

@@ -1,8 +1,8 @@
 """Slurm's programs as files on PATH that do what a test says, for what a real cluster cannot show at will.
 
 Each writes its arguments down and prints what stands in `NAME.out` and `NAME.err`, with the status in `NAME.status`.
-`srun` starts what it is given, as the only node, unless a test gives it a status; `sbatch` runs the script where
-`runs_jobs` is set. To be read without any room of the project.
+`srun` starts what it is given, as the only node, unless a test gives it a status; `sbatch` numbers jobs from 12 on, and
+runs the script where `runs_jobs` is set. To be read without any room of the project.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ if name == "srun":
     for word in words:
         if word.startswith("--outcome=") and said("outcome"):
             pathlib.Path(word.partition("=")[2]).write_text(said("outcome"))
+number = str(11 + len((home / (name + ".calls")).read_text().splitlines()))
 if name == "sbatch" and said("runs_jobs"):
-    job = {{"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "localhost", "SLURMD_NODENAME": "n1"}}
+    job = {{"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1",
+           "SLURMD_NODENAME": "n1"}}
     status = subprocess.call(["bash", sys.argv[-1]], env={{**os.environ, **job}}, stdout=(home / "job.out").open("w"),
                              stderr=subprocess.STDOUT)
     (home / "job.status").write_text(str(status))
-sys.stdout.write(said("out"))
+sys.stdout.write(said("out", number + "\\n" if name == "sbatch" else ""))
 sys.stderr.write(said("err"))
 sys.exit(int(said("status", "0")))
 """
@@ -59,7 +61,6 @@ class FakeSlurm:
             program = self.path / name
             program.write_text(PROGRAM.format(python=sys.executable, folder=str(folder)))
             program.chmod(program.stat().st_mode | stat.S_IEXEC)
-        self.says("sbatch", "12\n")
         self.says("scontrol", "localhost\n")
         self.says("sacct", "", "sacct: error: Slurm accounting storage is disabled\n", 1)
 

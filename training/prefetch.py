@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,24 @@ if TYPE_CHECKING:
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # Places that the hub's libraries would rather use than HF_HOME.
 ELSEWHERE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE")
+MEANT_FOR_HUB = ("HF_", "HUGGINGFACE_")  # beginnings of names
+
+
+def use_variables(variables: Mapping[str, str]) -> None:
+    """From now on the hub's libraries go by those of a job's variables that are meant for them.
+
+    Call it before anything of the hub is imported; again with the same ones does no harm.
+    """
+    chosen = {name: value for name, value in variables.items() if name.startswith(MEANT_FOR_HUB)}
+    if any(os.environ.get(name) != value for name, value in chosen.items()):
+        _not_imported()
+        os.environ.update(chosen)
+
+
+def use_caches(variables: Mapping[str, str]) -> None:
+    """From now on the cache is where jobs with these variables look for it; as `use_hf_home` else."""
+    _keep_login()
+    use_variables({name: variables[name] for name in ("HF_HOME", *ELSEWHERE) if name in variables})
 
 
 def use_hf_home(folder: Path) -> None:
@@ -37,17 +55,25 @@ def use_hf_home(folder: Path) -> None:
 
     The login stays where it is: a token is nothing for a shared folder. Raises ConfigError if it cannot be written.
     """
-    if "huggingface_hub" in sys.modules:
-        raise RuntimeError("huggingface_hub is imported already, and has read HF_HOME")
+    _not_imported()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--hf-home {folder}: cannot be written ({error.strerror}); choose another folder") from None
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    os.environ.setdefault("HF_TOKEN_PATH", str(home / "token"))
+    _keep_login()
     os.environ["HF_HOME"] = str(folder.resolve())
     for name in ELSEWHERE:
         os.environ.pop(name, None)
+
+
+def _keep_login() -> None:
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    os.environ.setdefault("HF_TOKEN_PATH", str(home / "token"))
+
+
+def _not_imported() -> None:
+    if "huggingface_hub" in sys.modules:
+        raise RuntimeError("huggingface_hub is imported already, and has read HF_HOME")
 
 
 def prefetch(config: RunConfig) -> Iterator[str]:
@@ -126,7 +152,8 @@ def _snapshot(key: str, name: str, wanted: tuple[str, ...], ignored: tuple[str, 
     try:
         planned = snapshot_download(name, dry_run=True, **patterns)  # type: ignore[call-overload]
         needed = sum(file.file_size for file in planned if file.will_download)
-        free = shutil.disk_usage(HF_HOME if Path(HF_HOME).exists() else Path(HF_HOME).parent).free
+        home = Path(HF_HOME).absolute()
+        free = shutil.disk_usage(next(each for each in (home, *home.parents) if each.exists())).free
         if needed > free:
             raise ConfigError(
                 f"{key} {name!r}: {_size(needed)} are to be fetched, but {HF_HOME} has {_size(free)} left; "

@@ -1,7 +1,7 @@
-"""What a rank writes to stderr without logging: tracebacks, C++ aborts, NCCL. The launcher reads it.
+"""What a rank writes without logging: tracebacks, C++ aborts, NCCL. The launcher reads it, and hides secrets in it.
 
-In: the rank's stderr, a pipe. Out: the launcher's own stderr, the rank's log, and events, of level CRITICAL
-where crosslift says why it ends, STDERR otherwise.
+In: the rank's stderr and stdout, pipes. Out: of stderr the launcher's own stderr, the rank's log, and events, of level
+CRITICAL where crosslift says why it ends, STDERR otherwise; of stdout the launcher's own stdout.
 Next: `merged_logs.py`. The launcher reads, since a process that aborts cannot look after its own last words.
 """
 
@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,11 +22,12 @@ OURS = "crosslift: "
 
 
 class RankOutput:
-    """Reads one rank's stderr in a thread."""
+    """Reads one rank's stderr and stdout, each in a thread."""
 
     def __init__(
         self,
-        pipe: IO[bytes],
+        stderr: IO[bytes],
+        stdout: IO[bytes],
         rank: int,
         output_dir: Path | None,
         secrets: Secrets,
@@ -35,23 +37,29 @@ class RankOutput:
         """`first_to_say` is asked before a rank's n-th line of the same words is shown, where they are our own."""
         self.spoke = False  # one of our own lines came: the rank has said why it ended
         self._said: Counter[str] = Counter()
-        self._pipe = pipe
+        self._stderr = stderr
+        self._stdout = stdout
         self._rank = rank
         self._secrets = secrets
         self._first_to_say = first_to_say
         self._step = step
         self._log = Appender(rank_log(output_dir, rank)) if output_dir else None
         self._events = Appender(part(output_dir, f"stderr-{rank:05d}")) if output_dir else None
-        self._thread = threading.Thread(target=self._read, name=f"stderr-{rank}", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._read, name=f"stderr-{rank}", daemon=True),
+            threading.Thread(target=self._pass_on, name=f"stdout-{rank}", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """After the rank's end: what it still said is shown."""
-        self._thread.join(CLOSE_SECONDS)
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
 
     def _read(self) -> None:
-        for line in self._pipe:
-            text = self._secrets.hidden(line.decode(errors="backslashreplace").rstrip("\n"))
+        for line in self._stderr:
+            text = self._text(line)
             self._show(text)
             text = text.rstrip("\r").rpartition("\r")[2]  # of a bar that redraws itself, how it ended
             if self._log is not None:
@@ -59,6 +67,14 @@ class RankOutput:
             if self._events is not None and text.strip():
                 level = "CRITICAL" if text.startswith(OURS) else "STDERR"
                 self._events.write(event(self._rank, level, self._step(), text))
+
+    def _pass_on(self) -> None:
+        for line in self._stdout:
+            with suppress(OSError, ValueError):  # nobody reads it any more; a full pipe would stop the rank
+                print(self._text(line), flush=True)
+
+    def _text(self, line: bytes) -> str:
+        return self._secrets.hidden(line.decode(errors="backslashreplace").rstrip("\n"))
 
     def _show(self, text: str) -> None:
         if text.startswith(OURS):

@@ -1,6 +1,6 @@
 """One rank's process: how it is started, what it is told, and how it is reached.
 
-In: a command and the rank's place. Out: a process whose stderr is read. Next: `launch.py`, which watches over it.
+In: a command and the rank's place. Out: a process whose output is read. Next: `launch.py`, which watches over it.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ class RankProcess:
         self._output_dir = output_dir
 
     def start(self, first_to_say: Callable[[str, int], bool]) -> None:
-        """Start it, and read its stderr."""
+        """Start it, and read what it writes."""
         terminal = os.dup(sys.stderr.fileno())
         try:
             # A session of its own: Ctrl-C reaches the launcher alone, which sends it once.
             self.process = subprocess.Popen(
-                self._command, env=self._environment(terminal), stderr=subprocess.PIPE, pass_fds=[terminal],
-                start_new_session=True,
+                self._command, env=self._environment(terminal), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                pass_fds=[terminal], start_new_session=True,
             )  # fmt: skip
         finally:
             os.close(terminal)
         assert self.process.stderr is not None
-        secrets = Secrets(os.environ)
+        assert self.process.stdout is not None
         self.output = RankOutput(
-            self.process.stderr, self.number, self._output_dir, secrets, first_to_say, self._step
+            self.process.stderr, self.process.stdout, self.number, self._output_dir, Secrets(os.environ), first_to_say,
+            self._step,
         )  # fmt: skip
 
     def ended(self) -> int | None:
@@ -81,6 +82,7 @@ class RankProcess:
         source = str(Path(__file__).resolve().parent.parent)
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return {
+            "PYTHONUNBUFFERED": "1",  # stdout is a pipe: what it prints shall be seen at once, and outlive a SIGKILL
             "OMP_NUM_THREADS": str(max(cpus // int(self._place["LOCAL_WORLD_SIZE"]), 1)),
             **os.environ,
             **self._place,

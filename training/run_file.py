@@ -69,6 +69,39 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return values
 
 
+def refuse_logins(config: RunConfig, origin: Path) -> None:
+    """For a job: it gets the config as `resolved` writes it, and would miss a login only when it runs.
+
+    Raises:
+        ConfigError: a line for every address with a login.
+    """
+    lines = []
+    for key, address in _logins(config.model_dump(mode="json")):
+        if key != "tracking.uri":
+            instead = (
+                "give it as its file system reads it (such as AWS_SECRET_ACCESS_KEY, or fsspec's FSSPEC_FTP_PASSWORD)"
+            )
+        elif address.startswith("http"):
+            instead = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        else:
+            instead = "give it as the database's driver reads it (such as PGPASSWORD)"
+        lines.append(
+            f"{origin}: {key}: holds a login, which is written into no job's files; leave it out, and {instead} in the "
+            "shell that submits, from which jobs inherit it"
+        )
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _logins(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(key, address) of all that `resolved` would not write as it is."""
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _logins(each, f"{path}.{key}".lstrip("."))
+    elif _without_logins(value) != value:
+        yield path, value
+
+
 def _without_logins(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_logins(each) for key, each in value.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fake_hub import SHA, Hub, serving
+from fake_slurm import FakeSlurm
 from tiny_run import LANGUAGES, PreparedRun, run_values, write_config
 
 from training.config import RunConfig
@@ -55,10 +56,26 @@ def crosslift(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )  # fmt: skip
 
 
+def site_file(folder: Path, cache: Path) -> dict[str, str]:
+    """Variables with which `crosslift` finds a site's file that gives jobs this HF_HOME."""
+    (folder / "crosslift").mkdir()
+    (folder / "crosslift" / "slurm.yaml").write_text(f"gpus_per_node: 0\nenvironment: {{HF_HOME: '{cache}'}}\n")
+    return {"XDG_CONFIG_HOME": str(folder)}
+
+
+def submit_offline(config: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """With a hub that is away, and a shell whose own cache holds nothing."""
+    slurm = FakeSlurm(folder / "fake")
+    return crosslift("submit", str(config), "--offline", HF_ENDPOINT="http://127.0.0.1:9", PATH=slurm.search_path,
+                     HF_HOME=str(folder / "mine"), **environment)  # fmt: skip
+
+
 def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path, tmp_path: Path) -> None:
+    """The cache is the one that the site's file gives to jobs, whatever the shell says."""
     config, cache = run_file(tmp_path, corpus), tmp_path / "shared cache"
+    site = site_file(tmp_path, cache)
     hub.asked.clear()
-    done = crosslift("prefetch", str(config), "--hf-home", str(cache), HF_ENDPOINT=hub.address)
+    done = crosslift("prefetch", str(config), HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "mine"), **site)
     assert (done.returncode, done.stderr) == (0, "")
     snapshot = cache / "hub" / f"models--{MODEL.replace('/', '--')}" / "snapshots" / SHA
     lines = done.stdout.splitlines()
@@ -73,11 +90,24 @@ def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path
     fetched = " ".join(path for method, path, _ in hub.asked if method == "GET")
     assert not any(name in fetched for name in ("consolidated", "onnx", "pytorch_model.bin", "README.md"))
 
+    submitted = submit_offline(config, tmp_path, **site)
+    assert submitted.returncode == 0, submitted.stderr
+    assert "ready to train" in submitted.stdout
+    assert not (tmp_path / "mine").exists()
+
     # Another address: nobody is there, and the job does not ask.
     gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     trained = crosslift("train", str(config), "--nproc", "1", **gone)
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_what_was_not_fetched_is_said_before_an_offline_job_is_queued(corpus: Path, tmp_path: Path) -> None:
+    refused = submit_offline(run_file(tmp_path, corpus), tmp_path, **site_file(tmp_path, tmp_path / "empty"))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert f"{DATA}: split 'train' cannot be loaded" in refused.stderr
+    assert "OfflineModeIsEnabled" in refused.stderr
+    assert not (tmp_path / "fake" / "sbatch.calls").exists()
 
 
 @pytest.mark.parametrize(

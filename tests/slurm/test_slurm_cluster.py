@@ -215,16 +215,26 @@ def test_cancelled_it_stays_cancelled(life: SlurmRun, reference: SlurmRun) -> No
     refused = crosslift("submit", life.config, "--gpus-per-node", 0, folder=life.folder, check=False)
     assert refused.returncode == 2
     assert f"job {life.job} of this run is running" in refused.stderr
-    assert crosslift("cancel", life.output, folder=life.folder).stdout == f"cancelled: job {life.job}\n"
+    before = life.last_step()
+    assert f"job {life.job} saves a checkpoint" in crosslift("cancel", life.output, folder=life.folder).stdout
     life.wait_for_state("CANCELLED")
+    assert life.cluster.job(life.job)["ExitCode"] == "75:0"  # its script's own end, not Slurm's KILL
     assert "it does not requeue itself" in life.log()
+    assert life.last_step() >= before
+    assert (life.output / "checkpoints" / f"step-{life.last_step():08d}" / "COMPLETE").is_file()
     same_so_far(life, reference)
 
 
 def test_it_goes_on_on_one_node_and_again_on_two(life: SlurmRun, reference: SlurmRun) -> None:
+    """On one node although it was submitted for two: the pending job is given another number."""
     before = life.last_step()
     assert life.cluster.state(life.job) == "CANCELLED"
-    life.submit(nodes=1)
+    site = life.folder / "slurm.yaml"
+    site.write_text("sbatch: {hold: true}\n")
+    life.submit(nodes=2)
+    site.unlink()
+    life.cluster.slurm("scontrol", "update", f"JobId={life.job}", "NumTasks=1", "NumNodes=1-1")
+    life.cluster.slurm("scontrol", "release", life.job)
     life.train_until(before + 2)
     assert lost_steps(life, before) == 0
     assert "on 1 ranks" in life.log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -130,10 +131,12 @@ def test_nothing_secret_is_written_or_shown(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     program = """
         with kept_logs(Path(FOLDER), rank):
             log.warning("login with %s at http://me:pass@host/x", os.environ["HF_TOKEN"])
             print(os.environ, file=sys.stderr)
+            print("printed", os.environ["HF_TOKEN"])
             try:
                 raise ValueError(os.environ["MLFLOW_TRACKING_PASSWORD"])
             except ValueError:
@@ -146,10 +149,24 @@ def test_nothing_secret_is_written_or_shown(
     everything = shown.out + shown.err + "".join(
         path.read_text() for path in (tmp_path / "logs").rglob("*") if path.is_file()
     )  # fmt: skip
+    assert shown.out == "printed <HF_TOKEN>\n" * 2
     assert "<HF_TOKEN>" in everything
     assert "http://...@host/x" in everything
     assert TOKEN not in everything
     assert PASSWORD not in everything
+
+
+def test_a_stdout_that_nobody_reads_any_more_stops_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `crosslift train CONFIG | head`; the pipe to the launcher holds less than what is printed."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    sys.stdout.close()
+    program = """
+        import signal
+        signal.alarm(30)
+        for _ in range(2000):
+            print("x" * 100)
+    """
+    assert run(tmp_path, program, nproc=1) == 0
 
 
 def test_only_names_of_secrets_are_hidden() -> None:

@@ -58,7 +58,7 @@ def test_without_sbatch_the_program_is_named(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_job_within_a_job_does_not_take_over_its_shape(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm.path / "sbatch").write_text("#!/bin/sh\nenv > " + str(slurm.folder / "seen") + "\necho 12\n")
-    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SBATCH_EXPORT"):
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_NO_REQUEUE", "SBATCH_EXPORT", "SBATCH_ERROR", "SBATCH_INPUT"):
         monkeypatch.setenv(name, "7")
     for name in ("SLURM_CONF", "SBATCH_RESERVATION", "HF_TOKEN"):
         monkeypatch.setenv(name, "8")
@@ -150,8 +150,9 @@ def test_a_job_that_nobody_remembers(slurm: FakeSlurm) -> None:
 def test_cancelling_what_has_ended_is_no_error(slurm: FakeSlurm) -> None:
     client.cancel([JobId("12"), JobId("13")])
     assert slurm.calls("scancel") == [["12", "13"]]
-    slurm.says("scancel", "", "scancel: error: Kill job error on job id 12: Invalid job id specified\n", 1)
-    client.cancel([JobId("12")])
+    for reason in ("Invalid job id specified", "Job/step already completing or completed"):
+        slurm.says("scancel", "", f"scancel: error: Kill job error on job id 12: {reason}\n", 1)
+        client.cancel([JobId("12")])
     slurm.says("scancel", "", "scancel: error: Kill job error on job id 12: Access/permission denied\n", 1)
     with pytest.raises(SlurmError, match=r"^scancel: Kill job error on job id 12: Access/permission denied"):
         client.cancel([JobId("12")])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from slurm import node
 from training.ops import prebuilt
@@ -139,6 +140,23 @@ def test_a_stop_before_the_launcher_listens_is_a_stop(start: Start, tmp_path: Pa
     assert (tmp_path / "outcome").read_text() == "75"
 
 
+FIRST_MOMENT = """
+import os, signal, sys
+def hook(event, arguments):
+    if event == "import" and arguments[0] == "argparse":
+        os.kill(os.getpid(), signal.{name})
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stop_while_the_program_itself_begins_is_a_stop(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    """It comes with the program's first imports."""
+    (tmp_path / "sitecustomize.py").write_text(FIRST_MOMENT.format(name=number.name))
+    assert ended(start("config.yaml", "--waits", PYTHONPATH=str(tmp_path)))[0] == 0
+    assert (tmp_path / "outcome").read_text() == "75"
+
+
 def test_a_launcher_that_was_killed_is_a_failure(start: Start, tmp_path: Path) -> None:
     process = start("config.yaml", "--waits")
     launched(process)
@@ -168,7 +186,8 @@ def test_a_node_that_cannot_work_leaves_others_time_to_say_so_too(start: Start) 
     process = start("config.yaml", options=("--readable", "/not/there", "--nodes", "2"))
     assert process.stdout is not None
     assert "cannot read /not/there" in process.stdout.readline()
-    time.sleep(0.5)
+    status = Path(f"/proc/{process.pid}/status")
+    wait_for(lambda: "SigBlk:\t0000000000000000\n" in status.read_text())  # srun's signal will not be left waiting
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert ended(process) == (2, [])

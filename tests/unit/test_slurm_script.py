@@ -54,7 +54,7 @@ def test_the_options_of_a_run(tmp_path: Path) -> None:
 def test_cpu_ranks_ask_for_no_gpus(tmp_path: Path) -> None:
     script = render(make_spec(tmp_path))
     assert "--gpus" not in script
-    assert "--nodes=2 --nproc=2" in script
+    assert '--nodes="$nodes" --nproc=2' in script
 
 
 def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
     script = render(make_spec(tmp_path, settings=JobSettings(nodes=2, gpus_per_node=4, cpus_per_task=16)))
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert line == (
-        "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL --cpus-per-task=16 "
-        "--gpus-per-node=4 \\"
+        'srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL '
+        "--cpus-per-task=16 --gpus-per-node=4 \\"
     )
     assert "--nproc=4" in script
 
@@ -148,7 +148,8 @@ def run_script(tmp_path: Path, slurm: FakeSlurm) -> Callable[..., subprocess.Pop
         spec.folder.mkdir(exist_ok=True, parents=True)
         spec.script.write_text(render(spec))
         plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "CROSSLIFT"))}
-        place = {"PATH": slurm.search_path, "SLURM_JOB_ID": str(JOB), "SLURM_JOB_NODELIST": "n[1-2]"}
+        place = {"PATH": slurm.search_path, "SLURM_JOB_ID": str(JOB), "SLURM_JOB_NODELIST": "n[1-2]",
+                 "SLURM_JOB_NUM_NODES": str(spec.settings.nodes)}  # fmt: skip
         return subprocess.Popen(
             ["bash", str(spec.script)], env={**plain, **place, **variables}, cwd=spec.chdir, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -225,6 +226,17 @@ def test_a_step_that_lost_a_node_goes_on(
     assert ("lost a node and is requeued" in said) == bool(again)
 
 
+def test_a_job_that_was_given_another_number_of_nodes_runs_on_these(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    """`scontrol update NumTasks=1 NumNodes=1-1` of a pending job that was submitted for two."""
+    step_ends(slurm, 1)
+    end(run_script(make_spec(tmp_path / "s"), SLURM_JOB_NUM_NODES="1"))
+    step, probe = slurm.calls("srun")
+    assert step[:2] == probe[:2] == ["--nodes=1", "--ntasks=1"]
+    assert [word for word in step if word.startswith("--nodes=")] == ["--nodes=1", "--nodes=1"]  # srun's, the program's
+
+
 @pytest.mark.parametrize(("reason", "again"), [("None", []), ("TimeLimit", ["12"])])
 def test_ended_from_outside_only_a_time_limit_is_requeued(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, reason: str, again: list[str]
@@ -253,6 +265,29 @@ def test_a_signal_to_the_script_reaches_the_step(tmp_path: Path, slurm: FakeSlur
     wait_for(lambda: (slurm.folder / "srun.environment").exists(), seconds=30)
     process.send_signal(signal.SIGUSR1)
     assert end(process)[0] == 128 + signal.SIGUSR1  # the stand-in has no handler
+
+
+SAVES = """#!/bin/bash
+trap 'sleep 0.3; printf 75 > {outcome}; exit 0' USR1
+trap 'echo killed; exit 143' TERM ALRM
+touch {started}
+for ((i = 0; i < 500; i++)); do sleep 0.02; done
+"""
+
+
+def test_cancelled_it_waits_for_the_checkpoint_and_does_not_requeue(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    """`crosslift cancel` is ALRM, for the script alone. Slurm would call a job failed that ends with 75 by itself."""
+    spec, started = make_spec(tmp_path / "s"), tmp_path / "started"
+    (slurm.path / "srun").write_text(SAVES.format(outcome=spec.folder / f"outcome-{JOB}", started=started))
+    process = run_script(spec)
+    wait_for(started.exists, seconds=30)
+    process.send_signal(signal.SIGALRM)
+    status, said = end(process)
+    assert (status, said) == (75, "crosslift: job 12 was ended from outside; it does not requeue itself\n")
+    assert requeued(slurm) == []
+    assert slurm.calls("scancel") == [["12"]]
 
 
 @pytest.mark.parametrize(
@@ -300,12 +335,6 @@ def test_setup_lines_come_first_and_one_that_fails_ends_the_job(
     assert said.splitlines()[-1].endswith(": cat /not/there")
     assert len(slurm.calls("srun")) == 1
     assert not (tmp_path / "s" / "canary").exists()
-
-
-def test_offline_jobs_leave_the_hub_alone(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
-    step_ends(slurm, 0)
-    end(run_script(make_spec(tmp_path / "s", offline=True)))
-    assert slurm.environment()["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.mark.parametrize("array", [False, True])

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from slurm import site
 from slurm.errors import SlurmError
 from slurm.site import load_settings
-from slurm.spec import Element, JobSettings, JobSpec, seconds
+from slurm.spec import Container, Element, JobSettings, JobSpec, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +29,13 @@ def test_the_later_layer_wins_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert (found.partition, found.account, found.qos, found.nodes) == ("two", "yours", None, 3)
     assert found.environment == {"B": "2", "C": "1"}
     assert found.sbatch == {"constraint": "a100"}
+
+
+def test_another_image_keeps_the_sites_mounts_and_program(tmp_path: Path) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text("container: {image: a.sif, mounts: ['/scratch:/scratch'], command: singularity exec}\n")
+    found = load_settings({"container": {"image": "b.sif"}}, (file,)).container
+    assert found == Container(image="b.sif", mounts=("/scratch:/scratch",), command=("singularity", "exec"))
 
 
 def test_without_files_there_are_plain_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -55,6 +62,10 @@ MISTAKES = [
     ('setup: ["a\\rb"]', "setup.0: 'a\\rb' holds '\\r'; must be one line without control characters"),
     ("environment: {HF_TOKEN: x}", "environment: HF_TOKEN looks secret, and job scripts are files; set it in the shell "
      "that submits, from which jobs inherit it"),
+    ("environment: {MLFLOW_TRACKING_URI: 'http://u:pw@h'}", "environment: MLFLOW_TRACKING_URI holds an address with a "
+     "login, and job scripts are files; set it in the shell that submits, from which jobs inherit it"),
+    ("environment: {PROXY: 'https://hush@h'}", "environment: PROXY holds an address with a login, and job scripts are "
+     "files; set it in the shell that submits, from which jobs inherit it"),
     ("environment: {1A: x}", "environment: '1A' is no name of a variable"),
     ("sbatch: {nodes: 2}", "sbatch: nodes is crosslift's own; use nodes"),
     ("sbatch: {output: x}", "sbatch: output is crosslift's own"),
@@ -74,6 +85,16 @@ def test_a_mistake_is_a_line_with_file_and_key(tmp_path: Path, text: str, messag
         load_settings({}, (file,))
     assert str(refused.value) == f"{file}: {message}"
     assert refused.value.exit_status == 2
+
+
+def test_what_only_sounds_secret_is_no_matter(tmp_path: Path) -> None:
+    plain = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_TOKEN_PATH": "/a",
+        "DB": "postgresql://me@h/db",
+        "URI": "http://h/a@b",
+    }
+    assert JobSettings(environment=plain).environment == plain
 
 
 def test_two_mistakes_are_two_lines(tmp_path: Path) -> None:

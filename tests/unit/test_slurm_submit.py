@@ -59,10 +59,12 @@ class Checked:
 
     def __init__(self) -> None:
         self.values: list[dict[str, Any]] = []
+        self.environment: dict[str, str] = {}
         self.error: Exception | None = None
 
     def __call__(self, values: dict[str, Any], settings: Any) -> Iterator[str]:
         self.values.append(values)
+        self.environment = settings.environment
         yield f"checked for {settings.nodes} nodes"
         if self.error:
             raise self.error
@@ -81,7 +83,10 @@ def cli(slurm: FakeSlurm, checked: Checked) -> Cli:
         given = dict(each.partition("=")[::2] for each in overrides)
         return {**yaml.safe_load(config.read_text()), **given}
 
-    rooms = Rooms(load, checked, lambda values: [Path("/data")], lambda run: "step 3 of 9", lambda: ["eval", "score"],
+    def progress(run: Path) -> str | None:
+        return None if list(run.glob("0-*")) else "step 3 of 9"  # a sweep has no record of its own
+
+    rooms = Rooms(load, checked, lambda values: [Path("/data")], progress, lambda: ["eval", "score"],
                   lambda: {"commit": "c0ffee", "dirty": "false"})  # fmt: skip
     app = typer.Typer(pretty_exceptions_enable=False)
     add_commands(app, rooms)
@@ -117,6 +122,15 @@ def test_submitted_checked_frozen_and_written_down(cli: Cli, slurm: FakeSlurm, c
     script = (folder / "train.sh").read_text()
     assert f"readable=(--readable {folder}/config.yaml --readable /data)" in script
     assert checked.values == [{"output_dir": str(run), "seed": "4", "text": "ü\n'"}]
+
+
+def test_offline_jobs_and_their_check_leave_the_hub_alone(cli: Cli, checked: Checked) -> None:
+    Path("slurm.yaml").write_text("environment: {HF_HOME: /work/hf, HF_HUB_OFFLINE: '0'}\n")
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--offline", "--then", "score x").status == 0
+    for name in ("train", "then-1"):
+        script = (submitted(Path("runs/run")) / f"{name}.sh").read_text()
+        assert "export HF_HOME=/work/hf\nexport HF_HUB_OFFLINE=1\n" in script
+    assert checked.environment == {"HF_HOME": "/work/hf", "HF_HUB_OFFLINE": "1"}
 
 
 def test_nothing_secret_is_written(cli: Cli) -> None:
@@ -252,9 +266,35 @@ def test_a_chain_waits_for_success_with_the_runs_folder_filled_in(cli: Cli, slur
     run = Path("runs/a b").absolute()
     scripts = [(submitted(run) / f"{name}.sh").read_text() for name in ("train", "then-1", "then-2")]
     assert "#SBATCH --dependency=afterok:7,afterok:8_1\n" in scripts[0]
-    assert all("#SBATCH --dependency=afterok:12\n#SBATCH --kill-on-invalid-dep=yes\n" in text for text in scripts[1:])
+    for before, script in zip((12, 13), scripts[1:], strict=True):  # each waits for the one in front of it
+        assert f"#SBATCH --dependency=afterok:{before}\n#SBATCH --kill-on-invalid-dep=yes\n" in script
     assert f"arguments=(eval '{run}/model' --output '{run}/out x')" in scripts[1]
     assert [job.what for job in read_jobs(run)] == ["train", f"eval '{run}/model' --output '{run}/out x'", "score mgsm"]
+
+
+def test_what_follows_goes_to_the_cluster_of_the_run(cli: Cli, slurm: FakeSlurm) -> None:
+    """With several clusters (SBATCH_CLUSTERS) Slurm chooses one for the run; its number means nothing on another."""
+    slurm.says("sbatch", "12;c1\n")
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score x").status == 0
+    first, second = slurm.calls("sbatch")
+    assert "--clusters=c1" not in first
+    assert second == ["--parsable", "--clusters=c1", str(submitted(Path("runs/run").absolute()) / "then-1.sh")]
+
+
+def test_a_site_s_own_variables_for_sbatch_count_where_the_script_says_nothing(
+    cli: Cli, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm.path / "sbatch").write_text("#!/bin/sh\nenv > " + str(slurm.folder / "seen") + "\necho 12\n")
+    for name in ("ACCOUNT", "PARTITION", "QOS", "TIMELIMIT", "CONSTRAINT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "theirs")
+    Path("slurm.yaml").write_text("sbatch: {constraint: a100}\n")
+
+    def given() -> set[str]:
+        lines = (slurm.folder / "seen").read_text().splitlines()
+        return {line.partition("=")[0] for line in lines if line.startswith("SBATCH_")}
+
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--account", "us", "--time", "60").status == 0
+    assert given() == {"SBATCH_PARTITION", "SBATCH_QOS"}
 
 
 def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
@@ -262,7 +302,7 @@ def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
                  "--then", "eval {run}", "--then", "score all")  # fmt: skip
     assert answer.status == 0, answer.error
     run = Path("runs/run").absolute()
-    names = ["0-seed=1,x=__touch_canary_", "1-seed=2,x=__touch_canary_"]
+    names = ["0-seed=1+x=__touch_canary_", "1-seed=2+x=__touch_canary_"]
     assert sorted(path.name for path in run.iterdir()) == [*names, "slurm"]
     assert [values["seed"] for values in checked.values] == ["1", "2"]
     frozen = [yaml.safe_load((submitted(run) / "configs" / f"{n}.yaml").read_text()) for n in (0, 1)]
@@ -271,13 +311,29 @@ def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     then = [(submitted(run) / f"then-{n}.sh").read_text() for n in (1, 2)]
     assert "#SBATCH --array=0-1\n#SBATCH --dependency=aftercorr:12\n" in then[0]
     assert "--array" not in then[1]
-    assert "#SBATCH --dependency=afterok:12\n" in then[1]
+    assert "#SBATCH --dependency=afterok:13\n" in then[1]
     (train, follower) = read_jobs(run / names[1])
-    assert (train.job, follower.job) == ("12_1", "12_1")
+    assert (train.job, follower.job) == ("12_1", "13_1")
     assert train.output == f"{submitted(run)}/train-12_1.out"
     slurm.says("squeue", "12_1|RUNNING|None|0:01|n1\n")
     element = cli("submit", run_file(f"run/{names[1]}"), "--gpus-per-node", 0)
     assert "job 12_1 of this run is running" in element.error
+
+
+def test_a_sweep_of_one_run_is_an_array_too(cli: Cli, slurm: FakeSlurm) -> None:
+    answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1", "--then", "score all",
+                 "--then", "eval {run}")  # fmt: skip
+    assert answer.status == 0, answer.error
+    run = Path("runs/run").absolute()
+    assert cli("logs", run).error == "job 12 is an array of 1 runs; give one run's folder, or 12_0"
+    element = run / "0-seed=1"
+    assert [(job.job, job.output) for job in read_jobs(element)] == [
+        ("12_0", f"{submitted(run)}/train-12_0.out"), ("14_0", f"{submitted(run)}/then-2-14_0.out"),
+    ]  # fmt: skip
+    (submitted(run) / "train-12_0.out").write_text("trained\n")
+    assert cli("logs", element).out == "trained\n"
+    slurm.says("scontrol", f"JobId=12\n   StdOut={submitted(run)}/train-12_0.out\n")
+    assert cli("logs", "12_0").out == "trained\n"
 
 
 @pytest.mark.parametrize(
@@ -325,6 +381,16 @@ def test_a_dry_run_prints_scripts_and_commands_only(cli: Cli, slurm: FakeSlurm, 
     assert slurm.calls("sbatch") == slurm.calls("squeue") == checked.values == []
 
 
+def test_a_sweep_over_two_keys_and_lists_runs_in_a_container(cli: Cli) -> None:
+    options = ("--container", "/i.sif", "--array", "a=[1,2],{b: 3}", "--array", "seed=1")
+    answer = cli("submit", run_file(), "--gpus-per-node", 0, *options)
+    assert answer.status == 0, answer.error
+    run = Path("runs/run").absolute()
+    script = (submitted(run) / "train.sh").read_text()
+    for name in ("0-a=_1_2_+seed=1", "1-a=_b__3_+seed=1"):
+        assert f"--bind {run}/{name}:{run}/{name}" in script
+
+
 def test_values_of_a_sweep_are_split_outside_of_brackets() -> None:
     assert [point.overrides for point in points(["a=[1,2],{b: 3, c: 4},'x,y'"])] == [
         ("a=[1,2]",), ("a={b: 3, c: 4}",), ("a='x,y'",),
@@ -339,11 +405,7 @@ def test_values_of_a_sweep_are_split_outside_of_brackets() -> None:
 @pytest.fixture
 def queued(cli: Cli) -> Path:
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score x").status == 0
-    run = Path("runs/run").absolute()
-    lines = [json.loads(line) for line in (run / "slurm" / "jobs.jsonl").read_text().splitlines()]
-    lines[1]["job"] = "13"  # the stand-in for sbatch knows one number only
-    (run / "slurm" / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return run
+    return Path("runs/run").absolute()
 
 
 def test_status_of_queued_past_and_forgotten_jobs(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
@@ -363,6 +425,32 @@ def test_status_of_queued_past_and_forgotten_jobs(cli: Cli, slurm: FakeSlurm, qu
         ("FAILED", "1:0", 2),
         ("UNKNOWN", None, None),
     ]
+
+
+def test_status_of_a_sweep_has_each_runs_step(cli: Cli, slurm: FakeSlurm) -> None:
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--then", "score x").status == 0
+    slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    assert cli("status", "runs/run").out.splitlines() == [
+        "job 12_0 (train): running for 1:02 on n1; step 3 of 9",
+        "job 12_1 (train): pending (Priority) for 0:00; step 3 of 9",
+        "job 13 (score x): pending (Dependency) for 0:00",
+    ]
+    found = json.loads(cli("status", "runs/run", "--json").out)
+    assert [found["progress"], *(job["progress"] for job in found["jobs"])] == [
+        None,
+        "step 3 of 9",
+        "step 3 of 9",
+        None,
+    ]
+
+
+def test_an_element_of_a_sweep_is_found_by_its_number(cli: Cli, slurm: FakeSlurm) -> None:
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2").status == 0
+    slurm.says("scontrol", f"JobId=12\n   StdOut={submitted(Path('runs/run').absolute())}/train-12_1.out\n")
+    log = Path("runs/run/1-seed=2/logs/rank-00000.log")
+    log.parent.mkdir()
+    log.write_text("rank 0 of it\n")
+    assert cli("logs", "12_1", "--rank", 0).out == "rank 0 of it\n"
 
 
 def test_a_job_is_found_by_its_number(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
@@ -423,9 +511,26 @@ def test_a_log_is_followed_until_the_job_is_over(
 
 
 def test_cancel_ends_what_is_queued_the_last_first(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
-    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
-    assert cli("cancel", queued).out == "cancelled: job 12, job 13\n"
+    slurm.says("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    assert cli("cancel", queued).out == "cancelled: job 13, job 12\n"
     assert slurm.calls("scancel") == [["13", "12"]]
     slurm.says("squeue", "")
     assert cli("cancel", queued).out == "no job is pending or running\n"
     assert len(slurm.calls("scancel")) == 1
+
+
+def test_a_training_that_runs_is_told_to_save_instead(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
+    assert cli("cancel", queued).out.splitlines() == [
+        "cancelled: job 13", "job 12 saves a checkpoint and ends (`scancel 12` does not wait for it)",
+    ]  # fmt: skip
+    assert slurm.calls("scancel") == [["13"], ["--batch", "--signal=ALRM", "12"]]
+
+
+def test_of_a_sweep_each_run_is_cancelled_by_its_state(cli: Cli, slurm: FakeSlurm) -> None:
+    """What is pending goes first, or it would start in the place of what ends; a command has nothing to save."""
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2,3", "--then", "eval {run}").status == 0
+    slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|RUNNING|None|1:02|n1\n12_2|PENDING|Priority|0:00|\n"
+                         "13_0|RUNNING|None|0:01|n1\n")  # fmt: skip
+    assert cli("cancel", "runs/run").out.startswith("cancelled: job 13, job 12_2\njob 12_0 saves")
+    assert slurm.calls("scancel") == [["13", "12_2"], ["--batch", "--signal=ALRM", "12_0", "12_1"]]
