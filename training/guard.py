@@ -5,10 +5,12 @@ In: the step's loss, which is the same on every rank. Out: a Verdict. Next: `tra
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -78,3 +80,12 @@ class Guard:
             return Verdict("stop", f"{what}, and guard.max_events={self.config.max_events} were used up before")
         self.events += policy != "stop"
         return Verdict(policy, what)
+
+
+def list_samples(file: Path, step: int, verdict: Verdict, by_rank: Mapping[int, Sequence[str]]) -> str | None:
+    """Write the complete list of the samples that a spared step was made of; why it could not be written, or None."""
+    try:
+        file.write_text(json.dumps({"step": step, "what": verdict.what, "sample_ids": by_rank}, indent=1))
+    except OSError as error:
+        return error.strerror
+    return None
