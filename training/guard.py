@@ -82,10 +82,19 @@ class Guard:
         return Verdict(policy, what)
 
 
-def list_samples(file: Path, step: int, verdict: Verdict, by_rank: Mapping[int, Sequence[str]]) -> str | None:
-    """Write the complete list of the samples that a spared step was made of; why it could not be written, or None."""
+def list_samples(output_dir: Path, step: int, verdict: Verdict, by_rank: Mapping[int, Sequence[str]]) -> str:
+    """Write the complete list of the samples that a spared step was made of; for people: where it is, or why not."""
+    file = output_dir / f"{'not-finite' if 'finite' in verdict.what else 'spike'}-step-{step}.json"
     try:
         file.write_text(json.dumps({"step": step, "what": verdict.what, "sample_ids": by_rank}, indent=1))
     except OSError as error:
-        return error.strerror
-    return None
+        return f"not listed in {file}: {error.strerror}"
+    return f"all of them in {file}"
+
+
+def shown(by_rank: Mapping[int, Sequence[str]]) -> str:
+    """The first of them, by rank."""
+    return "; ".join(
+        f"rank {number}: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
+        for number, ids in by_rank.items()
+    )

@@ -26,7 +26,7 @@ from training.disks import checkpoint_disk, shared_disk
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
-from training.guard import Guard, Verdict, list_samples
+from training.guard import Guard, Verdict, list_samples, shown
 from training.heartbeat import heart
 from training.objectives import LossTerms
 from training.progress import Progress
@@ -245,7 +245,8 @@ class Trainer:
                 f"data.max_bad_rows is {self.config.data.max_bad_rows})"
             )
         totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
-        return Agreed(totals, StepRead(tokens, overlong, fingerprint), bool(stop), bool(writing))
+        read = StepRead(tokens, overlong, fingerprint, batch.dropped_pairs)  # the last is known to every rank
+        return Agreed(totals, read, bool(stop), bool(writing))
 
     def _forward(self, batch: MicroBatch | TaskBatch) -> LossTerms:
         run = self.run
@@ -263,22 +264,13 @@ class Trainer:
         return reduced[1:], BadMicroBatches(bool(reduced[0]), bad)
 
     def _spare(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
-        """The weights are spared this update: all ranks drop it, go back, or raise the same error.
-
-        The complete list of the samples concerned goes into a file.
-        """
+        """The weights are spared this update: all ranks drop it, go back, or raise the same error."""
         mine = [sample for ids in sample_ids for sample in ids]
         by_rank = {number: ids for number, ids in enumerate(gather_objects(mine)) if ids}
-        file = self.config.output_dir / f"not-finite-step-{step}.json"
-        if "finite" not in verdict.what:
-            file = file.with_name(f"spike-step-{step}.json")
-        problem = gather_objects(list_samples(file, step, verdict, by_rank) if rank() == 0 else None)[0]
-        shown = "; ".join(
-            f"rank {number}: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
-            for number, ids in by_rank.items()
-        )
-        where = f"all of them in {file}" if problem is None else f"not listed in {file}: {problem}"
-        text = f"step {step}: {verdict.what}; samples of {shown}; {where}"
+        listed = gather_objects(list_samples(self.config.output_dir, step, verdict, by_rank) if rank() == 0 else None)[
+            0
+        ]
+        text = f"step {step}: {verdict.what}; samples of {shown(by_rank)}; {listed}"
         if verdict.policy == "stop":
             raise NonFiniteStep(text)
         self.run.engine.drop_update()

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
+from data_pipeline.loader import RankStep
 from training import checkpoint, saving
 from training.assembly import Run
 from training.errors import CheckpointFailed, NonFiniteStep
@@ -171,6 +173,23 @@ def test_the_list_of_samples_costs_no_run(trainer: Made, full: bool, caplog: pyt
     else:
         assert f"all of them in {file}" in said
         assert json.loads(file.read_text())["sample_ids"] == {"0": ["en-1", "sw-2"]}
+
+
+def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another rank said the same."""
+    monkeypatch.setattr("training.trainer.all_sum", lambda values, device: 2 * torch.tensor(values, dtype=torch.double))
+    made = trainer()
+    languages = made.config.data.languages
+    zeros = np.zeros(len(languages), np.int64)
+    batch = RankStep(
+        step=0, micro_batches=(), label_tokens=5, pairs=2, tokens=zeros, samples=zeros, bad_rows=(), overlong=1,
+        fingerprint=7, dropped_pairs=3,
+    )  # fmt: skip
+    read = made.agree(batch).read.metrics(languages)
+    assert read["data/dropped_pairs"] == 3
+    assert (read["data/overlong"], read["data/step_fingerprint"]) == (2, 14)
 
 
 def test_a_best_metric_that_there_is_not_is_told_once(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
