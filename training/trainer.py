@@ -237,7 +237,8 @@ class Trainer:
         stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
         for line in batch.bad_rows:
             log.warning("step %d: a slot stays empty: %s", batch.step, line)
-        self.bad_slots += bad_rows
+        if not stop:  # else the next start reads this step, and counts them
+            self.bad_slots += bad_rows
         if self.bad_slots > self.config.data.max_bad_rows:
             lines = [line for lines in gather_objects(batch.bad_rows) for line in lines]
             raise DataError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from data_pipeline.loader import RankStep
+from data_pipeline.records import DataError
 from training import checkpoint, saving
 from training.assembly import Run
 from training.errors import CheckpointFailed, NonFiniteStep
@@ -175,6 +177,27 @@ def test_the_list_of_samples_costs_no_run(trainer: Made, full: bool, caplog: pyt
         assert json.loads(file.read_text())["sample_ids"] == {"0": ["en-1", "sw-2"]}
 
 
+def rank_step(languages: Sequence[str], **changes: Any) -> RankStep:
+    zeros = np.zeros(len(languages), np.int64)
+    step = RankStep(
+        step=0, micro_batches=(), label_tokens=5, pairs=2, tokens=zeros, samples=zeros, bad_rows=(), overlong=1,
+        fingerprint=7, dropped_pairs=3,
+    )  # fmt: skip
+    return replace(step, **changes)
+
+
+def test_bad_rows_of_a_step_that_is_left_to_the_next_start_are_not_counted_twice(trainer: Made) -> None:
+    made = trainer(**{"data.max_bad_rows": 1})
+    bad = rank_step(made.config.data.languages, bad_rows=("sw.jsonl:3: no answer",))
+    assert made.agree(bad).stop
+    assert made.bad_slots == 0
+    made.stop._reason = None
+    assert not made.agree(bad).stop
+    assert made.bad_slots == 1
+    with pytest.raises(DataError, match=r"sw.jsonl:3: no answer \(2 slots left empty .*data.max_bad_rows is 1"):
+        made.agree(bad)
+
+
 def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
     trainer: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,12 +205,7 @@ def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
     monkeypatch.setattr("training.trainer.all_sum", lambda values, device: 2 * torch.tensor(values, dtype=torch.double))
     made = trainer()
     languages = made.config.data.languages
-    zeros = np.zeros(len(languages), np.int64)
-    batch = RankStep(
-        step=0, micro_batches=(), label_tokens=5, pairs=2, tokens=zeros, samples=zeros, bad_rows=(), overlong=1,
-        fingerprint=7, dropped_pairs=3,
-    )  # fmt: skip
-    read = made.agree(batch).read.metrics(languages)
+    read = made.agree(rank_step(languages)).read.metrics(languages)
     assert read["data/dropped_pairs"] == 3
     assert (read["data/overlong"], read["data/step_fingerprint"]) == (2, 14)
 
