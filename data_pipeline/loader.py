@@ -21,7 +21,7 @@ import numpy.typing as npt
 from data_pipeline.chat import Chat, check_labels
 from data_pipeline.index import DataIndex
 from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
-from data_pipeline.plan import Planner, Unit, assign
+from data_pipeline.plan import Planner, StepPlan, Unit, assign
 from data_pipeline.records import BadRow, TokenizedSample, stable_hash
 
 FINGERPRINT_RANGE = 2**40  # 8,192 samples add up to less than 2**53, which a float holds exactly
@@ -45,6 +45,7 @@ class RankStep:
     bad_rows: tuple[str, ...]  # one line each: "file:line: reason"
     overlong: int
     fingerprint: int  # sum over samples of a hash of each: adds up over ranks to one number for the step
+    dropped_pairs: int  # of the whole step, as planned; the same on every rank
 
     @property
     def counts(self) -> dict[str, float]:
@@ -98,9 +99,9 @@ class PlannedLoader(ABC, Generic[Step]):
     def load(self, step: int) -> Step:
         """This rank's share of step `step`; a pure function of (seed, config, data, step, rank, world size)."""
 
-    def units(self, step: int) -> list[Unit]:
-        """This rank's share of the plan."""
-        return assign(self.planner.step(step), self.world_size)[self.rank]
+    def share(self, plan: StepPlan) -> list[Unit]:
+        """This rank's part of a step's plan."""
+        return assign(plan, self.world_size)[self.rank]
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Steps `start` .. `stop - 1`, in order."""
@@ -128,11 +129,11 @@ class StepLoader(PlannedLoader[RankStep]):
         self.packer = packer
 
     def load(self, step: int) -> RankStep:
-        units = self.units(step)
+        plan = self.planner.step(step)
         bad_rows: list[str] = []
         overlong = 0
         tokenized = []
-        for unit in units:
+        for unit in self.share(plan):
             read, too_long = self._read_unit(unit, bad_rows)
             overlong += too_long
             if read.samples:
@@ -151,6 +152,7 @@ class StepLoader(PlannedLoader[RankStep]):
             bad_rows=tuple(bad_rows),
             overlong=overlong,
             fingerprint=sum(stable_hash(sample.language, sample.id) % FINGERPRINT_RANGE for sample in samples),
+            dropped_pairs=plan.dropped_pairs,
         )
 
     def _read_unit(self, unit: Unit, bad_rows: list[str]) -> tuple[TokenizedUnit, int]:

@@ -1,7 +1,7 @@
 """Checkpoints that exist only when complete: mark, verify, find, keep, compare.
 
 In: files that `saving.py` wrote under a temporary name. Out: `<output_dir>/checkpoints/step-00000100/`, synced, marked
-COMPLETE, renamed (design, decision 9). Next: `export.py`.
+COMPLETE, renamed (design, decision 9). Next: `retention.py`, `search.py`, `export.py`.
 
     step-00000100/
         zero/                            DeepSpeed's shards of weights and optimiser state, one set a rank
@@ -20,20 +20,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training.config import CheckpointConfig
 from training.errors import ConfigError
-from training.run_state import FORMAT, RunState
+from training.run_state import FORMAT
 
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
 REFERENCE_FILE = "reference.safetensors"
+_NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,11 @@ def universal_path(output_dir: Path, step: int) -> Path:
     return checkpoint_root(output_dir) / f".universal-step-{step:08d}"
 
 
+def replaced_path(output_dir: Path, step: int) -> Path:
+    """What lay in the place of a checkpoint of the same step, until that is complete on every disk."""
+    return checkpoint_root(output_dir) / f".replaced-step-{step:08d}"
+
+
 def begin(output_dir: Path, step: int) -> Path:
     """Rank 0: an empty temporary folder for the checkpoint of `step`."""
     path = incomplete_path(output_dir, step)
@@ -72,8 +77,10 @@ def begin(output_dir: Path, step: int) -> Path:
     return path
 
 
-def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord], config: CheckpointConfig) -> Path:
-    """Rank 0, after every rank has written: mark COMPLETE, rename, drop the checkpoints that need not be kept.
+def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord]) -> Path:
+    """Rank 0, after every rank has written: mark COMPLETE, rename.
+
+    What had the name before (torn, or of before a roll-back) is set aside until all disks are known to have theirs.
 
     `written` are the files that ranks have written and synced, by their name in the checkpoint; others that lie
     there are read to record them.
@@ -97,40 +104,50 @@ def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord], confi
     marker.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
     for path in (marker, *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        replaced = replaced_path(output_dir, step)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     os.replace(temporary, final)
     _sync(final.parent)
-    _drop_old(output_dir, final, config)
     return final
 
 
-def _drop_old(output_dir: Path, newest: Path, config: CheckpointConfig) -> None:
-    # A run that was resumed from an earlier step saves below what lies there already, which is not its to drop.
-    complete = [path for path in step_folders(output_dir) if path <= newest and problem(path) is None]
-    metrics = {path: RunState.read(path).metrics for path in complete} if config.best else {}
-    keep = kept(
-        {step_of(path): metrics.get(path, {}).get(config.best or "") for path in complete},
-        config.keep, config.keep_every, config.best_mode,
-    )  # fmt: skip
-    for path in complete:
-        if step_of(path) not in keep:
-            shutil.rmtree(path)
+def abandon(output_dir: Path, step: int, committed: bool) -> None:
+    """Rank 0, where the checkpoint of `step` did not become complete on every disk: what was there before is again.
 
-
-def kept(values: Mapping[int, float | None], newest: int, every: int, mode: str) -> set[int]:
-    """Steps of the checkpoints to keep: the `newest`, every `every`-th step (0: none), and the best one by a metric.
-
-    Args:
-        values: the metric of each checkpoint by its step; None where it was not measured.
-        mode: "min" or "max": which value is best; of equal ones the newest.
+    `committed` says whether it became so on this one.
     """
-    steps = sorted(values)
-    keep = set(steps[-newest:]) | {step for step in steps if every and step % every == 0}
-    sign = 1 if mode == "max" else -1
-    measured = {step: sign * value for step, value in values.items() if value is not None and math.isfinite(value)}
-    if measured:
-        keep.add(max(measured, key=lambda step: (measured[step], step)))
-    return keep
+    shutil.rmtree(incomplete_path(output_dir, step), ignore_errors=True)
+    if committed:  # a part of a checkpoint that other disks lack
+        shutil.rmtree(checkpoint_path(output_dir, step), ignore_errors=True)
+    resolve_replaced(output_dir)
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Rank 0, at a run's start: what earlier starts were killed over is deleted, or put back where nothing replaced it.
+
+    Nobody writes there then: this start's ranks wait, those of an earlier one die with their launcher and converters
+    with their rank, and a rank that is lost to its job cannot complete anything without the others.
+    """
+    resolve_replaced(output_dir)
+    for pattern in (".incomplete-step-*", ".universal-step-*"):
+        for path in checkpoint_root(output_dir).glob(pattern):
+            log.info("%s: left by a start that was killed; deleted", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def resolve_replaced(output_dir: Path) -> None:
+    """Rank 0: what was set aside by `commit` is deleted, or put back where nothing has come in its place."""
+    for path in checkpoint_root(output_dir).glob(".replaced-step-*"):
+        final = path.with_name(path.name.removeprefix(".replaced-"))
+        try:
+            if final.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(final)
+        except OSError as error:
+            log.warning("%s stays: %s", path, error)
 
 
 def files_of(path: Path) -> dict[str, FileRecord] | None:
@@ -156,6 +173,11 @@ def problem(path: Path) -> str | None:
         if (size := file.stat().st_size) != record.bytes:
             return f"{name} has {size} bytes instead of {record.bytes}"
     return None
+
+
+def fault(path: Path) -> str | None:
+    """Why nothing of a checkpoint may be loaded, or None where it is complete and its content what was saved."""
+    return problem(path) or damage(path)
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
@@ -233,8 +255,8 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
 
 
 def step_folders(output_dir: Path) -> list[Path]:
-    """A run's checkpoints, complete or torn, the newest last."""
-    return sorted(checkpoint_root(output_dir).glob("step-*"))
+    """A run's checkpoints, complete or torn, the newest last; what a person has put beside them is not ours."""
+    return sorted(path for path in checkpoint_root(output_dir).glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def step_of(path: Path) -> int:

@@ -21,7 +21,7 @@ from data_pipeline.config import SourceConfig
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
-from training.checkpoint import MARKER, REFERENCE_FILE, problem
+from training.checkpoint import MARKER, REFERENCE_FILE, fault
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.objective_config import ShifConConfig, XMixupConfig
@@ -45,7 +45,7 @@ def export_checkpoint(checkpoint: Path, output: Path) -> Path:
     run itself computed when it saved, then renamed.
 
     Raises:
-        ConfigError: `checkpoint` is not complete, or `output` exists.
+        ConfigError: `checkpoint` is not complete or not what was saved, or `output` exists.
         RuntimeError: the reopened export does not compute what the run computed.
     """
     if output.exists():
@@ -88,7 +88,7 @@ def _is_of(checkpoint: Path, output: Path) -> bool:
 
 def _made(checkpoint: Path, output: Path) -> Path:
     """The export of `checkpoint`, checked, under the temporary name of `output`; where it fails, nothing is left."""
-    if (reason := problem(checkpoint)) is not None:
+    if (reason := fault(checkpoint)) is not None:  # its content too: DeepSpeed's files are pickles
         raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
     state = RunState.read(checkpoint)
     config = validate(state.config, str(checkpoint / "state.json"))

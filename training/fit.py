@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
@@ -15,15 +14,18 @@ from modeling.export_info import VECTORS_FILE
 from training import checkpoint
 from training.assembly import assemble
 from training.config import RunConfig
+from training.disks import checkpoint_disk
 from training.distributed import barrier, rank
 from training.engine import process_group
 from training.heartbeat import heart
 from training.plots import draw_plots
 from training.prepare import forget_preparation, prepare
 from training.provenance import git_state, versions
-from training.resume import find_start, go_on
+from training.resume import go_on
 from training.run_file import resolved
+from training.run_record import Status
 from training.run_state import RunState
+from training.search import find_start
 from training.stop import StoppedOnRequest, StopRequest
 from training.tracking import Tracker
 from training.trainer import Trainer
@@ -52,6 +54,10 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it
     prepared = prepare(config, rank())
+    homes = _homes(config)
+    for home in homes:
+        checkpoint.clear_leftovers(home)
+    barrier()
     found = find_start(config, resume)
     if found is not None and RunState.read(found).step >= config.max_steps:
         log.info("%s: the run is finished already", found)
@@ -60,14 +66,13 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
     run = assemble(config, prepared)
     trainer = Trainer(run, tracker, stop)
     start = go_on(trainer, found, accept_changes) if found is not None else 0
-    for home in {config.output_dir, trainer.disk.home}:
-        if rank() == 0 if home == config.output_dir else trainer.disk.leader:
-            checkpoint.set_aside_newer(home, start)
+    for home in homes:
+        checkpoint.set_aside_newer(home, start)
     if tracker is not None:
         log.info("%s from step %d on %d ranks", config.output_dir, start, run.engine.world_size)
         _write_resolved(config)
         tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=start if found else None)
-    status: Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"] = "FAILED"
+    status: Status = "FAILED"
     try:
         stop.begin_training()
         trainer.train(start)
@@ -82,16 +87,32 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         heart.end()
         stop.end_training()
         if tracker is not None:
-            _track_files(tracker, config.output_dir)
-            tracker.finish(status)
+            _finish(tracker, config.output_dir, status)
     run.engine.destroy()
     return checkpoint.checkpoint_path(config.output_dir, config.max_steps)
+
+
+def _homes(config: RunConfig) -> list[Path]:
+    """The folders whose checkpoints this rank looks after."""
+    disk = checkpoint_disk(config)
+    homes = {config.output_dir: rank() == 0, disk.home: disk.leader}
+    return [home for home, mine in homes.items() if mine]
 
 
 def _write_resolved(config: RunConfig) -> None:
     """The run file with every default filled in, in the run folder."""
     text = yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
     (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:
+    """The run's end in the record and in MLflow; it is what it is, whatever becomes of the plots."""
+    try:
+        _track_files(tracker, output_dir)
+    except Exception as error:  # a full disk, say
+        log.warning("%s: its plots are not all drawn: %s", output_dir, error)
+    finally:
+        tracker.finish(status)
 
 
 def _track_files(tracker: Tracker, output_dir: Path) -> None:

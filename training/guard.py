@@ -5,10 +5,12 @@ In: the step's loss, which is the same on every rank. Out: a Verdict. Next: `tra
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -78,3 +80,21 @@ class Guard:
             return Verdict("stop", f"{what}, and guard.max_events={self.config.max_events} were used up before")
         self.events += policy != "stop"
         return Verdict(policy, what)
+
+
+def list_samples(output_dir: Path, step: int, verdict: Verdict, by_rank: Mapping[int, Sequence[str]]) -> str:
+    """Write the complete list of the samples that a spared step was made of; for people: where it is, or why not."""
+    file = output_dir / f"{'not-finite' if 'finite' in verdict.what else 'spike'}-step-{step}.json"
+    try:
+        file.write_text(json.dumps({"step": step, "what": verdict.what, "sample_ids": by_rank}, indent=1))
+    except OSError as error:
+        return f"not listed in {file}: {error.strerror}"
+    return f"all of them in {file}"
+
+
+def shown(by_rank: Mapping[int, Sequence[str]]) -> str:
+    """The first of them, by rank."""
+    return "; ".join(
+        f"rank {number}: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
+        for number, ids in by_rank.items()
+    )

@@ -137,10 +137,16 @@ def read_beat(folder: Path, local_rank: int) -> Beat | None:
     return Beat(counter, pid, step, beats, thread, state, phase.rstrip(b"\0").decode(errors="replace"))
 
 
+def end_with_parent() -> None:
+    """On Linux, this process dies when the one that started it does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _end_with_launcher() -> None:
     """On Linux, a rank dies when its launcher does: nobody else would end one that waits in a collective."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ.get(LAUNCHER, os.getppid())):  # it died before we asked
+    end_with_parent()
+    if sys.platform == "linux" and os.getppid() != int(
+        os.environ.get(LAUNCHER, os.getppid())
+    ):  # it died before we asked
         os._exit(1)

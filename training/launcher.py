@@ -6,7 +6,8 @@ Exit status: 0 finished; 2 what the user can mend; 75 stopped on request after a
 on; 1 anything else. It is the status of the whole run, the same on every node.
 
 USR1, USR2, TERM (and HUP) are passed on: ranks checkpoint and end with 75. Ctrl-C ends everything at once. When a
-rank dies, the others have a few seconds to end by themselves, on all nodes, and are then killed.
+rank dies, the others have a few seconds to end by themselves, on all nodes, and are then killed. Where a signal was
+passed on and a rank ended with 75, ranks that fail have lost their connection to it: the run was stopped.
 
 Why not torch's elastic agent: it ends on each of these signals instead of passing them on, asks the other ranks of
 a failed one to end by the very TERM that here means "checkpoint first" and then waits 30 s that cannot be set, and
@@ -157,11 +158,18 @@ class Launcher:
             for rank, status in ended
             if self._judge(status) not in (0, STOPPED)
         ]
+        stopped = [rank for rank, status in ended if self._judge(status) == STOPPED]
+        if stopped and self._stop is not None:
+            # Where one has not begun its steps, nobody has done one, and nothing is left to be written.
+            began = all(rank.began() for rank in stopped)
+            self.nodes.tell("stopped", STOPPED_GRACE if began else FAILED_GRACE)
         if failed:
             told = self.nodes.heard("failed").get(self.nodes.place.node)
             self.nodes.tell("failed", cause([*([told] if told else []), *failed]))
-        elif any(self._judge(status) == STOPPED for _, status in ended):
+        elif stopped:
             self._end_within(STOPPED_GRACE)
+        for seconds in self.nodes.heard("stopped").values():
+            self._end_within(seconds)
         if self.nodes.lost is not None:
             self._end_within(FAILED_GRACE)
         for failure in self.nodes.heard("failed").values():
@@ -214,11 +222,16 @@ class Launcher:
         if self._interrupted is not None:
             say(f"stopped by {self._interrupted.name}; the same command goes on from the last checkpoint")
             return INTERRUPTED
-        if failures := list(self.nodes.heard("failed").values()):
+        stopped = bool(self.nodes.heard("stopped"))
+        if (failures := list(self.nodes.heard("failed").values())) and not stopped:
             return self._say_failure(cause(failures))
-        statuses = {self._judge(rank.ended() or 0) for rank in self.ranks if rank.number not in self._killed}
-        if STOPPED in statuses:
+        statuses = {
+            rank.number: self._judge(rank.ended() or 0) for rank in self.ranks if rank.number not in self._killed
+        }
+        if stopped or STOPPED in statuses.values():
             late = f"; ranks {sorted(self._killed)} did not end and were killed" if self._killed else ""
+            if failed := [number for number, status in statuses.items() if status not in (0, STOPPED)]:
+                late += f"; ranks {failed} failed when others had ended"
             by = self._stop.name if self._stop else "request"
             if late or not any(rank.output.spoke for rank in self.ranks):  # the ranks have said it as a rule
                 say(f"stopped by {by}{late}; the same command goes on from the last checkpoint")

@@ -1,4 +1,4 @@
-"""What the launchers of a run's nodes tell each other: who is here, who failed, who stands still, who is done.
+"""What a run's launchers tell each other: who is here, who failed, who was stopped, who stands still, who is done.
 
 In: node 0's address. Out: a store that every launcher and every rank talks to. Next: `launch.py`, `watchdog.py`.
 
@@ -24,8 +24,8 @@ from training.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-Kind = Literal["failed", "stalled", "ended"]
-KINDS: tuple[Kind, ...] = ("failed", "stalled", "ended")
+Kind = Literal["failed", "stopped", "stalled", "ended"]
+KINDS: tuple[Kind, ...] = ("failed", "stopped", "stalled", "ended")
 POLL_SECONDS = 0.5
 CLOSE_SECONDS = 5.0
 COME_SECONDS = 300.0  # how long node 0 is waited for

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from training.heartbeat import FOLDER, LAUNCHER, read_beat
+from training.heartbeat import FOLDER, LAUNCHER, STARTING, read_beat
 from training.logs import TERMINAL, Secrets
 from training.rank_output import RankOutput
 
@@ -40,6 +41,7 @@ class RankProcess:
         self._place = place
         self._beats = beats
         self._output_dir = output_dir
+        self._alone = False  # nothing that it started is left
 
     def start(self, first_to_say: Callable[[str, int], bool]) -> None:
         """Start it, and read what it writes."""
@@ -60,8 +62,18 @@ class RankProcess:
         )  # fmt: skip
 
     def ended(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
-        return self.process.poll()
+        """Exit status, negative for a signal; None while it runs. What it started ends with it."""
+        status = self.process.poll()
+        if status is not None and not self._alone:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self._alone = True  # not once more: its number may be another's by then
+        return status
+
+    def began(self) -> bool:
+        """Whether it has come to its first step, as far as one can know."""
+        beat = read_beat(self._beats, self.local_rank)
+        return beat is None or beat.state != STARTING
 
     def send(self, number: signal.Signals) -> None:
         """To the rank alone: a process that it started need not know what USR1 means."""

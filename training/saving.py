@@ -14,7 +14,6 @@ import io
 import logging
 import math
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from training.distributed import gather_objects, rank
 from training.errors import CheckpointFailed
 from training.heartbeat import heart
 from training.provenance import versions
+from training.retention import no_such_metric, retain
 from training.run_file import resolved
 from training.run_state import RunState
 from training.start_checks import reference_outputs
@@ -126,6 +126,8 @@ class Saver:
         self._began = 0.0
         self._disk = shared_disk(run.config)
         self._failures = 0
+        self._warned = False  # of a metric in `checkpoint.best` that there is not
+        self.saved_step = 0  # of the last complete checkpoint, or of the one that the run went on from or back to
 
     @property
     def open(self) -> bool:
@@ -144,6 +146,7 @@ class Saver:
         """
         if self.open:
             self.settle()
+        self._look_for_best(state)
         run, self._began, self._disk = self.run, time.perf_counter(), disk
         directory = checkpoint.incomplete_path(disk.home, step)
         files = run.engine.take_state(directory)
@@ -174,23 +177,31 @@ class Saver:
         self._step = self._writer = None
         told = gather_objects((writer.records, writer.error, socket.gethostname()))
         problems = [f"rank {number} on {host}: {error}" for number, (_, error, host) in enumerate(told) if error]
+        committed = False
         if not problems:
             problem = None
             if disk.leader:
                 written = {name: record for each in disk.ranks for name, record in told[each][0].items()}
-                problem = _problem_of(lambda: checkpoint.commit(disk.home, step, written, self.config))
+                problem = _problem_of(lambda: checkpoint.commit(disk.home, step, written))
+                committed = problem is None
             problems = [each for each in gather_objects(problem) if each]
         self.seconds = time.perf_counter() - self._began
         if not problems:
-            self._failures = 0
+            self._failures, self.saved_step = 0, step
+            if disk.leader:
+                retain(disk.home, step, self.config)
             return True
         self._failures += 1
         if disk.leader:
-            shutil.rmtree(checkpoint.incomplete_path(disk.home, step), ignore_errors=True)
-            if not disk.shared:  # a part of a checkpoint that other disks lack
-                shutil.rmtree(checkpoint.checkpoint_path(disk.home, step), ignore_errors=True)
+            checkpoint.abandon(disk.home, step, committed)
         self._tell(step, problems, required)
         return False
+
+    def _look_for_best(self, state: RunState) -> None:
+        best = self.config.best
+        if best is not None and best not in state.metrics and not self._warned and rank() == 0:
+            log.warning("%s", no_such_metric(best, state.step, state.metrics))
+            self._warned = True
 
     def _tell(self, step: int, problems: list[str], required: bool) -> None:
         text = f"checkpoint of step {step}: not saved: {'; '.join(problems)}"

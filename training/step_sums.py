@@ -69,12 +69,14 @@ class StepRead:
     tokens: Tensor  # (L,) fp64, processed tokens by the sample's language
     overlong: int  # slots left empty by samples longer than data.sequence_length
     fingerprint: int  # the same for the same set of samples, whatever rank read which
+    dropped_pairs: int  # translations not paired since both texts are the same
 
     def metrics(self, languages: Sequence[str]) -> dict[str, float]:
         """Shares of the languages, and what tells two runs' data apart."""
         total = self.tokens.sum().clamp(min=1)
         shares = {f"train/token_share/{name}": float(self.tokens[n] / total) for n, name in enumerate(languages)}
-        return {"data/step_fingerprint": float(self.fingerprint), "data/overlong": float(self.overlong), **shares}
+        counts = {"data/overlong": float(self.overlong), "data/dropped_pairs": float(self.dropped_pairs)}
+        return {"data/step_fingerprint": float(self.fingerprint), **counts, **shares}
 
 
 def memory() -> Mapping[str, float]:

@@ -5,7 +5,6 @@ In: a Run on every rank. Out: checkpoints and metrics. Next: `fit.py` starts and
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -21,20 +20,20 @@ from data_pipeline.packing import MicroBatch
 from data_pipeline.records import DataError
 from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
-from training import checkpoint
 from training.assembly import Run
 from training.config import RunConfig
 from training.disks import checkpoint_disk, shared_disk
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
-from training.guard import Guard, Verdict
+from training.guard import Guard, Verdict, list_samples, shown
 from training.heartbeat import heart
 from training.objectives import LossTerms
 from training.progress import Progress
 from training.run_state import RunState
 from training.saving import Saver, run_state
 from training.scaling import StepTotals, learning_rate, step_loss_share
+from training.search import find_newest
 from training.start_checks import check_packing, warm_up
 from training.step_sums import StepRead, StepSums, memory
 from training.stop import StoppedOnRequest, StopRequest
@@ -115,7 +114,7 @@ class Trainer:
             if self.saver.open and not agreed.writing:
                 self._settle()
             if agreed.stop:
-                self._stop(step, unsaved=step > start)
+                self._stop(step)
             metrics = {"data/wait_seconds": waited, **run.objective.before_step(run.engine, step)}
             if self._first_step:
                 check_packing(run, batch)
@@ -201,6 +200,7 @@ class Trainer:
         self.run.objective.load(path)
         self.bad_slots, self.data_offset = state.bad_slots, state.data_offset
         self.guard.restore(state.guard)
+        self.saver.saved_step = state.step
         return state.step
 
     def _settle(self, required: bool = False) -> None:
@@ -213,10 +213,11 @@ class Trainer:
         self.saver.settle(required)
         self.stop.saved(self.saver.seconds)
 
-    def _stop(self, step: int, unsaved: bool) -> None:
-        """Save, if anything was done since this process began, and end the loop on every rank."""
+    def _stop(self, step: int) -> None:
+        """Save what is not saved yet, and end the loop on every rank."""
         reason = next(each for each in gather_objects(self.stop.reason) if each)
-        if unsaved:
+        self._settle()  # it may be of this very step
+        if self.saver.saved_step != step:
             self.save(step, self._metrics)
         self._settle(required=True)
         raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
@@ -236,7 +237,8 @@ class Trainer:
         stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
         for line in batch.bad_rows:
             log.warning("step %d: a slot stays empty: %s", batch.step, line)
-        self.bad_slots += bad_rows
+        if not stop:  # else the next start reads this step, and counts them
+            self.bad_slots += bad_rows
         if self.bad_slots > self.config.data.max_bad_rows:
             lines = [line for lines in gather_objects(batch.bad_rows) for line in lines]
             raise DataError(
@@ -244,7 +246,8 @@ class Trainer:
                 f"data.max_bad_rows is {self.config.data.max_bad_rows})"
             )
         totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
-        return Agreed(totals, StepRead(tokens, overlong, fingerprint), bool(stop), bool(writing))
+        read = StepRead(tokens, overlong, fingerprint, batch.dropped_pairs)  # the last is known to every rank
+        return Agreed(totals, read, bool(stop), bool(writing))
 
     def _forward(self, batch: MicroBatch | TaskBatch) -> LossTerms:
         run = self.run
@@ -262,22 +265,13 @@ class Trainer:
         return reduced[1:], BadMicroBatches(bool(reduced[0]), bad)
 
     def _spare(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
-        """The weights are spared this update: all ranks drop it, go back, or raise the same error.
-
-        The complete list of the samples concerned goes into a file.
-        """
+        """The weights are spared this update: all ranks drop it, go back, or raise the same error."""
         mine = [sample for ids in sample_ids for sample in ids]
         by_rank = {number: ids for number, ids in enumerate(gather_objects(mine)) if ids}
-        file = self.config.output_dir / f"not-finite-step-{step}.json"
-        if "finite" not in verdict.what:
-            file = file.with_name(f"spike-step-{step}.json")
-        if rank() == 0:
-            file.write_text(json.dumps({"step": step, "what": verdict.what, "sample_ids": by_rank}, indent=1))
-        shown = "; ".join(
-            f"rank {number}: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
-            for number, ids in by_rank.items()
-        )
-        text = f"step {step}: {verdict.what}; samples of {shown}; all of them in {file}"
+        listed = gather_objects(list_samples(self.config.output_dir, step, verdict, by_rank) if rank() == 0 else None)[
+            0
+        ]
+        text = f"step {step}: {verdict.what}; samples of {shown(by_rank)}; {listed}"
         if verdict.policy == "stop":
             raise NonFiniteStep(text)
         self.run.engine.drop_update()
@@ -291,11 +285,11 @@ class Trainer:
     def _roll_back(self, failed: int) -> int:
         """The state of the last checkpoint again, the data since then left out; the number of finished steps."""
         self._settle()
-        found = gather_objects(checkpoint.latest(self.disk.home) if rank() == 0 else None)[0]
+        found = find_newest(self.config, self.disk)
         if found is None:
             raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
         events, offset = self.guard.events, self.data_offset
-        start = self.restore(checkpoint.checkpoint_root(self.disk.home) / found.name)
+        start = self.restore(found)
         self.guard.events, self.data_offset = events, offset + failed + 1 - start
         if self.tracker is not None:
             self.tracker.rewind(start)

@@ -213,6 +213,7 @@ class TaskStep:
     fingerprint: int  # sum over samples of a hash of each: adds up over ranks to one number for the step
     gold: bool  # the step's sources are gold text, not back-translations
     unpaired: int  # samples that are their own source, having no other
+    dropped_pairs: int  # of the whole step, as planned; the same on every rank
     overlong: int = 0  # none: long texts are cut or read in windows
 
 
@@ -229,7 +230,8 @@ class TaskLoader(PlannedLoader[TaskStep]):
     def load(self, step: int) -> TaskStep:
         samples: list[TaskSample] = []
         bad_rows: list[str] = []
-        for slot in (slot for unit in self.units(step) for slot in unit.slots):
+        plan = self.planner.step(step)
+        for slot in (slot for unit in self.share(plan) for slot in unit.slots):
             try:
                 samples.append(self.reader.read(slot.row, step))
             except BadRow as error:
@@ -252,6 +254,7 @@ class TaskLoader(PlannedLoader[TaskStep]):
             fingerprint=sum(_fingerprint(sample) for sample in samples),
             gold=gold,
             unpaired=sum(sample.unpaired for sample in samples),
+            dropped_pairs=plan.dropped_pairs,
         )
 
 

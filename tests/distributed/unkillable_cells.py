@@ -27,8 +27,9 @@ from training.engine import process_group
 from training.engine_state import shard_of
 from training.errors import ConfigError
 from training.prepare import prepare
-from training.resume import find_start, go_on
+from training.resume import go_on
 from training.run_file import validate
+from training.search import find_start
 from training.stop import StopRequest
 from training.tracking import Tracker
 from training.trainer import Trainer

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from training import checkpoint
-from training.checkpoint import MARKER, FileRecord, kept
+from training.checkpoint import MARKER, FileRecord
 from training.config import CheckpointConfig
 from training.errors import ConfigError
+from training.retention import kept, no_such_metric, retain
 from training.run_state import STATE_FILE, RunState, differences
 
 CONFIG = {
@@ -46,7 +47,9 @@ def save(output_dir: Path, step: int, keep: int = 9) -> Path:
     (directory / "zero").mkdir()
     (directory / "zero" / "rank_0.pt").write_bytes(b"x" * 1000)
     state(step).write(directory)
-    return checkpoint.commit(output_dir, step, {}, CheckpointConfig(keep=keep))
+    path = checkpoint.commit(output_dir, step, {})
+    retain(output_dir, step, CheckpointConfig(keep=keep))
+    return path
 
 
 def steps_of(output_dir: Path) -> list[int]:
@@ -157,7 +160,7 @@ def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path) -> Non
     directory = checkpoint.begin(tmp_path, 10)
     state(10).write(directory)
     with pytest.raises(ConfigError, match=r"zero/rank_1\.pt: written by its rank, but not seen by rank 0"):
-        checkpoint.commit(tmp_path, 10, {"zero/rank_1.pt": FileRecord(1, "x")}, CheckpointConfig())
+        checkpoint.commit(tmp_path, 10, {"zero/rank_1.pt": FileRecord(1, "x")})
     assert checkpoint.latest(tmp_path) is None
 
 
@@ -167,7 +170,7 @@ def test_what_ranks_wrote_is_recorded_as_they_say(tmp_path: Path) -> None:
     state(10).write(directory)
     (directory / "rank_0.pt").write_bytes(b"abc")
     meant = FileRecord(3, sha256(b"abd").hexdigest())
-    path = checkpoint.commit(tmp_path, 10, {"rank_0.pt": meant}, CheckpointConfig())
+    path = checkpoint.commit(tmp_path, 10, {"rank_0.pt": meant})
     assert "rank_0.pt is not what was saved" in str(checkpoint.damage(path))
 
 
@@ -194,7 +197,8 @@ def test_the_best_one_outlives_newer_ones(tmp_path: Path) -> None:
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5)):
         directory = checkpoint.begin(tmp_path, step)
         replace(state(step), metrics={"eval/loss": loss}).write(directory)
-        checkpoint.commit(tmp_path, step, {}, config)
+        checkpoint.commit(tmp_path, step, {})
+        retain(tmp_path, step, config)
     assert steps_of(tmp_path) == [20, 40]
 
 
@@ -265,6 +269,152 @@ def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     assert save(tmp_path, 10) == path
     assert not (path / "old").exists()
     assert checkpoint.problem(path) is None
+
+
+def test_a_save_again_that_is_killed_or_fails_at_any_point_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever renaming or deletion it dies at: the next start finds a whole checkpoint of the step."""
+
+    def begun() -> None:
+        directory = checkpoint.begin(tmp_path, 10)
+        (directory / "new").write_text("x")
+        state(10).write(directory)
+
+    class Killed(BaseException):
+        pass
+
+    left = [0]
+
+    def mortal(work: Callable[..., Any]) -> Callable[..., Any]:
+        def dies(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return work(*arguments, **options)
+
+        return dies
+
+    for survived in range(20):
+        shutil.rmtree(checkpoint.checkpoint_root(tmp_path), ignore_errors=True)
+        save(tmp_path, 10, keep=1)
+        begun()
+        left[0] = survived
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", mortal(os.replace))
+            patched.setattr(os, "rename", mortal(os.rename))
+            patched.setattr(shutil, "rmtree", mortal(shutil.rmtree))
+            patched.setattr(checkpoint, "_sync", mortal(checkpoint._sync))
+            try:
+                checkpoint.commit(tmp_path, 10, {})
+                retain(tmp_path, 10, CheckpointConfig(keep=1))
+                died = False
+            except Killed:
+                died = True
+        checkpoint.clear_leftovers(tmp_path)
+        found = checkpoint.latest(tmp_path)
+        assert found is not None, f"killed at call {survived + 1}"
+        assert checkpoint.damage(found) is None
+        assert [path.name for path in found.parent.iterdir()] == [found.name], "and nothing is left beside it"
+        if not died:
+            assert (found / "new").exists()
+            assert survived > 4
+            return
+    raise AssertionError("it never came to its end")
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_was_complete_before_a_failed_save_of_the_same_step_is_there_again(
+    tmp_path: Path, committed: bool
+) -> None:
+    """On node-local disks: whether this disk had its part already when another one's failed."""
+    path = save(tmp_path, 10)
+    (path / "old").write_text("x")
+    directory = checkpoint.begin(tmp_path, 10)
+    state(10).write(directory)
+    if committed:
+        checkpoint.commit(tmp_path, 10, {})
+    checkpoint.abandon(tmp_path, 10, committed)
+    assert (path / "old").exists()
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_part_that_other_disks_lack_is_taken_back_and_older_checkpoints_stay(tmp_path: Path) -> None:
+    older = save(tmp_path, 10, keep=1)
+    state(20).write(checkpoint.begin(tmp_path, 20))
+    checkpoint.commit(tmp_path, 20, {})
+    checkpoint.abandon(tmp_path, 20, committed=True)
+    assert checkpoint.latest(tmp_path) == older
+    assert steps_of(tmp_path) == [10]
+
+
+def test_what_a_person_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    """Neither found nor deleted nor in the way of what is."""
+    path = save(tmp_path, 10)
+    copy = path.with_name(f"{path.name}-backup")
+    shutil.copytree(path, copy)
+    (path.parent / "step-notes.txt").write_text("x")
+    newer = save(tmp_path, 20, keep=1)
+    assert sorted(each.name for each in path.parent.iterdir()) == [copy.name, newer.name, "step-notes.txt"]
+    assert checkpoint.latest(tmp_path) == newer
+    checkpoint.set_aside_newer(tmp_path, 5)
+    assert copy.is_dir()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_costs_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = [save(tmp_path, step) for step in (10, 20, 30)]
+    real = shutil.rmtree
+
+    def refuses(path: Path, *arguments: Any, **options: Any) -> None:
+        if path == old[1]:
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    save(tmp_path, 40, keep=1)
+    assert steps_of(tmp_path) == [20, 40]
+    assert f"{old[1]} need not be kept, but cannot be deleted: [Errno 13] Permission denied" in caplog.text
+
+
+def test_a_state_that_another_version_wrote_has_no_metric_and_costs_no_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for content in ('{"format": 1}', "[]", "not json"):
+        directory = checkpoint.begin(tmp_path, 10)
+        (directory / STATE_FILE).write_text(content)
+        checkpoint.commit(tmp_path, 10, {})
+        save(tmp_path, 20)
+        retain(tmp_path, 20, CheckpointConfig(keep=1, best="eval/loss"))
+        assert steps_of(tmp_path) == [20]
+        assert "step-00000010: its eval/loss is not known: " in caplog.text
+
+
+def test_what_killed_starts_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    kept_ones = [save(tmp_path, 10), save(tmp_path, 20)]
+    checkpoint.set_aside_newer(tmp_path, 10)
+    root = checkpoint.checkpoint_root(tmp_path)
+    for name in (".incomplete-step-00000030", ".universal-step-00000010/zero", ".replaced-step-00000010"):
+        (root / name).mkdir(parents=True)
+        (root / name / "large").write_text("x")
+    (root / "mine").mkdir()
+    other_run = save(tmp_path / "b", 5).with_name(".incomplete-step-00000006")
+    other_run.mkdir()
+    checkpoint.clear_leftovers(tmp_path)
+    assert sorted(path.name for path in root.iterdir()) == ["mine", "set-aside-step-00000020", "step-00000010"]
+    assert checkpoint.problem(kept_ones[0]) is None
+    assert other_run.is_dir()
+    checkpoint.clear_leftovers(tmp_path / "never started")
+
+
+def test_the_metrics_that_may_be_meant_are_named() -> None:
+    there = ["train/loss", "eval/loss", "eval/loss/sw", "data/overlong", "memory/host_peak_gib"]
+    assert no_such_metric("eval_loss", 4, there) == (
+        "checkpoint.best: eval_loss: no such metric at step 4, whose checkpoint can thus not be the best; "
+        "nearest: eval/loss, eval/loss/sw, train/loss"
+    )
+    assert no_such_metric("eval_loss", 4, []).endswith("nearest: none")
 
 
 def test_find_auto(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from modeling.export_info import EXPORT_FILE, ExportInfo
 from training import checkpoint, export
 from training.checkpoint import MARKER
-from training.config import CheckpointConfig, RunConfig
+from training.config import RunConfig
 from training.errors import ConfigError
 from training.export import export_checkpoint, export_newest
 from training.run_file import resolved, validate
@@ -32,7 +32,7 @@ def save(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> Save:
         directory = checkpoint.begin(tmp_path, step)
         (directory / "weights").write_text(f"weights after {step}")
         RunState(step, 1, 0, {}, config, {}).write(directory)
-        return checkpoint.commit(tmp_path, step, {}, CheckpointConfig(keep=9))
+        return checkpoint.commit(tmp_path, step, {})
 
     return make
 
@@ -165,6 +165,19 @@ def test_a_torn_checkpoint_is_not_exported(save: Save, tmp_path: Path) -> None:
             export_to(torn, output)
     assert weights(model) == "weights after 10"
     assert beside(model) == {"model"}
+
+
+def test_a_checkpoint_that_is_not_what_was_saved_is_not_exported(save: Save, made: list[int], tmp_path: Path) -> None:
+    """Its sizes are right: its content is looked at before anything of it is loaded."""
+    damaged = save(10)
+    (damaged / "weights").write_text("weights after 11")
+    for export_to in (export_newest, export_checkpoint):
+        with pytest.raises(
+            ConfigError, match="step-00000010: not a complete checkpoint: weights is not what was saved"
+        ):
+            export_to(damaged, tmp_path / "model")
+    assert not made
+    assert not (tmp_path / "model").exists()
 
 
 def test_export_to_a_folder_that_is_there_is_refused(save: Save, made: list[int], tmp_path: Path) -> None:

@@ -297,3 +297,73 @@ def test_a_rank_that_does_not_end_after_the_others_stopped_is_killed_and_it_is_a
     command = rank_program(tmp_path, DEAF, {0: "import time; time.sleep(0.5); os._exit(75)"})
     assert Launcher(Nodes(Place()), command, 2).run() == 75
     assert "; ranks [1] did not end and were killed; the same command goes on" in capfd.readouterr().err
+
+
+# As a rank that has lost its connection: fails when rank 0 is gone.
+FOLLOWS = """
+    import signal, sys, time
+    for name in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    open(f"{FOLDER}/ready-{RANK}", "w").close()
+    while not os.path.exists(f"{FOLDER}/asked-0"):
+        time.sleep(0.01)
+    print("RuntimeError: Connection closed by peer", file=sys.stderr)
+    os._exit(1)
+"""
+
+
+def test_ranks_that_fail_since_one_was_stopped_outside_of_training_are_no_failures(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 has not come to its first step, the other waits for it in a collective: the run is to be requeued."""
+    send_when_ready(tmp_path, 2, signal.SIGUSR1)
+    assert Launcher(Nodes(Place()), rank_program(tmp_path, FOLLOWS, {0: STOPS}), 2).run() == 75
+    said = capfd.readouterr().err
+    assert "stopped by SIGUSR1; ranks [1] failed when others had ended; the same command goes on" in said
+    assert "ended first" not in said
+
+
+def test_neither_are_they_on_another_node(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "NEWS_SECONDS", 4.0)  # of which a busy machine may take some
+    start = Launcher._start
+
+    def start_and_ask(launcher: Launcher) -> None:
+        """In a thread no signal reaches a launcher, so node 0's is told of one as its handler would."""
+        start(launcher)
+        if launcher.nodes.place.node == 0:
+            wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
+            launcher._asked.append(signal.SIGUSR1)
+
+    monkeypatch.setattr(Launcher, "_start", start_and_ask)
+    assert run_nodes([rank_program(tmp_path, FOLLOWS, {0: STOPS})] * 2, 1) == [75, 75]
+    assert "ended first" not in capfd.readouterr().err
+
+
+def test_a_rank_that_was_stopped_before_its_first_step_leaves_the_others_no_time_to_save(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait in a collective that nobody ends (NCCL), and nothing is there to be saved."""
+    monkeypatch.setattr(launching, "FAILED_GRACE", 0.5)
+    beats = "from training.heartbeat import Heart; heart = Heart(); heart.attach()"
+    send_when_ready(tmp_path, 2, signal.SIGUSR1)
+    command = rank_program(tmp_path, DEAF, {0: f"{beats}\n{textwrap.dedent(STOPS)}"})
+    started = time.monotonic()
+    assert Launcher(Nodes(Place()), command, 2).run() == 75
+    assert time.monotonic() - started < launching.STOPPED_GRACE / 2
+    assert "; ranks [1] did not end and were killed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_what_a_rank_started_ends_with_it(tmp_path: Path, status: int) -> None:
+    """Such as the process that converts a checkpoint, under a rank that is stopped."""
+    program = f"""
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], stderr=subprocess.DEVNULL)
+        open(f"{{FOLDER}}/child", "w").write(str(child.pid))
+        os._exit({status})
+    """
+    assert Launcher(Nodes(Place()), rank_program(tmp_path, program), 1).run() == status
+    child = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    wait_for(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")

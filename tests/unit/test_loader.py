@@ -135,6 +135,23 @@ def test_counts_are_those_of_the_micro_batches(make: Callable[..., StepLoader]) 
         assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
 
 
+def test_every_rank_knows_the_pairs_that_the_plan_dropped(
+    make: Callable[..., StepLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Planner._judge
+
+    def first_is_the_same(planner: Planner, rows: Any, pairs: Any) -> Any:
+        bad, same = judge(planner, rows, pairs)
+        return bad, [True] * min(2, len(same)) + same[2:]
+
+    before = [make(rank, 2).load(3) for rank in range(2)]
+    assert [step.dropped_pairs for step in before] == [0, 0]
+    monkeypatch.setattr(Planner, "_judge", first_is_the_same)
+    after = [make(rank, 2).load(3) for rank in range(2)]
+    assert [step.dropped_pairs for step in after] == [2, 2]
+    assert pairs_of(*after).total() == pairs_of(*before).total() - 2
+
+
 def test_the_fingerprint_tells_other_samples_apart(make: Callable[..., StepLoader]) -> None:
     fingerprints = [make().load(number).fingerprint for number in range(STEPS)]
     assert len(set(fingerprints)) == STEPS

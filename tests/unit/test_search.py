@@ -1,0 +1,96 @@
+"""search.py and resume.py: which of several disks' checkpoints a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from training import checkpoint
+from training.config import RunConfig
+from training.disks import Disk
+from training.engine_state import shard_of
+from training.errors import ConfigError
+from training.resume import go_on
+from training.run_file import resolved, validate
+from training.run_state import RunState
+from training.search import find_newest, find_on_all_disks
+from training.trainer import Trainer
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> RunConfig:
+    return validate(tiny_run(tmp_path / "run", **{"checkpoint.local_dir": str(tmp_path / "disk")}), "tiny run")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    """A node's own, which not all ranks see."""
+    return Disk(tmp_path / "disk", frozenset({0, 1}))
+
+
+def save(home: Path, step: int, shard: bool = True, world_size: int = 1) -> Path:
+    directory = checkpoint.begin(home, step)
+    if shard:
+        (directory / shard_of(0)).parent.mkdir()
+        (directory / shard_of(0)).write_bytes(b"weights")
+    RunState(step, world_size, 0, {}, {}, {}).write(directory)
+    return checkpoint.commit(home, step, {})
+
+
+@pytest.mark.parametrize(("shared", "own"), [(4, 6), (6, 4), (None, 6), (6, None), (None, None)])
+def test_the_newest_is_taken_wherever_it_lies(
+    config: RunConfig, disk: Disk, shared: int | None, own: int | None
+) -> None:
+    here = {step: save(home, step) for home, step in ((config.output_dir, shared), (disk.home, own)) if step}
+    assert find_newest(config, disk) == here.get(max(here, default=0))
+
+
+@pytest.mark.parametrize(
+    ("shard", "world_size", "said"),
+    [(False, 1, "rank 0 finds no part of its own on its node"), (True, 2, "saved on 2 ranks, on node-local disks")],
+)
+def test_older_parts_on_the_nodes_are_in_nobodys_way(
+    config: RunConfig, disk: Disk, shard: bool, world_size: int, said: str
+) -> None:
+    """A run folder that all nodes share needs neither the same nodes nor the same number of ranks."""
+    save(disk.home, 4, shard, world_size)
+    with pytest.raises(ConfigError, match=said):
+        find_newest(config, disk)
+    save(config.output_dir, 2)
+    with pytest.raises(ConfigError, match=said):
+        find_newest(config, disk)
+    newer = save(config.output_dir, 6)
+    assert find_newest(config, disk) == newer
+
+
+def test_what_is_damaged_is_passed_over_as_in_a_shared_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With nothing older the run begins anew, or goes on from the run folder; nobody's part is called missing."""
+    damaged = save(tmp_path, 6)
+    (damaged / shard_of(0)).write_bytes(b"weighty")
+    own = Disk(tmp_path, frozenset({0}))
+    assert find_on_all_disks(own, newer_than=4) is None
+    assert f"{damaged} is passed over: {shard_of(0)} is not what was saved" in caplog.text
+    whole = save(tmp_path, 5)
+    assert find_on_all_disks(own, newer_than=4) == whole
+    assert find_on_all_disks(own, newer_than=5) is None
+
+
+def test_fewer_bad_rows_than_were_met_are_refused_before_anything_is_loaded(config: RunConfig, tmp_path: Path) -> None:
+    path = save(tmp_path, 4)
+    replace(RunState.read(path), bad_slots=3, config=resolved(config)).write(path)
+    index = SimpleNamespace(fingerprint={})
+    run = SimpleNamespace(config=config, data=SimpleNamespace(index=index), engine=SimpleNamespace(world_size=1))
+    trainer = cast(Trainer, SimpleNamespace(run=run, restore=lambda path: 4))
+    with pytest.raises(ConfigError) as refusal:
+        go_on(trainer, path, accept_changes=True)
+    assert str(refusal.value) == (
+        "data.max_bad_rows: 0, but unusable rows left 3 slots empty before step-00000004 was saved; "
+        "set data.max_bad_rows=3 or more"
+    )
+    run.config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 3})})
+    assert go_on(trainer, path, accept_changes=True) == 4

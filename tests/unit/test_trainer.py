@@ -1,0 +1,244 @@
+"""trainer.py around its steps: stopping, going back, and what a spared step leaves. Without an engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.loader import RankStep
+from data_pipeline.records import DataError
+from training import checkpoint, saving
+from training.assembly import Run
+from training.errors import CheckpointFailed, NonFiniteStep
+from training.guard import Verdict
+from training.run_file import validate
+from training.run_state import RunState
+from training.stop import StoppedOnRequest
+from training.trainer import Trainer
+
+Made = Callable[..., Trainer]
+
+
+class Engine:
+    """Saves a file of weights, and counts how often it is asked to."""
+
+    def __init__(self) -> None:
+        self.world_size, self.device, self.taken, self.loaded = 1, torch.device("cpu"), 0, [""]
+        self.module = SimpleNamespace(config=SimpleNamespace(save_pretrained=lambda directory: None))
+
+    def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
+        self.taken += 1
+        return [(directory / "zero" / "weights.pt", torch.arange(1000.0))]
+
+    def load_state(self, directory: Path, universal: bool) -> None:
+        self.loaded.append(directory.name)
+
+    def drop_update(self) -> None: ...
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Made:
+    """`trainer(**changes)`: a Trainer of the tiny run on one rank, asked to stop, whose engine is a stand-in."""
+    monkeypatch.setattr(saving, "reference_outputs", lambda run: {"logits": torch.ones(1)})
+
+    def make(**changes: Any) -> Trainer:
+        run = SimpleNamespace(
+            config=validate(tiny_run(tmp_path / "run", **changes), "tiny run"), engine=Engine(), model_dir=tmp_path,
+            objective=SimpleNamespace(save=lambda engine, directory: None, load=lambda directory: None),
+            data=SimpleNamespace(
+                tokenizer=SimpleNamespace(save_pretrained=lambda directory: None),
+                index=SimpleNamespace(fingerprint={}),
+            ),
+        )  # fmt: skip
+        made = Trainer(cast(Run, run), None)
+        made.config.output_dir.mkdir()
+        made.stop._reason = "SIGUSR1"
+        return made
+
+    return make
+
+
+def saved(trainer: Trainer) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.step_folders(trainer.config.output_dir)]
+
+
+def times_taken(trainer: Trainer) -> int:
+    return cast(Engine, trainer.run.engine).taken
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_stop_where_the_step_is_saved_or_being_saved_saves_nothing_again(trainer: Made, settled: bool) -> None:
+    made = trainer()
+    made.save(4, {})
+    if settled:
+        made._settle()
+    with pytest.raises(StoppedOnRequest, match="stopped by SIGUSR1 after 4 of 12 steps; all of it is saved"):
+        made._stop(4)
+    assert saved(made) == [4]
+    assert times_taken(made) == 1
+
+
+def test_a_stop_saves_what_is_not_saved(trainer: Made) -> None:
+    made = trainer()
+    made.save(4, {})
+    with pytest.raises(StoppedOnRequest):
+        made._stop(5)
+    assert saved(made) == [4, 5]
+
+
+def test_a_stop_saves_a_step_whose_own_checkpoint_failed(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    with monkeypatch.context() as full:
+        full.setattr(torch, "save", no_space)
+        made.save(4, {})
+        made._settle()
+    assert saved(made) == []
+    with pytest.raises(StoppedOnRequest):
+        made._stop(4)
+    assert saved(made) == [4]
+
+
+def no_space(*arguments: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_stop_before_anything_was_done_saves_nothing(trainer: Made) -> None:
+    made = trainer()
+    with pytest.raises(StoppedOnRequest):
+        made._stop(0)
+    made.save(4, {})
+    made._settle()
+    again = trainer_of(made)
+    assert again.restore(checkpoint.checkpoint_path(made.config.output_dir, 4)) == 4
+    with pytest.raises(StoppedOnRequest):
+        again._stop(4)
+    assert times_taken(made) == 1
+
+
+def trainer_of(made: Trainer) -> Trainer:
+    again = Trainer(made.run, None)
+    again.stop._reason = "SIGUSR1"
+    return again
+
+
+def test_a_stop_that_cannot_be_saved_is_no_stop(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    monkeypatch.setattr(torch, "save", no_space)
+    with pytest.raises(CheckpointFailed, match=r"checkpoint of step 5: not saved: rank 0 on .*No space left on device"):
+        made._stop(5)
+
+
+def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+    """The size is right: only the checksum tells. And what was saved since then is no longer this run's state."""
+    made = trainer()
+    for step in (4, 6):
+        made.save(step, {})
+        made._settle()
+    damaged = checkpoint.checkpoint_path(made.config.output_dir, 6) / "zero" / "weights.pt"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert made._roll_back(failed=7) == 4
+    assert cast(Engine, made.run.engine).loaded[-1] == "step-00000004"
+    assert made.data_offset == 4
+    assert "step-00000006 is passed over: zero/weights.pt is not what was saved" in caplog.text
+    with pytest.raises(StoppedOnRequest):
+        made._stop(6)
+    assert checkpoint.fault(checkpoint.checkpoint_path(made.config.output_dir, 6)) is None
+    assert RunState.read(checkpoint.checkpoint_path(made.config.output_dir, 6)).data_offset == 4
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_go_back_to(trainer: Made) -> None:
+    with pytest.raises(NonFiniteStep, match="step 7: there is no checkpoint to go back to"):
+        trainer()._roll_back(failed=7)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_list_of_samples_costs_no_run(trainer: Made, full: bool, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(**{"guard.non_finite": "skip"})
+    file = made.config.output_dir / "not-finite-step-3.json"
+    if full:
+        file.symlink_to("/dev/full")
+    made._spare(3, Verdict("skip", "loss is not finite"), [("en-1", "sw-2")])
+    (said,) = caplog.messages
+    assert "step 3: loss is not finite; samples of rank 0: en-1, sw-2; " in said
+    if full:
+        assert f"not listed in {file}: No space left on device" in said
+    else:
+        assert f"all of them in {file}" in said
+        assert json.loads(file.read_text())["sample_ids"] == {"0": ["en-1", "sw-2"]}
+
+
+def rank_step(languages: Sequence[str], **changes: Any) -> RankStep:
+    zeros = np.zeros(len(languages), np.int64)
+    step = RankStep(
+        step=0, micro_batches=(), label_tokens=5, pairs=2, tokens=zeros, samples=zeros, bad_rows=(), overlong=1,
+        fingerprint=7, dropped_pairs=3,
+    )  # fmt: skip
+    return replace(step, **changes)
+
+
+def test_bad_rows_of_a_step_that_is_left_to_the_next_start_are_not_counted_twice(trainer: Made) -> None:
+    made = trainer(**{"data.max_bad_rows": 1})
+    bad = rank_step(made.config.data.languages, bad_rows=("sw.jsonl:3: no answer",))
+    assert made.agree(bad).stop
+    assert made.bad_slots == 0
+    made.stop._reason = None
+    assert not made.agree(bad).stop
+    assert made.bad_slots == 1
+    with pytest.raises(DataError, match=r"sw.jsonl:3: no answer \(2 slots left empty .*data.max_bad_rows is 1"):
+        made.agree(bad)
+
+
+def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another rank said the same."""
+    monkeypatch.setattr("training.trainer.all_sum", lambda values, device: 2 * torch.tensor(values, dtype=torch.double))
+    made = trainer()
+    languages = made.config.data.languages
+    read = made.agree(rank_step(languages)).read.metrics(languages)
+    assert read["data/dropped_pairs"] == 3
+    assert (read["data/overlong"], read["data/step_fingerprint"]) == (2, 14)
+
+
+def test_a_best_metric_that_there_is_not_is_told_once(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(**{"checkpoint.best": "eval_loss"})
+    for step in (2, 4):
+        made.save(step, {"eval/loss": 1.0, "train/loss": 2.0})
+        made._settle()
+    assert [each for each in caplog.messages if "eval_loss" in each] == [
+        "checkpoint.best: eval_loss: no such metric at step 2, whose checkpoint can thus not be the best; "
+        "nearest: eval/loss, train/loss"
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        made.saver = saving.Saver(trainer_config(made, "eval/loss"))
+        made.save(6, {"eval/loss": 1.0})
+        made._settle()
+    assert not caplog.messages
+
+
+def trainer_config(made: Trainer, best: str) -> Run:
+    settings = made.config.checkpoint.model_copy(update={"best": best})
+    run = SimpleNamespace(**vars(made.run))
+    run.config = made.config.model_copy(update={"checkpoint": settings})
+    return cast(Run, run)
+
+
+def test_a_failed_save_of_a_step_again_costs_nothing(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    made.save(4, {})
+    made._settle()
+    monkeypatch.setattr(checkpoint, "commit", no_space)
+    made.save(4, {})
+    made._settle()
+    assert saved(made) == [4]
