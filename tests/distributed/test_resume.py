@@ -179,15 +179,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_changes_are_refused(shifcon: di
     content = victim.read_bytes()
     middle = len(content) // 2
     victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])  # its size is right
+    tokenizer = output / "tokenizer" / "tokenizer_config.json"
+    settings = tokenizer.read_text()
+    tokenizer.write_text(json.dumps({**json.loads(settings), "chat_template": "{{ messages }}"}))
     try:
         changed = rank_values(output.parent / "data", output, **SHIFCON, seed=4)
         refused = run(train(write_config(tmp_path / "changed.yaml", changed)))
         assert refused.returncode == 2
         assert f"{torn} is passed over: zero/{victim.name} is not what was saved" in refused.stderr
         assert "config seed: was 3, now 4" in refused.stderr
+        assert "data tokenizer: has changed" in refused.stderr
         assert "step-00000008" in refused.stderr
     finally:
         victim.write_bytes(content)
+        tokenizer.write_text(settings)
 
 
 def test_a_finished_run_is_not_run_again(shifcon: dict[str, Path]) -> None:
