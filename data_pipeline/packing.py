@@ -117,12 +117,12 @@ class Packer:
                 bins.append(candidate)
                 rows = self._place([], unit.samples, self.micro_batch_tokens)
                 if rows is None:
-                    log.warning(
-                        "a contrast set takes %d tokens %s, above micro_batch_tokens (%d); it runs alone",
-                        self.tokens_alone([len(sample) for sample in unit.samples]),
-                        self.layout,
-                        self.micro_batch_tokens,
-                    )
+                    needed = self.tokens_alone([len(sample) for sample in unit.samples])
+                    if needed > self.micro_batch_tokens:
+                        log.warning(
+                            "a contrast set takes %d tokens %s, above micro_batch_tokens (%d); it runs alone",
+                            needed, self.layout, self.micro_batch_tokens,
+                        )  # fmt: skip
                     rows = self._place([], unit.samples, None)
             assert rows is not None
             candidate.rows = rows
@@ -134,10 +134,10 @@ class Packer:
         return self._collate(_Bin())
 
     def tokens_alone(self, lengths: Sequence[int]) -> int:
-        """Rows x row length of a micro-batch that holds samples of these lengths and no others."""
+        """Rows x longest row of a micro-batch that holds samples of these lengths and no others."""
         rows = self._place([], [range(length) for length in lengths], None)
         assert rows is not None
-        return len(rows) * (self.row_tokens if self.layout == "packed" else max(lengths))
+        return len(rows) * max(sum(map(len, row)) for row in rows)
 
     def _place(
         self, rows: list[list[_Sample]], samples: Sequence[_Sample], budget: int | None

@@ -257,10 +257,8 @@ def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> 
         return
     longest, budget = config.data.sequence_length, config.data.micro_batch_tokens
     units = (unit for step in range(min(config.max_steps, CHECKED_STEPS)) for unit in planner.step(step).units)
-    largest = max(
-        (packer.tokens_alone([min(round(slot.cost), longest) for slot in unit.slots]) for unit in units if unit.pairs),
-        default=0,
-    )
+    sets = ([round(slot.cost) for slot in unit.slots if slot.cost <= longest] for unit in units if unit.pairs)
+    largest = max((packer.tokens_alone(lengths) for lengths in sets if lengths), default=0)
     if largest > budget:
         raise ConfigError(
             f"objective.contrastive.set_size: a set of {config.objective.contrastive.set_size} pairs takes about "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.chat import TemplateConfig
 from data_pipeline.config import SourceConfig, TaskKind, merged
@@ -195,8 +195,6 @@ FOLLOWS_FROM = {
     "train_micro_batch_size_per_gpu": "data.micro_batch_tokens",
     "gradient_accumulation_steps": "data.micro_batch_tokens",
     "scheduler": "schedule",
-    "fp16": "precision",
-    "zero_optimization.stage": "zero_stage",
 }
 
 # Which kinds of rows an objective learns from; None: conversations.
@@ -207,6 +205,10 @@ KINDS: dict[type[Section], tuple[TaskKind | None, ...]] = {
     FineTuneConfig: ("classification", "tagging", "qa"),
     XMixupConfig: ("classification", "tagging", "qa"),
 }
+
+
+def _section(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}  # what else it is DeepSpeed will refuse
 
 
 class RunConfig(Section):
@@ -240,14 +242,6 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
-    @field_validator("deepspeed")
-    @classmethod
-    def _leaves_to_us_what_is_ours(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        zero = settings.get("zero_optimization")
-        given = {*settings, *(f"zero_optimization.{name}" for name in (zero if isinstance(zero, dict) else ()))}
-        refuse(f"{key!r} follows from {source!r}; leave it out" for key, source in FOLLOWS_FROM.items() if key in given)
-        return settings
-
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         refuse(self._mistakes())
@@ -255,6 +249,17 @@ class RunConfig(Section):
 
     def _mistakes(self) -> Iterator[str]:
         """What is wrong between sections."""
+        yield from (
+            f"'deepspeed.{key}' follows from {source!r}; leave it out"
+            for key, source in FOLLOWS_FROM.items()
+            if key in self.deepspeed
+        )
+        zero, fp16 = (_section(self.deepspeed.get(name)) for name in ("zero_optimization", "fp16"))
+        stage = zero.get("stage", self.zero_stage)
+        if stage != self.zero_stage:
+            yield f"'deepspeed.zero_optimization.stage' is {stage!r}, 'zero_stage' {self.zero_stage}; set the latter"
+        if fp16.get("enabled"):
+            yield "'deepspeed.fp16' scales losses, which training here does not; 'precision' is bf16 or fp32"
         if self.model.init is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             yield "'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'"
         if self.evaluation.every and not self.data.heldout_items:

@@ -36,6 +36,12 @@ class Disk:
         return rank() == min(self.ranks)
 
 
+def own_homes(config: RunConfig, disk: Disk) -> list[Path]:
+    """Of the run's folder and its disk for checkpoints, those whose checkpoints this rank looks after."""
+    homes = {config.output_dir: rank() == 0, disk.home: disk.leader}
+    return [home for home, mine in homes.items() if mine]
+
+
 def shared_disk(config: RunConfig) -> Disk:
     """The run's own folder."""
     return Disk(config.output_dir, frozenset(range(world_size())))

@@ -14,7 +14,7 @@ from modeling.export_info import VECTORS_FILE
 from training import checkpoint
 from training.assembly import assemble
 from training.config import RunConfig
-from training.disks import checkpoint_disk
+from training.disks import checkpoint_disk, own_homes
 from training.distributed import barrier, rank
 from training.engine import process_group
 from training.heartbeat import heart
@@ -54,7 +54,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it
     prepared = prepare(config, rank())
-    homes = _homes(config)
+    homes = own_homes(config, checkpoint_disk(config))
     for home in homes:
         checkpoint.clear_leftovers(home)
     barrier()
@@ -90,13 +90,6 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
             _finish(tracker, config.output_dir, status)
     run.engine.destroy()
     return checkpoint.checkpoint_path(config.output_dir, config.max_steps)
-
-
-def _homes(config: RunConfig) -> list[Path]:
-    """The folders whose checkpoints this rank looks after."""
-    disk = checkpoint_disk(config)
-    homes = {config.output_dir: rank() == 0, disk.home: disk.leader}
-    return [home for home, mine in homes.items() if mine]
 
 
 def _write_resolved(config: RunConfig) -> None:

@@ -30,7 +30,7 @@ TERMINAL = "CROSSLIFT_TERMINAL"  # the launcher's stderr, as a file descriptor o
 ROOMS = ("training", "modeling", "data_pipeline")
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
-_SECRET_NAMES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_NAMES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL)S?(_?\d+)?$", re.IGNORECASE)
 _SHORTEST_SECRET = 6  # what is shorter would be found in the midst of words
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 

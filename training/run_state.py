@@ -61,9 +61,11 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
     ]
+    # Checkpoints of before the tokenizer was looked at say nothing of it.
+    unknown = {"tokenizer"} - saved.fingerprint.keys()
     lines += [
         f"data {name}: {_change(saved.fingerprint.get(name), fingerprint.get(name))}"
-        for name in sorted(saved.fingerprint.keys() | fingerprint.keys())
+        for name in sorted((saved.fingerprint.keys() | fingerprint.keys()) - unknown)
         if saved.fingerprint.get(name) != fingerprint.get(name)
     ]
     return lines

@@ -20,9 +20,10 @@ from data_pipeline.packing import MicroBatch
 from data_pipeline.records import DataError
 from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
+from training import checkpoint
 from training.assembly import Run
 from training.config import RunConfig
-from training.disks import checkpoint_disk, shared_disk
+from training.disks import checkpoint_disk, own_homes, shared_disk
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
 from training.errors import NonFiniteStep
@@ -290,6 +291,8 @@ class Trainer:
             raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
         events, offset = self.guard.events, self.data_offset
         start = self.restore(found)
+        for home in own_homes(self.config, self.disk):  # one that was passed over is of the branch that is left
+            checkpoint.set_aside_newer(home, start)
         self.guard.events, self.data_offset = events, offset + failed + 1 - start
         if self.tracker is not None:
             self.tracker.rewind(start)

@@ -140,7 +140,8 @@ def _task_packer_for(run: Run, step: int, micro_batches: int) -> TaskPacker:
     assert isinstance(reader, TaskReader)
     shares = []
     for other in range(world_size()):
-        units = run.data.loader(run.config, other, world_size()).units(step)
+        loader = run.data.loader(run.config, other, world_size())
+        units = loader.share(loader.planner.step(step))
         shares.append([reader.read(slot.row, step) for unit in units for slot in unit.slots])
     for budget in range(256, 2**14, 64):
         packer = TaskPacker(own.pad_id, budget, own.task, own.paired, own.has_token_types)

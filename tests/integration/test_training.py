@@ -142,9 +142,9 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(trained: Path) -> Finished:
     from evals.opening import open_model
-    from training.resume import find_checkpoint
     from training.run_file import validate
     from training.run_state import RunState
+    from training.search import find_checkpoint
 
     checkpoint = find_checkpoint("auto", trained)
     assert checkpoint is not None

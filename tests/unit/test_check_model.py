@@ -101,24 +101,37 @@ def test_a_contrast_set_that_fits_no_micro_batch_is_refused_with_both_numbers(tm
 
 
 def largest_set(config: RunConfig) -> int:
-    """Rows x width of the run's largest contrast set, by packing each as if it were alone."""
+    """Rows x longest row of the run's largest contrast set, by packing each as if it were alone."""
     data = assemble_data(config, prepare(config))
     assert isinstance(data.packer, Packer)
     sizes = []
     for step in range(config.max_steps):
         for unit in data.planner.step(step).units:
             if unit.pairs:
-                lengths = [min(round(slot.cost), config.data.sequence_length) for slot in unit.slots]
-                width = config.data.sequence_length if data.packer.layout == "packed" else max(lengths)
+                lengths = [round(slot.cost) for slot in unit.slots if slot.cost <= config.data.sequence_length]
                 rows: list[int] = []  # tokens in each: best fit, longest first
                 for length in sorted(lengths, reverse=True):
-                    free = [n for n in rows if data.packer.layout == "packed" and n + length <= width]
-                    if free:
+                    room = config.data.sequence_length - length if data.packer.layout == "packed" else -1
+                    if free := [n for n in rows if n <= room]:
                         rows[rows.index(max(free))] += length
                     else:
                         rows.append(length)
-                sizes.append(len(rows) * width)
+                sizes.append(len(rows) * max(rows))
     return max(sizes)
+
+
+def test_a_sample_that_is_too_long_takes_no_room_in_its_set(tmp_path: Path) -> None:
+    """The reader leaves it out; counted at the width that it would have, it had the run refused."""
+    folder = write_data(tmp_path / "data")
+    rows = [json.loads(line) for line in (folder / "sw.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows[::2]:
+        row["question"] += " 7" * 400
+    (folder / "sw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = {"data.layout": "padded", "data.sequence_length": 400, "data.micro_batch_tokens": 600}
+    config = config_of(folder, tmp_path, **changes)
+    data = assemble_data(config, prepare(config))
+    costs = [slot.cost for step in range(12) for unit in data.planner.step(step).units for slot in unit.slots]
+    assert max(costs) > 400
 
 
 def test_another_tokenizer_is_a_change_of_the_data(tmp_path: Path) -> None:

@@ -120,12 +120,6 @@ def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -
             {"strategy": "explicit", "weights": {"zh-Hant": "much"}},
             r"data\.mixture\.weights\.zh-Hant: .*number.* \(found 'much'\)",
         ),
-        (
-            "deepspeed",
-            {"gradient_accumulation_steps": 2},
-            r"deepspeed: 'gradient_accumulation_steps' follows from 'data\.micro_batch_tokens'; leave it out",
-        ),
-        ("deepspeed.zero_optimization.stage", 2, r"deepspeed: 'zero_optimization\.stage' follows from 'zero_stage'.*"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_found(values: Values, key: str, value: Any, line: str) -> None:
@@ -152,7 +146,6 @@ def test_all_that_does_not_fit_together_is_reported_at_once(values: Values) -> N
     changed(values, "data.sequence_length", 400)
     changed(values, "data.mixture", {"strategy": "explicit", "weights": {"en": 1, "dee": 1}})
     changed(values, "data.sources", [{**values["data"]["sources"][0], "language": "swa"}] * 2)
-    changed(values, "deepspeed", {"train_batch_size": 8, "scheduler": {}})
     known = "'languages' has en, de, sw, zh"
     assert mistakes(values) == [
         "data: 'dominant' is 'fr', which is not among 'languages'",
@@ -161,15 +154,27 @@ def test_all_that_does_not_fit_together_is_reported_at_once(values: Values) -> N
         "micro-batch",
         "data: two sources have the name 'problems'",
         f"data: source 'problems' has language 'swa'; {known}",
-        "deepspeed: 'train_batch_size' follows from 'data.slots_per_step'; leave it out",
-        "deepspeed: 'scheduler' follows from 'schedule'; leave it out",
     ]
 
 
 def test_mistakes_between_sections_are_reported_at_once(values: Values) -> None:
     changed(values, "evaluation", {"every": 5})
     changed(values, "data.mixture", {"pairing": "none"})
-    assert [line.split("'")[1] for line in mistakes(values)] == ["evaluation.every", "data.mixture.pairing"]
+    changed(values, "deepspeed", {"gradient_accumulation_steps": 2, "scheduler": {}, "fp16": {"enabled": True}})
+    changed(values, "deepspeed.zero_optimization.stage", 2)
+    assert mistakes(values) == [
+        "(top level): 'deepspeed.gradient_accumulation_steps' follows from 'data.micro_batch_tokens'; leave it out",
+        "(top level): 'deepspeed.scheduler' follows from 'schedule'; leave it out",
+        "(top level): 'deepspeed.zero_optimization.stage' is 2, 'zero_stage' 3; set the latter",
+        "(top level): 'deepspeed.fp16' scales losses, which training here does not; 'precision' is bf16 or fp32",
+        "(top level): 'evaluation.every' needs held-out samples: set 'data.heldout_items'",
+        "(top level): the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'",
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"fp16": {"enabled": False}}, {"zero_optimization": {"stage": 3}}, {"fp16": 5}])
+def test_deepspeed_settings_that_agree_with_the_run_are_taken(values: Values, settings: Values) -> None:
+    assert validate(changed(values, "deepspeed", settings), "run.yaml").deepspeed == settings
 
 
 def test_a_value_that_may_be_of_two_kinds_is_named_by_its_key_alone(values: Values) -> None:

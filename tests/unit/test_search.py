@@ -83,8 +83,8 @@ def test_what_is_damaged_is_passed_over_as_in_a_shared_folder(tmp_path: Path, ca
 def test_fewer_bad_rows_than_were_met_are_refused_before_anything_is_loaded(config: RunConfig, tmp_path: Path) -> None:
     path = save(tmp_path, 4)
     replace(RunState.read(path), bad_slots=3, config=resolved(config)).write(path)
-    index = SimpleNamespace(fingerprint={})
-    run = SimpleNamespace(config=config, data=SimpleNamespace(index=index), engine=SimpleNamespace(world_size=1))
+    data = SimpleNamespace(fingerprint={})
+    run = SimpleNamespace(config=config, data=data, engine=SimpleNamespace(world_size=1))
     trainer = cast(Trainer, SimpleNamespace(run=run, restore=lambda path: 4))
     with pytest.raises(ConfigError) as refusal:
         go_on(trainer, path, accept_changes=True)

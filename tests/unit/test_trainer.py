@@ -56,7 +56,7 @@ def trainer(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]], monkeypatch
             objective=SimpleNamespace(save=lambda engine, directory: None, load=lambda directory: None),
             data=SimpleNamespace(
                 tokenizer=SimpleNamespace(save_pretrained=lambda directory: None),
-                index=SimpleNamespace(fingerprint={}),
+                fingerprint={},
             ),
         )  # fmt: skip
         made = Trainer(cast(Run, run), None)
