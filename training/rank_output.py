@@ -7,6 +7,7 @@ Next: `merged_logs.py`. The launcher reads, since a process that aborts cannot l
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from training.logs import Appender, Secrets, event, part, rank_log
 
 CLOSE_SECONDS = 2.0  # a process that a rank left behind may keep the pipe open
 OURS = "crosslift: "
+STDOUT = 1
 
 
 class RankOutput:
@@ -45,6 +47,7 @@ class RankOutput:
         self._step = step
         self._log = Appender(rank_log(output_dir, rank)) if output_dir else None
         self._events = Appender(part(output_dir, f"stderr-{rank:05d}")) if output_dir else None
+        self._writing = threading.Event()  # whoever reads our stdout is slower than the rank
         self._threads = [
             threading.Thread(target=self._read, name=f"stderr-{rank}", daemon=True),
             threading.Thread(target=self._pass_on, name=f"stdout-{rank}", daemon=True),
@@ -53,9 +56,11 @@ class RankOutput:
             thread.start()
 
     def close(self) -> None:
-        """After the rank's end: what it still said is shown."""
+        """After the rank's end: what it still said is shown, however long our reader takes."""
         for thread in self._threads:
             thread.join(CLOSE_SECONDS)
+            while thread.is_alive() and self._writing.is_set():
+                thread.join(CLOSE_SECONDS)
 
     def _read(self) -> None:
         for line in self._stderr:
@@ -70,8 +75,12 @@ class RankOutput:
 
     def _pass_on(self) -> None:
         for line in self._stdout:
-            with suppress(OSError, ValueError):  # nobody reads it any more; a full pipe would stop the rank
-                print(self._text(line), flush=True)
+            rest = f"{self._text(line)}\n".encode(errors="backslashreplace")
+            self._writing.set()
+            with suppress(OSError):  # nobody reads it any more; a full pipe would stop the rank
+                while rest:  # past Python's buffer, on whose lock and last flush the end of this process depends
+                    rest = rest[os.write(STDOUT, rest) :]
+            self._writing.clear()
 
     def _text(self, line: bytes) -> str:
         return self._secrets.hidden(line.decode(errors="backslashreplace").rstrip("\n"))

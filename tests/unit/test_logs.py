@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -19,8 +19,10 @@ from training.launcher import Launcher
 from training.logs import Appender, Secrets, event, part, rank_log, read_lines
 from training.merged_logs import MergedLogs
 from training.nodes import Nodes, Place
+from training.rank_output import CLOSE_SECONDS
 
 HOST = socket.gethostname()
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_fakeFAKEfakeFAKE"
 PASSWORD = "correct horse"
 RANK = """
@@ -156,17 +158,40 @@ def test_nothing_secret_is_written_or_shown(
     assert PASSWORD not in everything
 
 
-def test_a_stdout_that_nobody_reads_any_more_stops_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `crosslift train CONFIG | head`; the pipe to the launcher holds less than what is printed."""
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    sys.stdout.close()
-    program = """
-        import signal
-        signal.alarm(30)
-        for _ in range(2000):
-            print("x" * 100)
-    """
-    assert run(tmp_path, program, nproc=1) == 0
+PRINTS = """
+    for number in range(2000):
+        print(number, "x" * 100)
+"""
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
+    """A launcher in a process of its own, whose two ranks print more than a pipe holds."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    program = tmp_path / "rank.py"
+    program.write_text(textwrap.dedent(PRINTS))
+    code = (
+        "import sys; from pathlib import Path; from training.launcher import Launcher; from training.nodes import *\n"
+        f"sys.exit(Launcher(Nodes(Place()), [sys.executable, {str(program)!r}], 2, Path({str(tmp_path)!r})).run())"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+
+
+def test_a_stdout_that_nobody_reads_any_more_stops_no_rank(launched: subprocess.Popen[bytes]) -> None:
+    """As in `crosslift train CONFIG | head`: the run goes on, and its status is its own."""
+    assert launched.stdout is not None
+    launched.stdout.readline()
+    launched.stdout.close()
+    assert launched.wait(timeout=60) == 0
+
+
+def test_a_slow_reader_of_stdout_gets_every_line_whole(launched: subprocess.Popen[bytes]) -> None:
+    assert launched.stdout is not None
+    time.sleep(2 * CLOSE_SECONDS)  # longer than is waited for the last words of a rank that says nothing
+    assert launched.poll() is None
+    lines = launched.stdout.read().decode().splitlines()
+    assert launched.wait(timeout=60) == 0
+    assert sorted(lines) == sorted(f"{number} {'x' * 100}" for number in range(2000) for _ in range(2))
 
 
 def test_only_names_of_secrets_are_hidden() -> None:
