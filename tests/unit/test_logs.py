@@ -158,40 +158,35 @@ def test_nothing_secret_is_written_or_shown(
     assert PASSWORD not in everything
 
 
-PRINTS = """
-    for number in range(2000):
-        print(number, "x" * 100)
-"""
-
-
-@pytest.fixture
-def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
-    """A launcher in a process of its own, whose two ranks print more than a pipe holds."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    program = tmp_path / "rank.py"
-    program.write_text(textwrap.dedent(PRINTS))
+def launched(folder: Path, lines: int) -> subprocess.Popen[bytes]:
+    """A launcher in a process of its own, whose two ranks print so many lines of a hundred letters each."""
+    program = folder / "rank.py"
+    program.write_text(f"for number in range({lines}):\n    print(number, 'x' * 100)\n")
     code = (
         "import sys; from pathlib import Path; from training.launcher import Launcher; from training.nodes import *\n"
-        f"sys.exit(Launcher(Nodes(Place()), [sys.executable, {str(program)!r}], 2, Path({str(tmp_path)!r})).run())"
+        f"sys.exit(Launcher(Nodes(Place()), [sys.executable, {str(program)!r}], 2, Path({str(folder)!r})).run())"
     )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
 
 
-def test_a_stdout_that_nobody_reads_any_more_stops_no_rank(launched: subprocess.Popen[bytes]) -> None:
+def test_a_stdout_that_nobody_reads_any_more_stops_no_rank(tmp_path: Path) -> None:
     """As in `crosslift train CONFIG | head`: the run goes on, and its status is its own."""
-    assert launched.stdout is not None
-    launched.stdout.readline()
-    launched.stdout.close()
-    assert launched.wait(timeout=60) == 0
+    launcher = launched(tmp_path, 2000)  # more than pipes hold
+    assert launcher.stdout is not None
+    launcher.stdout.readline()
+    launcher.stdout.close()
+    assert launcher.wait(timeout=60) == 0
 
 
-def test_a_slow_reader_of_stdout_gets_every_line_whole(launched: subprocess.Popen[bytes]) -> None:
-    assert launched.stdout is not None
-    time.sleep(2 * CLOSE_SECONDS)  # longer than is waited for the last words of a rank that says nothing
-    assert launched.poll() is None
-    lines = launched.stdout.read().decode().splitlines()
-    assert launched.wait(timeout=60) == 0
-    assert sorted(lines) == sorted(f"{number} {'x' * 100}" for number in range(2000) for _ in range(2))
+def test_a_slow_reader_of_stdout_gets_every_line_whole(tmp_path: Path) -> None:
+    launcher = launched(tmp_path, 550)  # ranks can end, as their own pipes hold it; the launcher's holds half of it
+    assert launcher.stdout is not None
+    time.sleep(3 * CLOSE_SECONDS)  # longer than is waited for the last words of a rank that says nothing
+    assert launcher.poll() is None
+    lines = launcher.stdout.read().decode().splitlines()
+    assert launcher.wait(timeout=60) == 0
+    assert sorted(lines) == sorted(f"{number} {'x' * 100}" for number in range(550) for _ in range(2))
 
 
 def test_only_names_of_secrets_are_hidden() -> None:
