@@ -156,6 +156,25 @@ def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, capl
     assert RunState.read(checkpoint.checkpoint_path(made.config.output_dir, 6)).data_offset == 4
 
 
+def test_what_a_roll_back_passed_over_is_not_where_the_next_start_begins(trainer: Made) -> None:
+    """Step 6 could not be read for a moment, and is of the branch that was left: with the data that were bad."""
+    made = trainer()
+    for step in (4, 6):
+        made.save(step, {})
+        made._settle()
+    weights = checkpoint.checkpoint_path(made.config.output_dir, 6) / "zero" / "weights.pt"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert made._roll_back(failed=7) == 4
+    (aside,) = checkpoint.checkpoint_root(made.config.output_dir).glob("set-aside-*/zero/weights.pt")
+    aside.write_bytes(content)
+    with pytest.raises(StoppedOnRequest):
+        made._stop(5)
+    newest = checkpoint.latest(made.config.output_dir)
+    assert newest is not None
+    assert (newest.name, RunState.read(newest).data_offset) == ("step-00000005", 4)
+
+
 def test_without_a_whole_checkpoint_there_is_nothing_to_go_back_to(trainer: Made) -> None:
     with pytest.raises(NonFiniteStep, match="step 7: there is no checkpoint to go back to"):
         trainer()._roll_back(failed=7)
