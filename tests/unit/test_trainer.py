@@ -137,15 +137,21 @@ def test_a_stop_that_cannot_be_saved_is_no_stop(trainer: Made, monkeypatch: pyte
         made._stop(5)
 
 
-def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
-    """The size is right: only the checksum tells. And what was saved since then is no longer this run's state."""
-    made = trainer()
+def save_4_and_damaged_6(made: Trainer) -> bytes:
+    """Two checkpoints, a bit of the newer one's weights flipped; what these were."""
     for step in (4, 6):
         made.save(step, {})
         made._settle()
-    damaged = checkpoint.checkpoint_path(made.config.output_dir, 6) / "zero" / "weights.pt"
-    content = damaged.read_bytes()
-    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    weights = checkpoint.checkpoint_path(made.config.output_dir, 6) / "zero" / "weights.pt"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return content
+
+
+def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+    """The size is right: only the checksum tells. And what was saved since then is no longer this run's state."""
+    made = trainer()
+    save_4_and_damaged_6(made)
     assert made._roll_back(failed=7) == 4
     assert cast(Engine, made.run.engine).loaded[-1] == "step-00000004"
     assert made.data_offset == 4
@@ -159,12 +165,7 @@ def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, capl
 def test_what_a_roll_back_passed_over_is_not_where_the_next_start_begins(trainer: Made) -> None:
     """Step 6 could not be read for a moment, and is of the branch that was left: with the data that were bad."""
     made = trainer()
-    for step in (4, 6):
-        made.save(step, {})
-        made._settle()
-    weights = checkpoint.checkpoint_path(made.config.output_dir, 6) / "zero" / "weights.pt"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    content = save_4_and_damaged_6(made)
     assert made._roll_back(failed=7) == 4
     (aside,) = checkpoint.checkpoint_root(made.config.output_dir).glob("set-aside-*/zero/weights.pt")
     aside.write_bytes(content)
