@@ -37,7 +37,7 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 
-_TEMPLATE, _CONTENT, _ANSWER, _END = range(4)  # what a token is
+_TEMPLATE, _CONTENT, _UNTRAINED, _ANSWER, _END = range(5)  # what a token is; from _ANSWER on it is predicted
 
 
 class Chat:
@@ -82,6 +82,8 @@ class Chat:
         messages = record.messages
         if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
             raise BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
+        if not any(message.trained for message in messages if message.role == "assistant"):
+            raise BadRow(record.origin, "no assistant turn is trained on: each has weight 0")
         for code in (record.language, record.response_language):
             if code not in self._language_ids:
                 raise BadRow(record.origin, f"the language {code!r} is not one of {', '.join(self.languages)}")
@@ -100,7 +102,7 @@ class Chat:
             input_ids=ids,
             labels=(marks >= _ANSWER) & labelled,
             content=marks == _CONTENT,
-            answer=(marks == _ANSWER) & labelled,
+            answer=((marks == _ANSWER) | (marks == _UNTRAINED)) & labelled,
         )
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -129,16 +131,17 @@ class Chat:
         """Token ids (T,) and what each token is (T,)."""
         ids = [] if self.template.bos_id is None else [self.template.bos_id]
         marks = [_TEMPLATE] * len(ids)
-        answers = [self.answer_words(m.content) for m in messages if m.role == "assistant"]
-        for turn, answer in zip_longest(self._turns_of(messages, language, response_language), answers):
+        answers = [message for message in messages if message.role == "assistant"]
+        for turn, message in zip_longest(self._turns_of(messages, language, response_language), answers):
             text, foreign, users = _fill(turn, messages)
             new, offsets = self._encode(text, foreign, self._control)
             ids += new
             marks += _marks(text, offsets, users)
-            if answer is not None:
+            if message is not None:
+                answer = self.answer_words(message.content)
                 new, _ = self._encode(answer, [(0, len(answer))], self._special)
                 ids += [*new, self.template.end_id]
-                marks += [_ANSWER] * len(new) + [_END]
+                marks += [*[_ANSWER] * len(new), _END] if message.trained else [*[_UNTRAINED] * len(new), _TEMPLATE]
         if marks[:1] == [_CONTENT]:
             marks[0] = _TEMPLATE  # an attention sink, whatever it says
         return np.array(ids, dtype=np.int32), np.array(marks, dtype=np.int8)
@@ -232,7 +235,7 @@ def check_labels(chat: Chat, record: Record, sample: TokenizedSample) -> None:
     def fail(what: str) -> None:
         raise DataError(f"{record.origin}: label mask: {what}")
 
-    answers = [chat.answer_words(m.content) for m in record.messages if m.role == "assistant"]
+    answers = [chat.answer_words(m.content) for m in record.messages if m.role == "assistant" and m.trained]
     runs, end = _runs(sample.labels), chat.template.end_id
     if not runs:
         fail("no token is labelled")
@@ -252,7 +255,7 @@ def check_labels(chat: Chat, record: Record, sample: TokenizedSample) -> None:
             fail(f"it is {fault}: {_short(written)} instead of {_short(answer)}")
         if not _alike(written, answer):
             raise BadRow(record.origin, f"the tokenizer writes {_short(written)} for {_short(answer)}")
-    if not np.array_equal(sample.answer, sample.labels & (sample.input_ids != end)):
+    if not np.array_equal(sample.answer & sample.labels, sample.labels & (sample.input_ids != end)):
         fail("the answer mask is not the labels without end tokens")
     if sample.content[0] or (sample.content & sample.labels).any():
         fail("a content token is the first token or is labelled")

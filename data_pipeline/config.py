@@ -70,7 +70,9 @@ class ColumnMap(BaseModel):
     completion: str | None = Field(None, description="The answer.")
     messages: str | None = Field(
         None,
-        description="A list of {role, content} (in CSV and TSV: as JSON) instead of prompt and completion.",
+        description="A list of {role, content} or {from, value} (in CSV and TSV: as JSON) instead of prompt and"
+        " completion. An assistant's `weight: 0` is read and not learned; keys that change what is written or learned"
+        " and are not supported (tool_calls, reasoning_content, ...) make the row unusable; others are metadata.",
     )
     system: str | None = Field(None, description="A system message, where the cell is not empty.")
     text_a: str | None = Field(None, description="Classification: the text, or the first of two.")

@@ -33,7 +33,7 @@ from data_pipeline.sources import AnyRecord, RecordReader, open_source
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import TaskRecord
 
-VERSION = 1  # of the folder's layout and of every rule that decides what is in it
+VERSION = 2  # of the folder's layout and of every rule that decides what is in it
 ARRAYS = (
     *COLUMNS,
     "heldout",

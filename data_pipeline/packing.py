@@ -204,7 +204,7 @@ class _Grid:
         self.input_ids[here] = sample.input_ids
         self.position_ids[here] = np.arange(len(sample))
         self.segment_ids[here] = segment
-        self.languages[here] = np.where(sample.labels, sample.response_language, sample.language)
+        self.languages[here] = np.where(sample.labels | sample.answer, sample.response_language, sample.language)
         same = sample.response_language == sample.language
         counted = sample.content | sample.answer if same else sample.content
         self.vector_languages[here] = np.where(counted, sample.language, NO_LANGUAGE)

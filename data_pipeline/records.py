@@ -42,10 +42,11 @@ class BadRow(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. `trained`: an assistant's turn is predicted, not only read (`weight` in files)."""
 
     role: Role
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,10 @@ class Record:
 class TokenizedSample:
     """One sample as tokens. All arrays are (T,).
 
-    `labels` marks the tokens to be predicted: every answer token and its end token. Since prompt tokens are
-    written in `language` and answer tokens in `response_language`, it also tells each token's language.
+    `labels` marks the tokens to be predicted: every answer token and its end token, but for turns of weight 0.
     `content` marks the tokens of the user's own words: no template, no special token, never the first token.
-    `answer` marks the assistant's own words: `labels` without end tokens and template.
+    `answer` marks the assistant's own words, predicted or not: no end token, no template. Prompt tokens are written
+    in `language`, tokens of `labels` and `answer` in `response_language`.
     A label-free sample (pairing `fill`) has no label at all.
     """
 

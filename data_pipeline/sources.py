@@ -12,18 +12,19 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 import fsspec
 
 from data_pipeline.cells import Cells, blank
 from data_pipeline.config import OPTIONAL_COLUMNS, PLACEHOLDER, TEXT_COLUMNS, ColumnMap, SourceConfig
 from data_pipeline.formats import Delimited, JsonLines, Place, Row, Shard
-from data_pipeline.records import BadRow, DataError, Message, Record, Role
+from data_pipeline.records import BadRow, DataError, Message, Record
 from data_pipeline.tables import HubSplit, Parquet, load_hub
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import TaskRecord
 from data_pipeline.tasks.rows import check_example, read_example
+from data_pipeline.turns import read_turns, unsupported_fields
 
 AnyRecord = Record | TaskRecord
 
@@ -64,8 +65,10 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
                 f"{shard.address}: source {source.name!r} maps column {needed[0]!r}, which is not there;"
                 f" the columns are {', '.join(map(repr, present))}"
             )
-        if missing and isinstance(shard, Parquet | HubSplit):
-            shards[number] = replace(shard, wanted=tuple(name for name in wanted if name not in missing))
+        if isinstance(shard, Parquet | HubSplit):
+            beside = {field for each in source.column_maps().values() for field in unsupported_fields(each)}
+            kept = [name for name in wanted if name not in missing]
+            shards[number] = replace(shard, wanted=(*kept, *sorted(beside.intersection(present).difference(kept))))
     return shards
 
 
@@ -236,26 +239,10 @@ class RecordReader:
 
 
 def _messages(cells: Cells, columns: ColumnMap) -> tuple[Message, ...]:
-    system = cells.given(columns.system)
-    start = () if system is None else (Message("system", system),)
     if columns.messages is not None:
-        return start + _turns(cells, columns.messages)
+        return read_turns(cells, columns)
+    system = cells.given(columns.system)
     prompt, completion = cast(str, columns.prompt), cast(str, columns.completion)  # the config's check
+    start = () if system is None else (Message("system", system),)
     question = Message("user", cells.text(prompt))
     return (*start, question, Message("assistant", cells.text(completion)))
-
-
-def _turns(cells: Cells, column: str) -> tuple[Message, ...]:
-    turns = cells.listed(column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise cells.bad(f"{column!r} must be a list of {{role, content}}")
-    messages = []
-    for number, turn in enumerate(turns):
-        role = turn.get("role")
-        if role not in get_args(Role):
-            raise cells.bad(f"{column!r}[{number}] has role {role!r}; it must be system, user or assistant")
-        content = cells.checked(turn.get("content"), f"{column!r}[{number}].content")
-        messages.append(Message(cast(Role, role), content))
-    if not messages or messages[-1].role != "assistant" or all(turn.role != "user" for turn in messages):
-        raise cells.bad(f"{column!r} must hold a user turn and end with the assistant's answer")
-    return tuple(messages)

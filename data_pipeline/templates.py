@@ -232,8 +232,10 @@ class ChatTemplate:
         arguments: dict[str, Any] = {**self._variables, "add_generation_prompt": add_generation_prompt}
         try:
             return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, **arguments))
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses the turns {', '.join(roles)}: {error}") from error
+        except Exception as error:  # the template is foreign code: what it raises is its reason
+            reason = " ".join(str(error).split())
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            raise DataError(f"the chat template refuses the turns {_listed(roles)}: {kind}{reason}") from error
 
     def _first_token(self, text: str) -> str | None:
         """The special or added token with which `text` begins."""
@@ -252,12 +254,18 @@ def make_template(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def check_roles(roles: tuple[Role, ...]) -> None:
     """An optional system message, then user and assistant in turn, the user first. Raises DataError."""
-    turns = roles[1:] if roles[:1] == ("system",) else roles
-    if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
+    first = int(roles[:1] == ("system",))
+    wrong = [n for n, role in enumerate(roles[first:], first) if role != ("user", "assistant")[(n - first) % 2]]
+    if wrong or not roles[first:]:
+        where = f"turn {wrong[0] + 1} is {roles[wrong[0]]}; " if wrong else ""
         raise DataError(
-            f"the turns are {', '.join(roles) or 'none'}; they must be an optional system, then user and"
-            " assistant in turn"
+            f"the turns are {_listed(roles) or 'none'}: {where}they must be an optional system, then user and assistant"
+            " in turn"
         )
+
+
+def _listed(roles: Sequence[str], most: int = 8) -> str:
+    return ", ".join(roles) if len(roles) <= most else f"{', '.join(roles[:most])}, ... ({len(roles)} in all)"
 
 
 def _mark(message: int) -> str:

@@ -310,6 +310,53 @@ def test_answers_come_back_exactly(tokenizers, kind, answer):
     assert spans(chat, sample, sample.answer) == [answer.removeprefix(" ") if kind == "prefixed" else answer]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
+def test_a_turn_of_weight_0_is_read_and_not_predicted(tokenizers, kind, template):
+    chat = make_chat(tokenizers, kind, template)
+    whole = make_record("one", "Uno", "two", "Dos", "three", "Tres", language="en", response_language="es")
+    spared = dataclasses.replace(
+        whole, messages=tuple(dataclasses.replace(m, trained=m.content != "Uno") for m in whole.messages)
+    )
+    expected, sample = chat.tokenize(whole), chat.tokenize(spared)
+    check_labels(chat, spared, sample)
+    assert sample.input_ids.tolist() == expected.input_ids.tolist()
+    assert sample.content.tolist() == expected.content.tolist()
+    assert sample.answer.tolist() == expected.answer.tolist(), "still the assistant's words, in the answer's language"
+    end = chat.decode([chat.template.end_id])
+    assert spans(chat, sample, sample.labels) == [f"Dos{end}", f"Tres{end}"]
+    with pytest.raises(DataError, match="2 labelled runs of tokens for 3 answers"):
+        check_labels(chat, whole, sample)
+    last = dataclasses.replace(whole, messages=(*whole.messages[:-1], Message("assistant", "Tres", trained=False)))
+    assert spans(chat, chat.tokenize(last), chat.tokenize(last).labels) == [f"Uno{end}", f"Dos{end}"]
+    none = dataclasses.replace(whole, messages=(Message("user", "q"), Message("assistant", "a", trained=False)))
+    with pytest.raises(BadRow, match="no assistant turn is trained on"):
+        chat.tokenize(none)
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("raise_exception('System role\\nnot supported')", "System role not supported"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("messages[0].content + 1", "TypeError: "),
+    ],
+)
+def test_a_row_that_the_chat_template_refuses_is_bad_with_the_templates_reason(tokenizers, does, reason):
+    tokenizer = tokenizers["bytes"]
+    try:
+        tokenizer.chat_template = f"{{% if messages[0].role == 'system' %}}{{{{ {does} }}}}{{% endif %}}{CHATML}"
+        chat = make_chat(tokenizers, "bytes", {"name": "chat"})
+        chat.tokenize(make_record("q", "a"))
+        with pytest.raises(BadRow) as refusal:
+            chat.tokenize(make_record(("system", "Be brief."), "q", "a"))
+        assert str(refusal.value).startswith(
+            f"file.jsonl:7: the chat template refuses the turns system, user: {reason}"
+        )
+    finally:
+        tokenizer.chat_template = CHATML
+
+
 def broken(sample, **changes):
     return dataclasses.replace(sample, **changes)
 

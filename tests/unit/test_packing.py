@@ -32,8 +32,9 @@ class Maker:
         self.tokens = self.samples = 0
 
     def sample(self, length: int | None = None, labelled: bool = True) -> TokenizedSample:
+        """Of kind "untrained" are words of answers that are only read."""
         length = length or int(self.random.integers(1, LONGEST + 1))
-        kinds = self.random.choice(["content", "template", "answer", "end"], size=length)
+        kinds = self.random.choice(["content", "template", "untrained", "answer", "end"], size=length)
         labels = np.isin(kinds, ["answer", "end"]) & labelled
         self.tokens += length
         self.samples += 1
@@ -46,7 +47,7 @@ class Maker:
             input_ids=np.arange(self.tokens - length, self.tokens, dtype=np.int32),
             labels=labels,
             content=(kinds == "content") & (np.arange(length) > 0),
-            answer=(kinds == "answer") & labels,
+            answer=np.isin(kinds, ["untrained", "answer"]) & labelled,
         )
 
     def contrast_set(self, n_pairs: int, longest: int = 8) -> TokenizedUnit:
@@ -109,7 +110,8 @@ def test_each_token_says_whose_it_is(layout: Literal["packed", "padded"], seed: 
         for row, column, name, place in tokens_of(batch):
             sample = samples[name]
             assert batch.position_ids[row, column] == place
-            spoken = sample.response_language if sample.labels[place] else sample.language
+            answered = sample.labels[place] or sample.answer[place]
+            spoken = sample.response_language if answered else sample.language
             assert batch.languages[row, column] == spoken
             assert batch.content[row, column] == bool(sample.content[place])
             own_words = sample.content[place] or (sample.answer[place] and sample.language == sample.response_language)

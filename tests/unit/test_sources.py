@@ -162,6 +162,89 @@ def test_bad_messages(turns: Any, reason: str, tmp_path: Path) -> None:
     assert reason in error
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "hub"])
+def test_sharegpt_turns_and_weights(kind: str, tmp_path: Path) -> None:
+    """Tables fill in the keys that other turns have, with null."""
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Habari?"},
+        {"from": "gpt", "value": "Nzuri.", "weight": 0},
+        {"from": "human", "value": "3+4?", "timestamp": "2024-01-01", "name": "Anna"},
+        {"from": "gpt", "value": "7", "weight": 1.0, "tool_calls": [], "reasoning_content": ""},
+    ]
+    row = {"conversations": json.dumps(turns) if kind == "csv" else turns, "tools": None}
+    (record,) = scan(tmp_path, **write(kind, tmp_path, [row]), language="sw", columns={"messages": "conversations"})
+    assert record.messages == (
+        Message("system", "Be brief."),
+        Message("user", "Habari?"),
+        Message("assistant", "Nzuri.", trained=False),
+        Message("user", "3+4?"),
+        Message("assistant", "7"),
+    )
+
+
+USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([USER, ANSWER | {"weight": 0.5}], "'turns'[1].weight is 0.5; it must be 1 (trained on) or 0 (only read)"),
+        ([USER, ANSWER | {"weight": "0"}], "'turns'[1].weight is '0'; it must be 1"),
+        ([USER | {"weight": 1}, ANSWER], "'turns'[0].weight is 1 on a user turn; only the assistant's turns"),
+        ([USER, ANSWER | {"weight": 0}], "'turns': every assistant turn has weight 0, so there is nothing to learn"),
+        ([USER, ANSWER | {"reasoning_content": "hm"}], "'turns'[1] has 'reasoning_content': a reasoning text apart"),
+        ([USER, ANSWER | {"thinking": "hm"}], "'turns'[1] has 'thinking': "),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "'turns'[1] has 'tool_calls': functions"),
+        ([USER, ANSWER | {"function_call": {"name": "f"}}], "'turns'[1] has 'function_call': functions (tools)"),
+        ([USER, {"role": "tool", "content": "3"}, ANSWER], "'turns'[1] has role 'tool': functions (tools) are not"),
+        ([USER, {"from": "observation", "value": "3"}, ANSWER], "'turns'[1] has role 'observation': functions"),
+        ([USER, ANSWER | {"train": False}], "'turns'[1] has 'train': say which answers are trained on by 'weight'"),
+        ([USER | {"images": ["a.png"]}, ANSWER], "'turns'[0] has 'images': only text is trained on"),
+        ([USER, {"from": "robot", "value": "!"}], "'turns'[1] is from 'robot'; it must be one of human, user, gpt"),
+        ([USER, ANSWER | {"from": "gpt"}], "'turns'[1] has both 'role' and 'from'; give one"),
+        ([USER, ANSWER | {"value": "!"}], "'turns'[1] has both 'content' and 'value'; give one"),
+        ([USER, {"from": "gpt", "value": " "}], "'turns'[1].value is empty"),
+        ([USER, {"role": "developer", "content": "!"}, ANSWER], "has role 'developer'; it must be system, user or"),
+        (
+            [USER, USER, ANSWER],
+            "'turns': the turns are user, user, assistant: turn 2 is user; they must be an optional",
+        ),
+        ([ANSWER, USER, ANSWER], "'turns': the turns are assistant, user, assistant: turn 1 is assistant; they must"),
+        ([USER, ANSWER, {"role": "system", "content": "."}, ANSWER], "turn 3 is system; they must be an optional"),
+        ([USER, ANSWER] * 40 + [ANSWER], "user, assistant, ... (81 in all): turn 81 is assistant; they must be"),
+    ],
+)
+def test_a_turn_that_training_cannot_honour_is_a_bad_row_by_name(turns: Any, reason: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"turns": [USER, ANSWER]}, {"turns": turns}])
+    error = one_bad(tmp_path, files="x.jsonl", language="en", columns={"messages": "turns"})
+    assert error.startswith(f"{tmp_path}/x.jsonl:2: ")
+    assert reason in error
+
+
+def test_a_system_column_and_a_system_turn_are_one_too_many(tmp_path: Path) -> None:
+    write_jsonl(
+        tmp_path / "x.jsonl", [{"rules": "Be brief.", "turns": [{"role": "system", "content": "."}, USER, ANSWER]}]
+    )
+    columns = {"messages": "turns", "system": "rules"}
+    error = one_bad(tmp_path, files="x.jsonl", language="en", columns=columns)
+    assert "'turns': the turns are system, system, user, assistant: turn 2 is system" in error
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "hub"])
+@pytest.mark.parametrize("field", ["tools", "documents"])
+def test_what_changes_the_prompt_beside_the_turns_is_refused_by_name(kind: str, field: str, tmp_path: Path) -> None:
+    """Tables are read by column: the field is looked at although nothing maps it."""
+    turns = [USER, ANSWER]
+    rows = [
+        {"turns": json.dumps(turns) if kind == "csv" else turns, field: value} for value in (None, '[{"name": "f"}]')
+    ]
+    source = {**write(kind, tmp_path, rows), "language": "en"}
+    error = one_bad(tmp_path, **source, columns={"messages": "turns"})
+    assert f"{field!r} beside 'turns': " in error
+    assert len(scan(tmp_path, **source, columns={"messages": "turns", "system": field})) == 2, "mapped"
+
+
 def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     lines = ['"question","answer"', '"Habari,\r\ndunia?","ndiyo"', "", "Moja?,1", '"Mbili?","2"']
     (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
