@@ -57,16 +57,27 @@ def check(
     config: Config,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="nodes that the run is meant for")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; default: visible GPUs, or 1")] = None,
+    gpus_per_node: Annotated[
+        str | None, typer.Option(metavar="[TYPE:]N", help="GPUs of each; default: visible GPUs, or 1; 0: CPUs")
+    ] = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks a node, where not one a GPU")] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU: fails where the run will not fit")] = None,
 ) -> None:
     """All that can be known before a run. Example: crosslift check CONFIG data_dir=DIR --gpus-per-node 8"""
+    from slurm.site import load_settings
+    from training.errors import ConfigError
     from training.run_file import load_config
 
     settings = load_config(config, overrides or [])  # its errors come before heavy imports
+    job = load_settings({"gpus_per_node": gpus_per_node, "nproc_per_node": nproc_per_node}, files=())
     from training.check import check_run
 
-    for line in check_run(settings, nodes=nodes, gpus_per_node=gpus_per_node, gpu_memory_gib=gpu_memory):
+    gpus = None if gpus_per_node is None else job.gpus
+    if gpus == 0 and gpu_memory is not None:
+        raise ConfigError("--gpu-memory: ranks on CPUs (--gpus-per-node 0) have no GPU; leave it out")
+    for line in check_run(
+        settings, nodes=nodes, gpus_per_node=gpus, nproc_per_node=nproc_per_node, gpu_memory_gib=gpu_memory
+    ):
         print(line)
 
 
@@ -242,8 +253,11 @@ def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
     from training.check import check_run
     from training.run_file import validate
 
-    memory = job.gpu_memory_gib if job.gpus_per_node else None  # ranks on CPUs share the node's
-    yield from check_run(validate(values, "run file"), nodes=job.nodes, gpus_per_node=job.ranks, gpu_memory_gib=memory)
+    memory = job.gpu_memory_gib if job.gpus else None  # ranks on CPUs share the node's
+    yield from check_run(
+        validate(values, "run file"), nodes=job.nodes, gpus_per_node=job.gpus, nproc_per_node=job.ranks,
+        gpu_memory_gib=memory,
+    )  # fmt: skip
 
 
 def _files_read(values: dict[str, Any]) -> list[Path]:

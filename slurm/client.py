@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from slurm.errors import SlurmError
+from slurm.spec import FOREIGN
 
 SECONDS = 60.0  # for one answer
 PLAIN_NUMBER = re.compile(r"(\d+)(?:;([\w.-]+))?")
@@ -69,7 +70,9 @@ def submit(script: str, options: Collection[str] = (), cluster: str | None = Non
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not (name.startswith("SLURM_") and name not in KEPT) and not SCRIPTS_OWN.fullmatch(name) and name not in said
+        if not (name.startswith(("SLURM_", *FOREIGN)) and name not in KEPT)
+        and not SCRIPTS_OWN.fullmatch(name)
+        and name not in said
     }
     answer = _call(sbatch_command(script, cluster), clean)
     if answer.returncode != 0:

@@ -51,7 +51,9 @@ def _add_submit(app: typer.Typer, rooms: Rooms) -> None:
             list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override its keys")
         ] = None,
         nodes: Annotated[int | None, typer.Option(help="nodes of the job")] = None,
-        gpus_per_node: Annotated[int | None, typer.Option(help="GPUs, and ranks, a node; 0: CPUs")] = None,
+        gpus_per_node: Annotated[
+            str | None, typer.Option(metavar="[TYPE:]N", help="GPUs, and ranks, a node; 0: CPUs")
+        ] = None,
         nproc_per_node: Annotated[int | None, typer.Option(help="ranks a node, where not one a GPU")] = None,
         cpus_per_task: Annotated[int | None, typer.Option(help="CPU cores a node")] = None,
         mem: Annotated[str | None, typer.Option(help="memory a node, such as 500G")] = None,

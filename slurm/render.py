@@ -13,11 +13,12 @@ import shlex
 from collections.abc import Iterator
 
 from slurm.node import OTHERS_SPEAK_SECONDS
-from slurm.spec import Element, JobSpec
+from slurm.spec import FOREIGN, Element, JobSpec
 
 PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,=-]+")
 # Free ports are looked for from here on: below those that Linux gives to outgoing connections.
 FIRST_PORT, PORTS = 20000, 12000
+IDLE_REQUEUES = 2  # in a row that may bring no new step
 PROBE_SECONDS = 60  # in which every node of a failed step must answer
 
 
@@ -28,6 +29,7 @@ def render(spec: JobSpec) -> str:
         *(f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={sbatch_quoted(value)}"
           for name, value in options(spec)),
         f"# {_headline(spec)}. Written by `crosslift submit`.",
+        _UNSET,
         *_setup(spec),
         *_values(spec),
         *_work(spec),
@@ -49,7 +51,7 @@ def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
     yield "nodes", str(chosen.nodes if spec.kind == "train" else 1)  # a command other than training runs on one
     yield "ntasks-per-node", "1"  # a launcher, which starts the node's ranks
     if gpus := gpus_of(spec):
-        yield "gpus-per-node", str(gpus)
+        yield "gpus-per-node", gpus
     for name, value in (
         ("cpus-per-task", chosen.cpus_per_task), ("mem", chosen.mem), ("time", chosen.time),
         ("partition", chosen.partition), ("account", chosen.account), ("qos", chosen.qos),
@@ -82,10 +84,13 @@ def slurm_file(spec: JobSpec) -> str:
     return f"{str(path.parent).replace('%', '%%')}/{path.name}"
 
 
-def gpus_of(spec: JobSpec) -> int:
-    """GPUs of each node; a command other than training uses one."""
-    gpus = spec.settings.gpus_per_node or 0
-    return gpus if spec.kind == "train" else min(gpus, 1)
+def gpus_of(spec: JobSpec) -> str | None:
+    """GPUs of each node as Slurm's [TYPE:]NUMBER; a command other than training uses one. None: no GPU."""
+    settings = spec.settings
+    if not settings.gpus:
+        return None
+    kind, _, number = (settings.gpus_per_node or "").rpartition(":")
+    return ":".join(filter(None, (kind, number if spec.kind == "train" else "1")))
 
 
 def _headline(spec: JobSpec) -> str:
@@ -115,6 +120,7 @@ def _values(spec: JobSpec) -> Iterator[str]:
     yield f"code={shlex.quote(str(spec.code))}"
     if spec.kind == "train":
         yield f"outcome={shlex.quote(str(spec.folder))}/outcome-$SLURM_JOB_ID"
+        yield f"idle={shlex.quote(str(spec.folder))}/idle-$SLURM_JOB_ID"
     if spec.array:
         yield 'case "$SLURM_ARRAY_TASK_ID" in'
         for number, element in enumerate(spec.elements):
@@ -134,6 +140,11 @@ def _element(element: Element) -> list[str]:
         f"arguments=({shlex.join(element.arguments)})",
     ]
 
+
+_UNSET = "\n".join([
+    "# What the submitting shell may have from another job, launcher or MPI; the lines below may set it anew.",
+    "unset " + " ".join(f'"${{!{prefix}@}}"' for prefix in FOREIGN),
+])  # fmt: skip
 
 _MEETING = f"""
 # As many nodes as the job really has: while it was pending, somebody may have given it another number.
@@ -158,7 +169,8 @@ def _work(spec: JobSpec) -> list[str]:
         return ["", _step(spec)]
     return [
         _MEETING, _DEADLINE, _STEP_BEGINS, f"{_step(spec)} &", _WAIT,
-        _END.format(max_requeues=spec.settings.max_requeues, probe=_every_node(spec), probe_seconds=PROBE_SECONDS),
+        _END.format(max_requeues=spec.settings.max_requeues, probe=_every_node(spec), probe_seconds=PROBE_SECONDS,
+                    idle_requeues=IDLE_REQUEUES),
     ]  # fmt: skip
 
 
@@ -191,11 +203,16 @@ def _every_node(spec: JobSpec) -> str:
     return f"--nodes={nodes} --ntasks={nodes} --ntasks-per-node=1"
 
 
-_STEP_BEGINS = """
+_STEP_BEGINS = r"""
 # This shell outlives the signals that end a job, to see how its step ended. Slurm signals the step's processes itself.
 # ALRM is `crosslift cancel`, for this shell alone: plain scancel gives ranks KillWait to save, and a TERM that reaches
 # srun has them killed at once. (A shell cannot trap HUP where slurmd was started with nohup.)
 rm -f "$outcome"
+# The last step in the run's record: how far it has ever come.
+last_step() {
+  sed -n 's/^.*"kind": "metrics", "step": \([0-9]*\),.*$/\1/p' "$run/record.jsonl" 2> /dev/null | sort -n | tail -n 1
+}
+before=$(last_step)
 step= ended= cancelled= interrupted=
 stop() { interrupted=1; if [ -n "$step" ]; then kill -USR1 "$step" 2> /dev/null; fi; }
 trap 'ended=1 interrupted=1' TERM
@@ -241,8 +258,15 @@ elif [ -z "$ended" ] && [ "$status" != 0 ] && [ "$status" != 2 ]; then
 fi
 if [ -n "$again" ]; then
   restarts=${{SLURM_RESTART_COUNT:-0}}
+  # Starts in a row that have brought no new step: whatever stops them would stop the next one too.
+  starts=0
+  if [ "$(last_step)" = "$before" ]; then starts=$(($(cat "$idle" 2> /dev/null || echo 0) + 1)); fi
+  echo "$starts" > "$idle"
   if [ "$restarts" -ge {max_requeues} ]; then
     echo "crosslift: job $job $again, {max_requeues} requeues (max_requeues) are used up; the same command goes on" >&2
+  elif [ "$starts" -gt {idle_requeues} ]; then
+    echo "crosslift: job $job $again; {idle_requeues} requeues have brought no new step (still at ${{before:-0}}), so \
+it is not requeued: see above what stops it; the same command goes on" >&2
   elif scontrol requeue "$job"; then
     echo "crosslift: job $job $again and is requeued ($((restarts + 1)) of at most {max_requeues})"
   else
@@ -251,6 +275,7 @@ if [ -n "$again" ]; then
 fi
 if [ -n "$cancelled" ] && [ "$status" != 0 ]; then scancel "$job"; fi  # so that Slurm calls it that, and not failed
 rm -f "$outcome"
+if [ -z "$again" ]; then rm -f "$idle"; fi
 exit "$status\""""
 
 

@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 GRACE_SECONDS = 300
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+NO_LIMIT = re.compile(r"UNLIMITED|INFINITE", re.IGNORECASE)
+GPUS = re.compile(r"(?:gpu:)?(?:(?P<type>[A-Za-z][\w.-]*):)?(?P<number>\d+)")
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -24,6 +26,12 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL)S?(_?\d+)?$", re.IGNORECASE)
 LOGIN = re.compile(r"://[^/@\s]+:[^/@\s]+@|https?://[^/@\s]+@", re.IGNORECASE)
 NOT_IN_SCRIPTS = "and job scripts are files; set it in the shell that submits, from which jobs inherit it"
+# Beginnings of the names of variables that belong to another job's, launcher's or MPI's processes: what the submitting
+# shell has of them would tell the job's ranks of another allocation's deadline, rank or address.
+FOREIGN = (
+    "CROSSLIFT_", "SRUN_", "SALLOC_", "PMI", "OMPI_", "PRTE_", "HYDI_", "MPI_LOCAL", "MV2_COMM_", "TORCHELASTIC_",
+    "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_",
+)  # fmt: skip
 JOB = re.compile(r"\d+(_\d+)?")
 # Options of sbatch that the rest of the job rests on, and the key to use instead where there is one.
 OWN_OPTIONS = {
@@ -53,11 +61,20 @@ def _path(path: Path) -> Path:
 
 def _time(value: object) -> object:
     # YAML 1.1 reads 12:00:00 as the number 43200, which Slurm would take for minutes.
-    if isinstance(value, int):
+    if isinstance(value, int) and value != 0:
         raise ValueError(f'{value}: write it in quotes, such as "12:00:00" or "90" (minutes)')
-    if isinstance(value, str) and not TIME.fullmatch(value):
-        raise ValueError(f"{value!r}: must be minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S, such as 12:00:00")
-    return value
+    text = str(value)
+    if not (TIME.fullmatch(text) or NO_LIMIT.fullmatch(text)):
+        raise ValueError(f"{text!r}: must be minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S (such as 12:00:00) or UNLIMITED")
+    return text
+
+
+def _gpus(value: object) -> object:
+    """[TYPE:]NUMBER, as Slurm reads it."""
+    found = GPUS.fullmatch(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if found is None:
+        raise ValueError(f"{value!r}: must be a number of GPUs, or TYPE:NUMBER such as a100:4")
+    return ":".join(filter(None, (found["type"], str(int(found["number"])))))
 
 
 def _memory(text: str) -> str:
@@ -75,8 +92,10 @@ def _lines(value: object) -> object:
     return tuple(value.splitlines()) if isinstance(value, str) else value
 
 
-def seconds(time: str) -> int:
-    """Seconds of a time limit as Slurm writes it."""
+def seconds(time: str) -> int | None:
+    """Seconds of a time limit as Slurm writes it; None: no limit, which is also what Slurm takes a limit of 0 for."""
+    if NO_LIMIT.fullmatch(time):
+        return None
     days, dash, rest = time.rpartition("-")
     parts = [int(each) for each in rest.split(":")]
     if dash:
@@ -85,7 +104,7 @@ def seconds(time: str) -> int:
         hours, minutes, last = parts
     else:
         hours, (minutes, last) = 0, (*parts, 0)[:2]
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + last
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + last or None
 
 
 Word = Annotated[str, AfterValidator(printable)]
@@ -115,9 +134,13 @@ class JobSettings(Section):
     partition: Word | None = Field(None, description="Slurm's partition")
     account: Word | None = Field(None, description="who pays")
     qos: Word | None = Field(None, description="quality of service")
-    time: Annotated[str | None, BeforeValidator(_time)] = Field(None, description="limit of one job, such as 12:00:00")
+    time: Annotated[str, BeforeValidator(_time)] | None = Field(
+        None, description="limit of one job, such as 12:00:00; 0 or UNLIMITED: none"
+    )
     nodes: int = Field(1, ge=1, description="nodes of a job")
-    gpus_per_node: int | None = Field(None, ge=0, description="GPUs of each node; 0: ranks on CPUs")
+    gpus_per_node: Annotated[str, BeforeValidator(_gpus)] | None = Field(
+        None, description="GPUs of each node, such as 8, or with Slurm's name of their type a100:8; 0: ranks on CPUs"
+    )
     nproc_per_node: int | None = Field(None, ge=1, description="ranks a node; by default its GPUs, or 1")
     cpus_per_task: int | None = Field(None, ge=1, description="CPU cores a node: Slurm's task is a node's launcher")
     mem: Annotated[str, AfterValidator(_memory)] | None = Field(None, description="memory a node, such as 500G")
@@ -153,24 +176,32 @@ class JobSettings(Section):
                 raise ValueError(f"sbatch: {name!r} is no option; write it as sbatch does, such as constraint: a100")
             if isinstance(value, str) and not value.isprintable():
                 raise ValueError(f"sbatch: {name}: {value!r} is not one line without control characters")
-        if self.gpus_per_node and (self.nproc_per_node or 0) > self.gpus_per_node:
-            raise ValueError(
-                f"nproc_per_node: {self.nproc_per_node} ranks for {self.gpus_per_node} GPUs; at most one each"
-            )
-        if self.time is not None and seconds(self.time) <= (self.grace_seconds or 0):
+        if self.gpus and (self.nproc_per_node or 0) > self.gpus:
+            raise ValueError(f"nproc_per_node: {self.nproc_per_node} ranks for {self.gpus} GPUs; at most one each")
+        if self.time_limit is not None and self.time_limit <= (self.grace_seconds or 0):
             raise ValueError(f"grace_seconds: {self.grace_seconds} is not less than the time limit, {self.time}")
         return self
 
     @property
+    def time_limit(self) -> int | None:
+        """Seconds of a job's time limit; None: not given, or none."""
+        return seconds(self.time) if self.time else None
+
+    @property
     def grace(self) -> int:
         """Seconds before the time limit at which ranks are told to stop."""
-        quarter = seconds(self.time) // 4 if self.time else GRACE_SECONDS
+        quarter = self.time_limit // 4 if self.time_limit else GRACE_SECONDS
         return self.grace_seconds or max(min(GRACE_SECONDS, quarter), 1)
 
     @property
     def ranks(self) -> int:
         """Ranks a node."""
-        return self.nproc_per_node or self.gpus_per_node or 1
+        return self.nproc_per_node or self.gpus or 1
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of each node; 0: ranks on CPUs."""
+        return int((self.gpus_per_node or "0").rpartition(":")[2])
 
 
 class Element(Section):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from training import logs
 from training.distributed import rank
+from training.errors import ConfigError
 from training.heartbeat import heart
 from training.merged_logs import kept_logs
 from training.run_file import load_config
@@ -34,7 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("MASTER_PORT", "29500")
     if options.local_rank is not None:
         os.environ["LOCAL_RANK"] = str(options.local_rank)
-    stop = StopRequest()
+    try:
+        stop = StopRequest()
+    except ConfigError as error:
+        logs.say_failure(f"crosslift: {error}")
+        return error.exit_status
     stop.install()
     heart.attach()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls

@@ -31,12 +31,20 @@ COUNTED_STEPS = 64
 
 
 def check_run(
-    config: RunConfig, *, nodes: int = 1, gpus_per_node: int | None = None, gpu_memory_gib: float | None = None
+    config: RunConfig,
+    *,
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+    nproc_per_node: int | None = None,
+    gpu_memory_gib: float | None = None,
 ) -> Iterator[str]:
     """Lines about everything that a run rests on; raises what the run would have raised.
 
-    With `gpu_memory_gib` also ConfigError where a GPU of so much memory is too small. `gpus_per_node` is by default
-    what is visible here, or 1.
+    With `gpu_memory_gib` also ConfigError where a GPU of so much memory is too small.
+
+    Args:
+        gpus_per_node: by default what is visible here, or 1; 0: ranks on CPUs.
+        nproc_per_node: ranks a node; by default one a GPU, or 1.
     """
     prepared = prepare(config)
     yield from _rows(config, prepared)
@@ -44,8 +52,9 @@ def check_run(
     if isinstance(data.packer, Packer):
         yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
         yield _pairs(data, config)
-    gpus = gpus_per_node or max(visible_gpus(), 1)
-    yield from _model(config, prepared, data, nodes * gpus, gpus, gpu_memory_gib)
+    gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
+    of_node = nproc_per_node or gpus or 1
+    yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
     yield "one sample a language, its labels checked:"
     yield from _samples(data, config, 1)
     yield "ready to train"
@@ -107,7 +116,13 @@ def _pairs(data: DataParts, config: RunConfig) -> str:
 
 
 def _model(
-    config: RunConfig, prepared: Prepared, data: DataParts, ranks: int, gpus_per_node: int, gpu_memory_gib: float | None
+    config: RunConfig,
+    prepared: Prepared,
+    data: DataParts,
+    ranks: int,
+    ranks_per_node: int,
+    on_gpus: bool,
+    gpu_memory_gib: float | None,
 ) -> Iterator[str]:
     from modeling.architectures import auto_class
     from modeling.layers import decoder_layers
@@ -139,10 +154,10 @@ def _model(
         + (", layers recomputed in backward" if config.gradient_checkpointing else "")
     )
     kept = count_activations(config, model_config, head, attention, DTYPES[config.precision], shape)  # type: ignore[arg-type]
-    estimate = memory_estimate(config, model, kept, ranks, gpus_per_node)
+    estimate = memory_estimate(config, model, kept, ranks, ranks_per_node, on_gpus)
     yield from estimate.table()
     if gpu_memory_gib is not None and estimate.gpu_bytes > gpu_memory_gib * GIB:
-        helps = what_would_help(config, model, kept, ranks, gpus_per_node)
+        helps = what_would_help(config, model, kept, ranks, ranks_per_node)
         named = ", ".join(f"{change} ({peak / GIB:.1f})" for change, peak in helps) or "a smaller model"
         raise ConfigError(
             f"a GPU of {gpu_memory_gib:g} GiB is too small: {estimate.gpu_bytes / GIB:.1f} GiB are needed; "

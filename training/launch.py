@@ -18,6 +18,7 @@ from training.launcher import USER_ERROR, Launcher, say
 from training.logs import make_logs_folder
 from training.nodes import Nodes, Place
 from training.run_file import load_config
+from training.stop import allocation_end
 
 
 def visible_gpus() -> int:
@@ -37,6 +38,7 @@ def launch(
     """
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
     settings: RunConfig = load_config(config, overrides)
+    allocation_end()  # its error comes once, before any rank starts
     make_logs_folder(settings.output_dir)
     stall_seconds = settings.watchdog.stall_minutes * 60
     return Launcher(Nodes(place or Place()), command, nproc, settings.output_dir, stall_seconds).run()

@@ -26,6 +26,7 @@ from training.config import RunConfig
 GIB = 2**30
 ITEM = {"fp32": 4, "bf16": 2}
 ALLOWANCE = 2 * GIB  # CUDA context, NCCL, cuBLAS, fragmentation: not measured
+CPU_ALLOWANCE = 1 * GIB  # Python, its libraries and the data: a tiny model's rank peaks at about 0.6 GiB
 ALIGNMENT = 2  # elements a rank that ZeRO-1 and -2 round a flat group up to
 # What DeepSpeed takes where a run file says nothing; `tests/unit/test_memory_estimate.py` holds them to its own.
 ZERO_DEFAULTS: dict[str, int] = {
@@ -58,17 +59,19 @@ class MemoryEstimate:
     ranks: int
     gpus_per_node: int
     counted: bool  # activations were counted, not estimated by a formula
+    on_gpus: bool = True  # False: ranks on CPUs, whose parts all lie in the node's memory
 
     @property
     def gpu_bytes(self) -> int:
-        """Peak of one GPU: what is always there, and the larger of forward and backward and the update."""
+        """Peak of one rank's device: what is always there, and the larger of forward and backward and the update."""
         most = max(self._sum("gpu", "in forward and backward"), self._sum("gpu", "in the update"))
-        return self._sum("gpu", "always") + most + ALLOWANCE
+        return self._sum("gpu", "always") + most + (ALLOWANCE if self.on_gpus else CPU_ALLOWANCE)
 
     @property
     def host_bytes(self) -> int:
-        """Peak of a node's host memory, for what is offloaded and for models that each rank loads whole."""
-        return min(self.gpus_per_node, self.ranks) * sum(part.host for part in self.parts)
+        """Peak of a node's host memory: what is offloaded, models that each rank loads whole, and CPU ranks' all."""
+        of_rank = sum(part.host for part in self.parts) + (0 if self.on_gpus else self.gpu_bytes)
+        return min(self.gpus_per_node, self.ranks) * of_rank
 
     @property
     def nvme_bytes(self) -> int:
@@ -77,12 +80,16 @@ class MemoryEstimate:
 
     def table(self) -> Iterator[str]:
         """Lines for people, in GiB."""
-        yield f"{'memory of each GPU':<44}{'GiB':>8}"
+        device = "GPU" if self.on_gpus else "CPU rank"
+        yield f"{f'memory of each {device}':<44}{'GiB':>8}"
         for part in self.parts:
             if part.gpu:
                 yield f"  {part.name:<42}{_gib(part.gpu):>8}  {part.when}"
-        yield f"  {'CUDA, NCCL, fragmentation':<42}{_gib(ALLOWANCE):>8}  an allowance, not measured"
-        yield f"  {'peak':<42}{_gib(self.gpu_bytes):>8}  on each of {self.ranks} GPUs, {self.gpus_per_node} a node"
+        if self.on_gpus:
+            yield f"  {'CUDA, NCCL, fragmentation':<42}{_gib(ALLOWANCE):>8}  an allowance, not measured"
+        else:
+            yield f"  {'Python and its libraries':<42}{_gib(CPU_ALLOWANCE):>8}  an allowance"
+        yield f"  {'peak':<42}{_gib(self.gpu_bytes):>8}  on each of {self.ranks} {device}s, {self.gpus_per_node} a node"
         if self.host_bytes:
             yield f"  {'host memory of a node':<42}{_gib(self.host_bytes):>8}"
         if self.nvme_bytes:
@@ -95,9 +102,12 @@ class MemoryEstimate:
 
 
 def memory_estimate(
-    config: RunConfig, model: nn.Module, activations: Activations, ranks: int, gpus_per_node: int
+    config: RunConfig, model: nn.Module, activations: Activations, ranks: int, gpus_per_node: int, on_gpus: bool = True
 ) -> MemoryEstimate:
-    """The estimate for a run of `ranks` GPUs; `model` has the run's adapters, if it has any, and needs no memory."""
+    """The estimate for a run of `ranks` GPUs, or ranks on CPUs with as many a node.
+
+    `model` has the run's adapters, if it has any, and needs no memory.
+    """
     zero = _zero_settings(config)
     sizes = _Sizes.of(model, ITEM[config.precision], ranks)
     parts = [*(_stage_3 if zero["stage"] == 3 else _stage_1_and_2)(sizes, zero)]
@@ -105,7 +115,7 @@ def memory_estimate(
         Part("activations of a micro-batch", "in forward and backward", activations.peak(config.gradient_checkpointing))
     )
     return MemoryEstimate(tuple(part for part in parts if part != Part(part.name, part.when)), ranks, gpus_per_node,
-                          activations.counted)  # fmt: skip
+                          activations.counted, on_gpus)  # fmt: skip
 
 
 def what_would_help(

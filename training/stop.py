@@ -8,11 +8,14 @@ Further signals change nothing: one that comes while a checkpoint is saved must 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import time
 from types import FrameType
+
+from training.errors import ConfigError
 
 STOPPED = 75  # exit status (sysexits' "temporary failure"): the same command goes on
 DEADLINE = "CROSSLIFT_DEADLINE"
@@ -27,13 +30,34 @@ class StoppedOnRequest(Exception):
     exit_status = STOPPED
 
 
+def allocation_end() -> float:
+    """Unix time at which the allocation ends, by `CROSSLIFT_DEADLINE`; infinity where it is not set.
+
+    Raises:
+        ConfigError: it is no such time, or one that has passed, which would stop the run before its first step.
+    """
+    text = os.environ.get(DEADLINE) or "inf"
+    try:
+        end = float(text)
+    except ValueError:
+        end = math.nan
+    if not end > 0:
+        raise ConfigError(f"{DEADLINE}={text}: must be the unix time (in seconds) at which the allocation ends")
+    if (past := time.time() - end) > 0:
+        raise ConfigError(
+            f"{DEADLINE}={text}: lies {past:.0f} s in the past, so it is another allocation's; unset it, or set the "
+            "unix time at which this one ends"
+        )
+    return end
+
+
 class StopRequest:
     """Catches the signals of this process; before the first step and after the last one they end it at once."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
         self._training = False
-        self._deadline = float(os.environ.get(DEADLINE) or "inf")
+        self._deadline = allocation_end()
         self._longest_step = 0.0
         self._longest_save = 0.0
         self.ends = "the same command goes on"

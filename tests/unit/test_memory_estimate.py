@@ -128,6 +128,18 @@ def test_check_says_what_is_needed_and_refuses_what_is_not_there(prepared_run: P
     assert "\n" not in str(refused.value)
 
 
+def test_ranks_on_cpus_are_told_of_the_nodes_memory_and_never_of_gpus(prepared_run: PreparedRun) -> None:
+    lines = list(check_run(prepared_run.config, nodes=2, gpus_per_node=0, nproc_per_node=2))
+    assert not [line for line in lines if "GPU" in line or "CUDA" in line]
+    (peak,) = [line for line in lines if line.startswith("  peak")]
+    assert peak.endswith("on each of 4 CPU ranks, 2 a node")
+    (node,) = [line for line in lines if line.startswith("  host memory of a node")]
+    assert float(node.split()[-1]) == pytest.approx(2 * float(peak.split()[1]), abs=0.02)
+    assert any(
+        line.endswith("on each of 1 CPU ranks, 1 a node") for line in check_run(prepared_run.config, gpus_per_node=0)
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize(
     ("write", "changes"),

@@ -58,7 +58,11 @@ def test_without_sbatch_the_program_is_named(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_job_within_a_job_does_not_take_over_its_shape(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm.path / "sbatch").write_text("#!/bin/sh\nenv > " + str(slurm.folder / "seen") + "\necho 12\n")
-    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_NO_REQUEUE", "SBATCH_EXPORT", "SBATCH_ERROR", "SBATCH_INPUT"):
+    for name in (
+        "SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_NO_REQUEUE", "SBATCH_EXPORT", "SBATCH_ERROR", "SBATCH_INPUT",
+        "CROSSLIFT_DEADLINE", "SRUN_DEBUG", "SALLOC_TIMELIMIT", "PMI_RANK", "PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK",
+        "RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID",
+    ):  # fmt: skip
         monkeypatch.setenv(name, "7")
     for name in ("SLURM_CONF", "SBATCH_RESERVATION", "HF_TOKEN"):
         monkeypatch.setenv(name, "8")

@@ -20,6 +20,7 @@ from waiting import wait_for
 
 from slurm.render import FIRST_PORT, PORTS, render, sbatch_quoted
 from slurm.spec import Container, Element, JobSettings, JobSpec
+from training.run_record import RunRecord
 
 JOB = 12
 
@@ -66,6 +67,23 @@ def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
         "--cpus-per-task=16 --gpus-per-node=4 \\"
     )
     assert "--nproc=4" in script
+
+
+def test_typed_gpus_reach_sbatch_and_srun_and_a_command_gets_one_of_them(tmp_path: Path) -> None:
+    settings = JobSettings(nodes=2, gpus_per_node="a100:4")
+    script = render(make_spec(tmp_path, settings=settings))
+    assert "--gpus-per-node=a100:4" in options(script)
+    (step,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    assert "--gpus-per-node=a100:4" in step
+    assert "--nproc=4" in script
+    assert "--gpus-per-node=a100:1" in options(render(make_spec(tmp_path, settings=settings, kind="command")))
+
+
+@pytest.mark.parametrize("time", ["0", "0:00", "UNLIMITED", "infinite"])
+def test_without_a_time_limit_the_signal_keeps_its_default_notice(tmp_path: Path, time: str) -> None:
+    chosen = options(render(make_spec(tmp_path, settings=JobSettings(gpus_per_node=0, time=time))))
+    assert f"--time={time}" in chosen
+    assert "--signal=USR1@300" in chosen
 
 
 def test_an_array_of_runs(tmp_path: Path) -> None:
@@ -206,6 +224,52 @@ def test_requeues_are_bounded(tmp_path: Path, slurm: FakeSlurm, run_script: RunS
     assert requeued(slurm) == ["12"]
 
 
+def record_step(spec: JobSpec, step: int) -> None:
+    """As a run records a step's metrics."""
+    record = RunRecord(spec.elements[0].run_dir)
+    record.append("metrics", step=step, values={"train/loss": 1.0})
+    record.close()
+
+
+@pytest.mark.parametrize("lost_node", [False, True])
+def test_a_third_start_without_a_new_step_is_not_requeued(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, lost_node: bool
+) -> None:
+    step_ends(slurm, *((1, "") if lost_node else (0, "75")))
+    slurm.set("srun", "probe", str(int(lost_node)))
+    spec = make_spec(tmp_path / "s")
+    for restarts in (0, 1):
+        end(run_script(spec, SLURM_RESTART_COUNT=str(restarts)))
+    assert requeued(slurm) == ["12", "12"]
+    status, said = end(run_script(spec, SLURM_RESTART_COUNT="2"))
+    assert (status, requeued(slurm)) == (1 if lost_node else 75, ["12", "12"])
+    assert "2 requeues have brought no new step (still at 0), so it is not requeued" in said
+
+
+def test_a_start_that_brings_a_new_step_is_requeued_and_the_count_begins_anew(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    """The step counts as new where the run has never come so far: one repeated from a checkpoint does not."""
+    spec = make_spec(tmp_path / "s")
+    spec.folder.mkdir()
+    record_step(spec, 9)
+    step_ends(slurm, 0, "75")
+
+    def start(new_step: int | None) -> str:
+        slurm.set("srun", "waits", "yes")
+        calls = len(slurm.calls("srun"))
+        process = run_script(spec)
+        wait_for(lambda: len(slurm.calls("srun")) > calls, seconds=30)
+        if new_step is not None:
+            record_step(spec, new_step)
+        slurm.set("srun", "waits", "")
+        return end(process)[1]
+
+    for new_step in (None, None, 10, None, 9):
+        assert "is requeued" in start(new_step)
+    assert "still at 10), so it is not requeued" in start(10)
+
+
 @pytest.mark.parametrize(("status", "again"), [(1, []), (2, []), (137, [])])
 def test_a_failure_is_not_repeated(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, status: int, again: list[str]
@@ -306,6 +370,25 @@ def test_the_end_of_the_allocation(
     slurm.says("squeue", squeue)
     assert end(run_script(make_spec(tmp_path / "s"), **variables))[0] == 0
     assert slurm.environment().get("CROSSLIFT_DEADLINE") == expected
+
+
+FOREIGN_VARIABLES = {
+    "CROSSLIFT_DEADLINE": "1", "SRUN_DEBUG": "3", "SALLOC_PARTITION": "x", "PMI_RANK": "3", "PMIX_RANK": "3",
+    "PMI2_SPAWNED": "1", "OMPI_COMM_WORLD_RANK": "3", "PRTE_MCA_x": "y", "RANK": "3", "WORLD_SIZE": "9",
+    "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x",
+}  # fmt: skip
+
+
+def test_variables_of_another_job_or_launcher_do_not_reach_the_ranks(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    step_ends(slurm, 0)
+    settings = JobSettings(gpus_per_node=0, setup=("export PMI_FANOUT=2",), environment={"OMPI_MCA_btl": "tcp"})
+    spec = make_spec(tmp_path / "s", settings=settings)
+    assert end(run_script(spec, **FOREIGN_VARIABLES, KEPT="yes", PMIX_GOOD="no"))[0] == 0
+    found = slurm.environment()
+    assert sorted(set(found) & {*FOREIGN_VARIABLES, "PMIX_GOOD"}) == []
+    assert (found["KEPT"], found["PMI_FANOUT"], found["OMPI_MCA_btl"]) == ("yes", "2", "tcp")  # the site's own stay
 
 
 def test_a_taken_port_is_passed_over(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:

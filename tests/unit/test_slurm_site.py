@@ -57,7 +57,8 @@ MISTAKES = [
     ("nodes: many", "nodes: input should be a valid integer, unable to parse string as an integer (found 'many')"),
     ("nodes: 0", "nodes: input should be greater than or equal to 1 (found 0)"),
     ("time: 12:00:00", 'time: 43200: write it in quotes, such as "12:00:00" or "90" (minutes)'),
-    ("time: tomorrow", "time: 'tomorrow': must be minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S, such as 12:00:00"),
+    ("time: tomorrow", "time: 'tomorrow': must be minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S (such as 12:00:00) or "
+     "UNLIMITED"),
     ("mem: lots", "mem: 'lots': must be a number with K, M, G or T, such as 500G; 0 is all of a node"),
     ('partition: "a\\nb"', "partition: 'a\\nb' holds '\\n'; must be one line without control characters"),
     ('setup: ["a\\rb"]', "setup.0: 'a\\rb' holds '\\r'; must be one line without control characters"),
@@ -72,6 +73,10 @@ MISTAKES = [
     ("sbatch: {output: x}", "sbatch: output is crosslift's own"),
     ("sbatch: {'a b': x}", "sbatch: 'a b' is no option; write it as sbatch does, such as constraint: a100"),
     ('sbatch: {constraint: "a\\nb"}', "sbatch: constraint: 'a\\nb' is not one line without control characters"),
+    ("gpus_per_node: a100", "gpus_per_node: 'a100': must be a number of GPUs, or TYPE:NUMBER such as a100:4"),
+    ("gpus_per_node: -1", "gpus_per_node: -1: must be a number of GPUs, or TYPE:NUMBER such as a100:4"),
+    ("gpus_per_node: 'a100:'", "gpus_per_node: 'a100:': must be a number of GPUs, or TYPE:NUMBER such as a100:4"),
+    ("{gpus_per_node: 'a100:2', nproc_per_node: 4}", "nproc_per_node: 4 ranks for 2 GPUs; at most one each"),
     ("{gpus_per_node: 2, nproc_per_node: 4}", "nproc_per_node: 4 ranks for 2 GPUs; at most one each"),
     ('{time: "5", grace_seconds: 300}', "grace_seconds: 300 is not less than the time limit, 5"),
     ("- a", "must hold a mapping of keys, not list"),
@@ -125,10 +130,39 @@ def test_damaged_yaml_is_named_by_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("time", "expected"),
-    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405)],
-)
-def test_time_limits_as_slurm_reads_them(time: str, expected: int) -> None:
+    [
+        ("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405),
+        ("0", None), ("0:00:00", None), ("0-0", None), ("UNLIMITED", None), ("unlimited", None), ("INFINITE", None),
+    ],
+)  # fmt: skip
+def test_time_limits_as_slurm_reads_them(time: str, expected: int | None) -> None:
     assert seconds(time) == expected
+
+
+@pytest.mark.parametrize("text", ["time: 0", "time: UNLIMITED", 'time: "0"'])
+def test_a_job_without_a_time_limit_has_room_for_any_grace(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text(f"{text}\ngrace_seconds: 600\n")
+    found = load_settings({}, (file,))
+    assert (found.time_limit, found.grace) == (None, 600)
+    assert load_settings({"grace_seconds": 7}, ()).time is None
+
+
+@pytest.mark.parametrize(
+    ("value", "written", "number"),
+    [(8, "8", 8), ("8", "8", 8), ("a100:4", "a100:4", 4), ("gpu:h100-80gb:2", "h100-80gb:2", 2), (0, "0", 0),
+     ("a100:0", "a100:0", 0), ("08", "8", 8)],
+)  # fmt: skip
+def test_gpus_are_written_as_slurm_writes_them(value: object, written: str, number: int) -> None:
+    found = load_settings({"gpus_per_node": value}, ())
+    assert (found.gpus_per_node, found.gpus, found.ranks) == (written, number, number or 1)
+
+
+def test_an_option_replaces_the_sites_type_of_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text("gpus_per_node: a100:4\n")
+    assert load_settings({}, (file,)).gpus_per_node == "a100:4"
+    assert load_settings({"gpus_per_node": "2"}, (file,)).gpus_per_node == "2"
 
 
 def test_the_warning_comes_in_time_for_short_jobs() -> None:

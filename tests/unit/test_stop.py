@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
+from tiny_run import run_values, write_data
 
+from training.errors import ConfigError
 from training.stop import DEADLINE, SIGNALS, SPARE_SECONDS, STOPPED, UNMEASURED_SAVE_SECONDS, StopRequest
 
 
@@ -89,3 +93,35 @@ def test_without_a_deadline_there_is_none(monkeypatch: pytest.MonkeyPatch, text:
     stop = StopRequest()
     stop.took(1e9)
     assert stop.reason is None
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "nan", "-1", "0", "12:00"])
+def test_a_deadline_that_is_no_time_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(DEADLINE, text)
+    with pytest.raises(ConfigError, match=rf"^{DEADLINE}={text}: must be the unix time \(in seconds\) at which"):
+        StopRequest()
+
+
+def test_a_deadline_that_has_passed_is_refused_instead_of_a_stop_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(DEADLINE, str(int(time.time()) - 3600))
+    with pytest.raises(ConfigError, match=rf"^{DEADLINE}=\d+: lies 360\d s in the past, .*; unset it, or"):
+        StopRequest()
+
+
+@pytest.mark.parametrize("module", ["training", "training.launch"])
+def test_a_wrong_deadline_ends_ranks_and_launcher_with_status_2(tmp_path: Path, module: str) -> None:
+    config = tmp_path / "run.yaml"
+    values = run_values(write_data(tmp_path / "data"), tmp_path / "run")
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    options = ["--nproc", "1"] if module == "training.launch" else []
+    found = subprocess.run(
+        [sys.executable, "-m", module, str(config), *options], env={**os.environ, DEADLINE: "soon"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (2, "")
+    assert (
+        found.stderr == f"crosslift: {DEADLINE}=soon: must be the unix time (in seconds) at which the allocation ends\n"
+    )
+    assert not (tmp_path / "run").exists()
