@@ -170,6 +170,11 @@ class SourceConfig(BaseModel):
     format: Literal["auto", "jsonl", "parquet", "csv", "tsv"] = Field(
         "auto", description="Of the files; auto goes by each file's suffix."
     )
+    quoting: Literal["none"] | None = Field(
+        None,
+        description='CSV and TSV: "none" takes quotes as characters like others, as most corpora in TSV mean them;'
+        " by default a field in quotes is what is between them.",
+    )
     languages: tuple[str, ...] | None = Field(
         None, description="Wide layout: each row is an item and gives one sample for each of these languages."
     )
@@ -189,6 +194,8 @@ class SourceConfig(BaseModel):
             raise ValueError("hub_config and split go with hub, not with files")
         if self.hub is not None and self.format != "auto":
             raise ValueError("format goes with files, not with hub")
+        if self.quoting is not None and (self.hub is not None or self.format in ("jsonl", "parquet")):
+            raise ValueError("quoting goes with CSV and TSV files")
         if self.response_language is not None and self.columns.kind != "chat":
             raise ValueError(f"response_language goes with conversations, not with {self.columns.kind}")
         wide_columns = [name for name in self.columns.named().values() if PLACEHOLDER in name]

@@ -13,10 +13,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
@@ -28,7 +30,9 @@ from data_pipeline.records import BadRow, DataError
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+log = logging.getLogger(__name__)
 BOM = "\ufeff"
+_QUOTED_FIELD = re.compile(rb'(^|\t)"')
 FIELD_LIMIT = 1 << 24  # characters of one CSV field: bounds what an unclosed quote can swallow
 
 Row = dict[str, Any]
@@ -153,13 +157,19 @@ class _Lines:
 
 @dataclass(frozen=True)
 class Delimited(TextShard):
-    """CSV or TSV with a header line; quoted fields may hold newlines. Blank lines are skipped."""
+    """CSV or TSV with a header line. Blank lines are skipped.
+
+    With `quoting` a field in quotes may hold delimiters and line breaks; without it a quote is a character like others.
+    """
 
     delimiter: str
+    quoting: bool = True
 
     def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
-        records = self._records(file, Place(1, 0, 0))
+        records = self._records(file, Place(1, 0, 0), self._warn_of_quotes())
         _, header = next(records, (None, []))
+        if not isinstance(header, BadRow) and (encoding := _other_encoding(header)):
+            raise DataError(f"{self.address}: {encoding}, where UTF-8 is needed; iconv -t UTF-8 converts it")
         if isinstance(header, BadRow) or len(set(header)) < len(header):
             raise DataError(f"{self.address}:1: not a header line, which must name each column once: {header}")
         for place, fields in records:
@@ -178,10 +188,31 @@ class Delimited(TextShard):
         with open_binary(self.address) as file:
             return next(self._records(file, Place(1, 0, 0)))[1]
 
-    def _records(self, file: IO[bytes], start: Place) -> Iterator[tuple[Place, list[str] | BadRow]]:
+    def _warn_of_quotes(self) -> Callable[[int, bytes], None] | None:
+        """For TSV, which by most corpora's rules has no quoting: says once where quotes are taken for such."""
+        if not self.quoting or self.delimiter != "\t":
+            return None
+        said = False
+
+        def look(number: int, line: bytes) -> None:
+            nonlocal said
+            if not said and _QUOTED_FIELD.search(line):
+                said = True
+                log.warning(
+                    "%s:%d: a field begins with a quote, so it is read as CSV reads it: without its quotes; where "
+                    "quotes are characters like others, set the source's quoting: none", self.address, number,
+                )  # fmt: skip
+
+        return look
+
+    def _records(
+        self, file: IO[bytes], start: Place, look: Callable[[int, bytes], None] | None = None
+    ) -> Iterator[tuple[Place, list[str] | BadRow]]:
+        """Every record with its place; `look` gets each one's line number and bytes."""
         csv.field_size_limit(FIELD_LIMIT)
         lines = _Lines(file, at_start=start.offset == 0)
-        parser = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        quoting = csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
+        parser = csv.reader(lines, delimiter=self.delimiter, quoting=quoting, strict=True)
         number, offset = start.number, start.offset
         fields: list[str] | BadRow
         while True:
@@ -190,11 +221,12 @@ class Delimited(TextShard):
                 fields = next(parser)
             except StopIteration:
                 return
-            except csv.Error:
+            except csv.Error as error:
                 lines.give_back()
-                reason = "wrongly quoted: a quoted field ends with the quote, and a quote within is doubled"
-                fields = BadRow(f"{self.address}:{number}", reason)
+                fields = BadRow(f"{self.address}:{number}", _reason(str(error), self.quoting))
             place = Place(number, offset, sum(map(len, lines.taken)))
+            if look is not None:
+                look(number, b"".join(lines.taken))
             number, offset = number + len(lines.taken), offset + place.length
             if fields:
                 yield place, fields
@@ -205,6 +237,27 @@ class Delimited(TextShard):
         if len(fields) != len(header):
             raise BadRow(self.origin(place), f"{len(fields)} fields, but the header has {len(header)}")
         return dict(zip(header, fields, strict=True))
+
+
+def _reason(error: str, quoting: bool) -> str:
+    """What the csv module's message means for the file."""
+    if "field limit" in error:
+        unclosed = "; is a quote not closed, or meant as a character (quoting: none)?" if quoting else ""
+        return f"a field is longer than {FIELD_LIMIT:,} characters{unclosed}"
+    if "new-line" in error:
+        return "a carriage return stands alone within the line; lines end with a line feed, with or without one before"
+    return (
+        "wrongly quoted: a quoted field ends with the quote, and a quote within is doubled; where quotes are "
+        "characters like others, set the source's quoting: none"
+    )
+
+
+def _other_encoding(header: list[str]) -> str | None:
+    """The encoding that a header line shows, where it is none of UTF-8's supersets and subsets."""
+    text = "".join(header).encode(errors="surrogateescape")
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "is UTF-16"
+    return "is UTF-16 or no text (its first line holds NUL characters)" if b"\0" in text else None
 
 
 class _Digesting(io.RawIOBase):

@@ -123,6 +123,8 @@ def _file_shard(
         name, identity = os.path.abspath(address), f"{status.st_size} bytes, {status.st_mtime_ns} ns"
         if data_dir is not None and Path(name).is_relative_to(data_dir.absolute()):
             name = Path(name).relative_to(data_dir.absolute()).as_posix()
+    if source.quoting is not None and kind not in ("csv", "tsv"):
+        raise DataError(f"{address}: source {source.name!r} has quoting: none, which goes with CSV and TSV, not {kind}")
     if kind == "parquet":
         return Parquet(address, name, identity, wanted, str(cache_dir))
     if kind == "jsonl":
@@ -132,7 +134,7 @@ def _file_shard(
             f"{address}: source {source.name!r} has format: auto, and the suffix {suffix!r} tells no format;"
             " set format: jsonl, parquet, csv or tsv (compressed text must be unpacked first)"
         )
-    return Delimited(address, name, identity, "," if kind == "csv" else "\t")
+    return Delimited(address, name, identity, "," if kind == "csv" else "\t", quoting=source.quoting != "none")
 
 
 def _hub_shard(source: SourceConfig, hub: str, data_dir: Path | None, wanted: tuple[str, ...]) -> HubSplit:

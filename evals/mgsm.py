@@ -54,11 +54,16 @@ def find_files(directory: str | Path, pattern: str, languages: Sequence[str] | N
 
 
 def read_problems(file: Path) -> list[Problem]:
-    """All problems of a `mgsm_XX.tsv`; BOM and CRLF are fine. Raises EvalError naming file and line."""
+    """All problems of a `mgsm_XX.tsv`; BOM, CRLF and blank lines at the end are fine.
+
+    Raises EvalError naming file and line.
+    """
     try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise EvalError(f"{file}: {error.strerror}") from error
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
     problems = []
     for number, line in enumerate(lines, 1):
         try:

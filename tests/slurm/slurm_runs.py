@@ -7,6 +7,7 @@ recorded, as often as it was done.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import defaultdict
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from cluster import TwoNodeCluster
 from tiny_run import RANK_ITEMS, rank_values, write_config, write_data
@@ -24,6 +26,9 @@ STEPS = 36
 TRAINS_WITHIN = 240.0  # seconds, on two cores with much else to do
 # What must be the same whatever happened to the run.
 SAME = ("train/loss", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint", "shift/")
+# What the submitting shell has of another allocation: none of it may reach a job's ranks.
+FOREIGN = {"CROSSLIFT_DEADLINE": "1", "PMI_RANK": "7", "OMPI_COMM_WORLD_SIZE": "9", "SALLOC_PARTITION": "elsewhere",
+           "SRUN_DEBUG": "3", "RANK": "7", "MASTER_PORT": "1"}  # fmt: skip
 QUESTIONS = ("3 plus 4?\t7", "5 plus 6?\t11")
 
 
@@ -71,8 +76,9 @@ class SlurmRun:
 
     def submit(self, *options: object, nodes: int = 2) -> str:
         """Queue it; the job's number."""
-        done = crosslift("submit", self.config, "--nodes", nodes, "--gpus-per-node", 0, "--cpus-per-task", 1, "--json",
-                         *options, folder=self.folder)  # fmt: skip
+        with patch.dict(os.environ, FOREIGN):
+            done = crosslift("submit", self.config, "--nodes", nodes, "--gpus-per-node", 0, "--cpus-per-task", 1,
+                             "--json", *options, folder=self.folder)  # fmt: skip
         self.jobs = json.loads(done.stdout)
         return self.job
 

@@ -97,6 +97,12 @@ def test_read_problems_bom_crlf_and_odd_characters(tmp_path: Path) -> None:
     assert [(p.question, p.gold) for p in problems] == [('"a\u2028b"', "18"), ("c", "114,200"), ("d", "-8.0")]
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n\r\n", "\n \n\n"])
+def test_blank_lines_at_the_end_of_a_file_are_no_problems(tmp_path: Path, end: str) -> None:
+    (tmp_path / "mgsm_en.tsv").write_text(f"a\t1\nb\t2{end}", newline="")
+    assert [problem.gold for problem in read_problems(tmp_path / "mgsm_en.tsv")] == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -313,6 +313,73 @@ def test_a_bad_csv_row_costs_only_itself(line: bytes, reason: str, tmp_path: Pat
     assert good == ["1", "3", "4"]
 
 
+HEADER = "id\tlang\tquestion\tanswer\n"
+QUOTES = HEADER + '1\ten\t"Who?" he said.\t"I."\n2\ten\t"a ""b"" c"\tsay "hi"\n3\ten\t"\t"\n'
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv"])
+def test_without_quoting_a_quote_is_a_character_like_others(tmp_path: Path, name: str) -> None:
+    text = QUOTES if name == "x.tsv" else QUOTES.replace("\t", ",")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = [record for record in scan(tmp_path, files=name, quoting="none") if isinstance(record, Record)]
+    assert [tuple(message.content for message in record.messages) for record in found] == [
+        ('"Who?" he said.', '"I."'), ('"a ""b"" c"', 'say "hi"'), ('"', '"'),
+    ]  # fmt: skip
+
+
+def test_quotes_that_are_taken_for_quoting_in_a_tsv_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.tsv").write_text(HEADER + '1\ten\ta "b" c\td\n2\ten\t"a"\tb\n3\ten\tc\t"d"\n', encoding="utf-8")
+    assert len(scan(tmp_path, files="x.tsv")) == 3
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path}/x.tsv:3: a field begins with a quote, so it is read as CSV reads it")
+    assert said.endswith("set the source's quoting: none")
+    caplog.clear()
+    scan(tmp_path, files="x.tsv", quoting="none")
+    (tmp_path / "x.csv").write_text('id,lang,question,answer\n1,en,"a",b\n', encoding="utf-8")
+    scan(tmp_path, files="x.csv")
+    assert caplog.messages == []
+
+
+def test_quoting_goes_with_csv_and_tsv(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"x\.jsonl: source 'source' has quoting: none, which goes with CSV and"):
+        scan(tmp_path, files="x.jsonl", quoting="none")
+    with pytest.raises(ValidationError, match="quoting goes with CSV and TSV files"):
+        SourceConfig(name="a", hub="b", quoting="none", language="en", columns=ColumnMap(prompt="p", completion="c"))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [("utf-16", "is UTF-16, where"), ("utf-16-le", "is UTF-16 or no text"), ("utf-16-be", "is UTF-16 or")],
+)
+@pytest.mark.parametrize("quoting", [None, "none"])
+def test_another_encoding_is_named_and_not_called_wrongly_quoted(
+    tmp_path: Path, encoding: str, said: str, quoting: str | None
+) -> None:
+    (tmp_path / "x.csv").write_bytes('id,lang,question,answer\n1,en,"a\nb",c\n'.encode(encoding))
+    with pytest.raises(DataError) as refused:
+        scan(tmp_path, files="x.csv", quoting=quoting)
+    assert str(refused.value).startswith(f"{tmp_path}/x.csv: {said}")
+    assert str(refused.value).endswith("where UTF-8 is needed; iconv -t UTF-8 converts it")
+
+
+def test_a_field_beyond_the_limit_is_called_too_long(tmp_path: Path) -> None:
+    long = "x" * 20_000_000
+    (tmp_path / "x.csv").write_text(f"id,lang,question,answer\n1,en,{long},b\n2,en,a,b\n")
+    assert one_bad(tmp_path, files="x.csv") == (
+        f"{tmp_path}/x.csv:2: a field is longer than 16,777,216 characters; is a quote not closed, or meant as a "
+        "character (quoting: none)?"
+    )
+    assert one_bad(tmp_path, files="x.csv", quoting="none").endswith("a field is longer than 16,777,216 characters")
+
+
+def test_a_carriage_return_within_a_line_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"id,lang,question,answer\n1,en,a\rb,c\n2,en,a,b\n")
+    assert ": a carriage return stands alone within the line" in one_bad(tmp_path, files="x.csv")
+
+
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     table = pa.table({"lang": ["en"] * 3, "question": ["a", "b", "c"]})
     answers = pa.Array.from_buffers(pa.string(), 3, pa.array([b"x", b"\xff", b"z"], pa.binary()).buffers())
