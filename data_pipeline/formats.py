@@ -211,8 +211,10 @@ class Delimited(TextShard):
         """Every record with its place; `look` gets each one's line number and bytes."""
         csv.field_size_limit(FIELD_LIMIT)
         lines = _Lines(file, at_start=start.offset == 0)
-        quoting = csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
-        parser = csv.reader(lines, delimiter=self.delimiter, quoting=quoting, strict=True)
+        if self.quoting:
+            parser = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        else:
+            parser = csv.reader(lines, delimiter=self.delimiter, quoting=csv.QUOTE_NONE, strict=True)
         number, offset = start.number, start.offset
         fields: list[str] | BadRow
         while True:
