@@ -162,6 +162,11 @@ class PatternTemplate:
             turns.append(tuple(parts))
         return turns
 
+    def next_user_turn(self) -> list[str | Slot | None]:
+        """What a later message of the user stands in; None where a language's name is written."""
+        parts = [(text, Slot(0) if field == "user" else None) for text, field in self._same if field != "system"]
+        return [each for pair in parts for each in pair]
+
 
 class ChatTemplate:
     """chat: the tokenizer's Jinja template, rendered once a sequence of roles, with marks for messages."""
@@ -208,6 +213,14 @@ class ChatTemplate:
             answered = False
             turns[-1].append(part)
         return [tuple(turn) for turn in turns]
+
+    def next_user_turn(self) -> list[str | Slot | None]:
+        """What a later message of the user stands in; empty where the template takes one message alone."""
+        try:
+            turns = self.turns(("user", "assistant", "user"), "", "")
+        except DataError:
+            return []
+        return [*turns[1]]
 
     def _slots(self, roles: Sequence[Role], cue: str, *, add_generation_prompt: bool) -> Turn:
         """The rendered conversation, cut at the messages. A padded copy shows where it strips them."""

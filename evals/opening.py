@@ -38,7 +38,7 @@ class Question:
 def open_model(
     path: str, *, dtype: str = "auto", template: TemplateName | None = None, attention: AttentionName = "auto"
 ) -> tuple[ShiftedGenerator, Chat]:
-    """The generator and the prompt template of a model.
+    """The generator, which stops at the header of a next turn, and the prompt template of a model.
 
     Args:
         path: export, Hugging Face directory or hub name.
@@ -48,7 +48,9 @@ def open_model(
     import torch
 
     from data_pipeline.chat import Chat, TemplateConfig
+    from data_pipeline.next_turn import next_turn
     from modeling.generation import ShiftedGenerator
+    from modeling.stopping import Stops
 
     on_gpu = torch.cuda.is_available()
     number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
@@ -62,6 +64,10 @@ def open_model(
         chosen = TemplateConfig(**own)
     else:
         chosen = TemplateConfig(name="chat" if generator.tokenizer.chat_template else "plain")
+    trained = TemplateConfig(**own) if own is not None else chosen
+    for each in (chosen, trained):  # a model goes on as it was trained, or as it was asked
+        found = next_turn(each, generator.tokenizer)
+        generator.stops |= Stops(found.ids, found.patterns)
     return generator, Chat(generator.tokenizer, chosen, generator.info.languages)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from modeling.errors import ModelError
 from modeling.export_info import VECTORS_FILE, ExportInfo
@@ -27,6 +27,7 @@ from modeling.language_vectors import LanguageVectors
 from modeling.layers import state_hook
 from modeling.loading import AttentionName, load_pretrained, resolve_directory
 from modeling.shifcon import LanguageShift
+from modeling.stopping import Stops, TextStop
 from modeling.untrusted import read_tokenizer
 from modeling.weight_files import directory_hash
 
@@ -48,9 +49,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One answer. `token_ids` end before the end token.
+    """One answer. `token_ids` end before the end token, or before the header of a next turn.
 
-    `finished`: the end token came. `shifted`: the model shifts, and both languages have a vector (the
+    `finished`: one of these came. `shifted`: the model shifts, and both languages have a vector (the
     dominant language's shift is zero); if not, the tokens of the one without ran unshifted.
     """
 
@@ -76,6 +77,7 @@ class ShiftedGenerator:
             self.shift = LanguageShift(model, *vectors.area)
             self.shift.set_vectors(vectors)
         self.end_ids = _end_ids(model, tokenizer)
+        self.stops = Stops()  # what else ends an answer; whoever knows the template sets it
         # Sampling and penalties that the model's authors set would be mixed into every call of generate.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=self.end_ids, pad_token_id=self._padding_id()
@@ -150,14 +152,24 @@ class ShiftedGenerator:
     def _batch(self, prompts: Sequence[Prompt], config: GenerationConfig) -> list[Generation]:
         ids_BT, mask_BT = self._left_padded([prompt.ids for prompt in prompts])
         model: Any = self.model
+        ends = [*self.end_ids, *self.stops.ids]
+        if self.stops.ids:
+            config.eos_token_id = ends
+        criteria = StoppingCriteriaList()
+        if self.stops.pattern is not None:
+            criteria.append(TextStop(self.stops.pattern, self.tokenizer, ids_BT.shape[1]))
         with self.shifted(prompts, mask_BT):
-            output: Any = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
+            output: Any = model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, stopping_criteria=criteria
+            )
         answers = []
         for prompt, row in zip(prompts, output[:, ids_BT.shape[1] :].tolist(), strict=True):
-            end = next((place for place, token in enumerate(row) if token in self.end_ids), None)
-            answer = row[:end]
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            cut = self.stops.cut(row[:end], self.tokenizer)
+            answer = row[:end] if cut is None else cut
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
-            answers.append(Generation(str(text), answer, end is not None, self._is_shifted(prompt)))
+            finished = end is not None or cut is not None
+            answers.append(Generation(str(text), answer, finished, self._is_shifted(prompt)))
         return answers
 
     def shifted(self, prompts: Sequence[Prompt], mask_BT: Tensor) -> AbstractContextManager[None]:
