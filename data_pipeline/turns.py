@@ -7,7 +7,7 @@ learned, and that training does not support, makes the row unusable, by name; an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
 from data_pipeline.cells import Cells, blank
@@ -48,24 +48,34 @@ _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observ
 
 def read_turns(cells: Cells, columns: ColumnMap) -> tuple[Message, ...]:
     """The messages of a row, behind the system message of another column. Raises BadRow."""
-    column, system = cast(str, columns.messages), cells.given(columns.system)
-    for field in unsupported_fields(columns):
+    column = cast(str, columns.messages)
+    messages = read_conversation(cells, column, cells.given(columns.system), unsupported_fields(columns))
+    if messages[-1].role != "assistant" or all(turn.role != "user" for turn in messages):
+        raise cells.bad(f"{column!r} must hold a user turn and end with the assistant's answer")
+    if not any(message.trained for message in messages if message.role == "assistant"):
+        raise cells.bad(f"{column!r}: every assistant turn has weight 0, so there is nothing to learn; remove the row")
+    return messages
+
+
+def read_conversation(
+    cells: Cells, column: str, system: str | None, unsupported: Iterable[str] = UNSUPPORTED_FIELDS
+) -> tuple[Message, ...]:
+    """The turns in a column, in an order that templates write, behind `system`; whoever has the last word.
+
+    Raises BadRow, also for a field of `unsupported` that the row fills.
+    """
+    for field in unsupported:
         if cells.has(field) and cells.row[field] != {}:
             raise cells.bad(f"{field!r} beside {column!r}: {UNSUPPORTED_FIELDS[field]}")
     turns = cells.listed(column)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise cells.bad(f"{column!r} must be a list of {{role, content}}, or of {{from, value}}")
     start = () if system is None else (Message("system", system),)
-    spoken = [_message(cells, turn, f"{column!r}[{number}]") for number, turn in enumerate(turns)]
-    if not spoken or spoken[-1].role != "assistant" or all(turn.role != "user" for turn in spoken):
-        raise cells.bad(f"{column!r} must hold a user turn and end with the assistant's answer")
-    messages = (*start, *spoken)
+    messages = (*start, *(_message(cells, turn, f"{column!r}[{number}]") for number, turn in enumerate(turns)))
     try:
         check_roles(tuple(message.role for message in messages))
     except DataError as error:
         raise cells.bad(f"{column!r}: {error}") from None
-    if not any(message.trained for message in messages if message.role == "assistant"):
-        raise cells.bad(f"{column!r}: every assistant turn has weight 0, so there is nothing to learn; remove the row")
     return messages
 
 

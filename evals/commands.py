@@ -7,12 +7,16 @@ once.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from modeling.generation import Sampling
 
 xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTREME: data, runs, retrieval, analysis.")
 
@@ -25,9 +29,13 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run's folder, export, directory or hub name")],
     prompt: Annotated[str | None, typer.Option(help="one question")] = None,
-    file: Annotated[Path | None, typer.Option(help="JSONL: prompt; optionally language, response_language")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="JSONL: prompt, or messages; optionally system, language, response_language; more is kept"),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="system message, where --file does not say")] = None,
     language: Annotated[
         str, typer.Option(help="the questions', where --file does not say; auto: nearest vector; none: no shift")
     ] = "auto",
@@ -36,24 +44,29 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="above 0: sample; 0: the likeliest token")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="sample from so many likeliest tokens")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the samples")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON line an answer")] = False,
 ) -> None:
-    """Answer questions, the shift on. Example: crosslift generate runs/a/model --language sw --prompt "..." """
+    """Answer questions, the shift on. Example: crosslift generate runs/a --language sw --prompt "..." """
     from evals.errors import EvalError
-    from evals.opening import Question, answer, open_model, read_questions, without_vector
+    from evals.opening import Question, answer, open_model, read_questions, system_message, without_vector
 
     if (prompt is None) == (file is None):
         raise EvalError("give exactly one of --prompt and --file")
+    sampling = _sampling(temperature, top_p, top_k, seed, num_beams)
     if file:
-        questions = read_questions(file, language, response_language)
+        questions = read_questions(file, language, response_language, system)
     else:
-        questions = [Question(prompt or "", language, response_language)]
+        questions = [Question(prompt or "", language, response_language, before=system_message(system))]
     generator, chat = open_model(model)
     rows = list(
         answer(
             generator, chat, questions, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size,
-            progress=_progress(len(questions), "answers"),
+            progress=_progress(len(questions), "answers"), sampling=sampling,
         )
     )  # fmt: skip
     for row in rows:
@@ -63,7 +76,7 @@ def generate(
 
 
 def eval(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="export, Hugging Face directory or hub name")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run's folder, export, directory or hub name")],
     output: Annotated[Path, typer.Option(help="folder for results.json and all raw outputs")],
     data_dir: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv")],
     tasks: Annotated[str, typer.Option(help="mgsm")] = "mgsm",
@@ -211,6 +224,26 @@ def xtreme_analyse(
     report = analyse(models, pairs, dominant=dominant)
     print(representation_table(report))
     print("  ".join(map(str, write_report(report, output))))
+
+
+def _sampling(temperature: float, top_p: float | None, top_k: int | None, seed: int, num_beams: int) -> Sampling | None:
+    """What the options say of sampling; None: none. Raises EvalError where they contradict each other."""
+    from evals.errors import EvalError
+
+    if not temperature:
+        for name, value in (("--top-p", top_p), ("--top-k", top_k)):
+            if value is not None:
+                raise EvalError(f"{name} {value}: goes with sampling; give --temperature above 0, such as 1")
+        return None
+    if num_beams > 1:
+        raise EvalError(f"--num-beams {num_beams}: beam search does not sample; leave it or --temperature out")
+    if not math.isfinite(temperature):
+        raise EvalError(f"--temperature {temperature}: must be a finite number")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise EvalError(f"--top-p {top_p}: must be above 0 and at most 1")
+    from modeling.generation import Sampling
+
+    return Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed)
 
 
 def _listed(text: str | None) -> list[str] | None:

@@ -6,18 +6,19 @@ In: an export (or any Hugging Face directory) and questions. Out: answers. Next:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_pipeline.cells import Cells
 from data_pipeline.formats import JsonLines
 from data_pipeline.records import BadRow, DataError, Message
+from data_pipeline.turns import read_conversation
 from evals.errors import EvalError
 
 if TYPE_CHECKING:
     from data_pipeline.chat import Chat
-    from modeling.generation import Prompt, ShiftedGenerator
+    from modeling.generation import Prompt, Sampling, ShiftedGenerator
     from modeling.loading import AttentionName
 
 TemplateName = Literal["plain", "alpaca", "chat"]
@@ -29,10 +30,12 @@ NEAREST = "auto"
 class Question:
     """One prompt. `language`: a code, NEAREST, or NO_SHIFT (not known, and nothing is to be shifted)."""
 
-    text: str
+    text: str  # the user's last turn
     language: str
     response_language: str | None = None
     origin: str | None = None  # "file.jsonl:17", for messages
+    before: tuple[Message, ...] = ()  # a system message, and turns before the last
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of its row in a file, kept
 
 
 def open_model(
@@ -71,10 +74,13 @@ def open_model(
     return generator, Chat(generator.tokenizer, chosen, generator.info.languages)
 
 
-def read_questions(file: Path, language: str, response_language: str | None = None) -> list[Question]:
-    """Questions of a JSONL file: `prompt`, and `language` and `response_language` where those given do not hold.
+def read_questions(
+    file: Path, language: str, response_language: str | None = None, system: str | None = None
+) -> list[Question]:
+    """Questions of a JSONL file: `prompt`, or `messages` that end with a user's turn.
 
-    Lines are read as those of training data are. Raises EvalError, or DataError naming the line.
+    `system`, `language` and `response_language` of a row come before those given. Lines are read as those of training
+    data are. Raises EvalError, or DataError naming the line.
     """
     shard = JsonLines(str(file), file.name, "")
     questions = []
@@ -84,13 +90,41 @@ def read_questions(file: Path, language: str, response_language: str | None = No
                 if isinstance(row, BadRow):
                     raise row
                 cells = Cells(row, shard.origin(place))
+                *before, last = _turns(cells, system)
                 asked = cells.given("language") or language, cells.given("response_language") or response_language
-                questions.append(Question(cells.text("prompt"), *asked, cells.origin))
+                questions.append(Question(last.content, *asked, cells.origin, tuple(before), row))
     except OSError as error:
         raise EvalError(f"{file}: cannot be read: {error.strerror}") from error
     if not questions:
         raise EvalError(f"{file}: holds no question")
     return questions
+
+
+def _turns(cells: Cells, system: str | None) -> tuple[Message, ...]:
+    """The conversation of a row, up to the turn that is to be answered; `system` where the row has no such message."""
+    system = cells.given("system") or system
+    if not cells.has("messages"):
+        return (*system_message(system), Message("user", cells.text("prompt")))
+    if cells.has("prompt"):
+        raise cells.bad("has both 'prompt' and 'messages'; give one")
+    if not cells.has("system") and _begins_with_system(cells):
+        system = None
+    messages = read_conversation(cells, "messages", system)
+    if messages[-1].role != "user":
+        raise cells.bad("'messages' must end with a user's turn, which is to be answered")
+    return messages
+
+
+def _begins_with_system(cells: Cells) -> bool:
+    """Whether a row's own turns begin with a system message."""
+    turns = cells.listed("messages")
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
+
+
+def system_message(text: str | None) -> tuple[Message, ...]:
+    """A system message, if there is a text for it."""
+    return () if text is None else (Message("system", text),)
 
 
 def answer(
@@ -102,19 +136,23 @@ def answer(
     num_beams: int = 1,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
+    sampling: Sampling | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answers in the order of the questions, each with its languages (None: not known) and whether it was shifted.
 
-    A question whose language is NEAREST takes the nearest language vector's (methods.md, "Routing"). Raises
-    EvalError for a language that the model does not have, or that its template needs and nothing tells.
+    The fields of a question's row are kept, but for those named as the answer's own. A question whose language is
+    NEAREST takes the nearest language vector's (methods.md, "Routing"). Raises EvalError for a language that the model
+    does not have, or that its template needs and nothing tells.
     """
     for question in questions:
         _check_languages(question, generator.info.languages)
     asked = [_asked(generator, chat, question) for question in questions]
-    answers = generator.generate([each.prompt for each in asked], max_new_tokens, num_beams, batch_size, progress)
+    prompts = [each.prompt for each in asked]
+    answers = generator.generate(prompts, max_new_tokens, num_beams, batch_size, progress, sampling)
     for question, each, generated in zip(questions, asked, answers, strict=True):
         yield {
-            "prompt": question.text,
+            **question.fields,
+            **({} if "messages" in question.fields else {"prompt": question.text}),
             "language": each.language,
             "response_language": each.response_language,
             "output": generated.text,
@@ -155,7 +193,7 @@ def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Aske
     info = generator.info
     stand_in = info.dominant or (info.languages[0] if len(info.languages) == 1 else None)
     said = question.response_language or info.response_language
-    messages = [Message("user", question.text)]
+    messages = [*question.before, Message("user", question.text)]
 
     def written(language: str | None) -> tuple[list[int], list[bool]]:
         prompt_language = language or stand_in or ""

@@ -44,8 +44,15 @@ def auto_class(architecture: Architecture) -> Any:
 
 
 def model_class(config: PreTrainedConfig, architecture: Architecture) -> Any:
-    """The class of a config with this head. Raises ModelError where transformers has none."""
+    """The class of a config with this head.
+
+    Raises ModelError where transformers has none, and for a causal LM where the config is an encoder's: transformers
+    has such a class for most encoders, which without `is_decoder` attends to the right too.
+    """
     mapping = _CLASSES[architecture][1]
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if architecture == "causal-lm" and encoder:
+        raise ModelError(f"a {config.model_type} model is an encoder, not a decoder language model: it writes no text")
     if type(config) not in mapping:
         what = "is no decoder language model" if architecture == "causal-lm" else f"has no {architecture} head"
         raise ModelError(f"a {config.model_type} model {what}")

@@ -15,6 +15,7 @@ from modeling.weight_files import one_line
 
 EXPORT_FILE = "crosslift.json"
 VECTORS_FILE = "language_vectors.safetensors"
+RUN_EXPORT = "model"  # the folder of a run that its export lies in
 FORMAT = 1
 OBJECTIVES = ("sft", "shifcon", "mlm", "finetune", "xmixup")
 

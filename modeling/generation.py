@@ -48,6 +48,20 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; without it decoding is greedy, or beam search.
+
+    `temperature` > 0; `top_p` in (0, 1], `top_k` >= 0 (0: all tokens): what is drawn from. `seed` fixes the draws on
+    one kind of machine, for the same prompts in batches of the same size.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One answer. `token_ids` end before the end token, or before the header of a next turn.
 
@@ -93,10 +107,12 @@ class ShiftedGenerator:
     ) -> ShiftedGenerator:
         """Opens an export or a plain Hugging Face directory (or hub name).
 
-        Raises ModelError on a ShifCon model without its vectors or with those of other weights.
+        Raises ModelError on an encoder, and on a ShifCon model without its vectors or with those of other weights.
         """
         directory = resolve_directory(path)
         info = ExportInfo.read(directory)
+        if info.task is not None:
+            raise ModelError(f"{directory}: an encoder trained for {info.task['kind']}: it writes no text")
         vectors = _own_vectors(directory) if info.objective == "shifcon" else None
         tokenizer = read_tokenizer(directory, local_files_only=True)
         return cls(load_pretrained(directory, dtype, attention, device), tokenizer, info, vectors)
@@ -108,8 +124,9 @@ class ShiftedGenerator:
         num_beams: int = 1,
         batch_size: int = 16,
         progress: Callable[[int], object] | None = None,
+        sampling: Sampling | None = None,
     ) -> list[Generation]:
-        """Answers in the order of `prompts`; greedy, or beam search; at most `max_new_tokens` tokens each.
+        """Answers in the order of `prompts`; greedy, beam search, or sampled; at most `max_new_tokens` tokens each.
 
         Prompts of like length share a batch, the longest first. `progress(n)` is told of n more answers.
         """
@@ -117,6 +134,11 @@ class ShiftedGenerator:
             if not prompt.ids:
                 raise ModelError(f"prompt {i} has no tokens; it needs at least one")
         config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True)
+        if sampling is not None:
+            config.update(
+                do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
+            )  # fmt: skip
+            torch.manual_seed(sampling.seed)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         answers: dict[int, Generation] = {}
         for start in range(0, len(order), batch_size):

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
+from modeling.export_info import RUN_EXPORT
 from modeling.initial_model import write_initial_model
 from modeling.untrusted import read_config
 from modeling.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
@@ -82,10 +83,13 @@ def resolve_attention(
 
 
 def resolve_directory(directory_or_name: str | Path) -> Path:
-    """A local directory as it is; a hub name as the directory it is downloaded to, or cached in."""
+    """A local directory as it is, a run's folder as its export, a hub name as the directory it is downloaded to.
+
+    Raises ModelError: no such directory or hub name, or a run or checkpoint that is not exported.
+    """
     path = Path(directory_or_name)
     if path.is_dir():
-        return path
+        return _exported(path)
     try:
         return Path(
             snapshot_download(str(directory_or_name), allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED))
@@ -94,6 +98,20 @@ def resolve_directory(directory_or_name: str | Path) -> Path:
         raise ModelError(
             f"model {str(directory_or_name)!r}: no directory here, and the hub: {one_line(error)}"
         ) from error
+
+
+def _exported(directory: Path) -> Path:
+    """The export in a run's folder; any other directory as it is."""
+    if (directory / "config.json").is_file():
+        return directory
+    export = directory / RUN_EXPORT
+    if (export / "config.json").is_file():
+        return export
+    if (directory / "checkpoints").is_dir():
+        raise ModelError(f"{directory}: a run without an export; `crosslift export {directory} --output DIR` makes one")
+    if (directory / "COMPLETE").is_file():
+        raise ModelError(f"{directory}: a checkpoint; `crosslift export {directory} --output DIR` makes a model of it")
+    return directory
 
 
 def named(names: Iterable[str], limit: int = 5) -> str:

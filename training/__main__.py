@@ -12,6 +12,7 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
+from modeling.export_info import RUN_EXPORT
 from training import logs
 from training.distributed import rank
 from training.errors import ConfigError
@@ -69,7 +70,7 @@ def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> N
     at_end.enter_context(kept_logs(config.output_dir, rank()))
     last = fit(config, options.resume, options.accept_changes, stop)
     if int(os.environ["RANK"]) == 0:
-        export_newest(last, config.output_dir / "model")
+        export_newest(last, config.output_dir / RUN_EXPORT)
 
 
 if __name__ == "__main__":

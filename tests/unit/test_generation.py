@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from modeling.errors import ModelError
 from modeling.export_info import ExportInfo
-from modeling.generation import Generation, Prompt, ShiftedGenerator
+from modeling.generation import Generation, Prompt, Sampling, ShiftedGenerator
 from modeling.language_vectors import LanguageVectors
 from modeling.loading import directory_hash
 
@@ -146,6 +146,25 @@ def test_beams_batched_equal_single(tmp_path: Path) -> None:
     single = [generator.generate([prompt], max_new_tokens=6, num_beams=3)[0] for prompt in prompts()]
     assert batched == single
     assert batched != generator.generate(prompts(), max_new_tokens=6)
+
+
+def test_samples_are_drawn_from_the_shifted_distribution(tmp_path: Path) -> None:
+    """Against the softmax of one prompt's logits: 2,000 draws of a first token, each token's count within 5 sigma."""
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path))
+    prompt, draws, temperature = prompts()[0], 2000, 0.7
+    found = generator.generate([prompt] * draws, 1, batch_size=draws, sampling=Sampling(temperature, seed=3))
+    drawn = torch.tensor([END if each.finished else each.token_ids[0] for each in found])
+    ids_BT, mask_BT = torch.tensor([prompt.ids]), torch.ones(1, len(prompt.ids), dtype=torch.long)
+    with torch.no_grad(), generator.shifted([prompt], mask_BT):
+        logits = generator.model(ids_BT, use_cache=False).logits[0, -1].double()
+    expected = (logits / temperature).softmax(0)
+    counts = torch.bincount(drawn, minlength=64)
+    sigma = (draws * expected * (1 - expected)).sqrt()
+    assert ((counts - draws * expected).abs() <= 5 * sigma + 1).all()
+    assert (counts > 0).sum() > 3
+    few = generator.generate([prompt] * 300, 1, batch_size=300, sampling=Sampling(temperature, top_k=2))
+    likeliest = set(expected.topk(2).indices.tolist())
+    assert {END if each.finished else each.token_ids[0] for each in few} == likeliest
 
 
 def test_order_progress_and_batch_size(tmp_path: Path) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_task_model
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_pipeline.chat import Chat
 from data_pipeline.records import DataError, Message
+from evals.commands import eval as eval_command
 from evals.commands import generate
 from evals.errors import EvalError
 from evals.opening import Question, answer, open_model, read_questions, without_vector
+from modeling.errors import ModelError
 from modeling.generation import Generation, Prompt, ShiftedGenerator
 from modeling.language_vectors import LanguageVectors
 from modeling.loading import directory_hash
@@ -204,6 +207,132 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
         ("de" if each.language == "auto" else each.language, each.response_language or "zh")
         for each in read_questions(file, "auto")
     ]
+
+
+TURNS = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"},
+]
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_system_messages_and_earlier_turns_are_written_by_the_template(tmp_path: Path, asked: list[Prompt]) -> None:
+    model = write_model(tmp_path / "m", template={"name": "chat"})
+    (model / "chat_template.jinja").write_text(CHATML)
+    file = tmp_path / "q.jsonl"
+    rows = [
+        {"messages": TURNS},
+        {"messages": [{"from": "system", "value": "Own."}, *TURNS]},
+        {"messages": [{"from": "human", "value": "three?"}], "system": "Row's."},
+        {"prompt": "four?"},
+        {"prompt": "five?", "system": "Row's."},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = open_model(str(model))
+    ask(opened, *read_questions(file, "en", system="Given."), Question("six?", "en"))
+    earlier = "<user>one?</s><assistant>1</s><user>two?</s><assistant>"
+    assert [opened[1].decode(prompt.ids).removeprefix("<s>") for prompt in asked] == [
+        f"<system>Given.</s>{earlier}",
+        f"<system>Own.</s>{earlier}",
+        "<system>Row's.</s><user>three?</s><assistant>",
+        "<system>Given.</s><user>four?</s><assistant>",
+        "<system>Row's.</s><user>five?</s><assistant>",
+        "<user>six?</s><assistant>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": TURNS[:2]}, "'messages' must end with a user's turn, which is to be answered"),
+        ({"messages": TURNS[1:]}, "'messages': the turns are assistant, user: turn 1 is assistant;"),
+        ({"messages": TURNS, "prompt": "x"}, "has both 'prompt' and 'messages'; give one"),
+        ({"messages": "hello"}, "'messages' is not valid JSON"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "'messages'[0] has role 'tool'"),
+        ({"messages": TURNS, "tools": [{"name": "f"}]}, "'tools' beside 'messages'"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as caught:
+        read_questions(file, "auto")
+    assert str(caught.value).startswith(f"{file}:1: {message}")
+
+
+def test_a_rows_other_fields_are_kept_with_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "q.jsonl"
+    rows = [{"id": 7, "prompt": "a", "gold": ["x"], "output": "old"}, {"id": 8, "messages": TURNS, "n": None}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(str(write_model(tmp_path / "m")), file=file, max_new_tokens=2, as_json=True)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["id"], first["gold"], first["prompt"]) == (7, ["x"], "a")
+    assert (second["id"], second["messages"], second["n"]) == (8, TURNS, None)
+    assert "prompt" not in second
+    assert first["output"] != "old"
+    assert set(first) - {"id", "gold"} == set(second) - {"id", "messages", "n"} | {"prompt"}
+
+
+def test_a_runs_folder_stands_for_its_export(tmp_path: Path, asked: list[Prompt]) -> None:
+    run = tmp_path / "run"
+    write_model(run / "model", shifts=True)
+    (run / "checkpoints").mkdir()
+    ask(open_model(str(run)), Question("a", "sw"))
+    assert asked[0].language == "sw"
+
+
+def test_a_run_or_checkpoint_without_an_export_names_the_command(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+    for folder, what in ((tmp_path / "run", "a run without an export"), (checkpoint, "a checkpoint")):
+        with pytest.raises(ModelError, match=rf"^{folder}: {what}; `crosslift export {folder} --output DIR` makes "):
+            open_model(str(folder))
+
+
+def test_an_encoder_is_refused_as_it_writes_no_text(tmp_path: Path) -> None:
+    trained = tiny_task_model.export(tmp_path / "trained", "classification", ("a", "b"))
+    plain = tiny_task_model.export(tmp_path / "plain", "classification", ("a", "b"), family="bert")
+    (plain / "crosslift.json").unlink()
+    with pytest.raises(ModelError, match=r"an encoder trained for classification: it writes no text$") as refused:
+        generate(str(trained), prompt="a")
+    assert refused.value.exit_status == 2
+    with pytest.raises(ModelError, match="a bert model is an encoder, not a decoder language model: it writes no text"):
+        generate(str(plain), prompt="a")
+    (tmp_path / "mgsm_en.tsv").write_text("a\t1\n")
+    with pytest.raises(ModelError, match=r"an encoder trained for classification"):
+        eval_command(str(trained), output=tmp_path / "out", data_dir=tmp_path)
+
+
+def test_sampling_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_model(tmp_path))
+
+    def answers(**options: Any) -> str:
+        generate(model, prompt="a", max_new_tokens=12, **options)
+        return capsys.readouterr().out
+
+    assert answers(temperature=1.0, seed=1) == answers(temperature=1.0, seed=1) != answers(temperature=1.0, seed=2)
+    assert answers(temperature=9.0, top_k=1) == answers() == answers(temperature=9.0, top_p=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 0.9}, "--top-p 0.9: goes with sampling; give --temperature above 0"),
+        ({"top_k": 3}, "--top-k 3: goes with sampling"),
+        ({"temperature": 1.0, "num_beams": 2}, "--num-beams 2: beam search does not sample"),
+        ({"temperature": 1.0, "top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
+        ({"temperature": float("inf")}, "--temperature inf: must be a finite number"),
+    ],
+)
+def test_options_of_sampling_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvalError) as refused:
+        generate("nowhere", prompt="a", **options)
+    assert str(refused.value).startswith(message)
 
 
 @pytest.mark.parametrize(
