@@ -258,8 +258,10 @@ def test_an_initial_masked_language_model(tmp_path: Path, tokenizer: PreTrainedT
     config = {"model_type": name, **SIZES}
     made = write_initial_model(config, tokenizer, tmp_path / "made", 1, architecture="masked-lm")
     write_initial_model(config, tokenizer, made, 1, architecture="masked-lm")
-    with pytest.raises(ModelError, match="holds another model"):  # bert has a decoder's head as well
-        write_initial_model(config, tokenizer, made, 1)
+    with pytest.raises(ModelError, match="holds another model"):  # with a decoder's mask it is a causal LM as well
+        write_initial_model({**config, "is_decoder": True}, tokenizer, made, 1)
+    with pytest.raises(ModelError, match=f"a {name} model is an encoder, not a decoder language model"):
+        write_initial_model(config, tokenizer, tmp_path / "decoder", 1)
     model = load_pretrained(made, torch.float32, "sdpa", "cpu", architecture="masked-lm")
     assert type(model).__name__.endswith("ForMaskedLM")
     assert (model.config.pad_token_id, model.config.vocab_size) == (1, 40)
