@@ -6,14 +6,16 @@ Heavy imports happen inside commands, so that `--help` answers at once. Errors t
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from data_pipeline.paths import check_folder, expanded_path
 from evals.commands import add_commands as add_evaluation
 from evals.commands import xtreme_app
 from slurm.commands import Rooms, add_commands
@@ -43,11 +45,14 @@ def train(
     accept_changes: Annotated[bool, typer.Option(help="resume although data or config differ")] = False,
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
+    from training.front_checks import check_start
     from training.launch import launch, visible_gpus
     from training.prepare import prepare
     from training.run_file import load_config
 
-    prepare(load_config(config, overrides or []))  # its errors come before any rank starts
+    settings = load_config(config, overrides or [])
+    check_start(settings)
+    prepare(settings)  # its errors come before any rank starts
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
     raise SystemExit(launch(config, overrides or [], nproc or visible_gpus() or 1, options))
 
@@ -218,7 +223,7 @@ def xtreme_run(
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="folder for data, runs and results")] = Path("runs/quickstart"),
-    seed: Annotated[int, typer.Option(help="of data, weights and order")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of data, weights and order")] = 0,
 ) -> None:
     """The whole story at toy scale, on CPU, in minutes. Example: crosslift quickstart --output runs/quickstart"""
     from evals.quickstart import run_quickstart
@@ -229,7 +234,7 @@ def quickstart(
 @app.command()
 def ui(
     runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder that holds run folders")] = Path("runs"),
-    port: Annotated[int, typer.Option(help="its port")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="its port")] = 5000,
     host: Annotated[str, typer.Option(help="address it listens at; others than 127.0.0.1 let others in")] = "127.0.0.1",
 ) -> None:
     """Open MLflow's page on the runs. Example: crosslift ui runs --port 5001"""
@@ -292,19 +297,58 @@ def _git_state() -> dict[str, str]:
     return git_state()
 
 
+def _paths_filled_in(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, called with paths in which `~` and variables are filled in, as no shell does in `--output=~/a`.
+
+    A place for its output where no folder can be made is refused before anything begins.
+    """
+
+    @functools.wraps(command)
+    def called(**arguments: Any) -> Any:
+        for name, value in arguments.items():
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, Path):
+                arguments[name] = expanded_path(value, option)
+            elif isinstance(value, list):
+                arguments[name] = [expanded_path(each, option) if isinstance(each, Path) else each for each in value]
+            if name == "output" and isinstance(value, Path):
+                check_folder(arguments[name], option)
+        return command(**arguments)
+
+    return called
+
+
+def _fill_in_paths(group: typer.Typer) -> None:
+    """Of all commands of a group and below it."""
+    for command in group.registered_commands:
+        assert command.callback is not None
+        command.callback = _paths_filled_in(command.callback)
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        _fill_in_paths(inner.typer_instance)
+
+
 add_evaluation(app)
 add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _commands, _git_state))
+_fill_in_paths(app)
 
 
 def main() -> None:
     """Entry point: one line and status 2 for what the user can mend."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except Exception as error:
-        if getattr(error, "exit_status", None) != 2:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        elif hasattr(error, "format_message"):  # a mistake in the command line
+            print(f"crosslift: {' '.join(error.format_message().split())}", file=sys.stderr)
+        elif getattr(error, "exit_status", None) == 2:
+            print(f"crosslift: {error}", file=sys.stderr)
+        else:
             raise
-        print(f"crosslift: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if status:
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

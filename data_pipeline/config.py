@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from data_pipeline.settings import PathText, Section
 
 PLACEHOLDER = "{language}"
 
@@ -49,14 +51,12 @@ OPTIONAL_COLUMNS = frozenset(
 )
 
 
-class ColumnMap(BaseModel):
+class ColumnMap(Section):
     """Which column of a row holds what. In the wide layout names hold "{language}": "question_{language}".
 
     The columns are those of a conversation, or those of one kind of task. `back_*` hold the row's text translated
     into the dominant language.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str | None = Field(None, description='The row\'s name; without it "<file stem>:<row>".')
     group: str | None = Field(
@@ -154,17 +154,15 @@ class ColumnMap(BaseModel):
         return ColumnMap(**{what: name.replace(PLACEHOLDER, language) for what, name in self.named().items()})
 
 
-class SourceConfig(BaseModel):
+class SourceConfig(Section):
     """One source: files or a hub dataset with one column map. Long layout unless `languages` is given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str = Field(min_length=1, description="For messages, statistics and fingerprints; unique in a run.")
-    files: str | tuple[str, ...] | None = Field(
+    files: PathText | tuple[PathText, ...] | None = Field(
         None,
         description='Paths, globs or fsspec addresses; relative ones, and "{data_dir}", are under data_dir.',
     )
-    hub: str | None = Field(None, description="A Hugging Face dataset, or a local dataset directory.")
+    hub: PathText | None = Field(None, description="A Hugging Face dataset, or a local dataset directory.")
     hub_config: str | None = Field(None, description="The hub dataset's configuration.")
     split: str = Field("train", description="The hub dataset's split.")
     format: Literal["auto", "jsonl", "parquet", "csv", "tsv"] = Field(

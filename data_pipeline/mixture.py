@@ -15,31 +15,29 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.order import mix64
 from data_pipeline.records import DataError
+from data_pipeline.settings import Section
 
+LARGEST_WEIGHT = 1e12  # sums of a few thousand stay exact enough
 Pairing = Literal["none", "reuse", "fill"]
 
 
-class MixtureConfig(BaseModel):
+class MixtureConfig(Section):
     """How often each language comes, and how translations meet."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     strategy: Literal["proportional", "temperature", "uniform", "explicit"] = Field(
         "proportional",
         description="proportional to rows, or to rows ** (1 / temperature); uniform; explicit: `weights`",
     )
-    temperature: FiniteFloat = Field(
-        5.0, gt=0, description="strategy temperature only: 1 is proportional, large is uniform"
-    )
-    weights: dict[str, FiniteFloat] | None = Field(
+    temperature: float = Field(5.0, gt=0, description="strategy temperature only: 1 is proportional, large is uniform")
+    weights: dict[str, float] | None = Field(
         None,
         description="strategy explicit only: a weight each, any scale; 0 or not listed leaves a language out",
     )
-    period: int = Field(65536, ge=1, description="slots after which the sequence of languages repeats")
+    period: int = Field(65536, ge=1, le=10**8, description="slots after which the sequence of languages repeats")
     pairing: Pairing = Field(
         "reuse",
         description="none; reuse: dominant-language slots take the translations of the step's other items; "
@@ -51,10 +49,12 @@ class MixtureConfig(BaseModel):
         if (self.weights is not None) != (self.strategy == "explicit"):
             raise ValueError("weights and strategy: explicit need each other; give both or neither")
         for language, weight in (self.weights or {}).items():
-            if weight < 0:
-                raise ValueError(f"weights.{language} is {weight}; a weight is 0 or more")
+            if not 0 <= weight <= LARGEST_WEIGHT:
+                raise ValueError(f"weights.{language} is {weight}; a weight is 0 to {LARGEST_WEIGHT:g}")
         if self.weights is not None and not any(self.weights.values()):
             raise ValueError("weights has no language above 0; give at least one")
+        if self.strategy != "temperature" and self.temperature != type(self).model_fields["temperature"].default:
+            raise ValueError(f"temperature goes with strategy: temperature, not with {self.strategy}")
         return self
 
 

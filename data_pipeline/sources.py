@@ -19,6 +19,7 @@ import fsspec
 from data_pipeline.cells import Cells, blank
 from data_pipeline.config import OPTIONAL_COLUMNS, PLACEHOLDER, TEXT_COLUMNS, ColumnMap, SourceConfig
 from data_pipeline.formats import Delimited, JsonLines, Place, Row, Shard
+from data_pipeline.paths import literal_folders
 from data_pipeline.records import BadRow, DataError, Message, Record
 from data_pipeline.tables import HubSplit, Parquet, load_hub
 from data_pipeline.tasks.config import TaskConfig
@@ -95,11 +96,11 @@ def _files(source: SourceConfig, data_dir: Path | None) -> list[str]:
         address = pattern.replace("{data_dir}", str(data_dir))
         if "://" in address:
             fs, path = fsspec.core.url_to_fs(address)
-            matches = sorted(fs.unstrip_protocol(match) for match in fs.glob(path) if fs.isfile(match))
+            names = fs.glob(literal_folders(path, fs.exists))
+            matches = sorted(fs.unstrip_protocol(match) for match in names if fs.isfile(match))
         else:
             address = os.path.join(data_dir or "", address)
-            # a name that exists is taken as it is, brackets and all
-            names = [address] if os.path.exists(address) else sorted(glob.glob(address, recursive=True))
+            names = sorted(glob.glob(literal_folders(address), recursive=True))
             matches = [name for name in names if os.path.isfile(name)]
         if not matches:
             hint = f"; it is a directory: name the files in it, as {address}/*.jsonl" if os.path.isdir(address) else ""

@@ -16,9 +16,10 @@ from functools import cached_property
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.records import DataError, Role
+from data_pipeline.settings import Plain, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,10 +61,8 @@ def language_name(code: str) -> str:
     return LANGUAGE_NAMES.get(code) or LANGUAGE_NAMES.get(re.split("[-_]", code)[0].lower()) or code
 
 
-class TemplateConfig(BaseModel):
+class TemplateConfig(Section):
     """How prompts and answers are written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["plain", "alpaca", "chat", "custom"] = Field(
         "plain",
@@ -80,7 +79,7 @@ class TemplateConfig(BaseModel):
         description="The token that ends an answer. Default: the tokenizer's end-of-sequence token; for chat"
         " the one with which the chat template ends an assistant's turn.",
     )
-    variables: dict[str, bool | int | float | str] = Field(
+    variables: Plain[dict[str, bool | int | float | str]] = Field(
         default_factory=dict,
         description="chat only: variables for the chat template, such as enable_thinking or date_string.",
     )

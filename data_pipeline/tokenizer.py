@@ -21,9 +21,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.records import DataError
+from data_pipeline.settings import Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +33,8 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
 ENCODER_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3; `<mask>` is the last id, as in XLM-R
 
 
-class TokenizerTrainingConfig(BaseModel):
+class TokenizerTrainingConfig(Section):
     """A tokenizer trained from the run's own sources."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     style: Literal["decoder", "encoder"] = Field(
         "decoder", description="decoder: BPE with bytes, exact; encoder: XLM-R's conventions, with a mask token."

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from data_pipeline.paths import expanded
+
 if TYPE_CHECKING:
     from modeling.generation import Sampling
 
@@ -62,7 +64,7 @@ def generate(
         questions = read_questions(file, language, response_language, system)
     else:
         questions = [Question(prompt or "", language, response_language, before=system_message(system))]
-    generator, chat = open_model(model)
+    generator, chat = open_model(expanded(model))
     rows = list(
         answer(
             generator, chat, questions, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size,
@@ -98,7 +100,7 @@ def eval(
         raise EvalError(f"--tasks {tasks}: known tasks: mgsm")
     chosen = languages.split(",") if languages else None
     total = sum(len(read_problems(file)[:limit]) for file in find_files(data_dir, ".tsv", chosen).values())
-    generator, chat = open_model(model, template=None if template == "model" else template)
+    generator, chat = open_model(expanded(model), template=None if template == "model" else template)
     results = evaluate_mgsm(
         generator, chat, data_dir, output, languages=chosen, limit=limit, max_new_tokens=max_new_tokens,
         batch_size=batch_size, progress=_progress(total, "problems"),
@@ -194,7 +196,7 @@ def xtreme_retrieve(
     from evals.xtreme.score import score_table
 
     results, scores = retrieve_tatoeba(
-        SentenceEncoder.open(model, layer), data_dir, output, languages=_listed(languages)
+        SentenceEncoder.open(expanded(model), layer), data_dir, output, languages=_listed(languages)
     )
     if as_json:
         print(json.dumps(results, ensure_ascii=False, indent=1))
@@ -221,7 +223,7 @@ def xtreme_analyse(
     if not all(models.values()):
         raise EvalError(f"--model {' '.join(model)}: must be LABEL=DIR, such as before=runs/a/model")
     pairs = parallel_texts(text_files(texts, _listed(languages)), dominant, limit)
-    report = analyse(models, pairs, dominant=dominant)
+    report = analyse({label: expanded(path) for label, path in models.items()}, pairs, dominant=dominant)
     print(representation_table(report))
     print("  ".join(map(str, write_report(report, output))))
 

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
+from data_pipeline.yaml_values import write_yaml
 
 SOURCE = Path(__file__).resolve().parent.parent
 ROOMS = ("training", "modeling", "data_pipeline", "evals", "slurm")
@@ -43,8 +43,7 @@ def freeze_source(target: Path, git: dict[str, str], source: Path = SOURCE) -> i
 
 def freeze_config(target: Path, values: dict[str, Any]) -> None:
     """A run file with every value in it, defaults and overrides included."""
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    target.write_text(text, encoding="utf-8")
+    target.write_text(write_yaml(values), encoding="utf-8")
 
 
 def _is_source(file: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from data_pipeline.yaml_values import read_yaml
 from slurm.errors import SlurmError, mistakes
 from slurm.spec import JobSettings
 
@@ -72,7 +73,7 @@ def _validated(values: dict[str, Any], origins: Mapping[str, str]) -> JobSetting
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SlurmError(f"{file}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -13,7 +13,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from data_pipeline.settings import PathText, Plain, Section
 
 GRACE_SECONDS = 300
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
@@ -60,10 +62,7 @@ def _path(path: Path) -> Path:
 
 
 def _time(value: object) -> object:
-    # YAML 1.1 reads 12:00:00 as the number 43200, which Slurm would take for minutes.
-    if isinstance(value, int) and value != 0:
-        raise ValueError(f'{value}: write it in quotes, such as "12:00:00" or "90" (minutes)')
-    text = str(value)
+    text = str(value)  # a number is minutes
     if not (TIME.fullmatch(text) or NO_LIMIT.fullmatch(text)):
         raise ValueError(f"{text!r}: must be minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S (such as 12:00:00) or UNLIMITED")
     return text
@@ -108,21 +107,16 @@ def seconds(time: str) -> int | None:
 
 
 Word = Annotated[str, AfterValidator(printable)]
+PathWord = Annotated[PathText, AfterValidator(printable)]  # filled in where the job is submitted: scripts quote it
 Line = Annotated[str, AfterValidator(_line)]
 PlainPath = Annotated[Path, AfterValidator(_path)]
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Container(Section):
     """An image that everything on a node runs in."""
 
-    image: Word = Field(description="file or address of the image")
-    mounts: tuple[Word, ...] = Field((), description="SOURCE:TARGET, as the container's program takes them")
+    image: PathWord = Field(description="file or address of the image")
+    mounts: tuple[PathWord, ...] = Field((), description="SOURCE:TARGET, as the container's program takes them")
     command: Annotated[
         tuple[Word, ...], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)
     ] = Field(("apptainer", "exec", "--nv"), description="what starts it; `srun`: Slurm's own options (pyxis)")
@@ -145,9 +139,9 @@ class JobSettings(Section):
     cpus_per_task: int | None = Field(None, ge=1, description="CPU cores a node: Slurm's task is a node's launcher")
     mem: Annotated[str, AfterValidator(_memory)] | None = Field(None, description="memory a node, such as 500G")
     setup: Annotated[tuple[Line, ...], BeforeValidator(_lines)] = Field((), description="shell lines before all else")
-    python: Word | None = Field(None, description="interpreter on the nodes; by default the one that submits")
+    python: PathWord | None = Field(None, description="interpreter on the nodes; by default the one that submits")
     container: Container | None = Field(None, description="image that the node's program runs in")
-    environment: dict[str, str] = Field({}, description="variables for the job; nothing secret, it is written down")
+    environment: dict[str, PathText] = Field({}, description="variables for the job; no secrets, they are written down")
     gpu_memory_gib: float | None = Field(
         None, gt=0, description="memory of a GPU, which the run's need is compared with"
     )
@@ -155,7 +149,9 @@ class JobSettings(Section):
         None, ge=1, le=65535, description="before the limit: when ranks are told to stop; by default 300 or a quarter"
     )
     max_requeues: int = Field(20, ge=0, description="how often a stopped job goes on by itself")
-    sbatch: dict[str, str | int | bool] = Field({}, description="further options of sbatch, such as constraint: a100")
+    sbatch: Plain[dict[str, str | int | bool]] = Field(
+        {}, description="more options of sbatch, such as constraint: a100"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSettings:

@@ -12,6 +12,7 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
+from data_pipeline.paths import expanded
 from modeling.export_info import RUN_EXPORT
 from training import logs
 from training.distributed import rank
@@ -68,7 +69,7 @@ def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> N
 
     config = load_config(options.config, options.overrides)
     at_end.enter_context(kept_logs(config.output_dir, rank()))
-    last = fit(config, options.resume, options.accept_changes, stop)
+    last = fit(config, expanded(options.resume), options.accept_changes, stop)
     if int(os.environ["RANK"]) == 0:
         export_newest(last, config.output_dir / RUN_EXPORT)
 

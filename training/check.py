@@ -5,6 +5,7 @@ In: a RunConfig. Out: lines for people, or JSON objects. Nothing is trained; onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from training.activations import BatchShape
 from training.assembly import COST_SAMPLES, DataParts, assemble_data, check_model
 from training.config import RunConfig
 from training.errors import ConfigError
+from training.front_checks import check_start
 from training.launch import visible_gpus
 from training.memory import GIB, memory_estimate, what_would_help
 from training.objective_config import ShifConConfig, XMixupConfig
@@ -46,6 +48,9 @@ def check_run(
         gpus_per_node: by default what is visible here, or 1; 0: ranks on CPUs.
         nproc_per_node: ranks a node; by default one a GPU, or 1.
     """
+    if gpu_memory_gib is not None and not 0 < gpu_memory_gib < math.inf:
+        raise ConfigError(f"--gpu-memory {gpu_memory_gib:g}: must be a number of GiB above 0")
+    check_start(config)
     prepared = prepare(config)
     yield from _rows(config, prepared)
     data = assemble_data(config, prepared)

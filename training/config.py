@@ -6,22 +6,23 @@ No heavy import here: `crosslift --help` and `crosslift check` answer at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.chat import TemplateConfig
 from data_pipeline.config import SourceConfig, TaskKind, merged
 from data_pipeline.mixture import MixtureConfig
+from data_pipeline.settings import PathText, RawValues, RunPath, Section
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tokenizer import TokenizerTrainingConfig
 from training.guard import GuardConfig
+from training.metric_names import metric_names, unknown_metric
 from training.objective_config import (
     FineTuneConfig,
     MaskedLMConfig,
-    Section,
     SFTConfig,
     ShifConConfig,
     XMixupConfig,
@@ -38,15 +39,17 @@ class LoraSettings(Section):
     alpha: int = Field(gt=0, description="adapters are multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on what adapters read")
     targets: tuple[str, ...] | None = Field(
-        None, description="names of linear layers, such as [q_proj, v_proj]; by default all of every block"
+        None,
+        min_length=1,
+        description="names of linear layers, such as [q_proj, v_proj]; by default all of every block",
     )
 
 
 class ModelConfig(Section):
     """Which model is trained: a directory or hub name, or `init:`, a Hugging Face config, from scratch."""
 
-    path: str | None = Field(None, description="Hugging Face directory (safetensors) or hub name")
-    init: dict[str, Any] | None = Field(None, description="model config to start from scratch, with model_type")
+    path: PathText | None = Field(None, description="Hugging Face directory (safetensors) or hub name")
+    init: RawValues | None = Field(None, description="model config to start from scratch, with model_type")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: flash-attn where it runs, else sdpa, else eager"
     )
@@ -64,7 +67,9 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer: the model's own by default, another directory or hub name, or trained from the sources."""
 
-    path: str | None = Field(None, description="Hugging Face directory or hub name, where it is not the model's own")
+    path: PathText | None = Field(
+        None, description="Hugging Face directory or hub name, where it is not the model's own"
+    )
     train: TokenizerTrainingConfig | None = Field(None, description="train one from the run's own sources")
 
     @model_validator(mode="after")
@@ -72,6 +77,9 @@ class TokenizerConfig(Section):
         if self.path is not None and self.train is not None:
             raise ValueError("give 'path' or 'train', not both")
         return self
+
+
+RESERVED_LANGUAGES = ("auto", "none")  # what `crosslift generate --language` takes besides codes
 
 
 class DataConfig(Section):
@@ -92,7 +100,7 @@ class DataConfig(Section):
     max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
     patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
-    workers: int = Field(1, gt=0, description="background threads a rank that read, tokenise and pack")
+    workers: int = Field(1, gt=0, le=256, description="background threads a rank that read, tokenise and pack")
 
     @model_validator(mode="before")
     @classmethod
@@ -106,6 +114,14 @@ class DataConfig(Section):
     def _consistent(self) -> DataConfig:
         refuse(self._mistakes())
         return self
+
+    @field_validator("languages")
+    @classmethod
+    def _codes(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        for language in languages:
+            if not re.fullmatch(r"[\w.@-]+", language) or language in RESERVED_LANGUAGES:
+                raise ValueError(f"{language!r} is no code of a language; take one such as sw, zh-Hant or eng_Latn")
+        return languages
 
     def _mistakes(self) -> Iterator[str]:
         """What is wrong between keys; which languages there are is known here, so those of all sections are checked."""
@@ -160,6 +176,12 @@ class ScheduleConfig(Section):
         0.0, ge=0, le=1, description="what cosine and linear fall to after the last step, / peak"
     )
 
+    @model_validator(mode="after")
+    def _falls(self) -> ScheduleConfig:
+        if self.name == "constant" and self.final_ratio:
+            raise ValueError("'final_ratio' is what cosine and linear fall to; 'constant' does not fall")
+        return self
+
 
 class CheckpointConfig(Section):
     """When a run is saved, and how much of it is kept."""
@@ -170,8 +192,9 @@ class CheckpointConfig(Section):
     best: str | None = Field(None, description="also kept: the best by this metric, such as eval/loss or eval/loss/sw")
     best_mode: Literal["min", "max"] = Field("min", description="which value of that metric is best")
     local_dir: str | None = Field(
-        None, description="folder on each node's own disk, such as $TMPDIR/run-a, for all checkpoints but the last: "
-        "a run then goes on with the same ranks on the same nodes only"
+        None, min_length=1,
+        description="folder on each node's own disk, such as $TMPDIR/run-a, for all checkpoints but the last: a run "
+        "then goes on with the same ranks on the same nodes only; variables are those of the node"
     )  # fmt: skip
     background: bool = Field(
         True, description="write while training goes on; takes as much host memory as the state of a rank's GPU"
@@ -214,10 +237,13 @@ def _section(value: Any) -> dict[str, Any]:
 class RunConfig(Section):
     """A whole run."""
 
-    data_dir: Path | None = Field(None, description="where relative source files lie")
-    output_dir: Path = Field(description="everything the run writes lies here")
+    data_dir: RunPath | None = Field(None, description="where relative source files lie")
+    output_dir: RunPath = Field(description="everything the run writes lies here")
     seed: int = Field(
-        0, description="of every random choice: order of samples, held-out items, initial weights, dropout"
+        0,
+        ge=0,
+        lt=2**63,
+        description="of every random choice: order of samples, held-out items, initial weights, dropout",
     )
     max_steps: int = Field(gt=0, description="optimiser steps")
     model: ModelConfig
@@ -235,7 +261,7 @@ class RunConfig(Section):
     zero_stage: Literal[1, 2, 3] = Field(
         3, description="sharded over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights"
     )
-    deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, merged last")
+    deepspeed: RawValues = Field({}, description="raw DeepSpeed settings, merged last")
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
@@ -264,6 +290,13 @@ class RunConfig(Section):
             yield "'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'"
         if self.evaluation.every and not self.data.heldout_items:
             yield "'evaluation.every' needs held-out samples: set 'data.heldout_items'"
+        if self.evaluation.swapped_prompts and not self.evaluation.every:
+            yield "'evaluation.swapped_prompts' is part of an evaluation: set 'evaluation.every'"
+        if "rollback" in (self.guard.non_finite, self.guard.spike) and self.checkpoint.every >= self.max_steps:
+            yield (
+                f"'guard' rolls back to the last checkpoint, but with 'checkpoint.every' {self.checkpoint.every} and "
+                f"'max_steps' {self.max_steps} there is none before the last step; set the former lower"
+            )
         yield from self._best_is_measured()
         kinds = KINDS[type(self.objective)]
         kind = self.data.task.kind if self.data.task is not None else None
@@ -285,9 +318,16 @@ class RunConfig(Section):
     def _best_is_measured(self) -> Iterator[str]:
         """Where no checkpoint would ever have the metric that it is kept by."""
         best, every = self.checkpoint.best, self.evaluation.every
-        if best is None or not best.startswith("eval/"):
+        if best is None:
+            if self.checkpoint.best_mode != "min":
+                yield "'checkpoint.best_mode' says which value of 'checkpoint.best' is best, which is not set"
             return
-        if not every:
+        names = metric_names(self.objective, self.data.languages, self.evaluation.swapped_prompts)
+        if best not in names:
+            yield unknown_metric(best, names)
+        elif not best.startswith("eval/"):
+            return
+        elif not every:
             yield f"'checkpoint.best' is {best!r}, which needs 'evaluation.every'"
         elif self.checkpoint.every % every:
             yield (

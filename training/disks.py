@@ -56,7 +56,7 @@ def checkpoint_disk(config: RunConfig) -> Disk:
     settings: CheckpointConfig = config.checkpoint
     if settings.local_dir is None:
         return shared_disk(config)
-    home, problem = Path(os.path.expandvars(settings.local_dir)), None
+    home, problem = Path(os.path.expanduser(os.path.expandvars(settings.local_dir))), None
     token = home / f".rank-{rank()}-{uuid.uuid4().hex}"
     if "$" in str(home):
         problem = f"checkpoint.local_dir: {settings.local_dir}: names a variable that is not set on rank {rank()}"

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import yaml
-
+from data_pipeline.yaml_values import write_yaml
 from modeling.export_info import VECTORS_FILE
 from training import checkpoint
 from training.assembly import assemble
@@ -94,7 +93,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
 
 def _write_resolved(config: RunConfig) -> None:
     """The run file with every default filled in, in the run folder."""
-    text = yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
+    text = write_yaml(resolved(config))
     (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from training.objective_config import Section
+from data_pipeline.settings import Section
 
 Policy = Literal["stop", "skip", "rollback"]
 LEAST_HISTORY = 8  # steps before a loss can be called a leap

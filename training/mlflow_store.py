@@ -16,12 +16,16 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from data_pipeline.paths import expanded
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 MAX_METRICS = 1000  # of one request
 MAX_KEY, MAX_PARAM, MAX_TAG = 250, 6000, 8000  # characters
 # MLflow's own defaults let one call to a silent server take some 20 minutes, print to stdout and phone home.
@@ -83,6 +87,46 @@ def _make_once(database: Path) -> None:
 def default_store(folder: Path) -> str:
     """The address of the SQLite store in a folder."""
     return f"sqlite:///{folder.resolve()}/mlflow.db"
+
+
+def checked_address(uri: str) -> str:
+    """A store's address with `~` and variables in the path of its file filled in; no store is opened.
+
+    Raises:
+        ValueError: MLflow takes no such address, or it lacks the host or the file.
+    """
+    shown = re.sub(r"//[^/@\s]*@", "//", uri)
+    scheme, _, rest = uri.partition(":")
+    kind = scheme.partition("+")[0]  # "postgresql+psycopg2"
+    right = "write http://HOST:PORT or sqlite:////absolute/path/mlflow.db"
+    if kind == "databricks" or kind in {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}:
+        return uri
+    if kind == "file" or not rest:
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+            return expanded(uri)
+        raise ValueError(f"{shown!r}: MLflow writes to plain folders no more; {right}")
+    if kind not in _DATABASES and kind not in ("http", "https"):
+        raise ValueError(f"{shown!r}: MLflow takes no such address; {right}")
+    if kind == "sqlite":
+        start, slashes, path = uri.partition(":///")
+        if not slashes or path in ("", ":memory:"):
+            raise ValueError(f"{shown!r}: names no file; write sqlite:////absolute/path/mlflow.db")
+        return start + slashes + expanded(path)
+    try:
+        address = urllib.parse.urlsplit(uri)
+        named = address.port != 0 and (address.hostname if kind in ("http", "https") else address.path.strip("/"))
+    except ValueError as error:
+        raise ValueError(f"{shown!r}: {error}") from None
+    if not named:
+        form = "HOST:PORT" if kind in ("http", "https") else "USER@HOST:PORT/DATABASE"
+        raise ValueError(f"{shown!r}: lacks a part; write {scheme}://{form}")
+    return uri
+
+
+def missing_folder(uri: str) -> Path | None:
+    """The folder of a SQLite store, where it is not there."""
+    database = _database(uri)
+    return None if database is None or database.parent.is_dir() else database.parent
 
 
 def artifact_root(output_dir: Path, uri: str) -> str | None:

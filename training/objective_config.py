@@ -8,15 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config import merged
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from data_pipeline.settings import Section
 
 
 def refuse(mistakes: Iterable[str]) -> None:
@@ -68,6 +63,12 @@ class ShifConConfig(Section):
         if isinstance(values, dict) and values.get("preset") == "authors":
             return merged(AUTHORS_SHIFCON, values)
         return values
+
+    @model_validator(mode="after")
+    def _learns(self) -> ShifConConfig:
+        if not self.sft_weight and not self.contrastive.weight:
+            raise ValueError("'sft_weight' and 'contrastive.weight' are both 0: nothing would be learned")
+        return self
 
     @field_validator("layers")
     @classmethod

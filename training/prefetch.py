@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from training.config import RunConfig
 from training.errors import ConfigError
+from training.front_checks import check_start
 from training.run_file import validate
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def prefetch(config: RunConfig) -> Iterator[str]:
 
         datasets.disable_progress_bars()
         disable_progress_bars()
+    check_start(config)
     if config.model.path is not None:
         yield _model(config.model.path)
     tokenizer = config.tokenizer.path

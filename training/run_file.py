@@ -15,6 +15,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from data_pipeline.paths import PathError, check_folder
+from data_pipeline.yaml_values import compose_yaml, read_yaml
 from training.config import RunConfig
 from training.errors import ConfigError
 
@@ -32,8 +34,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        repeated = list(_given_twice(yaml.compose(text, yaml.SafeLoader)))
-        values = yaml.safe_load(text)
+        repeated = list(_given_twice(compose_yaml(text)))
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f":{place.line + 1}" if place else ""
@@ -44,7 +46,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return validate(values, str(path))
+    config = validate(values, str(path))
+    try:
+        check_folder(config.output_dir, f"{path}: output_dir:")
+    except PathError as error:
+        raise ConfigError(str(error)) from None
+    return config
 
 
 def validate(values: dict[str, Any], origin: str) -> RunConfig:
@@ -138,7 +145,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {text!r}: must be key.sub=value, e.g. max_steps=100")
     try:
-        value = yaml.safe_load(raw)
+        value = read_yaml(raw)
     except yaml.YAMLError:
         raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
     *parents, last = key.split(".")
@@ -184,6 +191,8 @@ def _explain(item: Any) -> list[str]:
     message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     if item["type"] == "value_error":
         return [f"{path}: {line}" for line in message.splitlines()]
+    if item["type"] == "string_type" and isinstance(item["input"], int | float):
+        message += ", in quotes"
     return [f"{path}: {message[0].lower()}{message[1:]} (found {item['input']!r})"]
 
 

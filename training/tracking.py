@@ -23,13 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
+from data_pipeline.settings import Section
 from training.errors import ConfigError
 from training.mlflow_feed import RecordFeeder, SyncResult
 from training.mlflow_feed import sync_record as sync_to
 from training.mlflow_store import (
     QUIET,
+    checked_address,
     default_store,
     on_shared_disk,
     reason,
@@ -42,10 +44,8 @@ from training.run_record import RECORD_NAME, RunRecord, Status, flatten, number,
 _LONGEST_WAIT = 60.0  # seconds between two tries to reach a store that is away
 
 
-class TrackingConfig(BaseModel):
+class TrackingConfig(Section):
     """The `tracking:` section of the run file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = Field(default=True, description="Feed MLflow. If false, only record.jsonl is written.")
     uri: str | None = Field(
@@ -56,17 +56,15 @@ class TrackingConfig(BaseModel):
     )
     experiment: str = Field(default="crosslift", min_length=1, max_length=500, description="MLflow's experiment.")
     run_name: str | None = Field(default=None, description="The run's name in MLflow. Default: the run folder's name.")
-    sync_seconds: float = Field(default=5.0, gt=0, description="Seconds between two batches to the store.")
+    sync_seconds: float = Field(default=5.0, gt=0, le=86400, description="Seconds between two batches to the store.")
     parent: str | None = Field(
         default=None, description="Record id of the run that this one is part of; `crosslift xtreme run` sets it."
     )
 
     @field_validator("uri")
     @classmethod
-    def _has_scheme(cls, uri: str | None) -> str | None:
-        if uri is not None and "://" not in uri:
-            raise ValueError(f"{uri!r} is no address: write http://HOST:PORT or sqlite:////absolute/path/mlflow.db")
-        return uri
+    def _an_address(cls, uri: str | None) -> str | None:
+        return None if uri is None else checked_address(uri)
 
 
 class Tracker:

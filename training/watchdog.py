@@ -22,8 +22,8 @@ from typing import Any
 
 from pydantic import Field
 
+from data_pipeline.settings import Section
 from training.heartbeat import STACKS_SIGNAL, STEPPING, Beat, read_beat, stacks_file
-from training.objective_config import Section
 
 STACK_SECONDS = 8.0  # in which a rank that can answer at all has shown its stacks, on a busy machine too
 SHOWN_FRAMES = 8

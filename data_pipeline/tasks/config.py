@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.config import TaskKind
+from data_pipeline.settings import Section
 
 # Options that say something about some kinds only.
 KINDS_OF_OPTION: dict[str, tuple[TaskKind, ...]] = {
@@ -21,10 +22,8 @@ KINDS_OF_OPTION: dict[str, tuple[TaskKind, ...]] = {
 }
 
 
-class TaskConfig(BaseModel):
+class TaskConfig(Section):
     """The task that an encoder is trained on; texts are cut to `data.sequence_length` tokens."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: TaskKind = Field(description="what the rows are; it must be what the sources' columns are")
     labels: tuple[str, ...] = Field(

@@ -19,6 +19,7 @@ import yaml
 from data_pipeline.config import merged
 from data_pipeline.records import DataError
 from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
+from data_pipeline.yaml_values import read_yaml
 from evals.errors import EvalError
 
 SECTIONS = ("base", "kinds", "models", "tasks", "methods")
@@ -98,7 +99,7 @@ def steps_of(epochs: float, rows: int, slots_per_step: int) -> int:
 
 def _read(config: Path) -> Values:
     try:
-        sections = yaml.safe_load(config.read_text(encoding="utf-8"))
+        sections = read_yaml(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise EvalError(f"{config}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -153,7 +154,7 @@ def _override(values: Values, text: str) -> None:
     if not equals or not key:
         raise EvalError(f"override {text!r}: must be key.sub=value, e.g. objective.layer=7")
     try:
-        value = yaml.safe_load(raw)
+        value = read_yaml(raw)
     except yaml.YAMLError as error:
         raise EvalError(f"override {text!r}: the value is not valid YAML") from error
     for name in reversed(key.split(".")):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from data_pipeline.yaml_values import read_yaml, write_yaml
 from evals.errors import EvalError
 from evals.results import write_atomically
 from evals.xtreme.predict import MixupMode
@@ -64,8 +63,8 @@ def composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
     values["tracking"]["run_name"] = f"{plan.tracking.get('run_name') or run.output.resolve().name}-training"
     file = run.output / RUN_YAML
     if file.is_file() and (run.output / "training").is_dir():  # else `crosslift train` refused it: it may be mended
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        now = yaml.safe_load(_as_yaml(values))  # as it would be read again: no tuples
+        before = read_yaml(file.read_text(encoding="utf-8"))
+        now = read_yaml(_as_yaml(values))  # as it would be read again: no tuples
         if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):
             raise EvalError(f"{file}: is of a run with another {key}; name a new --output, or run it as it was")
     return values
@@ -77,7 +76,7 @@ def write_run_file(run: XtremeRun, values: Values) -> None:
 
 
 def _as_yaml(values: Values) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return write_yaml(values)
 
 
 def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path]:

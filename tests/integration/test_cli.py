@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -176,7 +177,7 @@ def test_an_output_dir_that_can_be_none_is_named(cli: Cli, data_file: Path, tmp_
     (tmp_path / "taken").write_text("a file")
     for command in (("check",), ("data", "inspect"), ("train",)):
         line = refused(cli(*command, data_file, f"output_dir={tmp_path / 'taken'}"))
-        assert line.startswith(f"output_dir: {tmp_path / 'taken'}: cannot be written to (")
+        assert line.startswith(f"{data_file}: output_dir: {tmp_path / 'taken'}: is a file")
         assert (tmp_path / "taken").read_text() == "a file"
 
 
@@ -317,6 +318,87 @@ def test_a_range_of_no_steps_prints_nothing(cli: Cli, shared_file: Path) -> None
 
 def test_nothing_is_printed_beside_the_lines(cli: Cli, shared_file: Path) -> None:
     assert cli("data", "plan", shared_file).err == ""
+
+
+# --- paths, numbers and places on the command line
+
+
+def test_home_and_variables_are_filled_in_where_no_shell_does(
+    cli: Cli, run_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    run_file(tmp_path)
+    assert cli("tokenizer", "~/run.yaml", "output_dir=~/run", "--output=~/tokenizer").status == 0
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+    line = refused(cli("tokenizer", "~/run.yaml", "--output=$NOWHERE/tokenizer"))
+    assert line.startswith("--output: '$NOWHERE/tokenizer' names the variable NOWHERE, which is not set here")
+    line = refused(cli("check", "~/run.yaml", "output_dir=$NOWHERE/run"))
+    assert line.startswith(f"{tmp_path / 'run.yaml'}: output_dir: '$NOWHERE/run' names the variable NOWHERE")
+
+
+def _with_output(command: tuple[str, ...]) -> bool:
+    found: Any = typer.main.get_command(crosslift.app)
+    for word in command:
+        found = found.commands[word]
+    return any(parameter.name == "output" for parameter in found.params)
+
+
+@pytest.mark.parametrize("command", filter(_with_output, COMMANDS), ids=" ".join)
+def test_an_output_below_a_file_is_refused_by_every_command(cli: Cli, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Before anything else: what else is asked for is not even there."""
+    (tmp_path / "file").touch()
+    required = {
+        "score": ["mgsm"], "export": ["a"], "eval": ["a", "--data-dir", "a"], "tokenizer": ["a"],
+        "run": ["a", "--task", "xnli", "--model", "m", "--method", "x", "--data-dir", "a"],
+        "retrieve": ["a", "--data-dir", "a"],
+        "prepare": ["xnli", "--data-dir", "a"], "soft-labels": ["a", "--task", "panx", "--translations", "a"],
+        "analyse": ["--model", "a=b", "--texts", "a"],
+    }  # fmt: skip
+    line = refused(cli(*command, *required.get(command[-1], []), "--output", tmp_path / "file" / "a"))
+    assert line.startswith(f"--output {tmp_path / 'file' / 'a'}: lies below {tmp_path / 'file'}, which is a file")
+    assert (tmp_path / "file").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ui", "--port", "99999"), "Invalid value for '--port'"),
+        (("ui", "--port", "-1"), "Invalid value for '--port'"),
+        (("quickstart", "--seed", "-1"), "Invalid value for '--seed'"),
+        (("quickstart", "--seed", str(2**70)), "Invalid value for '--seed'"),
+        (("train", "a", "--nprc", "2"), "No such option"),
+        (("check",), "Missing argument 'CONFIG'"),
+        (("trian",), "No such command 'trian'"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_line(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused(cli(*arguments))
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "-1", "0"])
+def test_a_gpus_memory_is_a_number_above_0(cli: Cli, shared_file: Path, memory: str) -> None:
+    assert refused(cli("check", shared_file, "--gpu-memory", memory)).startswith("--gpu-memory ")
+
+
+@pytest.mark.parametrize("command", ["check", "train", "prefetch"])
+def test_a_store_in_a_folder_that_is_not_there_is_named(
+    cli: Cli, run_file: Callable[..., Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.prefetch.use_caches", lambda variables: None)  # the hub's libraries are imported
+    changes = ("tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/none/mlflow.db")
+    line = refused(cli(command, run_file(tmp_path), *changes))
+    assert line.endswith(f"there is no folder {tmp_path / 'none'}; make it, or name another place")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_checked_in_folders_whose_names_are_patterns(
+    cli: Cli, run_file: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "[v1] a*{b}?"
+    shutil.copytree(corpus, folder / "data")
+    answer = cli("check", run_file(folder), f"data_dir={folder / 'data'}")
+    assert (answer.status, answer.out.splitlines()[-1]) == (0, "ready to train"), answer.err
 
 
 def test_tokenizer_is_trained_into_a_new_folder(cli: Cli, shared_file: Path, tmp_path: Path) -> None:

@@ -104,10 +104,10 @@ def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -
         ("data", [1], r"data: must be a section of keys \(found \[1\]\)"),
         ("model.init", 3, r"model\.init: must be a section of keys \(found 3\)"),
         ("data.sources", [], r"data\.sources: .*at least 1 .*"),
-        ("data.sources.0.split", 3, r"data\.sources\.0\.split: .*string \(found 3\)"),
+        ("data.sources.0.split", 3, r"data\.sources\.0\.split: .*string, in quotes \(found 3\)"),
         ("data.languages", "en", r"data\.languages: .*list \(found 'en'\)"),
         ("data.languages", [], r"data\.languages: .*at least 1 .*"),
-        ("data.languages", ["en", False], r"data\.languages\.1: .*string \(found False\)"),
+        ("data.languages", ["en", False], r"data\.languages\.1: .*string, in quotes \(found False\)"),
         ("objective", {}, r"objective\.name: required, but missing"),
         ("objective.name", "dpo", r"objective\.name: 'dpo' is none of 'sft', 'shifcon', 'mlm', .*"),
         ("objective.layers", [2, 1], r"objective\.layers: must be \[toward, back\] .*not \[2, 1\].*"),
@@ -125,6 +125,181 @@ def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -
 def test_a_wrong_value_is_named_with_what_was_found(values: Values, key: str, value: Any, line: str) -> None:
     (found,) = mistakes(changed(values, key, value))
     assert re.fullmatch(line, found)
+
+
+def floats(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Dotted keys of every float that may stand in a section or below it, in a value that is there."""
+    for name, field in model.model_fields.items():
+        if float in (field.annotation, *get_args(field.annotation)):
+            yield ".".join((*path, name))
+        for inner in _models_in(field.annotation):
+            if inner is ShifConConfig or path != () or name != "objective":
+                yield from floats(inner, (*path, name))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), "nan"])
+@pytest.mark.parametrize("key", [key for key in floats(RunConfig) if not key.startswith("data.task")])
+def test_no_number_is_infinite_or_none(values: Values, key: str, value: Any) -> None:
+    if key.startswith("model.lora"):
+        values["model"] = {"path": "model", "lora": {"rank": 1, "alpha": 1}}
+    if key.startswith("tokenizer.train"):
+        assert value != "nan" or values["tokenizer"]["train"]
+    assert any(line.startswith(f"{key}: ") for line in mistakes(changed(values, key, value)))
+
+
+def test_nor_one_inside_of_a_pair_a_mapping_or_a_raw_section(values: Values) -> None:
+    changed(values, "optimizer.betas", [0.9, float("nan")])
+    changed(values, "data.mixture", {"strategy": "explicit", "weights": {"en": float("inf")}})
+    changed(values, "model.init.rope_theta", float("inf"))
+    changed(values, "deepspeed.zero_optimization.sub_group_size", float("nan"))
+    found = mistakes(values)
+    for key in ("optimizer.betas.1", "data.mixture.weights.en", "model.init: rope_theta", "deepspeed: zero_opt"):
+        assert any(line.startswith(key) for line in found), (key, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": -1}, "seed: .*greater than or equal to 0 .*"),
+        ({"seed": 2**63}, "seed: .*less than .*"),
+        ({"optimizer.learning_rate": -1e-3}, "optimizer.learning_rate: .*greater than 0 .*"),
+        ({"tracking.sync_seconds": 0}, "tracking.sync_seconds: .*greater than 0 .*"),
+        ({"tracking.sync_seconds": 1e300}, "tracking.sync_seconds: .*less than or equal to 86400 .*"),
+        ({"watchdog.stall_minutes": -1}, "watchdog.stall_minutes: .*greater than or equal to 0 .*"),
+        ({"data.patience_seconds": -1}, "data.patience_seconds: .*greater than or equal to 0 .*"),
+        ({"checkpoint.local_dir": ""}, "checkpoint.local_dir: .*at least 1 character.*"),
+        ({"checkpoint.best_mode": "max"}, "'checkpoint.best_mode' says which .* is not set"),
+        ({"evaluation.swapped_prompts": True}, "'evaluation.swapped_prompts' .*: set 'evaluation.every'"),
+        ({"schedule": {"name": "constant", "final_ratio": 0.1}}, "schedule: 'final_ratio' is what cosine .*"),
+        ({"guard.spike": "rollback", "checkpoint.every": 12}, "'guard' rolls back .* there is none before .*"),
+        ({"data.mixture.temperature": 2}, "data.mixture: temperature goes with strategy: temperature, not .*"),
+        ({"data.mixture": {"strategy": "explicit", "weights": {"en": 1e300}}}, r".*: weights\.en is 1e\+300; .*"),
+        ({"objective.sft_weight": 0, "objective.contrastive.weight": 0}, "objective: .* are both 0: nothing .*"),
+        ({"data.languages": ["en", "de", "sw", ""]}, "data.languages: '' is no code of a language; .*"),
+        ({"data.languages": ["en", "de", "sw", "a b"]}, "data.languages: 'a b' is no code of a language; .*"),
+        ({"data.languages": ["en", "de", "sw", "none"]}, "data.languages: 'none' is no code of a language; .*"),
+        ({"model.init.tie_word_embeddings": "no"}, "model.init: tie_word_embeddings is the text 'no'; .*"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_work_is_refused(values: Values, changes: Values, line: str) -> None:
+    for key, value in changes.items():
+        changed(values, key, value)
+    (found,) = mistakes(values)
+    assert re.fullmatch(rf"(\(top level\): )?{line}", found), found
+
+
+EVALUATED = {"evaluation.every": 2, "checkpoint.every": 2, "data.heldout_items": 4}
+
+
+@pytest.mark.parametrize(
+    ("best", "hint"),
+    [
+        ("eval/los", "did you mean 'eval/loss'?"),
+        ("eval/loss/sv", "did you mean 'eval/loss/sw'?"),
+        ("eval/loss_swapped", "did you mean 'eval/loss"),
+        ("loss", "did you mean 'eval/loss'?"),
+        ("train/mixup_ratio", "did you mean 'train/"),
+        ("shift/norm/sw", ""),
+        ("accuracy", ""),
+    ],
+)
+def test_a_metric_that_no_checkpoint_has_is_refused_with_the_nearest(values: Values, best: str, hint: str) -> None:
+    for key, value in {**EVALUATED, "checkpoint.best": best}.items():
+        changed(values, key, value)
+    (found,) = mistakes(values)
+    assert found.startswith(f"(top level): 'checkpoint.best' is {best!r}, which this run does not measure at its check")
+    assert hint in found
+
+
+@pytest.mark.parametrize("best", ["eval/loss", "eval/loss/sw", "train/loss/zh", "train/contrastive", "train/grad_norm"])
+def test_a_metric_that_every_checkpoint_has_is_taken(values: Values, best: str) -> None:
+    for key, value in {**EVALUATED, "checkpoint.best": best}.items():
+        changed(values, key, value)
+    assert validate(values, "run.yaml").checkpoint.best == best
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("htp://host", "'htp://host': MLflow takes no such address; write http://HOST:PORT or sqlite:.*"),
+        ("htp://me:hush@host", "'htp://host': MLflow takes .*"),
+        ("http://", "'http://': lacks a part; write http://HOST:PORT"),
+        ("http://host:99999", "'http://host:99999': Port out of range 0-65535"),
+        ("mlruns", "'mlruns': MLflow writes to plain folders no more; write .*"),
+        ("file:///a/mlruns", "'file:///a/mlruns': MLflow writes to plain folders no more; .*"),
+        ("sqlite://", "'sqlite://': names no file; write sqlite:////absolute/path/mlflow.db"),
+        ("postgresql://host", "'postgresql://host': lacks a part; write postgresql://USER@HOST:PORT/DATABASE"),
+        ("", "'': MLflow writes .*"),
+    ],
+)
+def test_a_tracking_address_that_mlflow_takes_not_is_refused(values: Values, uri: str, line: str) -> None:
+    (found,) = mistakes(changed(values, "tracking.uri", uri))
+    assert re.fullmatch(f"tracking.uri: {line}", found), found
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://me:hush@host/mlflow",
+        "sqlite:///mlflow.db",
+        "postgresql+psycopg2://me@host/db",
+        "mysql:///db",
+        "databricks",
+        "databricks://profile",
+    ],
+)
+def test_one_that_it_takes_is_taken(values: Values, uri: str) -> None:
+    assert validate(changed(values, "tracking.uri", uri), "run.yaml").tracking.uri == uri
+
+
+def test_paths_of_every_section_are_filled_in(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("DISK", "/disk")
+    values |= {"data_dir": "~/data", "output_dir": "${DISK}/run", "model": {"path": "$DISK/model"}}
+    values["tokenizer"] = {"path": "~/tokenizer"}
+    values["data"]["sources"][0]["files"] = ["$DISK/*.jsonl", "~/en.jsonl"]
+    values["data"]["sources"] += [{**values["data"]["sources"][0], "name": "hub", "hub": "~/set"}]
+    del values["data"]["sources"][1]["files"]
+    values["tracking"] = {"uri": "sqlite:///~/mlflow.db"}
+    values["checkpoint"] = {"local_dir": "$TMPDIR/run"}
+    config = validate(values, "run.yaml")
+    assert (config.data_dir, config.output_dir) == (Path("/home/ada/data"), Path("/disk/run"))
+    assert (config.model.path, config.tokenizer.path) == ("/disk/model", "/home/ada/tokenizer")
+    assert config.data.sources[0].files == ("/disk/*.jsonl", "/home/ada/en.jsonl")
+    assert config.data.sources[1].hub == "/home/ada/set"
+    assert config.tracking.uri == "sqlite:////home/ada/mlflow.db"
+    assert config.checkpoint.local_dir == "$TMPDIR/run", "a node's own"
+    assert validate(resolved(config), "again") == config
+
+
+@pytest.mark.parametrize("key", ["data_dir", "output_dir", "tokenizer.path", "data.sources.0.files", "tracking.uri"])
+def test_a_variable_that_is_not_set_is_named_with_its_key(
+    values: Values, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    values["tokenizer"] = {}
+    (found, *others) = mistakes(changed(values, key, "sqlite:///$NOWHERE/a" if "uri" in key else "$NOWHERE/a"))
+    assert re.fullmatch(rf"{key}: .* names the variable NOWHERE, which is not set here; .*", found), found
+    assert all("model.init" in line or key in line for line in others)
+
+
+def test_numbers_and_languages_are_read_as_people_write_them(tmp_path: Path, run_file: Callable[..., Path]) -> None:
+    file = run_file(tmp_path, **{"data.languages": ["en", "sv"], "max_steps": 7})
+    text = file.read_text(encoding="utf-8").replace("- sv", "- no").replace("max_steps: 7", "max_steps: 1_2e2")
+    file.write_text(text.replace("learning_rate: 0.003", "learning_rate: 3e-3"), encoding="utf-8")
+    config = load_config(
+        file, ["data.mixture.period=1e4", "optimizer.eps=1e-6", "model.init.max_position_embeddings=1e3"]
+    )
+    assert (config.data.languages, config.max_steps, config.optimizer.learning_rate) == (("en", "no"), 1200, 0.003)
+    assert (config.data.mixture.period, config.optimizer.eps) == (10_000, 1e-6)
+    assert type((config.model.init or {})["max_position_embeddings"]) is int
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path, run_file: Callable[..., Path]) -> None:
+    file = run_file(tmp_path)
+    for place in (file, file / "a" / "b"):
+        with pytest.raises(ConfigError, match=rf"^{file}: output_dir: .*{file}.* is a file; name a folder"):
+            load_config(file, [f"output_dir={place}"])
 
 
 def test_all_mistakes_are_reported_at_once(values: Values) -> None:

@@ -56,7 +56,6 @@ MISTAKES = [
     ("container: {image: a, monts: [b]}", "container.monts: unknown key; did you mean 'mounts'?"),
     ("nodes: many", "nodes: input should be a valid integer, unable to parse string as an integer (found 'many')"),
     ("nodes: 0", "nodes: input should be greater than or equal to 1 (found 0)"),
-    ("time: 12:00:00", 'time: 43200: write it in quotes, such as "12:00:00" or "90" (minutes)'),
     ("time: tomorrow", "time: 'tomorrow': must be minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S (such as 12:00:00) or "
      "UNLIMITED"),
     ("mem: lots", "mem: 'lots': must be a number with K, M, G or T, such as 500G; 0 is all of a node"),
@@ -101,6 +100,39 @@ def test_what_only_sounds_secret_is_no_matter(tmp_path: Path) -> None:
         "URI": "http://h/a@b",
     }
     assert JobSettings(environment=plain).environment == plain
+
+
+def test_times_and_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text("time: 12:00:00\nmax_requeues: 1e1\ngpu_memory_gib: 8e1\nsbatch: {constraint: no}\n")
+    with pytest.raises(SlurmError, match="sbatch: constraint is the text 'no'; write true or false"):
+        load_settings({}, (file,))
+    file.write_text("time: 12:00:00\nmax_requeues: 1e1\ngpu_memory_gib: 8e1\n")
+    found = load_settings({}, (file,))
+    assert (found.time, found.max_requeues, found.gpu_memory_gib) == ("12:00:00", 10, 80)
+    file.write_text("time: 90\n")
+    assert load_settings({}, (file,)).time == "90"
+    file.write_text("gpu_memory_gib: .inf\n")
+    with pytest.raises(SlurmError, match="gpu_memory_gib: input should be a finite number"):
+        load_settings({}, (file,))
+
+
+def test_paths_are_filled_in_where_the_job_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("SCRATCH", "/scratch/ada")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    file = tmp_path / "slurm.yaml"
+    file.write_text(
+        "python: ~/venv/bin/python\ncontainer: {image: $SCRATCH/a.sif, mounts: ['$SCRATCH:/data']}\n"
+        "environment: {HF_HOME: '${SCRATCH}/hf'}\n"
+    )
+    found = load_settings({"container": {"image": "~/b.sif"}}, (file,))
+    assert found.python == "/home/ada/venv/bin/python"
+    assert found.container == Container(image="/home/ada/b.sif", mounts=("/scratch/ada:/data",))
+    assert found.environment == {"HF_HOME": "/scratch/ada/hf"}
+    file.write_text("environment: {HF_HOME: $NOWHERE/hf}\n")
+    with pytest.raises(SlurmError, match=r"environment.HF_HOME: .* names the variable NOWHERE, which is not set here"):
+        load_settings({}, (file,))
 
 
 def test_two_mistakes_are_two_lines(tmp_path: Path) -> None:

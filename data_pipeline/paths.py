@@ -1,0 +1,83 @@
+"""Paths as people write them: `~`, `$VAR` and `${VAR}`, characters with a meaning in globs, folders to be written.
+
+In: text of a run file, a site file or a command line. Out: paths. Next: `settings.py`, `sources.py`, `crosslift.py`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+MAGIC = re.compile(r"[*?\[]")
+
+
+class PathError(ValueError):
+    """One line: the path, what is wrong with it, and what would be right."""
+
+    exit_status = 2
+
+
+def expanded(text: str) -> str:
+    """`text` with its `~` and environment variables filled in; a name that exists is taken as it is.
+
+    Raises:
+        PathError: a variable that is not set, or a user that is not known.
+    """
+    if ("$" not in text and not text.startswith("~")) or os.path.lexists(text):
+        return text
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not (found := os.environ.get(name)):
+            raise PathError(f"{text!r} names the variable {name}, which is not set here; set it, or write the path out")
+        return found
+
+    filled = _VARIABLE.sub(value, text)
+    if not filled.startswith("~"):
+        return filled
+    home = os.path.expanduser(filled)
+    if home.startswith("~"):
+        raise PathError(f"{text!r} names the home of an unknown user; write ./{text} for a file of that name")
+    return home
+
+
+def expanded_path(path: Path, name: str) -> Path:
+    """A path of the command line; `name` of its option, for the message. Raises PathError."""
+    try:
+        return Path(expanded(str(path)))
+    except PathError as error:
+        raise PathError(f"{name}: {error}") from None
+
+
+def literal_folders(pattern: str, exists: Callable[[str], bool] = os.path.lexists) -> str:
+    """A glob in which the folders that exist by these very names, brackets and all, stand for themselves.
+
+    `pattern`: a path with `/`; `exists`: whether a path is there.
+    """
+    parts = pattern.split("/")
+    for number in range(len(parts), 0, -1):
+        folder = "/".join(parts[:number])
+        if not MAGIC.search(folder) or exists(folder):
+            return "/".join([glob.escape(folder), *parts[number:]])
+    return pattern
+
+
+def check_folder(path: Path, name: str) -> None:
+    """That `path` is a folder, or that one can be made there; nothing is made.
+
+    Args:
+        name: of the key or option, for the message.
+
+    Raises:
+        PathError: a file is in its place or above it, or the folder above it cannot be written.
+    """
+    above = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    if not above.is_dir():
+        where = "is a file" if above == path else f"lies below {above}, which is a file"
+        raise PathError(f"{name} {path}: {where}; name a folder, or a place where one can be made")
+    if above != path and not os.access(above, os.W_OK | os.X_OK):
+        raise PathError(f"{name} {path}: cannot be made, as {above} cannot be written; name a folder of your own")

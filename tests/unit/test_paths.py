@@ -1,0 +1,80 @@
+"""Paths as people write them: `~`, variables, characters with a meaning in globs, places below a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.paths import PathError, check_folder, expanded
+from data_pipeline.sources import _files
+
+HOSTILE = "[v1] a*{b}?#é"
+
+
+@pytest.fixture(autouse=True)
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("DISK", "/disk")
+    monkeypatch.delenv("NOWHERE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("~/runs", "/home/ada/runs"), ("$DISK/a", "/disk/a"), ("${DISK}/a", "/disk/a"), ("a/$DISK.d", "a//disk.d"),
+        ("plain", "plain"), ("a~b", "a~b"), ("5$", "5$"), ("$(echo x)", "$(echo x)"), ("s3://b/${DISK}", "s3://b//disk"),
+    ],
+)  # fmt: skip
+def test_home_and_variables_are_filled_in(text: str, path: str) -> None:
+    assert expanded(text) == path
+
+
+def test_a_variable_that_is_not_set_is_named() -> None:
+    for text in ("$NOWHERE/a", "a/${NOWHERE}/b"):
+        with pytest.raises(PathError, match=r"names the variable NOWHERE, which is not set here") as refused:
+            expanded(text)
+        assert refused.value.exit_status == 2
+    with pytest.raises(PathError, match="of an unknown user"):
+        expanded("~nobody-of-that-name/a")
+
+
+def test_a_file_of_that_very_name_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$NOWHERE").touch()
+    assert expanded("$NOWHERE") == "$NOWHERE"
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "e[mn].jsonl", "en.jsonl", "{data_dir}/*.jsonl", "**/*.jsonl"])
+def test_a_folder_with_brackets_is_literal_while_patterns_match(tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    (folder / "en.jsonl").touch()
+    (tmp_path / "v").mkdir()  # which the brackets would mean
+    assert files(pattern, folder) == [str(folder / "en.jsonl")]
+
+
+@pytest.mark.parametrize("address", ["", "file://"])
+def test_so_is_one_within_the_pattern(tmp_path: Path, address: str) -> None:
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    (folder / "en.jsonl").touch()
+    assert files(f"{address}{folder}/*.jsonl", None) == [f"{address}{folder}/en.jsonl"]
+
+
+def files(pattern: str, data_dir: Path | None) -> list[str]:
+    return _files(SourceConfig(name="a", files=pattern, language="en", columns={"text": "text"}), data_dir)
+
+
+def test_a_place_at_or_below_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "dangling").symlink_to("nothing")
+    check_folder(tmp_path, "--output")
+    check_folder(tmp_path / "a" / "b", "--output")
+    for path in (file, file / "a" / "b", tmp_path / "dangling"):
+        with pytest.raises(PathError, match=r"^--output .*is a file"):
+            check_folder(path, "--output")
+    assert list(tmp_path.iterdir()) != []
+    assert not (tmp_path / "a").exists()
