@@ -50,10 +50,10 @@ def model_class(config: PreTrainedConfig, architecture: Architecture) -> Any:
     has such a class for most encoders, which without `is_decoder` attends to the right too.
     """
     mapping = _CLASSES[architecture][1]
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if architecture == "causal-lm" and encoder:
-        raise ModelError(f"a {config.model_type} model is an encoder, not a decoder language model: it writes no text")
     if type(config) not in mapping:
         what = "is no decoder language model" if architecture == "causal-lm" else f"has no {architecture} head"
         raise ModelError(f"a {config.model_type} model {what}")
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if architecture == "causal-lm" and encoder:
+        raise ModelError(f"a {config.model_type} model is an encoder, not a decoder language model: it writes no text")
     return mapping[type(config)]
