@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.plot_text import PlotText
 from evals.errors import EvalError
 from evals.representations import ModelRepresentations, RepresentationReport
 from evals.results import write_atomically
@@ -45,6 +46,12 @@ def write_report(report: RepresentationReport, output: Path, debiased: bool = Fa
 
 def draw(report: RepresentationReport, debiased: bool = False) -> Figure:
     """Two panels: CKA (`debiased`: the debiased one) and centroid distance, both by layer."""
+    text = PlotText.of([report.dominant, *report.sentences, *report.models])
+    with text.fonts():
+        return _figure(report, debiased, text)
+
+
+def _figure(report: RepresentationReport, debiased: bool, text: PlotText) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -54,25 +61,25 @@ def draw(report: RepresentationReport, debiased: bool = False) -> Figure:
     }
     for axes, (measure, (title, unit)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, (label, model) in enumerate(report.models.items()):
-            _draw_model(axes, model, measure, label, number)
+            _draw_model(axes, model, measure, text(label), number)
         axes.set(title=title, xlabel="layer (0: embeddings)", ylabel=unit)
         axes.set_ylim(*_range(report, measure))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.02)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        _name_languages(axes, report, measure)
+        _name_languages(axes, report, measure, text)
     languages = len(report.sentences)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
-        f"Translations against {report.dominant}, pooling {report.pooling}: mean over {languages} "
+        f"Translations against {text(report.dominant)}, pooling {report.pooling}: mean over {languages} "
         f"language{'s' * (languages != 1)} (bold) and each (thin)",
         fontsize="medium",
     )
     if report.few and not debiased:
-        text = f"too high for {len(report.few)} of {languages}: fewer sentences than the states are wide (see debiased)"
-        figure.axes[0].annotate(text, (0.02, 0.02), xycoords="axes fraction", fontsize=7, color="0.35")
+        note = f"too high for {len(report.few)} of {languages}: fewer sentences than the states are wide (see debiased)"
+        figure.axes[0].annotate(note, (0.02, 0.02), xycoords="axes fraction", fontsize=7, color="0.35")
     return figure
 
 
@@ -103,7 +110,7 @@ def _range(report: RepresentationReport, measure: str) -> tuple[float, float]:
     return 0.0, 1.05 * max(values, default=1.0) or 1.0
 
 
-def _name_languages(axes: Axes, report: RepresentationReport, measure: str) -> None:
+def _name_languages(axes: Axes, report: RepresentationReport, measure: str, text: PlotText) -> None:
     """Names of the last model's curves right of the panel, moved apart where they would overlap."""
     number, model = len(report.models) - 1, list(report.models.values())[-1]
     low, high = axes.get_ylim()
@@ -111,8 +118,8 @@ def _name_languages(axes: Axes, report: RepresentationReport, measure: str) -> N
     heights = {language: (end - low) / (high - low) for language, end in ends.items() if end is not None}
     for language, height in _apart(heights, NAME_HEIGHT).items():
         axes.annotate(
-            language, (1.0, heights[language]), (1.04, height), xycoords="axes fraction", textcoords="axes fraction",
-            fontsize=7, va="center", color=COLOURS[number % len(COLOURS)],
+            text(language), (1.0, heights[language]), (1.04, height), xycoords="axes fraction",
+            textcoords="axes fraction", fontsize=7, va="center", color=COLOURS[number % len(COLOURS)],
             arrowprops={
                 "arrowstyle": "-", "color": "0.75", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5),
             },

@@ -6,8 +6,10 @@ In: `record.jsonl`. Out: PNG files under `<output_dir>/plots`, uploaded to MLflo
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
+from data_pipeline.plot_text import PlotText
 from training.run_record import RECORD_NAME, read_events
 
 # file name: (title, y axis, metric names or prefixes that end in "/")
@@ -23,11 +25,6 @@ PLOTS = {
 
 def draw_plots(output_dir: Path) -> list[Path]:
     """Draw every plot that the record has metrics for; the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for _, event in read_events(output_dir / RECORD_NAME):
         if event["kind"] == "metrics":
@@ -40,16 +37,25 @@ def draw_plots(output_dir: Path) -> list[Path]:
         chosen = sorted(metric for metric in curves if metric.startswith(wanted))
         if not chosen:
             continue
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        for metric in chosen:
-            points = sorted(curves[metric].items())
+        files.append(folder / f"{name}.png")
+        _draw({metric.rsplit("/", 1)[-1]: curves[metric] for metric in chosen}, title, axis, files[-1])
+    return files
+
+
+def _draw(curves: Mapping[str, Mapping[int, float]], title: str, axis: str, file: Path) -> None:
+    """One plot: curves by name, such as a language's, each a value by step."""
+    from matplotlib.figure import Figure
+
+    text = PlotText.of(curves)
+    with text.fonts():
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, curve in curves.items():
+            points = sorted(curve.items())
             mark = "." if len(points) < 30 else None
-            axes.plot(*zip(*points, strict=True), label=metric.rsplit("/", 1)[-1], linewidth=1.2, marker=mark)
+            axes.plot(*zip(*points, strict=True), label=text(name), linewidth=1.2, marker=mark)
         axes.set(title=title, xlabel="step", ylabel=axis)
         axes.grid(alpha=0.3)
-        if len(chosen) > 1:
+        if len(curves) > 1:
             axes.legend(ncols=2, fontsize="small")
-        files.append(folder / f"{name}.png")
-        figure.savefig(files[-1], dpi=120)
-        pyplot.close(figure)
-    return files
+        figure.savefig(file, dpi=120)
