@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -228,7 +228,7 @@ def quickstart(
     """The whole story at toy scale, on CPU, in minutes. Example: crosslift quickstart --output runs/quickstart"""
     from evals.quickstart import run_quickstart
 
-    run_quickstart(output, seed)
+    run_quickstart(output, seed, _track_scores)
 
 
 @app.command()
@@ -236,11 +236,14 @@ def ui(
     runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder that holds run folders")] = Path("runs"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="its port")] = 5000,
     host: Annotated[str, typer.Option(help="address it listens at; others than 127.0.0.1 let others in")] = "127.0.0.1",
+    open_browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="in a browser, where there is a window")
+    ] = True,
 ) -> None:
-    """Open MLflow's page on the runs. Example: crosslift ui runs --port 5001"""
-    from training.tracking import serve_ui
+    """Open MLflow's list of the runs. Example: crosslift ui runs --port 5001"""
+    from training.ui import serve_ui, window_at_hand
 
-    raise SystemExit(serve_ui(runs, port, host))
+    raise SystemExit(serve_ui(runs, port, host, open_browser and window_at_hand()))
 
 
 def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -291,6 +294,12 @@ def _commands() -> list[str]:
     return [name for name in typer.main.get_command(app).commands if name not in NOT_QUEUED]  # type: ignore[attr-defined]
 
 
+def _track_scores(model: Path, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> str | None:
+    from training.scores import track_scores
+
+    return track_scores(model, name, metrics, files)
+
+
 def _git_state() -> dict[str, str]:
     from training.provenance import git_state
 
@@ -328,7 +337,7 @@ def _fill_in_paths(group: typer.Typer) -> None:
         _fill_in_paths(inner.typer_instance)
 
 
-add_evaluation(app)
+add_evaluation(app, _track_scores)
 add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _commands, _git_state))
 _fill_in_paths(app)
 

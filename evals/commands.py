@@ -6,28 +6,45 @@ once.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from data_pipeline.paths import expanded
 
 if TYPE_CHECKING:
+    from evals.score_report import TrackScores
     from modeling.generation import Sampling
 
 xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTREME: data, runs, retrieval, analysis.")
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Put the commands into the front door's app."""
-    for command in (generate, eval, score):
+def add_commands(app: typer.Typer, track: TrackScores) -> None:
+    """Put the commands into the front door's app; `track` takes the scores of `eval`."""
+    for command in (generate, _tracked(eval, track), score):
         app.command()(command)
     app.add_typer(xtreme_app, name="xtreme")
+
+
+def _tracked(command: Callable[..., dict[str, Any]], track: TrackScores) -> Callable[..., None]:
+    """`eval`, whose scores then go to the page of the run that made the model."""
+
+    @functools.wraps(command)
+    def tracked(**options: Any) -> None:
+        from evals.score_report import score_metrics, write_score_files
+
+        results = command(**options)
+        model, name = Path(results["run"]["model"]["path"]), results["run"]["task"]
+        if line := track(model, name, score_metrics(results), write_score_files(results, options["output"], name)):
+            print(line, file=sys.stderr)
+
+    return tracked
 
 
 def generate(
@@ -90,7 +107,7 @@ def eval(
         Literal["alpaca", "model"], typer.Option(help="alpaca: the published protocol; model: the model's own")
     ] = "alpaca",
     as_json: Annotated[bool, typer.Option("--json", help="print results.json instead of the table")] = False,
-) -> None:
+) -> dict[str, Any]:
     """Score a model. Example: crosslift eval runs/a/model --tasks mgsm --data-dir mgsm --output runs/a/mgsm"""
     from evals.errors import EvalError
     from evals.mgsm import evaluate_mgsm, find_files, mgsm_table, read_problems
@@ -107,6 +124,7 @@ def eval(
     )  # fmt: skip
     print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({_model_name(model): results}))
     print(f"{output / 'results.json'}; every output: {output / 'predictions'}", file=sys.stderr)
+    return results
 
 
 def score(

@@ -24,6 +24,7 @@ from evals.numbers import HEADLINE
 from evals.opening import open_model
 from evals.report import Accuracy, accuracy_table
 from evals.results import write_atomically
+from evals.score_report import TrackScores, score_metrics, write_score_files
 from evals.statistics import clustered_mean, wilson_interval
 
 SOURCE = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ class Verdict:
     text: str
 
 
-def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
+def run_quickstart(output: Path, seed: int, track: TrackScores | None = None) -> dict[str, Any]:
     """Everything, from corpus to table; prints as it goes. A second call goes on where the first stopped."""
     started = time.monotonic()
     data = output / "data"
@@ -63,7 +64,7 @@ def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     _say("4/5  ShifCon from the same start, same steps, same label tokens, ZeRO-3 on 2 ranks")
     _train("quickstart-shifcon", output / "shifcon", data, seed, ranks=2, start=start)
     _say("5/5  all three answer held-out problems")
-    correct = {test: {model: _answers(output, model, test) for model in MODELS} for test in TESTS}
+    correct = {test: {model: _answers(output, model, test, track) for model in MODELS} for test in TESTS}
     verdicts = {test: verdict(*correct[test].values()) for test in TESTS}
     for test, title in TESTS.items():
         items = len(correct[test]["base"][DOMINANT])
@@ -125,11 +126,15 @@ def _train(config: str, output: Path, data: Path, seed: int, ranks: int, start: 
         raise EvalError(f"{config}: training ended with status {status}; its messages are above")
 
 
-def _answers(output: Path, model: str, test: str) -> Correct:
-    """Right or wrong by language and item, generated unless it was already."""
+def _answers(output: Path, model: str, test: str, track: TrackScores | None) -> Correct:
+    """Right or wrong by language and item, generated unless it was already; `track` takes the scores."""
     data, scores = output / "data" / f"mgsm_{test}", output / "scores" / model / test
     generator, chat = open_model(str(output / model / "model"))
-    evaluate_mgsm(generator, chat, data, scores, languages=LANGUAGES, max_new_tokens=ANSWER_TOKENS, batch_size=100)
+    results = evaluate_mgsm(
+        generator, chat, data, scores, languages=LANGUAGES, max_new_tokens=ANSWER_TOKENS, batch_size=100
+    )
+    if track is not None:
+        track(output / model / "model", test, score_metrics(results), write_score_files(results, scores, test))
     correct: Correct = {}
     for language, file in find_files(data, ".tsv", LANGUAGES).items():
         predictions = scores / "predictions" / f"mgsm_{language}.jsonl"

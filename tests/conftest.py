@@ -17,6 +17,9 @@ from tiny_run import PreparedRun, run_values, write_config, write_data
 # Of torch in each test worker and in all that it starts: more threads than cores take their time from each other
 # (tests/unit on 2 cores with three workers: 121 s with this, 166 s without).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a developer's shell says of MLflow reaches no test, nor what a test starts.
+for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+    del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from training.launch import visible_gpus
 from training.memory import GIB, memory_estimate, what_would_help
 from training.objective_config import ShifConConfig, XMixupConfig
 from training.prepare import Prepared, architecture, prepare, sample_rows
+from training.tracking import target_of
 
 COUNTED_STEPS = 64
 
@@ -62,6 +63,8 @@ def check_run(
     yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
     yield "one sample a language, its labels checked:"
     yield from _samples(data, config, 1)
+    tracking = config.tracking
+    yield str(target_of(tracking, config.output_dir)) if tracking.enabled else "MLflow: off (tracking.enabled)"
     yield "ready to train"
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.mlflow_store import missing_folder
+from training.tracking import target_of
 
 
 def check_start(config: RunConfig) -> None:
-    """What the run file alone tells, with a look at the disk.
+    """What the run file and the environment alone tell, with a look at the disk.
 
     Raises:
         ConfigError: one line.
     """
-    uri = config.tracking.uri
-    if config.tracking.enabled and uri is not None and (folder := missing_folder(uri)) is not None:
-        raise ConfigError(f"tracking.uri: {uri}: there is no folder {folder}; make it, or name another place")
+    if not config.tracking.enabled:
+        return
+    target = target_of(config.tracking, config.output_dir)
+    if target.named and target.uri and (folder := missing_folder(target.uri)) is not None:
+        said = "tracking.uri" if config.tracking.uri is not None else target.uri_from
+        raise ConfigError(f"{said}: {target.uri}: there is no folder {folder}; make it, or name another place")

@@ -19,6 +19,7 @@ from training.logs import make_logs_folder
 from training.nodes import Nodes, Place
 from training.run_file import load_config
 from training.stop import allocation_end
+from training.tracking import target_of
 
 
 def visible_gpus() -> int:
@@ -39,6 +40,7 @@ def launch(
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
     settings: RunConfig = load_config(config, overrides)
     allocation_end()  # its error comes once, before any rank starts
+    target_of(settings.tracking, settings.output_dir)  # its error comes before any rank starts
     make_logs_folder(settings.output_dir)
     stall_seconds = settings.watchdog.stall_minutes * 60
     return Launcher(Nodes(place or Place()), command, nproc, settings.output_dir, stall_seconds).run()

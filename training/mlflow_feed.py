@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,19 +20,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.mlflow_store import (
+    EXPERIMENT_KIND,
     MAX_METRICS,
     MAX_PARAM,
     MAX_TAG,
+    StoreError,
     artifact_root,
+    cut,
+    metric_name,
     mlflow_key,
     open_client,
     reason,
     without_password,
 )
-from training.run_record import RECORD_NAME, on_a_line, read_events, read_starts
+from training.run_record import PARAMS_NAME, RECORD_NAME, SCORES_NAME, on_a_line, read_events, read_starts
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Experiment, Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
 STATE_NAME = "tracking.json"
@@ -57,6 +62,7 @@ class _StoreState:
 
     run_id: str = ""  # none yet
     cursor: int = 0  # bytes of the record that have arrived
+    scores: int = 0  # and of scores.jsonl
     pending: list[list[str]] = field(default_factory=list)  # artifacts still to be uploaded: [path, folder]
 
 
@@ -66,6 +72,7 @@ class RecordFeeder:
     def __init__(self, output_dir: Path, uri: str) -> None:
         self._output_dir = output_dir.resolve()
         self._record = self._output_dir / RECORD_NAME
+        self._scores = self._output_dir / SCORES_NAME
         self._uri = uri
         self._store = without_password(uri)
         self._state = _read_states(self._output_dir).get(self._store, _StoreState())
@@ -77,6 +84,7 @@ class RecordFeeder:
         self._known_params: dict[str, str] = {}
         self._replayed: dict[int, dict[str, Any]] = {}  # step -> values recorded before the last resume
         self._taken = 0
+        self.experiment_id = ""  # in the store; empty: not known yet
         self.fed = 0  # lines that arrived
         self.refused: Counter[str] = Counter()  # see SyncResult
 
@@ -93,7 +101,10 @@ class RecordFeeder:
         """Lines and artifacts that have still to arrive."""
         if not self._record.exists():
             return 0
-        return sum(1 for _ in read_events(self._record, self._state.cursor)) + len(self._state.pending)
+        lines = sum(1 for _ in read_events(self._record, self._state.cursor))
+        if self._scores.exists():
+            lines += sum(1 for _ in read_events(self._scores, self._state.scores))
+        return lines + len(self._state.pending)
 
     def feed(self) -> None:
         """Feeds all the record holds. What MLflow raises is raised; the next call goes on from there."""
@@ -108,6 +119,7 @@ class RecordFeeder:
                 arrived = end
                 self._taken += 1
             self._flush(arrived)
+            self._feed_scores()
             self._link()
             self._upload()
         except Exception:
@@ -116,6 +128,21 @@ class RecordFeeder:
             self._metrics, self._params, self._tags = [], [], []
             self._state = _read_states(self._output_dir).get(self._store, _StoreState())
             raise
+
+    def _feed_scores(self) -> None:
+        """What was added to the run by others than its own process; there is little of it."""
+        if not self._scores.exists():
+            return
+        arrived = self._state.scores
+        for end, event in read_events(self._scores, arrived):
+            if event["kind"] in ("metrics", "artifact"):
+                self._take(event, arrived)
+            self._taken += 1
+            arrived = end
+        self._send_taken()
+        if arrived != self._state.scores:
+            self._state.scores = arrived
+            self._save()
 
     def _open(self) -> bool:
         """Finds or creates the MLflow run and works out what it already has. False: nothing recorded yet."""
@@ -149,6 +176,7 @@ class RecordFeeder:
                 return False
             raise
         if run.info.lifecycle_stage == "deleted" and self.left():
+            self._refuse_deleted(self._client.get_experiment(run.info.experiment_id))
             self._client.restore_run(run_id)
         return True
 
@@ -167,21 +195,33 @@ class RecordFeeder:
 
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
+            tags = dict([EXPERIMENT_KIND])
             try:
-                return str(self._client.create_experiment(name, artifact_root(self._output_dir, self._uri)))
+                return str(self._client.create_experiment(name, artifact_root(self._output_dir, self._uri), tags))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             experiment = self._client.get_experiment_by_name(name)  # another run was quicker
             assert experiment is not None
+        self._refuse_deleted(experiment)
         return str(experiment.experiment_id)
+
+    def _refuse_deleted(self, experiment: Experiment) -> None:
+        """Raises StoreError for an experiment that was deleted: its name is taken, and no run can be seen in it."""
+        if experiment.lifecycle_stage == "deleted":
+            store, number = shlex.quote(self._store), experiment.experiment_id
+            raise StoreError(
+                f"the experiment {experiment.name!r} is deleted there: restore it (MLFLOW_TRACKING_URI={store} "
+                f"mlflow experiments restore -x {number}), or name another (tracking.experiment)"
+            )
 
     def _runs_tagged(self, tag: str, record_id: str, experiment_id: str) -> list[str]:
         runs = self._client.search_runs([experiment_id], f"tags.`{tag}` = '{record_id}'")
         return [str(run.info.run_id) for run in runs]
 
     def _link(self) -> None:
-        """Nests this run under the one that it is part of, and under this one those that are part of it.
+        """Says of which kind the experiment is, if nobody has; nests this run under the one that it is part of, and
+        under this one those that are part of it.
 
         A run's tags are there before it looks for its parent, and before the parent looks for it: whichever comes
         second finds the other, though the first may have ended by then.
@@ -191,7 +231,9 @@ class RecordFeeder:
         if (first := self._unlinked) is None:
             return
         mine = self._state.run_id
-        experiment_id = self._client.get_run(mine).info.experiment_id
+        experiment_id = self.experiment_id = self._client.get_run(mine).info.experiment_id
+        if EXPERIMENT_KIND[0] not in self._client.get_experiment(experiment_id).tags:
+            self._client.set_experiment_tag(experiment_id, *EXPERIMENT_KIND)
         for inner in self._runs_tagged(PARENT_RECORD_TAG, first["id"], experiment_id):
             self._client.set_tag(inner, MLFLOW_PARENT_RUN_ID, mine)
         if (parent := first.get("parent")) and (found := self._runs_tagged(RECORD_TAG, parent, experiment_id)):
@@ -214,12 +256,12 @@ class RecordFeeder:
         if kind == "metrics":
             before = self._replayed.get(event["step"], {})
             for name, value in event["values"].items():
-                if name not in before or before[name] != value:
-                    self._metrics.append(Metric(mlflow_key(name), float(value), event["time"], event["step"]))
+                if (key := metric_name(name)) is not None and (name not in before or before[name] != value):
+                    self._metrics.append(Metric(key, float(value), event["time"], event["step"]))
         elif kind == "params":
             self._take_params(event["values"])
         elif kind == "tags":
-            self._tags += [RunTag(mlflow_key(k), v[:MAX_TAG]) for k, v in event["values"].items()]
+            self._tags += [RunTag(mlflow_key(k), cut(v, MAX_TAG, PARAMS_NAME)) for k, v in event["values"].items()]
         elif kind == "artifact":
             self._state.pending.append([event["path"], event["folder"]])
         elif kind == "start" and offset > 0:  # a resume: the run is alive again
@@ -241,21 +283,24 @@ class RecordFeeder:
 
         for name, value in values.items():
             if name not in self._known_params:
-                self._params.append(Param(mlflow_key(name), value[:MAX_PARAM]))
+                self._params.append(Param(mlflow_key(name), cut(value, MAX_PARAM, PARAMS_NAME)))
             elif self._known_params[name] != value:
-                self._tags.append(RunTag(mlflow_key(f"resumed.{name}"), value[:MAX_TAG]))
+                self._tags.append(RunTag(mlflow_key(f"resumed.{name}"), cut(value, MAX_TAG, PARAMS_NAME)))
         self._known_params.update(values)
 
     def _flush(self, arrived: int) -> None:
         """Sends what was taken and notes that the record's first `arrived` bytes have arrived."""
+        self._send_taken()
+        if arrived != self._state.cursor:
+            self._state.cursor = arrived
+            self._save()
+
+    def _send_taken(self) -> None:
         self._send("metrics", self._metrics)
         self._send("params", self._params)
         self._send("tags", self._tags)
         self._metrics, self._params, self._tags = [], [], []
         self.fed, self._taken = self.fed + self._taken, 0
-        if arrived != self._state.cursor:
-            self._state.cursor = arrived
-            self._save()
 
     def _send(self, kind: str, items: list[Any]) -> None:
         """Sends items, in requests as large as MLflow takes. Those it refuses are searched for by halving and

@@ -8,6 +8,7 @@ both happen inside `open_client`, which a training process calls from a thread o
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import posixpath
@@ -16,6 +17,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +44,23 @@ _SHARED_DISKS = re.compile(
 )
 
 
+# MLflow 3 shows an experiment as an application's, with traces instead of runs, unless this tag says what it is of.
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+# MLflow's page orders charts by the part of a metric's name before its last "/". The loss shall come first: what else a
+# training step reports stands below train/ there, and what is measured on other data after it.
+_GROUPS = {
+    "data": "train/data", "guard": "train/guard", "memory": "train/memory", "ranks": "train/ranks",
+    "shift": "train/shift",
+    "eval": "validation", "score": "validation",
+}  # fmt: skip
+_NOT_TAKEN = r"[^/\w.\- :]"  # characters
+_NO_CURVE = ("data/step_fingerprint",)  # a hash: the record has it, a chart of it says nothing
+
 _importing = threading.Lock()
+
+
+class StoreError(Exception):
+    """What keeps a store from taking a run, and how to mend it, in one line."""
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -131,7 +149,7 @@ def missing_folder(uri: str) -> Path | None:
 
 def artifact_root(output_dir: Path, uri: str) -> str | None:
     """Where a new experiment keeps its artifacts: a server decides itself, a database has them beside it."""
-    if urllib.parse.urlsplit(uri).scheme in ("http", "https"):
+    if is_server(uri):
         return None
     database = _database(uri)
     return ((database.parent if database else output_dir).resolve() / "mlartifacts").as_uri()
@@ -150,14 +168,57 @@ def without_password(uri: str) -> str:
     return uri.replace(address.netloc, user + address.netloc.rpartition("@")[2], 1) if address.netloc else uri
 
 
+def is_server(uri: str) -> bool:
+    """True of a server's address; False of a database's or a folder's."""
+    return uri.startswith(("http://", "https://"))
+
+
+def runs_page(server: str, experiment_id: str) -> str:
+    """Where MLflow's page lists an experiment's runs, on a browser's first visit too."""
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+
+
+def runs_of_all(server: str, experiment_ids: Sequence[str]) -> str:
+    """Where MLflow's page lists the runs of several experiments together."""
+    numbers = urllib.parse.quote(json.dumps(list(experiment_ids), separators=(",", ":")))
+    return f"{server.rstrip('/')}/#/compare-experiments/s?experiments={numbers}&workflowType=machine_learning"
+
+
+def run_page(server: str, experiment_id: str, run_id: str) -> str:
+    """Where MLflow's page shows one run."""
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def metric_name(name: str) -> str | None:
+    """A metric's name in MLflow; None: it is not sent there."""
+    if name in _NO_CURVE:
+        return None
+    group, slash, rest = name.partition("/")
+    return mlflow_key(f"{_GROUPS.get(group, group)}/{rest}" if slash else name)
+
+
+def cut(text: str, limit: int, whole: str) -> str:
+    """At most `limit` characters of a text; a cut one ends with where it stands whole."""
+    if len(text) <= limit:
+        return text
+    mark = f" ... [cut; whole in the artifact {whole}]"
+    return text[: limit - len(mark)] + mark
+
+
 def mlflow_key(name: str) -> str:
-    """A metric's, param's or tag's name with what MLflow does not take replaced by `_`."""
-    clean = re.sub(r"[^/\w.\- :]", "_", name)
+    """A metric's, param's or tag's name with what MLflow does not take replaced: by Latin letters, or by `_`."""
+    if not name.isascii() and re.search(_NOT_TAKEN, name):  # a script with marks: two names may not become one
+        from anyascii import anyascii
+
+        name = anyascii(name)
+    clean = re.sub(_NOT_TAKEN, "_", name)
     return posixpath.normpath(f"/{clean}").lstrip("/")[:MAX_KEY].rstrip("/") or "_"
 
 
 def reason(error: BaseException) -> str:
     """The first cause in one line: MLflow wraps a refused connection three times."""
+    if isinstance(error, StoreError):
+        return str(error)
     seen = {id(error)}
     while (cause := error.__cause__ or error.__context__) is not None and id(cause) not in seen:
         seen.add(id(cause))  # a library may chain them in a ring
@@ -167,7 +228,7 @@ def reason(error: BaseException) -> str:
 
 def server_answers(uri: str, timeout: float = 3.0) -> bool:
     """True if an MLflow server is there, whatever it thinks of us."""
-    if not uri.startswith(("http://", "https://")):
+    if not is_server(uri):
         return False
     try:
         urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=timeout).close()

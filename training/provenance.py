@@ -6,11 +6,16 @@ as tags, and everything that is saved with a checkpoint.
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import platform
 import subprocess
+import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 _SOURCE = Path(__file__).resolve().parent.parent
 NOTED = "git.json"  # in a copy of the source, which has no `.git`: the state that it was copied from
@@ -26,6 +31,19 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def source_tags(known: Mapping[str, object] = MappingProxyType({})) -> dict[str, str]:
+    """MLflow's own tags of who started the run and from what: user, run file (or program), commit if `known` has it."""
+    files = [each for each in sys.argv[1:] if each.endswith((".yaml", ".yml")) and "=" not in each]
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": files[0] if files else sys.argv[0] or "python"}
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        tags["mlflow.user"] = str(os.getuid())
+    if commit := known.get("commit"):
+        tags["mlflow.source.git.commit"] = str(commit)
+    return tags
 
 
 def git_state(source: Path = _SOURCE) -> dict[str, str]:

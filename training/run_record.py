@@ -31,6 +31,8 @@ from typing import Any, Literal
 from training.errors import ConfigError
 
 RECORD_NAME = "record.jsonl"
+SCORES_NAME = "scores.jsonl"  # of the run's model, added by whoever scores it: metrics and artifacts
+PARAMS_NAME = "params.json"  # the params whole, where one is too long for MLflow
 MOST_WAITING = 2**26  # bytes of lines kept in memory while the disk is full: some 50,000 steps
 Kind = Literal["start", "params", "tags", "metrics", "artifact", "finish"]
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]  # MLflow's words for how a job of the run ended

@@ -9,15 +9,12 @@ when the store can be reached. Next: `crosslift ui` shows the store, `evals` rea
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import socket
-import subprocess
-import sys
+import shlex
 import threading
 import urllib.parse
 import uuid
-import webbrowser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,16 +27,17 @@ from training.errors import ConfigError
 from training.mlflow_feed import RecordFeeder, SyncResult
 from training.mlflow_feed import sync_record as sync_to
 from training.mlflow_store import (
-    QUIET,
+    MAX_PARAM,
     checked_address,
     default_store,
-    on_shared_disk,
+    is_server,
     reason,
-    server_answers,
+    run_page,
     without_password,
 )
-from training.provenance import git_state, versions
-from training.run_record import RECORD_NAME, RunRecord, Status, flatten, number, read_starts, say
+from training.provenance import git_state, source_tags, versions
+from training.run_record import PARAMS_NAME, RECORD_NAME, RunRecord, Status, flatten, number, read_starts, say
+from training.tracking_target import DEFAULT_EXPERIMENT, LONGEST_EXPERIMENT, TrackingTarget, tracking_target
 
 _LONGEST_WAIT = 60.0  # seconds between two tries to reach a store that is away
 
@@ -51,10 +49,16 @@ class TrackingConfig(Section):
     uri: str | None = Field(
         default=None,
         description="Address of the MLflow store, such as http://host:5000 or sqlite:////path/mlflow.db. "
-        "Default: mlflow.db in the run folder; none if that is on a network disk, which SQLite does not bear "
-        "(`crosslift ui` builds the store from the records).",
+        "Default: MLFLOW_TRACKING_URI, else what an earlier start of the run used, else mlflow.db in the run folder; "
+        "none if that is on a network disk, where SQLite does not work (`crosslift ui` builds the store from the "
+        "records).",
     )
-    experiment: str = Field(default="crosslift", min_length=1, max_length=500, description="MLflow's experiment.")
+    experiment: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=LONGEST_EXPERIMENT,
+        description="MLflow's experiment. Default: MLFLOW_EXPERIMENT_NAME, else crosslift.",
+    )
     run_name: str | None = Field(default=None, description="The run's name in MLflow. Default: the run folder's name.")
     sync_seconds: float = Field(default=5.0, gt=0, le=86400, description="Seconds between two batches to the store.")
     parent: str | None = Field(
@@ -65,6 +69,13 @@ class TrackingConfig(Section):
     @classmethod
     def _an_address(cls, uri: str | None) -> str | None:
         return None if uri is None else checked_address(uri)
+
+
+def target_of(config: TrackingConfig, output_dir: Path) -> TrackingTarget:
+    """The store and experiment of the run in a folder. Raises ConfigError where a variable holds what cannot work."""
+    starts = list(read_starts(output_dir / RECORD_NAME))
+    earlier = starts[-1][1].get("uri") if starts else None
+    return tracking_target(config.uri, config.experiment, output_dir, earlier)
 
 
 class Tracker:
@@ -78,6 +89,7 @@ class Tracker:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._trouble: str | None = None
+        self._target: TrackingTarget | None = None
         self.id = ""  # the record's, once started
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str], resumed_step: int | None) -> None:
@@ -85,23 +97,28 @@ class Tracker:
 
         `params` is the nested config, flattened to dotted names. `resumed_step` is the number of steps the
         loaded checkpoint had done; None: the run begins at its beginning. Raises ConfigError if the run
-        folder cannot be written; nothing after this raises for the disk or MLflow.
+        folder cannot be written or a variable names no store; nothing after this raises for the disk or MLflow.
         """
         if self._record is not None:
             raise RuntimeError("a Tracker starts once")
         config = self._config
+        self._target = target_of(config, self._output_dir) if config.enabled else None
         self._record = RunRecord(self._output_dir)
         _, earlier = next(read_starts(self._record.path), (0, None))
         self.id = earlier["id"] if earlier else uuid.uuid4().hex
         self._append_start(resumed_step)
-        self._record.append("params", values=flatten(params))
-        self._record.append("tags", values={name: str(value) for name, value in tags.items()})
-        if not config.enabled:
+        values = flatten(params)
+        self._record.append("params", values=values)
+        self._record.append("tags", values={**source_tags(tags), **{name: str(value) for name, value in tags.items()}})
+        self._keep_long(values)
+        if self._target is None:
             return
-        if config.uri is None and on_shared_disk(self._output_dir):
-            say(f"{self._output_dir} is on a network disk: `crosslift ui` shows its {RECORD_NAME} in MLflow")
+        server = self._target.uri is not None and is_server(self._target.uri)
+        page = "" if server else f"; crosslift ui {shlex.quote(str(self._output_dir))} shows it"
+        say(f"{self._target}{page}")
+        if self._target.uri is None:
             return
-        self._feeder = RecordFeeder(self._output_dir, config.uri or default_store(self._output_dir))
+        self._feeder = RecordFeeder(self._output_dir, self._target.uri)
         self._thread = threading.Thread(target=self._feed_until_stopped, name="mlflow-feeder", daemon=True)
         self._thread.start()
 
@@ -109,15 +126,28 @@ class Tracker:
         """The run went back to where `step` steps were done; what was logged behind them comes anew."""
         self._append_start(step)
 
+    def _keep_long(self, params: Mapping[str, str]) -> None:
+        """Params that MLflow cannot hold whole, as an artifact. Never raises for the disk."""
+        if all(len(value) <= MAX_PARAM for value in params.values()):
+            return
+        path = self._output_dir / PARAMS_NAME
+        try:
+            path.write_text(json.dumps(params, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            say(f"{path}: {error.strerror}; {RECORD_NAME} has the params whole")
+        else:
+            self.artifact(path)
+
     def _append_start(self, resumed_step: int | None) -> None:
-        config = self._config
+        config, target = self._config, self._target
+        uri = config.uri if target is None else target.uri if target.named else None
         self._open_record.append(
             "start",
             id=self.id,
             parent=config.parent,
-            experiment=config.experiment,
+            experiment=target.experiment if target is not None else config.experiment or DEFAULT_EXPERIMENT,
             run_name=config.run_name or self._output_dir.resolve().name,
-            uri=None if config.uri is None else without_password(config.uri),
+            uri=None if uri is None else without_password(uri),
             resumed_step=resumed_step,
         )
 
@@ -170,13 +200,12 @@ class Tracker:
 
     @property
     def _store_name(self) -> str:
-        return without_password(self._config.uri or default_store(self._output_dir))
+        return without_password(self._target.uri or "") if self._target is not None else ""
 
     def _feed_until_stopped(self) -> None:
         """The feeder thread: never raises; tries a store that is away ever less often, and at the end."""
         assert self._feeder is not None
-        wait = 0.0
-        stopping = False
+        wait, stopping, shown = 0.0, False, False
         while not stopping:
             stopping = self._stop.wait(wait)
             try:
@@ -190,6 +219,9 @@ class Tracker:
             else:
                 if self._trouble is not None:
                     say(f"MLflow at {self._store_name} is back and has everything")
+                elif not shown and is_server(self._store_name) and self._feeder.experiment_id:
+                    say(f"MLflow: {run_page(self._store_name, self._feeder.experiment_id, self._feeder.run_id)}")
+                    shown = True
                 self._trouble = None
                 wait = self._config.sync_seconds
 
@@ -208,13 +240,11 @@ def run_of_runs(
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"tracking.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    uri = config.uri
-    if uri is None and not on_shared_disk(output_dir):
-        uri = default_store(output_dir)
+    target = target_of(config, output_dir)
     tracker = Tracker(output_dir, config)
     tracker.start(params, {**versions(), **git_state()}, resumed_step=None)
-    uri = _login_to_environment(uri)
-    inside = {"enabled": config.enabled, "uri": uri, "experiment": config.experiment, "parent": tracker.id}
+    uri = _login_to_environment(target.uri)
+    inside = {"enabled": config.enabled, "uri": uri, "experiment": target.experiment, "parent": tracker.id}
     status: Status = "FAILED"
     try:
         yield tracker, inside
@@ -254,68 +284,3 @@ def sync_record(output_dir: Path, uri: str | None = None) -> SyncResult:
     if not starts:
         raise ConfigError(f"{output_dir}: holds no run: {RECORD_NAME} is missing or empty")
     return sync_to(output_dir, uri or starts[-1][1].get("uri") or default_store(output_dir))
-
-
-def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_browser: bool = False) -> int:
-    """Shows all runs below a folder: builds `mlflow.db` there from the records and serves MLflow's page.
-
-    A run whose own server answers is caught up there instead. Returns the server's exit status when it ends.
-    Raises ConfigError if the folder has no records or the port is taken.
-    """
-    folders = sorted(_run_folders(runs_dir))
-    if not folders:
-        raise ConfigError(f"{runs_dir}: no {RECORD_NAME} below it; give the folder that holds the run folders")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port}: {error.strerror} on {host}; choose another port") from None
-    store = default_store(runs_dir)
-    for folder in folders:
-        print(_synced(folder, store), flush=True)
-    return _serve(store, runs_dir, port, host, open_browser)
-
-
-def _synced(folder: Path, store: str) -> str:
-    """Syncs one run for the page; returns the line to print about it."""
-    starts = list(read_starts(folder / RECORD_NAME))
-    if not starts:
-        return f"{folder}: empty record, left out"
-    own = starts[-1][1].get("uri")
-    result = sync_record(folder, own if own and server_answers(own) else store)
-    where = "" if result.uri == store else f" at {result.uri}"
-    line = f"{folder}: {result.fed} new lines{where}"
-    if result.refused:
-        line += f", {sum(result.refused.values())} refused, such as {min(result.refused)}"
-    return f"{line}, {result.left} left ({result.error})" if result.error else line
-
-
-def _serve(store: str, runs_dir: Path, port: int, host: str, open_browser: bool) -> int:
-    """Runs MLflow's server until it ends or we are told to end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-    command += ["--artifacts-destination", str(runs_dir.resolve() / "mlartifacts")]
-    command += ["--host", host, "--port", str(port)]
-    # The page needs none of MLflow's job runners, which would be five more processes.
-    environment = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
-    server = subprocess.Popen(command, env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-    address = f"http://{host}:{port}"
-    try:
-        while server.poll() is None and not server_answers(address, timeout=1.0):
-            threading.Event().wait(0.2)
-        if server.poll() is None:
-            print(f"{address} shows the runs; Ctrl-C ends it", flush=True)
-            if open_browser:
-                webbrowser.open(address)
-        return server.wait()
-    except KeyboardInterrupt:  # the server got it too
-        return server.wait()
-
-
-def _run_folders(runs_dir: Path) -> Iterator[Path]:
-    """Folders with a record. Inside one, only the runs that it is made of: checkpoints are large trees."""
-    for folder, below, files in os.walk(runs_dir):
-        if RECORD_NAME in files:
-            below[:] = [name for name in below if Path(folder, name, RECORD_NAME).is_file()]
-            yield Path(folder)

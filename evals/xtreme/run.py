@@ -200,6 +200,7 @@ def _track(tracker: ScoreTracker, run: XtremeRun, chosen: Selection, results: Ma
         metrics |= {f"test/{metric}": value for metric, value in told["average"].items()}
         for language, scores in told["languages"].items():
             metrics |= {f"test/{metric}/{language}": value for metric, value in scores.items()}
+        metrics |= {f"test/n/{language}": float(told["rows"]) for language, told in results["predicted"].items()}
         metrics |= {f"test/gap/{metric}": value for metric, value in (told["gap"] or {}).items()}
         tracker.log(chosen.step, metrics)
     for name in (RUN_YAML, SCORES_FILE):

@@ -169,7 +169,7 @@ def test_the_page_shows_local_runs_and_catches_up_a_server_that_answers(server: 
     server.start()
 
     port = free_port()
-    code = f"from pathlib import Path; from training.tracking import serve_ui; serve_ui(Path({str(runs)!r}), {port})"
+    code = f"from pathlib import Path; from training.ui import serve_ui; serve_ui(Path({str(runs)!r}), {port})"
     with (tmp_path / "ui.log").open("wb") as log:
         page = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
@@ -188,6 +188,8 @@ def test_the_page_shows_local_runs_and_catches_up_a_server_that_answers(server: 
         page.wait(30)
     wait_for(lambda: not server_answers(address, 1.0))  # its server went with it
     assert losses(server) == [(1, 2.0)]
-    assert server.uri in said
+    ids = {run.info.experiment_id for run in found}
+    assert f"{address}/#/experiments/{ids.pop()}/runs?workflowType=machine_learning  (crosslift: 2 runs)" in said
+    assert f"{server.uri}/#/experiments/" in said
     assert set(json.loads((runs / "a" / "tracking.json").read_text())["stores"]) == {default_store(runs)}
     assert (runs / "a" / RECORD_NAME).exists()

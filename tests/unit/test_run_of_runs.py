@@ -10,7 +10,8 @@ import pytest
 from training.errors import ConfigError
 from training.mlflow_store import default_store, open_client
 from training.run_record import RECORD_NAME, read_events
-from training.tracking import Tracker, TrackingConfig, _run_folders, run_of_runs, sync_record
+from training.tracking import Tracker, TrackingConfig, run_of_runs, sync_record
+from training.ui import _run_folders
 
 PARENT = "mlflow.parentRunId"
 

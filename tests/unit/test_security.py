@@ -342,7 +342,7 @@ def test_a_login_reaches_the_run_inside_by_the_environment(tmp_path: Path, monke
 def test_mlflows_page_is_for_this_machine_unless_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], host: str
 ) -> None:
-    from training import tracking
+    from training import tracking, ui
 
     started: list[list[str]] = []
 
@@ -358,9 +358,9 @@ def test_mlflows_page_is_for_this_machine_unless_told_otherwise(
     tracker = tracking.Tracker(tmp_path / "run", tracking.TrackingConfig(enabled=False))
     tracker.start({}, {}, None)
     tracker.finish("FINISHED")
-    monkeypatch.setattr(tracking.subprocess, "Popen", Server)
-    monkeypatch.setattr(tracking, "_synced", lambda *_: "")
-    monkeypatch.setattr(tracking.signal, "signal", lambda *_: None)
-    tracking.serve_ui(tmp_path, *(arguments or (5999,)))
+    monkeypatch.setattr(ui.subprocess, "Popen", Server)
+    monkeypatch.setattr(ui, "_synced", lambda *_: None)
+    monkeypatch.setattr(ui.signal, "signal", lambda *_: None)
+    ui.serve_ui(tmp_path, *(arguments or (5999,)))
     (command,) = started
     assert command[command.index("--host") + 1] == host

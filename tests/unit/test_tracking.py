@@ -30,9 +30,10 @@ from training.mlflow_store import (
     open_client,
     without_password,
 )
-from training.provenance import git_state, versions
+from training.provenance import git_state, source_tags, versions
 from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_events
-from training.tracking import Tracker, TrackingConfig, serve_ui, sync_record
+from training.tracking import Tracker, TrackingConfig, sync_record, target_of
+from training.ui import serve_ui
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -225,7 +226,7 @@ def test_network_disks_are_known(tmp_path: Path) -> None:
 def test_a_network_disk_gets_a_record_and_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.tracking.on_shared_disk", lambda folder: True)
+    monkeypatch.setattr("training.tracking_target.on_shared_disk", lambda folder: True)
     tracker = tracked(tmp_path)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
@@ -301,18 +302,23 @@ def test_a_run_arrives_whole(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     assert found.info.end_time >= found.info.start_time
     assert len(found.data.params) == 151
     assert len(found.data.params["long"]) == MAX_PARAM
+    assert found.data.params["long"].endswith("xxx ... [cut; whole in the artifact params.json]")
+    whole = client.download_artifacts(found.info.run_id, "params.json")
+    assert json.loads(Path(whole).read_text())["long"] == "x" * 7000
     assert found.data.tags["host"] == "here"
     assert history(run, "train/loss/l2499") == [(0, 2499.0)]
     assert math.isnan(history(run, "x")[0][1])
     assert history(run, "y")[0][1] > 1e308
     assert history(run, "a_b") == [(1, 1.0)]
     assert [f.path for f in client.list_artifacts(found.info.run_id, "pictures")] == ["pictures/areas.txt"]
-    assert [f.path for f in client.list_artifacts(found.info.run_id)] == ["areas.txt", "pictures"]
+    assert [f.path for f in client.list_artifacts(found.info.run_id)] == ["areas.txt", "params.json", "pictures"]
     assert (run / "mlartifacts").is_dir()
     result = sync_record(run)
     assert (result.fed, result.left, result.refused, result.error) == (0, 0, {}, None)
     out, err = capfd.readouterr()
-    assert (out, err) == ("", "")  # nothing to say, so nothing is said
+    assert out == ""
+    (line,) = err.splitlines()  # where the run goes, and nothing else
+    assert line.startswith(f"crosslift: MLflow: {default_store(run)} (default: in the run folder), experiment")
 
 
 def test_a_resume_goes_on_with_the_same_run_and_feeds_only_what_differs(run: Path) -> None:
@@ -497,7 +503,7 @@ def test_a_server_that_never_answers_holds_up_nothing(
     assert "crosslift ui" in err
     assert "204 lines" in err  # start, params, tags, 200 metrics, finish
     assert "secret" not in err + (tmp_path / RECORD_NAME).read_text()
-    assert err.count("\n") == 2
+    assert err.count("\n") == 3  # where the run goes, that it is away, and what it lacks
 
 
 def test_log_costs_less_than_a_millisecond(tmp_path: Path) -> None:
@@ -507,6 +513,157 @@ def test_log_costs_less_than_a_millisecond(tmp_path: Path) -> None:
     for step in range(500):
         tracker.log(step, metrics)
     assert (time.process_time() - began) / 500 < 1e-3
+
+
+# --- how a run looks in MLflow ---------------------------------------------------------------------------------
+
+
+def test_an_experiment_is_one_of_model_training(run: Path) -> None:
+    """Without the tag, MLflow 3 opens an experiment as an application's, with traces and without runs."""
+    tracked(run).finish("FINISHED")
+    client, found = stored(run)
+    tags = client.get_experiment(found.info.experiment_id).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+@pytest.mark.parametrize("kind", [None, "genai_development"])
+def test_an_experiment_of_older_runs_gets_its_kind_and_keeps_one_that_it_has(run: Path, kind: str | None) -> None:
+    client = open_client(default_store(run))
+    number = client.create_experiment("crosslift", tags={"mlflow.experimentKind": kind} if kind else None)
+    tracked(run).finish("FINISHED")
+    assert client.get_experiment(number).tags["mlflow.experimentKind"] == (kind or "custom_model_development")
+
+
+def test_the_loss_is_charted_first_and_no_hash_is(run: Path) -> None:
+    """MLflow's charts stand in the order of what is before the last slash."""
+    metrics = (
+        "data/overlong", "data/step_fingerprint", "eval/loss", "eval/loss/sw", "guard/skipped", "memory/host_peak_gib",
+        "score/mgsm/accuracy/sw", "shift/norm/sw", "train/loss", "train/loss/sw", "train/learning_rate",
+    )  # fmt: skip
+    tracker = tracked(run)
+    tracker.log(1, dict.fromkeys(metrics, 7.0))
+    tracker.finish("FINISHED")
+    sent = stored(run)[1].data.metrics
+    sections = sorted({name.rpartition("/")[0] for name in sent})
+    assert sections[0] == "train"
+    assert {"train/loss", "train/learning_rate", "train/loss/sw"} <= set(sent)
+    assert len(sent) == len(metrics) - 1
+    assert not [name for name in sent if "fingerprint" in name]
+
+
+@pytest.mark.parametrize("names", [("বাংলা", "বিংলি"), ("हिन्दी", "ไทย"), ("中文", "日本語"), ("a,b", "a b")])
+def test_languages_of_any_script_stay_apart_in_mlflow(names: tuple[str, str]) -> None:
+    first, second = (mlflow_key(f"train/loss/{name}") for name in names)
+    assert first != second
+    assert "__" not in first + second
+
+
+def test_who_started_a_run_and_from_what_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/src/training/__main__.py", "configs/mine.yaml", "model.path=x.yaml"])
+    monkeypatch.setattr("getpass.getuser", lambda: "kim")
+    tracker = Tracker(run, TrackingConfig())
+    tracker.start({}, {"commit": "abc"}, None)
+    tracker.finish("FINISHED")
+    tags = stored(run)[1].data.tags
+    assert tags["mlflow.user"] == "kim"
+    assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == ("configs/mine.yaml", "LOCAL")
+    assert tags["mlflow.source.git.commit"] == "abc"
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert source_tags()["mlflow.user"] == str(os.getuid())
+
+
+def test_a_deleted_experiment_is_named_with_the_remedy_and_taken_when_restored(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = open_client(default_store(run))
+    number = client.create_experiment("gone fishing")
+    client.delete_experiment(number)
+    tracker = tracked(run, experiment="gone fishing")
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.finish("FINISHED")
+    said = capsys.readouterr().err
+    assert "the experiment 'gone fishing' is deleted there" in said
+    assert f"mlflow experiments restore -x {number}" in said
+    assert "tracking.experiment" in said
+    assert "'gone fishing' is deleted" in (sync_record(run).error or "")
+    client.restore_experiment(number)
+    assert sync_record(run).error is None
+    (found,) = client.search_runs([number])
+    assert found.data.metrics == {"train/loss": 1.0}
+    client.delete_experiment(number)  # with the run in it
+    tracker = tracked(run, resumed_step=1, experiment="gone fishing")
+    tracker.finish("FINISHED")
+    assert "'gone fishing' is deleted" in capsys.readouterr().err
+
+
+# --- where a run goes ---------------------------------------------------------------------------------------
+
+
+def test_the_environment_names_store_and_experiment(
+    run: Path, tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(migrated, tmp_path / "shared.db")
+    store = f"sqlite:///{tmp_path}/shared.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the team")
+    tracked(run).finish("FINISHED")
+    assert (
+        f"MLflow: {store} (MLFLOW_TRACKING_URI), experiment 'of the team' (MLFLOW_EXPERIMENT_NAME)"
+        in capsys.readouterr().err
+    )
+    client = open_client(store)
+    (found,) = client.search_runs([client.get_experiment_by_name("of the team").experiment_id])
+    assert found.info.run_name == "my run"
+    assert list(json.loads((run / STATE_NAME).read_text())["stores"]) == [store]
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # a resume from another shell continues the same MLflow run
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    tracked(run, resumed_step=1).finish("FINISHED")
+    assert "(as when the run started)" in capsys.readouterr().err
+    assert list(json.loads((run / STATE_NAME).read_text())["stores"]) == [store]
+    assert len(client.search_runs([found.info.experiment_id])) == 1
+
+
+def test_the_run_file_wins_over_the_environment(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush77@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the team")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "3")
+    config = TrackingConfig(uri=default_store(run), experiment="mine")
+    assert str(target_of(config, run)) == (
+        f"MLflow: {default_store(run)} (run file), experiment 'mine' (run file); MLFLOW_EXPERIMENT_ID is not read"
+    )
+    assert str(target_of(TrackingConfig(), run)).startswith("MLflow: http://127.0.0.1:9 (MLFLOW_TRACKING_URI)")
+    off = Tracker(run, TrackingConfig(enabled=False))
+    off.start({}, {}, None)
+    off.finish("FINISHED")
+    assert "hush77" not in (run / RECORD_NAME).read_text() + capsys.readouterr().err
+    assert next(read_events(run / RECORD_NAME))[1]["uri"] is None
+
+
+@pytest.mark.parametrize("value", ["localhost:5000", "./mlruns", "htp://host"])
+def test_a_variable_that_is_no_address_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+    with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI: .*; write http://.*; or unset the variable$"):
+        tracked(run)
+    assert not (run / RECORD_NAME).exists()
+    Tracker(run, TrackingConfig(enabled=False)).start({}, {}, None)  # nothing is fed, so it does not matter
+
+
+def test_no_test_sees_the_variables_of_the_developers_shell() -> None:
+    code = "import conftest, os; print([name for name in os.environ if name.startswith('MLFLOW_')])"
+    shell = {"MLFLOW_TRACKING_URI": "http://x", "MLFLOW_EXPERIMENT_NAME": "x", "PYTHONPATH": f"{ROOT}/tests:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | shell, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 # --- the page, and what a run was made with -----------------------------------------------------------------

@@ -1,0 +1,148 @@
+"""Scores of a run's model reach the run's MLflow page, from whichever process, and never twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.numbers import HEADLINE
+from evals.score_report import score_metrics, write_score_files
+from training.errors import ConfigError
+from training.mlflow_store import default_store, open_client
+from training.run_record import RECORD_NAME, SCORES_NAME, read_events
+from training.scores import run_of, track_scores
+from training.tracking import Tracker, TrackingConfig, sync_record
+
+METRICS = {"accuracy/en": 0.5, "n/en": 10.0, "accuracy/sw": 0.25, "n/sw": 10.0}
+
+
+def export_in(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    description = {"format": 1, "objective": "sft", "languages": ["en", "sw"], "step": 7}
+    (folder / "crosslift.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its own store; MLflow takes seconds to make one."""
+    run = tmp_path_factory.mktemp("runs") / "a"
+    tracker = Tracker(run, TrackingConfig(sync_seconds=0.05))
+    tracker.start({}, {}, None)
+    tracker.log(7, {"train/loss": 1.0})
+    tracker.finish("FINISHED", timeout=120)
+    export_in(run / "model")
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished: Path) -> Path:
+    """A copy of its folder, in which the store is to be filled anew."""
+    shutil.copytree(
+        finished, tmp_path / "a", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "tracking.json")
+    )
+    tracked = json.loads((finished / "tracking.json").read_text())
+    (state,) = tracked["stores"].values()
+    text = json.dumps({"stores": {default_store(tmp_path / "a"): {**state, "run_id": "", "cursor": 0}}})
+    (tmp_path / "a" / "tracking.json").write_text(text)
+    shutil.copy(finished / "mlflow.db", tmp_path / "a" / "mlflow.db")
+    return tmp_path / "a"
+
+
+def page(run: Path) -> tuple[Any, Any]:
+    client = open_client(default_store(run))
+    experiment = client.get_experiment_by_name("crosslift")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    return client, found
+
+
+def test_scores_and_files_are_on_the_page_of_the_run_that_made_the_model(run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "elsewhere" / "table.txt"
+    table.parent.mkdir()
+    table.write_text("en 50 %")
+    line = track_scores(run / "model", "mgsm", METRICS, [table])
+    assert line == f"scores: on the run's MLflow page at {default_store(run)}"
+    client, found = page(run)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics == {
+        "train/loss": 1.0, "validation/mgsm/accuracy/en": 0.5, "validation/mgsm/n/en": 10.0,
+        "validation/mgsm/accuracy/sw": 0.25, "validation/mgsm/n/sw": 10.0,
+    }  # fmt: skip
+    (point,) = client.get_metric_history(found.info.run_id, "validation/mgsm/accuracy/sw")
+    assert point.step == 7  # of the export
+    (artifact,) = client.list_artifacts(found.info.run_id, "scores/mgsm")
+    assert artifact.path == "scores/mgsm/table.txt"
+
+    track_scores(run / "model", "mgsm", METRICS, [table])  # the same evaluation again
+    assert len(client.get_metric_history(found.info.run_id, "validation/mgsm/accuracy/sw")) == 1
+    track_scores(run / "model", "mgsm", {**METRICS, "accuracy/sw": 0.5}, [table])  # another one
+    assert len(client.get_metric_history(found.info.run_id, "validation/mgsm/accuracy/sw")) == 2
+
+
+def test_scores_survive_the_loss_of_the_store(run: Path) -> None:
+    track_scores(run / "model", "mgsm", METRICS, [])
+    for name in ("mlflow.db", "tracking.json"):
+        (run / name).unlink()
+    assert sync_record(run).left == 0
+    assert page(run)[1].data.metrics["validation/mgsm/accuracy/sw"] == 0.25
+
+
+def test_a_run_that_is_training_keeps_its_record_to_itself(tmp_path: Path) -> None:
+    """A record has one writer: scores of an earlier checkpoint go into a file of their own."""
+    tracker = Tracker(tmp_path, TrackingConfig(enabled=False))
+    tracker.start({}, {}, None)
+    before = (tmp_path / RECORD_NAME).read_bytes()
+    line = track_scores(export_in(tmp_path / "exports" / "step-7"), "mgsm", METRICS, [])
+    assert (tmp_path / RECORD_NAME).read_bytes() == before
+    assert line is not None
+    assert "crosslift ui" in line
+    assert not (tmp_path / "mlflow.db").exists()  # its tracking is off
+    (event,) = [event for _, event in read_events(tmp_path / SCORES_NAME)]
+    assert (event["kind"], event["step"]) == ("metrics", 7)
+    assert event["values"]["score/mgsm/n/en"] == 10.0
+
+
+def test_a_store_that_is_away_costs_no_score(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    tracker = Tracker(run, TrackingConfig(uri="http://127.0.0.1:9", sync_seconds=0.05))
+    tracker.start({}, {}, None)
+    tracker.finish("FINISHED", timeout=0.1)
+    line = track_scores(export_in(run / "model"), "mgsm", METRICS, [])
+    assert line is not None
+    assert "http://127.0.0.1:9 lacks them: " in line
+    assert (run / SCORES_NAME).is_file()
+
+
+def test_models_of_no_run_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RECORD_NAME).touch()
+    assert run_of(export_in(tmp_path / "run" / "model")) == tmp_path / "run"
+    assert run_of(export_in(tmp_path / "alone")) is None
+    (tmp_path / "run" / "initial_model").mkdir()  # it lies in the folder, but the run did not make it
+    assert run_of(tmp_path / "run" / "initial_model") is None
+    assert track_scores(tmp_path / "alone", "mgsm", METRICS, []) is None
+    with pytest.raises(ConfigError, match="holds no run"):
+        track_scores(tmp_path / "alone", "mgsm", METRICS, [], run=tmp_path)
+
+
+def results(languages: dict[str, int]) -> dict[str, Any]:
+    accuracy = {HEADLINE: {"correct": 1, "value": 0.5, "low": 0.1, "high": 0.9}}
+    scores = {
+        language: {"n": n, "available": n, "accuracy": accuracy, "shifted": True} for language, n in languages.items()
+    }
+    return {"run": None, "headline": HEADLINE, "languages": scores, "averages": {"all": {HEADLINE: 0.5}}}
+
+
+def test_an_evaluation_gives_accuracy_and_n_by_language_a_table_and_a_plot(tmp_path: Path) -> None:
+    found = results({"en": 250, "বাংলা": 2})
+    assert score_metrics(found) == {
+        "accuracy/en": 0.5, "n/en": 250.0, "accuracy/বাংলা": 0.5, "n/বাংলা": 2.0, "accuracy/mean_all": 0.5,
+    }  # fmt: skip
+    _, table, plot = write_score_files(found, tmp_path, "mgsm")
+    assert "problems: en 250, বাংলা 2" in table.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
