@@ -10,6 +10,7 @@ when the store can be reached. Next: `crosslift ui` shows the store, `evals` rea
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import threading
@@ -39,6 +40,7 @@ from training.provenance import git_state, source_tags, versions
 from training.run_record import PARAMS_NAME, RECORD_NAME, RunRecord, Status, flatten, number, read_starts, say
 from training.tracking_target import DEFAULT_EXPERIMENT, LONGEST_EXPERIMENT, TrackingTarget, tracking_target
 
+log = logging.getLogger(__name__)
 _LONGEST_WAIT = 60.0  # seconds between two tries to reach a store that is away
 
 
@@ -115,7 +117,7 @@ class Tracker:
             return
         server = self._target.uri is not None and is_server(self._target.uri)
         page = "" if server else f"; crosslift ui {shlex.quote(str(self._output_dir))} shows it"
-        say(f"{self._target}{page}")
+        log.info("%s%s", self._target, page)
         if self._target.uri is None:
             return
         self._feeder = RecordFeeder(self._output_dir, self._target.uri)
@@ -220,7 +222,7 @@ class Tracker:
                 if self._trouble is not None:
                     say(f"MLflow at {self._store_name} is back and has everything")
                 elif not shown and is_server(self._store_name) and self._feeder.experiment_id:
-                    say(f"MLflow: {run_page(self._store_name, self._feeder.experiment_id, self._feeder.run_id)}")
+                    log.info("MLflow: %s", run_page(self._store_name, self._feeder.experiment_id, self._feeder.run_id))
                     shown = True
                 self._trouble = None
                 wait = self._config.sync_seconds
@@ -241,6 +243,8 @@ def run_of_runs(
         first = error.errors()[0]
         raise ConfigError(f"tracking.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     target = target_of(config, output_dir)
+    if config.enabled:
+        say(str(target))
     tracker = Tracker(output_dir, config)
     tracker.start(params, {**versions(), **git_state()}, resumed_step=None)
     uri = _login_to_environment(target.uri)
