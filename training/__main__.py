@@ -20,6 +20,7 @@ from training.errors import ConfigError
 from training.heartbeat import heart
 from training.merged_logs import kept_logs
 from training.run_file import load_config
+from training.run_lock import held, refuse_other
 from training.stop import StopRequest
 
 
@@ -68,6 +69,11 @@ def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> N
     from training.fit import fit
 
     config = load_config(options.config, options.overrides)
+    port = int(os.environ["MASTER_PORT"])
+    if rank() == 0:
+        at_end.enter_context(held(config.output_dir, port))
+    else:
+        refuse_other(config.output_dir, port)
     at_end.enter_context(kept_logs(config.output_dir, rank()))
     last = fit(config, expanded(options.resume), options.accept_changes, stop)
     if int(os.environ["RANK"]) == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from training.config import RunConfig
@@ -18,6 +19,7 @@ from training.launcher import USER_ERROR, Launcher, say
 from training.logs import make_logs_folder
 from training.nodes import Nodes, Place
 from training.run_file import load_config
+from training.run_lock import held, refuse_other
 from training.stop import allocation_end
 from training.tracking import target_of
 
@@ -35,15 +37,23 @@ def launch(
     """Start this node's `nproc` ranks of `python -m training`, and wait for the run to end: its exit status.
 
     Raises:
-        ConfigError: a mistake in the run file or in `place`, a folder that cannot be written, a taken port.
+        ConfigError: a mistake in the run file or in `place`, a folder that cannot be written or is another run's, a
+            taken port.
     """
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
     settings: RunConfig = load_config(config, overrides)
     allocation_end()  # its error comes once, before any rank starts
     target_of(settings.tracking, settings.output_dir)  # its error comes before any rank starts
-    make_logs_folder(settings.output_dir)
-    stall_seconds = settings.watchdog.stall_minutes * 60
-    return Launcher(Nodes(place or Place()), command, nproc, settings.output_dir, stall_seconds).run()
+    place = place or Place()
+    port = place.address()[1]
+    with ExitStack() as folder:
+        if place.node == 0:
+            folder.enter_context(held(settings.output_dir, port))
+        else:
+            refuse_other(settings.output_dir, port)
+        make_logs_folder(settings.output_dir)
+        stall_seconds = settings.watchdog.stall_minutes * 60
+        return Launcher(Nodes(place), command, nproc, settings.output_dir, stall_seconds).run()
 
 
 def main(arguments: list[str] | None = None) -> int:

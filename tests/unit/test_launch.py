@@ -276,7 +276,9 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "run"
     assert main([str(run_file(tmp_path)), f"output_dir={output}", "--nproc", "1"]) == 2
-    assert capsys.readouterr().err == f"crosslift: output_dir: {output}: cannot be written: Not a directory\n"
+    assert capsys.readouterr().err == (
+        f"crosslift: output_dir: {output}: cannot be written to (Not a directory); name a folder of your own\n"
+    )
 
 
 def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path: Path) -> None:

@@ -1,0 +1,291 @@
+"""The lock on a run's folder: one run writes into an `output_dir` at a time.
+
+In: an `output_dir`, when a launcher (or rank 0, where torchrun, srun or deepspeed starts the ranks) begins. Out:
+`run.lock` in the folder, which names host, process and start time of the run that holds it; empty when none does.
+
+Whether the holder is still alive is decided
+
+- on the same machine by its process: pid and start time, so that a pid in use again is not taken for it;
+- for a later start of the same Slurm job by the job: Slurm has ended the earlier one;
+- otherwise by the file's time, which a holder renews every few seconds: one that is silent for a minute is gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from training.errors import ConfigError
+
+LOCK_FILE = "run.lock"
+HELD = "CROSSLIFT_RUN_LOCK"  # environment: the lock that this process or the one that started it holds
+RENEW_SECONDS = 10.0
+SILENT_SECONDS = 60.0  # after which a holder on another machine is taken for gone
+POLL_SECONDS = 0.5
+GUARD_SECONDS = 5.0  # how long another start may be looking at the file
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that holds a run's folder."""
+
+    token: str
+    host: str
+    machine: str  # in which the pid means something: one boot and one pid namespace
+    pid: int
+    started: int  # of the process, in clock ticks since the boot; 0: not known
+    since: str  # when it took the lock
+    port: int  # where the run's ranks meet; 0: on one node
+    job: str  # Slurm's; empty outside
+    restart: int  # of the job
+
+    @classmethod
+    def here(cls, port: int) -> Holder:
+        """This process."""
+        process = _process(os.getpid())
+        return cls(
+            uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), process[1] if process else 0,
+            time.strftime("%Y-%m-%d %H:%M:%S"), port, os.environ.get("SLURM_JOB_ID", ""),
+            int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        )  # fmt: skip
+
+    def alive(self, successor: Holder) -> bool | None:
+        """Whether it still runs, as far as `successor`'s process can tell; None: not from here."""
+        if self.machine == successor.machine:
+            process = _process(self.pid)
+            return process is not None and process[0] not in "ZX" and self.started in (0, process[1])
+        if self.job and self.job == successor.job and self.restart < successor.restart:
+            return False
+        return None
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"a run on {self.host} (pid {self.pid}{job}, since {self.since})"
+
+
+@contextmanager
+def held(output_dir: Path, port: int = 0) -> Iterator[None]:
+    """Inside, no other run writes into `output_dir`; a process started inside holds it too.
+
+    Args:
+        port: where the ranks of several nodes meet (see `refuse_other`).
+
+    Raises:
+        ConfigError: another run holds it, or the folder cannot be written.
+    """
+    current = holder_of(output_dir)
+    if current is not None and current.token == os.environ.get(HELD):
+        yield
+        return
+    mine = _acquire(output_dir, Holder.here(port))
+    before, ended = os.environ.get(HELD), threading.Event()
+    os.environ[HELD] = mine.token
+    renewing = threading.Thread(target=_renew, args=(output_dir, mine, ended), name="run-lock", daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        os.environ.pop(HELD)
+        if before is not None:
+            os.environ[HELD] = before
+        with suppress(OSError), _opened(output_dir / LOCK_FILE) as file:
+            if _read(file) == mine:
+                os.ftruncate(file, 0)
+
+
+def refuse_other(output_dir: Path, port: int) -> None:
+    """For launchers and ranks beside the one that holds the lock: ConfigError where another run visibly does.
+
+    They belong to the same run where their ranks meet at the same `port`.
+    """
+    holder = holder_of(output_dir)
+    if holder is None or holder.port == port or holder.token == os.environ.get(HELD):
+        return
+    if holder.alive(Holder.here(port)):
+        raise in_use(output_dir, holder)
+
+
+def running_in(output_dir: Path) -> Holder | None:
+    """The run that holds the folder, unless its process is known to be gone."""
+    holder = holder_of(output_dir)
+    return None if holder is None or holder.alive(Holder.here(0)) is False else holder
+
+
+def holder_of(output_dir: Path) -> Holder | None:
+    """Who holds the folder by its lock, alive or not; None where nobody does."""
+    try:
+        with (output_dir / LOCK_FILE).open("rb") as file:
+            return _parsed(file.read())
+    except OSError:
+        return None
+
+
+def in_use(output_dir: Path, holder: Holder) -> ConfigError:
+    """The refusal of a second run."""
+    return ConfigError(
+        f"output_dir: {output_dir}: in use by {holder}; wait for it or end it, or give another output_dir"
+    )
+
+
+def make_folder(output_dir: Path) -> None:
+    """The run's folder. Raises ConfigError where it cannot be made or written."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise cannot_write(output_dir, error) from None
+
+
+def cannot_write(output_dir: Path, error: OSError) -> ConfigError:
+    """The refusal of a folder that no run can have."""
+    return ConfigError(f"output_dir: {output_dir}: cannot be written to ({error.strerror}); name a folder of your own")
+
+
+def _acquire(output_dir: Path, mine: Holder) -> Holder:
+    """Write `mine` into the lock, once nobody holds it."""
+    make_folder(output_dir)
+    path = output_dir / LOCK_FILE
+    silent: Holder | None = None  # a holder on another machine that showed no life
+    while True:
+        with _guarded(path) as (file, guarded):
+            holder = _read(file)
+            alive = False if holder is None or holder == silent else holder.alive(mine)
+            if alive is False:
+                content = json.dumps(asdict(mine), indent=1).encode()
+                os.pwrite(file, content, 0)
+                os.ftruncate(file, len(content))
+                os.fsync(file)
+        if alive is False:
+            if not guarded:  # of two that wrote at once, the later one has it
+                time.sleep(2 * POLL_SECONDS)
+            if holder_of(output_dir) == mine:
+                if holder is not None:
+                    _say(f"{path}: left by {holder}, which is gone; taken over")
+                return mine
+        elif holder is not None:
+            if alive or _shows_life(path, holder):
+                raise in_use(output_dir, holder)
+            silent = holder
+
+
+def _shows_life(path: Path, holder: Holder) -> bool:
+    """Whether a holder on another machine renews its lock."""
+    first = _time_of(path)
+    _say(
+        f"{path}: held by {holder}; waiting up to {SILENT_SECONDS:.0f} s to see whether it is alive "
+        "(if you know that it is gone, remove the file and start again)"
+    )
+    until = time.monotonic() + SILENT_SECONDS
+    while time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+        if _time_of(path) != first:
+            return holder_of(path.parent) is not None
+    return False
+
+
+def _time_of(path: Path) -> int | None:
+    """When the file was written; opened for it, since a network disk remembers the time of a closed file."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
+    """The thread of a holder: shows that it is alive, and ends the run if another one has taken its place."""
+    path = output_dir / LOCK_FILE
+    while not ended.wait(RENEW_SECONDS):
+        try:
+            if (now := holder_of(output_dir)) == mine:
+                os.utime(path)
+            elif now is None:  # removed by hand
+                path.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")
+            else:
+                _say(f"{path}: {now} has taken this folder, since this run seemed gone; this run ends")
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+        except OSError:  # a disk that is away: the others see a silent run, and wait a while longer
+            continue
+
+
+@contextmanager
+def _guarded(path: Path) -> Iterator[tuple[int, bool]]:
+    """The lock's file, and whether no other process is inside here: a disk without `flock` cannot say."""
+    with _opened(path) as file:
+        until, guarded = time.monotonic() + GUARD_SECONDS, False
+        while not guarded and time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                guarded = True
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield file, guarded
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _read(file: int) -> Holder | None:
+    return _parsed(os.pread(file, 2**16, 0))
+
+
+def _parsed(content: bytes) -> Holder | None:
+    """None for an empty file, and for what a kill left of one."""
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
+
+
+def _machine() -> str:
+    """This boot of this machine and this process's pid namespace; the host's name where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _process(pid: int) -> tuple[str, int] | None:
+    """State (a letter) and start, in clock ticks since the boot, of a process; None where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:  # no /proc
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "?", 0
+
+
+def _say(text: str) -> None:
+    print(f"crosslift: {text}", file=sys.stderr, flush=True)
