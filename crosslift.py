@@ -49,12 +49,14 @@ def train(
     from training.launch import launch, visible_gpus
     from training.prepare import prepare
     from training.run_file import load_config
+    from training.run_lock import held
 
     settings = load_config(config, overrides or [])
     check_start(settings)
-    prepare(settings)  # its errors come before any rank starts
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
-    raise SystemExit(launch(config, overrides or [], nproc or visible_gpus() or 1, options))
+    with held(settings.output_dir):
+        prepare(settings)  # its errors come before any rank starts
+        raise SystemExit(launch(config, overrides or [], nproc or visible_gpus() or 1, options))
 
 
 @app.command()
@@ -67,6 +69,7 @@ def check(
     ] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks a node, where not one a GPU")] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU: fails where the run will not fit")] = None,
+    accept_changes: Annotated[bool, typer.Option(help="as train: although data or config differ")] = False,
 ) -> None:
     """All that can be known before a run. Example: crosslift check CONFIG data_dir=DIR --gpus-per-node 8"""
     from slurm.site import load_settings
@@ -80,9 +83,11 @@ def check(
     gpus = None if gpus_per_node is None else job.gpus
     if gpus == 0 and gpu_memory is not None:
         raise ConfigError("--gpu-memory: ranks on CPUs (--gpus-per-node 0) have no GPU; leave it out")
-    for line in check_run(
-        settings, nodes=nodes, gpus_per_node=gpus, nproc_per_node=nproc_per_node, gpu_memory_gib=gpu_memory
-    ):
+    lines = check_run(
+        settings, nodes=nodes, gpus_per_node=gpus, nproc_per_node=nproc_per_node, gpu_memory_gib=gpu_memory,
+        accept_changes=accept_changes,
+    )  # fmt: skip
+    for line in lines:
         print(line)
 
 
@@ -164,13 +169,14 @@ def plan(
 def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> None:
     """Train the tokenizer that `tokenizer.train` describes. Example: crosslift tokenizer CONFIG --output DIR"""
     from training.errors import ConfigError
-    from training.prepare import open_index, train_tokenizer_of
+    from training.prepare import cache_folder, open_index, train_tokenizer_of
     from training.run_file import load_config
 
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; give a new folder")
     settings = load_config(config, overrides or [])
-    train_tokenizer_of(settings, open_index(settings), output)
+    with cache_folder(settings) as cache:
+        train_tokenizer_of(settings, open_index(settings, cache), output)
     print(output)
 
 
@@ -208,16 +214,16 @@ def xtreme_run(
     """Fine-tune, select, predict, score. Example: crosslift xtreme run configs/xtreme.yaml --task xnli ..."""
     from evals.xtreme.run import run_xtreme
     from evals.xtreme.run_file import XtremeRun
+    from training.run_lock import held
     from training.tracking import run_of_runs
 
-    run_xtreme(
-        XtremeRun(
-            config, task, model, method, data_dir, output, translations=translations, layout=layout,
-            soft_labels=soft_labels, nproc=nproc, overrides=tuple(overrides or ()), mixup=mixup, baseline=baseline,
-            unlabelled=unlabelled,
-        ),
-        run_of_runs,
+    run = XtremeRun(
+        config, task, model, method, data_dir, output, translations=translations, layout=layout,
+        soft_labels=soft_labels, nproc=nproc, overrides=tuple(overrides or ()), mixup=mixup, baseline=baseline,
+        unlabelled=unlabelled,
     )  # fmt: skip
+    with held(output):
+        run_xtreme(run, run_of_runs)
 
 
 @app.command()
@@ -227,8 +233,10 @@ def quickstart(
 ) -> None:
     """The whole story at toy scale, on CPU, in minutes. Example: crosslift quickstart --output runs/quickstart"""
     from evals.quickstart import run_quickstart
+    from training.run_lock import held
 
-    run_quickstart(output, seed, _track_scores)
+    with held(output):
+        run_quickstart(output, seed, _track_scores)
 
 
 @app.command()

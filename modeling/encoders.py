@@ -64,23 +64,49 @@ def write_task_start(
     anything but head weights is missing, if the checkpoint holds anything the task model has no place for but
     pretraining heads and a pooler, and when `output` was made from something else.
     """
-    directory = resolve_directory(directory_or_name)
-    architecture = _architecture(kind, labels)
-    config = load_config(directory, architecture)
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
-        raise ModelError(f"{directory}: a {config.model_type} model is a decoder; take an encoder, such as xlm-roberta")
-    with torch.device("meta"):  # so that a wrong encoder is refused before its weights are read
-        encoder_layers(auto_class(architecture).from_config(config))
+    directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
+    config = _encoder_config(directory, architecture)
     made_from = {"weights": directory_hash(directory), "kind": kind, "labels": list(labels), "seed": seed}
 
     def write(temporary: Path) -> None:
-        model = _with_head(directory, architecture, config, labels, seed)
-        model.save_pretrained(temporary)
-        for pattern in TOKENIZER_FILES:
-            for file in directory.glob(pattern):
-                shutil.copy(file, temporary / file.name)
+        _with_head(directory, architecture, config, labels, seed).save_pretrained(temporary)
+        _copy_tokenizer(directory, temporary)
 
     return written_once(output, made_from, write)
+
+
+def write_task_config(
+    directory_or_name: str | Path, kind: TaskKind, labels: Sequence[str], output: Path, pretrained: bool
+) -> Path:
+    """What `write_task_start` writes, but for the weights: for a look at the model's shape.
+
+    `pretrained`: there are weights to start from, and they are held against the task's. Raises ModelError as it does.
+    """
+    directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
+    config = _encoder_config(directory, architecture)
+    if pretrained:
+        config = _with_head(directory, architecture, config, labels, 0, device="meta").config
+    else:
+        config.update(_label_names(labels))
+    config.save_pretrained(output)
+    _copy_tokenizer(directory, output)
+    return output
+
+
+def _encoder_config(directory: Path, architecture: Architecture) -> PreTrainedConfig:
+    """Raises ModelError for what is no encoder, before its weights are read."""
+    config = load_config(directory, architecture)
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
+        raise ModelError(f"{directory}: a {config.model_type} model is a decoder; take an encoder, such as xlm-roberta")
+    with torch.device("meta"):
+        encoder_layers(auto_class(architecture).from_config(config))
+    return config
+
+
+def _copy_tokenizer(directory: Path, output: Path) -> None:
+    for pattern in TOKENIZER_FILES:
+        for file in directory.glob(pattern):
+            shutil.copy(file, output / file.name)
 
 
 def load_task_model(
@@ -122,19 +148,30 @@ def _check_labels(directory: Path, config: PreTrainedConfig, labels: Sequence[st
         )
 
 
+def _label_names(labels: Sequence[str]) -> dict[str, Any]:
+    """Keys of a model's config."""
+    numbered = dict(enumerate(labels))
+    return {"id2label": numbered, "label2id": {label: number for number, label in numbered.items()}} if labels else {}
+
+
 def _with_head(
-    directory: Path, architecture: Architecture, config: PreTrainedConfig, labels: Sequence[str], seed: int
+    directory: Path,
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    labels: Sequence[str],
+    seed: int,
+    device: str | None = None,
 ) -> PreTrainedModel:
-    """The pretrained weights in a task model, whose missing head weights are drawn from `seed`."""
+    """The pretrained weights in a task model, whose missing head weights are drawn from `seed`.
+
+    `device`: "meta" for the model's shape alone.
+    """
     stored_tensors(directory)  # whole files, safetensors only
-    changes: dict[str, Any] = {}
-    if labels:
-        numbered = dict(enumerate(labels))
-        changes = {"id2label": numbered, "label2id": {label: number for number, label in numbered.items()}}
     with quiet(), torch.random.fork_rng(devices=[]):  # what transformers draws for the head is drawn anew below
         loaded: Any = auto_class(architecture).from_pretrained(
             directory, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
-            use_safetensors=True, trust_remote_code=False, attn_implementation="eager", dtype="auto", **changes,
+            use_safetensors=True, trust_remote_code=False, attn_implementation="eager", dtype="auto", device_map=device,
+            **_label_names(labels),
         )  # fmt: skip
     model, report = loaded
     mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]

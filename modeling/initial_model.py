@@ -34,6 +34,7 @@ def write_initial_model(
     output: Path,
     seed: int,
     architecture: Architecture = "causal-lm",
+    weights: bool = True,
 ) -> Path:
     """Write a randomly initialised model with its tokenizer as a Hugging Face directory, once.
 
@@ -41,11 +42,16 @@ def write_initial_model(
     initialisation. `config`: the keys of a `config.json` (at least `model_type`), or such a file. Vocabulary
     size and special ids come from the tokenizer; a larger `vocab_size` may be given. Weights depend on
     `config`, `architecture`, the tokenizer and `seed` alone. An `output` that holds the same model already is
-    left as it is. Raises ModelError on unknown keys, on a type without that architecture, and when `output`
-    holds another model.
+    left as it is. Without `weights` only the config and the tokenizer are written, for who looks at the model's shape.
+    Raises ModelError on unknown keys, on a type without that architecture, and when `output` holds another model.
     """
     model_config = _initial_config(config, tokenizer)
     model_class(model_config, architecture)
+    if not weights:
+        model_config.architectures = [model_class(model_config, architecture).__name__]
+        model_config.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        return output
     described = json.loads(model_config.to_json_string())
     del described["transformers_version"]  # a newer release may go on with the model
     vocabulary = hashlib.blake2b(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()

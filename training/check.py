@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data_pipeline.chat import describe
-from data_pipeline.loader import RankStep, SampleReader
+from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.plan import assign
 from data_pipeline.records import TokenizedSample
@@ -20,15 +20,17 @@ from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskSample
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from data_pipeline.tasks.tokenize import EncodedSide
 from training.activations import BatchShape
-from training.assembly import COST_SAMPLES, DataParts, assemble_data, check_model
+from training.assembly import COST_SAMPLES, DataParts, assemble_data, check_model, fingerprint
 from training.config import RunConfig
-from training.data_report import contamination, mixture_table
 from training.errors import ConfigError
 from training.front_checks import check_start
 from training.launch import visible_gpus
 from training.memory import GIB, memory_estimate, what_would_help
 from training.objective_config import ShifConConfig, XMixupConfig
-from training.prepare import Prepared, architecture, prepare, sample_rows
+from training.prepare import Prepared, architecture, look, sample_rows
+from training.resume import permitted, schedule_change
+from training.run_lock import make_folder, running_in
+from training.search import newest_seen
 from training.tracking import target_of
 
 COUNTED_STEPS = 64
@@ -41,6 +43,7 @@ def check_run(
     gpus_per_node: int | None = None,
     nproc_per_node: int | None = None,
     gpu_memory_gib: float | None = None,
+    accept_changes: bool = False,
 ) -> Iterator[str]:
     """Lines about everything that a run rests on; raises what the run would have raised.
 
@@ -53,33 +56,55 @@ def check_run(
     if gpu_memory_gib is not None and not 0 < gpu_memory_gib < math.inf:
         raise ConfigError(f"--gpu-memory {gpu_memory_gib:g}: must be a number of GiB above 0")
     check_start(config)
-    prepared = prepare(config)
-    yield from _rows(config, prepared)
-    data = assemble_data(config, prepared)
-    if isinstance(data.packer, Packer):
-        yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
-        yield _pairs(data, config)
-    gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
-    of_node = nproc_per_node or gpus or 1
-    yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
-    yield from mixture_table(config, data)
-    yield "one sample a language, its labels checked:"
-    yield from _samples(data, config, 1)
-    tracking = config.tracking
-    yield str(target_of(tracking, config.output_dir)) if tracking.enabled else "MLflow: off (tracking.enabled)"
+    with look(config) as prepared:
+        yield from _rows(config, prepared)
+        data = assemble_data(config, prepared)
+        if isinstance(data.packer, Packer):
+            yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
+            yield _pairs(data, config)
+        gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
+        of_node = nproc_per_node or gpus or 1
+        yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
+        yield "one sample a language, its labels checked:"
+        yield from _samples(data, config, 1)
+        tracking = config.tracking
+        yield str(target_of(tracking, config.output_dir)) if tracking.enabled else "MLflow: off (tracking.enabled)"
+        yield from _start(config, prepared, accept_changes)
+
+
+def _start(config: RunConfig, prepared: Prepared, accept_changes: bool) -> Iterator[str]:
+    """What `train` would find in the run's folder, and whether it would begin. Raises ConfigError as it would."""
+    make_folder(config.output_dir)
+    if (holder := running_in(config.output_dir)) is not None:
+        yield f"output_dir: {config.output_dir} is in use by {holder}: until it ends, train is refused"
+    path = newest_seen(config)
+    if path is None:
+        yield "ready to train"
+        return
+    state = permitted(path, config, prepared, fingerprint(prepared), accept_changes)
+    if change := schedule_change(state, config):
+        yield change
+    if state.step == config.max_steps:
+        yield f"{path}: the run is finished: nothing is left to train"
+        return
+    yield f"{path}: goes on from step {state.step} of {config.max_steps}"
     yield "ready to train"
 
 
 def inspect_data(config: RunConfig, samples: int) -> Iterator[str]:
     """`samples` decoded samples a language, label and content marked."""
-    prepared = prepare(config)
-    yield from _rows(config, prepared)
-    yield from _samples(assemble_data(config, prepared), config, samples)
+    with look(config) as prepared:
+        yield from _rows(config, prepared)
+        yield from _samples(assemble_data(config, prepared), config, samples)
 
 
 def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
     """One JSON-ready object a micro-batch: step, rank, micro_batch, ids, languages. Reads and packs for real."""
-    data = assemble_data(config, prepare(config))
+    with look(config) as prepared:
+        yield from _planned(config, assemble_data(config, prepared), steps, world_size)
+
+
+def _planned(config: RunConfig, data: DataParts, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
     for step in steps:
         for rank in range(world_size):
             loaded: RankStep | TaskStep = data.loader(config, rank, world_size).load(step)
@@ -111,7 +136,6 @@ def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     if index.bad_rows:
         origin, reason = index.bad_rows[0]
         yield f"unusable rows: {len(index.bad_rows)}, such as {origin}: {reason}"
-    yield from contamination(index)
 
 
 def _pairs(data: DataParts, config: RunConfig) -> str:
@@ -214,28 +238,19 @@ def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:
             if isinstance(data.reader, TaskReader):
                 yield from _task_sample(data.reader, row, language)
                 continue
-            sample, origin = data.reader.read(row), data.index.origin(row)
+            sample = data.reader.read(row)
+            origin = data.index.record(row).origin
             if sample is None:
-                yield _left_out(data.reader, row, language)
-                continue
-            cut = f", cut from {data.reader.length(row)}" if sample.truncated else ""
-            yield f"--- {language}  {origin}  {len(sample)} tokens{cut}, {int(sample.labels.sum())} labels"
-            yield describe(sample, data.tokenizer)
-
-
-def _left_out(reader: SampleReader | TaskReader, row: int, language: str) -> str:
-    return (
-        f"--- {language}  {reader.index.origin(row)}: {reader.length(row)} tokens, above data.sequence_length: left out"
-    )
+                yield f"--- {language}  {origin}: longer than data.sequence_length, left out"
+            else:
+                yield f"--- {language}  {origin}  {len(sample)} tokens, {int(sample.labels.sum())} labels"
+                yield describe(sample, data.tokenizer)
 
 
 def _task_sample(reader: TaskReader, row: int, language: str) -> Iterator[str]:
     """An encoder's sample as it is read for the first step: both sides decoded, with their labels."""
-    sample, origin = reader.read(row, step=0), reader.index.origin(row)
-    if sample is None:
-        yield _left_out(reader, row, language)
-        return
-    yield f"--- {language}  {origin}  {len(sample)} tokens"
+    sample = reader.read(row, step=0)
+    yield f"--- {language}  {reader.index.task_record(row).origin}  {len(sample)} tokens"
     yield f"target: {_decoded(reader, sample.target, sample.target_labels)}"
     if sample.source is not None and sample.source_labels is not None:
         kind = "itself" if sample.unpaired else "gold" if sample.source_is_gold else "back-translation"

@@ -11,9 +11,8 @@ from pathlib import Path
 from data_pipeline.yaml_values import write_yaml
 from modeling.export_info import VECTORS_FILE
 from training import checkpoint
-from training.assembly import assemble
+from training.assembly import assemble, fingerprint
 from training.config import RunConfig
-from training.data_report import contamination
 from training.disks import checkpoint_disk, own_homes
 from training.distributed import barrier, rank
 from training.engine import process_group
@@ -21,10 +20,9 @@ from training.heartbeat import heart
 from training.plots import draw_plots
 from training.prepare import forget_preparation, prepare
 from training.provenance import git_state, versions
-from training.resume import go_on
+from training.resume import go_on, permitted, schedule_change
 from training.run_file import resolved
 from training.run_record import Status
-from training.run_state import RunState
 from training.search import find_start
 from training.stop import StoppedOnRequest, StopRequest
 from training.tracking import Tracker
@@ -59,19 +57,21 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         checkpoint.clear_leftovers(home)
     barrier()
     found = find_start(config, resume)
-    if found is not None and RunState.read(found).step >= config.max_steps:
-        log.info("%s: the run is finished already", found)
-        return found
+    if found is not None:
+        state = permitted(found, config, prepared, fingerprint(prepared), accept_changes)
+        if state.step >= config.max_steps:
+            log.info("%s: the run is finished already", found)
+            return found
+        if change := schedule_change(state, config):
+            log.info("%s", change)
     tracker = Tracker(config.output_dir, config.tracking) if rank() == 0 else None
     run = assemble(config, prepared)
     trainer = Trainer(run, tracker, stop)
-    start = go_on(trainer, found, accept_changes) if found is not None else 0
+    start = go_on(trainer, found) if found is not None else 0
     for home in homes:
         checkpoint.set_aside_newer(home, start)
     if tracker is not None:
         log.info("%s from step %d on %d ranks", config.output_dir, start, run.engine.world_size)
-        for line in contamination(run.data.index):
-            log.warning("%s", line.removeprefix("warning: "))
         _write_resolved(config)
         tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=start if found else None)
     status: Status = "FAILED"

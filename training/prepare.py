@@ -2,24 +2,34 @@
 
 In: a RunConfig. Out: Prepared, files under `output_dir`. Next: `trainer.py`.
 
-Each artefact is written under a temporary name and renamed, and keyed by what it was made from, so a second
-start finds it, and a changed config makes a new one. Rank 0 makes, the others wait for files, not in a
-collective: nothing times out while a large corpus is indexed.
+A run (`prepare`) makes `tokenizer/`, `initial_model/` and `task_model/` in its folder. Each is written under a
+temporary name and renamed, with a note of what it was made from, so a second start finds it, and a changed config
+makes a new one, unless checkpoints rest on it. Rank 0 makes, the others wait for files, not in a collective: nothing
+times out while a large corpus is indexed.
+
+Commands that only look (`look`) never write these. What they and runs share lies in `index/`, where the name of a
+folder is a hash of all that it depends on: the index, and tokenizers that were trained.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.index import DataIndex, build_index
 from data_pipeline.order import row_at
 from data_pipeline.records import BadRow, stable_hash
+from training import run_lock
 from training.checkpoint import checkpoint_root
 from training.config import RunConfig
 from training.errors import ConfigError
@@ -28,6 +38,10 @@ if TYPE_CHECKING:
     from modeling.architectures import Architecture
 
 POLL_SECONDS = 0.2
+CACHE = "index"
+NOTE = "made_from.json"
+# What of it a start with checkpoints may not change, beside which data and seed do not matter: they are kept.
+SETTLED = {"tokenizer": ("train",), "initial_model": ("init", "head"), "task_model": ("kind", "labels")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +54,13 @@ class Prepared:
 
 
 def prepare(config: RunConfig, rank: int = 0) -> Prepared:
-    """Index the data, train the tokenizer, initialise the weights, as far as the config asks for it.
+    """For a run: index the data, train the tokenizer, initialise the weights, as far as the config asks for it.
 
     Raises:
         DataError, ConfigError: with one line, before anything is trained.
     """
     if rank == 0:
+        run_lock.make_folder(config.output_dir)
         index = open_index(config)
         tokenizer_dir = _tokenizer(config, index)
         model_dir = _starting_weights(config, tokenizer_dir)
@@ -63,17 +78,48 @@ def forget_preparation(config: RunConfig) -> None:
     _ready_file(config).unlink(missing_ok=True)
 
 
-def open_index(config: RunConfig) -> DataIndex:
-    """The index of the run's sources, built where it is missing."""
-    data = config.data
+@contextmanager
+def look(config: RunConfig) -> Iterator[Prepared]:
+    """For a command that only looks: what a run would be prepared with; what the run's folder holds stays as it is.
+
+    Inside, a model from scratch and a task's model are their config without weights where the run has not made them.
+    Raises as `prepare`.
+    """
+    with cache_folder(config) as cache, TemporaryDirectory(prefix="crosslift-") as scratch:
+        index = open_index(config, cache)
+        tokenizer_dir = _tokenizer(config, index, cache)
+        yield Prepared(index, tokenizer_dir, _starting_weights(config, tokenizer_dir, Path(scratch)))
+
+
+@contextmanager
+def cache_folder(config: RunConfig) -> Iterator[Path]:
+    """Where a command that only looks keeps its index: with the run, or where that folder is read-only, for a while.
+
+    Raises:
+        ConfigError: `output_dir` cannot be a folder.
+    """
+    cache = config.output_dir / CACHE
     try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="probe-", dir=cache):
+            pass
     except OSError as error:
-        raise ConfigError(
-            f"output_dir: {config.output_dir}: cannot be written to ({error.strerror}); name a folder of your own"
-        ) from None
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise run_lock.cannot_write(config.output_dir, error) from None
+    else:
+        yield cache
+        return
+    with TemporaryDirectory(prefix="crosslift-") as scratch:
+        _link_all(cache, Path(scratch))
+        _link_all(cache / "arrow", Path(scratch, "arrow"))
+        yield Path(scratch)
+
+
+def open_index(config: RunConfig, cache: Path | None = None) -> DataIndex:
+    """The index of the run's sources, built where it is missing: in the run's folder, or in `cache`."""
+    data = config.data
     return build_index(
-        data.sources, data.languages, config.data_dir, config.output_dir / "index",
+        data.sources, data.languages, config.data_dir, cache or config.output_dir / CACHE,
         heldout_items=data.heldout_items, seed=config.seed, max_bad_rows=data.max_bad_rows, task=data.task,
         patience=data.patience_seconds,
     )  # fmt: skip
@@ -115,7 +161,8 @@ def train_tokenizer_of(config: RunConfig, index: DataIndex, output: Path) -> Non
     train_tokenizer(training_texts(config, index, settings.max_sentences), output, settings)
 
 
-def _tokenizer(config: RunConfig, index: DataIndex) -> str:
+def _tokenizer(config: RunConfig, index: DataIndex, cache: Path | None = None) -> str:
+    """The run's own tokenizer, or with `cache` one for a command that only looks."""
     if config.tokenizer.train is None:
         path = config.tokenizer.path or config.model.path
         assert path is not None  # the config model requires one
@@ -124,27 +171,42 @@ def _tokenizer(config: RunConfig, index: DataIndex) -> str:
         "train": config.tokenizer.train.model_dump(mode="json"), "seed": config.seed,
         "data": index.fingerprint, "heldout": config.data.heldout_items,
     }  # fmt: skip
-    return str(
-        _made_once(config.output_dir / "tokenizer", made_from, lambda path: train_tokenizer_of(config, index, path))
-    )
+    trained = (cache or config.output_dir / CACHE) / f"tokenizer-{_key(made_from)}"
+    own = config.output_dir / "tokenizer"
+
+    def copy(path: Path) -> None:
+        _made_by_key(trained, lambda path: train_tokenizer_of(config, index, path))
+        shutil.copytree(trained, path)
+
+    if cache is None:
+        return str(_made_once(own, made_from, copy))
+    if _is_kept(own, made_from):
+        return str(own)
+    return str(_made_by_key(trained, lambda path: train_tokenizer_of(config, index, path)))
 
 
-def _starting_weights(config: RunConfig, tokenizer_dir: str) -> str:
-    """The directory or hub name that weights are loaded from; an encoder's gets its task's head there."""
+def _starting_weights(config: RunConfig, tokenizer_dir: str, scratch: Path | None = None) -> str:
+    """The directory or hub name that weights are loaded from; an encoder's gets its task's head there.
+
+    With `scratch`, for a command that only looks, the run's own or a config without weights.
+    """
     task = config.data.task
-    start = config.model.path or _from_scratch(config, tokenizer_dir)
+    start = config.model.path or _from_scratch(config, tokenizer_dir, scratch)
     if task is None:
         return start
     if task.kind == "text" and config.model.path is None:
         return start  # made with that head
 
     def write(path: Path) -> None:
-        from modeling.encoders import write_task_start
+        from modeling.encoders import write_task_config, write_task_start
 
-        write_task_start(start, task.kind, task.labels, path, config.seed)
+        if scratch is None:
+            write_task_start(start, task.kind, task.labels, path, config.seed)
+        else:
+            write_task_config(start, task.kind, task.labels, path, pretrained=config.model.path is not None)
 
     made_from = {"start": start, "kind": task.kind, "labels": list(task.labels), "seed": config.seed}
-    return str(_made_once(config.output_dir / "task_model", made_from, write))
+    return str(_made_once(config.output_dir / "task_model", made_from, write, scratch))
 
 
 def architecture(config: RunConfig) -> Architecture:
@@ -154,7 +216,7 @@ def architecture(config: RunConfig) -> Architecture:
     return "causal-lm" if config.data.task is None else TASK_ARCHITECTURES[config.data.task.kind]
 
 
-def _from_scratch(config: RunConfig, tokenizer_dir: str) -> str:
+def _from_scratch(config: RunConfig, tokenizer_dir: str, scratch: Path | None) -> str:
     init = config.model.init
     assert init is not None  # the config model requires one
     head: Architecture = "causal-lm" if config.data.task is None else "masked-lm"
@@ -164,10 +226,10 @@ def _from_scratch(config: RunConfig, tokenizer_dir: str) -> str:
         from modeling.untrusted import read_tokenizer
 
         tokenizer = read_tokenizer(tokenizer_dir)
-        write_initial_model(init, tokenizer, path, config.seed, architecture=head)
+        write_initial_model(init, tokenizer, path, config.seed, architecture=head, weights=scratch is None)
 
     made_from = {"init": init, "seed": config.seed, "tokenizer": _identity(tokenizer_dir), "head": head}
-    return str(_made_once(config.output_dir / "initial_model", made_from, write))
+    return str(_made_once(config.output_dir / "initial_model", made_from, write, scratch))
 
 
 def _identity(tokenizer_dir: str) -> Any:
@@ -175,26 +237,74 @@ def _identity(tokenizer_dir: str) -> Any:
     return stable_hash(file.read_text(encoding="utf-8")) if file.is_file() else tokenizer_dir
 
 
-def _made_once(path: Path, made_from: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    """`path`, made by `make` unless it is there already from the same ingredients.
+def _made_once(
+    path: Path, made_from: Mapping[str, Any], make: Callable[[Path], None], scratch: Path | None = None
+) -> Path:
+    """`path`, made by `make` unless it is there already from the same ingredients; with `scratch`, made there instead.
 
     What checkpoints rest on is never made anew: whether they may go on with other ingredients is decided, with
     the difference, when one is loaded.
     """
-    note = path / "made_from.json"
-    if note.is_file() and any(checkpoint_root(path.parent).glob("step-*")):
+    if _is_kept(path, made_from):
         return path
-    wanted = json.dumps(made_from, sort_keys=True)
-    if note.is_file() and note.read_text(encoding="utf-8") == wanted:
+    if scratch is not None:
+        make(scratch / path.name)
+        return scratch / path.name
+    if (path / NOTE).is_file() and _has_checkpoints(path.parent):
         return path
     temporary = path.with_name(f".incomplete-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     make(temporary)
-    (temporary / note.name).write_text(wanted, encoding="utf-8")
+    (temporary / NOTE).write_text(json.dumps(made_from, sort_keys=True), encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
     return path
+
+
+def _is_kept(path: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether a run with these ingredients uses what lies at `path`."""
+    try:
+        noted = json.loads((path / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    wanted = json.loads(json.dumps(made_from))
+    if noted == wanted:
+        return True
+    settled = SETTLED.get(path.name, ())
+    return _has_checkpoints(path.parent) and all(noted.get(name) == wanted[name] for name in settled)
+
+
+def _has_checkpoints(output_dir: Path) -> bool:
+    return any(checkpoint_root(output_dir).glob("step-*"))
+
+
+def _made_by_key(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, whose name says what it is made from; processes that make it at once do no harm."""
+    if not path.is_dir():
+        temporary = path.with_name(f"building-{uuid.uuid4().hex}")
+        try:
+            make(temporary)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if not path.is_dir():  # else another process was first
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _key(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _link_all(source: Path, target: Path) -> None:
+    """`target` as a folder of links to what lies in `source`, folders named `arrow` left out."""
+    target.mkdir(exist_ok=True)
+    for entry in source.iterdir() if source.is_dir() else ():
+        if entry.name != "arrow":
+            (target / entry.name).symlink_to(entry.absolute())
 
 
 def _ready_file(config: RunConfig) -> Path:

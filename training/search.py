@@ -7,6 +7,7 @@ In: a run file and `--resume`, on every rank. Out: a checkpoint, the same on all
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def find_start(config: RunConfig, resume: str) -> Path | None:
     if config.checkpoint.local_dir is None or resume != "auto":
         return find_checkpoint(resume, config.output_dir)
     return find_newest(config, checkpoint_disk(config))
+
+
+def newest_seen(config: RunConfig) -> Path | None:
+    """The newest complete checkpoint that can be seen without ranks, its content not read: for a look at a run."""
+    homes = [config.output_dir]
+    if config.checkpoint.local_dir is not None:
+        homes.append(Path(os.path.expandvars(config.checkpoint.local_dir)))
+    found = [path for home in homes if (path := checkpoint.latest(home)) is not None]
+    return max(found, key=checkpoint.step_of, default=None)
 
 
 def find_newest(config: RunConfig, disk: Disk) -> Path | None:

@@ -194,7 +194,7 @@ def local_disks(data_dir: Path, work: Path) -> None:
     report["damaged"] = str(start)
     again = Trainer(assemble(config, prepared), None, StopRequest())
     losses = {}
-    for step in range(go_on(again, start, accept_changes=False), STEPS):
+    for step in range(go_on(again, start), STEPS):
         batch = again.run.loader.load(step)
         losses[step + 1] = again.train_step(step, batch, again.agree(batch))["train/loss"]
     report["losses"] = losses

@@ -45,7 +45,7 @@ def main() -> None:
         trainer = Trainer(assemble(config, prepare(config, rank())), tracker=None)
         start = 0
         if world_size() != SAVING_RANKS:
-            start = go_on(trainer, checkpoint.checkpoint_path(config.output_dir, SAVED), accept_changes=False)
+            start = go_on(trainer, checkpoint.checkpoint_path(config.output_dir, SAVED))
             assert start == SAVED
         metrics = {}
         for step in range(start, STEPS):

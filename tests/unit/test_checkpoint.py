@@ -36,7 +36,9 @@ FINGERPRINT = {"en.jsonl": "aa", "de.jsonl": "bb", "languages": "en de"}
 
 
 def state(step: int = 0) -> RunState:
-    return RunState(step=step, world_size=2, fingerprint=FINGERPRINT, config=CONFIG, versions={"torch": "2"})
+    return RunState(
+        step=step, world_size=2, bad_slots=1, fingerprint=FINGERPRINT, config=CONFIG, versions={"torch": "2"}
+    )
 
 
 def save(output_dir: Path, step: int, keep: int = 9) -> Path:
@@ -488,7 +490,7 @@ def test_the_same_run_has_no_differences() -> None:
     ("key", "value", "lines"),
     [
         ("seed", 2, ["config seed: was 1, now 2"]),
-        ("max_steps", 20, ["config max_steps: was 10, now 20"]),
+        ("max_steps", 9, ["config max_steps: was 10, now 9"]),
         ("data.languages", ["en", "fr"], ["config data.languages: was ['en', 'de'], now ['en', 'fr']"]),
         (
             "data.mixture.weights",
@@ -502,7 +504,7 @@ def test_the_same_run_has_no_differences() -> None:
     ],
 )
 def test_a_changed_key_is_named_with_both_values(key: str, value: Any, lines: list[str]) -> None:
-    found = differences(state(), FINGERPRINT, with_key(key, value))
+    found = list(map(str, differences(state(), FINGERPRINT, with_key(key, value))))
     assert set(lines) <= set(found)
     assert all(line.startswith(f"config {key.rsplit('.', 1)[0] if '.' in key else key}") for line in found)
 
@@ -523,29 +525,9 @@ def test_keys_that_change_no_sample_and_no_gradient_are_free(key: str, value: An
     assert differences(state(), FINGERPRINT, with_key(key, value)) == []
 
 
-def test_what_becomes_of_overlong_samples_is_compared_and_old_checkpoints_left_them_out() -> None:
-    old = replace(state(), config={"data": {"task": None}})
-    assert differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "drop"}}) == []
-    assert differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "truncate"}}) == [
-        "config data.overlong: was 'drop', now 'truncate'"
-    ]
-    task = {"kind": "classification"}
-    old = replace(state(), config={"data": {"task": task}})
-    assert differences(old, FINGERPRINT, {"data": {"task": task, "overlong": "truncate"}}) == []
-
-
-def test_a_checkpoint_that_counted_visits_of_unusable_rows_can_be_read(tmp_path: Path) -> None:
-    state(4).write(tmp_path)
-    file = tmp_path / "state.json"
-    values = json.loads(file.read_text())
-    del values["totals"]
-    file.write_text(json.dumps({**values, "bad_slots": 7}))
-    assert RunState.read(tmp_path) == state(4)
-
-
 def test_changed_new_and_gone_files_are_named() -> None:
     now = {"en.jsonl": "aa", "de.jsonl": "changed", "fr.jsonl": "cc"}
-    assert differences(state(), now, CONFIG) == [
+    assert list(map(str, differences(state(), now, CONFIG))) == [
         "data de.jsonl: has changed",
         "data fr.jsonl: is new",
         "data languages: is gone",
@@ -554,4 +536,4 @@ def test_changed_new_and_gone_files_are_named() -> None:
 
 def test_data_and_config_are_reported_together() -> None:
     found = differences(state(), FINGERPRINT | {"en.jsonl": "zz"}, with_key("seed", 5))
-    assert found == ["config seed: was 1, now 5", "data en.jsonl: has changed"]
+    assert list(map(str, found)) == ["config seed: was 1, now 5", "data en.jsonl: has changed"]
