@@ -35,13 +35,17 @@ def score_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> list[Path]:
     """Table and plot beside an evaluation's results.json; all three. Raises EvalError."""
     table, plot = output / TABLE_FILE, output / PLOT_FILE
-    counts = ", ".join(f"{language} {score['n']}" for language, score in results["languages"].items())
+    counts = ", ".join(f"{language} {_count(score)}" for language, score in results["languages"].items())
     write_atomically(table, f"{mgsm_table({name: results})}\n\nproblems: {counts}\n")
     try:
         _draw(results, plot, name)
     except OSError as error:
         raise EvalError(f"{plot}: cannot be written: {error.strerror}") from error
     return [output / RESULTS_FILE, table, plot]
+
+
+def _count(score: Mapping[str, Any]) -> str:
+    return f"{score['n']} of {score['available']}" if score["partial"] else str(score["n"])
 
 
 def _draw(results: Mapping[str, Any], plot: Path, name: str) -> None:
@@ -59,7 +63,7 @@ def _draw(results: Mapping[str, Any], plot: Path, name: str) -> None:
         above = [100 * max(each["high"] - each["value"], 0) for each in found]
         axes.bar(range(len(scores)), values, color="#56B4E9")
         axes.errorbar(range(len(scores)), values, [below, above], fmt="none", ecolor="0.3", capsize=3, linewidth=1)
-        labels = [f"{text(language)}\nn={score['n']}" for language, score in scores.items()]
+        labels = [f"{text(language)}\nn={_count(score)}" for language, score in scores.items()]
         axes.set_xticks(range(len(scores)), labels, fontsize="small")
         axes.set(title=f"{text(name)}: accuracy, 95 % interval", ylabel="%", ylim=(0, 100))
         axes.grid(alpha=0.3, axis="y")

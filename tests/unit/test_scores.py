@@ -133,9 +133,13 @@ def test_models_of_no_run_are_told_apart(tmp_path: Path) -> None:
 def results(languages: dict[str, int]) -> dict[str, Any]:
     accuracy = {HEADLINE: {"correct": 1, "value": 0.5, "low": 0.1, "high": 0.9}}
     scores = {
-        language: {"n": n, "available": n, "accuracy": accuracy, "shifted": True} for language, n in languages.items()
+        language: {"n": n, "available": 250, "partial": n < 250, "accuracy": accuracy, "shifted": True}
+        for language, n in languages.items()
     }
-    return {"run": None, "headline": HEADLINE, "languages": scores, "averages": {"all": {HEADLINE: 0.5}}}
+    averages = {"all": {HEADLINE: 0.5}}
+    return {
+        "run": None, "headline": HEADLINE, "languages": scores, "averages": averages, "missing": {}, "partial": ["all"]
+    }  # fmt: skip
 
 
 def test_an_evaluation_gives_accuracy_and_n_by_language_a_table_and_a_plot(tmp_path: Path) -> None:
@@ -144,5 +148,5 @@ def test_an_evaluation_gives_accuracy_and_n_by_language_a_table_and_a_plot(tmp_p
         "accuracy/en": 0.5, "n/en": 250.0, "accuracy/বাংলা": 0.5, "n/বাংলা": 2.0, "accuracy/mean_all": 0.5,
     }  # fmt: skip
     _, table, plot = write_score_files(found, tmp_path, "mgsm")
-    assert "problems: en 250, বাংলা 2" in table.read_text()
+    assert "problems: en 250, বাংলা 2 of 250" in table.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
