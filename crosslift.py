@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -354,6 +355,8 @@ def main() -> None:
     """Entry point: one line and status 2 for what the user can mend."""
     try:
         status = app(standalone_mode=False)
+    except typer.Abort:  # Ctrl-C
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]

@@ -147,6 +147,16 @@ def test_two_mistakes_are_two_lines(cli: Cli, shared_file: Path) -> None:
     ]
 
 
+def test_ctrl_c_ends_a_command_without_a_trace(cli: Cli, shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.run_file.load_config", interrupted)
+    answer = cli("check", shared_file)
+    assert (answer.status, answer.out) == (130, "")
+    assert "Traceback" not in answer.err
+
+
 def test_a_bad_override_names_itself(cli: Cli, shared_file: Path) -> None:
     assert refused(cli("check", shared_file, "max_steps")).startswith("override 'max_steps': must be key.sub=value")
 
