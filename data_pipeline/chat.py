@@ -117,6 +117,10 @@ class Chat:
         """What is left of an answer after the tokenizer: itself, but for one that normalises text."""
         return self.decode(self._encode(answer, [(0, len(answer))], self._special)[0])
 
+    def token_starts(self, content: str) -> list[int]:
+        """Where each token of a prompt's message begins, in characters; the message by itself, without its template."""
+        return [start for start, _ in self._encode(content, [(0, len(content))], self._control)[1]]
+
     def to_dict(self) -> dict[str, Any]:
         """What an export keeps, as plain JSON data; `from_dict` reads it."""
         return {"template": self.config.model_dump(mode="json"), "languages": list(self.languages)}

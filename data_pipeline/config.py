@@ -26,6 +26,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 TaskKind = Literal["classification", "tagging", "qa", "text"]
+Overlong = Literal["error", "drop", "truncate"]  # what becomes of a sample that is too long
 
 # The columns of each kind of task: those that it cannot do without, and those that it may have.
 TASK_COLUMNS: dict[TaskKind, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -55,6 +55,7 @@ class DataIndex:
     language        (N,) int16
     group           (N,) int64, stable_hash of Record.group: equal in translations of the same item
     content         (N,) int64, stable_hash of Record.user_text
+    normalized      (N,) int64, stable_hash of Record.user_text without case, white space and Unicode form
     n_bytes         (N,) int32, UTF-8 bytes of all messages, or of a task's texts
     bad             (N,) bool: unusable, keeps its place in the order
     heldout         (N,) bool: in no training batch
@@ -77,6 +78,7 @@ class DataIndex:
         self.language: npt.NDArray[np.int16] = arrays["language"]
         self.group: Integers = arrays["group"]
         self.content: Integers = arrays["content"]
+        self.normalized: Integers = arrays["normalized"]
         self.n_bytes: npt.NDArray[np.int32] = arrays["n_bytes"]
         self.bad: npt.NDArray[np.bool_] = arrays["bad"]
         self.heldout: npt.NDArray[np.bool_] = arrays["heldout"]
@@ -115,6 +117,10 @@ class DataIndex:
         same_source = source_of[self._shard[entries[first:last]]] == source_of[self._shard[row]]
         return int(entries[first + int(same_source.argmax())])
 
+    def origin(self, row: int) -> str:
+        """Where an entry stands, "file.jsonl:17"; nothing is read."""
+        return self._readers[self._shard[row]].shard.origin(self._place(row))
+
     def record(self, row: int) -> Record:
         """Reads one entry of a source of conversations. Raises as `read` does, and DataError for a task's row."""
         found = self.read(row)
@@ -135,7 +141,7 @@ class DataIndex:
         Raises BadRow if it is unusable and DataError if the file has changed since it was indexed.
         """
         reader = self._readers[self._shard[row]]
-        place = Place(*(int(self._arrays[name][row]) for name in ("number", "offset", "length")))
+        place = self._place(row)
         wide = self.languages[self.language[row]] if reader.source.languages is not None else None
         try:
             row_of_file = patiently(lambda: reader.shard.read(place), reader.shard.address, self.patience)
@@ -149,6 +155,9 @@ class DataIndex:
         if record is None or stable_hash(record.user_text) != self.content[row]:
             raise DataError(f"{reader.shard.origin(place)}: the file has changed since the run began; start again")
         return record
+
+    def _place(self, row: int) -> Place:
+        return Place(*(int(self._arrays[name][row]) for name in ("number", "offset", "length")))
 
     def _section(self, values: str, starts: str, language: int, heldout: bool) -> Integers:
         position = int(heldout) * len(self.languages) + language
@@ -192,7 +201,9 @@ def build_index(
     if task is not None:
         settings["task"] = f"{task.kind}: {' '.join(task.labels)}"
     shards = [(reader.source.name, reader.shard.address, reader.shard.identity) for reader in readers]
-    directory = cache_dir / hashlib.sha256(json.dumps([settings, shards]).encode()).hexdigest()[:32]
+    # The arrays are part of the name: another version's folder may lack some. They say nothing new about the data, so
+    # they are not in the fingerprint that a resume compares.
+    directory = cache_dir / hashlib.sha256(json.dumps([settings, shards, ARRAYS]).encode()).hexdigest()[:32]
     index = _opened(directory, readers)
     if index is None:
         scan = Scan(languages, max_bad_rows)

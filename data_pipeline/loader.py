@@ -19,11 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.chat import Chat, check_labels
+from data_pipeline.config import Overlong
 from data_pipeline.index import DataIndex
 from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
-from data_pipeline.plan import Planner, StepPlan, Unit, assign
-from data_pipeline.records import BadRow, TokenizedSample, stable_hash
+from data_pipeline.plan import Planner, Slot, StepPlan, Unit, assign
+from data_pipeline.records import BadRow, DataError, Record, TokenizedSample, stable_hash
+from data_pipeline.truncation import truncate
 
+OUTCOMES = ("filled", "truncated", "overlong", "unusable")  # of slots; the truncated are filled, too
+Integers = npt.NDArray[np.int64]
 FINGERPRINT_RANGE = 2**40  # 8,192 samples add up to less than 2**53, which a float holds exactly
 
 Step = TypeVar("Step")
@@ -42,8 +46,9 @@ class RankStep:
     pairs: int
     tokens: npt.NDArray[np.int64]  # (languages,) processed tokens, by the sample's language
     samples: npt.NDArray[np.int64]  # (languages,)
-    bad_rows: tuple[str, ...]  # one line each: "file:line: reason"
-    overlong: int
+    slots: Integers  # (OUTCOMES, languages): what became of this rank's slots; a label-free fill is none
+    bad_rows: tuple[BadRow, ...]  # one a slot or fill that they left empty
+    overlong: int  # slots and fills left empty by samples that are too long
     fingerprint: int  # sum over samples of a hash of each: adds up over ranks to one number for the step
     dropped_pairs: int  # of the whole step, as planned; the same on every rank
 
@@ -56,17 +61,40 @@ class RankStep:
 class SampleReader:
     """Row numbers -> tokenised samples."""
 
-    def __init__(self, index: DataIndex, chat: Chat, sequence_length: int) -> None:
+    def __init__(self, index: DataIndex, chat: Chat, sequence_length: int, overlong: Overlong = "drop") -> None:
         self.index = index
         self.chat = chat
         self.sequence_length = sequence_length
+        self.overlong = overlong
+
+    def length(self, row: int) -> int:
+        """Tokens of a row's whole sample, however long. Raises BadRow, DataError."""
+        return len(self.chat.tokenize(self.index.record(row)))
 
     def read(self, row: int, *, labelled: bool = True) -> TokenizedSample | None:
-        """The sample of a row; None where it is longer than `sequence_length`. Raises BadRow, DataError."""
+        """The sample of a row; None where it is too long and left out. Raises BadRow, DataError.
+
+        Too long is longer than `sequence_length`. Under `overlong` "truncate" only a sample whose answers alone are too
+        long is left out; under "error" one that is too long is a DataError.
+        """
         record = self.index.record(row)
+        sample = self.fitted(record, labelled=labelled)
+        if sample is None and self.overlong == "error":
+            raise overlong_error(record.origin, self.length(row), self.sequence_length)
+        return sample
+
+    def fitted(self, record: Record, *, labelled: bool = True) -> TokenizedSample | None:
+        """The sample of a record, its prompt cut where it is too long and `overlong` is "truncate"; None where it is
+        longer than `sequence_length` still. Raises BadRow, DataError.
+        """
         sample = self.chat.tokenize(record, labelled=labelled)
         if len(sample) > self.sequence_length:
-            return None
+            if self.overlong != "truncate":
+                return None
+            cut = truncate(self.chat, record, sample, self.sequence_length, labelled=labelled)
+            if cut is None:
+                return None
+            record, sample = cut
         if labelled:
             check_labels(self.chat, record, sample)
         return sample
@@ -84,6 +112,24 @@ class SampleReader:
                 kept.append(row)
                 samples.append(sample)
         return kept, samples
+
+
+def overlong_error(origin: str, length: int, most: int) -> DataError:
+    """Of a row that is too long, under `data.overlong: error`."""
+    return DataError(
+        f"{origin}: {length} tokens, data.sequence_length is {most}; shorten the row, raise data.sequence_length, or "
+        "set data.overlong to drop or truncate"
+    )
+
+
+def no_slots(n_languages: int) -> Integers:
+    """Counts of slots, all 0: (OUTCOMES, languages)."""
+    return np.zeros((len(OUTCOMES), n_languages), np.int64)
+
+
+def count_slot(counts: Integers, slot: Slot, outcome: str) -> None:
+    """Adds one slot to `counts` (OUTCOMES, languages); a label-free fill is none."""
+    counts[OUTCOMES.index(outcome), slot.language] += slot.labelled
 
 
 class PlannedLoader(ABC, Generic[Step]):
@@ -130,15 +176,16 @@ class StepLoader(PlannedLoader[RankStep]):
 
     def load(self, step: int) -> RankStep:
         plan = self.planner.step(step)
-        bad_rows: list[str] = []
+        n_languages = len(self.reader.index.languages)
+        slots = no_slots(n_languages)
+        bad_rows: list[BadRow] = []
         overlong = 0
         tokenized = []
         for unit in self.share(plan):
-            read, too_long = self._read_unit(unit, bad_rows)
+            read, too_long = self._read_unit(unit, slots, bad_rows)
             overlong += too_long
             if read.samples:
                 tokenized.append(read)
-        n_languages = len(self.reader.index.languages)
         samples = [sample for unit in tokenized for sample in unit.samples]
         languages = np.array([sample.language for sample in samples], dtype=np.int64)
         lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
@@ -149,14 +196,18 @@ class StepLoader(PlannedLoader[RankStep]):
             pairs=sum(len(unit.pairs) for unit in tokenized),
             tokens=np.bincount(languages, weights=lengths, minlength=n_languages).astype(np.int64),
             samples=np.bincount(languages, minlength=n_languages).astype(np.int64),
+            slots=slots,
             bad_rows=tuple(bad_rows),
             overlong=overlong,
             fingerprint=sum(stable_hash(sample.language, sample.id) % FINGERPRINT_RANGE for sample in samples),
             dropped_pairs=plan.dropped_pairs,
         )
 
-    def _read_unit(self, unit: Unit, bad_rows: list[str]) -> tuple[TokenizedUnit, int]:
-        """The unit's readable samples and the pairs that still have both sides; how many were too long."""
+    def _read_unit(self, unit: Unit, slots: Integers, bad_rows: list[BadRow]) -> tuple[TokenizedUnit, int]:
+        """The unit's readable samples and the pairs that still have both sides; how many were too long.
+
+        Adds to `slots` what became of its slots.
+        """
         samples: list[TokenizedSample] = []
         place: dict[int, int] = {}
         overlong = 0
@@ -164,11 +215,16 @@ class StepLoader(PlannedLoader[RankStep]):
             try:
                 sample = self.reader.read(slot.row, labelled=slot.labelled)
             except BadRow as error:
-                bad_rows.append(str(error))
+                bad_rows.append(error)
+                count_slot(slots, slot, "unusable")
                 continue
             if sample is None:
                 overlong += 1
+                count_slot(slots, slot, "overlong")
                 continue
+            count_slot(slots, slot, "filled")
+            if sample.truncated:
+                count_slot(slots, slot, "truncated")
             place[number] = len(samples)
             samples.append(sample)
         pairs = tuple((place[a], place[b]) for a, b in unit.pairs if a in place and b in place)

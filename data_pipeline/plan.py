@@ -127,6 +127,10 @@ class Planner:
         self._keys = np.array([order_key(seed, code) for code in index.languages], np.uint64)
         self._tokens_per_byte = np.ones(len(index.languages)) if tokens_per_byte is None else np.array(tokens_per_byte)
 
+    def slots_by_language(self, steps: int) -> list[int]:
+        """How many slots each language has in the first `steps` steps."""
+        return [int(count) for count in self._quotas.counts_before(steps * self._slots_per_step)]
+
     def step(self, t: int) -> StepPlan:
         """The plan of step `t` (from 0)."""
         first = t * self._slots_per_step

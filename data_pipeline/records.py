@@ -12,6 +12,7 @@ Shapes: T tokens of one sample, B rows of a micro-batch, N label positions, P pa
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,9 +101,16 @@ class TokenizedSample:
     labels: npt.NDArray[np.bool_]
     content: npt.NDArray[np.bool_]
     answer: npt.NDArray[np.bool_]
+    truncated: bool = False  # its prompt lost words, to fit data.sequence_length
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def normalized(text: str) -> str:
+    """A text for comparison: NFKC, case folded, each run of white space one space, none at the ends."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
 
 
 def stable_hash(*parts: object) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, stable_hash
+from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, normalized, stable_hash
 from data_pipeline.sources import AnyRecord, RecordReader
 
 PENDING = -2  # a bad row whose language only the rest of its file can tell
@@ -28,6 +28,7 @@ COLUMNS = {
     "language": np.int16,
     "group": np.int64,
     "content": np.int64,
+    "normalized": np.int64,
     "n_bytes": np.int32,
     "bad": np.bool_,
     "shard": np.int32,
@@ -40,7 +41,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Scan:
-    """Collects one entry a Record: nine numbers, however long the text."""
+    """Collects one entry a Record: ten numbers, however long the text."""
 
     def __init__(self, languages: Sequence[str], max_bad_rows: int) -> None:
         self.codes = {language: code for code, language in enumerate(languages)}
@@ -66,7 +67,7 @@ class Scan:
                         code = PENDING if language is None else self.codes.get(language, NO_LANGUAGE)
                         if code == PENDING:
                             pending.append(len(self.columns["language"]))
-                        entry: tuple[int, ...] = (code, -1, -1, 0, True, shard, *place)
+                        entry: tuple[int, ...] = (code, -1, -1, -1, 0, True, shard, *place)
                     else:
                         code = self.codes[result.language]
                         seen.add(code)
@@ -92,8 +93,9 @@ class Scan:
         return {name: values[kept] for name, values in whole.items()}
 
 
-def _measure(record: AnyRecord) -> tuple[int, int, int]:
-    return stable_hash(record.group), stable_hash(record.user_text), record.n_bytes
+def _measure(record: AnyRecord) -> tuple[int, int, int, int]:
+    text = record.user_text
+    return stable_hash(record.group), stable_hash(text), stable_hash(normalized(text)), record.n_bytes
 
 
 def lookups(arrays: Arrays, languages: Sequence[str], heldout_items: int, seed: int) -> Arrays:

@@ -110,7 +110,8 @@ def eval(
 ) -> dict[str, Any]:
     """Score a model. Example: crosslift eval runs/a/model --tasks mgsm --data-dir mgsm --output runs/a/mgsm"""
     from evals.errors import EvalError
-    from evals.mgsm import evaluate_mgsm, find_files, mgsm_table, read_problems
+    from evals.mgsm import evaluate_mgsm, find_files, read_problems
+    from evals.mgsm_table import mgsm_table
     from evals.opening import open_model
 
     if tasks != "mgsm":
@@ -142,7 +143,8 @@ def score(
         print(json.dumps(scores.to_json(), ensure_ascii=False, indent=1) if as_json else score_table(scores))
         return
     from evals.errors import EvalError
-    from evals.mgsm import mgsm_table, score_mgsm
+    from evals.mgsm import score_mgsm
+    from evals.mgsm_table import mgsm_table
     from evals.numbers import RULES
 
     if task != "mgsm":
@@ -241,7 +243,7 @@ def xtreme_analyse(
     if not all(models.values()):
         raise EvalError(f"--model {' '.join(model)}: must be LABEL=DIR, such as before=runs/a/model")
     pairs = parallel_texts(text_files(texts, _listed(languages)), dominant, limit)
-    report = analyse({label: expanded(path) for label, path in models.items()}, pairs, dominant=dominant)
+    report = analyse({label: expanded(path) for label, path in models.items()}, pairs, dominant=dominant, limit=limit)
     print(representation_table(report))
     print("  ".join(map(str, write_report(report, output))))
 

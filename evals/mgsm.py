@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.records import Message
 from evals.errors import EvalError
 from evals.numbers import HEADLINE, RULES, gold_number
-from evals.report import Accuracy, accuracy_table
 from evals.results import RESULTS_FILE, claim, described_model, described_versions, read_run, write_atomically
 from evals.statistics import wilson_interval
 
@@ -102,7 +101,8 @@ def evaluate_mgsm(
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}; it must be at least 1")
     files = find_files(data_dir, ".tsv", languages)
-    problems = {language: read_problems(file)[:limit] for language, file in files.items()}
+    found = {language: read_problems(file) for language, file in files.items()}
+    problems = {language: every[:limit] for language, every in found.items()}
     response_language = response_language or generator.info.response_language
     run = {
         "task": "mgsm",
@@ -135,8 +135,9 @@ def evaluate_mgsm(
                 for parts in zip(range(len(chosen)), chosen, asked, answers, strict=True)
             ]
             write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        scores[language] = _score(rows, len(chosen))
-    results = {"run": run, **_summary(scores, generator.info.dominant)}
+        scores[language] = _score(rows, len(found[language]))
+    missing = dict.fromkeys(find_files(data_dir, ".tsv").keys() - files.keys(), "not asked for")
+    results = {"run": run, **_summary(scores, generator.info.dominant, missing)}
     write_atomically(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     return results
 
@@ -159,7 +160,8 @@ def score_mgsm(predictions: str | Path, labels: str | Path) -> dict[str, Any]:
         problems = read_problems(gold[language])
         scores[language] = _score(read_predictions(file, language, problems), len(problems))
     run = read_run(next(iter(files.values())).parent.parent)
-    return {"run": run, **_summary(scores, run["model"]["dominant"] if run else None)}
+    missing = dict.fromkeys(find_files(labels, ".tsv").keys() - files.keys(), "no predictions")
+    return {"run": run, **_summary(scores, run["model"]["dominant"] if run else None, missing)}
 
 
 def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
@@ -180,37 +182,6 @@ def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> 
             raise EvalError(f"{file}:{number + 1}: answers another question than problem {index} of the labels")
         rows[index] = _judged({**row, "gold": problems[index].gold}, language)
     return [rows[index] for index in sorted(rows)]
-
-
-def mgsm_table(results: Mapping[str, Mapping[str, Any]], rules: Sequence[str] = (HEADLINE,)) -> str:
-    """Results by name, as `evaluate_mgsm` gives them, side by side: a line a language, then the averages."""
-    columns = [(name, rule) for name in results for rule in rules]
-    plain = len(rules) == 1, len(results) == 1
-    headers = [name if plain[0] else rule if plain[1] else f"{name} {rule}" for name, rule in columns]
-    rows: list[tuple[str, list[Accuracy | None]]] = []
-    marked = False
-    for language in dict.fromkeys(language for result in results.values() for language in result["languages"]):
-        scores = {name: result["languages"].get(language) for name, result in results.items()}
-        unshifted = any(
-            score is not None and score["shifted"] is False and _shifts(results[name]) for name, score in scores.items()
-        )
-        marked = marked or unshifted
-        cells = [_cell(scores[name], rule) for name, rule in columns]
-        rows.append((language + "*" * unshifted, cells))
-    for average in dict.fromkeys(key for result in results.values() for key in result["averages"]):
-        values = [results[name]["averages"].get(average) for name, _ in columns]
-        cells = [value and Accuracy(value[rule]) for value, (_, rule) in zip(values, columns, strict=True)]
-        rows.append((f"mean {average.replace('_', ' ')}", cells))
-    return accuracy_table(rows, headers, ["* no language vector: ran unshifted"] if marked else [])
-
-
-def _shifts(result: Mapping[str, Any]) -> bool:
-    return bool(result["run"]) and result["run"]["model"]["objective"] == "shifcon"
-
-
-def _cell(score: Mapping[str, Any] | None, rule: str) -> Accuracy | None:
-    found = score["accuracy"][rule] if score else None
-    return found and Accuracy(found["value"], found["low"], found["high"])
 
 
 def _prompt(chat: Chat, problem: Problem, language: str, response_language: str) -> Prompt:
@@ -247,7 +218,10 @@ def _judged(row: dict[str, Any], language: str) -> dict[str, Any]:
 
 
 def _score(rows: Sequence[Mapping[str, Any]], available: int) -> dict[str, Any]:
-    """One language's scores; shares of 1. `shifted`: every answer was. None: the predictions do not tell."""
+    """One language's scores on `n` of the `available` problems, `partial` if these are more; shares of 1.
+
+    `shifted`: every answer was. None: the predictions do not tell.
+    """
     n = len(rows)
 
     def told(key: str) -> list[Any] | None:
@@ -262,6 +236,7 @@ def _score(rows: Sequence[Mapping[str, Any]], available: int) -> dict[str, Any]:
     return {
         "n": n,
         "available": available,
+        "partial": n < available,
         "accuracy": accuracy,
         "no_number": {rule: sum(row["extracted"][rule] is None for row in rows) / n for rule in RULES},
         "unfinished": None if finished is None else finished.count(False) / n,
@@ -271,8 +246,14 @@ def _score(rows: Sequence[Mapping[str, Any]], available: int) -> dict[str, Any]:
     }
 
 
-def _summary(scores: Mapping[str, Mapping[str, Any]], dominant: str | None) -> dict[str, Any]:
-    """Scores by language, and their unweighted means over languages by rule."""
+def _summary(
+    scores: Mapping[str, Mapping[str, Any]], dominant: str | None, missing: Mapping[str, str]
+) -> dict[str, Any]:
+    """Scores by language, and their unweighted means over languages by rule.
+
+    `missing`: languages of the data that are not scored, with the reason. `partial`: the means that lack one of their
+    languages, or some of its problems.
+    """
     averaged: dict[str, Sequence[str]] = {"all": list(scores)}
     if dominant in scores and len(scores) > 1:
         averaged[f"without_{dominant}"] = [language for language in scores if language != dominant]
@@ -282,4 +263,14 @@ def _summary(scores: Mapping[str, Mapping[str, Any]], dominant: str | None) -> d
         name: {rule: fmean(scores[language]["accuracy"][rule]["value"] for language in languages) for rule in RULES}
         for name, languages in averaged.items()
     }
-    return {"headline": HEADLINE, "languages": dict(scores), "averages": averages}
+    return {
+        "headline": HEADLINE,
+        "languages": dict(scores),
+        "averages": averages,
+        "missing": {language: missing[language] for language in sorted(missing)},
+        "partial": [
+            name
+            for name, languages in averaged.items()
+            if any(scores[language]["partial"] for language in languages) or (missing and name != "published_ten")
+        ],
+    }

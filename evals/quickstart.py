@@ -138,7 +138,11 @@ def _answers(output: Path, model: str, test: str, track: TrackScores | None) -> 
     correct: Correct = {}
     for language, file in find_files(data, ".tsv", LANGUAGES).items():
         predictions = scores / "predictions" / f"mgsm_{language}.jsonl"
-        rows = read_predictions(predictions, language, read_problems(file))
+        problems = read_problems(file)
+        rows = read_predictions(predictions, language, problems)
+        if len(rows) < len(problems):  # the models are compared item by item, so all of them or none
+            what = f"holds {len(rows)} of {len(problems)} answers"
+            raise EvalError(f"{predictions}: {what}; delete {scores} and call quickstart again")
         correct[language] = [row["correct"][HEADLINE] for row in rows]
     return correct
 

@@ -5,22 +5,35 @@ In: accuracies with intervals, by language and model. Out: aligned lines. Next: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """An accuracy and its interval, as shares of 1; an average over languages has no interval."""
+    """An accuracy and its interval, as shares of 1; an average over languages has no interval.
+
+    `partial`: of some of the items, or of the languages, only; marked with a star.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    partial: bool = False
 
     def __str__(self) -> str:
+        text = f"{100 * self.value:.1f} %{'*' * self.partial}"
         if self.low is None or self.high is None:
-            return f"{100 * self.value:.1f} %"
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+            return text
+        return f"{text} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """ "no predictions: de, fr; no labels: sw"."""
+    languages: dict[str, list[str]] = {}
+    for language, reason in reasons.items():
+        languages.setdefault(reason, []).append(language)
+    return "; ".join(f"{reason}: {', '.join(names)}" for reason, names in languages.items())
 
 
 def accuracy_table(

@@ -54,12 +54,21 @@ class ModelRepresentations:
 
 @dataclass(frozen=True, slots=True)
 class RepresentationReport:
-    """Models by label, in order. `sentences`: pairs with the dominant language that each language was compared on."""
+    """Models by label, in order. `sentences`: pairs with the dominant language that each language was compared on.
+
+    `limit`: the most pairs of a language that were asked for; a language that has so many may have more.
+    """
 
     dominant: str
     pooling: str
     sentences: dict[str, int]
     models: dict[str, ModelRepresentations]
+    limit: int | None = None
+
+    @property
+    def partial(self) -> list[str]:
+        """Languages of which the limit may have left pairs out."""
+        return [language for language, number in self.sentences.items() if number == self.limit]
 
     @property
     def few(self) -> list[str]:
@@ -86,6 +95,8 @@ class RepresentationReport:
             "dominant": self.dominant,
             "pooling": self.pooling,
             "sentences": self.sentences,
+            "limit": self.limit,
+            "partial": self.partial,
             "measures": MEASURES,
             "models": models,
             "versions": described_versions(),
@@ -101,6 +112,7 @@ def analyse(
     max_length: int = 128,
     batch_size: int = 32,
     dtype: Literal["fp32", "bf16"] = "fp32",
+    limit: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> RepresentationReport:
     """Compares each language with the dominant one in every model, one forward pass a sentence.
@@ -110,6 +122,7 @@ def analyse(
         texts: language -> (sentences in the dominant language, their translations), line by line.
         pooling: "mean" over a sentence's own tokens, or "first", which encoders alone have.
         max_length: tokens of a sentence; longer ones are cut, and counted.
+        limit: with which `parallel_texts` was called; the report says so.
         progress: told of n more pairs; there are as many as sentences, times models.
 
     Sums take 24 * (layers + 1) * width^2 bytes on the model's device: 0.6 GB for XLM-R large, 13 GB for a decoder of
@@ -126,6 +139,7 @@ def analyse(
             label: _model(path, texts, pooling, max_length, batch_size, dtype, progress)
             for label, path in models.items()
         },
+        limit=limit,
     )
 
 
@@ -141,9 +155,12 @@ def representation_table(report: RepresentationReport) -> str:
     by_language = [["language", "sentences", *columns]]
     for language, number in report.sentences.items():
         found = [model.curves[measure][language] for model in report.models.values() for measure in heads]
-        by_language.append([language, str(number), *(_cell(_mean(curve, partial=True)) for curve in found)])
+        cell = f"{number}{'*' * (language in report.partial)}"
+        by_language.append([language, cell, *(_cell(_mean(curve, partial=True)) for curve in found)])
     lines = [f"States of sentences against their translations in {report.dominant!r}, pooling {report.pooling!r}", ""]
     lines += ["Mean over languages", *_aligned(by_layer), "", "Mean over layers", *_aligned(by_language)]
+    if report.partial:
+        lines.append(f"* the first {report.limit} sentences; the files may hold more")
     if report.few:
         lines.append(
             f"Fewer sentences than the states are wide, so that CKA is too high and only the debiased one compares: "

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.plot_text import PlotText
 from evals.errors import EvalError
-from evals.mgsm import mgsm_table
+from evals.mgsm_table import mgsm_table
 from evals.results import RESULTS_FILE, write_atomically
 
 TABLE_FILE, PLOT_FILE = "table.txt", "accuracy.png"

@@ -18,10 +18,11 @@ import numpy as np
 
 from data_pipeline.chat import Chat
 from data_pipeline.index import DataIndex
-from data_pipeline.loader import SampleReader, StepLoader, fixed_batches
+from data_pipeline.loader import SampleReader, StepLoader, fixed_batches, overlong_error
 from data_pipeline.mixture import Quotas, language_weights
 from data_pipeline.packing import Layout, MicroBatch, Packer
 from data_pipeline.plan import Planner
+from data_pipeline.records import BadRow
 from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.reader import TaskLoader, TaskReader
@@ -96,7 +97,8 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     if data.task is not None:
         return task_data(config, data.task, index, tokenizer)
     chat = Chat(tokenizer, data.template, data.languages)
-    reader = SampleReader(index, chat, data.sequence_length)
+    reader = SampleReader(index, chat, data.sequence_length, data.overlong)
+    check_longest(config, reader)
     planner = build_planner(config, index, tokens_per_byte(config, reader))
     packer = build_packer(config, prepared.model_dir, tokenizer)
     check_contrast_sets(config, planner, packer)
@@ -114,7 +116,9 @@ def task_data(config: RunConfig, task: TaskConfig, index: DataIndex, tokenizer: 
         dominant=data.languages.index(data.dominant),
         seed=config.seed,
         source_schedule=objective.source_schedule if isinstance(objective, XMixupConfig) else None,
+        overlong=data.overlong,
     )
+    check_longest(config, reader)
     packer = TaskPacker(
         int(tokenizer.pad_token_id or 0), data.micro_batch_tokens, task, paired=paired,
         has_token_types="token_type_ids" in tokenizer.model_input_names,
@@ -256,13 +260,36 @@ def tokens_per_byte(config: RunConfig, reader: SampleReader | TaskReader) -> lis
     return ratios
 
 
+def check_longest(config: RunConfig, reader: SampleReader | TaskReader) -> None:
+    """Under `data.overlong: error`, the rows of every language that have the most bytes, held against the limit.
+
+    Raises DataError, at the start, for what training would otherwise meet at some step.
+    """
+    index, limit = reader.index, config.data.sequence_length
+    for language in range(len(index.languages) if config.data.overlong == "error" else 0):
+        rows = index.rows(language)
+        usable = rows[~index.bad[rows]]
+        for row in usable[np.argsort(-index.n_bytes[usable], kind="stable")[:COST_SAMPLES]].tolist():
+            try:
+                length = reader.length(row)
+            except BadRow:
+                continue  # counted, and bounded by max_bad_rows, where a slot of training meets it
+            if length > limit:
+                raise overlong_error(index.origin(row), length, limit)
+
+
 def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> None:
     """Refuse at the start what would not fit: a contrast set is one rank's, in one micro-batch."""
     if not isinstance(config.objective, ShifConConfig):
         return
     longest, budget = config.data.sequence_length, config.data.micro_batch_tokens
+    cut = config.data.overlong == "truncate"
     units = (unit for step in range(min(config.max_steps, CHECKED_STEPS)) for unit in planner.step(step).units)
-    sets = ([round(slot.cost) for slot in unit.slots if slot.cost <= longest] for unit in units if unit.pairs)
+    sets = (
+        [round(min(slot.cost, longest)) for slot in unit.slots if cut or slot.cost <= longest]
+        for unit in units
+        if unit.pairs
+    )
     largest = max((packer.tokens_alone(lengths) for lengths in sets if lengths), default=0)
     if largest > budget:
         raise ConfigError(

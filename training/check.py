@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data_pipeline.chat import describe
-from data_pipeline.loader import RankStep
+from data_pipeline.loader import RankStep, SampleReader
 from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.plan import assign
 from data_pipeline.records import TokenizedSample
@@ -22,6 +22,7 @@ from data_pipeline.tasks.tokenize import EncodedSide
 from training.activations import BatchShape
 from training.assembly import COST_SAMPLES, DataParts, assemble_data, check_model, fingerprint
 from training.config import RunConfig
+from training.data_report import contamination, mixture_table
 from training.errors import ConfigError
 from training.front_checks import check_start
 from training.launch import visible_gpus
@@ -65,6 +66,7 @@ def check_run(
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
         of_node = nproc_per_node or gpus or 1
         yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
+        yield from mixture_table(config, data)
         yield "one sample a language, its labels checked:"
         yield from _samples(data, config, 1)
         tracking = config.tracking
@@ -136,6 +138,7 @@ def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     if index.bad_rows:
         origin, reason = index.bad_rows[0]
         yield f"unusable rows: {len(index.bad_rows)}, such as {origin}: {reason}"
+    yield from contamination(index)
 
 
 def _pairs(data: DataParts, config: RunConfig) -> str:
@@ -238,19 +241,28 @@ def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:
             if isinstance(data.reader, TaskReader):
                 yield from _task_sample(data.reader, row, language)
                 continue
-            sample = data.reader.read(row)
-            origin = data.index.record(row).origin
+            sample, origin = data.reader.read(row), data.index.origin(row)
             if sample is None:
-                yield f"--- {language}  {origin}: longer than data.sequence_length, left out"
-            else:
-                yield f"--- {language}  {origin}  {len(sample)} tokens, {int(sample.labels.sum())} labels"
-                yield describe(sample, data.tokenizer)
+                yield _left_out(data.reader, row, language)
+                continue
+            cut = f", cut from {data.reader.length(row)}" if sample.truncated else ""
+            yield f"--- {language}  {origin}  {len(sample)} tokens{cut}, {int(sample.labels.sum())} labels"
+            yield describe(sample, data.tokenizer)
+
+
+def _left_out(reader: SampleReader | TaskReader, row: int, language: str) -> str:
+    return (
+        f"--- {language}  {reader.index.origin(row)}: {reader.length(row)} tokens, above data.sequence_length: left out"
+    )
 
 
 def _task_sample(reader: TaskReader, row: int, language: str) -> Iterator[str]:
     """An encoder's sample as it is read for the first step: both sides decoded, with their labels."""
-    sample = reader.read(row, step=0)
-    yield f"--- {language}  {reader.index.task_record(row).origin}  {len(sample)} tokens"
+    sample, origin = reader.read(row, step=0), reader.index.origin(row)
+    if sample is None:
+        yield _left_out(reader, row, language)
+        return
+    yield f"--- {language}  {origin}  {len(sample)} tokens"
     yield f"target: {_decoded(reader, sample.target, sample.target_labels)}"
     if sample.source is not None and sample.source_labels is not None:
         kind = "itself" if sample.unpaired else "gold" if sample.source_is_gold else "back-translation"

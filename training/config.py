@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.chat import TemplateConfig
-from data_pipeline.config import SourceConfig, TaskKind, merged
+from data_pipeline.config import Overlong, SourceConfig, TaskKind, merged
 from data_pipeline.mixture import MixtureConfig
 from data_pipeline.settings import PathText, RawValues, RunPath, Section
-from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.config import WINDOWED, TaskConfig
 from data_pipeline.tokenizer import TokenizerTrainingConfig
 from training.guard import GuardConfig
 from training.metric_names import metric_names, unknown_metric
@@ -92,12 +92,22 @@ class DataConfig(Section):
     template: TemplateConfig = TemplateConfig()
     mixture: MixtureConfig = MixtureConfig()
     slots_per_step: int = Field(gt=0, description="labelled samples in a step's global batch, over all ranks")
-    sequence_length: int = Field(gt=1, description="longest sample in tokens; longer ones are left out, counted")
+    sequence_length: int = Field(
+        gt=1, description="longest sample in tokens; `overlong` says what becomes of longer ones"
+    )
+    overlong: Overlong = Field(
+        "drop",
+        description="what becomes of a sample longer than sequence_length. error: the run ends; drop: its slot stays "
+        "empty; truncate: its prompt is cut from the left, never its answer. With a task the default is truncate: "
+        "classification cuts texts at their end; tagging, qa and text read them in windows and take no other value",
+    )
     micro_batch_tokens: int = Field(gt=1, description="rows x row length of one forward pass on one rank")
     layout: Literal["auto", "packed", "padded"] = Field(
         "auto", description="samples share rows, or one a row; auto: packed where a check shows that they stay apart"
     )
-    max_bad_rows: int = Field(0, ge=0, description="how many slots unusable rows may leave empty in a run")
+    max_bad_rows: int = Field(
+        0, ge=0, description="how many rows may be unusable; each counts once, however often a run reads it"
+    )
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
     patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
     workers: int = Field(1, gt=0, le=256, description="background threads a rank that read, tokenise and pack")
@@ -105,9 +115,9 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _tasks_pair_nothing(cls, values: Any) -> Any:
-        """Contrast sets are a matter of conversations; an encoder's samples bring their sources along."""
+        """Contrast sets are a matter of conversations; an encoder's samples bring their sources along, and are cut."""
         if isinstance(values, dict) and values.get("task") is not None:
-            return merged({"mixture": {"pairing": "none"}}, values)
+            return merged({"mixture": {"pairing": "none"}, "overlong": "truncate"}, values)
         return values
 
     @model_validator(mode="after")
@@ -139,6 +149,11 @@ class DataConfig(Section):
                 f"({self.micro_batch_tokens}): the longest sample would fit no micro-batch"
             )
         kind = self.task.kind if self.task is not None else "chat"
+        if kind in WINDOWED and self.overlong != "truncate":
+            yield (
+                f"'overlong' is {self.overlong!r}, but kind {kind!r} reads long texts in windows: none is too long; "
+                "leave it out"
+            )
         names = [source.name for source in self.sources]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"two sources have the name {name!r}"

@@ -91,10 +91,10 @@ def _choose(reader: SampleReader | TaskReader, language: int, items: int) -> tup
 
 
 def _swapped_prompts(reader: SampleReader, rows: Sequence[int]) -> list[TokenizedSample]:
-    """Every answer behind the next item's prompt, as far as that fits."""
+    """Every answer behind the next item's prompt, as far as that fits or can be made to."""
     records = [reader.index.record(row) for row in rows]
     swapped = [
-        reader.chat.tokenize(replace(record, messages=(*other.messages[:-1], record.messages[-1])))
+        reader.fitted(replace(record, messages=(*other.messages[:-1], record.messages[-1])))
         for record, other in zip(records, [*records[1:], *records[:1]], strict=True)
     ]
-    return [sample for sample in swapped if len(sample) <= reader.sequence_length]
+    return [sample for sample in swapped if sample is not None]

@@ -13,6 +13,7 @@ from modeling.export_info import VECTORS_FILE
 from training import checkpoint
 from training.assembly import assemble, fingerprint
 from training.config import RunConfig
+from training.data_report import contamination
 from training.disks import checkpoint_disk, own_homes
 from training.distributed import barrier, rank
 from training.engine import process_group
@@ -72,6 +73,8 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         checkpoint.set_aside_newer(home, start)
     if tracker is not None:
         log.info("%s from step %d on %d ranks", config.output_dir, start, run.engine.world_size)
+        for line in contamination(run.data.index):
+            log.warning("%s", line.removeprefix("warning: "))
         _write_resolved(config)
         tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=start if found else None)
     status: Status = "FAILED"

@@ -133,10 +133,10 @@ def go_on(trainer: Trainer, path: Path) -> int:
         ConfigError: it has more empty slots than are allowed, or holds adapters to another model.
     """
     run, state = trainer.run, RunState.read(path)
-    if state.bad_slots > (allowed := run.config.data.max_bad_rows):
+    if (met := len(state.totals.get("bad_rows", ()))) > (allowed := run.config.data.max_bad_rows):
         raise ConfigError(
-            f"data.max_bad_rows: {allowed}, but unusable rows left {state.bad_slots} slots empty before "
-            f"{path.name} was saved; set data.max_bad_rows={state.bad_slots} or more"
+            f"data.max_bad_rows: {allowed}, but {met} unusable rows were met before {path.name} was saved; "
+            f"set data.max_bad_rows={met} or more"
         )
     if state.base is not None and (now := base_of(run)) != state.base and (now or {}).get("hash") != state.base["hash"]:
         raise ConfigError(

@@ -38,7 +38,6 @@ class RunState:
 
     step: int
     world_size: int
-    bad_slots: int
     fingerprint: dict[str, str]
     config: dict[str, Any]
     versions: dict[str, str]
@@ -47,6 +46,7 @@ class RunState:
     data_offset: int = 0  # step t reads the data of step t + data_offset
     metrics: dict[str, float] = field(default_factory=dict)  # of the last of these steps
     guard: dict[str, Any] = field(default_factory=dict)  # `guard.Guard.state()`
+    totals: dict[str, Any] = field(default_factory=dict)  # `run_totals.RunTotals.state()`
     format: int = FORMAT
 
     def write(self, directory: Path) -> None:
@@ -58,6 +58,7 @@ class RunState:
         values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
             raise ConfigError(f"{directory / STATE_FILE}: format {values.get('format')}, this version reads {FORMAT}")
+        values.pop("bad_slots", None)  # older versions counted visits of unusable rows, which says nothing of the rows
         return cls(**values)
 
 
@@ -78,6 +79,8 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
     `max_steps` may grow.
     """
     old, new = _flat(saved.config), _flat(config)
+    if "data.overlong" in new:  # what versions did that had no such key
+        old.setdefault("data.overlong", "truncate" if "data.task.kind" in old else "drop")
     fixed = FIXED_KEYS + FIXED_KEYS_OF.get(old.get("objective.name", ""), ())
     lines = [
         Difference(f"config {key}: was {old.get(key)!r}, now {new.get(key)!r}", _is_below(key, fixed))

@@ -237,12 +237,12 @@ class Saver:
 
 
 def run_state(
-    run: Run, step: int, bad_slots: int, data_offset: int, metrics: dict[str, float], guard: dict[str, Any]
+    run: Run, step: int, data_offset: int, metrics: dict[str, float], guard: dict[str, Any], totals: dict[str, Any]
 ) -> RunState:
     """What a resume has to know after `step` steps."""
     return RunState(
-        step=step, world_size=run.engine.world_size, bad_slots=bad_slots, data_offset=data_offset,
-        metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, guard=guard,
+        step=step, world_size=run.engine.world_size, data_offset=data_offset,
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, guard=guard, totals=totals,
         fingerprint=run.data.fingerprint, config=resolved(run.config), versions=versions(),
         zero_stage=run.config.zero_stage, base=base_of(run),
     )  # fmt: skip

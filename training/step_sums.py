@@ -11,6 +11,8 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -49,6 +51,10 @@ class StepSums:
         """(2 L + M,) all sums, what is not finite as 0: for a reduction that tells of it beside."""
         return torch.nan_to_num(torch.cat([self.losses, self.labels, self.terms]))
 
+    def label_counts(self, reduced: Tensor) -> npt.NDArray[np.int64]:
+        """(L,) labels of all ranks, out of `finite()` reduced."""
+        return reduced[len(self.losses) : len(self.losses) + len(self.labels)].long().cpu().numpy()
+
     def metrics(self, reduced: Tensor, totals: StepTotals, languages: Sequence[str]) -> dict[str, float]:
         """Means over all ranks, of `finite()` reduced: per label overall and by language, per its own count a term."""
         losses, labels, terms = reduced.split([len(languages), len(languages), len(self.terms)])
@@ -67,6 +73,7 @@ class StepRead:
     """What all ranks together read for a step."""
 
     tokens: Tensor  # (L,) fp64, processed tokens by the sample's language
+    slots: npt.NDArray[np.int64]  # (loader.OUTCOMES, L), what became of the step's slots
     overlong: int  # slots left empty by samples longer than data.sequence_length
     fingerprint: int  # the same for the same set of samples, whatever rank read which
     dropped_pairs: int  # translations not paired since both texts are the same

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch
-from data_pipeline.records import DataError
 from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
 from training import checkpoint
@@ -32,6 +31,7 @@ from training.heartbeat import heart
 from training.objectives import LossTerms
 from training.progress import Progress
 from training.run_state import RunState
+from training.run_totals import RunTotals
 from training.saving import Saver, run_state
 from training.scaling import StepTotals, learning_rate, step_loss_share
 from training.search import find_newest
@@ -82,7 +82,7 @@ class Trainer:
         self.disk = checkpoint_disk(run.config)
         self.guard = Guard(run.config.guard)
         self.stragglers = Stragglers(run.config.watchdog, run.engine.device)
-        self.bad_slots = 0
+        self.totals = RunTotals(run.config.data.languages)
         self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
         self._metrics: dict[str, float] = {}
         self._first_step = True
@@ -102,6 +102,9 @@ class Trainer:
             except RollBack as failed:
                 start = self._roll_back(failed.step)
         progress.close()
+        if rank() == 0:
+            for line in self.totals.table():
+                log.info("%s", line)
 
     def _train_from(self, start: int, progress: Progress) -> None:
         """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
@@ -125,10 +128,13 @@ class Trainer:
             if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
                 metrics |= run.heldout.metrics(run.engine, run.objective)
             self._metrics = metrics
+            saves = done % config.checkpoint.every == 0 or done == config.max_steps
+            if saves:
+                metrics |= self.totals.metrics()
             if self.tracker is not None:
                 self.tracker.log(done, metrics)
             progress.step_done(done, metrics)
-            if done % config.checkpoint.every == 0 or done == config.max_steps:
+            if saves:
                 self.save(done, metrics)
             self.stop.took(time.perf_counter() - began)
             began = time.perf_counter()
@@ -144,6 +150,7 @@ class Trainer:
         sums, micro_batches = self.accumulate(step, batch, agreed.totals)
         reduced, bad = self._reduce(sums)
         languages = self.config.data.languages
+        self.totals.add_step(agreed.read.slots, sums.label_counts(reduced))
         metrics = {**sums.metrics(reduced, agreed.totals, languages), **agreed.read.metrics(languages)}
         rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
         verdict = self.guard.judge(math.nan if bad.any else metrics["train/loss"])
@@ -190,7 +197,7 @@ class Trainer:
         if self.saver.open:
             self._settle()
         heart.phase("copying a checkpoint")
-        state = run_state(self.run, step, self.bad_slots, self.data_offset, metrics, self.guard.state())
+        state = run_state(self.run, step, self.data_offset, metrics, self.guard.state(), self.totals.state())
         # The last one goes where all nodes and the export see it.
         self.saver.begin(step, state, self.disk if step < self.config.max_steps else shared_disk(self.config))
 
@@ -199,7 +206,8 @@ class Trainer:
         state = RunState.read(path)
         self.run.engine.load_state(universal or path, universal=universal is not None)
         self.run.objective.load(path)
-        self.bad_slots, self.data_offset = state.bad_slots, state.data_offset
+        self.data_offset = state.data_offset
+        self.totals.restore(state.totals)
         self.guard.restore(state.guard)
         self.saver.saved_step = state.step
         return state.step
@@ -230,24 +238,19 @@ class Trainer:
         n_micro_batches[rank()] = max(len(batch.micro_batches), 1)
         flags = [self.stop.reason is not None, self.saver.writing]
         seen = [*flags, len(batch.bad_rows), batch.overlong, batch.fingerprint]
+        slots = batch.slots.flatten().tolist()
         total = all_sum(
-            [*seen, *batch.counts.values(), *n_micro_batches, *batch.tokens.tolist()], self.run.engine.device
+            [*seen, *batch.counts.values(), *n_micro_batches, *batch.tokens.tolist(), *slots], self.run.engine.device
         )
-        sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens)]
-        seen_by_all, counts, by_rank, tokens = total.split(sizes)
+        sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens), len(slots)]
+        seen_by_all, counts, by_rank, tokens, slots_of_all = total.split(sizes)
         stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
-        for line in batch.bad_rows:
-            log.warning("step %d: a slot stays empty: %s", batch.step, line)
-        if not stop:  # else the next start reads this step, and counts them
-            self.bad_slots += bad_rows
-        if self.bad_slots > self.config.data.max_bad_rows:
-            lines = [line for lines in gather_objects(batch.bad_rows) for line in lines]
-            raise DataError(
-                f"{lines[0]} ({self.bad_slots} slots left empty by bad rows so far; "
-                f"data.max_bad_rows is {self.config.data.max_bad_rows})"
-            )
+        if bad_rows and not stop:  # else the next start reads this step, and counts them
+            met = [row for rows in gather_objects(batch.bad_rows) for row in rows]
+            self.totals.add_bad_rows(met, self.config.data.max_bad_rows)
         totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
-        read = StepRead(tokens, overlong, fingerprint, batch.dropped_pairs)  # the last is known to every rank
+        became = slots_of_all.long().cpu().numpy().reshape(batch.slots.shape)
+        read = StepRead(tokens, became, overlong, fingerprint, batch.dropped_pairs)  # the last is known to every rank
         return Agreed(totals, read, bool(stop), bool(writing))
 
     def _forward(self, batch: MicroBatch | TaskBatch) -> LossTerms:

@@ -56,6 +56,7 @@ class TaskSample:
     source_is_gold: bool = False  # not a back-translation
     source_counts: bool = False  # its labels are right, so they are learned from
     unpaired: bool = False  # nothing to pair with was there, so it is its own source
+    truncated: bool = False  # its own texts were cut to fit
 
     def __len__(self) -> int:
         """Tokens of the target."""

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from data_pipeline.config import TaskKind
 from data_pipeline.settings import Section
 
+WINDOWED: tuple[TaskKind, ...] = ("tagging", "qa", "text")  # kinds whose long texts are read in windows
 # Options that say something about some kinds only.
 KINDS_OF_OPTION: dict[str, tuple[TaskKind, ...]] = {
     "doc_stride": ("qa", "tagging"),

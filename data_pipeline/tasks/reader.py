@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.config import TaskKind
+from data_pipeline.config import Overlong, TaskKind
 from data_pipeline.index import DataIndex
-from data_pipeline.loader import FINGERPRINT_RANGE, PlannedLoader
+from data_pipeline.loader import FINGERPRINT_RANGE, OUTCOMES, PlannedLoader, count_slot, no_slots, overlong_error
 from data_pipeline.plan import Planner
 from data_pipeline.records import BadRow, DataError, stable_hash
 from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskPacker, TaskSample
@@ -57,8 +57,10 @@ class TaskReader:
         dominant: int,
         seed: int,
         source_schedule: float | None,
+        overlong: Overlong = "truncate",
     ) -> None:
         """`dominant` is the language of the sources; `source_schedule` the k of `gold_probability`, None: always gold.
+        `overlong`: what becomes of a row whose own texts are cut; a source's texts are cut in any case.
 
         Raises DataError where texts without labels are to be paired.
         """
@@ -70,6 +72,7 @@ class TaskReader:
         self.dominant = dominant
         self.seed = seed
         self.source_schedule = source_schedule
+        self.overlong = overlong
         self.label_ids = {label: number for number, label in enumerate(tokenizer.config.labels)}
 
     def gold(self, step: int) -> bool:
@@ -78,15 +81,24 @@ class TaskReader:
             return True
         return stable_hash(self.seed, "source", step) / 2**63 < gold_probability(step, self.source_schedule)
 
-    def read(self, row: int, step: int) -> TaskSample:
-        """The sample that a row gives in a step. Raises BadRow, DataError."""
+    def length(self, row: int) -> int:
+        """Tokens of a row's own texts, uncut; 0 where long ones are read in windows. Raises BadRow, DataError."""
+        return self.tokenizer.windows(self.index.task_record(row).example).uncut
+
+    def read(self, row: int, step: int) -> TaskSample | None:
+        """The sample that a row gives in a step; None where it is too long and left out. Raises BadRow, DataError."""
         record = self.index.task_record(row)
         windows = self.tokenizer.windows(record.example)
+        too_long = windows.uncut > self.tokenizer.sequence_length
+        if too_long and self.overlong == "error":
+            raise overlong_error(record.origin, windows.uncut, self.tokenizer.sequence_length)
+        if too_long and self.overlong == "drop":
+            return None
         number = self._drawn("window", record, step) % len(windows)
         target = windows[number]
         target, labels = self._labelled(record.example, target, record.origin, self._drawn("mask", record, step))
         language = int(self.index.language[row])
-        sample = TaskSample(record.id, language, int(self.index.group[row]), target, labels)
+        sample = TaskSample(record.id, language, int(self.index.group[row]), target, labels, truncated=too_long)
         if not self.paired:
             return sample
         found = self._source(record, row, language, step)
@@ -106,10 +118,12 @@ class TaskReader:
         samples: list[TaskSample] = []
         for row in rows:
             try:
-                samples.append(self.read(row, step))
+                sample = self.read(row, step)
             except BadRow:
                 continue  # counted, and bounded by max_bad_rows, where a slot of training meets it
-            kept.append(row)
+            if sample is not None:
+                kept.append(row)
+                samples.append(sample)
         return kept, samples
 
     def _drawn(self, what: str, record: TaskRecord, step: int) -> int:
@@ -209,12 +223,13 @@ class TaskStep:
     counts: Mapping[str, float]  # this rank's part of what loss terms are divided by
     tokens: npt.NDArray[np.int64]  # (languages,) processed tokens, by the language of the row they are in
     samples: npt.NDArray[np.int64]  # (languages,) of the targets
-    bad_rows: tuple[str, ...]  # one line each: "file:line: reason"
+    slots: npt.NDArray[np.int64]  # (OUTCOMES, languages): what became of this rank's slots
+    bad_rows: tuple[BadRow, ...]  # one a slot that they left empty
+    overlong: int  # slots left empty by texts that are too long: classification under `overlong: drop`
     fingerprint: int  # sum over samples of a hash of each: adds up over ranks to one number for the step
     gold: bool  # the step's sources are gold text, not back-translations
     unpaired: int  # samples that are their own source, having no other
     dropped_pairs: int  # of the whole step, as planned; the same on every rank
-    overlong: int = 0  # none: long texts are cut or read in windows
 
 
 class TaskLoader(PlannedLoader[TaskStep]):
@@ -229,16 +244,26 @@ class TaskLoader(PlannedLoader[TaskStep]):
 
     def load(self, step: int) -> TaskStep:
         samples: list[TaskSample] = []
-        bad_rows: list[str] = []
+        bad_rows: list[BadRow] = []
+        n_languages = len(self.reader.index.languages)
+        slots = no_slots(n_languages)
         plan = self.planner.step(step)
         for slot in (slot for unit in self.share(plan) for slot in unit.slots):
             try:
-                samples.append(self.reader.read(slot.row, step))
+                sample = self.reader.read(slot.row, step)
             except BadRow as error:
-                bad_rows.append(str(error))
+                bad_rows.append(error)
+                count_slot(slots, slot, "unusable")
+                continue
+            if sample is None:
+                count_slot(slots, slot, "overlong")
+                continue
+            samples.append(sample)
+            count_slot(slots, slot, "filled")
+            if sample.truncated:
+                count_slot(slots, slot, "truncated")
         gold = self.reader.gold(step)
         batches = tuple(self.packer.pack(samples, gold=gold))
-        n_languages = len(self.reader.index.languages)
         tokens = np.zeros(n_languages, np.int64)
         for sample in samples:
             tokens[sample.language] += len(sample.target)
@@ -250,7 +275,9 @@ class TaskLoader(PlannedLoader[TaskStep]):
             counts=_counts(batches),
             tokens=tokens,
             samples=np.bincount([sample.language for sample in samples], minlength=n_languages).astype(np.int64),
+            slots=slots,
             bad_rows=tuple(bad_rows),
+            overlong=int(slots[OUTCOMES.index("overlong")].sum()),
             fingerprint=sum(_fingerprint(sample) for sample in samples),
             gold=gold,
             unpaired=sum(sample.unpaired for sample in samples),

@@ -56,10 +56,14 @@ class EncodedSide:
 
 
 class Windows:
-    """The windows of one text, each made when it is asked for."""
+    """The windows of one text, each made when it is asked for.
 
-    def __init__(self, ranges: Sequence[Range], make: Callable[[Range], EncodedSide]) -> None:
+    `uncut`: classification: tokens that the one window would hold, were nothing cut. 0 where all is in some window.
+    """
+
+    def __init__(self, ranges: Sequence[Range], make: Callable[[Range], EncodedSide], uncut: int = 0) -> None:
         self.ranges = tuple(ranges)
+        self.uncut = uncut
         self._make = make
 
     def __len__(self) -> int:
@@ -176,9 +180,10 @@ class TaskTokenizer:
     def _one_window(self, texts: tuple[str, ...]) -> Windows:
         parts = [self._encode(text)[0] for text in texts]
         frame = self._single if len(parts) == 1 else self._pair
-        lengths = longest_first([len(part) for part in parts], self.sequence_length - frame.size)
+        whole = [len(part) for part in parts]
+        lengths = longest_first(whole, self.sequence_length - frame.size)
         cut = [part[:length] for part, length in zip(parts, lengths, strict=True)]
-        return Windows([(0, 1)], lambda _: self._side(frame, *cut)[0])
+        return Windows([(0, 1)], lambda _: self._side(frame, *cut)[0], uncut=frame.size + sum(whole))
 
     def _word_windows(self, words: tuple[str, ...]) -> Windows:
         ids, word_of_token = self._encode_words(words)

@@ -51,6 +51,7 @@ def summary(
         "average": scores.average,
         "score": scores.score,
         "missing": scores.missing,
+        "partial": scores.partial,
         "published": published,
         "difference": published and {metric: scores.average[metric] - value for metric, value in published.items()},
         "gap": gap,
@@ -60,6 +61,7 @@ def summary(
             "model": baseline["model"],
             "method": baseline["method"],
             "gap": before,
+            "partial": baseline["partial"],
             "reduction": gap_reduction(gap, before) if gap and before else None,
         },
     }
@@ -70,7 +72,8 @@ def read_scores(output: Path, task: XtremeTask) -> dict[str, Any]:
     file = output / SCORES_FILE
     try:
         content = json.loads(file.read_bytes())
-        found = {key: content[key] for key in ("task", "model", "method")} | {"gap": content["summary"]["gap"]}
+        found = {key: content[key] for key in ("task", "model", "method")}
+        found |= {"gap": content["summary"]["gap"], "partial": bool(content["summary"].get("missing"))}
     except OSError as error:
         raise EvalError(f"{file}: {error.strerror}; --baseline is the output folder of a finished run") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -85,25 +88,31 @@ def run_table(task: XtremeTask, told: Mapping[str, Any], dominant: str) -> str:
     metrics = list(dict.fromkeys([*task.metrics, *told["average"]]))
     rows = [["language", *(_HEADS.get(metric, metric) for metric in metrics)]]
     rows += [_row(language, metrics, scores) for language, scores in told["languages"].items()]
-    mean = "mean*" if told["missing"] else "mean"
-    rows.append(_row(mean, metrics, told["average"]))
+    star = "*" * told["partial"]
+    rows.append(_row("mean" + star, metrics, told["average"]))
     if told["published"]:
         rows.append(_row("published", metrics, told["published"]))
-        rows.append(_row("difference", metrics, told["difference"], signed=True))
+        rows.append(_row("difference" + star, metrics, told["difference"], signed=True))
     if told["gap"]:
-        rows.append(_row("gap", metrics, told["gap"], signed=True))
-    if told["baseline"] and told["baseline"]["gap"]:
-        rows.append(_row("baseline's gap", metrics, told["baseline"]["gap"], signed=True))
-    if told["baseline"] and told["baseline"]["reduction"]:
-        cut = told["baseline"]["reduction"]
+        rows.append(_row("gap" + star, metrics, told["gap"], signed=True))
+    before = told["baseline"]
+    if before and before["gap"]:
+        rows.append(_row("baseline's gap" + "*" * before["partial"], metrics, before["gap"], signed=True))
+    if before and before["reduction"]:
+        cut = before["reduction"]
         rows.append(
-            ["gap cut by", *(f"{cut[metric]:.1f} %" if cut.get(metric) is not None else "-" for metric in metrics)]
+            [
+                "gap cut by" + "*" * (told["partial"] or before["partial"]),
+                *(f"{cut[metric]:.1f} %" if cut.get(metric) is not None else "-" for metric in metrics),
+            ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    if told["missing"]:
+    if told["partial"]:
         lines.append(f"* without {', '.join(told['missing'])}: the published mean is over all of the task's languages")
+    if before and before["partial"] and before["gap"]:
+        lines.append("* the baseline lacks languages of the task")
     if told["gap"]:
         lines.append(f"gap: {dominant} minus the mean of the others, in points")
     return "\n".join(lines)

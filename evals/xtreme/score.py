@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.xtreme.tasks import TASKS, XtremeTask, xtreme_task
 from evals.errors import EvalError
+from evals.report import by_reason
 from evals.xtreme.answers import answer_scores, mlqa_words, squad_words
 from evals.xtreme.label_files import (
     TaggedSentence,
@@ -118,7 +119,7 @@ def score_directory(
     scores = {task.name: _score_task(task, predictions, labels, languages) for task in chosen}
     for name, task in scores.items():
         if tasks and not task.languages:
-            raise EvalError(f"{predictions / name}: nothing to score: {_reasons(task.missing)}")
+            raise EvalError(f"{predictions / name}: nothing to score: {by_reason(task.missing)}")
     found = {name: scores[name] for name in TASKS if name in scores and scores[name].languages}
     if not found:
         raise EvalError(f"{predictions}: no predictions with labels in {labels}; a file is xnli/test-de.tsv")
@@ -155,7 +156,7 @@ def score_table(scores: XtremeScores) -> str:
     partial = {*scores.partial, *(name for name, task in scores.tasks.items() if task.partial)}
     width = max(map(len, totals))
     lines += ["", *(f"{name:{width}}  {value:.2f}{'*' * (name in partial)}" for name, value in totals.items())]
-    lines += [f"* {name}: {_reasons(task.missing)}" for name, task in scores.tasks.items() if task.partial]
+    lines += [f"* {name}: {by_reason(task.missing)}" for name, task in scores.tasks.items() if task.partial]
     if scores.missing:
         lines.append(f"* not scored: {', '.join(scores.missing)}")
     return "\n".join(lines)
@@ -209,14 +210,6 @@ def _totals(found: dict[str, TaskScores]) -> XtremeScores:
         missing=tuple(name for name in TASKS if name not in found),
         partial=tuple(partial if whole.issuperset(TASKS) else [*partial, ALL_TASKS]),
     )
-
-
-def _reasons(missing: Mapping[str, str]) -> str:
-    """ "no predictions for de, fr; no labels for sw"."""
-    by_reason: dict[str, list[str]] = {}
-    for language, reason in missing.items():
-        by_reason.setdefault(reason, []).append(language)
-    return "; ".join(f"{reason}: {', '.join(languages)}" for reason, languages in by_reason.items())
 
 
 def _classification(task: XtremeTask, language: str, ours: Path, gold: Path) -> dict[str, float]:

@@ -21,7 +21,8 @@ from training import checkpoint
 
 SAME = (
     "train/loss", "train/loss/", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint",
-    "data/overlong", "shift/", "train/target", "train/source", "train/consistency", "train/mixup_ratio",
+    "data/overlong", "data/slot_share", "data/label_share", "shift/", "train/target", "train/source",
+    "train/consistency", "train/mixup_ratio",
 )  # fmt: skip
 STEPS, KILLED_AFTER = 10, 3
 SHIFCON: dict[str, Any] = {

@@ -262,8 +262,27 @@ def test_check_says_all_and_ends_with_ready(cli: Cli, shared_file: Path) -> None
             rf"^--- {language}  .*{language}\.jsonl:\d+  \d+ tokens, \d+ labels$", answer.out, re.MULTILINE
         )
     assert answer.out.count("⟦label: ") == 4
+    assert "in 12 steps of 8 slots:" in lines
+    assert re.search(r"^sw +40 +24 +0\.60 +25\.0% +0\.0% of 40 rows$", answer.out, re.MULTILINE)
+    assert not any(line.startswith("warning") for line in lines)
     assert any(line.startswith("layout: packed") for line in lines)
     assert any(line.startswith("model: ") and "2 layers" in line for line in lines)
+
+
+def test_check_counts_rows_that_are_too_long_and_names_one_where_they_are_an_error(cli: Cli, shared_file: Path) -> None:
+    answer = cli("check", shared_file, "data.sequence_length=60")
+    assert answer.status == 0, answer.err
+    (said,) = [line for line in answer.out.splitlines() if line.startswith("warning")]
+    assert re.fullmatch(
+        r"warning: rows longer than data.sequence_length \(60\) are left out, their slots stay empty: "
+        r"(\w+ [\d.]+%(, |;))+ raise data.sequence_length, or set data.overlong=truncate",
+        said,
+    )
+    answer = cli("check", shared_file, "data.sequence_length=60", "data.overlong=truncate")
+    assert answer.status == 0, answer.err
+    assert "(60) are cut to fit: " in answer.out
+    line = refused(cli("check", shared_file, "data.sequence_length=60", "data.overlong=error"))
+    assert re.fullmatch(r".*/en\.jsonl:\d+: \d+ tokens, data\.sequence_length is 60; shorten the row, raise .*", line)
 
 
 def test_inspect_shows_every_language(cli: Cli, shared_file: Path, corpus: Path) -> None:

@@ -36,9 +36,7 @@ FINGERPRINT = {"en.jsonl": "aa", "de.jsonl": "bb", "languages": "en de"}
 
 
 def state(step: int = 0) -> RunState:
-    return RunState(
-        step=step, world_size=2, bad_slots=1, fingerprint=FINGERPRINT, config=CONFIG, versions={"torch": "2"}
-    )
+    return RunState(step=step, world_size=2, fingerprint=FINGERPRINT, config=CONFIG, versions={"torch": "2"})
 
 
 def save(output_dir: Path, step: int, keep: int = 9) -> Path:
@@ -523,6 +521,26 @@ def test_a_changed_key_is_named_with_both_values(key: str, value: Any, lines: li
 )
 def test_keys_that_change_no_sample_and_no_gradient_are_free(key: str, value: Any) -> None:
     assert differences(state(), FINGERPRINT, with_key(key, value)) == []
+
+
+def test_what_becomes_of_overlong_samples_is_compared_and_old_checkpoints_left_them_out() -> None:
+    old = replace(state(), config={"data": {"task": None}})
+    assert differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "drop"}}) == []
+    assert differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "truncate"}}) == [
+        "config data.overlong: was 'drop', now 'truncate'"
+    ]
+    task = {"kind": "classification"}
+    old = replace(state(), config={"data": {"task": task}})
+    assert differences(old, FINGERPRINT, {"data": {"task": task, "overlong": "truncate"}}) == []
+
+
+def test_a_checkpoint_that_counted_visits_of_unusable_rows_can_be_read(tmp_path: Path) -> None:
+    state(4).write(tmp_path)
+    file = tmp_path / "state.json"
+    values = json.loads(file.read_text())
+    del values["totals"]
+    file.write_text(json.dumps({**values, "bad_slots": 7}))
+    assert RunState.read(tmp_path) == state(4)
 
 
 def test_changed_new_and_gone_files_are_named() -> None:

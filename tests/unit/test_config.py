@@ -108,6 +108,7 @@ def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -
         ("data.languages", "en", r"data\.languages: .*list \(found 'en'\)"),
         ("data.languages", [], r"data\.languages: .*at least 1 .*"),
         ("data.languages", ["en", False], r"data\.languages\.1: .*string, in quotes \(found False\)"),
+        ("data.overlong", "cut", r"data\.overlong: .*'error', 'drop' or 'truncate' \(found 'cut'\)"),
         ("objective", {}, r"objective\.name: required, but missing"),
         ("objective.name", "dpo", r"objective\.name: 'dpo' is none of 'sft', 'shifcon', 'mlm', .*"),
         ("objective.layers", [2, 1], r"objective\.layers: must be \[toward, back\] .*not \[2, 1\].*"),
@@ -397,6 +398,30 @@ def test_what_does_fit_together_is_taken(values: Values) -> None:
     changed(values, "data.heldout_items", 4)
     changed(values, "evaluation.every", 5)
     validate(values, "held-out items to evaluate on")
+
+
+TASK_COLUMNS = {"classification": "text_a", "tagging": "words", "text": "text"}
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging", "text"])
+def test_a_task_cuts_long_texts_or_reads_them_in_windows(values: Values, kind: str) -> None:
+    """Conversations are left out by default; of the tasks, only classification has samples that can be too long."""
+    assert validate(values, "run.yaml").data.overlong == "drop"
+    labels = [] if kind == "text" else ["no", "yes"]
+    changed(values, "data.task", {"kind": kind, "labels": labels})
+    changed(values, "data.mixture", {})
+    changed(values, "data.sources.0.columns", {"language": "language", TASK_COLUMNS[kind]: "text"})
+    values["objective"] = {"name": "mlm" if kind == "text" else "finetune"}
+    config = validate(values, "run.yaml")
+    assert config.data.overlong == "truncate"
+    assert validate(resolved(config), "the resolved run file").data.overlong == "truncate"
+    changed(values, "data.overlong", "drop")
+    if kind == "classification":
+        assert validate(values, "run.yaml").data.overlong == "drop"
+    else:
+        assert mistakes(values) == [
+            f"data: 'overlong' is 'drop', but kind '{kind}' reads long texts in windows: none is too long; leave it out"
+        ]
 
 
 def test_the_authors_preset_gives_their_numbers_and_yields_to_the_file(values: Values) -> None:

@@ -31,7 +31,7 @@ def save(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> Save:
     def make(step: int) -> Path:
         directory = checkpoint.begin(tmp_path, step)
         (directory / "weights").write_text(f"weights after {step}")
-        RunState(step, 1, 0, {}, config, {}).write(directory)
+        RunState(step, 1, {}, config, {}).write(directory)
         return checkpoint.commit(tmp_path, step, {})
 
     return make

@@ -17,12 +17,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_pipeline.chat import Chat
+from data_pipeline.config import Overlong
 from data_pipeline.index import DataIndex, build_index
-from data_pipeline.loader import RankStep, SampleReader, StepLoader, fixed_batches
+from data_pipeline.loader import RankStep, SampleReader, StepLoader, fixed_batches, no_slots
 from data_pipeline.mixture import Pairing, Quotas
 from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.plan import Planner
-from data_pipeline.records import BadRow, TokenizedSample
+from data_pipeline.records import BadRow, DataError, TokenizedSample
 
 STEPS = 12
 SLOTS = 16
@@ -197,6 +198,70 @@ def test_an_overlong_sample_leaves_its_slot_empty(
     assert lost_pairs > 3
 
 
+def test_a_cut_sample_fills_its_slot_and_keeps_its_pair(make: Callable[..., StepLoader], reader: SampleReader) -> None:
+    """Under `truncate`: every slot and every pair of the plan; answers are whole, and what fits is as it was."""
+    limit = 50
+    short = SampleReader(reader.index, reader.chat, limit, "truncate")
+    truncated = 0
+    for number in range(STEPS):
+        whole, cut = make().load(number), make(reader=short).load(number)
+        assert names_of(cut) == names_of(whole)
+        assert pairs_of(cut) == pairs_of(whole)
+        assert (cut.overlong, cut.label_tokens) == (0, whole.label_tokens)
+        before = {(s.id, s.language, bool(s.labels.any())): s for s in samples_of(whole)}
+        for sample in samples_of(cut):
+            same = before[sample.id, sample.language, bool(sample.labels.any())]
+            assert len(sample) <= limit
+            assert sample.truncated == (len(same) > limit)
+            assert sample.input_ids[sample.labels].tolist() == same.input_ids[same.labels].tolist()
+            if not sample.truncated:
+                assert sample.input_ids.tolist() == same.input_ids.tolist()
+        labelled = [sample for sample in samples_of(cut) if sample.labels.any()]
+        assert cut.slots.sum(axis=1).tolist() == [SLOTS, sum(sample.truncated for sample in labelled), 0, 0]
+        truncated += sum(sample.truncated for sample in samples_of(cut))
+    assert truncated > 10
+
+
+def test_an_overlong_row_is_named_with_its_length_where_that_is_an_error(reader: SampleReader) -> None:
+    row = int(reader.index.rows(0)[1])
+    length = reader.length(row)
+    with pytest.raises(DataError) as refusal:
+        SampleReader(reader.index, reader.chat, length - 1, "error").read(row)
+    assert str(refusal.value) == (
+        f"{reader.index.record(row).origin}: {length} tokens, data.sequence_length is {length - 1}; shorten the row, "
+        "raise data.sequence_length, or set data.overlong to drop or truncate"
+    )
+    assert SampleReader(reader.index, reader.chat, length, "error").read(row) is not None
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_a_sample_whose_answer_alone_is_too_long_is_left_out(reader: SampleReader, overlong: Overlong) -> None:
+    row = int(reader.index.rows(0)[1])
+    answer = int(reader.chat.tokenize(reader.index.record(row)).labels.sum())
+    assert SampleReader(reader.index, reader.chat, answer, overlong).read(row) is None
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_became_of_each_language_s_slots_is_counted(
+    make: Callable[..., StepLoader], reader: SampleReader, world_size: int
+) -> None:
+    """Over ranks, filled and empty ones are the planned ones; label-free fills are no slots."""
+    broken = BrokenReader(reader, set(range(0, len(reader.index), 9)))
+    broken.sequence_length = 50
+    total = no_slots(4)
+    for number in range(STEPS):
+        shares = [make(rank, world_size, reader=broken).load(number) for rank in range(world_size)]
+        slots = np.sum([share.slots for share in shares], axis=0)
+        planned = Counter(slot.language for slot in make().planner.step(number).slots if slot.labelled)
+        filled, truncated, overlong, unusable = slots
+        assert (filled + overlong + unusable).tolist() == [planned[language] for language in range(4)]
+        labelled = [s for share in shares for s in samples_of(share) if s.labels.any()]
+        assert filled.tolist() == [sum(s.language == language for s in labelled) for language in range(4)]
+        assert not truncated.any()
+        total += slots
+    assert (total.sum(axis=1)[[0, 2, 3]] > 5).all()
+
+
 class BrokenReader(SampleReader):
     """Some rows turn out to be unusable when they are read."""
 
@@ -220,7 +285,7 @@ def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Callable[..., Step
         assert names_of(torn) == left
         assert pairs_of(torn) == kept_pairs(pairs_of(whole), gone)
         assert len(torn.bad_rows) == names_of(whole).total() - left.total()
-        assert all(line.endswith(": the tokenizer cannot write it") for line in torn.bad_rows)
+        assert all(row.reason == "the tokenizer cannot write it" for row in torn.bad_rows)
         assert torn.pairs == pairs_of(torn).total()
         empty += len(torn.bad_rows)
         lost_pairs += whole.pairs - torn.pairs
@@ -244,14 +309,14 @@ def test_a_broken_line_moves_no_other_slot(
     folder = broken_corpus(corpus, tmp_path / "data", line=18)
     index: DataIndex = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=3, max_bad_rows=1)
     torn_reader = SampleReader(index, reader.chat, 96)
-    bad_rows: list[str] = []
+    bad_rows: list[BadRow] = []
     gone = ("item-17", 1)
     for number in range(STEPS):
         whole, torn = make(pairing="none").load(number), make(reader=torn_reader, pairing="none").load(number)
         assert names_of(torn) == names_of(whole) - Counter({gone: names_of(whole)[gone]})
         bad_rows += torn.bad_rows
     assert bad_rows, "the row came up"
-    assert all(line.startswith(f"{folder / 'de.jsonl'}:18: not valid JSON") for line in bad_rows)
+    assert all(str(row).startswith(f"{folder / 'de.jsonl'}:18: not valid JSON") for row in bad_rows)
     plan = make(reader=torn_reader, pairing="none").planner
     slots = [slot for number in range(STEPS) for slot in plan.step(number).slots]
     assert sum(bool(index.bad[slot.row]) for slot in slots) == len(bad_rows)

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_pipeline.chat import Chat, TemplateConfig
 from evals.errors import EvalError
-from evals.mgsm import evaluate_mgsm, mgsm_table, read_problems, score_mgsm
+from evals.mgsm import evaluate_mgsm, read_problems, score_mgsm
+from evals.mgsm_table import mgsm_table
 from evals.numbers import RULES
 from modeling.export_info import ExportInfo
 from modeling.generation import Generation, Prompt, ShiftedGenerator
@@ -264,12 +265,60 @@ def test_table_marks_languages_without_a_vector(tmp_path: Path, data: Path, chat
     lines = mgsm_table({"msft": plain, "shifcon": shifcon}).split("\n")
     names = [line.split()[0] for line in lines]
     assert [name for name in names if not name.startswith("---")] == [
-        "language", "bn*", "en", "de", "mean", "mean", "*"
+        "language", "bn†", "en", "de", "mean", "mean", "†", "*"
     ]  # fmt: skip
-    assert lines[-1] == "* no language vector: ran unshifted"
+    assert lines[-2:] == ["† no language vector: ran unshifted", "* msft: means lack languages: not there: de"]
     assert "*" not in mgsm_table({"msft": plain})
     rules = mgsm_table({"shifcon": shifcon}, list(RULES))
     assert rules.split("\n")[0].split() == ["language", *RULES]
+
+
+def test_every_partial_number_is_marked(tmp_path: Path, data: Path, chat: Chat) -> None:
+    """Some problems of a language, or some languages of the data: in the table, in JSON, and in results.json."""
+    generator = ScriptedGenerator(chat, tmp_path / "model")
+    whole = evaluate_mgsm(generator, chat, data, tmp_path / "whole")
+    assert "*" not in mgsm_table({"": whole})
+    assert (whole["partial"], whole["missing"]) == ([], {})
+    assert not any(score["partial"] for score in whole["languages"].values())
+
+    limited = evaluate_mgsm(generator, chat, data, tmp_path / "limited", limit=1)
+    assert {lang: (each["n"], each["available"], each["partial"]) for lang, each in limited["languages"].items()} == {
+        "bn": (1, 2, True), "de": (1, 2, True), "en": (1, 2, True)
+    }  # fmt: skip
+    assert limited["partial"] == ["all", "without_en"]
+    assert limited == json.loads((tmp_path / "limited" / "results.json").read_text(encoding="utf-8"))
+    assert score_mgsm(tmp_path / "limited", data) == limited
+    for rules in (["last_number"], list(RULES)):
+        lines = mgsm_table({"": limited}, rules).split("\n")
+        cells = [line.count("%*") for line in lines[2:7]]
+        assert cells == [len(rules)] * 5
+        assert lines[-1] == "* 1 of 2 problems: bn, de, en"
+
+    two = evaluate_mgsm(generator, chat, data, tmp_path / "two", languages=["en", "de"])
+    assert (two["partial"], two["missing"]) == (["all", "without_en"], {"bn": "not asked for"})
+    table = mgsm_table({"two": two, "whole": whole})
+    assert [line.split("  ")[0] for line in table.split("\n") if "%*" in line] == ["mean all", "mean without en"]
+    assert table.count("%*") == 2
+    assert table.endswith("* two: means lack languages: not asked for: bn")
+
+    (tmp_path / "limited" / "predictions" / "mgsm_bn.jsonl").unlink()
+    scored = score_mgsm(tmp_path / "limited", data)
+    assert scored["missing"] == {"bn": "no predictions"}
+    assert mgsm_table({"": scored}).endswith("* 1 of 2 problems: de, en\n* means lack languages: no predictions: bn")
+
+
+def test_the_published_mean_is_whole_without_telugu(tmp_path: Path) -> None:
+    labels, predictions = tmp_path / "labels", tmp_path / "predictions"
+    for folder in (labels, predictions):
+        folder.mkdir()
+    for language in ["bn", "de", "en", "es", "fr", "ja", "ru", "sw", "th", "zh", "te", "xx"]:
+        (labels / f"mgsm_{language}.tsv").write_text("How many?\t18\nHow much?\t2\n")
+        n = 1 if language == "te" else 2
+        if language != "xx":
+            (predictions / f"mgsm_{language}.jsonl").write_text('{"output": "18"}\n' * n)
+    results = score_mgsm(predictions, labels)
+    assert results["partial"] == ["all"]
+    assert [line.split("  ")[0] for line in mgsm_table({"": results}).split("\n") if "%*" in line] == ["te", "mean all"]
 
 
 def test_a_real_model(tmp_path: Path, data: Path, tokenizer: PreTrainedTokenizerFast, chat: Chat) -> None:

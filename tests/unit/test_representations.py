@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,6 +160,17 @@ def test_the_table() -> None:
     assert lines[-1].endswith("only the debiased one compares: sw")
     assert len({len(line) for line in by_layer[:6]}) == 1  # aligned
     assert "Fewer" not in representation_table(made_up())
+
+
+def test_languages_that_a_limit_may_have_cut_are_marked() -> None:
+    report = made_up()
+    language, number = next(iter(report.sentences.items()))
+    limited = replace(report, sentences={**report.sentences, language: number - 1}, limit=number - 1)
+    assert (limited.partial, limited.to_json()["partial"]) == ([language], [language])
+    text = representation_table(limited)
+    assert f"{number - 1}*" in text
+    assert f"* the first {number - 1} sentences; the files may hold more" in text
+    assert "*" not in representation_table(report)
 
 
 def test_the_files(tmp_path: Path, folders: dict[str, str]) -> None:

@@ -38,7 +38,7 @@ def save(home: Path, step: int, shard: bool = True, world_size: int = 1) -> Path
     if shard:
         (directory / shard_of(0)).parent.mkdir()
         (directory / shard_of(0)).write_bytes(b"weights")
-    RunState(step, world_size, 0, {}, {}, {}).write(directory)
+    RunState(step, world_size, {}, {}, {}).write(directory)
     return checkpoint.commit(home, step, {})
 
 
@@ -82,14 +82,15 @@ def test_what_is_damaged_is_passed_over_as_in_a_shared_folder(tmp_path: Path, ca
 
 def test_fewer_bad_rows_than_were_met_are_refused_before_anything_is_loaded(config: RunConfig, tmp_path: Path) -> None:
     path = save(tmp_path, 4)
-    replace(RunState.read(path), bad_slots=3, config=resolved(config)).write(path)
+    met = {"bad_rows": ["sw.jsonl:3", "sw.jsonl:9", "de.jsonl:1"]}
+    replace(RunState.read(path), totals=met, config=resolved(config)).write(path)
     data = SimpleNamespace(fingerprint={})
     run = SimpleNamespace(config=config, data=data, engine=SimpleNamespace(world_size=1))
     trainer = cast(Trainer, SimpleNamespace(run=run, restore=lambda path: 4))
     with pytest.raises(ConfigError) as refusal:
         go_on(trainer, path)
     assert str(refusal.value) == (
-        "data.max_bad_rows: 0, but unusable rows left 3 slots empty before step-00000004 was saved; "
+        "data.max_bad_rows: 0, but 3 unusable rows were met before step-00000004 was saved; "
         "set data.max_bad_rows=3 or more"
     )
     run.config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 3})})

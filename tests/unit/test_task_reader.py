@@ -15,7 +15,7 @@ import torch
 from small_encoders import WORDS, unigram
 from tokenizers.normalizers import Replace
 
-from data_pipeline.config import SourceConfig
+from data_pipeline.config import Overlong, SourceConfig
 from data_pipeline.index import build_index
 from data_pipeline.loader import shared_batches
 from data_pipeline.mixture import Quotas
@@ -108,6 +108,7 @@ def make(tmp_path: Path) -> Make:
         length: int = 60,
         seed: int = 5,
         languages: tuple[str, ...] = LANGUAGES,
+        overlong: Overlong = "truncate",
         **options: Any,
     ) -> TaskReader:
         rows = write(tmp_path / kind, kind, rows)
@@ -122,6 +123,7 @@ def make(tmp_path: Path) -> Make:
             dominant=languages.index("en"),
             seed=seed,
             source_schedule=schedule,
+            overlong=overlong,
         )
 
     return reader
@@ -550,7 +552,7 @@ def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Make, monkeypatch:
     whole = [loader(reader).load(number) for number in range(STEPS)]
     read = reader.read
 
-    def broken(number: int, step: int) -> TaskSample:
+    def broken(number: int, step: int) -> TaskSample | None:
         if number % 5 == 0:
             raise BadRow(f"rows.jsonl:{number + 1}", "the tokenizer has no token for the answer")
         return read(number, step)
@@ -577,6 +579,36 @@ def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Make, monkeypatch:
     assert empty > 5
 
 
+def test_texts_of_classification_that_are_too_long_are_cut_left_out_or_an_error(make: Make) -> None:
+    """`truncate`, a task's default, fills every slot; `drop` leaves those empty that it would have cut."""
+    cut, dropped = make("classification", length=20), make("classification", length=20, overlong="drop")
+    lost = 0
+    for number in range(STEPS):
+        whole, less = loader(cut).load(number), loader(dropped).load(number)
+        filled, truncated, overlong, unusable = whole.slots
+        assert filled.sum() == SLOTS
+        assert not overlong.any()
+        assert less.slots.tolist() == [(filled - truncated).tolist(), [0] * 3, truncated.tolist(), unusable.tolist()]
+        assert less.overlong == truncated.sum()
+        assert contents(less) <= contents(whole)
+        assert contents(less).total() == SLOTS - less.overlong
+        lost += less.overlong
+    assert lost > 5
+    row = next(row for row in range(len(cut.index)) if cut.length(row) > 20)
+    with pytest.raises(
+        DataError, match=rf"rows.jsonl:\d+: {cut.length(row)} tokens, data.sequence_length is 20; shorten"
+    ):
+        make("classification", length=20, overlong="error").read(row, 0)
+
+
+@pytest.mark.parametrize("kind", ["tagging", "qa", "text"])
+def test_long_texts_that_are_read_in_windows_are_never_too_long(make: Make, kind: str) -> None:
+    reader = make(kind)
+    assert any(len(reader.tokenizer.windows(reader.index.task_record(row).example)) > 1 for row in range(ITEMS))
+    assert {reader.length(row) for row in range(len(reader.index))} == {0}
+    assert all(loader(reader).load(number).slots[1:].sum() == 0 for number in range(STEPS))
+
+
 def test_a_bad_line_keeps_its_slot(make: Make) -> None:
     rows = [row("tagging", language, item) for language in LANGUAGES for item in range(ITEMS)]
     whole = [loader(make("tagging", rows)).load(number) for number in range(STEPS)]
@@ -585,14 +617,14 @@ def test_a_bad_line_keeps_its_slot(make: Make) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:17: 'soft_tags' has \d+ entries; there are \d+ words; max_bad_r"):
         make("tagging", torn)
     reader = make("tagging", torn, max_bad_rows=1)
-    lines: list[str] = []
+    lines: list[BadRow] = []
     for number in range(STEPS):
         step = loader(reader).load(number)
         lines += step.bad_rows
         assert contents(step) <= contents(whole[number])
         assert contents(step).total() == SLOTS - len(step.bad_rows)
     assert lines
-    assert all("rows.jsonl:17: 'soft_tags' has" in line for line in lines)
+    assert all("rows.jsonl:17: 'soft_tags' has" in str(line) for line in lines)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

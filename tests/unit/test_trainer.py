@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.loader import RankStep
-from data_pipeline.records import DataError
+from data_pipeline.loader import RankStep, no_slots
+from data_pipeline.records import BadRow, DataError
 from training import checkpoint, saving
 from training.assembly import Run
 from training.errors import CheckpointFailed, NonFiniteStep
@@ -200,22 +200,53 @@ def test_the_list_of_samples_costs_no_run(trainer: Made, full: bool, caplog: pyt
 def rank_step(languages: Sequence[str], **changes: Any) -> RankStep:
     zeros = np.zeros(len(languages), np.int64)
     step = RankStep(
-        step=0, micro_batches=(), label_tokens=5, pairs=2, tokens=zeros, samples=zeros, bad_rows=(), overlong=1,
-        fingerprint=7, dropped_pairs=3,
+        step=0, micro_batches=(), label_tokens=5, pairs=2, tokens=zeros, samples=zeros, slots=no_slots(len(languages)),
+        bad_rows=(), overlong=1, fingerprint=7, dropped_pairs=3,
     )  # fmt: skip
     return replace(step, **changes)
 
 
 def test_bad_rows_of_a_step_that_is_left_to_the_next_start_are_not_counted_twice(trainer: Made) -> None:
     made = trainer(**{"data.max_bad_rows": 1})
-    bad = rank_step(made.config.data.languages, bad_rows=("sw.jsonl:3: no answer",))
+    bad = rank_step(made.config.data.languages, bad_rows=(BadRow("sw.jsonl:3", "no answer"),))
     assert made.agree(bad).stop
-    assert made.bad_slots == 0
+    assert not made.totals.bad_rows
     made.stop._reason = None
     assert not made.agree(bad).stop
-    assert made.bad_slots == 1
-    with pytest.raises(DataError, match=r"sw.jsonl:3: no answer \(2 slots left empty .*data.max_bad_rows is 1"):
-        made.agree(bad)
+    assert list(made.totals.bad_rows) == ["sw.jsonl:3"]
+
+
+def test_an_unusable_row_counts_once_however_often_it_comes_up(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+    """As in `check`, which counts rows: a run does not end in its second epoch by rows known before its first step."""
+    made = trainer(**{"data.max_bad_rows": 1})
+    made.stop._reason = None
+    languages, row = made.config.data.languages, BadRow("sw.jsonl:3", "no answer")
+    for _ in range(3):
+        made.agree(rank_step(languages, bad_rows=(row, row)))
+    assert len([said for said in caplog.messages if "sw.jsonl:3" in said]) == 1
+    with pytest.raises(DataError) as refusal:
+        made.agree(rank_step(languages, bad_rows=(row, BadRow("de.jsonl:9", "no text"))))
+    assert str(refusal.value) == "de.jsonl:9: no text (2 unusable rows were met so far; data.max_bad_rows is 1)"
+
+
+def test_counts_of_a_run_go_back_with_it_and_are_there_after_a_resume(trainer: Made) -> None:
+    made = trainer(**{"data.max_bad_rows": 3})
+    made.stop._reason = None
+    languages = made.config.data.languages
+    slots = no_slots(len(languages)) + 2
+    made.totals.add_step(slots, np.arange(len(languages)))
+    made.agree(rank_step(languages, bad_rows=(BadRow("sw.jsonl:3", "no answer"),)))
+    before = made.totals.state()
+    made.save(4, {})
+    made._settle()
+    made.totals.add_step(slots, np.arange(len(languages)))
+    made.agree(rank_step(languages, bad_rows=(BadRow("de.jsonl:9", "no text"),)))
+    assert made.totals.state() != before
+    assert made._roll_back(failed=6) == 4
+    assert made.totals.state() == before
+    again = trainer_of(made)
+    again.restore(checkpoint.step_folders(made.config.output_dir)[0])
+    assert again.totals.state() == before
 
 
 def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(

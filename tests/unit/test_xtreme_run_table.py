@@ -34,7 +34,8 @@ def test_the_reduction_is_relative_to_a_gap_that_is_there() -> None:
 
 def test_the_table_has_languages_mean_published_row_and_gap() -> None:
     scores = TaskScores(LANGUAGES, {"exact_match": 160 / 3, "f1": 206 / 3}, 61.0, {"ar": "no predictions"})
-    baseline = {"output": "o", "model": "m", "method": "zero-shot", "gap": {"exact_match": 50.0, "f1": 0.0}}
+    baseline = {"output": "o", "model": "m", "method": "zero-shot", "gap": {"exact_match": 50.0, "f1": 0.0},
+                "partial": False}  # fmt: skip
     told = summary(TASKS["tydiqa"], scores, "en", "xlm-r-large", "x-mixup", baseline)
     assert run_table(TASKS["tydiqa"], told, "en").splitlines() == [
         "language        EM      f1",
@@ -44,10 +45,10 @@ def test_the_table_has_languages_mean_published_row_and_gap() -> None:
         "sw              40.00   56.00",
         "mean*           53.33   68.67",
         "published       52.80   69.00",
-        "difference      +0.53   -0.33",
-        "gap             +25.00  +17.00",
+        "difference*     +0.53   -0.33",
+        "gap*            +25.00  +17.00",
         "baseline's gap  +50.00  +0.00",
-        "gap cut by      50.0 %  -",
+        "gap cut by*     50.0 %  -",
         "* without ar: the published mean is over all of the task's languages",
         "gap: en minus the mean of the others, in points",
     ]
@@ -68,4 +69,18 @@ def test_another_runs_scores_are_read_or_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
     assert read_scores(tmp_path, task) == {
         "output": str(tmp_path), "task": "tydiqa", "model": "m", "method": "z", "gap": {"f1": 1.0},
+        "partial": False,
     }  # fmt: skip
+    file.write_text(json.dumps({**content, "summary": {"gap": {"f1": 1.0}, "missing": {"ar": "no labels"}}}))
+    assert read_scores(tmp_path, task)["partial"] is True
+
+
+def test_a_gap_beside_a_partial_baseline_is_marked_too() -> None:
+    whole = TaskScores(LANGUAGES, {"exact_match": 160 / 3, "f1": 206 / 3}, 61.0, {})
+    baseline = {"output": "o", "model": "m", "method": "z", "partial": True, "gap": {"exact_match": 50.0, "f1": 34.0}}
+    told = summary(TASKS["tydiqa"], whole, "en", "own", "x-mixup", baseline)
+    assert told["partial"] is False
+    lines = run_table(TASKS["tydiqa"], told, "en").splitlines()
+    assert [line.split("  ")[0] for line in lines if "*" in line] == [
+        "baseline's gap*", "gap cut by*", "* the baseline lacks languages of the task"
+    ]  # fmt: skip

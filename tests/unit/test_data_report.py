@@ -1,0 +1,153 @@
+"""data_report.py: what `check` says about epochs and shares, about rows that are too long, and about contamination."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import LANGUAGES, PreparedRun, corpus_rows, write_data
+
+from data_pipeline.index import build_index
+from data_pipeline.loader import SampleReader
+from data_pipeline.records import DataError
+from training import data_report
+from training.assembly import DataParts, assemble_data, build_planner, check_longest
+from training.config import RunConfig
+from training.data_report import contamination, mixture_table
+from training.run_file import validate
+
+Changed = Callable[..., tuple[RunConfig, DataParts]]
+
+
+@pytest.fixture(scope="module")
+def parts(prepared_run: PreparedRun) -> DataParts:
+    return assemble_data(prepared_run.config, prepared_run.prepared)
+
+
+@pytest.fixture
+def changed(tmp_path: Path, tiny_run: Any, parts: DataParts) -> Changed:
+    """The tiny run with other settings, over the shared corpus or another folder."""
+
+    def make(folder: Path | None = None, **changes: Any) -> tuple[RunConfig, DataParts]:
+        config = validate(tiny_run(tmp_path / "run", **changes), "tiny run")
+        data, reader = config.data, parts.reader
+        assert isinstance(reader, SampleReader)
+        index = parts.index
+        if folder is not None:
+            index = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=config.seed)
+        new = SampleReader(index, reader.chat, data.sequence_length, data.overlong)
+        return config, replace(parts, index=index, reader=new, planner=build_planner(config, index, None))
+
+    return make
+
+
+def table(lines: list[str]) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in lines if line.split()[0] in LANGUAGES}
+
+
+def warnings(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("warning: ")]
+
+
+def test_rows_slots_epochs_and_share_of_every_language(changed: Changed) -> None:
+    weights = {"strategy": "explicit", "weights": {"en": 5, "de": 2, "sw": 1}}
+    config, data = changed(max_steps=30, **{"data.mixture": {**weights, "pairing": "reuse"}})
+    lines = list(mixture_table(config, data))
+    assert lines[0] == "in 30 steps of 8 slots:"
+    assert {language: cells[1:5] for language, cells in table(lines).items()} == {
+        "en": ["40", "150", "3.75", "62.5%"], "de": ["40", "60", "1.50", "25.0%"],
+        "sw": ["40", "30", "0.75", "12.5%"], "zh": ["40", "0", "0.00", "0.0%"],
+    }  # fmt: skip
+    slots = [slot for step in range(30) for slot in data.planner.step(step).slots]
+    assert data.planner.slots_by_language(30) == [sum(slot.language == n for slot in slots) for n in range(4)]
+    assert not warnings(lines)
+
+
+def test_a_language_whose_rows_repeat_very_often_is_warned_of(changed: Changed, tmp_path: Path) -> None:
+    """One row fills a quarter of every step; and 40 rows are read 17 times each."""
+    folder = write_data(tmp_path / "data")
+    (folder / "sw.jsonl").write_text(json.dumps(corpus_rows("sw")[0]) + "\n", encoding="utf-8")
+    config, data = changed(folder, max_steps=340)
+    found = warnings(list(mixture_table(config, data)))
+    assert [line.split(";")[0] for line in found] == [
+        "warning: en: each of its 40 rows is read 17 times", "warning: de: each of its 40 rows is read 17 times",
+        "warning: sw: its one row is read 2.0 times in every step", "warning: zh: each of its 40 rows is read 17 times",
+    ]  # fmt: skip
+
+
+def test_rows_that_are_too_long_are_counted_by_language(changed: Changed) -> None:
+    config, data = changed(**{"data.sequence_length": 60})
+    lines = list(mixture_table(config, data))
+    assert lines[1].endswith("over 60 tokens")
+    expected = {}
+    for number, language in enumerate(LANGUAGES):
+        rows = data.index.rows(number).tolist()
+        expected[language] = sum(data.reader.length(row) > 60 for row in rows) / len(rows)
+        assert " ".join(table(lines)[language][5:]) == f"{expected[language]:.1%} of 40 rows"
+    assert max(expected.values()) > 0
+    (said,) = warnings(lines)
+    named = ", ".join(f"{language} {share:.1%}" for language, share in expected.items() if share > 0.01)
+    assert said == (
+        f"warning: rows longer than data.sequence_length (60) are left out, their slots stay empty: {named}; "
+        "raise data.sequence_length, or set data.overlong=truncate"
+    )
+
+
+def test_a_sample_says_its_size_and_all_rows_are_all_rows(changed: Changed) -> None:
+    config, data = changed(**{"data.sequence_length": 60, "data.overlong": "truncate"})
+    for line in table(list(mixture_table(config, data, looked_at=7))).values():
+        assert " ".join(line[6:]) == "of 7 rows, a sample of 40"
+    whole = list(mixture_table(config, data, looked_at=None))
+    assert whole == list(mixture_table(config, data, looked_at=40))
+    assert "are cut to fit: " in warnings(whole)[0]
+    assert warnings(whole)[0].endswith("; raise data.sequence_length")
+
+
+def test_one_in_a_hundred_is_not_warned_of(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = changed(**{"data.sequence_length": 60})
+    monkeypatch.setattr(data_report, "_lengths", lambda *arguments: data_report.Lengths(10, 1000, 5000))
+    assert not warnings(list(mixture_table(config, data)))
+    monkeypatch.setattr(data_report, "_lengths", lambda *arguments: data_report.Lengths(11, 1000, 5000))
+    assert "en 1.1%, de 1.1%" in warnings(list(mixture_table(config, data)))[0]
+
+
+def test_where_too_long_is_an_error_the_longest_rows_are_held_against_the_limit_at_the_start(changed: Changed) -> None:
+    config, data = changed(**{"data.sequence_length": 60, "data.overlong": "error"})
+    with pytest.raises(DataError, match=r"en\.jsonl:\d+: \d+ tokens, data.sequence_length is 60; shorten the row"):
+        check_longest(config, data.reader)
+    with pytest.raises(DataError, match=r"data\.sequence_length is 60"):
+        list(mixture_table(config, data))
+    config, data = changed(**{"data.overlong": "error"})
+    check_longest(config, data.reader)
+    assert not warnings(list(mixture_table(config, data)))
+
+
+def test_held_out_texts_in_training_are_counted_and_named_by_file_and_line(changed: Changed, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    index = build_index(
+        (config := changed()[0]).data.sources, LANGUAGES, folder, tmp_path / "first", heldout_items=10, seed=3
+    )
+    held = index.rows(2, heldout=True).tolist()
+    copies = [{**corpus_rows("sw")[int(index.record(row).id[5:])], "id": f"copy-{row}"} for row in held]
+    with (folder / "sw.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "question": row["question"].upper()}) + "\n" for row in copies)
+    assert list(contamination(index)) == []
+    index = build_index(config.data.sources, LANGUAGES, folder, tmp_path / "second", heldout_items=10, seed=3)
+    again = index.rows(2, heldout=True).tolist()
+    texts = {index.record(row).user_text.casefold() for row in index.rows(2).tolist()}
+    doubled = [row for row in again if index.record(row).user_text.casefold() in texts]
+    (said,) = contamination(index)
+    assert said.startswith(f"warning: sw: {len(doubled)} of {len(again)} held-out texts are also in training")
+    first = doubled[0]
+    copy = next(
+        row
+        for row in index.rows(2).tolist()
+        if index.record(row).user_text.casefold() == index.record(first).user_text.casefold()
+    )
+    assert f"{index.record(first).origin} = {index.record(copy).origin}" in said
+    assert said.count(" = ") == min(len(doubled), 3)
+    assert (f" and {len(doubled) - 3} more" in said) == (len(doubled) > 3)

@@ -1,0 +1,109 @@
+"""What a whole run has read so far, by language: slots and what became of them, label tokens, unusable rows.
+
+In: the counts of every trained step, summed over ranks. Out: metrics, a table for the end of the run, and the state
+that a checkpoint keeps: after a resume or a roll-back they are those of the whole run still. Next: `trainer.py`.
+
+Shapes: L languages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.loader import OUTCOMES, no_slots
+from data_pipeline.records import BadRow, DataError
+from training.distributed import rank
+
+log = logging.getLogger(__name__)
+Integers = npt.NDArray[np.int64]
+
+
+class RunTotals:
+    """Counts over the trained steps. The same on every rank."""
+
+    def __init__(self, languages: Sequence[str]) -> None:
+        self.languages = tuple(languages)
+        self.steps = 0  # counted ones: those before a checkpoint that had no counts are not among them
+        self.slots: Integers = no_slots(len(languages))
+        self.labels: Integers = np.zeros(len(languages), np.int64)
+        self.bad_rows: dict[str, None] = {}  # where each unusable row stands, "file:line", in the order they were met
+
+    def add_step(self, slots: Integers, labels: Integers) -> None:
+        """One trained step: its slots (OUTCOMES, L) and label tokens (L,), of all ranks."""
+        self.steps += 1
+        self.slots += slots
+        self.labels += labels
+
+    def add_bad_rows(self, rows: Sequence[BadRow], most: int) -> None:
+        """The unusable rows that all ranks met in a step. A row counts once in a run, however often it comes up.
+
+        Raises DataError where those of the run are more than `most`.
+        """
+        for row in rows:
+            if row.origin in self.bad_rows:
+                continue
+            self.bad_rows[row.origin] = None
+            if (met := len(self.bad_rows)) > most:
+                raise DataError(f"{row} ({met} unusable rows were met so far; data.max_bad_rows is {most})")
+            if rank() == 0:
+                log.warning("an unusable row, whose slot stays empty each time it comes up: %s", row)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain JSON data."""
+        counts = {**dict(zip(OUTCOMES, self.slots, strict=True)), "labels": self.labels}
+        by_language = {name: dict(zip(self.languages, values.tolist(), strict=True)) for name, values in counts.items()}
+        return {"steps": self.steps, "bad_rows": list(self.bad_rows), **by_language}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The totals that `state` describes; zeros where it is empty, as in checkpoints of older versions."""
+
+        def counts(name: str) -> list[int]:
+            by_language = state.get(name, {})
+            return [by_language.get(language, 0) for language in self.languages]
+
+        self.steps = state.get("steps", 0)
+        self.slots = np.array([counts(name) for name in OUTCOMES], np.int64)
+        self.labels = np.array(counts("labels"), np.int64)
+        self.bad_rows = dict.fromkeys(state.get("bad_rows", ()))
+
+    def metrics(self) -> dict[str, float]:
+        """By language: realised shares; and slots left empty or filled with a cut sample, where there are any."""
+        filled, truncated, overlong, unusable = self.slots
+        shares = {"data/slot_share": _shares(filled), "data/label_share": _shares(self.labels)}
+        counts = {
+            "data/truncated_slots": truncated, "data/overlong_slots": overlong, "data/unusable_slots": unusable,
+        }  # fmt: skip
+        return {
+            f"{name}/{language}": float(value)
+            for name, values in (shares | counts).items()
+            for language, value in zip(self.languages, values, strict=True)
+            if value or name in shares
+        }
+
+    def table(self) -> Iterator[str]:
+        """The realised mixture, a line a language, for people; then what was lost, where anything was."""
+        yield f"read in {self.steps:,} steps; slots left empty are not refilled:"
+        yield (
+            f"{'language':<10}{'filled slots':>14}{'share':>9}{'label tokens':>14}{'share':>9}{'cut to fit':>12}"
+            f"{'too long':>10}{'unusable':>10}"
+        )
+        shares, label_shares = _shares(self.slots[0]), _shares(self.labels)
+        for number, language in enumerate(self.languages):
+            filled, truncated, overlong, unusable = self.slots[:, number].tolist()
+            yield (
+                f"{language:<10}{filled:>14,}{shares[number]:>9.1%}{self.labels[number]:>14,}{label_shares[number]:>9.1%}"
+                f"{truncated:>12,}{overlong:>10,}{unusable:>10,}"
+            )
+        of_run = dict(zip(OUTCOMES, self.slots.sum(axis=1).tolist(), strict=True))
+        if empty := of_run["overlong"] + of_run["unusable"]:
+            planned = empty + of_run["filled"]
+            yield f"{empty:,} of {planned:,} slots stayed empty ({empty / planned:.1%})"
+
+
+def _shares(counts: Integers) -> npt.NDArray[np.float64]:
+    return counts / max(int(counts.sum()), 1)
