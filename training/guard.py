@@ -83,7 +83,7 @@ class Guard:
 
 
 def list_samples(output_dir: Path, step: int, verdict: Verdict, by_rank: Mapping[int, Sequence[str]]) -> str:
-    """Write the complete list of the samples that a spared step was made of; for people: where it is, or why not."""
+    """Write the ids of all samples of a step (from 1) without an update; for people: where they are, or why not."""
     file = output_dir / f"{'not-finite' if 'finite' in verdict.what else 'spike'}-step-{step}.json"
     try:
         file.write_text(json.dumps({"step": step, "what": verdict.what, "sample_ids": by_rank}, indent=1))

@@ -44,7 +44,7 @@ class RunState:
     zero_stage: int = 3
     base: dict[str, str] | None = None  # LoRA: directory and hash of the model whose frozen weights are not saved
     data_offset: int = 0  # step t reads the data of step t + data_offset
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last of these steps
+    metrics: dict[str, float | None] = field(default_factory=dict)  # of the last of these steps; None: not finite
     guard: dict[str, Any] = field(default_factory=dict)  # `guard.Guard.state()`
     totals: dict[str, Any] = field(default_factory=dict)  # `run_totals.RunTotals.state()`
     format: int = FORMAT

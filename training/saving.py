@@ -241,8 +241,8 @@ def run_state(
 ) -> RunState:
     """What a resume has to know after `step` steps."""
     return RunState(
-        step=step, world_size=run.engine.world_size, data_offset=data_offset,
-        metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, guard=guard, totals=totals,
+        step=step, world_size=run.engine.world_size, data_offset=data_offset, totals=totals, guard=guard,
+        metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
         fingerprint=run.data.fingerprint, config=resolved(run.config), versions=versions(),
         zero_stage=run.config.zero_stage, base=base_of(run),
     )  # fmt: skip

@@ -47,16 +47,16 @@ class StepSums:
         """Numbers of those whose loss is not finite."""
         return (~torch.isfinite(torch.stack(self.shares))).nonzero().flatten().tolist()
 
-    def finite(self) -> Tensor:
-        """(2 L + M,) all sums, what is not finite as 0: for a reduction that tells of it beside."""
-        return torch.nan_to_num(torch.cat([self.losses, self.labels, self.terms]))
+    def vector(self) -> Tensor:
+        """(2 L + M,) all sums, to be reduced over ranks."""
+        return torch.cat([self.losses, self.labels, self.terms])
 
     def label_counts(self, reduced: Tensor) -> npt.NDArray[np.int64]:
-        """(L,) labels of all ranks, out of `finite()` reduced."""
+        """(L,) labels of all ranks, out of `vector()` reduced."""
         return reduced[len(self.losses) : len(self.losses) + len(self.labels)].long().cpu().numpy()
 
     def metrics(self, reduced: Tensor, totals: StepTotals, languages: Sequence[str]) -> dict[str, float]:
-        """Means over all ranks, of `finite()` reduced: per label overall and by language, per its own count a term."""
+        """Means over all ranks, of `vector()` reduced: per label overall and by language, per its own count a term."""
         losses, labels, terms = reduced.split([len(languages), len(languages), len(self.terms)])
         metrics = {"train/loss": float(losses.sum() / labels.sum().clamp(min=1))}
         for (name, count), value in zip(self.denominators.items(), terms.tolist(), strict=True):

@@ -63,7 +63,7 @@ class BadMicroBatches:
 
 
 class RollBack(Exception):
-    """Inside the loop: the state goes back to the last checkpoint, since this step failed."""
+    """Inside the loop: the state goes back to the last checkpoint, since this step (from 1) failed."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
@@ -151,19 +151,20 @@ class Trainer:
         reduced, bad = self._reduce(sums)
         languages = self.config.data.languages
         self.totals.add_step(agreed.read.slots, sums.label_counts(reduced))
-        metrics = {**sums.metrics(reduced, agreed.totals, languages), **agreed.read.metrics(languages)}
+        losses = sums.metrics(reduced, agreed.totals, languages)
+        if bad.any:  # what is finite of the sums lacks samples of other micro-batches or ranks
+            losses = dict.fromkeys(losses, math.nan)
+        metrics = {**losses, **agreed.read.metrics(languages)}
         rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
-        verdict = self.guard.judge(math.nan if bad.any else metrics["train/loss"])
+        verdict = self.guard.judge(metrics["train/loss"])
         if verdict is None:
             try:
                 metrics["train/grad_norm"] = self.run.engine.step(rate)
             except NonFiniteUpdate as error:
                 verdict = self.guard.not_finite(str(error))
         if verdict is not None:
-            if bad.any:
-                metrics["train/loss"] = math.nan  # what is left of the sums is no loss of the step
             concerned = bad.mine if bad.any else range(len(micro_batches))
-            self._spare(step, verdict, [micro_batches[number].sample_ids for number in concerned])
+            self._spare(step + 1, verdict, [micro_batches[number].sample_ids for number in concerned])
             metrics["guard/skipped"] = 1.0
         seconds = time.perf_counter() - started
         return {
@@ -265,11 +266,11 @@ class Trainer:
         """Step sums over ranks, and where the loss is no number."""
         bad = sums.bad_micro_batches()
         flag = torch.tensor([float(len(bad))], dtype=torch.float64, device=sums.losses.device)
-        reduced = all_sum(torch.cat([flag, sums.finite()]), self.run.engine.device)
+        reduced = all_sum(torch.cat([flag, sums.vector()]), self.run.engine.device)
         return reduced[1:], BadMicroBatches(bool(reduced[0]), bad)
 
     def _spare(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
-        """The weights are spared this update: all ranks drop it, go back, or raise the same error."""
+        """Step `step` (from 1) makes no update: all ranks drop it, roll back, or raise the same error."""
         mine = [sample for ids in sample_ids for sample in ids]
         by_rank = {number: ids for number, ids in enumerate(gather_objects(mine)) if ids}
         listed = gather_objects(list_samples(self.config.output_dir, step, verdict, by_rank) if rank() == 0 else None)[
@@ -287,7 +288,7 @@ class Trainer:
             raise RollBack(step)
 
     def _roll_back(self, failed: int) -> int:
-        """The state of the last checkpoint again, the data since then left out; the number of finished steps."""
+        """Restore the last checkpoint and skip the data up to step `failed` (from 1); the finished steps."""
         self._settle()
         found = find_newest(self.config, self.disk)
         if found is None:
@@ -296,8 +297,9 @@ class Trainer:
         start = self.restore(found)
         for home in own_homes(self.config, self.disk):  # one that was passed over is of the branch that is left
             checkpoint.set_aside_newer(home, start)
-        self.guard.events, self.data_offset = events, offset + failed + 1 - start
+        self.guard.events, self.data_offset = events, offset + failed - start
         if self.tracker is not None:
             self.tracker.rewind(start)
-            log.info("back to step %d; the data of steps %d to %d are left out", start, start + offset, failed + offset)
+            log.info("back to the checkpoint of step %d; the data of steps %d to %d are left out",
+                     start, start + 1 + offset, failed + offset)  # fmt: skip
         return start

@@ -84,7 +84,9 @@ def test_a_skipped_update_costs_its_samples_and_nothing_else(cells: Path) -> Non
     assert [here[step] for step in range(1, 5)] == [there[step] for step in range(1, 5)]
     assert here[6] != there[6], "an update is missing"
     assert all(0 < here[step] < 10 for step in range(6, STEPS + 1))
-    (listed,) = (cells / "skip").glob("not-finite-step-4.json")
+    skipped = next(e["values"] for e in events(cells, "skip") if e["kind"] == "metrics" and e["step"] == 5)
+    assert {value for name, value in skipped.items() if name.startswith("train/loss")} == {"NaN"}
+    (listed,) = (cells / "skip").glob("not-finite-step-5.json")
     assert list(json.loads(listed.read_text())["sample_ids"]) == ["1"]
 
 
@@ -114,7 +116,7 @@ def test_roll_backs_add_up(cells: Path) -> None:
 
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(cells: Path) -> None:
     for each in raised(cells, "roll back from nowhere"):
-        assert each == ["NonFiniteStep", "step 1: there is no checkpoint to go back to; set checkpoint.every lower"]
+        assert each == ["NonFiniteStep", "step 2: there is no checkpoint to go back to; set checkpoint.every lower"]
 
 
 def test_a_budget_that_is_used_up_stops_the_run(cells: Path) -> None:
@@ -122,7 +124,7 @@ def test_a_budget_that_is_used_up_stops_the_run(cells: Path) -> None:
         assert each is not None
         assert each[0] == "NonFiniteStep"
         assert each[1].startswith(
-            "step 6: loss is not finite, and guard.max_events=1 were used up before; samples of rank 1: "
+            "step 7: loss is not finite, and guard.max_events=1 were used up before; samples of rank 1: "
         )
 
 
@@ -134,7 +136,7 @@ def test_a_loss_that_leaps_is_skipped_or_stops_the_run(cells: Path) -> None:
     assert here[11] < 2 * there[11]
     for each in raised(cells, "spike stops"):
         assert each is not None
-        assert "step 9: loss " in each[1]
+        assert "step 10: loss " in each[1]
         assert "times the median of the last 8 steps" in each[1]
     assert sorted(losses(cells, "spike stops")) == list(range(1, 10))
 

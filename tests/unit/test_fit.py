@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ import pytest
 from training import checkpoint, fit
 from training.config import RunConfig
 from training.disks import shared_disk
+from training.plots import draw_plots
 from training.run_file import validate
+from training.run_record import RunRecord, number
 from training.stop import StoppedOnRequest, StopRequest
 
 STOPPED = StoppedOnRequest("stopped by SIGUSR1 after 4 of 12 steps; all of it is saved")
@@ -109,3 +112,27 @@ def test_a_start_clears_away_what_killed_starts_left(
         folder.mkdir(parents=True)
     ends(None)
     assert not any(folder.exists() for folder in left)
+
+
+def test_a_loss_that_is_not_finite_is_a_gap_and_a_mark_in_the_plot(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    record = RunRecord(config.output_dir)
+    for step, loss in enumerate((3.0, 2.5, math.nan, 2.0, 1.5), start=1):
+        values = {f"train/loss/{language}": loss for language in ("en", "sw")}
+        record.append("metrics", step=step, values={name: number(value) for name, value in values.items()})
+    record.close()
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw_plots(config.output_dir)
+    (axes,) = figures[0].axes
+    drawn = {str(line.get_label()): line.get_data() for line in axes.lines}
+    assert list(drawn["not finite"][0]) == [3]
+    for language in ("en", "sw"):
+        steps, losses = drawn[language]
+        assert list(steps) == [1, 2, 3, 4, 5]
+        assert math.isnan(float(losses[2]))
+    bottom, top = axes.get_ylim()
+    assert 1.3 < bottom < 1.5 < 3.0 < top, "the mark is no value"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,16 @@ from data_pipeline.loader import RankStep, no_slots
 from data_pipeline.records import BadRow, DataError
 from training import checkpoint, saving
 from training.assembly import Run
+from training.engine import NonFiniteUpdate
 from training.errors import CheckpointFailed, NonFiniteStep
 from training.guard import Verdict
+from training.objectives import LossTerms
 from training.run_file import validate
 from training.run_state import RunState
+from training.scaling import LossTerm, StepTotals
+from training.step_sums import StepRead, StepSums
 from training.stop import StoppedOnRequest
-from training.trainer import Trainer
+from training.trainer import Agreed, Trainer
 
 Made = Callable[..., Trainer]
 
@@ -152,7 +157,7 @@ def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, capl
     """The size is right: only the checksum tells. And what was saved since then is no longer this run's state."""
     made = trainer()
     save_4_and_damaged_6(made)
-    assert made._roll_back(failed=7) == 4
+    assert made._roll_back(failed=8) == 4
     assert cast(Engine, made.run.engine).loaded[-1] == "step-00000004"
     assert made.data_offset == 4
     assert "step-00000006 is passed over: zero/weights.pt is not what was saved" in caplog.text
@@ -166,7 +171,7 @@ def test_what_a_roll_back_passed_over_is_not_where_the_next_start_begins(trainer
     """Step 6 could not be read for a moment, and is of the branch that was left: with the data that were bad."""
     made = trainer()
     content = save_4_and_damaged_6(made)
-    assert made._roll_back(failed=7) == 4
+    assert made._roll_back(failed=8) == 4
     (aside,) = checkpoint.checkpoint_root(made.config.output_dir).glob("set-aside-*/zero/weights.pt")
     aside.write_bytes(content)
     with pytest.raises(StoppedOnRequest):
@@ -177,8 +182,67 @@ def test_what_a_roll_back_passed_over_is_not_where_the_next_start_begins(trainer
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_go_back_to(trainer: Made) -> None:
-    with pytest.raises(NonFiniteStep, match="step 7: there is no checkpoint to go back to"):
-        trainer()._roll_back(failed=7)
+    with pytest.raises(NonFiniteStep, match="step 8: there is no checkpoint to go back to"):
+        trainer()._roll_back(failed=8)
+
+
+def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float], float]) -> dict[str, float]:
+    """Metrics of the run's step 3 (from 1), made of one micro-batch a loss, whose labels are of languages 0, 1, .."""
+    languages = made.config.data.languages
+    sums = StepSums.zeros(len(languages), 2, torch.device("cpu"))
+    for language, loss in enumerate(losses):
+        label = torch.tensor([loss])
+        terms = {"sft": LossTerm(label.sum(), "label_tokens", 1.0), "contrastive": LossTerm(label.sum(), "pairs", 0.1)}
+        found = LossTerms(label, torch.ones(1), torch.tensor([language]), terms)
+        sums.add(found, 1.1 * label.sum())
+    micro_batches = [SimpleNamespace(sample_ids=(f"{language}-{n}",)) for n, language in enumerate(languages)]
+    made.accumulate = lambda step, batch, totals: (sums, micro_batches[: len(losses)])  # type: ignore[method-assign, assignment, return-value]
+    made.run.engine.step = engine_step  # type: ignore[method-assign]
+    read = StepRead(torch.ones(len(languages), dtype=torch.float64), no_slots(len(languages)), 0, 0, 0)
+    agreed = Agreed(StepTotals({"label_tokens": len(losses), "pairs": 1}, len(losses)), read, False, False)
+    return made.train_step(2, cast(RankStep, None), agreed)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_skipped_step_that_is_not_finite_has_no_loss_of_a_language_or_term(
+    trainer: Made, bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other languages' sums lack what other ranks and micro-batches had: a part would pass for the whole."""
+    made = trainer(**{"guard.non_finite": "skip"})
+    metrics = step_with(made, [2.0, bad, 4.0], lambda rate: pytest.fail("the update was made"))
+    losses = {name: value for name, value in metrics.items() if name.startswith(("train/loss", "train/contrastive"))}
+    en, de, sw = made.config.data.languages[:3]
+    names = {"train/loss", "train/contrastive", *(f"train/loss/{language}" for language in (en, de, sw))}
+    assert losses.keys() == names
+    assert all(math.isnan(value) for value in losses.values())
+    assert metrics["guard/skipped"] == 1
+    assert "step 3: loss is not finite; samples of rank 0: de-1; " in caplog.text
+    (file,) = made.config.output_dir.glob("not-finite-step-3.json")
+    assert json.loads(file.read_text())["step"] == 3
+    assert made.guard.state()["losses"] == []
+
+
+def test_a_step_skipped_for_its_gradient_keeps_its_losses(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+    def overflow(rate: float) -> float:
+        raise NonFiniteUpdate("gradient norm inf")
+
+    made = trainer(**{"guard.non_finite": "skip"})
+    metrics = step_with(made, [2.0, 3.0, 4.0], overflow)
+    de = made.config.data.languages[1]
+    assert (metrics["train/loss"], metrics[f"train/loss/{de}"], metrics["guard/skipped"]) == (3.0, 3.0, 1.0)
+    assert "train/grad_norm" not in metrics
+    assert "step 3: gradient norm inf is not finite; " in caplog.text
+
+
+def test_a_checkpoint_of_a_step_that_is_not_finite_knows_the_best_metric(
+    trainer: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer(**{"checkpoint.best": "train/loss", "checkpoint.keep": 1})
+    for step, loss in ((2, 1.0), (4, math.nan), (6, 2.0)):
+        made.save(step, {"train/loss": loss})
+        made._settle()
+    assert "no such metric" not in caplog.text
+    assert saved(made) == [2, 6]
 
 
 @pytest.mark.parametrize("full", [True, False])
