@@ -48,7 +48,7 @@ NAMES = {
     "weights": ("weights, sharded", "weights, whole"),
     "master": ("master weights, fp32",),
     "moments": ("AdamW's two moments, fp32",),
-    "gradients": ("gradients, fp32", "gradients, fp32, whole"),
+    "gradients": ("gradients, fp32",),
 }
 
 
@@ -81,15 +81,8 @@ def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
         held["small"] = size(each.data for each in run.engine.module.parameters() if each.data.numel() > 1)
     else:
         held["weights"] = size(run.engine.module.parameters())
-        own_bf16 = hasattr(optimizer, "fp32_groups_flat_partition")  # DeepSpeed's optimiser of stage 1 in bf16
-        held["master"] = size(
-            optimizer.fp32_groups_flat_partition if own_bf16 else optimizer.single_partition_of_fp32_groups
-        )
-        held["gradients"] = size(
-            optimizer.fp32_groups_gradients_flat
-            if own_bf16
-            else (each for group in optimizer.averaged_gradients.values() for each in group)
-        )
+        held["master"] = size(optimizer.single_partition_of_fp32_groups)
+        held["gradients"] = size(each for group in optimizer.averaged_gradients.values() for each in group)
     return held
 
 

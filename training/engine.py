@@ -10,13 +10,14 @@ What DeepSpeed needs to be told, each verified and held by a test:
 - gradients are averaged over ranks, so a loss share is multiplied by the world size before backward;
 - every training forward goes through the engine (only there its micro-step counter advances);
 - bf16 accumulates and reduces in fp32;
-- ZeRO-3 drops a non-finite update without a word: `step()` raises instead.
+- a non-finite update is dropped without an error: `step()` raises instead.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class NonFiniteUpdate(Exception):
-    """A gradient that is not a finite number; the weights were not touched under ZeRO-3."""
+    """A gradient that is not a finite number: DeepSpeed has dropped the update, weights and moments are untouched."""
 
 
 def device() -> torch.device:
@@ -94,7 +95,7 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
         "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -196,11 +197,13 @@ class Engine:
     def __init__(self, model: PreTrainedModel, config: RunConfig, settings: dict[str, Any], world_size: int) -> None:
         self.world_size = world_size
         self.sharded = settings["zero_optimization"]["stage"] == 3
+        self._accumulated = False  # gradients of a step that is neither applied nor dropped
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         groups = _parameter_groups(model, config.optimizer.weight_decay)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, model_parameters=groups, config=settings
-        )
+        with engine_state.zero_optimizer():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, model_parameters=groups, config=settings
+            )
         for name, buffer in buffers.items():  # bf16 without sharding would cast rotary frequencies too
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, buffer.to(device()))
@@ -237,6 +240,7 @@ class Engine:
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
         heart.phase("backward")
+        self._accumulated = True
         self._engine.backward(loss_share * self.world_size)
 
     def step(self, learning_rate: float) -> float:
@@ -249,24 +253,34 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        self._accumulated = False
         norm = self._engine.get_global_grad_norm()
         norm = float(norm.item() if isinstance(norm, Tensor) else norm or 0.0)
-        if not self._engine.was_step_applied() or not torch.isfinite(torch.tensor(norm)):
+        if not self._engine.was_step_applied():
             raise NonFiniteUpdate(f"gradient norm {norm}")
+        if not math.isfinite(norm):
+            raise RuntimeError(f"DeepSpeed applied an update with a gradient norm of {norm}")
         return norm
 
     def drop_update(self) -> None:
-        """Forget the gradients of the step, instead of `step`: DeepSpeed's own way with an overflow, which this feigns.
+        """Forget the step's gradients; after a `step` that raised NonFiniteUpdate there are none left.
 
-        Every rank calls it. The moments and weights stay as they are.
+        Every rank calls it. The moments and weights stay as they are: DeepSpeed is told of a gradient norm that is not
+        finite, with which it drops an update itself.
         """
+        if not self._accumulated:
+            return
         name = "_get_norm_groups" if self.sharded else "scaled_global_norm"
         invalid = torch.tensor(float("nan"))
         setattr(self._optimizer, name, lambda *_, **__: [invalid] if self.sharded else invalid)
+        level = deepspeed.utils.logger.level
+        deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn of gradients that are not finite
         try:
             self._engine.step()
         finally:
+            deepspeed.utils.logger.setLevel(level)
             delattr(self._optimizer, name)  # the method again
+        self._accumulated = False
         if self._engine.was_step_applied():
             raise RuntimeError("DeepSpeed applied an update that was to be dropped")
 

@@ -50,8 +50,10 @@ try:
         import deepspeed as deepspeed
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
         from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+        from deepspeed.runtime.constants import BFLOAT16
+        from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION, ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 finally:
     if _without_mlflow:
@@ -60,6 +62,26 @@ finally:
 TAG = "zero"  # DeepSpeed's name for a checkpoint: the folder below ours
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
+
+
+@contextmanager
+def zero_optimizer() -> Iterator[None]:
+    """Inside, DeepSpeed makes a ZeRO optimizer for every stage and precision.
+
+    For stage 1 in bf16 with fp32 gradients it would take its BF16_Optimizer instead (0.19): its checkpoints can't be
+    consolidated for an export, and it prints memory lines. The ZeRO-1/2 optimizer accumulates in fp32 as well.
+    """
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(engine: Any, optimizer: Any) -> Any:
+        chosen = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 @contextmanager

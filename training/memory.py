@@ -217,12 +217,6 @@ def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     yield from _optimizer(_placed(offload), mine)
     if offload is not None:
         yield Part("gradients and weights being moved", "always", item * largest, host=4 * mine + item * mine)
-    elif zero["stage"] == 1 and item == 2:
-        yield Part("gradients, fp32, whole", "always", 4 * trained)
-        yield Part("gradients, bf16, whole", "in forward and backward", item * trained)
-        yield Part("gradients being reduced", "in forward and backward", 4 * min(trained, bucket))
-        yield Part("AdamW's work", "in the update", 4 * mine)
-        return
     # In fp32 a weight's gradient is whole until the update, so one that two ranks share is kept by both.
     kept = trained if zero["stage"] == 1 else mine if item == 2 else min(trained, mine + largest)
     if offload is None or zero["stage"] == 1:

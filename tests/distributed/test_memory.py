@@ -19,7 +19,11 @@ from training.memory import MemoryEstimate, memory_estimate
 from training.run_file import validate
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)
-WHOLE_AT_FIRST = ("stage 1 fp32", "stage 2 fp32")  # gradients, before what is reduced is cut to the rank's part
+WHOLE_AT_FIRST = (
+    "stage 1 fp32",
+    "stage 1 bf16",
+    "stage 2 fp32",
+)  # gradients, before what is reduced is cut to the rank's part
 HELD = {**NAMES, "bucket": ("bucket for reducing gradients",), "small": ("small weights, whole",)}
 
 

@@ -28,7 +28,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "shifcon-1": {"zero_stage": 1},
     "shifcon-2": {"zero_stage": 2},
     "shifcon-3": {},
-    "shifcon-3-bf16": {"precision": "bf16"},
+    **{f"shifcon-{stage}-bf16": {"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)},
     "xmixup-3": XMIXUP,
 }
 SAVED, STEPS, SAVING_RANKS = 3, 7, 2

@@ -1,0 +1,189 @@
+"""One rank of the test of every ZeRO stage in both precisions: train, skip, roll back and save; resume and finish.
+
+python zero_cells.py DATA_DIR WORK_DIR train|resume|short
+
+`train` runs every cell past its last checkpoint, and then all ranks are killed with SIGKILL; `resume` finishes these
+runs. `short`, on one rank, saves after three steps and stops after five. Rank 0 writes `WORK_DIR/<cell>-<mode>.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_run import rank_values
+
+from training.assembly import assemble
+from training.distributed import barrier, gather_objects, rank
+from training.engine import gathered, process_group
+from training.prepare import prepare
+from training.resume import go_on
+from training.run_file import validate
+from training.search import find_start
+from training.stop import StoppedOnRequest
+from training.trainer import Trainer
+
+CELLS: dict[str, dict[str, Any]] = {
+    f"{stage}-{precision}": {"zero_stage": stage, "precision": precision}
+    for stage in (1, 2, 3)
+    for precision in ("fp32", "bf16")
+}
+STEPS, EVERY = 14, 3
+SAVED, SHORT, STOPPED = 12, 3, 5  # the last checkpoint of `train`, that of `short`, and where `short` stops
+# Steps of the data, from 0: a loss that is NaN, a gradient that is infinite, and a loss spike after 8 usual losses.
+NAN_LOSS, INFINITE_GRADIENT, SPIKE = 1, 2, 9
+FAULTY_RANK = 1
+FROM_ONE_RANK = "1-bf16"  # what `short` saved of this cell is resumed on two ranks
+CHANGES: dict[str, Any] = {
+    "objective": {"name": "sft"},
+    "data.slots_per_step": 16,
+    "data.micro_batch_tokens": 384,
+    "max_steps": STEPS,
+    "optimizer.learning_rate": 1e-2,
+    "checkpoint": {"every": EVERY, "keep": 9},
+    "guard": {"non_finite": "skip", "spike": "rollback", "spike_window": 8},
+}
+
+
+def main() -> None:
+    data_dir, work, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    for name in CELLS:
+        trainer = made(data_dir, work, name if mode != "short" else f"{name}-short", CELLS[name])
+        report = watch(trainer)
+        if mode == "resume":
+            start = resumed(trainer)
+        else:
+            start = 0
+            save_until(trainer, SAVED if mode == "train" else SHORT)
+            if mode == "train":
+                spoil(trainer)
+            else:
+                stop_after(trainer, STOPPED)
+        with suppress(StoppedOnRequest):
+            trainer.train(start)
+        write(report, trainer, work / f"{name}-{mode}.json")
+        trainer.run.engine.destroy()
+    if mode == "resume":
+        trainer = made(data_dir, work, f"{FROM_ONE_RANK}-short", CELLS[FROM_ONE_RANK])
+        report, start = watch(trainer), resumed(trainer)
+        save_until(trainer, 0)
+        stop_after(trainer, STOPPED)
+        with suppress(StoppedOnRequest):
+            trainer.train(start)
+        write(report, trainer, work / f"{FROM_ONE_RANK}-from-one-rank.json")
+    barrier()
+    if mode == "train":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Trainer:
+    config = validate(rank_values(data_dir, work / folder, **CHANGES, **changes), "test")
+    return Trainer(assemble(config, prepare(config, rank())), tracker=None)
+
+
+def resumed(trainer: Trainer) -> int:
+    found = find_start(trainer.config, "auto")
+    assert found is not None
+    return go_on(trainer, found, accept_changes=False)
+
+
+def save_until(trainer: Trainer, last: int) -> None:
+    """Checkpoints of later steps are not written."""
+    save, settle = trainer.save, trainer._settle
+    trainer.save = lambda step, metrics: save(step, metrics) if step <= last else None  # type: ignore[method-assign]
+    trainer._settle = lambda required=False: settle()  # type: ignore[method-assign]
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    accumulate = trainer.accumulate
+
+    def stopping(at: int, batch: Any, totals: Any) -> Any:
+        if at + 1 == step:
+            trainer.stop._reason = "the test"
+        return accumulate(at, batch, totals)
+
+    trainer.accumulate = stopping  # type: ignore[method-assign]
+
+
+def watch(trainer: Trainer) -> dict[str, Any]:
+    """Filled while the run goes on: metrics by step; for every step without an update, whether any state has changed.
+
+    `fine` is the share of the first step's gradients that bf16 cannot hold.
+    """
+    report: dict[str, Any] = {"metrics": {}, "dropped": []}
+    train_step, spare, accumulate, before = trainer.train_step, trainer._spare, trainer.accumulate, [""]
+
+    def kept(step: int, batch: Any, agreed: Any) -> dict[str, float]:
+        values = train_step(step, batch, agreed)
+        report["metrics"][step + 1] = {name: str(values.get(name)) for name in ("train/loss", "train/grad_norm")}
+        return values
+
+    def hashed(step: int, batch: Any, totals: Any) -> Any:
+        before[0] = state_hash(trainer)
+        found = accumulate(step, batch, totals)
+        if "fine" not in report:
+            gradients = torch.cat([each.flatten() for each in trainer.run.engine.full_gradients().values()])
+            report["fine"] = float((gradients != gradients.bfloat16()).float().mean())
+        return found
+
+    def compared(step: int, *arguments: Any) -> None:
+        try:
+            spare(step, *arguments)
+        finally:
+            report["dropped"].append([step, state_hash(trainer) == before[0]])
+
+    trainer.train_step, trainer.accumulate, trainer._spare = kept, hashed, compared  # type: ignore[method-assign]
+    return report
+
+
+def write(report: dict[str, Any], trainer: Trainer, file: Path) -> None:
+    report["optimizer"] = type(trainer.run.engine._optimizer).__name__
+    report["dropped"] = gather_objects(report["dropped"])
+    if rank() == 0:
+        file.write_text(json.dumps(report))
+
+
+def state_hash(trainer: Trainer) -> str:
+    """Of the weights, and of this rank's part of the optimizer's state."""
+    engine, digest = trainer.run.engine, hashlib.sha256()
+    with gathered(engine.module.parameters()):
+        tensors = [parameter.detach() for parameter in engine.module.parameters()]
+        tensors += [value for state in engine._optimizer.optimizer.state.values() for value in state.values()]
+        for each in tensors:
+            digest.update(torch.as_tensor(each).detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def spoil(trainer: Trainer) -> None:
+    """The losses of three steps of the data are NaN, have an infinite gradient, and leap."""
+    accumulate, loss_terms, current = trainer.accumulate, trainer.run.objective.loss_terms, [-1]
+
+    def noted(step: int, batch: Any, totals: Any) -> Any:
+        current[0] = batch.step
+        return accumulate(step, batch, totals)
+
+    def spoiled(engine: Any, batch: Any) -> Any:
+        terms = loss_terms(engine, batch)
+        if not torch.is_grad_enabled():
+            return terms
+        sft, faulty = terms.terms["sft"], rank() == FAULTY_RANK
+        if current[0] == INFINITE_GRADIENT and faulty:
+            sft.sum.register_hook(lambda gradient: gradient * float("inf"))
+        factor = 50.0 if current[0] == SPIKE else float("nan") if current[0] == NAN_LOSS and faulty else 1.0
+        changed = {**terms.terms, "sft": replace(sft, sum=sft.sum * factor)}
+        return replace(terms, terms=changed, label_losses=terms.label_losses * factor)
+
+    trainer.accumulate, trainer.run.objective.loss_terms = noted, spoiled  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    with process_group(timeout_minutes=3):
+        main()
