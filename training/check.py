@@ -167,9 +167,8 @@ def _model(
     from modeling.loading import load_config, resolve_attention, resolve_directory
     from modeling.lora import add_adapters
     from training.activations import count_activations
-    from training.engine import DTYPES, deepspeed_settings
+    from training.engine import DTYPES
 
-    deepspeed_settings(config, 1)
     head = architecture(config)
     model_config = load_config(resolve_directory(prepared.model_dir), head)
     attention = resolve_attention(config.model.attention, model_config, head)

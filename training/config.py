@@ -18,6 +18,7 @@ from data_pipeline.mixture import MixtureConfig
 from data_pipeline.settings import PathText, RawValues, RunPath, Section
 from data_pipeline.tasks.config import WINDOWED, TaskConfig
 from data_pipeline.tokenizer import TokenizerTrainingConfig
+from training.deepspeed_keys import contradictions
 from training.guard import GuardConfig
 from training.metric_names import metric_names, unknown_metric
 from training.objective_config import (
@@ -227,14 +228,6 @@ class EvaluationConfig(Section):
     )
 
 
-# DeepSpeed settings that follow from other keys: with values of their own, gradients or learning rates would be others.
-FOLLOWS_FROM = {
-    "train_batch_size": "data.slots_per_step",
-    "train_micro_batch_size_per_gpu": "data.micro_batch_tokens",
-    "gradient_accumulation_steps": "data.micro_batch_tokens",
-    "scheduler": "schedule",
-}
-
 # Which kinds of rows an objective learns from; None: conversations.
 KINDS: dict[type[Section], tuple[TaskKind | None, ...]] = {
     SFTConfig: (None,),
@@ -243,10 +236,6 @@ KINDS: dict[type[Section], tuple[TaskKind | None, ...]] = {
     FineTuneConfig: ("classification", "tagging", "qa"),
     XMixupConfig: ("classification", "tagging", "qa"),
 }
-
-
-def _section(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}  # what else it is DeepSpeed will refuse
 
 
 class RunConfig(Section):
@@ -276,7 +265,9 @@ class RunConfig(Section):
     zero_stage: Literal[1, 2, 3] = Field(
         3, description="sharded over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights"
     )
-    deepspeed: RawValues = Field({}, description="raw DeepSpeed settings, merged last")
+    deepspeed: RawValues = Field(
+        {}, description="raw DeepSpeed settings, merged last; what follows from other keys is refused"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
@@ -290,17 +281,7 @@ class RunConfig(Section):
 
     def _mistakes(self) -> Iterator[str]:
         """What is wrong between sections."""
-        yield from (
-            f"'deepspeed.{key}' follows from {source!r}; leave it out"
-            for key, source in FOLLOWS_FROM.items()
-            if key in self.deepspeed
-        )
-        zero, fp16 = (_section(self.deepspeed.get(name)) for name in ("zero_optimization", "fp16"))
-        stage = zero.get("stage", self.zero_stage)
-        if stage != self.zero_stage:
-            yield f"'deepspeed.zero_optimization.stage' is {stage!r}, 'zero_stage' {self.zero_stage}; set the latter"
-        if fp16.get("enabled"):
-            yield "'deepspeed.fp16' scales losses, which training here does not; 'precision' is bf16 or fp32"
+        yield from contradictions(self)
         if self.model.init is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             yield "'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'"
         if self.evaluation.every and not self.data.heldout_items:

@@ -26,15 +26,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from data_pipeline.config import merged
-from modeling.weight_files import one_line
 from training import engine_state, preflight
 from training.config import RunConfig
+from training.deepspeed_keys import mistakes, own_settings
 from training.distributed import barrier
 from training.engine_state import deepspeed
 from training.errors import ConfigError
@@ -87,42 +86,12 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a run; `config.deepspeed` is merged last.
 
     Raises:
-        ConfigError: DeepSpeed refuses it, as it does a typo in a section of its own.
+        ConfigError: DeepSpeed refuses it, or does not know a key of it.
     """
-    on_gpu = torch.cuda.is_available()
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": world_size,
-        "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": on_gpu,
-            "contiguous_gradients": True,
-        },
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": config.optimizer.learning_rate,
-                "betas": list(config.optimizer.betas),
-                "eps": config.optimizer.eps,
-                "weight_decay": config.optimizer.weight_decay,
-                "torch_adam": True,  # needs no compiled op; an offload section may set it to false
-            },
-        },
-        "steps_per_print": 10**12,
-    }
-    settings = merged(settings, config.deepspeed)
-    try:
-        deepspeed.DeepSpeedConfig(settings)
-    except ValidationError as error:
-        found = error.errors()[0]
-        raise ConfigError(f"deepspeed: {'.'.join(map(str, found['loc']))}: {found['msg']}") from error
-    except Exception as error:  # an assertion, KeyError, ...: whatever it has against a setting
-        raise ConfigError(f"deepspeed: refused by DeepSpeed: {one_line(error)}") from error
+    own = own_settings(config, world_size, torch.cuda.is_available())
+    settings = merged(own, config.deepspeed)
+    if lines := list(mistakes(settings, own, engine_state.read_settings, deepspeed.__version__)):
+        raise ConfigError("\n".join(lines))
     return settings
 
 
@@ -191,6 +160,26 @@ def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = Non
         yield
 
 
+@contextmanager
+def refusing(config: RunConfig) -> Iterator[None]:
+    """Inside, an engine is made: what it has against a run's raw settings becomes a ConfigError."""
+    try:
+        yield
+    except (
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if not config.deepspeed:
+            raise
+        text = " ".join(str(error).split())
+        raise ConfigError(f"deepspeed: refused by DeepSpeed: {type(error).__name__}: {text}") from error
+
+
 class Engine:
     """A model with its optimiser under DeepSpeed."""
 
@@ -200,7 +189,7 @@ class Engine:
         self._accumulated = False  # gradients of a step that is neither applied nor dropped
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         groups = _parameter_groups(model, config.optimizer.weight_decay)
-        with engine_state.zero_optimizer():
+        with engine_state.zero_optimizer(), refusing(config):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, model_parameters=groups, config=settings
             )

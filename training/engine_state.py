@@ -48,12 +48,13 @@ if _without_mlflow:
 try:
     with _variable("TORCHDYNAMO_DISABLE", "1"):
         import deepspeed as deepspeed
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        import deepspeed.runtime.zero.muon.muon_optimizer
         from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
         from deepspeed.runtime.constants import BFLOAT16
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION, ZeroStageEnum
+        from deepspeed.utils.logging import get_log_level_from_string
         from deepspeed.utils.tensor_fragment import fragment_address
 finally:
     if _without_mlflow:
@@ -62,6 +63,13 @@ finally:
 TAG = "zero"  # DeepSpeed's name for a checkpoint: the folder below ours
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
+
+
+def read_settings(settings: dict[str, Any]) -> None:
+    """Read settings as DeepSpeed does; raises what it has against them."""
+    deepspeed.DeepSpeedConfig(settings)
+    if (level := settings.get("log_level")) is not None:
+        get_log_level_from_string(level)  # which it reads only when an engine is made
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from training.config import RunConfig
 from training.data_report import contamination
 from training.disks import checkpoint_disk, own_homes
 from training.distributed import barrier, rank
-from training.engine import process_group
+from training.engine import deepspeed_settings, process_group
 from training.heartbeat import heart
 from training.plots import draw_plots
 from training.prepare import forget_preparation, prepare
@@ -44,6 +44,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     Raises:
         StoppedOnRequest: after a checkpoint; the same call goes on.
     """
+    deepspeed_settings(config, 1)  # its mistakes come before anything is written
     with process_group(timeout_minutes=30, output_dir=config.output_dir):
         return _fit(config, resume, accept_changes, stop or StopRequest())
 

@@ -15,8 +15,12 @@ def check_start(config: RunConfig) -> None:
     """What the run file and the environment alone tell, with a look at the disk.
 
     Raises:
-        ConfigError: one line.
+        ConfigError: one line; of raw DeepSpeed settings, one a mistake.
     """
+    if config.deepspeed:  # else nothing of DeepSpeed's can be wrong
+        from training.engine import deepspeed_settings
+
+        deepspeed_settings(config, 1)
     if not config.tracking.enabled:
         return
     target = target_of(config.tracking, config.output_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from tiny_run import XMIXUP, run_values, write_data, write_task_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
+from data_pipeline.config import merged
 from data_pipeline.packing import Packer
 from training.assembly import assemble_data, check_model
 from training.check import check_run
 from training.config import RunConfig
-from training.engine import deepspeed_settings
+from training.engine import deepspeed, deepspeed_settings, refusing
 from training.errors import ConfigError
+from training.fit import fit
 from training.prepare import prepare
 from training.run_file import validate
 
@@ -65,16 +68,83 @@ def test_a_decoder_without_a_table_of_positions_reads_on(tmp_path: Path) -> None
         check_model(beyond, model)
 
 
-def test_what_deepspeed_refuses_is_one_line(tmp_path: Path) -> None:
+def test_what_deepspeed_refuses_is_one_line_before_anything_is_written(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     typo = config_of(data, tmp_path, deepspeed={"zero_optimization": {"stag": 3}})
-    with pytest.raises(ConfigError, match=r"^deepspeed: stag: Extra inputs are not permitted$"):
-        list(check_run(typo))
-    with pytest.raises(ConfigError, match=r"^deepspeed: stag: "):
-        deepspeed_settings(typo, 1)
-    no_format = config_of(data, tmp_path, deepspeed={"communication_data_type": "fp17"})
-    with pytest.raises(ConfigError, match=r"^deepspeed: refused by DeepSpeed: .*fp17"):
-        deepspeed_settings(no_format, 1)
+    for run in (lambda: list(check_run(typo)), lambda: fit(typo)):
+        with pytest.raises(ConfigError, match=r"^deepspeed\.zero_optimization\.stag: .*; did you mean 'stage'\?$"):
+            run()
+    assert not typo.output_dir.exists()
+
+
+UNKNOWN = f"unknown to DeepSpeed {deepspeed.__version__}; "
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"steps_per_prin": 5}, "steps_per_prin: " + UNKNOWN + "did you mean 'steps_per_print'?"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation: " + UNKNOWN + "did you mean 'zero_optimization'?"),
+        ({"flops_profiler": {"enable": True}}, "flops_profiler.enable: " + UNKNOWN + "did you mean 'enabled'?"),
+        ({"comms_logger": {"verbos": True}}, "comms_logger.verbos: " + UNKNOWN + "did you mean 'verbose'?"),
+        ({"zero_optimization": {"offload_param": {"devic": "cpu"}}},
+         "zero_optimization.offload_param.devic: " + UNKNOWN + "did you mean 'device'?"),
+        ({"seed": 3}, "seed: " + UNKNOWN + "see deepspeed.ai/docs/config-json"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}},
+         "zero_optimization.reduce_bucket_size: Input should be greater than 0 (found -1)"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
+         "zero_optimization.offload_optimizer.device: Input should be 'none', 'cpu' or 'nvme' (found 'gpu')"),
+        ({"zero_optimization": 3}, "zero_optimization: must be a section of keys (found 3)"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown: must be true or false (found 'yes')"),
+        ({"steps_per_print": "often"}, "steps_per_print: must be a number (found 'often')"),
+        ({"gradient_predivide_factor": True}, "gradient_predivide_factor: must be a number (found True)"),
+    ],
+)  # fmt: skip
+def test_a_raw_deepspeed_setting_that_deepspeed_does_not_take_is_named(
+    tmp_path: Path, settings: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'deepspeed.{line}')}$"):
+        deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=settings), 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"flops_profiler": True}, {"log_level": "loud"}, {"sparse_attention": {"mode": "fixed"}}, {"aio": 3}],
+)
+def test_what_deepspeed_cannot_read_is_one_line(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (key,) = settings
+    with pytest.raises(ConfigError, match=rf"^deepspeed\.{key}: refused by DeepSpeed [\d.]+: [^\n]+$"):
+        deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=settings), 1)
+
+
+TAKEN: list[dict[str, Any]] = [
+    {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5e7, "allgather_partitions": True,
+                           "stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9,
+                           "stage3_gather_16bit_weights_on_model_save": True, "round_robin_gradients": True}},
+    {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/local", "buffer_count": 5},
+                           "offload_param": {"device": "cpu", "pin_memory": True}},
+     "aio": {"block_size": 262144, "queue_depth": 32, "single_submit": False, "overlap_events": True}},
+    {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False}},
+    {"flops_profiler": {"enabled": True, "profile_step": 1, "module_depth": -1, "output_file": "flops.txt"}},
+    {"wall_clock_breakdown": True, "memory_breakdown": False, "dump_state": False, "steps_per_print": 100},
+    {"tensorboard": {"enabled": True, "output_path": "logs", "job_name": "run"}, "log_level": "info"},
+    {"prescale_gradients": True, "gradient_predivide_factor": 2, "zero_force_ds_cpu_optimizer": False},
+    {"fp16": {"enabled": False}, "optimizer": {"params": {"torch_adam": False}}, "gradient_clipping": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", TAKEN)
+def test_raw_deepspeed_settings_that_are_deepspeeds_own_are_taken(tmp_path: Path, settings: dict[str, Any]) -> None:
+    found = deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=settings), 1)
+    assert found == merged(found, settings)
+
+
+def test_what_an_engine_refuses_is_one_line_where_raw_settings_are_given(tmp_path: Path) -> None:
+    raw, plain = (config_of(tmp_path, tmp_path, deepspeed=each) for each in ({"aio": {"queue_depth": 8}}, {}))
+    with pytest.raises(ConfigError, match=r"^deepspeed: refused by DeepSpeed: ValueError: no such op$"), refusing(raw):
+        raise ValueError("no such\nop")
+    with pytest.raises(ValueError, match="a bug"), refusing(plain):
+        raise ValueError("a bug")
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

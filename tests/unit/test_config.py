@@ -341,16 +341,76 @@ def test_mistakes_between_sections_are_reported_at_once(values: Values) -> None:
     assert mistakes(values) == [
         "(top level): 'deepspeed.gradient_accumulation_steps' follows from 'data.micro_batch_tokens'; leave it out",
         "(top level): 'deepspeed.scheduler' follows from 'schedule'; leave it out",
-        "(top level): 'deepspeed.zero_optimization.stage' is 2, 'zero_stage' 3; set the latter",
-        "(top level): 'deepspeed.fp16' scales losses, which training here does not; 'precision' is bf16 or fp32",
+        "(top level): 'deepspeed.fp16.enabled' follows from 'precision'; leave it out",
+        "(top level): 'deepspeed.zero_optimization.stage' follows from 'zero_stage'; leave it out",
         "(top level): 'evaluation.every' needs held-out samples: set 'data.heldout_items'",
         "(top level): the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'",
     ]
 
 
-@pytest.mark.parametrize("settings", [{"fp16": {"enabled": False}}, {"zero_optimization": {"stage": 3}}, {"fp16": 5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fp16": {"enabled": False}}, {"bf16": {"enabled": False}}, {"zero_optimization": {"stage": 3}},
+        {"gradient_clipping": 1.0}, {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}},
+        {"optimizer": {"params": {"torch_adam": False}}}, {"amp": {"enabled": False}},
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}},
+    ],
+)  # fmt: skip
 def test_deepspeed_settings_that_agree_with_the_run_are_taken(values: Values, settings: Values) -> None:
     assert validate(changed(values, "deepspeed", settings), "run.yaml").deepspeed == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "source"),
+    [
+        ({"gradient_clipping": 0.3}, "gradient_clipping", "optimizer.max_grad_norm"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled", "precision"),
+        ({"bf16": {"immediate_grad_update": True}}, "bf16.immediate_grad_update", "precision"),
+        ({"fp16": 5}, "fp16", "precision"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled", "precision"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype", "precision"),
+        ({"communication_data_type": "bf16"}, "communication_data_type", "precision"),
+        ({"optimizer": {"params": {"lr": 1.0}}}, "optimizer.params.lr", "optimizer.learning_rate"),
+        ({"optimizer": {"params": {"betas": [0.8, 0.9]}}}, "optimizer.params.betas", "optimizer.betas"),
+        ({"optimizer": {"params": {"fused": True}}}, "optimizer.params.fused", "optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler.type", "schedule"),
+        ({"train_batch_size": 1}, "train_batch_size", "data.slots_per_step"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu", "data.micro_batch_tokens"),
+        ({"activation_checkpointing": {"profile": True}}, "activation_checkpointing.profile", "gradient_checkpointing"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal", "checkpoint"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage", "zero_stage"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency.enabled", "data"),
+    ],
+)  # fmt: skip
+def test_a_raw_deepspeed_key_that_contradicts_the_run_file_is_refused_with_its_name_here(
+    values: Values, settings: Values, key: str, source: str
+) -> None:
+    assert mistakes(changed(values, "deepspeed", settings)) == [
+        f"(top level): 'deepspeed.{key}' follows from {source!r}; leave it out"
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": {"type": "Lamb"}}, {"gradient_allreduce_op": "sum"}, {"managed_gradient_accumulation": False},
+        {"zero_optimization": {"compute_grad_norm": False}}, {"tensor_parallel": {"autotp_size": 2}},
+        {"sequence_parallel_size": 2}, {"hybrid_engine": {"enabled": True}},
+    ],
+)  # fmt: skip
+def test_a_raw_deepspeed_key_that_the_loop_fixes_is_refused_with_the_reason(values: Values, settings: Values) -> None:
+    (found,) = mistakes(changed(values, "deepspeed", settings))
+    assert re.fullmatch(r"\(top level\): 'deepspeed\.[\w.]+' is fixed: .+; leave it out", found)
+
+
+def test_values_that_only_a_trainer_fills_in_are_refused(values: Values) -> None:
+    settings = {"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}
+    said = "is 'auto', which only Hugging Face's Trainer fills in"
+    assert mistakes(changed(values, "deepspeed", settings)) == [
+        f"(top level): 'deepspeed.train_batch_size' {said}: it follows from 'data.slots_per_step'; leave it out",
+        f"(top level): 'deepspeed.zero_optimization.reduce_bucket_size' {said}: give a value, or leave it out",
+    ]
 
 
 def test_a_value_that_may_be_of_two_kinds_is_named_by_its_key_alone(values: Values) -> None:

@@ -1,0 +1,281 @@
+"""The `deepspeed:` section of a run file: what crosslift sets itself, and which raw keys are refused, by name.
+
+One rule: a raw key that has a key of the run file is refused where it contradicts that; a key that DeepSpeed does not
+read is named; what DeepSpeed refuses is a line. No heavy import: the first part is checked when a run file is loaded,
+the rest by `engine.deepspeed_settings`, which passes DeepSpeed's own parser in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
+
+# Raw keys, with all below them: which key of the run file they follow from.
+FOLLOWS_FROM = {
+    "train_batch_size": "data.slots_per_step",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_tokens",
+    "gradient_accumulation_steps": "data.micro_batch_tokens",
+    "dataloader_drop_last": "data",
+    "data_efficiency": "data",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "optimizer.params.lr": "optimizer.learning_rate",
+    "optimizer.params.betas": "optimizer.betas",
+    "optimizer.params.eps": "optimizer.eps",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+    "optimizer.params.max_grad_norm": "optimizer.max_grad_norm",
+    "scheduler": "schedule",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "communication_data_type": "precision",
+    "activation_checkpointing": "gradient_checkpointing",
+    "zero_optimization.stage": "zero_stage",
+    "checkpoint": "checkpoint",
+    "datastates_ckpt": "checkpoint",
+}
+# Raw keys, with all below them, that the training loop leaves no choice about: why.
+FIXED = {
+    "optimizer.type": "the optimizer is AdamW, and 'optimizer' has its settings",
+    "zero_optimization.compute_grad_norm": "the guard judges gradients by their norm",
+    "gradient_allreduce_op": "losses are scaled for gradients that are averaged over ranks",
+    "managed_gradient_accumulation": "micro-batches vary by step, and the loop says which is the last",
+    "tensor_parallel": "ranks are data-parallel alone",
+    "expert_parallel": "ranks are data-parallel alone",
+    "sequence_parallel_size": "ranks are data-parallel alone",
+    "pipeline": "ranks are data-parallel alone",
+    "hybrid_engine": "it is made for generation in RLHF",
+    "autotuning": "it starts runs of its own",
+}
+MOST_LISTED = 30  # known keys that a line names
+FREE = {"optimizer.params.torch_adam"}  # below a key of the above, and yet a choice of the user's
+
+
+def own_settings(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """The DeepSpeed settings that follow from the rest of a run file."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": on_gpu,
+            "contiguous_gradients": True,
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.optimizer.learning_rate,
+                "betas": list(config.optimizer.betas),
+                "eps": config.optimizer.eps,
+                "weight_decay": config.optimizer.weight_decay,
+                "torch_adam": True,  # needs no compiled op; an offload section may set it to false
+            },
+        },
+        "steps_per_print": 10**12,
+    }
+
+
+def contradictions(config: RunConfig) -> Iterator[str]:
+    """A line for each raw key that follows from another key and has another value, and for each `auto`."""
+    own = dict(_leaves(own_settings(config, world_size=0, on_gpu=False)))
+    for path, value in _leaves(config.deepspeed):
+        reason = _reason(path)
+        if value == "auto":
+            instead = f"it {reason}; leave it out" if reason else "give a value, or leave it out"
+            yield f"'deepspeed.{path}' is 'auto', which only Hugging Face's Trainer fills in: {instead}"
+            continue
+        agrees = own[path] == value if path in own else value is False and path.endswith(".enabled")
+        if reason is not None and not agrees:
+            yield f"'deepspeed.{path}' {reason}; leave it out"
+
+
+def mistakes(
+    settings: dict[str, Any], own: Mapping[str, Any], parse: Callable[[dict[str, Any]], object], version: str
+) -> Iterator[str]:
+    """A line for each setting that DeepSpeed refuses, does not read, or would take for another type.
+
+    Args:
+        settings: all of them; `own` are those that were there before the raw ones.
+        parse: DeepSpeed's own parser of its settings.
+        version: of DeepSpeed, for the lines.
+    """
+    reading = _Reading(settings)
+    try:
+        parse(reading)
+    except ValidationError as error:
+        yield from (_explain(item, error.title, settings, version) for item in error.errors())
+    except Exception as error:  # an assertion, KeyError, ...: whatever it has against a setting
+        text = " ".join(str(error).split()) or type(error).__name__
+        last = next(reversed(reading.asked), None)  # what it was reading
+        where = f"deepspeed.{last}" if last in settings and last not in own else "deepspeed"
+        yield from list(_wrong_types(reading, own, "deepspeed.")) or [
+            f"{where}: refused by DeepSpeed {version}: {text}"
+        ]
+    else:
+        yield from _wrong_types(reading, own, "deepspeed.")
+        yield from _unread(reading, "deepspeed.", version)
+
+
+def _reason(path: str) -> str | None:
+    """Why a raw key is no choice, as the rest of a sentence; None where it is one."""
+    if path in FREE:
+        return None
+    for each in _prefixes(path):
+        if each in FIXED:
+            return f"is fixed: {FIXED[each]}"
+        if each in FOLLOWS_FROM:
+            return f"follows from {FOLLOWS_FROM[each]!r}"
+    return None
+
+
+class _Reading(dict[str, Any]):
+    """Settings that note which of their keys a reader asks for, and with which default."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__((k, _Reading(v) if isinstance(v, dict) else v) for k, v in settings.items())
+        self.asked: dict[Any, Any] = {}
+
+    def __copy__(self) -> _Reading:
+        return self
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.setdefault(key, None)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.setdefault(key, None)
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:  # without it, `**settings` would take the keys unseen
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.pop(key, None)
+        self.asked[key] = default
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return _Keys(self)
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self]
+
+
+class _Keys(Sequence[str]):
+    """The keys of a `_Reading`, which notes what is looked for among them."""
+
+    def __init__(self, reading: _Reading) -> None:
+        self._reading = reading
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._reading
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reading)
+
+    def __len__(self) -> int:
+        return len(self._reading)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self._reading)[index]
+
+
+def _unread(reading: _Reading, path: str, version: str) -> Iterator[str]:
+    """Lines for the keys that nobody asked for."""
+    for key, value in dict.items(reading):
+        if path == "deepspeed." and key == "optimizer":
+            continue  # ours, but for one key; its parameters are read by the optimizer itself
+        if key not in reading.asked:
+            yield f"{path}{key}: unknown to DeepSpeed {version}; {_nearest(str(key), map(str, reading.asked))}"
+        elif isinstance(value, _Reading) and value.asked:
+            yield from _unread(value, f"{path}{key}.", version)
+
+
+def _wrong_types(reading: _Reading, own: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Lines for values of another type than the default with which they were asked for, or than our own."""
+    for key, value in dict.items(reading):
+        default = own.get(key) if reading.asked.get(key) is None else reading.asked[key]
+        if isinstance(value, _Reading) and isinstance(default, dict | None):
+            yield from _wrong_types(value, default or {}, f"{path}{key}.")
+            continue
+        kind = next((each for each in _TYPES if isinstance(default, each)), None)
+        if kind is not None and (not isinstance(value, kind) or (kind is Real and isinstance(value, bool))):
+            yield f"{path}{key}: must be {_TYPES[kind]} (found {value!r})"
+
+
+_TYPES: dict[type, str] = {bool: "true or false", Real: "a number", str: "a text", dict: "a section of keys"}
+
+
+def _explain(item: Any, title: str, settings: Mapping[str, Any], version: str) -> str:
+    """The line of one of pydantic's errors, which lack the section's name."""
+    location = item["loc"]
+    section = next((f"{name}." for name, value in settings.items() if location and _holds(value, location)), "")
+    path = f"deepspeed.{section}{'.'.join(map(str, location))}".rstrip(".")
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown to DeepSpeed {version}; {_nearest(str(location[-1]), _fields(title, location))}"
+    message = " ".join(item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").split())
+    return f"{path}: {message}" + (f" (found {item['input']!r})" if location else "")
+
+
+def _holds(value: Any, location: Sequence[Any]) -> bool:
+    for part in location:
+        if not isinstance(value, dict) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def _fields(title: str, location: Sequence[Any]) -> Iterator[str]:
+    """The keys that the section has in which a location's last key stands; `title` is its model's name."""
+    model = next((each for each in _models(BaseModel) if each.__name__ == title), None)
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if model is not None else None
+        kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+        model = next((each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)), None)
+    if model is not None:
+        yield from (field.alias or name for name, field in model.model_fields.items())
+
+
+def _models(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for each in base.__subclasses__():
+        yield each
+        yield from _models(each)
+
+
+def _nearest(key: str, known: Iterator[str]) -> str:
+    keys = sorted(set(known))
+    near = difflib.get_close_matches(key, keys, n=1)
+    if near or not keys:
+        return f"did you mean {near[0]!r}?" if near else "leave it out"
+    return f"known keys: {', '.join(keys)}" if len(keys) <= MOST_LISTED else "see deepspeed.ai/docs/config-json"
+
+
+def _leaves(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of all that is no section, and of empty sections."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """A dotted path and what it is below, the longest first."""
+    parts = path.split(".")
+    yield from (".".join(parts[:length]) for length in range(len(parts), 0, -1))
