@@ -92,7 +92,7 @@ def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Tr
 def resumed(trainer: Trainer) -> int:
     found = find_start(trainer.config, "auto")
     assert found is not None
-    return go_on(trainer, found, accept_changes=False)
+    return go_on(trainer, found)
 
 
 def save_until(trainer: Trainer, last: int) -> None:

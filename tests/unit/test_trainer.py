@@ -326,13 +326,13 @@ def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
 
 
 def test_a_best_metric_that_there_is_not_is_told_once(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
-    made = trainer(**{"checkpoint.best": "eval_loss"})
+    made = trainer(**{"checkpoint.best": "train/loss/zh"})
     for step in (2, 4):
-        made.save(step, {"eval/loss": 1.0, "train/loss": 2.0})
+        made.save(step, {"train/loss/en": 1.0, "train/loss": 2.0})
         made._settle()
-    assert [each for each in caplog.messages if "eval_loss" in each] == [
-        "checkpoint.best: eval_loss: no such metric at step 2, whose checkpoint can thus not be the best; "
-        "nearest: eval/loss, train/loss"
+    assert [each for each in caplog.messages if "train/loss/zh" in each] == [
+        "checkpoint.best: train/loss/zh: no such metric at step 2, whose checkpoint can thus not be the best; "
+        "nearest: train/loss, train/loss/en"
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
