@@ -16,7 +16,7 @@ _OF_EVERY_STEP = (
     "data/wait_seconds", "data/overlong", "data/dropped_pairs", "data/step_fingerprint",
     "memory/host_peak_gib", "memory/gpu_peak_gib",
 )  # fmt: skip
-_BY_LANGUAGE = ("train/loss", "train/token_share")
+_BY_LANGUAGE = ("train/loss", "train/token_share", "data/slot_share", "data/label_share")
 
 
 def metric_names(
