@@ -352,7 +352,7 @@ _fill_in_paths(app)
 
 
 def main() -> None:
-    """Entry point: one line and status 2 for what the user can mend."""
+    """Entry point: one line and its exit status for an error that has one: 2 for what the user can mend."""
     try:
         status = app(standalone_mode=False)
     except typer.Abort:  # Ctrl-C
@@ -360,13 +360,14 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
-        elif hasattr(error, "format_message"):  # a mistake in the command line
+            raise SystemExit(2) from None
+        if hasattr(error, "format_message"):  # a mistake in the command line
             print(f"crosslift: {' '.join(error.format_message().split())}", file=sys.stderr)
-        elif getattr(error, "exit_status", None) == 2:
-            print(f"crosslift: {error}", file=sys.stderr)
-        else:
+            raise SystemExit(2) from None
+        if (status := getattr(error, "exit_status", None)) is None:
             raise
-        raise SystemExit(2) from None
+        print(f"crosslift: {error}", file=sys.stderr)
+        raise SystemExit(status) from None
     if status:
         raise SystemExit(status)
 

@@ -34,6 +34,7 @@ MODELS = {"base": "base", "msft": "MSFT", "shifcon": "ShifCon"}  # run folder: c
 TESTS = {"test_seen": "known situations, new numbers", "test_unseen": "situations never seen in training"}
 LEAST_ENGLISH, LEAST_GAP = 0.50, 0.10  # below these there is no dominance that a method could use
 ANSWER_TOKENS = 40
+CHECK_FAILED = 3  # status of `train`: the export is there, but did not pass its check
 
 Correct = dict[str, list[bool]]  # by language, in the order of the items
 
@@ -122,7 +123,7 @@ def _train(config: str, output: Path, data: Path, seed: int, ranks: int, start: 
     command = ["train", str(SOURCE / "configs" / f"{config}.yaml"), *overrides, "--nproc", str(ranks)]
     print("     crosslift " + " ".join(command), flush=True)
     status = subprocess.run([sys.executable, str(SOURCE / "crosslift.py"), *command]).returncode
-    if status:
+    if status not in (0, CHECK_FAILED):  # an export that failed its check is kept, and whoever opens it is warned
         raise EvalError(f"{config}: training ended with status {status}; its messages are above")
 
 

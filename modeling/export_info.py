@@ -6,6 +6,7 @@ In: an exported directory. Out: ExportInfo. Next: `generation.py` for decoders, 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from modeling.errors import ModelError
 from modeling.weight_files import one_line
 
+log = logging.getLogger(__name__)
 EXPORT_FILE = "crosslift.json"
 VECTORS_FILE = "language_vectors.safetensors"
 RUN_EXPORT = "model"  # the folder of a run that its export lies in
@@ -33,6 +35,17 @@ class ExportInfo:
     step: int | None = None  # optimiser steps it had been trained for
     task: dict[str, Any] | None = None  # an encoder's task: kind, labels, windows
     sequence_length: int | None = None  # an encoder's longest window in training, tokens
+    check: dict[str, Any] | None = None  # what came of comparing it with its checkpoint; older exports don't say
+
+    @property
+    def check_failed(self) -> bool:
+        """Whether it was exported although it did not pass its check."""
+        return self.check is not None and not self.check["passed"]
+
+    def warn_if_check_failed(self, directory: Path) -> None:
+        """One warning; for whoever opens the model."""
+        if self.check is not None and self.check_failed:
+            log.warning("%s: this export did not pass its check: %s", directory, self.check.get("problem"))
 
     @classmethod
     def read(cls, directory: Path) -> ExportInfo:

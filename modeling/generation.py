@@ -111,6 +111,7 @@ class ShiftedGenerator:
         """
         directory = resolve_directory(path)
         info = ExportInfo.read(directory)
+        info.warn_if_check_failed(directory)
         if info.task is not None:
             raise ModelError(f"{directory}: an encoder trained for {info.task['kind']}: it writes no text")
         vectors = _own_vectors(directory) if info.objective == "shifcon" else None

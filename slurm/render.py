@@ -242,6 +242,7 @@ done"""
 _END = """
 # 75: stopped on request, all that was done is saved. Then the job goes on by itself, unless whoever ended it (TERM
 # here) meant that: a user's scancel, or Slurm, which requeues by itself. A time limit is nobody's wish.
+# 3: training is finished and its export kept, but the export did not pass its check; to go on would not mend it.
 # A dead node ends the step long before Slurm calls it dead (SlurmdTimeout); then, too, the job goes on elsewhere.
 again=
 if [ "$(cat "$outcome" 2> /dev/null)" = 75 ]; then
@@ -253,7 +254,7 @@ if [ "$(cat "$outcome" 2> /dev/null)" = 75 ]; then
   else
     echo "crosslift: job $job was ended from outside; it does not requeue itself"
   fi
-elif [ -z "$ended" ] && [ "$status" != 0 ] && [ "$status" != 2 ]; then
+elif [ -z "$ended" ] && [ "$status" != 0 ] && [ "$status" != 2 ] && [ "$status" != 3 ]; then
   if ! timeout -k 5 {probe_seconds} srun {probe} true && [ -z "$ended" ]; then again='lost a node'; fi
 fi
 if [ -n "$again" ]; then

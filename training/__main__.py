@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from data_pipeline.paths import expanded
-from modeling.export_info import RUN_EXPORT
 from training import logs
 from training.distributed import rank
 from training.errors import ConfigError
@@ -25,7 +24,9 @@ from training.stop import StopRequest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run this rank to the end; 0; 2 after one line about what the user can mend; 75 stopped on request."""
+    """Run this rank to the end; 0; 2 after one line about what the user can mend; 3, 4: finished, but the export failed
+    its check, or there is none; 75 stopped on request.
+    """
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -65,7 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> None:
-    from training.export import export_newest
     from training.fit import fit
 
     config = load_config(options.config, options.overrides)
@@ -75,9 +75,7 @@ def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> N
     else:
         refuse_other(config.output_dir, port)
     at_end.enter_context(kept_logs(config.output_dir, rank()))
-    last = fit(config, expanded(options.resume), options.accept_changes, stop)
-    if int(os.environ["RANK"]) == 0:
-        export_newest(last, config.output_dir / RUN_EXPORT)
+    fit(config, expanded(options.resume), options.accept_changes, stop)
 
 
 if __name__ == "__main__":

@@ -18,3 +18,15 @@ class NonFiniteStep(Exception):
 
 class CheckpointFailed(Exception):
     """The run cannot be saved; names the rank, its host and the reason. All ranks raise it together."""
+
+
+class ExportCheckFailed(Exception):
+    """Training finished and the export is kept, marked as one that did not pass its check."""
+
+    exit_status = 3
+
+
+class NotExported(Exception):
+    """Training finished, but no export could be written; the last checkpoint has all of it."""
+
+    exit_status = 4

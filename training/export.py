@@ -1,7 +1,7 @@
-"""A checkpoint -> a plain Hugging Face directory, reopened and checked.
+"""A checkpoint -> a plain Hugging Face directory, checked (`export_check.py`).
 
-In: a complete checkpoint. Out: safetensors shards, config, tokenizer, and `crosslift.json` (what the model was
-trained to be: objective, languages, template) with the language vectors of a ShifCon model beside it.
+In: a complete checkpoint. Out: safetensors shards, config, tokenizer, and `crosslift.json` (what the model was trained
+to be: objective, languages, template; what came of the check) with the language vectors of a ShifCon model beside it.
 Next: `modeling.generation`, `evals`.
 
 Runs in one process, after the ranks are gone: shards are read one by one, never the whole model twice.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ from data_pipeline.config import SourceConfig
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
-from training.checkpoint import MARKER, REFERENCE_FILE, fault
+from training.checkpoint import MARKER, fault
 from training.config import RunConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, ExportCheckFailed
 from training.objective_config import ShifConConfig, XMixupConfig
 from training.prepare import architecture
 from training.run_file import validate
@@ -35,32 +35,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5 * 10**9
-LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative to the largest logit
 
 
 def export_checkpoint(checkpoint: Path, output: Path) -> Path:
     """Write `checkpoint` as a Hugging Face directory to `output`.
 
-    Written under a temporary name, reopened with plain transformers, its logits compared with those that the
-    run itself computed when it saved, then renamed.
+    Written under a temporary name, checked against the checkpoint, then renamed.
 
     Raises:
         ConfigError: `checkpoint` is not complete or not what was saved, or `output` exists.
-        RuntimeError: the reopened export does not compute what the run computed.
+        ExportCheckFailed: `output` is there, but it did not pass its check; its `crosslift.json` says so.
     """
     if output.exists():
         raise ConfigError(f"{output}: exists already; give a new folder")
-    _made(checkpoint, output).rename(output)
+    made, problem = _made(checkpoint, output)
+    made.rename(output)
+    if problem is not None:
+        raise ExportCheckFailed(f"{output}: the export is kept, but its check failed: {problem}")
     return output
 
 
-def export_newest(checkpoint: Path, output: Path) -> None:
-    """`output` as the export of this checkpoint: made, made anew where it is of another one, or left alone.
+def export_newest(checkpoint: Path, output: Path) -> bool:
+    """`output` as the export of this checkpoint, and whether it was made now; one that is of it already is left alone.
 
-    An older export stays in its place until the new one is made and checked: it is better than none.
+    An older export stays in its place until the new one is made and checked: it is better than none. Where the new
+    one does not pass its check, an older one that did is kept beside it.
 
     Raises:
         ConfigError: `output` is something else than an export, which is not ours to replace.
+        ExportCheckFailed: as `export_checkpoint`.
     """
     stale = output.with_name(f".stale-{output.name}")
     if stale.exists() and not output.exists():  # an earlier call was killed between its two renames
@@ -70,24 +73,37 @@ def export_newest(checkpoint: Path, output: Path) -> None:
         if not (output / EXPORT_FILE).is_file():
             raise ConfigError(f"{output}: in the way of the export, and no export itself; move it and start again")
         if _is_of(checkpoint, output):
-            return
-    made = _made(checkpoint, output)
+            return False
+    made, problem = _made(checkpoint, output)
     if output.exists():
+        if problem is not None and not (older := ExportInfo.read(output)).check_failed:
+            stale = output.with_name(f"{output.name}-step-{older.step or 0:08d}")
+            shutil.rmtree(stale, ignore_errors=True)
+            log.warning("the export of an earlier step, which passed its check, is kept as %s", stale)
         output.rename(stale)
     made.rename(output)
-    shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(output.with_name(f".stale-{output.name}"), ignore_errors=True)
+    if problem is not None:
+        raise ExportCheckFailed(f"{output}: the export is kept, but its check failed: {problem}")
     log.info("exported to %s", output)
+    return True
 
 
 def _is_of(checkpoint: Path, output: Path) -> bool:
-    """Of the same step, and not older: a run that went on from an earlier checkpoint comes to a step again."""
+    """Of the same step, not older (a run that went on from an earlier checkpoint comes to a step again), and passed."""
     description, marker = output / EXPORT_FILE, checkpoint / MARKER
-    same_step = ExportInfo.read(output).step == RunState.read(checkpoint).step
+    info = ExportInfo.read(output)
+    same_step = info.step == RunState.read(checkpoint).step and not info.check_failed
     return same_step and description.stat().st_mtime_ns >= marker.stat().st_mtime_ns
 
 
-def _made(checkpoint: Path, output: Path) -> Path:
-    """The export of `checkpoint`, checked, under the temporary name of `output`; where it fails, nothing is left."""
+def _made(checkpoint: Path, output: Path) -> tuple[Path, str | None]:
+    """The export of `checkpoint` under the temporary name of `output`, and why its check failed, or None.
+
+    Where writing fails, nothing is left.
+    """
+    from training.export_check import check_export
+
     if (reason := fault(checkpoint)) is not None:  # its content too: DeepSpeed's files are pickles
         raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
     state = RunState.read(checkpoint)
@@ -97,43 +113,65 @@ def _made(checkpoint: Path, output: Path) -> Path:
     temporary.mkdir(parents=True)
     try:
         _write(checkpoint, config, state, temporary)
-        _check(checkpoint, config, temporary)
+        result = check_export(checkpoint, config, _weights(checkpoint, config, state), temporary)
+        description = json.loads((temporary / EXPORT_FILE).read_text(encoding="utf-8"))
+        _write_json(temporary / EXPORT_FILE, {**description, "check": result.to_json()})
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return temporary
+    if result.difference is not None and result.passed:
+        log.info(
+            "reopened the export with %s attention: its weights are the checkpoint's, and its logits agree with the "
+            "run's to %.1e of the largest; %.1e is allowed", result.attention, result.difference, result.bound,
+        )  # fmt: skip
+    return temporary, result.problem
 
 
 def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
-    import torch
-
-    from modeling.architectures import auto_class
     from modeling.loading import directory_hash
-    from modeling.lora import completed, merged
     from modeling.untrusted import read_config, read_tokenizer
     from training.engine import DTYPES
-    from training.engine_state import consolidated
 
+    _write_weights(_weights(checkpoint, config, state), output)
     model_config = read_config(checkpoint / "model_config")
-    with torch.device("meta"):
-        tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
-    weights = consolidated(checkpoint, tied)
-    if (lora := config.model.lora) is not None:
-        base = _base(checkpoint, state.base or {}, config)
-        weights = merged(completed(dict(weights), base.named_parameters()), lora.alpha / lora.rank)
-    _write_weights(weights, output, DTYPES[config.precision])
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
+    tokenizer = read_tokenizer(checkpoint / "model_config", local_files_only=True)
     model_config.save_pretrained(output)
-    read_tokenizer(checkpoint / "model_config", local_files_only=True).save_pretrained(output)
-    description = _description(config, state.step)
-    (output / EXPORT_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
+    tokenizer.save_pretrained(output)
+    _write_json(output / EXPORT_FILE, _description(config, state.step))
     if isinstance(config.objective, ShifConConfig):
         vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
         replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
     if isinstance(config.objective, XMixupConfig):
         mixup = MixupState.load(checkpoint / MIXUP_FILE)
         replace(mixup, model_hash=directory_hash(output)).save(output / MIXUP_FILE)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the plain model, adapters merged, in the export's number format, one at a time."""
+    import torch
+
+    from modeling.architectures import auto_class
+    from modeling.lora import completed, merged
+    from modeling.untrusted import read_config
+    from training.engine import DTYPES
+    from training.engine_state import consolidated
+
+    with torch.device("meta"):
+        model_config = read_config(checkpoint / "model_config")
+        tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
+    weights = consolidated(checkpoint, tied)
+    if (lora := config.model.lora) is not None:
+        base = _base(checkpoint, state.base or {}, config)
+        weights = merged(completed(dict(weights), base.named_parameters()), lora.alpha / lora.rank)
+    for name, tensor in weights:
+        if not is_mixup_weight(name):  # no part of the plain model; in a file of its own
+            yield name, tensor.to(DTYPES[config.precision]) if tensor.is_floating_point() else tensor
 
 
 def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTrainedModel:
@@ -167,7 +205,7 @@ def _description(config: RunConfig, step: int) -> dict[str, Any]:
     }
 
 
-def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path, dtype: torch.dtype) -> None:
+def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path) -> None:
     """Safetensors shards and their index; never more than one shard in memory."""
     from safetensors.torch import save_file
 
@@ -182,9 +220,6 @@ def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path, dt
         shard, n_bytes = {}, 0
 
     for name, tensor in weights:
-        if is_mixup_weight(name):  # no part of the plain model; in a file of its own
-            continue
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         size = tensor.numel() * tensor.element_size()
         if shard and n_bytes + size > SHARD_BYTES:
             flush()
@@ -221,25 +256,3 @@ def _response_language_of(source: SourceConfig) -> str | None:
     if source.languages is not None:
         return source.languages[0] if len(source.languages) == 1 else None
     return source.language if source.columns.language is None else None
-
-
-def _check(checkpoint: Path, config: RunConfig, output: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    from modeling.loading import load_pretrained
-    from training.engine import DTYPES
-    from training.start_checks import reference_inputs, reference_logits
-
-    reference = load_file(checkpoint / REFERENCE_FILE)
-    model = load_pretrained(output, DTYPES[config.precision], "eager", "cpu", architecture(config))
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise RuntimeError(f"{output}: {name} holds values that are not finite")
-    with torch.no_grad():
-        found = reference_logits(model(**reference_inputs(reference["input_ids"])))
-    expected = reference["logits"]
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error <= LOGITS_TOLERANCE[config.precision]:
-        raise RuntimeError(f"{output}: reopened, its logits differ from the run's by {error:.1e} of the largest")
-    log.info("reopened the export: its logits agree with the run's to %.1e of the largest", error)

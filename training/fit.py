@@ -1,6 +1,6 @@
-"""A whole run: `fit` prepares, resumes, trains and ends it, on every rank.
+"""A whole run: `fit` prepares, resumes, trains, ends and exports it, on every rank.
 
-In: a RunConfig on every rank. Out: the last checkpoint. Next: `export.py`, `evals`.
+In: a RunConfig on every rank. Out: the last checkpoint and its export. Next: `evals`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from data_pipeline.yaml_values import write_yaml
 from modeling.export_info import VECTORS_FILE
 from training import checkpoint
 from training.assembly import assemble, fingerprint
+from training.conclusion import conclude
 from training.config import RunConfig
 from training.data_report import contamination
 from training.disks import checkpoint_disk, own_homes
@@ -34,7 +35,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 
 
 def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, stop: StopRequest | None = None) -> Path:
-    """Run `config` to its last step on every rank; the last checkpoint.
+    """Run `config` to its last step on every rank, and export it; the last checkpoint.
 
     Args:
         resume: "auto", "never" or a path (see `checkpoint.find`).
@@ -43,13 +44,24 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
 
     Raises:
         StoppedOnRequest: after a checkpoint; the same call goes on.
+        ExportCheckFailed, NotExported: on rank 0, after the last step; see `conclude`.
     """
     deepspeed_settings(config, 1)  # its mistakes come before anything is written
-    with process_group(timeout_minutes=30, output_dir=config.output_dir):
-        return _fit(config, resume, accept_changes, stop or StopRequest())
+    tracker: Tracker | None = None
+    try:
+        with process_group(timeout_minutes=30, output_dir=config.output_dir):
+            last, tracker = _fit(config, resume, accept_changes, stop or StopRequest())
+    except BaseException:
+        if tracker is not None:  # the ranks did not part well
+            tracker.finish("FAILED")
+        raise
+    if rank() == 0:
+        conclude(config, last, tracker)
+    return last
 
 
-def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest) -> Path:
+def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest) -> tuple[Path, Tracker | None]:
+    """The last checkpoint, and the record, which is still open if this start trained to the last step (rank 0)."""
     if rank() == 0:
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it
@@ -63,7 +75,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         state = permitted(found, config, prepared, fingerprint(prepared), accept_changes)
         if state.step >= config.max_steps:
             log.info("%s: the run is finished already", found)
-            return found
+            return found, None
         if change := schedule_change(state, config):
             log.info("%s", change)
     tracker = Tracker(config.output_dir, config.tracking) if rank() == 0 else None
@@ -95,7 +107,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         if tracker is not None:
             _finish(tracker, config.output_dir, status)
     run.engine.destroy()
-    return checkpoint.checkpoint_path(config.output_dir, config.max_steps)
+    return checkpoint.checkpoint_path(config.output_dir, config.max_steps), tracker
 
 
 def _write_resolved(config: RunConfig) -> None:
@@ -105,13 +117,20 @@ def _write_resolved(config: RunConfig) -> None:
 
 
 def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:
-    """The run's end in the record and in MLflow; it is what it is, whatever becomes of the plots."""
+    """The run's end in the record and in MLflow; it is what it is, whatever becomes of the plots.
+
+    After the last step the record stays open for the export (`conclude`).
+    """
     try:
         _track_files(tracker, output_dir)
     except Exception as error:  # a full disk, say
         log.warning("%s: its plots are not all drawn: %s", output_dir, error)
+    except BaseException:
+        status = "KILLED"
+        raise
     finally:
-        tracker.finish(status)
+        if status != "FINISHED":
+            tracker.finish(status)
 
 
 def _track_files(tracker: Tracker, output_dir: Path) -> None:

@@ -2,8 +2,9 @@
 
 In: a command that is one rank. Out: an exit status. Next: `rank_process.py`, `stall.py`.
 
-Exit status: 0 finished; 2 what the user can mend; 75 stopped on request after a checkpoint, the same command goes
-on; 1 anything else. It is the status of the whole run, the same on every node.
+Exit status: 0 finished; 2 what the user can mend; 3 and 4 finished, but the export failed its check, or there is none
+(node 0 alone: other ranks are gone by then); 75 stopped on request after a checkpoint, the same command goes on; 1
+anything else. It is the status of the whole run, the same on every node.
 
 USR1, USR2, TERM (and HUP) are passed on: ranks checkpoint and end with 75. Ctrl-C ends everything at once. When a
 rank dies, the others have a few seconds to end by themselves, on all nodes, and are then killed. Where a signal was
@@ -29,6 +30,7 @@ from types import FrameType
 from typing import Any
 
 from training import stall
+from training.errors import ExportCheckFailed, NotExported
 from training.logs import Secrets
 from training.merged_logs import MergedLogs
 from training.nodes import NodeLost, Nodes
@@ -39,6 +41,7 @@ from training.watchdog import Watchdog
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
+FINISHED = (0, ExportCheckFailed.exit_status, NotExported.exit_status)  # all steps are done and saved
 
 POLL_SECONDS = 0.1
 FAILED_GRACE = 10.0  # for what a rank does when it sees that another is gone
@@ -156,7 +159,7 @@ class Launcher:
         failed = [
             {"rank": rank.number, "host": self.nodes.name, "status": status, "time": now}
             for rank, status in ended
-            if self._judge(status) not in (0, STOPPED)
+            if self._judge(status) not in (*FINISHED, STOPPED)
         ]
         stopped = [rank for rank, status in ended if self._judge(status) == STOPPED]
         if stopped and self._stop is not None:
@@ -212,7 +215,7 @@ class Launcher:
         self.nodes.tell("ended", status)
         place = self.nodes.place
         if place.node == 0:
-            until = time.monotonic() + OTHERS_SECONDS[status in (0, STOPPED)]
+            until = time.monotonic() + OTHERS_SECONDS[status in (*FINISHED, STOPPED)]
             while len(self.nodes.heard("ended")) < place.nodes and time.monotonic() < until:
                 time.sleep(POLL_SECONDS)
         self.nodes.close()
@@ -239,7 +242,7 @@ class Launcher:
         if self._killed:
             say(f"node {self.nodes.place.node} ({self.nodes.name}): node 0's launcher is gone: {self.nodes.lost}")
             return FAILED
-        return 0
+        return max(statuses.values(), default=0)
 
     def _say_failure(self, first: dict[str, Any]) -> int:
         """One line about the rank that failed first, on its own node; what a user can mend it has said itself."""

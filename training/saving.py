@@ -36,7 +36,7 @@ from training.provenance import versions
 from training.retention import no_such_metric, retain
 from training.run_file import resolved
 from training.run_state import RunState
-from training.start_checks import reference_outputs
+from training.start_checks import reference_outputs, reference_setting
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
@@ -218,7 +218,7 @@ class Saver:
             return
         from safetensors.torch import save_file
 
-        save_file(reference, directory / checkpoint.REFERENCE_FILE)
+        save_file(reference, directory / checkpoint.REFERENCE_FILE, metadata=reference_setting(run))
         run.engine.module.config.save_pretrained(directory / "model_config")
         run.data.tokenizer.save_pretrained(directory / "model_config")
         state.write(directory)

@@ -66,6 +66,12 @@ def reference_outputs(run: Run) -> dict[str, Tensor]:
     return {"input_ids": ids.cpu(), "logits": reference_logits(outputs)}
 
 
+def reference_setting(run: Run) -> dict[str, str]:
+    """With which attention and number format, and where, the run computed them: an export is reopened alike."""
+    attention = str(run.engine.module.config._attn_implementation)
+    return {"attention": attention, "dtype": run.config.precision, "device": run.engine.device.type}
+
+
 def reference_inputs(ids: Tensor) -> dict[str, Tensor]:
     """Arguments of that forward pass, the same for a run and for its export."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -158,6 +158,10 @@ class Tracker:
         values = {name: number(value) for name, value in metrics.items()}
         self._open_record.append("metrics", step=int(step), values=values)
 
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Records tags of the run."""
+        self._open_record.append("tags", values=dict(values))
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Records that a file or folder below the run folder belongs to the run; uploaded in its own time.
 

@@ -93,6 +93,7 @@ class EncoderPredictor:
 
         directory = resolve_directory(path)
         info = ExportInfo.read(directory)
+        info.warn_if_check_failed(directory)
         if info.task is None or info.sequence_length is None or info.task["kind"] == "text":
             raise EvalError(f"{directory / EXPORT_FILE}: not there, or of no task; give a model trained on one")
         task = TaskConfig(**info.task)

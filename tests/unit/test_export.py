@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from modeling.export_info import EXPORT_FILE, ExportInfo
-from training import checkpoint, export
+from training import checkpoint, export, export_check
 from training.checkpoint import MARKER
 from training.config import RunConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, ExportCheckFailed
 from training.export import export_checkpoint, export_newest
+from training.export_check import CheckResult
 from training.run_file import resolved, validate
 from training.run_state import RunState
 
@@ -46,12 +47,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (output / EXPORT_FILE).write_text(json.dumps(export._description(config, state.step)))
         (output / "weights").write_text((checkpoint / "weights").read_text())
 
-    def check(checkpoint: Path, config: RunConfig, output: Path) -> None:
+    def check(checkpoint: Path, config: RunConfig, weights: object, output: Path) -> CheckResult:
         assert output.name.startswith(".incomplete-"), "checked under its temporary name"
         checked.append(RunState.read(checkpoint).step)
+        return CheckResult(None, "sdpa", 0.0, 1e-4)
 
     monkeypatch.setattr(export, "_write", write)
-    monkeypatch.setattr(export, "_check", check)
+    monkeypatch.setattr(export_check, "check_export", check)
     return checked
 
 
@@ -100,26 +102,67 @@ def test_an_export_of_the_same_step_of_another_branch_is_replaced(save: Save, ma
     assert made == [10, 10]
 
 
-@pytest.mark.parametrize("where", ["_write", "_check"])
-@pytest.mark.parametrize("error", [RuntimeError("its logits differ"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_where_the_new_export_fails_the_old_one_stays(
-    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
+@pytest.mark.parametrize(("module", "where"), [(export, "_write"), (export_check, "check_export")])
+@pytest.mark.parametrize("error", [OSError(28, "disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_where_the_new_export_cannot_be_written_the_old_one_stays(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, where: str, error: BaseException
 ) -> None:
     model = tmp_path / "model"
     export_newest(save(10), model)
-    real = getattr(export, where)
+    real = getattr(module, where)
 
     def fail(*arguments: Any) -> None:
         real(*arguments)
         assert weights(model) == "weights after 10", "in its place all the while: a killed process loses nothing"
         raise error
 
-    monkeypatch.setattr(export, where, fail)
+    monkeypatch.setattr(module, where, fail)
     with pytest.raises(type(error)) as raised:
         export_newest(save(20), model)
     assert raised.value is error
     assert (ExportInfo.read(model).step, weights(model)) == (10, "weights after 10")
     assert beside(model) == {"model"}
+
+
+def failed(*arguments: Any) -> CheckResult:
+    return CheckResult("w differs from the checkpoint's")
+
+
+def test_an_export_that_fails_its_check_is_kept_and_marked_and_made_anew_by_the_next_call(
+    save: Save, made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for export_to, model in ((export_newest, tmp_path / "model"), (export_checkpoint, tmp_path / "other")):
+        with monkeypatch.context() as patch:
+            patch.setattr(export_check, "check_export", failed)
+            with pytest.raises(ExportCheckFailed, match=f"{model.name}: the export is kept, but its check failed: w d"):
+                export_to(save(10), model)
+        assert weights(model) == "weights after 10"
+        info = ExportInfo.read(model)
+        assert (info.step, info.check_failed) == (10, True)
+        info.warn_if_check_failed(model)
+        assert f"{model}: this export did not pass its check: w differs from the checkpoint's" in caplog.messages
+    caplog.clear()
+    assert export_newest(checkpoint.checkpoint_path(tmp_path, 10), tmp_path / "model")
+    passed = ExportInfo.read(tmp_path / "model")
+    passed.warn_if_check_failed(tmp_path / "model")
+    assert (passed.check_failed, made) == (False, [10])
+    assert not [text for text in caplog.messages if "did not pass" in text]
+    assert beside(tmp_path / "model") == {"model", "other"}
+
+
+def test_an_earlier_export_that_passed_is_kept_beside_one_that_failed(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    export_newest(save(10), model)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_check, "check_export", failed)
+        for step in (20, 30):
+            with pytest.raises(ExportCheckFailed):
+                export_newest(save(step), model)
+    assert weights(model) == "weights after 30"
+    assert weights(tmp_path / "model-step-00000010") == "weights after 10"
+    assert beside(model) == {"model", "model-step-00000010"}
 
 
 def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +173,7 @@ def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path, m
     (tmp_path / ".incomplete-model" / "part-0.safetensors").touch()
     newer = save(20)
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_check", fail_with(OSError("disk full")))
+        patch.setattr(export_check, "check_export", fail_with(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             export_newest(newer, model)
     assert weights(model) == "weights after 10", "back in its place"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
-from training import checkpoint, fit
+from training import checkpoint, conclusion, fit
 from training.config import RunConfig
 from training.disks import shared_disk
+from training.errors import ConfigError, ExportCheckFailed, NotExported
 from training.plots import draw_plots
-from training.run_file import validate
-from training.run_record import RunRecord, number
+from training.run_file import resolved, validate
+from training.run_record import RunRecord, number, read_events
+from training.run_state import RunState
 from training.stop import StoppedOnRequest, StopRequest
 
 STOPPED = StoppedOnRequest("stopped by SIGUSR1 after 4 of 12 steps; all of it is saved")
@@ -47,9 +50,18 @@ def ends(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[Except
         monkeypatch.setattr(fit, "prepare", lambda config, rank: None)
         monkeypatch.setattr(fit, "assemble", lambda config, prepared: SimpleNamespace(engine=engine))
         monkeypatch.setattr(fit, "Trainer", trainer)
-        return fit._fit(config, "auto", accept_changes=False, stop=StopRequest())
+        monkeypatch.setattr(fit, "process_group", lambda **_: nullcontext())
+        return fit.fit(config)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def exported(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints that were exported; nothing is written."""
+    checkpoints: list[Path] = []
+    monkeypatch.setattr(conclusion, "export_newest", lambda last, output: checkpoints.append(last) or True)
+    return checkpoints
 
 
 def last_event(config: RunConfig) -> dict[str, Any]:
@@ -92,7 +104,7 @@ def test_a_plot_that_cannot_be_drawn_changes_no_runs_end(
     assert f"{config.output_dir}: its plots are not all drawn: " in caplog.text
 
 
-def test_even_ctrl_c_while_plots_are_drawn_leaves_a_finished_record(
+def test_ctrl_c_while_plots_are_drawn_ends_the_record_of_a_run_that_is_not_exported(
     config: RunConfig, ends: Callable[[Exception | None], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(output_dir: Path) -> NoReturn:
@@ -101,7 +113,91 @@ def test_even_ctrl_c_while_plots_are_drawn_leaves_a_finished_record(
     monkeypatch.setattr(fit, "draw_plots", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ends(None)
+    assert last_event(config)["status"] == "KILLED"
+
+
+def raises(error: BaseException) -> Callable[[Path, Path], bool]:
+    def export(last: Path, output: Path) -> bool:
+        raise error
+
+    return export
+
+
+CHECK = "run/model: the export is kept, but its check failed: w differs"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "exit_status", "said", "tag"),
+    [
+        (ExportCheckFailed(CHECK), ExportCheckFailed, 3, f"training finished, all steps are saved; {CHECK}",
+         "kept, but its check failed: w differs"),
+        (OSError(28, "No space left"), NotExported, 4, "training finished, but there is no export: [Errno 28] No space",
+         "none: [Errno 28] No space left"),
+        (ConfigError("model: in the way"), NotExported, 4, "there is no export: model: in the way",
+         "none: model: in the way"),
+    ],
+    ids=["check", "disk", "in the way"],
+)  # fmt: skip
+def test_a_run_whose_export_failed_does_not_end_as_finished_in_its_record_and_in_mlflow(
+    config: RunConfig,
+    ends: Callable[[Exception | None], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    expected: type[Exception],
+    exit_status: int,
+    said: str,
+    tag: str,
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    from training.tracking import sync_record
+
+    monkeypatch.setattr(conclusion, "export_newest", raises(error))
+    with pytest.raises(expected) as raised:
+        ends(None)
+    assert said in str(raised.value)
+    assert raised.value.exit_status == exit_status  # type: ignore[attr-defined]
+    assert last_event(config)["status"] == "FAILED"
+    store = f"sqlite:///{config.output_dir}/mlflow.db"
+    run = MlflowClient(store).get_run(sync_record(config.output_dir, store).run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["crosslift.training"] == "finished"
+    assert run.data.tags["crosslift.export"] == tag
+
+
+def test_a_run_is_finished_in_its_record_once_it_is_exported(
+    config: RunConfig, ends: Callable[[Exception | None], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(conclusion, "export_newest", lambda *_: seen.append(last_event(config)["kind"]) or True)
+    ends(None)
+    assert seen == ["artifact"], "the record has no end while the export is made"
     assert last_event(config)["status"] == "FINISHED"
+
+
+def test_the_next_start_of_a_finished_run_exports_it_and_ends_its_record_as_finished(
+    config: RunConfig,
+    ends: Callable[[Exception | None], Path],
+    exported: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(conclusion, "export_newest", raises(OSError(28, "No space left")))
+        with pytest.raises(NotExported):
+            ends(None)
+    last = tmp_path / "last"
+    last.mkdir()
+    RunState(config.max_steps, 1, 0, {}, resolved(config), {}).write(last)
+    monkeypatch.setattr(fit, "find_start", lambda *_: last)
+    assert ends(None) == last
+    assert exported == [last]
+    assert last_event(config)["status"] == "FINISHED"
+    events = [event for _, event in read_events(config.output_dir / "record.jsonl")]
+    assert [event["status"] for event in events if event["kind"] == "finish"] == ["FAILED", "FINISHED"]
+    monkeypatch.setattr(conclusion, "export_newest", lambda *_: False)  # as it finds it there
+    ends(None)
+    assert [event for _, event in read_events(config.output_dir / "record.jsonl")] == events, "nothing new"
 
 
 def test_a_start_clears_away_what_killed_starts_left(

@@ -88,7 +88,17 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     ("statuses", "expected"),
-    [((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((2, 2), 2), ((3, 0), 1), ((75, 1), 1)],
+    [
+        ((0, 0), 0),
+        ((75, 75), 75),
+        ((75, 0), 75),
+        ((2, 2), 2),
+        ((3, 0), 3),
+        ((4, 0), 4),
+        ((3, 1), 1),
+        ((5, 0), 1),
+        ((75, 1), 1),
+    ],
 )
 def test_the_status_is_the_ranks_own(statuses: tuple[int, int], expected: int, tmp_path: Path) -> None:
     command = rank_program(tmp_path, f"os._exit({statuses[0]})", {1: f"os._exit({statuses[1]})"})

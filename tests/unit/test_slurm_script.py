@@ -279,7 +279,7 @@ def test_a_failure_is_not_repeated(
     assert requeued(slurm) == again
 
 
-@pytest.mark.parametrize(("status", "again"), [(1, ["12"]), (143, ["12"]), (2, []), (0, [])])
+@pytest.mark.parametrize(("status", "again"), [(1, ["12"]), (143, ["12"]), (4, ["12"]), (3, []), (2, []), (0, [])])
 def test_a_step_that_lost_a_node_goes_on(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, status: int, again: list[str]
 ) -> None:
