@@ -9,6 +9,7 @@ cannot change where the slots are.
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from functools import cached_property
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.records import DataError, Role
 from data_pipeline.settings import Plain, Section
+from data_pipeline.template_date import date_macro
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +85,18 @@ class TemplateConfig(Section):
         default_factory=dict,
         description="chat only: variables for the chat template, such as enable_thinking or date_string.",
     )
+    date: dt.date | None = Field(
+        None,
+        description="chat only: today, for a chat template that prints the date. Default: the day when the run first"
+        " started; it is saved with the run.",
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: Any) -> Any:
+        if isinstance(value, int | float):  # which pydantic would count as seconds since 1970
+            raise ValueError("must be a day, written 2026-01-31")
+        return value
 
     @model_validator(mode="after")
     def _belongs_together(self) -> TemplateConfig:
@@ -90,6 +104,8 @@ class TemplateConfig(Section):
             raise ValueError("prompt: name: custom needs it, and no other template takes it")
         if self.variables and self.name != "chat":
             raise ValueError("variables: only name: chat takes them")
+        if self.date is not None and self.name != "chat":
+            raise ValueError("date: only name: chat takes one")
         if self.prompt is not None:
             fields = [part[1:] for part in Formatter().parse(self.prompt) if part[1] is not None]
             if any(field not in _FIELDS or spec or conversion for field, spec, conversion in fields):
@@ -123,7 +139,7 @@ class PatternTemplate:
     def __init__(self, config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._name = config.name
         patterns = {"plain": _PLAIN, "alpaca": (_ALPACA, _ALPACA), "custom": (config.prompt, config.prompt)}
-        self._same, self._differs = (
+        self.same, self.differs = (
             [(literal, field) for literal, field, _, _ in Formatter().parse(pattern or "")]
             for pattern in patterns[config.name]
         )
@@ -137,7 +153,7 @@ class PatternTemplate:
 
         Raises DataError where the pattern names a language that is not known.
         """
-        pattern = self._same if language == response_language else self._differs
+        pattern = self.same if language == response_language else self.differs
         names = {"language": language_name(language), "response_language": language_name(response_language)}
         system = roles[0] == "system"
         system_slot: Turn = (Slot(0),) if system else ()
@@ -163,7 +179,7 @@ class PatternTemplate:
 
     def next_user_turn(self) -> list[str | Slot | None]:
         """What a later message of the user stands in; None where a language's name is written."""
-        parts = [(text, Slot(0) if field == "user" else None) for text, field in self._same if field != "system"]
+        parts = [(text, Slot(0) if field == "user" else None) for text, field in self.same if field != "system"]
         return [each for pair in parts for each in pair]
 
 
@@ -179,6 +195,11 @@ class ChatTemplate:
                 " use plain, alpaca or custom"
             )
         self._tokenizer = tokenizer
+        try:
+            self.text = str(tokenizer.get_chat_template())
+        except ValueError as error:  # several named ones, and none of them the default
+            raise DataError(f"template.name: {tokenizer.name_or_path!r}: {' '.join(str(error).split())}") from error
+        self.date_macro = "" if config.date is None else date_macro(self.text, config.date)
         self._variables = config.variables
         prompt = self._render(["user"], "", False, True)
         full = self._render(["user", "assistant"], "", False, False)
@@ -243,7 +264,10 @@ class ChatTemplate:
             conversation.append({"role": role, "content": words + cue if role == "user" else words})
         arguments: dict[str, Any] = {**self._variables, "add_generation_prompt": add_generation_prompt}
         try:
-            return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, **arguments))
+            template = self.date_macro + self.text
+            return str(
+                self._tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False, **arguments)
+            )
         except Exception as error:  # the template is foreign code: what it raises is its reason
             reason = " ".join(str(error).split())
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "

@@ -42,6 +42,8 @@ from training.evaluation import HeldOut
 from training.objective_config import SFTConfig, ShifConConfig, XMixupConfig
 from training.objectives import Objective, ShifCon, SupervisedFineTuning
 from training.prepare import Prepared, architecture, sample_rows
+from training.run_date import with_date
+from training.search import newest_seen
 from training.task_objectives import build_task_objective
 
 if TYPE_CHECKING:
@@ -96,7 +98,10 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
     if data.task is not None:
         return task_data(config, data.task, index, tokenizer)
-    chat = Chat(tokenizer, data.template, data.languages)
+    template = data.template
+    if template.name == "chat" and template.date is None:  # fixed by now in a run; a command that looks takes the run's
+        template = with_date(config, tokenizer, newest_seen(config)).data.template
+    chat = Chat(tokenizer, template, data.languages)
     reader = SampleReader(index, chat, data.sequence_length, data.overlong)
     check_longest(config, reader)
     planner = build_planner(config, index, tokens_per_byte(config, reader))

@@ -10,19 +10,21 @@ from pathlib import Path
 
 from data_pipeline.yaml_values import write_yaml
 from modeling.export_info import VECTORS_FILE
+from modeling.untrusted import read_tokenizer
 from training import checkpoint
 from training.assembly import assemble, fingerprint
 from training.conclusion import conclude
 from training.config import RunConfig
 from training.data_report import contamination
 from training.disks import checkpoint_disk, own_homes
-from training.distributed import barrier, rank
+from training.distributed import barrier, gather_objects, rank
 from training.engine import deepspeed_settings, process_group
 from training.heartbeat import heart
 from training.plots import draw_plots
-from training.prepare import forget_preparation, prepare
+from training.prepare import Prepared, forget_preparation, prepare
 from training.provenance import git_state, versions
 from training.resume import go_on, permitted, schedule_change
+from training.run_date import CONFIG_FILE, with_date
 from training.run_file import resolved
 from training.run_record import Status
 from training.search import find_start
@@ -71,6 +73,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         checkpoint.clear_leftovers(home)
     barrier()
     found = find_start(config, resume)
+    config = _dated(config, prepared, found)
     if found is not None:
         state = permitted(found, config, prepared, fingerprint(prepared), accept_changes)
         if state.step >= config.max_steps:
@@ -110,10 +113,21 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
     return checkpoint.checkpoint_path(config.output_dir, config.max_steps), tracker
 
 
+def _dated(config: RunConfig, prepared: Prepared, found: Path | None) -> RunConfig:
+    """`config` with the day that the run's prompts name, where they name one: the same on all ranks."""
+    if config.data.template.name != "chat":
+        return config
+    mine = with_date(config, read_tokenizer(prepared.tokenizer_dir), found) if rank() == 0 else None
+    dated: RunConfig = gather_objects(mine)[0]
+    if rank() == 0 and (day := dated.data.template.date) is not None:
+        log.info("the chat template prints the date: %s in all of this run, and in its export", day)
+    return dated
+
+
 def _write_resolved(config: RunConfig) -> None:
     """The run file with every default filled in, in the run folder."""
     text = write_yaml(resolved(config))
-    (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+    (config.output_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:
@@ -135,7 +149,7 @@ def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:
 
 def _track_files(tracker: Tracker, output_dir: Path) -> None:
     """Resolved config, plots and the newest vectors, as artefacts of the run."""
-    tracker.artifact(output_dir / "config.yaml")
+    tracker.artifact(output_dir / CONFIG_FILE)
     for plot in draw_plots(output_dir):
         tracker.artifact(plot, "plots")
     newest = checkpoint.latest(output_dir)

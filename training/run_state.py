@@ -31,6 +31,8 @@ FIXED_KEYS = (
 # The same of what an objective saves beside them.
 FIXED_KEYS_OF = {"shifcon": ("objective.layers", "data.languages", "data.dominant")}
 
+DATE = "data.template.date"  # of the run, where its prompts name one (`run_date.py`)
+
 
 @dataclass(frozen=True, slots=True)
 class RunState:
@@ -82,6 +84,8 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
     if "data.overlong" in new:  # what versions did that had no such key
         old.setdefault("data.overlong", "truncate" if "data.task.kind" in old else "drop")
     fixed = FIXED_KEYS + FIXED_KEYS_OF.get(old.get("objective.name", ""), ())
+    if None in (old.get(DATE), new.get(DATE)):  # saved before it was fixed, or taken from the checkpoint
+        old, new = ({key: value for key, value in values.items() if key != DATE} for values in (old, new))
     lines = [
         Difference(f"config {key}: was {old.get(key)!r}, now {new.get(key)!r}", _is_below(key, fixed))
         for key in sorted(old.keys() | new.keys())

@@ -9,78 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from small_tokenizers import CHATML, ITEMS, KINDS, LANGUAGES, TEMPLATES, small_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.chat import LANGUAGE_NAMES, Chat, TemplateConfig, check_labels, describe, language_name
 from data_pipeline.records import BadRow, DataError, Message, Record, stable_hash
-from data_pipeline.tokenizer import TokenizerTrainingConfig, train_tokenizer
 
-ITEMS = {  # language: (question, answer)
-    "en": ("Anna has 12 apples and buys 30 more. How many now?", "12 + 30 = 42\nShe has 42.\n#### 42"),
-    "de": ("Anna hat 12 Äpfel und kauft 30 weitere. Wie viele nun?", "12 + 30 = 42\nÄpfel: 42.\n#### 42"),
-    "es": ("Ana tiene 12 manzanas y compra 30 más. ¿Cuántas hay?", "Así: 12 + 30 = 42\n#### 42"),
-    "fr": ("Anne a 12 pommes et en achète 30. Combien à présent ?", "Voilà : 12 + 30 = 42\n#### 42"),
-    "ru": ("У Анны 12 яблок, она покупает ещё 30. Сколько теперь?", "Теперь 12 + 30 = 42\n#### 42"),
-    "zh": ("安娜有12个苹果,又买了30个。现在有多少个?", "现在有12 + 30 = 42个。\n#### 42"),
-    "ja": ("りんごが12個あり、30個買いました。今は何個ですか。", "全部で12 + 30 = 42個です。\n#### 42"),
-    "th": ("แอนนามีแอปเปิล 12 ผล ซื้ออีก 30 ผล ตอนนี้มีกี่ผล", "ตอนนี้มี 12 + 30 = 42 ผล\n#### 42"),
-    "sw": ("Anna ana tufaha 12, ananunua 30 zaidi. Sasa ngapi?", "Sasa ana 12 + 30 = 42\n#### 42"),
-    "bn": ("আনার ১২টি আপেল আছে, সে আরও ৩০টি কেনে। এখন কয়টি?", "এখন ১২ + ৩০ = ৪২টি\n#### 42"),
-}
-LANGUAGES = tuple(ITEMS)
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{{ message.content | trim if message.role == 'user' else message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAMA2 = (  # no generation prompt, white space around answers, the system inside the first user turn
     "{% for m in messages %}{% if m.role == 'system' %}{% elif m.role == 'user' %}<s>[INST] "
     "{% if loop.index0 == 1 and messages[0].role == 'system' %}<<SYS>>{{ messages[0].content }}<</SYS>> {% endif %}"
     "{{ m.content.strip() }} [/INST]{% else %} {{ m.content.strip() }} </s>{% endif %}{% endfor %}"
 )
-CUSTOM = "<|im_start|>{system}|{language}>{response_language}: {user} {{go}}<|im_start|>"
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Sentencepiece with and without a dummy prefix, byte-level BPE with and without BOS, one that normalises."""
-    texts = [text for item in ITEMS.values() for text in item]
-    path = tmp_path_factory.mktemp("spm")
-    train_tokenizer(texts, path, TokenizerTrainingConfig(vocab_size=800, character_coverage=1.0))
-    made = {"spm": AutoTokenizer.from_pretrained(path)}
-    model = json.loads((path / "tokenizer.json").read_text())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    made["prefixed"] = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
-    for name, bos in (("bytes", None), ("bytes-bos", "<s>"), ("nfc", None)):
-        bpe = Tokenizer(models.BPE())
-        bpe.normalizer = normalizers.NFC() if name == "nfc" else None
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=["<s>", "</s>", "<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        bpe.train_from_iterator(texts, trainer)
-        if bos:
-            bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-        made[name] = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token="<|endoftext|>")
-    for tokenizer in made.values():
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-        tokenizer.add_tokens(["<tool>"])  # added, but not special
-        tokenizer.chat_template = CHATML
-    return made
-
-
-KINDS = ("spm", "prefixed", "bytes", "bytes-bos", "nfc")
-TEMPLATES = (
-    {"name": "plain"},
-    {"name": "alpaca"},
-    {"name": "chat"},
-    {"name": "custom", "prompt": CUSTOM, "end_token": "<|im_end|>"},
-)
+    return small_tokenizers(tmp_path_factory.mktemp("spm"))
 
 
 def make_chat(tokenizers, kind="spm", template=None):
