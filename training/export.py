@@ -1,7 +1,8 @@
 """A checkpoint -> a plain Hugging Face directory, checked (`export_check.py`).
 
-In: a complete checkpoint. Out: safetensors shards, config, tokenizer, and `crosslift.json` (what the model was trained
-to be: objective, languages, template; what came of the check) with the language vectors of a ShifCon model beside it.
+In: a complete checkpoint. Out: safetensors shards; config, generation config and tokenizer as they were trained
+(`export_text.py`); and `crosslift.json` (what the model was trained to be: objective, languages, template; what came of
+the check), with the language vectors of a ShifCon model beside it.
 Next: `modeling.generation`, `evals`.
 
 Runs in one process, after the ranks are gone: shards are read one by one, never the whole model twice.
@@ -17,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.config import SourceConfig
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
 from modeling.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
 from training.checkpoint import MARKER, fault
 from training.config import RunConfig
 from training.errors import ConfigError, ExportCheckFailed
+from training.export_text import GENERATION_FILE, fixed_response_language, set_text_files
 from training.objective_config import ShifConConfig, XMixupConfig
 from training.prepare import architecture
 from training.run_file import validate
@@ -137,6 +138,10 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
     tokenizer = read_tokenizer(checkpoint / "model_config", local_files_only=True)
+    if config.data.task is None:
+        _write_json(
+            output / GENERATION_FILE, set_text_files(config, checkpoint / "model_config", model_config, tokenizer)
+        )
     model_config.save_pretrained(output)
     tokenizer.save_pretrained(output)
     _write_json(output / EXPORT_FILE, _description(config, state.step))
@@ -200,7 +205,7 @@ def _description(config: RunConfig, step: int) -> dict[str, Any]:
     return {
         **described,
         "template": data.template.model_dump(mode="json"),
-        "response_language": _fixed_response_language(config),
+        "response_language": fixed_response_language(config),
         "shift_first_token": not isinstance(objective, ShifConConfig) or objective.shift_first_token,
     }
 
@@ -235,24 +240,3 @@ def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path) ->
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     for number, name in enumerate(names):
         (output / f"part-{number}.safetensors").rename(output / name)
-
-
-def _fixed_response_language(config: RunConfig) -> str | None:
-    """The one language every answer is in, where the sources say so; else answers follow the prompt.
-
-    A corpus of one language alone says nothing: its answers did follow their prompts.
-    """
-    sources = config.data.sources
-    said = {_response_language_of(source) for source in sources}
-    return said.pop() if len(said) == 1 and any(source.response_language for source in sources) else None
-
-
-def _response_language_of(source: SourceConfig) -> str | None:
-    """The language of all of a source's answers, None where its rows may differ."""
-    if source.columns.response_language is not None:
-        return None
-    if source.response_language is not None:
-        return source.response_language
-    if source.languages is not None:
-        return source.languages[0] if len(source.languages) == 1 else None
-    return source.language if source.columns.language is None else None

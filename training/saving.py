@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from training.config import CheckpointConfig
 from training.disks import Disk, shared_disk
 from training.distributed import gather_objects, rank
 from training.errors import CheckpointFailed
+from training.export_text import GENERATION_FILE
 from training.heartbeat import heart
 from training.provenance import versions
 from training.retention import no_such_metric, retain
@@ -221,6 +223,8 @@ class Saver:
         save_file(reference, directory / checkpoint.REFERENCE_FILE, metadata=reference_setting(run))
         run.engine.module.config.save_pretrained(directory / "model_config")
         run.data.tokenizer.save_pretrained(directory / "model_config")
+        if (generation := run.model_dir / GENERATION_FILE).is_file():
+            shutil.copyfile(generation, directory / "model_config" / GENERATION_FILE)
         state.write(directory)
 
     def _copy_small_files(self, directory: Path) -> str | None:

@@ -112,6 +112,9 @@ def test_the_export_says_what_it_is_and_mixes_again(runs: Path) -> None:
     assert (info.objective, info.sequence_length, info.step) == ("xmixup", 96, STEPS)
     assert info.task is not None
     assert info.task["labels"] == ["WORD", "NUMBER"]
+    assert info.check is not None
+    assert info.check["passed"]
+    assert not (model_dir / "generation_config.json").exists()
     assert not any("mixup" in name for name in load_file(model_dir / "model.safetensors"))
     model = load_task_model(model_dir, "tagging", info.task["labels"], torch.float32, "sdpa", "cpu")
     mixup = CrossLingualMixup.attach(model, model_dir)

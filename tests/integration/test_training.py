@@ -78,6 +78,23 @@ def test_the_export_opens_in_plain_transformers(trained: Path) -> None:
     assert model.config.use_cache
 
 
+def test_the_export_passed_its_check_and_prompts_as_training_did(trained: Path, finished: Finished) -> None:
+    from transformers import AutoTokenizer
+
+    from modeling.export_info import ExportInfo
+
+    check = ExportInfo.read(trained / "model").check
+    assert check is not None
+    assert (check["passed"], check["attention"], check["bound"]) == (True, "sdpa", 1e-4)
+    generation = json.loads((trained / "model" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == finished.chat.template.end_id
+    ids, _ = finished.chat.prompt_ids([Message("user", "3 na 4?")], "sw", "sw")
+    spoken = [{"role": "user", "content": "3 na 4?"}]
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    found = tokenizer.apply_chat_template(spoken, add_generation_prompt=True, return_dict=False, language="sw")
+    assert found == ids.tolist()
+
+
 def test_the_run_folder_records_metrics_of_every_kind(trained: Path) -> None:
     names: set[str] = set()
     for line in (trained / "record.jsonl").read_text().splitlines():
