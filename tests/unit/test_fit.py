@@ -190,6 +190,7 @@ def test_the_next_start_of_a_finished_run_exports_it_and_ends_its_record_as_fini
     last.mkdir()
     RunState(config.max_steps, 1, 0, {}, resolved(config), {}).write(last)
     monkeypatch.setattr(fit, "find_start", lambda *_: last)
+    monkeypatch.setattr(fit, "fingerprint", lambda prepared: {})
     assert ends(None) == last
     assert exported == [last]
     assert last_event(config)["status"] == "FINISHED"

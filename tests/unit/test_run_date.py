@@ -137,6 +137,7 @@ def test_a_run_trains_with_its_date_and_writes_it_down(
     prepared = SimpleNamespace(tokenizer_dir=str(dated_tokenizer))
     monkeypatch.setattr(fit, "prepare", lambda config, rank: prepared)
     monkeypatch.setattr(fit, "assemble", stop)
+    monkeypatch.setattr(fit, "fingerprint", lambda prepared: {})
     for found, expected in ((None, LATER), (save(make(date=FIRST)), FIRST)):
         monkeypatch.setattr(fit, "find_start", lambda *_, found=found: found)
         with pytest.raises(InterruptedError):
