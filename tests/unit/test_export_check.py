@@ -79,7 +79,9 @@ def make(
             folder / checkpoint.REFERENCE_FILE,
             metadata={"attention": attention, "dtype": precision, "device": "cpu"} if recorded else None,
         )
-        RunState(12, 1, 0, {}, resolved(validate(run, "run")), {}).write(folder)
+        RunState(step=12, world_size=1, fingerprint={}, config=resolved(validate(run, "run")), versions={}).write(
+            folder
+        )
         return checkpoint.commit(tmp_path / "run", 12, {})
 
     return make

@@ -78,7 +78,9 @@ def export(
         with torch.no_grad():
             logits = reference_logits(model(**reference_inputs(IDS)))
         save_file({"input_ids": IDS, "logits": logits}, folder / checkpoint.REFERENCE_FILE)
-        RunState(12, 1, 0, {}, resolved(validate(values, "run")), {}).write(folder)
+        RunState(step=12, world_size=1, fingerprint={}, config=resolved(validate(values, "run")), versions={}).write(
+            folder
+        )
         return export_checkpoint(checkpoint.commit(tmp_path / "run", 12, {}), tmp_path / "model")
 
     return make

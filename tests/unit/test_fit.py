@@ -48,7 +48,10 @@ def ends(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[Except
         engine = SimpleNamespace(world_size=1, destroy=lambda: None)
         monkeypatch.setattr(fit, "forget_preparation", lambda config: None)
         monkeypatch.setattr(fit, "prepare", lambda config, rank: None)
-        monkeypatch.setattr(fit, "assemble", lambda config, prepared: SimpleNamespace(engine=engine))
+        monkeypatch.setattr(
+            fit, "assemble", lambda config, prepared: SimpleNamespace(engine=engine, data=SimpleNamespace(index=None))
+        )
+        monkeypatch.setattr(fit, "contamination", lambda index: [])
         monkeypatch.setattr(fit, "Trainer", trainer)
         monkeypatch.setattr(fit, "process_group", lambda **_: nullcontext())
         return fit.fit(config)
@@ -188,8 +191,9 @@ def test_the_next_start_of_a_finished_run_exports_it_and_ends_its_record_as_fini
             ends(None)
     last = tmp_path / "last"
     last.mkdir()
-    RunState(config.max_steps, 1, 0, {}, resolved(config), {}).write(last)
+    RunState(step=config.max_steps, world_size=1, fingerprint={}, config=resolved(config), versions={}).write(last)
     monkeypatch.setattr(fit, "find_start", lambda *_: last)
+    monkeypatch.setattr(fit, "permitted", lambda found, *_: RunState.read(found))
     monkeypatch.setattr(fit, "fingerprint", lambda prepared: {})
     assert ends(None) == last
     assert exported == [last]
