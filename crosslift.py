@@ -263,7 +263,7 @@ def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return resolved(settings)
 
 
-def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
+def _check_values(values: dict[str, Any], job: JobSettings, accept_changes: bool) -> Iterator[str]:
     from training.prefetch import use_variables
 
     use_variables(job.environment)  # model and data as the job will find them, HF_HUB_OFFLINE included
@@ -273,7 +273,7 @@ def _check_values(values: dict[str, Any], job: JobSettings) -> Iterator[str]:
     memory = job.gpu_memory_gib if job.gpus else None  # ranks on CPUs share the node's
     yield from check_run(
         validate(values, "run file"), nodes=job.nodes, gpus_per_node=job.gpus, nproc_per_node=job.ranks,
-        gpu_memory_gib=memory,
+        gpu_memory_gib=memory, accept_changes=accept_changes,
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ class Rooms:
     """What the front door hands over, since no room imports another."""
 
     load: Callable[[Path, Sequence[str]], dict[str, Any]]  # run file, overrides -> every value; its own errors
-    check: Callable[[dict[str, Any], JobSettings], Iterator[str]]  # lines; raises what the run would have raised
+    # lines; raises what the run would have raised; True: although data or config differ from a checkpoint's
+    check: Callable[[dict[str, Any], JobSettings, bool], Iterator[str]]
     readable: Callable[[dict[str, Any]], list[Path]]  # files and folders that a run reads
     progress: Callable[[Path], str | None]  # of a run's folder, such as "step 120 of 1500"
     commands: Callable[[], Collection[str]]  # what may follow a run
@@ -69,6 +70,7 @@ def _add_submit(app: typer.Typer, rooms: Rooms) -> None:
         then: Annotated[list[str] | None, typer.Option(metavar="COMMAND", help="crosslift command that follows "
                                                        "success, {run} being the run's folder; repeatable")] = None,
         offline: Annotated[bool, typer.Option(help="no Hugging Face hub on the nodes")] = False,
+        accept_changes: Annotated[bool, typer.Option(help="as train: although data or config differ")] = False,
         dry_run: Annotated[bool, typer.Option(help="print the script; write and queue nothing")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="the jobs as JSON")] = False,
     ) -> None:  # fmt: skip
@@ -81,7 +83,7 @@ def _add_submit(app: typer.Typer, rooms: Rooms) -> None:
             "cpus_per_task": cpus_per_task, "mem": mem, "account": account, "qos": qos, "time": time,
             "setup": tuple(setup) if setup else None, "container": {"image": container} if container else None,
         }  # fmt: skip
-        sweep = _Sweep(tuple(array or ()), array_limit, tuple(after or ()), tuple(then or ()), offline)
+        sweep = _Sweep(tuple(array or ()), array_limit, tuple(after or ()), tuple(then or ()), offline, accept_changes)
         request = _request(rooms, config, overrides or [], options, sweep)
         if dry_run:
             _print_scripts(request, as_json)
@@ -145,6 +147,7 @@ class _Sweep:
     after: tuple[str, ...]
     then: tuple[str, ...]
     offline: bool
+    accept_changes: bool
 
 
 def _request(rooms: Rooms, config: Path, overrides: Sequence[str], options: dict[str, Any], sweep: _Sweep) -> Request:
@@ -170,7 +173,7 @@ def _request(rooms: Rooms, config: Path, overrides: Sequence[str], options: dict
         runs.append(Run(home, {**values, "output_dir": str(home)}, tuple(rooms.readable(values))))
     return Request(
         folder, tuple(runs), settings, array=bool(sweep.array), array_limit=sweep.array_limit, after=sweep.after,
-        then=then, git=rooms.git_state(),
+        then=then, git=rooms.git_state(), accept_changes=sweep.accept_changes,
     )  # fmt: skip
 
 
@@ -193,7 +196,7 @@ def _submit(rooms: Rooms, request: Request, as_json: bool) -> None:
     job_specs(request, request.folder)  # its errors, and a job of this run, come before the long check
     refuse_if_queued(request)
     for run in request.runs:
-        for line in rooms.check(run.values, request.settings):
+        for line in rooms.check(run.values, request.settings, request.accept_changes):
             print(line, file=sys.stderr if as_json else sys.stdout)
     jobs = submit(request)
     if as_json:

@@ -57,6 +57,7 @@ class Request:
     after: tuple[str, ...] = ()
     then: tuple[tuple[str, ...], ...] = ()  # words of crosslift commands
     git: dict[str, str] = field(default_factory=dict)  # state of the source: commit, dirty
+    accept_changes: bool = False  # go on although data or config differ from a checkpoint's
 
 
 def submit(request: Request) -> list[SubmittedJob]:
@@ -114,11 +115,12 @@ def job_specs(request: Request, folder: Path) -> list[JobSpec]:
     common: dict[str, Any] = {
         "settings": chosen, "folder": folder, "code": folder / "code", "chdir": Path.cwd(), "python": python,
     }  # fmt: skip
+    passed = ("--accept-changes",) if request.accept_changes else ()
     try:
         train = JobSpec(
             name=name, kind="train", stem="train", array=request.array, array_limit=request.array_limit,
             after=request.after, elements=tuple(
-                Element(run_dir=run.folder, arguments=(str(config),), readable=(config, *run.readable))
+                Element(run_dir=run.folder, arguments=(str(config), *passed), readable=(config, *run.readable))
                 for run, config in zip(request.runs, _configs(request, folder), strict=True)
             ), **common,
         )  # fmt: skip

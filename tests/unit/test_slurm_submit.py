@@ -60,10 +60,12 @@ class Checked:
     def __init__(self) -> None:
         self.values: list[dict[str, Any]] = []
         self.environment: dict[str, str] = {}
+        self.accept_changes = False
         self.error: Exception | None = None
 
-    def __call__(self, values: dict[str, Any], settings: Any) -> Iterator[str]:
+    def __call__(self, values: dict[str, Any], settings: Any, accept_changes: bool) -> Iterator[str]:
         self.values.append(values)
+        self.accept_changes = accept_changes
         self.environment = settings.environment
         yield f"checked for {settings.nodes} nodes"
         if self.error:
@@ -122,6 +124,16 @@ def test_submitted_checked_frozen_and_written_down(cli: Cli, slurm: FakeSlurm, c
     script = (folder / "train.sh").read_text()
     assert f"readable=(--readable {folder}/config.yaml --readable /data)" in script
     assert checked.values == [{"output_dir": str(run), "seed": "4", "text": "ü\n'"}]
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_changes_are_accepted_by_the_check_and_by_the_job(cli: Cli, checked: Checked, accepted: bool) -> None:
+    options = ["--accept-changes"] if accepted else []
+    assert cli("submit", run_file(), "--gpus-per-node", 0, *options).status == 0
+    assert checked.accept_changes == accepted
+    folder = submitted(Path("runs/run").absolute())
+    words = " ".join([f"{folder}/config.yaml", *options])
+    assert f"arguments=({words})" in (folder / "train.sh").read_text()
 
 
 def test_offline_jobs_and_their_check_leave_the_hub_alone(cli: Cli, checked: Checked) -> None:
