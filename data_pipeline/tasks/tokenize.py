@@ -22,7 +22,16 @@ import numpy.typing as npt
 from data_pipeline.records import DataError
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import Example
-from data_pipeline.tasks.windows import Ids, Range, answer_tokens, longest_first, strided, without_space, word_ranges
+from data_pipeline.tasks.windows import (
+    Ids,
+    Range,
+    answer_tokens,
+    longest_first,
+    strided,
+    with_marks,
+    without_space,
+    word_ranges,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -200,7 +209,7 @@ class TaskTokenizer:
         question, context = example.texts
         asked = self._encode(question)[0][: self.config.max_question_length]
         ids, offsets = self._encode(context)
-        offsets = without_space(offsets, context)
+        offsets = with_marks(without_space(offsets, context), context)
         answer = answer_tokens(offsets, example.answers[0]) if example.answers else None
         room = self.sequence_length - self._pair.size - len(asked)
 

@@ -5,6 +5,7 @@ In: lengths and character offsets of tokens. Out: ranges of tokens or words. Nex
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,6 +59,26 @@ def without_space(offsets: Ids, text: str) -> Ids:
             stop -= 1
         trimmed.append((start, stop))
     return np.array(trimmed, np.int32)
+
+
+def with_marks(offsets: Ids, text: str) -> Ids:
+    """Offsets (n, 2) of tokens with the combining marks behind them that no token covers.
+
+    Tokenizers that compose or strip accents leave the mark of a decomposed one ("e" and U+0301) out of their offsets.
+    """
+    marks = [place for place, char in enumerate(text) if unicodedata.category(char)[0] == "M"]
+    if not marks:
+        return offsets
+    bare = np.zeros(len(text) + 1, np.bool_)
+    bare[marks] = True
+    for start, stop in offsets.tolist():
+        bare[start:stop] = False
+    found = offsets.copy()
+    for number, (start, stop) in enumerate(offsets.tolist()):
+        while start < stop and bare[stop]:
+            stop += 1
+        found[number, 1] = stop
+    return found
 
 
 def answer_tokens(offsets: Ids, answer: tuple[str, int]) -> Range | None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_encoders import WORDS
+from small_encoders import WORDS, unigram, wordpiece
 from tiny_task_model import export
+from tokenizers import normalizers
+from transformers import BertTokenizer, XLMRobertaTokenizer
 
+from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import Example, TaskRecord
+from data_pipeline.tasks.tokenize import TaskTokenizer
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
 from evals.xtreme.label_files import read_answers, read_labels, read_tags
 from evals.xtreme.predict import EncoderPredictor, write_predictions
 from evals.xtreme.score import score_file
+from evals.xtreme.spans import ScoredWindow, best_span
 
 CLASSES = ("contradiction", "entailment", "neutral")
 TAGS = TASKS["panx"].labels
@@ -233,6 +240,41 @@ def test_answers_are_the_contexts_own_characters(tmp_path: Path, family: Any) ->
         assert answer == answer.strip()
     assert max(len(predictor.tokenizer.windows(row.example)) for row in rows) > 3
     assert predictor.predict(list(reversed(rows))).values == answers[::-1]
+
+
+def strips_accents() -> Any:
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789.?"]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return BertTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, do_lower_case=True, strip_accents=True)
+
+
+def composes() -> Any:
+    """As XLM-R's, whose normaliser composes what is decomposed."""
+    pieces = {"<s>": 0.0, "<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0}
+    pieces |= dict.fromkeys([*"abcdefghijklmnopqrstuvwxyzéÂ0123456789.?"], -6.0)
+    tokenizer = XLMRobertaTokenizer(vocab=[*pieces.items(), ("<mask>", 0.0)])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [wordpiece, unigram, strips_accents, composes])
+def test_an_answer_keeps_its_decomposed_accents(make: Any) -> None:
+    """Whatever the tokenizer does with them: keeps, parts from their letter, strips, composes."""
+    context = unicodedata.normalize("NFD", "cafe café 12 Âncora é fim é")
+    tokenizer = TaskTokenizer(make(), TaskConfig(kind="qa", max_question_length=8, doc_stride=8), 64)
+    words = [(found.start(), found.group()) for found in re.finditer(r"\S+", context)]
+    for start, answer in words:
+        window = tokenizer.windows(Example(("1?", context), answers=((answer, start),)))[0]
+        assert window.span is not None
+        first, last = window.span
+        scores = [np.full(len(window), -9.0, np.float32) for _ in range(2)]
+        scores[0][first] = scores[1][last] = 9.0
+        assert best_span(context, [ScoredWindow(window, *scores)]).text == answer
+    # an accent that a token of its own stands for belongs to that token alone
+    offsets = tokenizer.windows(Example(("1?", context)))[0].context_offsets
+    assert offsets is not None
+    covered = [place for a, b in offsets.tolist() if a >= 0 for place in range(a, b)]
+    assert {place for place, char in enumerate(context) if not char.isspace()} <= set(covered)
 
 
 def test_gold_answers_make_no_difference(tmp_path: Path) -> None:
