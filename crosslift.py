@@ -210,6 +210,9 @@ def xtreme_run(
     baseline: Annotated[Path | None, typer.Option(help="another run's output, to compare the transfer gap")] = None,
     mixup: Annotated[Literal["auto", "on", "off"], typer.Option(help="mixing in prediction")] = "auto",
     unlabelled: Annotated[bool, typer.Option(help="test labels are erased: predictions only")] = False,
+    max_bad_rows: Annotated[
+        int, typer.Option(min=0, help="questions of a file whose answers are not where it says: left out, counted")
+    ] = 0,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
 ) -> None:
     """Fine-tune, select, predict, score. Example: crosslift xtreme run configs/xtreme.yaml --task xnli ..."""
@@ -221,7 +224,7 @@ def xtreme_run(
     run = XtremeRun(
         config, task, model, method, data_dir, output, translations=translations, layout=layout,
         soft_labels=soft_labels, nproc=nproc, overrides=tuple(overrides or ()), mixup=mixup, baseline=baseline,
-        unlabelled=unlabelled,
+        unlabelled=unlabelled, max_bad_rows=max_bad_rows,
     )  # fmt: skip
     with held(output):
         run_xtreme(run, run_of_runs)

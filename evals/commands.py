@@ -166,6 +166,9 @@ def xtreme_prepare(
     ] = None,
     unlabelled: Annotated[bool, typer.Option(help="erased test labels are no error")] = False,
     remake: Annotated[bool, typer.Option(help="replace an output that was made of something else")] = False,
+    max_bad_rows: Annotated[
+        int, typer.Option(min=0, help="questions of a file whose answers are not where it says: left out, counted")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="counts as JSON")] = False,
 ) -> None:
     """XTREME's files as rows. Example: crosslift xtreme prepare xnli --data-dir xtreme --output rows/xnli"""
@@ -174,7 +177,7 @@ def xtreme_prepare(
     chosen = dict(pair.partition("=")[::2] for pair in splits.split(",")) if splits else None
     counts = prepare_task(
         task, data_dir, output, languages=_listed(languages), layout=layout, splits=chosen,
-        translations=translations, allow_unlabelled_test=unlabelled, remake=remake,
+        translations=translations, allow_unlabelled_test=unlabelled, remake=remake, max_bad_rows=max_bad_rows,
     )  # fmt: skip
     if as_json:
         print(json.dumps(counts, ensure_ascii=False, indent=1))
@@ -209,19 +212,26 @@ def xtreme_retrieve(
     output: Annotated[Path, typer.Option(help="folder for predictions and scores")],
     layer: Annotated[int | None, typer.Option(min=0, help="whose states are compared; default: the middle one")] = None,
     languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    layout: Annotated[str, typer.Option(help="auto, download, hub")] = "auto",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Tatoeba by nearest sentences. Example: crosslift xtreme retrieve M --data-dir tatoeba --output runs/retrieval"""
+    from evals.report import by_reason
     from evals.xtreme.retrieval import SentenceEncoder, retrieve_tatoeba
     from evals.xtreme.score import score_table
 
     results, scores = retrieve_tatoeba(
-        SentenceEncoder.open(expanded(model), layer), data_dir, output, languages=_listed(languages)
+        SentenceEncoder.open(expanded(model), layer), data_dir, output, languages=_listed(languages), layout=layout
     )
     if as_json:
         print(json.dumps(results, ensure_ascii=False, indent=1))
+    elif scores is not None:
+        print(score_table(scores))
     else:
-        print(score_table(scores) if scores is not None else f"{output}: predictions; the data's order tells no gold")
+        print(f"{output}: predictions; the data's order tells no gold\nmissing: {by_reason(results['missing'])}")
+    for language, sentences in results["without_tokens"].items():
+        for sentence in sentences:
+            print(f"{language}: {sentence} has no tokens, so it is nearest to nothing", file=sys.stderr)
 
 
 @xtreme_app.command("analyse")

@@ -89,14 +89,20 @@ class SentenceStates:
 
     def encode(self, texts: Sequence[str]) -> list[EncodedText]:
         """Sentences as tokens, cut to `max_length`. Raises ModelError, naming it, for one with nothing to pool."""
+        encoded = self.encode_all(texts)
+        for number, (text, found) in enumerate(zip(texts, encoded, strict=True), 1):
+            if not any(found.content):
+                shown = text if len(text) <= 40 else text[:40] + "..."
+                raise ModelError(f"sentence {number}, {shown!r}: has no token but special ones; leave it out")
+        return encoded
+
+    def encode_all(self, texts: Sequence[str]) -> list[EncodedText]:
+        """The same of all sentences; one with nothing to pool has no content."""
         encoded = []
-        for number, (text, (ids, special)) in enumerate(zip(texts, self._tokenized(texts), strict=True), 1):
+        for ids, special in self._tokenized(texts):
             content = [not each for each in special]
             if self.is_decoder and any(content[1:]):
                 content[0] = False
-            if not any(content):
-                shown = text if len(text) <= 40 else text[:40] + "..."
-                raise ModelError(f"sentence {number}, {shown!r}: has no token but special ones; leave it out")
             encoded.append(EncodedText(ids, content))
         return encoded
 

@@ -40,8 +40,8 @@ def read_example(cells: Cells, columns: ColumnMap) -> Sides:
 def read_task_file(path: Path, kind: TaskKind) -> Iterator[TaskRecord]:
     """The rows of a JSONL file with the canonical column names of its kind: what is predicted on.
 
-    `id`, `language` and the texts must be there; `group`, labels and back-translations may be. Raises BadRow at
-    the first row that cannot be used.
+    `id`, `language` and the texts must be there; `group`, labels and back-translations may be. A sentence to be tagged
+    may have no words: it keeps its place. Raises BadRow at the first row that cannot be used.
     """
     shard = JsonLines(str(path), path.name, "")
     columns: ColumnMap | None = None
@@ -58,7 +58,9 @@ def read_task_file(path: Path, kind: TaskKind) -> Iterator[TaskRecord]:
                 )
             name, language = str(cells.name("id")), cells.text("language")
             group = str(cells.name("group")) if cells.has("group") else name
-            yield TaskRecord(name, group, language, cells.origin, *read_example(cells, columns))
+            empty = kind == "tagging" and row.get("words") == []
+            sides = (Example((), tags=()), None) if empty else read_example(cells, columns)
+            yield TaskRecord(name, group, language, cells.origin, *sides)
 
 
 def _canonical(kind: TaskKind, pairs: bool) -> ColumnMap:

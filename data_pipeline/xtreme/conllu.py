@@ -56,9 +56,12 @@ def read_conllu(files: tuple[Path, ...], task: XtremeTask) -> Iterator[Sentence]
                     raise DataError(f"{file}:{number}: tag {tag!r} is none of {task.name}'s: {', '.join(task.labels)}")
                 words.append(form if form.strip() else NO_WORD)
                 tags.append(tag)
-            if words.count(WITHHELD) and words.count(WITHHELD) >= len(words) - 1:
+            withheld = bool(words.count(WITHHELD)) and words.count(WITHHELD) >= len(words) - 1
+            if withheld:
                 words, tags = [], []
-            yield Sentence(f"{file}:{start}", next(index), tuple(words), tuple(tags), text=comments.get("text"))
+            yield Sentence(
+                f"{file}:{start}", next(index), tuple(words), tuple(tags), text=comments.get("text"), withheld=withheld
+            )
 
 
 def _blocks(file: Path) -> Iterator[tuple[int, dict[str, str], list[tuple[int, str]]]]:

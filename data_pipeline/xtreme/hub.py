@@ -130,7 +130,11 @@ def _item(task: XtremeTask, language: str, dataset: Dataset, row: dict[str, Any]
     if task.kind == "retrieval":
         text, partner = row["source_sentence"].strip(), row["target_sentence"].strip()
         return Line(place, index, f"{task.name}-test-{language}-{index}", language, text, partner)
-    return Question(place, index, row["id"], row["question"], row["context"], _answers(row, place))
+    answers, misplaced = _answers(row, place)
+    none = not answers and misplaced is None and not _entries(row)
+    return Question(
+        place, index, row["id"], row["question"], row["context"], answers, misplaced=misplaced, unanswerable=none
+    )
 
 
 def _names(values: Sequence[Any], dataset: Dataset, column: str) -> list[str]:
@@ -146,23 +150,30 @@ def _check_labels(labels: Sequence[str], task: XtremeTask, place: str) -> None:
             raise DataError(f"{place}: label {label!r} is none of {task.name}'s: {', '.join(task.labels)}")
 
 
-def _answers(row: dict[str, Any], place: str) -> tuple[tuple[str, int], ...]:
+def _entries(row: dict[str, Any]) -> list[dict[str, Any]]:
     given = row["answers"]
     if isinstance(given, dict):  # how `datasets` keeps a list of {text, answer_start}
         given = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
-    found = []
-    for answer in given:
+    return list(given)
+
+
+def _answers(row: dict[str, Any], place: str) -> tuple[tuple[tuple[str, int], ...], str | None]:
+    """Answers, each at the nearest place of its text, and what is wrong with the first that is nowhere near."""
+    found, misplaced = [], None
+    for answer in _entries(row):
         text, start = answer["text"], answer["answer_start"]
-        if text:
-            found.append((text, _nearest(row["context"], text, start, f"{place}: question {row['id']}")))
-    return tuple(found)
+        if text and (nearest := _nearest(row["context"], text, start)) is not None:
+            found.append((text, nearest))
+        elif text:
+            misplaced = misplaced or (
+                f"{place}: question {row['id']}: answer {text[:40]!r} is not near character {start} of the context"
+            )
+    return tuple(found), misplaced
 
 
-def _nearest(context: str, text: str, start: int, place: str) -> int:
+def _nearest(context: str, text: str, start: int) -> int | None:
     if context.startswith(text, start):
         return start
     places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
     nearest = min(places, key=lambda at: abs(at - start), default=None)
-    if nearest is None or abs(nearest - start) > MOVED_AT_MOST:
-        raise DataError(f"{place}: answer {text[:40]!r} is not near character {start} of the context")
-    return nearest
+    return nearest if nearest is not None and abs(nearest - start) <= MOVED_AT_MOST else None

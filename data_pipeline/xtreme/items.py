@@ -7,7 +7,7 @@ an item: JSON lines with the columns that `data_pipeline.tasks` reads. Next: `la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """Words with tags, or with a teacher's probabilities in the order of the task's labels."""
+    """Words with tags, or with a teacher's probabilities in the order of the task's labels.
+
+    One without words is a blank line too many, or `withheld`: its words are in no file.
+    """
 
     place: str
     index: int
@@ -50,6 +53,7 @@ class Sentence:
     tags: tuple[str, ...] | None = None
     soft_tags: tuple[tuple[float, ...], ...] | None = None
     text: str | None = None  # the sentence as written; without it, the words joined by spaces
+    withheld: bool = False
 
     @property
     def answer(self) -> object:
@@ -58,7 +62,11 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question on a context. `answers`: (text, its character offset in the context)."""
+    """A question on a context. `answers`: (text, its character offset in the context).
+
+    `misplaced`: what is wrong with an answer that is left out, as it is not where the file says. `unanswerable`: the
+    file says that there is no answer (SQuAD 2.0), not that it was erased.
+    """
 
     place: str
     index: int
@@ -66,6 +74,8 @@ class Question:
     question: str
     context: str
     answers: tuple[tuple[str, int], ...] = ()
+    misplaced: str | None = None
+    unanswerable: bool = False
 
     @property
     def answer(self) -> object:
@@ -161,6 +171,11 @@ def is_empty(item: Item) -> bool:
     return not (item.question and item.context) if isinstance(item, Question) else not item.text
 
 
+def is_left_out(item: Item) -> bool:
+    """A question to which nothing can be told right or wrong: unanswerable, or with misplaced answers alone."""
+    return isinstance(item, Question) and (item.unanswerable or (item.misplaced is not None and not item.answers))
+
+
 def checked_test(task: XtremeTask, items: Iterable[Item], where: str, allow_unlabelled: bool) -> list[Item]:
     """The test items, without labels if those were erased and the caller allows it.
 
@@ -170,11 +185,12 @@ def checked_test(task: XtremeTask, items: Iterable[Item], where: str, allow_unla
     found = list(items)
     if task.name == "bucc2018":  # its gold pairs are a file of their own
         return found
-    filled = [item for item in found if not is_empty(item)]
+    filled = [item for item in found if not (is_empty(item) or is_left_out(item))]
     without = [item for item in filled if item.answer is None]
     if without and len(without) < len(filled):
         raise DataError(f"{without[0].place}: has no label, but others of the file have one; all or none must have one")
-    if not without and not _one_label(found):
+    none_has_one = not filled and any(isinstance(item, Question) and item.unanswerable for item in found)
+    if not without and not none_has_one and not _one_label(found):
         return found
     if not allow_unlabelled:
         raise DataError(
@@ -200,8 +216,8 @@ def _unlabelled(item: Item) -> Item:
     if isinstance(item, Pair):
         return Pair(item.place, item.index, item.text_a, item.text_b, None, item.name, item.original)
     if isinstance(item, Sentence):
-        return Sentence(item.place, item.index, item.words, text=item.text)
-    return item
+        return Sentence(item.place, item.index, item.words, text=item.text, withheld=item.withheld)
+    return replace(item, unanswerable=False) if isinstance(item, Question) else item
 
 
 def _answers(item: Question) -> list[Row]:

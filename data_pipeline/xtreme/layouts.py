@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from data_pipeline.records import DataError
 from data_pipeline.xtreme import conllu, download, hub, retrieval, xmixup
-from data_pipeline.xtreme.items import Item, Question, Row, Source, Split, checked_test, is_empty, to_row
+from data_pipeline.xtreme.items import Item, Question, Row, Source, Split, checked_test, is_empty, is_left_out, to_row
 from data_pipeline.xtreme.squad import repeated_id
 from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
 
@@ -51,7 +51,9 @@ def read_rows(
     if source is None:
         raise DataError(f"{task}: the layout {layout} has no {split} split for {language!r}")
     for item in read_items(found, split, source, allow_unlabelled_test):
-        if not is_empty(item):
+        if isinstance(item, Question) and item.misplaced is not None:
+            raise DataError(item.misplaced)
+        if not is_empty(item) and not is_left_out(item):
             yield to_row(found, split, language, item)
 
 
@@ -66,7 +68,8 @@ def read_items(task: XtremeTask, split: Split, source: Source, allow_unlabelled_
     if split == "test":
         items = checked_test(task, items, source.name, allow_unlabelled_test)
     for item in items:
-        if split != "test" and item.answer is None and task.kind != "retrieval" and not is_empty(item):
+        unlabelled = item.answer is None and not is_empty(item) and not is_left_out(item)
+        if split != "test" and unlabelled and task.kind != "retrieval":
             raise DataError(f"{item.place}: no label; only test rows may be without")
         if split != "train" and isinstance(item, Question) and repeated_id([item]) is not None:
             raise DataError(f"{item.place}: the id is there twice; predictions are told apart by it")

@@ -21,6 +21,7 @@ from data_pipeline.xtreme.items import NO_WORD, Pair, Sentence
 from data_pipeline.xtreme.tasks import XtremeTask
 
 OTHER_NAMES = {"contradictory": "contradiction"}  # the label's name in XNLI's training files
+DOCUMENT_START = "-DOCSTART-"  # with a blank line after it, in CoNLL's files: no sentence
 SUM_TOLERANCE = 0.01  # of a teacher's printed probabilities
 
 
@@ -70,13 +71,18 @@ def text_lines(file: Path, whole: bool = False) -> Iterator[tuple[int, str]]:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def read_texts(file: Path) -> list[str]:
-    """One sentence a line. Raises DataError: an empty line within."""
-    found = []
-    for number, text in text_lines(file):
-        if not text.strip():
+def read_texts(file: Path, empty: bool = False, least: int = 0) -> list[str]:
+    """One sentence a line. Raises DataError: an empty line within, unless `empty` says that there may be some.
+
+    Those at the end then count as far as they are needed to make `least`.
+    """
+    found: list[str] = []
+    for number, text in text_lines(file, whole=empty):
+        if not text.strip() and not empty:
             raise DataError(f"{file}:{number}: empty; each line is one sentence")
         found.append(text.strip())
+    while len(found) > least and not found[-1]:
+        found.pop()
     return found
 
 
@@ -158,7 +164,7 @@ def _same_lines(
 def read_tagged(file: Path, task: XtremeTask) -> Iterator[Sentence]:
     """Lines of WORD<tab>TAG, a blank line after each sentence; WORD alone where the labels are erased.
 
-    Blank lines that end no sentence make an empty one: in files of translations it keeps its place.
+    Blank lines that end no sentence make an empty one, which keeps its place beside translations and in predictions.
     """
     for start, index, lines in _chunks(file):
         tagged = [line for line in lines if line[1] is not None]
@@ -200,7 +206,15 @@ def _chunks(file: Path, whole: bool = False) -> Iterator[tuple[int, int, list[tu
     """(first line's number, index, [(word, cell beside it)]) of each sentence."""
     index, start = 0, 1
     lines: list[tuple[str, str | None]] = []
+    after_start = False
     for number, text in text_lines(file, whole):
+        if text.startswith(DOCUMENT_START) and not lines:
+            start, after_start = number + 1, True
+            continue
+        if not text and after_start:
+            start, after_start = number + 1, False
+            continue
+        after_start = False
         if not text:
             yield start, index, lines
             index, start, lines = index + 1, number + 1, []

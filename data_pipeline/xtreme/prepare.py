@@ -8,6 +8,7 @@ The folder is written under another name and renamed, so it is whole or not ther
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import uuid
@@ -19,13 +20,27 @@ from typing import Any
 
 from data_pipeline.records import DataError
 from data_pipeline.xtreme import translations as mt
-from data_pipeline.xtreme.items import DOMINANT, SPLITS, Row, Sentence, Source, Split, is_empty, to_row
+from data_pipeline.xtreme.items import (
+    DOMINANT,
+    SPLITS,
+    Item,
+    Question,
+    Row,
+    Sentence,
+    Source,
+    Split,
+    is_empty,
+    is_left_out,
+    to_row,
+)
 from data_pipeline.xtreme.layouts import detect_layout, find_source, read_items
 from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
 
 STAMP = "prepared.json"
-VERSION = 1  # one more where the same files give other rows
+VERSION = 2  # one more where the same files give other rows
 Counts = dict[str, Any]
+KEPT_EMPTY = "empty sentence (row kept for its place)"
+UNANSWERABLE, MISPLACED = "unanswerable question", "answer not where the file says"
 
 
 @dataclass(frozen=True)
@@ -38,9 +53,6 @@ class _Part:
     gold: Source | None
     translated: Source | None = None
     back: Source | None = None
-
-    def sources(self) -> list[Source]:
-        return [source for source in (self.gold, self.translated, self.back) if source is not None]
 
 
 @dataclass
@@ -61,6 +73,8 @@ def prepare_task(
     allow_unlabelled_test: bool = False,
     train_languages: Sequence[str] = (DOMINANT,),
     remake: bool = False,
+    max_bad_rows: int = 0,
+    remedy: str = "name a new --output, or add --remake",
 ) -> Counts:
     """Write the canonical rows of a task to the folder `output`.
 
@@ -74,6 +88,9 @@ def prepare_task(
         splits: {split to write: split to read}, as {"train": "dev", "test": "test"} for treebanks without train files.
         allow_unlabelled_test: erased test labels are no error; the rows come without.
         remake: replace an `output` that was made of other files or with other options.
+        max_bad_rows: questions of a file with answers that are not where it says: so many lose these answers, or are
+            left out where they have no others, and are counted; one more is an error.
+        remedy: what to do about an `output` that was made otherwise, in the words of the command that is used.
 
     Returns:
         {"train": {language: rows}, "dev": ..., "test": ..., "skipped": {split: {language: {reason: count}}},
@@ -97,15 +114,19 @@ def prepare_task(
         "task": task,
         "layout": layout,
         "allow_unlabelled_test": allow_unlabelled_test,
+        "max_bad_rows": max_bad_rows,
         "languages or splits": sorted(f"{part.split}/{part.language} from {part.read}" for part in plan.parts),
         "files": _identities(plan.parts),
     }
     output = Path(output)
-    if (counts := _kept(output, made_from, remake)) is not None:
+    if (counts := _kept(output, made_from, remake, remedy)) is not None:
         return counts
     temporary = output.with_name(f".incomplete-{output.name}-{uuid.uuid4().hex[:8]}")
     try:
-        counts = _write(found, plan, temporary, allow_unlabelled_test) | {"missing": plan.missing, "layout": layout}
+        counts = _write(found, plan, temporary, allow_unlabelled_test, max_bad_rows) | {
+            "missing": plan.missing,
+            "layout": layout,
+        }
         stamp = json.dumps({"made_from": made_from, "counts": counts}, ensure_ascii=False, indent=1)
         (temporary / STAMP).write_text(stamp + "\n", encoding="utf-8")
         _publish(temporary, output)
@@ -185,31 +206,54 @@ def _plan_translations(
         plan.parts.append(_Part("train", read, language, english, translated, back))
 
 
-def _write(task: XtremeTask, plan: _Plan, folder: Path, allow_unlabelled: bool) -> Counts:
+def _write(task: XtremeTask, plan: _Plan, folder: Path, allow_unlabelled: bool, max_bad_rows: int) -> Counts:
     counts: Counts = {split: {} for split in SPLITS} | {"skipped": {}}
     for part in plan.parts:
         lost: Counter[str] = Counter()
         file = folder / part.split / f"{part.language}.jsonl"
-        rows = _rows(task, part, lost, allow_unlabelled)
+        rows = _rows(task, part, lost, allow_unlabelled, max_bad_rows)
         counts[part.split][part.language] = _write_rows(file, rows)
         if lost:
             counts["skipped"].setdefault(part.split, {})[part.language] = dict(lost)
     return counts
 
 
-def _rows(task: XtremeTask, part: _Part, lost: Counter[str], allow_unlabelled: bool) -> Iterator[Row]:
+def _rows(
+    task: XtremeTask, part: _Part, lost: Counter[str], allow_unlabelled: bool, max_bad_rows: int
+) -> Iterator[Row]:
     assert part.gold is not None
     if part.translated is not None:
         yield from mt.translated_rows(task, part.language, part.gold, part.translated, part.back, lost)
         return
     items = read_items(task, part.read, part.gold, allow_unlabelled)
+    written = False
     for item, version in mt.with_versions(part.read, items, part.gold, part.back, lost):
-        if not is_empty(item):
+        if _is_usable(item, part, lost, max_bad_rows):
+            written = True
             yield to_row(task, part.read, part.language, item, back=version)
-        elif part.read == "train" or isinstance(item, Sentence):  # withheld words, or a blank line too many
+    if lost[UNANSWERABLE] and not written:
+        raise DataError(f"{part.gold.name}: no question has an answer; only test rows may be without")
+
+
+def _is_usable(item: Item, part: _Part, lost: Counter[str], max_bad_rows: int) -> bool:
+    """Whether an item becomes a row; `lost` counts it where not, or where it becomes less."""
+    if is_empty(item):
+        if part.split == "train" or (isinstance(item, Sentence) and item.withheld):
             lost[mt.EMPTY] += 1
-        else:
-            raise DataError(f"{item.place}: {mt.EMPTY}; each {part.read} item must have some")
+            return False
+        if isinstance(item, Sentence):  # a blank line too many: scorers count it, so predictions need it
+            lost[KEPT_EMPTY] += 1
+            return True
+        raise DataError(f"{item.place}: {mt.EMPTY}; each {part.read} item must have some")
+    if isinstance(item, Question):
+        if item.unanswerable:  # XTREME's tasks ask none, so training on none would only cost
+            lost[UNANSWERABLE] += 1
+            return False
+        if item.misplaced is not None:
+            if lost[MISPLACED] >= max_bad_rows:
+                raise DataError(f"{item.misplaced}; --max-bad-rows N leaves out so many of a file and counts them")
+            lost[MISPLACED] += 1
+    return not is_left_out(item)
 
 
 def _write_rows(file: Path, rows: Iterable[Row]) -> int:
@@ -228,19 +272,24 @@ def _write_rows(file: Path, rows: Iterable[Row]) -> int:
 
 
 def _identities(parts: Iterable[_Part]) -> dict[str, str]:
-    """{file: size and time} of all that is read, or a hub dataset's fingerprint."""
-    found = {}
+    """{what a file is read for: hash of its content}, wherever it lies, or a hub dataset's fingerprint."""
+    found: dict[str, str] = {}
+    hashes: dict[Path, str] = {}
     for part in parts:
-        for source in part.sources():
+        for role, source in (("", part.gold), (" translated", part.translated), (" back", part.back)):
+            if source is None:
+                continue
             for file in source.files:
-                status = file.stat()
-                found[str(file.absolute())] = f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+                if file not in hashes:
+                    with file.open("rb") as stream:
+                        hashes[file] = hashlib.file_digest(stream, "sha256").hexdigest()
+                found[f"{part.split}/{part.language}{role}: {file.name}"] = hashes[file]
             if source.identity is not None:
                 found[f"hub: {part.read}/{part.language}"] = source.identity()
     return found
 
 
-def _kept(output: Path, made_from: dict[str, Any], remake: bool) -> Counts | None:
+def _kept(output: Path, made_from: dict[str, Any], remake: bool, remedy: str) -> Counts | None:
     """The counts of a folder that is what would be made. Raises DataError: it is there and is something else."""
     if not output.exists():
         return None
@@ -256,7 +305,10 @@ def _kept(output: Path, made_from: dict[str, Any], remake: bool) -> Counts | Non
     if remake:
         return None
     key = next(key for key in made_from if before.get(key) != made_from[key])
-    raise DataError(f"{output}: was prepared otherwise (it differs in: {key}); name a new folder, or have it remade")
+    if key == "files":
+        files = {**made_from[key], **before[key]}
+        key = next(f"content of {each}" for each in files if before[key].get(each) != made_from[key].get(each))
+    raise DataError(f"{output}: was prepared otherwise (it differs in: {key}); {remedy}")
 
 
 def _publish(temporary: Path, output: Path) -> None:

@@ -27,6 +27,10 @@ class TatoebaPairs(NamedTuple):
     english: list[str]
     gold: list[int] | None
 
+    def line(self, number: int, english: bool) -> int:
+        """The line, from 1, on which a sentence of a side stands in its file."""
+        return (number if self.gold is None or not english else self.gold[number]) + 1
+
 
 def tatoeba_files(data_dir: Path, language: str) -> tuple[Path, Path]:
     """(source, English): LASER's files if they are there, for only they tell the gold; else those of XTREME."""
@@ -39,9 +43,12 @@ def tatoeba_files(data_dir: Path, language: str) -> tuple[Path, Path]:
 
 
 def tatoeba_pairs(data_dir: Path, language: str) -> TatoebaPairs:
-    """Source sentences in their order, English ones sorted, and gold. Raises DataError: unequal lengths."""
+    """Source sentences in their order, English ones sorted, and gold; a line may be empty.
+
+    Raises DataError: unequal lengths.
+    """
     files = tatoeba_files(Path(data_dir), language)
-    source, english = _parallel(files)
+    source, english = _parallel(files, empty=True)
     if not _keeps_order(files):
         return TatoebaPairs(source, english, None)
     return sorted_pairs(source, english)
@@ -109,8 +116,11 @@ def _two_columns(file: Path, meaning: str) -> Iterator[tuple[str, str, str]]:
         yield f"{file}:{number}", columns[0], columns[1]
 
 
-def _parallel(files: tuple[Path, Path]) -> tuple[list[str], list[str]]:
-    source, english = (read_texts(file) for file in files)
+def _parallel(files: tuple[Path, Path], empty: bool = False) -> tuple[list[str], list[str]]:
+    source, english = (read_texts(file, empty) for file in files)
+    if empty:
+        longest = max(len(source), len(english))
+        source, english = (read_texts(file, empty, longest) for file in files)
     if len(source) != len(english):
         raise DataError(f"{files[1]}: {len(english)} sentences, but {files[0]} has {len(source)}; they must be as many")
     return source, english

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,24 @@ def read_gold(file: Path) -> Iterator[Question]:
     """Every question of a file that people annotated.
 
     Ids that are given twice get "#2", "#3" (XTREME's download script cuts TyDiQA's training ids so that they repeat).
-    An answer without text is an erased one. Raises DataError: not SQuAD's JSON, or an answer not in the context.
+    An answer without text is an erased one; without any entry, or with SQuAD 2.0's `is_impossible`, there is none. One
+    that is not where the file says is left out, and the question says so. Raises DataError: not SQuAD's JSON.
     """
     seen: Counter[str] = Counter()
     for index, (question, raw) in enumerate(_questions(file)):
-        answers = []
+        answers, misplaced = [], None
         for text, start in raw:
             if not text:
                 continue
-            if question.context[start : start + len(text)] != text or start < 0:
-                raise DataError(
-                    f"{question.place}: answer {text[:40]!r} is not at character {start} of the context,"
-                    f" where there is {question.context[max(start, 0) : max(start, 0) + len(text)][:40]!r}"
-                )
-            answers.append((text, start))
-        yield _numbered(question, index, tuple(answers), seen)
+            if start >= 0 and question.context.startswith(text, start):
+                answers.append((text, start))
+                continue
+            there = question.context[max(start, 0) : max(start, 0) + len(text)][:40]
+            misplaced = misplaced or (
+                f"{question.place}: answer {text[:40]!r} is not at character {start} of the context, where there is"
+                f" {there!r}"
+            )
+        yield replace(_numbered(question, index, tuple(answers), seen), misplaced=misplaced)
 
 
 def read_translated(file: Path) -> Iterator[Question]:
@@ -54,7 +58,7 @@ def repeated_id(questions: list[Question]) -> str | None:
 def _numbered(question: Question, index: int, answers: tuple[tuple[str, int], ...], seen: Counter[str]) -> Question:
     seen[question.id] += 1
     suffix = f"#{seen[question.id]}" if seen[question.id] > 1 else ""
-    return Question(question.place, index, question.id + suffix, question.question, question.context, answers)
+    return replace(question, index=index, id=question.id + suffix, answers=answers)
 
 
 def _questions(file: Path) -> Iterator[tuple[Question, list[tuple[str, int]]]]:
@@ -68,7 +72,11 @@ def _questions(file: Path) -> Iterator[tuple[Question, list[tuple[str, int]]]]:
                     texts = (context, entry["question"], *(text for text, _ in answers))
                     if not all(isinstance(text, str) for text in texts):
                         raise TypeError(f"question {entry['id']} has something else than text")
-                    yield Question(place, 0, str(entry["id"]), entry["question"], context), answers
+                    none = entry.get("is_impossible") is True or not answers
+                    yield (
+                        Question(place, 0, str(entry["id"]), entry["question"], context, unanswerable=none),
+                        [] if none else answers,
+                    )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: not SQuAD's JSON ({type(error).__name__}: {error}); {SHAPE}") from error
 

@@ -81,7 +81,7 @@ def with_versions(
     Raises DataError: the files do not fit.
     """
     for item, version in _together(items, _versions(split, gold, back)):
-        yield item, _usable(version, back, lost)
+        yield item, None if is_empty(item) else _usable(version, back, lost)
 
 
 def _together(items: Iterable[T], versions: Iterator[Item | None]) -> Iterator[tuple[T, Item | None]]:

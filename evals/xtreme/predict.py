@@ -138,7 +138,7 @@ class EncoderPredictor:
 
     def _source(self, record: TaskRecord, mode: MixupMode) -> Example | None:
         """What a record is mixed with; None: it is not."""
-        if mode == "off" or (mode == "auto" and self.mixup is None):
+        if not record.example.texts or mode == "off" or (mode == "auto" and self.mixup is None):
             return None
         if self.mixup is None:
             raise EvalError("mixup 'on': the model has no X-Mixup to run; say auto or off")
@@ -151,11 +151,12 @@ class EncoderPredictor:
         return source
 
     def _tags(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[Floats]:
-        """(W, C) logits for each record, each word's from the window that shows most context around it."""
+        """(W, C) logits for each record, each word's from the window that shows most context; none without words."""
         parts: list[list[tuple[EncodedSide, Floats]]] = [[] for _ in records]
         for unit, target, _ in self._run(self._units(records, sources)):
             parts[unit.record].append((unit.target, self._word_logits(unit.target, target[0])))
-        return [_joined(windows) for windows in parts]
+        nothing = np.zeros((0, len(self.labels)), np.float32)
+        return [_joined(windows) if windows else nothing for windows in parts]
 
     def _answers(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[str]:
         """The best span of each record's context, over all its windows."""
@@ -181,6 +182,8 @@ class EncoderPredictor:
     def _units(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[_Unit]:
         units = []
         for number, (record, example) in enumerate(zip(records, sources, strict=True)):
+            if not record.example.texts:  # a sentence without words
+                continue
             # Without answers, which no window may be chosen by.
             windows = self.tokenizer.windows(Example(record.example.texts))
             others = None if example is None else self.tokenizer.windows(Example(example.texts))

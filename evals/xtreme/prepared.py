@@ -96,15 +96,13 @@ def write_gold(file: Path, task: XtremeTask, records: Sequence[TaskRecord]) -> b
 
     Raises EvalError where only some have them, and for question ids that come twice.
     """
-    labels: list[Any] = [
-        record.example.label if task.kind == "classification" else record.example.tags or record.example.answers
-        for record in records
-    ]
-    labelled = sum(label is not None for label in labels)
-    if labelled == 0:
+    field = {"classification": "label", "tagging": "tags", "qa": "answers"}[task.kind]
+    labels: list[Any] = [getattr(record.example, field) for record in records]
+    filled = [(record, label) for record, label in zip(records, labels, strict=True) if record.example.texts]
+    bare = next((record for record, label in filled if label is None), None)
+    if all(label is None for _, label in filled):
         return False
-    if labelled < len(records):
-        bare = records[[label is None for label in labels].index(True)]
+    if bare is not None:
         raise EvalError(f"{bare.origin}: has no label, but other rows of the file have one; all or none must")
     if task.kind == "qa":
         write_atomically(file, json.dumps(_squad(file, records), ensure_ascii=False) + "\n")

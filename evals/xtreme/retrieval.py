@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.xtreme.layouts import detect_layout, find_source, tatoeba_pairs
+from data_pipeline.xtreme.retrieval import tatoeba_files
 from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
 from evals.results import RESULTS_FILE, described_versions, write_atomically
@@ -65,11 +67,12 @@ class SentenceEncoder:
         return cls(states, layer, specials)
 
     def encode(self, sentences: Sequence[str]) -> Floats:
-        """(N, H) of length 1 each. Raises ModelError for a sentence without a token."""
-        encoded = self.states.encode(sentences)
+        """(N, H) of length 1 each, zeros for a sentence without a token of its own."""
+        encoded = self.states.encode_all(sentences)
+        some = [number for number, text in enumerate(encoded) if any(text.content)]
         if self.specials:
             encoded = [text._replace(content=[True] * len(text.ids)) for text in encoded]
-        order = sorted(range(len(encoded)), key=lambda number: len(encoded[number].ids), reverse=True)
+        order = sorted(some, key=lambda number: len(encoded[number].ids), reverse=True)
         found = np.zeros((len(encoded), self.states.width), np.float32)
         while order:
             size = max(BATCH_TOKENS // len(encoded[order[0]].ids), 1)
@@ -81,11 +84,14 @@ class SentenceEncoder:
 def nearest(queries: Floats, candidates: Floats, chunk: int = CHUNK) -> list[int]:
     """For each query (N, H) the candidate (M, H) with the largest inner product; of equal ones the first.
 
-    Equal is what differs by less than rounding does: a product of the same two vectors depends on its place.
+    Equal is what differs by less than rounding does: a product of the same two vectors depends on its place. A
+    candidate of zeros (a sentence without tokens) is never nearest while there is another.
     """
     found: list[int] = []
+    nothing = ~candidates.any(axis=1)
     for start in range(0, len(queries), chunk):
         products = queries[start : start + chunk] @ candidates.T
+        products[:, nothing] = -2.0  # below every cosine
         found += (products >= products.max(axis=1, keepdims=True) - ROUNDING).argmax(axis=1).tolist()
     return found
 
@@ -102,39 +108,73 @@ def retrieve_tatoeba(
     """Predictions of every language, and scores where gold is known (XTREME's own files do not tell it).
 
     Writes `output/{predictions,labels}/tatoeba/` and `output/results.json`; returns what that holds, and the scores.
-    `languages`: default all that `data_dir` holds. `progress(1)` is told of each. Raises EvalError, DataError.
+    `languages`: default all that `data_dir` holds; the others are named as missing. A sentence without tokens takes
+    part in nothing and is named (`without_tokens`): its own prediction is line 0. `progress(1)` is told of each
+    language. Raises EvalError, DataError, before anything is computed.
     """
     task = xtreme_task("tatoeba")
     layout = detect_layout(task, data_dir, layout)
-    gold_of = []
-    for language in languages or _there(data_dir, layout):
-        pairs = tatoeba_pairs(data_dir, language, layout)
-        predicted = nearest(encoder.encode(pairs.english), encoder.encode(pairs.source))
-        _write(output / "predictions" / "tatoeba" / f"test-{language}.tsv", predicted)
+    absent = _absent(data_dir, layout)
+    chosen = list(languages) if languages else [each for each in task.languages if each not in absent]
+    missing = {each: absent.get(each, "not asked for") for each in task.languages if each not in chosen}
+    pairs_of = {language: tatoeba_pairs(data_dir, language, layout) for language in chosen}
+    gold_of, without_tokens = [], {}
+    for language, pairs in pairs_of.items():
+        english, source = encoder.encode(pairs.english), encoder.encode(pairs.source)
+        without = [
+            f"{_file(data_dir, layout, language, is_english)}:{pairs.line(number, is_english)}: {text[:40]!r}"
+            for is_english, texts, vectors in ((False, pairs.source, source), (True, pairs.english, english))
+            for number, text in enumerate(texts)
+            if not vectors[number].any()
+        ]
+        if without:
+            without_tokens[language] = without
+        _write(output / "predictions" / "tatoeba" / f"test-{language}.tsv", nearest(english, source))
         if pairs.gold is not None:
             _write(output / "labels" / "tatoeba" / f"test-{language}.tsv", pairs.gold)
             gold_of.append(language)
+        else:
+            missing[language] = "no gold: the file's English side is sorted"
         if progress is not None:
             progress(1)
     scores = None
     if gold_of:
         scores = score_directory(output / "predictions", output / "labels", ["tatoeba"], gold_of)
+        told = replace(
+            scores.tasks["tatoeba"], missing={each: missing[each] for each in task.languages if each in missing}
+        )
+        scores = replace(scores, tasks={"tatoeba": told})
     results = {
         "task": "tatoeba",
         "model": str(encoder.states.model.name_or_path),
         "layer": encoder.layer,
         "specials": encoder.specials,
         "scores": scores and scores.to_json(),
+        "missing": missing,
+        "without_tokens": without_tokens,
         "versions": described_versions(),
     }
     write_atomically(output / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     return results, scores
 
 
-def _there(data_dir: Path, layout: str) -> list[str]:
-    task = xtreme_task("tatoeba")
-    sources = {language: find_source(task, "test", language, data_dir, layout) for language in task.languages}
-    return [language for language, source in sources.items() if source is not None and source.exists()]
+def _file(data_dir: Path, layout: str, language: str, english: bool) -> str:
+    """A side's file, for messages."""
+    if layout == "hub":
+        return f"{data_dir} ({'target' if english else 'source'}_sentence)"
+    return str(tatoeba_files(data_dir, language)[int(english)])
+
+
+def _absent(data_dir: Path, layout: str) -> dict[str, str]:
+    """Languages whose files are not there, with the reason: which file, where only one of the two is missing."""
+    absent = {}
+    for language in xtreme_task("tatoeba").languages:
+        source = find_source(xtreme_task("tatoeba"), "test", language, data_dir, layout)
+        if source is None or not source.exists():
+            gone = [file.name for file in source.files if not file.is_file()] if source is not None else []
+            some = source is not None and len(gone) < len(source.files)
+            absent[language] = f"no file {', '.join(gone)}" if some else "no files"
+    return absent
 
 
 def _write(file: Path, numbers: Sequence[int]) -> None:

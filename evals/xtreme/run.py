@@ -123,7 +123,8 @@ def _data(run: XtremeRun, plan: RunPlan) -> Path:
         return run.data_dir
     prepare_task(
         run.task, run.data_dir, run.output / "data", layout=run.layout,
-        translations=run.translations, allow_unlabelled_test=run.unlabelled,
+        translations=run.translations, allow_unlabelled_test=run.unlabelled, max_bad_rows=run.max_bad_rows,
+        remedy="name a new --output, or run it with the data and options it was made with",
     )  # fmt: skip
     return run.output / "data"
 

@@ -38,6 +38,7 @@ class XtremeRun:
     mixup: MixupMode = "auto"
     baseline: Path | None = None  # another run's output
     unlabelled: bool = False  # test labels are erased: predictions only
+    max_bad_rows: int = 0  # questions of a file whose answers are not where it says: left out, counted
 
     def plan(self) -> RunPlan:
         """Its sections of the config file. Raises EvalError, DataError."""

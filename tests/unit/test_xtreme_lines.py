@@ -237,8 +237,11 @@ def test_questions(tmp_path: Path) -> None:
 def test_answers_that_moved(tmp_path: Path, start: int) -> None:
     qas = [question("q1", "Wo?", ("Ulm", 0)), question("q2", "Wo?", ("an der Donau", start), ("Ulm", 28))]
     file = squad(tmp_path / "a.json", (CONTEXT, qas))
-    text = message(file, read_gold)
-    assert text.startswith(f"FILE: question q2: answer 'an der Donau' is not at character {start} of the context")
+    whole, moved = read_gold(file)
+    assert (whole.misplaced, moved.answers) == (None, (("Ulm", 28),))  # `prepare` counts or refuses it
+    said = f"{file}: question q2: answer 'an der Donau' is not at character {start} of the context"
+    assert moved.misplaced is not None
+    assert moved.misplaced.startswith(said)
     assert [q.answers for q in read_translated(file)] == [(("Ulm", 0),), (("Ulm", 28),)]  # those that did not
 
 

@@ -1,6 +1,7 @@
 """`prepare_task` writes all or nothing, keeps what is the same, refuses what is another's; and a teacher's rows."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,24 @@ def test_the_same_is_kept_and_another_refused(data: Path, tmp_path: Path) -> Non
     assert prepare_task("xnli", data, output) == first
     assert files(output) == before
     assert refused("xnli", data, output, languages=["de"]) == (
-        f"{output}: was prepared otherwise (it differs in: languages or splits); name a new folder, or have it remade"
+        f"{output}: was prepared otherwise (it differs in: languages or splits); name a new --output, or add --remake"
     )
     assert "differs in: allow_unlabelled_test" in refused("xnli", data, output, allow_unlabelled_test=True)
     status = (data / "xnli/dev-de.tsv").stat()
     os.utime(data / "xnli/dev-de.tsv", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert "differs in: files" in refused("xnli", data, output)
+    assert prepare_task("xnli", data, output) == first  # touched, and the same
+    moved = data.with_name("moved")
+    shutil.copytree(data, moved)
+    assert prepare_task("xnli", moved, output) == first
+    shutil.rmtree(moved)
+    same_size = [("x", "b", "neutral"), *PAIRS[1:]]
+    for changed in (PAIRS[:1], same_size):
+        tsv(data / "xnli/dev-de.tsv", changed)
+        os.utime(data / "xnli/dev-de.tsv", ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert "differs in: content of dev/de: dev-de.tsv);" in refused("xnli", data, output)
+    said = refused("xnli", data, output, remedy="name a new --output")
+    assert said.endswith("dev-de.tsv); name a new --output")
     tsv(data / "xnli/dev-de.tsv", PAIRS[:1])
-    assert "differs in: files" in refused("xnli", data, output)
     assert files(output) == before
     assert prepare_task("xnli", data, output, remake=True)["dev"] == {"de": 1, "en": 2}
     assert len(jsonl(output / "dev/de.jsonl")) == 1
@@ -110,7 +121,7 @@ def test_a_failure_leaves_what_was(data: Path, tmp_path: Path, before: bool, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare, "_write_rows", full)
-    tsv(data / "xnli/test-de.tsv", PAIRS)
+    tsv(data / "xnli/test-de.tsv", PAIRS[:1])
     assert refused("xnli", data, output, remake=True) == f"{output}: cannot be written (No space left on device)"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "output"][: 1 + before]
 
@@ -160,7 +171,60 @@ def test_empty_items(data: Path, tmp_path: Path) -> None:
     assert f"{file}:3: empty text; each dev item must have some" in refused("xnli", data, tmp_path / "b")
     write(tmp_path / "panx/panx/test-de.tsv", "Ulm\tB-LOC\n\n\nlebt\tO\n")
     counts = prepare_task("panx", tmp_path / "panx", tmp_path / "c")
-    assert (counts["test"], counts["skipped"]) == ({"de": 2}, {"test": {"de": {"empty text": 1}}})
+    # scorers count it too, so it keeps its place
+    kept = {"test": {"de": {"empty sentence (row kept for its place)": 1}}}
+    assert (counts["test"], counts["skipped"]) == ({"de": 3}, kept)
+
+
+def test_questions_with_misplaced_answers_are_counted_up_to_a_limit(tmp_path: Path) -> None:
+    context = "Ulm liegt an der Donau."
+    good, bad = question("1", "Wo?", ("Ulm", 0)), question("2", "Woran?", ("Donau", 3))
+    both = question("3", "Was?", ("Donau", 1), ("Donau", 17))
+    squad(tmp_path / "data/xquad/xquad.de.json", (context, [good]))
+    for split, name in (("train", "squad/train-v1.1.json"), ("test", "xquad/xquad.de.json")):
+        squad(tmp_path / "data" / name, (context, [good, bad, both]))
+        message = refused("xquad", tmp_path / "data", tmp_path / "output", max_bad_rows=int(split == "train"))
+        assert "answer 'Donau' is not at character" in message
+        assert message.endswith("--max-bad-rows N leaves out so many of a file and counts them")
+    assert not (tmp_path / "output").exists()
+    counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", max_bad_rows=2)
+    assert counts["skipped"] == {
+        "train": {"en": {"answer not where the file says": 2}}, "test": {"de": {"answer not where the file says": 2}}
+    }  # fmt: skip
+    for file in ("train/en", "test/de"):
+        rows = jsonl(tmp_path / "output" / f"{file}.jsonl")
+        assert [(row["id"], row["answers"][0]["answer_start"], len(row["answers"])) for row in rows] == [
+            ("1", 0, 1), ("3", 17, 1)
+        ]  # fmt: skip
+
+
+def test_unanswerable_questions_are_left_out_and_counted(tmp_path: Path) -> None:
+    context = "Ulm liegt an der Donau."
+    asked = [
+        question("1", "Wo?", ("Ulm", 0)),
+        {**question("2", "Wer?"), "is_impossible": True, "plausible_answers": [{"text": "Ulm", "answer_start": 0}]},
+        question("3", "Wann?"),
+        {**question("4", "Wer?", ("Ulm", 0)), "is_impossible": True},
+        {**question("5", "Was?", ("Donau", 17)), "is_impossible": False},
+    ]
+    for name in ("squad/train-v1.1.json", "squad/dev-v1.1.json", "xquad/xquad.de.json"):
+        squad(tmp_path / "data" / name, (context, asked))
+    counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output")
+    left = {"unanswerable question": 3}
+    assert counts["skipped"] == {"train": {"en": left}, "dev": {"en": left}, "test": {"de": left}}
+    for file in ("train/en", "dev/en", "test/de"):
+        assert [row["id"] for row in jsonl(tmp_path / "output" / f"{file}.jsonl")] == ["1", "5"]
+    squad(tmp_path / "data/squad/train-v1.1.json", (context, [question("3", "Wann?")]))
+    assert "no question has an answer; only test rows may be without" in refused(
+        "xquad", tmp_path / "data", tmp_path / "b"
+    )
+
+
+def test_a_test_file_without_any_answer_is_an_erased_one(tmp_path: Path) -> None:
+    squad(tmp_path / "data/xquad/xquad.de.json", ("Ulm.", [question("1", "Wo?"), question("2", "Wer?", ("", 0))]))
+    assert "the test labels of xquad are erased" in refused("xquad", tmp_path / "data", tmp_path / "output")
+    counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", allow_unlabelled_test=True)
+    assert (counts["test"], counts["skipped"]) == ({"de": 2}, {})
 
 
 def test_every_task_can_be_prepared(tmp_path: Path) -> None:

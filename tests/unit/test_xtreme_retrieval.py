@@ -12,10 +12,13 @@ import torch
 from small_encoders import WORDS
 from tiny_task_model import export
 
+from data_pipeline.records import DataError
 from data_pipeline.xtreme.tasks import TATOEBA_CODES
+from evals.commands import xtreme_retrieve
 from evals.errors import EvalError
 from evals.xtreme.label_files import read_indices
 from evals.xtreme.retrieval import SentenceEncoder, nearest, retrieve_tatoeba
+from evals.xtreme.score import score_table
 
 ALL_WORDS = [word for words in WORDS.values() for word in words]
 
@@ -123,6 +126,67 @@ def test_xtremes_own_files_give_predictions_and_no_scores(model: Path, tmp_path:
     assert scores is None
     assert results["scores"] is None
     assert read_indices(tmp_path / "out" / "predictions" / "tatoeba" / "test-de.tsv") == list(range(len(english)))
+
+
+def test_a_sentence_without_tokens_is_named_and_ends_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    english = sorted(set(sentences(9, 4)))
+    broken, nothing = list(english), list(english)
+    broken[2], nothing[3], nothing[-1] = "", "\u200b", ""
+    laser(tmp_path / "tatoeba", "de", broken, english)
+    laser(tmp_path / "tatoeba", "fr", english, nothing)
+    laser(tmp_path / "tatoeba", "sw", english, english)
+    results, scores = retrieve_tatoeba(SentenceEncoder.open(model, 1, dtype="fp32"), tmp_path, tmp_path / "out")
+    assert scores is not None
+    found = {language: each["accuracy"] for language, each in scores.tasks["tatoeba"].languages.items()}
+    n = len(english)
+    assert found["sw"] == 100
+    assert found["de"] == pytest.approx(100 * (n - 1) / n)
+    assert found["fr"] >= 100 * (n - 2) / n
+    folder = tmp_path / "tatoeba"
+    assert results["without_tokens"]["de"] == [f"{folder / 'tatoeba.deu-eng.deu'}:3: ''"]
+    named = results["without_tokens"]["fr"]
+    assert f"{folder / 'tatoeba.fra-eng.eng'}:{n}: ''" in named
+    assert all(len(read_indices(tmp_path / f"out/predictions/tatoeba/test-{each}.tsv")) == n for each in found)
+    xtreme_retrieve(str(model), tmp_path, tmp_path / "out", 1)
+    assert f"de: {folder / 'tatoeba.deu-eng.deu'}:3: '' has no tokens" in capsys.readouterr().err
+
+
+def test_languages_that_are_not_there_are_named_as_missing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    english = sorted(set(sentences(5, 5)))
+    for language in ("de", "fr", "sw"):
+        laser(tmp_path / "tatoeba", language, english, english)
+    (tmp_path / "tatoeba" / "tatoeba.fra-eng.eng").unlink()
+    encoder = SentenceEncoder.open(model, 1, dtype="fp32")
+    results, scores = retrieve_tatoeba(encoder, tmp_path, tmp_path / "out")
+    assert scores is not None
+    missing = scores.tasks["tatoeba"].missing
+    assert (missing["af"], missing["fr"]) == ("no files", "no file tatoeba.fra-eng.eng")
+    assert "not asked for" not in score_table(scores)
+    assert results["missing"] == missing == results["scores"]["tasks"]["tatoeba"]["missing"]
+    _, some = retrieve_tatoeba(encoder, tmp_path, tmp_path / "some", languages=["de"])
+    assert some is not None
+    told = some.tasks["tatoeba"].missing
+    assert (told["sw"], told["af"]) == ("not asked for", "no files")
+    for side in ("de", "en"):
+        (tmp_path / "sorted").mkdir(exist_ok=True)
+        (tmp_path / "sorted" / f"de-en.{side}").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
+    xtreme_retrieve(str(model), tmp_path / "sorted", tmp_path / "b", 1)
+    out = capsys.readouterr().out
+    assert "missing: no files: af, ar" in out
+    assert "not asked for" not in out
+
+
+def test_a_file_that_cannot_be_read_is_named_before_anything_is_computed(model: Path, tmp_path: Path) -> None:
+    english = sorted(set(sentences(5, 6)))
+    laser(tmp_path / "tatoeba", "de", english, english)
+    laser(tmp_path / "tatoeba", "sw", english[1:], english)
+    with pytest.raises(DataError, match=r"tatoeba\.swh-eng\.eng: \d+ sentences, but .*they must be as many"):
+        retrieve_tatoeba(SentenceEncoder.open(model, 1, dtype="fp32"), tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_differs_by_rounding_alone_goes_by_order() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from small_encoders import WORDS
 from tiny_task_model import export
 
+from crosslift import app
 from data_pipeline.index import build_index
+from data_pipeline.records import DataError
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
@@ -305,6 +311,37 @@ def test_unlabelled_test_rows_give_predictions_and_no_scores(
     assert "predictions and no scores" in capsys.readouterr().out
 
 
+def options_named(message: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", message))
+
+
+def options_of(*command: str) -> set[str]:
+    found: Any = typer.main.get_command(app)
+    for name in command:
+        found = found.commands[name]
+    return {option for parameter in found.params for option in parameter.opts}
+
+
+def test_refusals_name_only_options_that_their_command_has() -> None:
+    """Each message of the modules that one command alone uses, and of those that several do."""
+    root = CONFIG.parents[1]
+    run, prepare = options_of("xtreme", "run"), options_of("xtreme", "prepare")
+    of_files = {
+        "evals/xtreme/run*.py": run,
+        "evals/xtreme/selection.py": run,
+        "evals/xtreme/prepared.py": run | options_of("xtreme", "soft-labels"),
+        "evals/xtreme/teacher.py": options_of("xtreme", "soft-labels"),
+        "evals/xtreme/retrieval.py": options_of("xtreme", "retrieve"),
+        "evals/mgsm.py": options_of("eval") & options_of("score"),
+        "data_pipeline/xtreme/*.py": prepare & run | {"--remake"},  # in prepare's own words, which run replaces
+    }
+    for pattern, options in of_files.items():
+        for file in root.glob(pattern):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            refusals = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+            assert [text for text in refusals if not options_named(text) <= options] == [], file.name
+
+
 def test_files_as_xtreme_has_them_are_prepared_first(tmp_path: Path, stage: Stage) -> None:
     rng = np.random.default_rng(0)
     source = tmp_path / "raw" / "xnli"
@@ -316,6 +353,16 @@ def test_files_as_xtreme_has_them_are_prepared_first(tmp_path: Path, stage: Stag
     assert (tmp_path / "run" / "data" / "test" / "de.jsonl").is_file()
     assert list(results["summary"]["languages"]) == ["de", "en"]
     assert load_config(tmp_path / "run" / "run.yaml").max_steps == 1
+    for file in source.iterdir():
+        os.utime(file)  # other times, the same content
+    assert run_xtreme(make(tmp_path / "raw", tmp_path / "run", "zero-shot"))["summary"] == results["summary"]
+    kept = (source / "dev-de.tsv").read_bytes()
+    (source / "dev-de.tsv").write_bytes(kept + kept)
+    with pytest.raises(
+        DataError, match=r"content of dev/de: dev-de\.tsv\); name a new --output, or run it with"
+    ) as error:
+        run_xtreme(make(tmp_path / "raw", tmp_path / "run", "zero-shot"))
+    assert options_named(str(error.value)) <= options_of("xtreme", "run")
     prepared = make(tmp_path / "run" / "data", tmp_path / "again", "zero-shot")
     assert run_xtreme(prepared)["summary"]["average"] == results["summary"]["average"]
     other = XtremeRun(CONFIG, "pawsx", "mbert", "zero-shot", tmp_path / "run" / "data", tmp_path / "other")
