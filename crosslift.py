@@ -19,7 +19,7 @@ import typer
 from data_pipeline.paths import check_folder, expanded_path
 from evals.commands import add_commands as add_evaluation
 from evals.commands import xtreme_app
-from slurm.commands import Rooms, add_commands
+from slurm.commands import LocalRun, Rooms, add_commands
 
 if TYPE_CHECKING:
     from slurm.spec import JobSettings
@@ -301,6 +301,12 @@ def _progress_of(run: Path) -> str | None:
     return f"step {step} of {total}"
 
 
+def _local_runs(folder: Path) -> Sequence[LocalRun]:
+    from training.run_status import local_runs
+
+    return local_runs(folder)
+
+
 def _commands() -> list[str]:
     """Commands that may follow a run on a cluster."""
     return [name for name in typer.main.get_command(app).commands if name not in NOT_QUEUED]  # type: ignore[attr-defined]
@@ -350,7 +356,7 @@ def _fill_in_paths(group: typer.Typer) -> None:
 
 
 add_evaluation(app, _track_scores)
-add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _commands, _git_state))
+add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _local_runs, _commands, _git_state))
 _fill_in_paths(app)
 
 

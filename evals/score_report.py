@@ -45,6 +45,7 @@ def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> li
 
 
 def _count(score: Mapping[str, Any]) -> str:
+    """How many problems, and of how many where not all were asked."""
     return f"{score['n']} of {score['available']}" if score["partial"] else str(score["n"])
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -22,7 +22,22 @@ if TYPE_CHECKING:
     from slurm.spec import JobSettings
     from slurm.submit import Request
 
+LOOK_SECONDS = 2.0  # between two looks at whether a local run is alive, while its log is followed
 Target = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or a job's number")]
+
+
+class LocalRun(Protocol):
+    """A run that is no Slurm job, as it stands; `str` gives lines for people. `training.run_status` has one."""
+
+    @property
+    def log(self) -> Path: ...
+
+    @property
+    def job(self) -> str | None: ...
+
+    def alive(self) -> bool: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +49,7 @@ class Rooms:
     check: Callable[[dict[str, Any], JobSettings, bool], Iterator[str]]
     readable: Callable[[dict[str, Any]], list[Path]]  # files and folders that a run reads
     progress: Callable[[Path], str | None]  # of a run's folder, such as "step 120 of 1500"
+    local: Callable[[Path], Sequence[LocalRun]]  # the run in a folder, or those below it
     commands: Callable[[], Collection[str]]  # what may follow a run
     git_state: Callable[[], dict[str, str]]  # commit of the source
 
@@ -94,9 +110,15 @@ def _add_submit(app: typer.Typer, rooms: Rooms) -> None:
 def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
     @app.command()
     def status(run: Target, as_json: Annotated[bool, typer.Option("--json", help="the jobs as JSON")] = False) -> None:
-        """What a run's jobs are doing. Example: crosslift status runs/llama-8b-shifcon"""
+        """What a run, or its jobs, is doing. Example: crosslift status runs/llama-8b-shifcon"""
         from slurm.jobs import element_folders, find, report
 
+        if local := _local(rooms, run):
+            if as_json:
+                print(json.dumps({"runs": [each.to_json() for each in local]}, ensure_ascii=False))
+            else:
+                print("\n".join(map(str, local)))
+            return
         target = find(run)
         reports = report(target)
         progress = rooms.progress(target.run)
@@ -110,16 +132,23 @@ def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
             print(f"{_line(each)}; {steps}" if steps else _line(each))
         if progress:
             print(progress)
+        for here in rooms.local(target.run):  # after its jobs it may have been started without Slurm
+            if here.alive() and not here.job:
+                print(here)
 
     @app.command()
     def logs(
         run: Target,
         rank: Annotated[int | None, typer.Option(min=0, help="this rank's log instead of the job's output")] = None,
-        follow: Annotated[bool, typer.Option(help="go on until the job ends")] = False,
+        follow: Annotated[bool, typer.Option(help="go on until the job, or the run, ends")] = False,
     ) -> None:
-        """What a run's newest job printed. Example: crosslift logs runs/llama-8b-shifcon --follow"""
+        """What a run, or its newest job, printed. Example: crosslift logs runs/llama-8b-shifcon --follow"""
         from slurm.jobs import find, log_file, read_log
 
+        if local := _local(rooms, run):
+            for piece in _local_log(local, Path(run), rank, follow):
+                print(piece, end="", flush=True)
+            return
         target = find(run)
         for piece in read_log(log_file(target, rank), target, follow):
             print(piece, end="", flush=True)
@@ -136,6 +165,28 @@ def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
             print(f"job {job} saves a checkpoint and ends (`scancel {job}` does not wait for it)")
         if not ended and not saving:
             print("no job is pending or running")
+
+
+def _local(rooms: Rooms, text: str) -> Sequence[LocalRun]:
+    """The runs in or below a folder from which nothing was submitted."""
+    from slurm.history import read_jobs
+
+    folder = Path(text)
+    return rooms.local(folder) if folder.is_dir() and not read_jobs(folder) else ()
+
+
+def _local_log(local: Sequence[LocalRun], folder: Path, rank: int | None, follow: bool) -> Iterator[str]:
+    """Raises SlurmError where the log is not there, or of several runs."""
+    from slurm.errors import SlurmError
+    from slurm.jobs import follow_file, rank_file
+
+    if len(local) > 1:
+        raise SlurmError(f"{folder}: holds {len(local)} runs; give one run's folder, such as {local[0].log.parents[1]}")
+    run = local[0]
+    file = run.log if rank is None else rank_file(run.log.parents[1], rank)
+    if not file.is_file() and not (follow and run.alive()):
+        raise SlurmError(f"{file}: not there; the run has written no log")
+    yield from follow_file(file, (lambda: not run.alive()) if follow else None, LOOK_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

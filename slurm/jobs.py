@@ -6,7 +6,7 @@ In: a run's folder, or a job's number. Out: JobReports, lines of logs. Next: `co
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,10 @@ def find(text: str) -> Target:
     if not JOB.fullmatch(text) or run.is_dir():
         jobs = read_jobs(run)
         if not jobs:
-            raise SlurmError(f"{text}: no jobs (slurm/jobs.jsonl) there; give a run's folder or a job's number")
+            raise SlurmError(
+                f"{text}: no run there, neither jobs (slurm/jobs.jsonl) nor a record (record.jsonl); give a run's "
+                "folder or a job's number"
+            )
         return Target(run, tuple(job for job in jobs if job.submission == jobs[-1].submission))
     output = client.output_file(JobId(text))
     home = Path(output).parents[2] if output and len(Path(output).parents) > 2 else None
@@ -127,7 +130,16 @@ def log_file(target: Target, rank: int | None) -> Path:
         raise SlurmError(f"job {job.job} is an array of {job.elements} runs; give one run's folder, or {job.job}_0")
     if rank is None:
         return Path(job.output)
-    file = target.run / "logs" / f"rank-{rank:05d}.log"
+    return rank_file(target.run, rank)
+
+
+def rank_file(run: Path, rank: int) -> Path:
+    """One rank's log.
+
+    Raises:
+        SlurmError: it is not there (yet).
+    """
+    file = run / "logs" / f"rank-{rank:05d}.log"
     if not file.is_file():
         there = sorted(int(each.stem.rpartition("-")[2]) for each in file.parent.glob("rank-*.log"))
         known = f"ranks with a log: 0 to {there[-1]}" if there else "no rank has a log yet"
@@ -144,7 +156,14 @@ def read_log(file: Path, target: Target, follow: bool) -> Iterator[str]:
     if not follow and not file.is_file():
         states = ", ".join(f"job {each.job} is {each.state.lower()}" for each in report(target))
         raise SlurmError(f"{file}: not there yet; {states}")
-    position, asked, over = 0, time.monotonic(), False
+    job = [job.id for job in target.jobs[:1]]
+    yield from follow_file(file, (lambda: not client.queued(job)) if follow else None, ASK_SECONDS)
+
+
+def follow_file(file: Path, ended: Callable[[], bool] | None, ask_seconds: float) -> Iterator[str]:
+    """The text of a file in pieces, and what comes after it until `ended`, which is asked every `ask_seconds`; None:
+    only what is there."""
+    position, asked, over = 0, time.monotonic(), ended is None
     while True:
         if file.is_file():
             with file.open(encoding="utf-8", errors="replace", newline="") as log:
@@ -152,9 +171,9 @@ def read_log(file: Path, target: Target, follow: bool) -> Iterator[str]:
                 while piece := log.read(1 << 16):
                     yield piece
                 position = log.tell()
-        if not follow or over:
+        if over or ended is None:
             return
         time.sleep(FOLLOW_SECONDS)
-        if time.monotonic() - asked > ASK_SECONDS:
+        if time.monotonic() - asked > ask_seconds:
             asked = time.monotonic()
-            over = not client.queued([job.id for job in target.jobs[:1]])  # then what is left is read once more
+            over = ended()  # then what is left is read once more

@@ -74,7 +74,7 @@ class MergedLogs:
         merged: list[dict[str, Any]] = []
         for part in sorted(self._parts.glob("*.jsonl")):
             lines, places[part.name] = read_lines(part, places.get(part.name, 0))
-            merged += [event for line in lines if (event := _event(line)) is not None]
+            merged += [event for line in lines if (event := read_event(line)) is not None]
         if not merged:
             return
         merged.sort(key=lambda event: event["time"])  # stable: a part's own order stays
@@ -95,8 +95,8 @@ class MergedLogs:
             return {}
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
-    """None for what a kill left of a line."""
+def read_event(line: bytes) -> dict[str, Any] | None:
+    """A line of `events.jsonl`; None for what a kill left of a line."""
     try:
         event = json.loads(line)
     except ValueError:

@@ -173,6 +173,14 @@ def read_starts(path: Path, stop: int | None = None) -> Iterator[tuple[int, dict
         offset = end
 
 
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Folders with a record. Inside one, only the runs that it is made of: checkpoints are large trees."""
+    for each, below, files in os.walk(folder):
+        if RECORD_NAME in files:
+            below[:] = [name for name in below if Path(each, name, RECORD_NAME).is_file()]
+            yield Path(each)
+
+
 def on_a_line(path: Path, offset: int) -> bool:
     """True if a line of the record begins at the offset, or would."""
     with path.open("rb") as file:

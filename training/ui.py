@@ -14,14 +14,14 @@ import sys
 import threading
 import webbrowser
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import ConfigError
 from training.mlflow_feed import SyncResult
 from training.mlflow_store import QUIET, default_store, open_client, runs_of_all, runs_page, server_answers
-from training.run_record import RECORD_NAME, read_starts
+from training.run_record import RECORD_NAME, read_starts, run_folders
 from training.tracking import sync_record
 
 
@@ -45,7 +45,7 @@ def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_bro
     server's exit status when it ends.
     Raises ConfigError if the folder has no records or the port is taken.
     """
-    folders = sorted(_run_folders(runs_dir))
+    folders = sorted(run_folders(runs_dir))
     if not folders:
         raise ConfigError(f"{runs_dir}: no {RECORD_NAME} below it; give the folder that holds the run folders")
     with socket.socket() as probe:
@@ -136,11 +136,3 @@ def _serve(store: str, runs_dir: Path, port: int, host: str, pages: Sequence[_Pa
         return server.wait()
     except KeyboardInterrupt:  # the server got it too
         return server.wait()
-
-
-def _run_folders(runs_dir: Path) -> Iterator[Path]:
-    """Folders with a record. Inside one, only the runs that it is made of: checkpoints are large trees."""
-    for folder, below, files in os.walk(runs_dir):
-        if RECORD_NAME in files:
-            below[:] = [name for name in below if Path(folder, name, RECORD_NAME).is_file()]
-            yield Path(folder)

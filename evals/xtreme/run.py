@@ -10,6 +10,7 @@ In: the names of a task, a model and a method (`configs/xtreme.yaml`), and the t
     predictions/{task}/     ready to submit
     labels/{task}/          gold, where there is some
     scores.json             scores, the published row, the transfer gap
+    table.txt               the table that is printed
 
 Next: people, and `--baseline` of another run. A second call goes on where the first stopped.
 """
@@ -41,6 +42,7 @@ from evals.xtreme.selection import Selection, select
 COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "crosslift.py")]
 MADE_BY = "made_by.json"
 CHECK_FAILED = 3  # status of `train` and `export`: the export is there, but did not pass its check
+TABLE_FILE = "table.txt"
 
 
 class ScoreTracker(Protocol):
@@ -100,17 +102,20 @@ def _from_training_on(
     predicted, labelled = _predict(run, plan.task, data, chosen.step)
     _say("5/5  scores")
     told = _summary(run, plan, baseline) if labelled else None
+    table = None if told is None else run_table(plan.task, told, plan.dominant)
     results = {
         "task": run.task, "model": run.model, "method": run.method, "selection": chosen.to_json(),
         "predicted": predicted, "summary": told, "versions": described_versions(),
     }  # fmt: skip
     write_atomically(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    if table is not None:
+        write_atomically(run.output / TABLE_FILE, table + "\n")
     if tracker is not None:
         _track(tracker, run, chosen, results)
     if told is None:
         print(f"\n{run.data_dir}: the test rows have no labels, so there are predictions and no scores")
     else:
-        print(f"\n{run.task}, {run.model}, {run.method}\n\n{run_table(plan.task, told, plan.dominant)}")
+        print(f"\n{run.task}, {run.model}, {run.method}\n\n{table}")
     return results
 
 
@@ -202,10 +207,10 @@ def _track(tracker: ScoreTracker, run: XtremeRun, chosen: Selection, results: Ma
         metrics |= {f"test/{metric}": value for metric, value in told["average"].items()}
         for language, scores in told["languages"].items():
             metrics |= {f"test/{metric}/{language}": value for metric, value in scores.items()}
-        metrics |= {f"test/n/{language}": float(told["rows"]) for language, told in results["predicted"].items()}
+        metrics |= {f"test/n/{language}": float(rows["rows"]) for language, rows in results["predicted"].items()}
         metrics |= {f"test/gap/{metric}": value for metric, value in (told["gap"] or {}).items()}
         tracker.log(chosen.step, metrics)
-    for name in (RUN_YAML, SCORES_FILE):
+    for name in (RUN_YAML, SCORES_FILE, *([TABLE_FILE] if told is not None else [])):
         tracker.artifact(run.output / name)
 
 

@@ -9,9 +9,8 @@ import pytest
 
 from training.errors import ConfigError
 from training.mlflow_store import default_store, open_client
-from training.run_record import RECORD_NAME, read_events
+from training.run_record import RECORD_NAME, read_events, run_folders
 from training.tracking import Tracker, TrackingConfig, run_of_runs, sync_record
-from training.ui import _run_folders
 
 PARENT = "mlflow.parentRunId"
 
@@ -45,7 +44,7 @@ def test_the_run_inside_is_nested(tmp_path: Path) -> None:
     assert found["whole"].info.experiment_id == found["inside"].info.experiment_id
     assert (found["whole"].info.status, found["whole"].data.metrics) == ("FINISHED", {"test/accuracy": 80.0})
     assert found["whole"].data.params == {"task": "xnli", "soft_labels": "None"}
-    assert list(_run_folders(tmp_path)) == [outer, outer / "training"]
+    assert list(run_folders(tmp_path)) == [outer, outer / "training"]
 
 
 @pytest.mark.parametrize("order", [("", "training"), ("training", "")], ids=["outer first", "inner first"])

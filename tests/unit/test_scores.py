@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from evals import quickstart
+from evals.commands import _tracked
 from evals.numbers import HEADLINE
 from evals.score_report import score_metrics, write_score_files
 from training.errors import ConfigError
@@ -150,3 +152,34 @@ def test_an_evaluation_gives_accuracy_and_n_by_language_a_table_and_a_plot(tmp_p
     _, table, plot = write_score_files(found, tmp_path, "mgsm")
     assert "problems: en 250, বাংলা 2 of 250" in table.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_passes_its_scores_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken: list[Any] = []
+
+    def track(*given: Any) -> str:
+        taken.append(given)
+        return "scores: there"
+
+    described = {"task": "mgsm", "model": {"path": str(tmp_path / "model"), "objective": "sft"}}
+    command = _tracked(lambda **options: {**results({"sw": 10}), "run": described}, track)
+    command(output=tmp_path)
+    ((model, name, metrics, files),) = taken
+    assert (model, name, metrics["n/sw"]) == (tmp_path / "model", "mgsm", 10.0)
+    assert [file.name for file in files] == ["results.json", "table.txt", "accuracy.png"]
+    assert capsys.readouterr().err == "scores: there\n"
+
+
+def test_the_quickstart_passes_the_scores_of_each_model_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    described = {"task": "mgsm", "model": {"path": "", "objective": "sft"}}
+    monkeypatch.setattr(quickstart, "open_model", lambda path: (None, None))
+    monkeypatch.setattr(
+        quickstart, "evaluate_mgsm", lambda *_, **__: (tmp_path / "scores" / "msft" / "test_seen").mkdir(parents=True)
+        or {**results({"sw": 10}), "run": described},
+    )  # fmt: skip
+    monkeypatch.setattr(quickstart, "find_files", lambda *_: {})
+    quickstart._answers(tmp_path, "msft", "test_seen", lambda *given: taken.append(given))
+    ((model, name, metrics, files),) = taken
+    assert (model, name, metrics["accuracy/sw"]) == (tmp_path / "msft" / "model", "test_seen", 0.5)
+    assert "accuracy.png" in [file.name for file in files]

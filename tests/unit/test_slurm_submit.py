@@ -88,7 +88,7 @@ def cli(slurm: FakeSlurm, checked: Checked) -> Cli:
     def progress(run: Path) -> str | None:
         return None if list(run.glob("0-*")) else "step 3 of 9"  # a sweep has no record of its own
 
-    rooms = Rooms(load, checked, lambda values: [Path("/data")], progress, lambda: ["eval", "score"],
+    rooms = Rooms(load, checked, lambda values: [Path("/data")], progress, lambda run: [], lambda: ["eval", "score"],
                   lambda: {"commit": "c0ffee", "dirty": "false"})  # fmt: skip
     app = typer.Typer(pretty_exceptions_enable=False)
     add_commands(app, rooms)
@@ -479,7 +479,8 @@ def test_a_job_is_found_by_its_number(cli: Cli, slurm: FakeSlurm, queued: Path) 
 def test_a_folder_without_jobs_is_refused(cli: Cli, tmp_path: Path, command: str) -> None:
     answer = cli(command, tmp_path)
     assert (answer.status, answer.error) == (
-        2, f"{tmp_path}: no jobs (slurm/jobs.jsonl) there; give a run's folder or a job's number",
+        2, f"{tmp_path}: no run there, neither jobs (slurm/jobs.jsonl) nor a record (record.jsonl); give a run's "
+        "folder or a job's number",
     )  # fmt: skip
 
 

@@ -178,12 +178,15 @@ def test_the_checkpoint_that_is_best_on_dev_answers_the_test_rows(
     assert json.loads((output / "scores.json").read_bytes()) == results
     assert results["predicted"] == {"de": {"rows": 18, "mixed": 18}, "en": {"rows": 18, "mixed": 18}}
     out = capsys.readouterr().out
-    assert f"de          {right['de']:.2f}" in out
-    assert "published   78.80" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["de", f"{right['de']:.2f}"] in rows
+    assert ["published", "78.80"] in rows
     assert tracked.metrics[BEST]["dev/score"] == 100
     assert tracked.metrics[BEST]["test/accuracy/de"] == pytest.approx(right["de"])
     assert tracked.metrics[BEST]["test/gap/accuracy"] == pytest.approx(right["en"] - right["de"])
-    assert tracked.artifacts == ["run.yaml", "scores.json"]
+    assert tracked.metrics[BEST]["test/n/de"] == 18
+    assert tracked.artifacts == ["run.yaml", "scores.json", "table.txt"]
+    assert (output / "table.txt").read_text() in out
 
 
 def test_the_run_file_is_the_methods_on_the_rows_there_are(data: Path, tmp_path: Path, stage: Stage) -> None:
