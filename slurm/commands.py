@@ -156,8 +156,14 @@ def _add_job_commands(app: typer.Typer, rooms: Rooms) -> None:
     @app.command()
     def cancel(run: Target) -> None:
         """End a run's jobs, after a checkpoint. Example: crosslift cancel runs/llama-8b-shifcon"""
+        from slurm.errors import SlurmError
         from slurm.jobs import cancel, find
 
+        if _local(rooms, run):
+            raise SlurmError(
+                f"{run}: is no Slurm job; `kill -TERM` the pid that `crosslift status {shlex.quote(run)}` names, on "
+                "its host: the run saves a checkpoint and ends"
+            )
         ended, saving = cancel(find(run))
         if ended:
             print(f"cancelled: {', '.join(f'job {job}' for job in ended)}")
