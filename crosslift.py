@@ -46,7 +46,7 @@ def train(
     accept_changes: Annotated[bool, typer.Option(help="resume although data or config differ")] = False,
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
-    from training.front_checks import check_start
+    from training.front_checks import check_model_files, check_start, check_starting_model
     from training.launch import launch, visible_gpus
     from training.prepare import prepare
     from training.run_file import load_config
@@ -54,9 +54,10 @@ def train(
 
     settings = load_config(config, overrides or [])
     check_start(settings)
+    check_model_files(settings)
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
     with held(settings.output_dir):
-        prepare(settings)  # its errors come before any rank starts
+        check_starting_model(settings, prepare(settings))  # its errors come before any rank starts
         raise SystemExit(launch(config, overrides or [], nproc or visible_gpus() or 1, options))
 
 

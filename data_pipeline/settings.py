@@ -30,26 +30,33 @@ RunPath = Annotated[Path, BeforeValidator(_expanded)]
 PathText = Annotated[str, AfterValidator(expanded)]
 
 
-def _not_values(value: Any, path: str = "") -> Iterator[str]:
-    """What is wrong with values that are handed on as they are: pydantic knows no type of theirs."""
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of all that is no section and no list."""
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _not_values(each, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{path} is {value}; it must be a finite number"
-    elif isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
-        yield f"{path} is the text {value!r}; write true or false"
+            yield from _leaves(each, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, value
 
 
 Values = TypeVar("Values", bound=dict[str, Any])
 
 
-def _plain(values: Values) -> Values:
-    if lines := list(_not_values(values)):
-        raise ValueError("\n".join(lines))
+def _finite(values: Values) -> Values:
+    for path, value in _leaves(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} is {value}; it must be a finite number")
     return values
 
 
-# Keys of another library's: nothing in them is infinite, no text stands for a boolean.
-Plain = Annotated[Values, AfterValidator(_plain)]
-RawValues = Plain[dict[str, Any]]
+def _no_words(values: Values) -> Values:
+    for path, value in _leaves(values):
+        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+            raise ValueError(f"{path} is the text {value!r}; write true or false")
+    return values
+
+
+# Keys of another library's, of whose types pydantic knows nothing: no number in them is infinite, and in `Plain` ones
+# no text is meant as a boolean.
+Raw = Annotated[Values, AfterValidator(_finite)]
+Plain = Annotated[Values, AfterValidator(_finite), AfterValidator(_no_words)]

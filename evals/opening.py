@@ -188,6 +188,7 @@ def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Aske
     The shift takes none that is not known. The template, which may name it, then takes the dominant one, or the only
     one.
     """
+    from modeling.errors import ModelError
     from modeling.generation import Prompt
 
     info = generator.info
@@ -199,7 +200,8 @@ def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Aske
         prompt_language = language or stand_in or ""
         try:
             ids, content = chat.prompt_ids(messages, prompt_language, said or prompt_language)
-        except DataError as error:
+            generator.refuse_too_long(ids.tolist())
+        except (DataError, ModelError) as error:
             raise EvalError(f"{_where(question)}{error}") from error
         return ids.tolist(), content.tolist()
 

@@ -21,15 +21,15 @@ from modeling.architectures import Architecture, auto_class
 from modeling.errors import ModelError
 from modeling.initial_model import written_once
 from modeling.loading import (
-    OLD_BUFFERS,
     AttentionName,
     load_config,
     load_pretrained,
-    named,
     quiet,
+    refuse_not_finite,
     resolve_directory,
 )
 from modeling.weight_files import directory_hash, stored_tensors
+from modeling.weight_match import OLD_BUFFERS, named
 from modeling.xmixup import encoder_layers
 
 TaskKind = Literal["classification", "tagging", "qa", "text"]
@@ -174,6 +174,9 @@ def _with_head(
             **_label_names(labels),
         )  # fmt: skip
     model, report = loaded
+    for name, parameter in model.named_parameters():
+        if name not in report["missing_keys"]:
+            refuse_not_finite(parameter.detach(), f"{directory}: {name}")
     mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]
     if mismatched:
         raise ModelError(

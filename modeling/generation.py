@@ -11,9 +11,11 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from modeling.errors import ModelError
 from modeling.export_info import VECTORS_FILE, ExportInfo
 from modeling.language_vectors import LanguageVectors
-from modeling.layers import state_hook
+from modeling.layers import position_limit, position_table, state_hook
 from modeling.loading import AttentionName, load_pretrained, resolve_directory
 from modeling.shifcon import LanguageShift
 from modeling.stopping import Stops, TextStop
 from modeling.untrusted import read_tokenizer
 from modeling.weight_files import directory_hash
 
+log = logging.getLogger(__name__)
 NO_LANGUAGE = -1
 
 
@@ -86,6 +89,8 @@ class ShiftedGenerator:
         vectors: LanguageVectors | None,
     ) -> None:
         self.model, self.tokenizer, self.info, self.vectors = model, tokenizer, info, vectors
+        # of prompt and answer together, where the model looks them up
+        self.positions = position_limit(model) if position_table(model) is not None else None
         self.shift: LanguageShift | None = None
         if vectors is not None:
             self.shift = LanguageShift(model, *vectors.area)
@@ -129,11 +134,22 @@ class ShiftedGenerator:
     ) -> list[Generation]:
         """Answers in the order of `prompts`; greedy, beam search, or sampled; at most `max_new_tokens` tokens each.
 
-        Prompts of like length share a batch, the longest first. `progress(n)` is told of n more answers.
+        Prompts of like length share a batch, the longest first. `progress(n)` is told of n more answers. Where the
+        model has a table of positions, answers end with it, whatever prompts share their batch. Raises ModelError for
+        a prompt without tokens or without room for an answer.
         """
+        room = [max_new_tokens] * len(prompts)
         for i, prompt in enumerate(prompts):
             if not prompt.ids:
                 raise ModelError(f"prompt {i} has no tokens; it needs at least one")
+            if self.positions is not None:
+                self.refuse_too_long(prompt.ids, f"prompt {i}: ")
+                room[i] = min(max_new_tokens, self.positions - len(prompt.ids))
+        if cut := sum(each < max_new_tokens for each in room):
+            log.warning(
+                "%d of %d answers have room for fewer than %d tokens: the model has positions for %d, prompt included",
+                cut, len(prompts), max_new_tokens, self.positions,
+            )  # fmt: skip
         config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True)
         if sampling is not None:
             config.update(
@@ -142,12 +158,23 @@ class ShiftedGenerator:
             torch.manual_seed(sampling.seed)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         answers: dict[int, Generation] = {}
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            answers.update(zip(chosen, self._batch([prompts[i] for i in chosen], config), strict=True))
-            if progress is not None:
-                progress(len(chosen))
+        for tokens, alike in groupby(order, key=room.__getitem__):
+            config.max_new_tokens = tokens
+            same = list(alike)
+            for start in range(0, len(same), batch_size):
+                chosen = same[start : start + batch_size]
+                answers.update(zip(chosen, self._batch([prompts[i] for i in chosen], config), strict=True))
+                if progress is not None:
+                    progress(len(chosen))
         return [answers[i] for i in range(len(prompts))]
+
+    def refuse_too_long(self, ids: Sequence[int], where: str = "") -> None:
+        """Raises ModelError, `where` in front, for a prompt that leaves no position for an answer."""
+        if self.positions is not None and len(ids) >= self.positions:
+            raise ModelError(
+                f"{where}a prompt of {len(ids)} tokens leaves no room for an answer: the model has positions for "
+                f"{self.positions}; shorten it"
+            )
 
     @torch.inference_mode()
     def nearest_language(self, ids: Sequence[int], content: Sequence[bool]) -> str | None:
@@ -159,6 +186,7 @@ class ShiftedGenerator:
         """
         if self.vectors is None or self.shift is None:
             return None
+        self.refuse_too_long(ids)
         toward = self.vectors.area[0]
         states: list[Tensor] = []
         hook = state_hook(self.model, toward, lambda hidden_BTH: states.append(hidden_BTH))

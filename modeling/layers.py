@@ -22,6 +22,9 @@ from transformers import PreTrainedModel
 
 from modeling.errors import ModelError
 
+# What transformers calls a table of positions: BERT and its kin, GPT-2, OPT and BART, OpenAI-GPT.
+POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
+
 
 def _backbone(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face module that owns the layers, whatever is wrapped around it."""
@@ -33,15 +36,17 @@ def _backbone(model: nn.Module) -> PreTrainedModel:
 
 def position_limit(model: nn.Module) -> int | None:
     """How many tokens the model has positions for, None if it does not say; RoBERTa's begin behind the padding's."""
-    most = getattr(_backbone(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
     table = position_table(model)
-    padding = None if table is None else table.padding_idx
-    return most if most is None or padding is None else most - padding - 1
+    if table is None:
+        return getattr(_backbone(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
+    # OPT's and RoBERTa's tables begin with rows that are no token's
+    unused = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+    return int(table.num_embeddings - unused)
 
 
 def position_table(model: nn.Module) -> nn.Embedding | None:
-    """The learned vectors of a BERT's positions, beyond which it can read nothing; None where they are computed."""
-    tables = (module for name, module in model.named_modules() if name.endswith("embeddings.position_embeddings"))
+    """The vectors of a BERT's, GPT-2's or OPT's positions, beyond which it can read nothing; None: computed ones."""
+    tables = (module for name, module in model.named_modules() if name.rpartition(".")[2] in POSITION_TABLES)
     return next((table for table in tables if isinstance(table, nn.Embedding)), None)
 
 

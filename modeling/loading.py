@@ -11,8 +11,7 @@ Next: `training/engine.py` partitions and trains it; `generation.py` opens its e
 from __future__ import annotations
 
 import importlib.util
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,6 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
@@ -34,6 +31,7 @@ from modeling.export_info import RUN_EXPORT
 from modeling.initial_model import write_initial_model
 from modeling.untrusted import read_config
 from modeling.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
+from modeling.weight_match import match_weights, named
 
 __all__ = [
     "build_model",
@@ -52,8 +50,6 @@ Write = Callable[[nn.Parameter, Callable[[], Tensor] | None], None]
 
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 HUB_IGNORED = ("*/*", "consolidated*")  # the same weights again, in other layouts
-# stored by old releases, computed by new ones
-OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
 def resolve_attention(
@@ -112,12 +108,6 @@ def _exported(directory: Path) -> Path:
     if (directory / "COMPLETE").is_file():
         raise ModelError(f"{directory}: a checkpoint; `crosslift export {directory} --output DIR` makes a model of it")
     return directory
-
-
-def named(names: Iterable[str], limit: int = 5) -> str:
-    """The names, in order, and how many more there are."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (f" (and {len(ordered) - limit} more)" if len(ordered) > limit else "")
 
 
 @contextmanager
@@ -185,11 +175,14 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
     Every rank calls this. `write(parameter, read)` is called once a parameter, for the same parameters in
     the same order on every rank: `read()` gives the stored tensor on the reader, `read` is None elsewhere;
     the caller gathers, copies and partitions. Persistent buffers, which ZeRO-3 does not partition, each rank
-    reads itself. All checks come first and need file headers only, so every rank raises the same ModelError:
-    missing, unexpected, wrongly shaped or quantised weights, named; layouts that need conversion, and how.
+    reads itself. Checks of file headers come first, so every rank raises the same ModelError: missing,
+    unexpected, wrongly shaped or quantised weights, named; layouts that need conversion, and how. Then the
+    reader raises one for a weight that is no finite number, with its name and file.
     """
     directory = resolve_directory(directory)
-    sources = _match(model, stored_tensors(directory), directory)
+    match = match_weights(model, stored_tensors(directory))
+    match.refuse(model, directory)
+    sources = match.sources
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
 
@@ -198,7 +191,9 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
                 stack.close()
                 opened.clear()
                 opened[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
-            return opened[tensor.file].get_tensor(tensor.key)
+            values: Tensor = opened[tensor.file].get_tensor(tensor.key)
+            refuse_not_finite(values, f"{tensor.file}: {tensor.key}")
+            return values
 
         for parameter in model.parameters():
             write(parameter, partial(read, sources[id(parameter)]) if is_reader else None)
@@ -208,59 +203,11 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
                     buffer.copy_(read(sources[id(buffer)]))
 
 
-def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], directory: Path) -> dict[int, StoredTensor]:
-    """Which stored tensor fills which parameter or buffer, by `id`; raises on anything left over."""
-    state = model.state_dict(keep_vars=True)  # tied weights appear under each of their names, as one object
-    found, unexpected = _rename(model, stored, state, directory)
-    sources: dict[int, StoredTensor] = {}
-    wrong: list[str] = []
-    for name, tensor in found.items():
-        target = state[name]
-        shape = tuple(getattr(target, "ds_shape", target.shape))  # ZeRO-3 keeps the whole shape there
-        if shape != tensor.shape or (target.is_floating_point() and tensor.dtype not in ("F64", "F32", "F16", "BF16")):
-            wrong.append(f"{name} ({tensor.dtype} {list(tensor.shape)} stored, {list(shape)} wanted)")
-        twin = sources.setdefault(id(target), tensor)
-        if twin is not tensor and twin.sample() != tensor.sample():
-            raise ModelError(
-                f"{directory}: {twin.key} and {tensor.key} differ, but config.json ties them; "
-                "set tie_word_embeddings to false there"
-            )
-    missing = [name for name, target in state.items() if id(target) not in sources]
-    for problem, names in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("wrongly shaped or typed", wrong),
-    ):
-        if names:
-            raise ModelError(f"{directory}: {len(names)} {problem} weights for {type(model).__name__}: {named(names)}")
-    return sources
-
-
-def _rename(
-    model: PreTrainedModel, stored: dict[str, StoredTensor], state: dict[str, Any], directory: Path
-) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Stored tensors under the model's names (renamed as from_pretrained does), and what has no place."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    old = [*(model._keys_to_ignore_on_load_unexpected or ()), *OLD_BUFFERS]
-    prefix = model.base_model_prefix
-    found: dict[str, StoredTensor] = {}
-    unexpected: list[str] = []
-    for key, tensor in stored.items():
-        name, converter = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, converter = key, None
-        if converter is not None:
-            raise ModelError(
-                f"{directory}: {key} is stored in a layout that needs conversion; convert once with "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW, save_original_format=False)"
-            )
-        if name in state and name not in found:
-            found[name] = tensor
-        elif not any(re.search(pattern, name) for pattern in old):
-            unexpected.append(key)
-    return found, unexpected
+def refuse_not_finite(values: Tensor, name: str) -> None:
+    """Raises ModelError where a tensor holds a NaN or an infinity; `name` says which of which file."""
+    if values.is_floating_point() and values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
+        count = int((~torch.isfinite(values)).sum())
+        raise ModelError(f"{name}: {count} of its {values.numel()} values are no finite numbers; copy the model anew")
 
 
 def load_pretrained(
@@ -289,4 +236,6 @@ def load_pretrained(
         if names := [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[problem]]:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{directory}: {len(names)} {what} weights for {type(model).__name__}: {named(names)}")
+    for name, tensor in model.state_dict().items():
+        refuse_not_finite(tensor, f"{directory}: {name}")
     return model.to(device)

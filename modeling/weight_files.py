@@ -16,6 +16,14 @@ from modeling.errors import ModelError
 
 SAMPLE_BYTES = 256  # of each end of a tensor, read by directory_hash
 MAX_HEADER_BYTES = 100_000_000
+LFS_POINTER = b"version https://git-lfs"
+# Files of weights that are not read, and what wrote them.
+OTHER_WEIGHTS = {
+    "pytorch_model*.bin*": "pytorch_model.bin",
+    "consolidated*.pth": "PyTorch's",
+    "tf_model*.h5": "TensorFlow's",
+    "flax_model*.msgpack": "Flax's",
+}
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
@@ -44,35 +52,77 @@ class StoredTensor:
             return head + stream.read(min(SAMPLE_BYTES, self.stop - self.start))
 
 
+def refuse_stub(file: Path) -> None:
+    """Raises ModelError for an empty file, or one that only stands for what git-LFS would fetch."""
+    with file.open("rb") as stream:
+        head = stream.read(len(LFS_POINTER))
+    if not head:
+        raise ModelError(f"{file}: empty; copy it again")
+    if head == LFS_POINTER:
+        raise ModelError(f"{file}: a git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
+
+
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every weight of a model directory, from file headers. Raises ModelError on absent or broken files."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    places: dict[str, str] = {}  # the file of each weight, as the index has it
     if single.is_file():
         files = [single]
     elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index}: not a safetensors index ({one_line(error)})") from error
-        files = [directory / Path(name).name for name in names]  # never outside the directory
-    elif any(directory.glob("pytorch_model*.bin*")):
-        raise ModelError(
-            f"{directory}: only pytorch_model.bin weights; convert once with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_DIRECTORY)"
-        )
+        places = _weight_map(index)
+        # never outside the directory
+        files = [directory / name for name in sorted({Path(name).name for name in places.values()})]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise ModelError(
+                f"{index}: names {len(files)} files, {len(absent)} of them not there: {', '.join(absent[:5])}; "
+                "copy all of them"
+            )
     else:
-        raise ModelError(f"{directory}: no model.safetensors and no model.safetensors.index.json there")
+        raise ModelError(f"{directory}: {other_weights(directory)}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for tensor in _read_header(file):
             if tensor.key in tensors:
                 raise ModelError(f"{file}: {tensor.key} is in {tensors[tensor.key].file.name} as well")
             tensors[tensor.key] = tensor
+    for key, name in places.items():
+        if key not in tensors or tensors[key].file.name != Path(name).name:
+            raise ModelError(f"{index}: says that {key} is in {name}, which does not hold it; copy both of one release")
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    refuse_stub(index)
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): str(name) for key, name in places.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: not a safetensors index ({one_line(error)})") from error
+
+
+def other_weights(directory: Path) -> str:
+    """What a directory without usable weights holds instead, and what would be right."""
+    if (directory / "adapter_config.json").is_file():
+        return (
+            "a LoRA adapter, not a model; merge it once with peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(NEW_DIRECTORY)"
+        )
+    for pattern, what in OTHER_WEIGHTS.items():
+        if found := sorted(directory.glob(pattern)):
+            return (
+                f"only {what} weights ({found[0].name}); convert once with "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_DIRECTORY)"
+            )
+    if found := sorted(directory.glob("*.gguf")):
+        return f"only GGUF weights ({found[0].name}), which are quantised; take the model's safetensors release"
+    shards = len(list(directory.glob("*.safetensors")))
+    named = f"; the {shards} files *.safetensors there need an index of their tensors" if shards else ""
+    return f"no model.safetensors and no model.safetensors.index.json there{named}"
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
     try:
+        refuse_stub(file)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > MAX_HEADER_BYTES:
@@ -87,7 +137,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
         ]
         size = file.stat().st_size
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file ({one_line(error)})") from error
+        raise ModelError(f"{file}: not a readable safetensors file ({one_line(error)}); copy it again") from error
     end = max((tensor.stop for tensor in tensors), default=base)
     if size != end:
         raise ModelError(

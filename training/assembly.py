@@ -28,7 +28,6 @@ from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.reader import TaskLoader, TaskReader
 from data_pipeline.tasks.tokenize import TaskTokenizer
 from data_pipeline.tokenizer import tokenizer_hash
-from modeling.layers import decoder_layers, position_limit, position_table
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
@@ -39,6 +38,7 @@ from training.distributed import rank, world_size
 from training.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
 from training.errors import ConfigError
 from training.evaluation import HeldOut
+from training.front_checks import check_model, check_vocabulary
 from training.objective_config import SFTConfig, ShifConConfig, XMixupConfig
 from training.objectives import Objective, ShifCon, SupervisedFineTuning
 from training.prepare import Prepared, architecture, sample_rows
@@ -47,7 +47,6 @@ from training.search import newest_seen
 from training.task_objectives import build_task_objective
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -147,39 +146,13 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     ranks = world_size()
     settings = deepspeed_settings(config, ranks)
     directory = resolve_directory(prepared.model_dir)
-    vocabulary, embeddings = (
-        len(data.tokenizer),
-        load_model_config(directory, architecture(config)).get_text_config().vocab_size,
-    )
-    if vocabulary > embeddings:
-        raise ConfigError(
-            f"tokenizer {prepared.tokenizer_dir}: {vocabulary} tokens, but the model embeds only {embeddings}; "
-            "resize the model's embeddings once, offline, and save it"
-        )
+    embeddings = load_model_config(directory, architecture(config)).get_text_config().vocab_size
+    check_vocabulary(data.tokenizer, prepared.tokenizer_dir, embeddings)
     model = starting_model(config, directory, settings)
     objective = build_objective(config, model, data.tokenizer, _probe(config, data, ranks))
     engine = Engine(model, config, settings, ranks)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
     return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout, directory)
-
-
-def check_model(config: RunConfig, model: nn.Module) -> None:
-    """That the model reads the longest sample and has the layers that the objective names; needs no weights.
-
-    Raises:
-        ConfigError: `data.sequence_length` is beyond the table of positions that the model learned; no such layer.
-    """
-    n_layers, objective = len(decoder_layers(model)), config.objective
-    if isinstance(objective, ShifConConfig) and objective.layers[1] > n_layers:
-        raise ConfigError(f"objective.layers: {list(objective.layers)}, but the model has {n_layers} layers")
-    if isinstance(objective, XMixupConfig) and objective.layer >= n_layers:
-        raise ConfigError(f"objective.layer: {objective.layer}, but the model has layers 0 to {n_layers - 1}")
-    limit = position_limit(model)
-    if limit is not None and position_table(model) is not None and config.data.sequence_length > limit:
-        raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} tokens, but the model has positions for {limit}; "
-            f"set data.sequence_length={limit} or less"
-        )
 
 
 def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any]) -> PreTrainedModel:

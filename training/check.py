@@ -20,11 +20,11 @@ from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskSample
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from data_pipeline.tasks.tokenize import EncodedSide
 from training.activations import BatchShape
-from training.assembly import COST_SAMPLES, DataParts, assemble_data, check_model, fingerprint
+from training.assembly import COST_SAMPLES, DataParts, assemble_data, fingerprint
 from training.config import RunConfig
 from training.data_report import contamination, mixture_table
 from training.errors import ConfigError
-from training.front_checks import check_start
+from training.front_checks import check_model, check_model_files, check_start, check_starting_model
 from training.launch import visible_gpus
 from training.memory import GIB, memory_estimate, what_would_help
 from training.objective_config import ShifConConfig, XMixupConfig
@@ -57,7 +57,9 @@ def check_run(
     if gpu_memory_gib is not None and not 0 < gpu_memory_gib < math.inf:
         raise ConfigError(f"--gpu-memory {gpu_memory_gib:g}: must be a number of GiB above 0")
     check_start(config)
+    check_model_files(config)
     with look(config) as prepared:
+        check_starting_model(config, prepared)
         yield from _rows(config, prepared)
         data = assemble_data(config, prepared)
         if isinstance(data.packer, Packer):
@@ -163,7 +165,7 @@ def _model(
     gpu_memory_gib: float | None,
 ) -> Iterator[str]:
     from modeling.architectures import auto_class
-    from modeling.layers import decoder_layers
+    from modeling.layers import decoder_layers, position_limit
     from modeling.loading import load_config, resolve_attention, resolve_directory
     from modeling.lora import add_adapters
     from training.activations import count_activations
@@ -177,6 +179,7 @@ def _model(
         model.tie_weights()
         layers = len(decoder_layers(model))
         check_model(config, model)
+        limit, longest = position_limit(model), config.data.sequence_length
         if (lora := config.model.lora) is not None:
             add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -184,6 +187,11 @@ def _model(
     adapted = f", {trained / 1e6:.1f}M of them trained" if lora is not None else ""
     about = f"{layers} layers, {config.precision}, attention {attention}"
     yield f"model: {parameters / 1e6:.1f}M parameters{adapted}, {about}"
+    if limit is not None and longest > limit:
+        yield (
+            f"warning: data.sequence_length is {longest}, but the model was made for {limit} positions "
+            "(max_position_embeddings in its config.json)"
+        )
     shape = largest_batch(config, data, ranks)
     yield (
         f"largest micro-batch: {shape.rows} rows of {shape.row_tokens} tokens"

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from data_pipeline.chat import TemplateConfig
 from data_pipeline.config import Overlong, SourceConfig, TaskKind, merged
 from data_pipeline.mixture import MixtureConfig
-from data_pipeline.settings import PathText, RawValues, RunPath, Section
+from data_pipeline.settings import PathText, Plain, Raw, RunPath, Section
 from data_pipeline.tasks.config import WINDOWED, TaskConfig
 from data_pipeline.tokenizer import TokenizerTrainingConfig
 from training.deepspeed_keys import contradictions
@@ -50,7 +50,7 @@ class ModelConfig(Section):
     """Which model is trained: a directory or hub name, or `init:`, a Hugging Face config, from scratch."""
 
     path: PathText | None = Field(None, description="Hugging Face directory (safetensors) or hub name")
-    init: RawValues | None = Field(None, description="model config to start from scratch, with model_type")
+    init: Plain[dict[str, Any]] | None = Field(None, description="model config to start from scratch, with model_type")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: flash-attn where it runs, else sdpa, else eager"
     )
@@ -265,7 +265,7 @@ class RunConfig(Section):
     zero_stage: Literal[1, 2, 3] = Field(
         3, description="sharded over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights"
     )
-    deepspeed: RawValues = Field(
+    deepspeed: Raw[dict[str, Any]] = Field(
         {}, description="raw DeepSpeed settings, merged last; what follows from other keys is refused"
     )
     checkpoint: CheckpointConfig = CheckpointConfig()

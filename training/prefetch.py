@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.front_checks import check_start
+from training.front_checks import check_model_files, check_start
 from training.run_file import validate
 
 if TYPE_CHECKING:
@@ -109,17 +109,8 @@ def prefetch(config: RunConfig) -> Iterator[str]:
 def open_all(config: RunConfig) -> None:
     """Opens model, tokenizer and data, as a run does, without reading weights or rows. Raises as a run would."""
     from data_pipeline.sources import open_source
-    from modeling.loading import load_config, resolve_directory
-    from modeling.untrusted import read_tokenizer
-    from modeling.weight_files import stored_tensors
-    from training.prepare import architecture
 
-    if config.model.path is not None:
-        directory = resolve_directory(config.model.path)
-        load_config(directory, architecture(config))
-        stored_tensors(directory)
-    if (tokenizer := config.tokenizer.path or config.model.path) is not None:
-        read_tokenizer(tokenizer)
+    check_model_files(config)
     for source in config.data.sources:
         open_source(source, config.data_dir, config.output_dir / "index")
 

@@ -6,6 +6,7 @@ Next: `trainer.py`; `export.py` compares with `reference_outputs`.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -35,7 +36,7 @@ def check_packing(run: Run, batch: RankStep | TaskStep) -> None:
     """The run's own first micro-batch: its packed loss must be its padded, sample-by-sample loss.
 
     Raises:
-        ConfigError: samples see each other with this model and attention.
+        ConfigError: the loss is no number in either layout, or samples see each other with this model and attention.
     """
     packer = run.data.packer
     if packer.layout == "padded" or isinstance(packer, TaskPacker):
@@ -49,6 +50,11 @@ def check_packing(run: Run, batch: RankStep | TaskStep) -> None:
             for each in (packed, padded)
         ]
     one, other = all_sum(torch.stack(losses), run.engine.device).tolist()
+    if not math.isfinite(other):
+        raise ConfigError(
+            f"model: its loss on the first samples is {other} before any update, however they lie in rows, though its "
+            "weights are finite numbers; is precision right for it, or the model damaged?"
+        )
     difference = abs(one - other) / max(abs(other), 1e-12)
     if not difference <= PACKING_TOLERANCE[run.config.precision]:
         raise ConfigError(
