@@ -95,7 +95,7 @@ UNKNOWN = f"unknown to DeepSpeed {deepspeed.__version__}; "
         ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
          "zero_optimization.offload_optimizer.device: Input should be 'none', 'cpu' or 'nvme' (found 'gpu')"),
         ({"zero_optimization": 3}, "zero_optimization: must be a section of keys (found 3)"),
-        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown: must be true or false (found 'yes')"),
+        ({"wall_clock_breakdown": "maybe"}, "wall_clock_breakdown: must be true or false (found 'maybe')"),
         ({"steps_per_print": "often"}, "steps_per_print: must be a number (found 'often')"),
         ({"gradient_predivide_factor": True}, "gradient_predivide_factor: must be a number (found True)"),
     ],

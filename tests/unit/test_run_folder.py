@@ -65,7 +65,7 @@ def save(config: RunConfig, step: int = DONE) -> Path:
     prepared = prepare(config)
     directory = checkpoint.begin(config.output_dir, step)
     shutil.copytree(prepared.model_dir, directory / "model_config", ignore=shutil.ignore_patterns("*.safetensors"))
-    RunState(step, 1, 0, fingerprint(prepared), resolved(config), {}).write(directory)
+    RunState(step, 1, fingerprint(prepared), resolved(config), {}).write(directory)
     return checkpoint.commit(config.output_dir, step, {})
 
 
@@ -305,7 +305,7 @@ def test_more_steps_are_free_and_what_becomes_of_the_schedule_is_told(saved: Pat
 )
 def test_the_schedule_of_a_longer_run(saved: Path, schedule: dict[str, Any], step: int, said: str) -> None:
     values = yaml.safe_load(saved.read_text()) | {"schedule": schedule}
-    state = RunState(step, 1, 0, {}, resolved(validate(values, "test")), {})
+    state = RunState(step, 1, {}, resolved(validate(values, "test")), {})
     change = schedule_change(state, validate(values | {"max_steps": 24}, "test"))
     assert change is not None
     assert said in change
