@@ -117,7 +117,7 @@ def _dated(config: RunConfig, prepared: Prepared, found: Path | None) -> RunConf
     """`config` with the day that the run's prompts name, where they name one: the same on all ranks."""
     if config.data.template.name != "chat":
         return config
-    mine = with_date(config, read_tokenizer(prepared.tokenizer_dir), found) if rank() == 0 else None
+    mine = with_date(config, read_tokenizer(prepared.tokenizer_dir), found)  # an unusable template ends all ranks alike
     dated: RunConfig = gather_objects(mine)[0]
     if rank() == 0 and (day := dated.data.template.date) is not None:
         log.info("the chat template prints the date: %s in all of this run, and in its export", day)
