@@ -63,7 +63,8 @@ class ColumnMap(Section):
     group: str | None = Field(
         None,
         description="The item: rows with the same value in other languages, in whatever file or source, are"
-        " its translations. Without it the id column; without that every row is an item of its own.",
+        " its translations; values are compared in Unicode's form NFC. Without it the id column; without that every row"
+        " is an item of its own.",
     )
     language: str | None = Field(None, description="The language of the prompt, a code of data.languages.")
     response_language: str | None = Field(None, description="The language of the answer.")

@@ -121,6 +121,10 @@ class DataIndex:
         """Where an entry stands, "file.jsonl:17"; nothing is read."""
         return self._readers[self._shard[row]].shard.origin(self._place(row))
 
+    def source(self, row: int) -> SourceConfig:
+        """What the run file says about the source of an entry."""
+        return self._readers[self._shard[row]].source
+
     def record(self, row: int) -> Record:
         """Reads one entry of a source of conversations. Raises as `read` does, and DataError for a task's row."""
         found = self.read(row)

@@ -54,8 +54,8 @@ class Message:
 class Record:
     """One labelled sample in one language, as read from a source.
 
-    `group` is the item: Records with the same group in different languages are translations of each other.
-    The last message is the assistant's answer, written in `response_language`.
+    `group` is the item: Records with the same group in different languages are translations of each other. It is in
+    Unicode's form NFC (`item_key`). The last message is the assistant's answer, written in `response_language`.
     """
 
     id: str
@@ -111,6 +111,11 @@ def normalized(text: str) -> str:
     """A text for comparison: NFKC, case folded, each run of white space one space, none at the ends."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
+
+
+def item_key(name: str) -> str:
+    """A group or id as it is compared: in Unicode's form NFC, so that one spelled in NFD is the same item."""
+    return unicodedata.normalize("NFC", name)
 
 
 def stable_hash(*parts: object) -> int:

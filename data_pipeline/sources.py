@@ -20,7 +20,7 @@ from data_pipeline.cells import Cells, blank
 from data_pipeline.config import OPTIONAL_COLUMNS, PLACEHOLDER, TEXT_COLUMNS, ColumnMap, SourceConfig
 from data_pipeline.formats import Delimited, JsonLines, Place, Row, Shard
 from data_pipeline.paths import literal_folders
-from data_pipeline.records import BadRow, DataError, Message, Record
+from data_pipeline.records import BadRow, DataError, Message, Record, item_key
 from data_pipeline.tables import HubSplit, Parquet, load_hub
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import TaskRecord
@@ -219,6 +219,7 @@ class RecordReader:
         self._declared(language, cells)
         name = cells.name(columns.id)
         group = cells.name(columns.group) or name or f"{self.source.name}/{self.shard.name}:{place.number}"
+        group = item_key(group)
         id = name or f"{self.stem}:{place.number}"
         if columns.kind != "chat":
             example, back = read_example(cells, columns)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.formats import JsonLines
-from data_pipeline.records import BadRow
+from data_pipeline.records import BadRow, item_key
 from data_pipeline.xtreme.items import DOMINANT as ENGLISH
 from data_pipeline.xtreme.lines import read_texts
 from data_pipeline.xtreme.tasks import TATOEBA_CODES
@@ -154,4 +154,4 @@ def _row(row: dict[str, Any], place: str, language: str) -> _Row:
     translation = row.get("translation")
     if not isinstance(text, str) or not text.strip() or not (translation is None or isinstance(translation, str)):
         raise EvalError(f"{place}: `{field}` or `translation` is no text, but {str(row[field])[:40]!r}")
-    return _Row(place, str(row["group"]), text.strip(), translation)
+    return _Row(place, item_key(str(row["group"])), text.strip(), translation)

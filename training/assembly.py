@@ -41,6 +41,7 @@ from training.evaluation import HeldOut
 from training.front_checks import check_model, check_vocabulary
 from training.objective_config import SFTConfig, ShifConConfig, XMixupConfig
 from training.objectives import Objective, ShifCon, SupervisedFineTuning
+from training.pairs import pair_warnings, refuse_unpaired
 from training.prepare import Prepared, architecture, sample_rows
 from training.run_date import with_date
 from training.search import newest_seen
@@ -94,6 +95,7 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
         DataError, ConfigError: a wrong label mask, a contrast set above the micro-batch budget.
     """
     index, data = prepared.index, config.data
+    refuse_unpaired(config, index)
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
     if data.task is not None:
         return task_data(config, data.task, index, tokenizer)
@@ -143,6 +145,8 @@ def _fingerprint(index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> dict[s
 def assemble(config: RunConfig, prepared: Prepared) -> Run:
     """Everything; every rank calls it, under an initialised process group."""
     data = assemble_data(config, prepared)
+    for line in pair_warnings(config, data.index) if rank() == 0 else ():
+        log.warning("%s", line)
     ranks = world_size()
     settings = deepspeed_settings(config, ranks)
     directory = resolve_directory(prepared.model_dir)

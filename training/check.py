@@ -28,6 +28,7 @@ from training.front_checks import check_model, check_model_files, check_start, c
 from training.launch import visible_gpus
 from training.memory import GIB, memory_estimate, what_would_help
 from training.objective_config import ShifConConfig, XMixupConfig
+from training.pairs import pair_warnings, show_pairs
 from training.prepare import Prepared, architecture, look, sample_rows
 from training.resume import permitted, schedule_change
 from training.run_lock import make_folder, running_in
@@ -65,6 +66,8 @@ def check_run(
         if isinstance(data.packer, Packer):
             yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
             yield _pairs(data, config)
+        yield from show_pairs(config, data.index, data.planner)
+        yield from (f"warning: {line}" for line in pair_warnings(config, data.index))
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
         of_node = nproc_per_node or gpus or 1
         yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)

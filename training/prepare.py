@@ -33,6 +33,7 @@ from training import run_lock
 from training.checkpoint import checkpoint_root
 from training.config import RunConfig
 from training.errors import ConfigError
+from training.pairs import refuse_unpaired
 
 if TYPE_CHECKING:
     from modeling.architectures import Architecture
@@ -62,6 +63,7 @@ def prepare(config: RunConfig, rank: int = 0) -> Prepared:
     if rank == 0:
         run_lock.make_folder(config.output_dir)
         index = open_index(config)
+        refuse_unpaired(config, index)
         tokenizer_dir = _tokenizer(config, index)
         model_dir = _starting_weights(config, tokenizer_dir)
         _ready_file(config).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any, cast
 from data_pipeline.cells import Cells
 from data_pipeline.config import TASK_COLUMNS, ColumnMap, TaskKind
 from data_pipeline.formats import JsonLines
-from data_pipeline.records import BadRow
+from data_pipeline.records import BadRow, item_key
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import Example, TaskRecord
 
@@ -60,7 +60,7 @@ def read_task_file(path: Path, kind: TaskKind) -> Iterator[TaskRecord]:
             group = str(cells.name("group")) if cells.has("group") else name
             empty = kind == "tagging" and row.get("words") == []
             sides = (Example((), tags=()), None) if empty else read_example(cells, columns)
-            yield TaskRecord(name, group, language, cells.origin, *sides)
+            yield TaskRecord(name, item_key(group), language, cells.origin, *sides)
 
 
 def _canonical(kind: TaskKind, pairs: bool) -> ColumnMap:
