@@ -141,13 +141,22 @@ class PlannedLoader(ABC, Generic[Step]):
         self.world_size = world_size
         self.workers = workers
 
-    @abstractmethod
     def load(self, step: int) -> Step:
         """This rank's share of step `step`; a pure function of (seed, config, data, step, rank, world size)."""
+        plan = self.planner.step(step)
+        return self.read(plan, self.share(plan))
 
     def share(self, plan: StepPlan) -> list[Unit]:
         """This rank's part of a step's plan."""
         return assign(plan, self.world_size)[self.rank]
+
+    def empty(self, step: int) -> Step:
+        """Step `step` without any sample: the stand-in on a rank whose share could not be read."""
+        return self.read(self.planner.step(step), [])
+
+    @abstractmethod
+    def read(self, plan: StepPlan, share: Sequence[Unit]) -> Step:
+        """A rank's share of a step's plan, read and packed."""
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Steps `start` .. `stop - 1`, in order."""
@@ -174,14 +183,13 @@ class StepLoader(PlannedLoader[RankStep]):
         self.reader = reader
         self.packer = packer
 
-    def load(self, step: int) -> RankStep:
-        plan = self.planner.step(step)
+    def read(self, plan: StepPlan, share: Sequence[Unit]) -> RankStep:
         n_languages = len(self.reader.index.languages)
         slots = no_slots(n_languages)
         bad_rows: list[BadRow] = []
         overlong = 0
         tokenized = []
-        for unit in self.share(plan):
+        for unit in share:
             read, too_long = self._read_unit(unit, slots, bad_rows)
             overlong += too_long
             if read.samples:
@@ -190,7 +198,7 @@ class StepLoader(PlannedLoader[RankStep]):
         languages = np.array([sample.language for sample in samples], dtype=np.int64)
         lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
         return RankStep(
-            step=step,
+            step=plan.step,
             micro_batches=tuple(self.packer.pack(tokenized)),
             label_tokens=sum(int(sample.labels[1:].sum()) for sample in samples),
             pairs=sum(len(unit.pairs) for unit in tokenized),

@@ -42,16 +42,18 @@ class RunTotals:
     def add_bad_rows(self, rows: Sequence[BadRow], most: int) -> None:
         """The unusable rows that all ranks met in a step. A row counts once in a run, however often it comes up.
 
-        Raises DataError where those of the run are more than `most`.
+        Raises DataError where those of the run are more than `most`; then none of them counts, since the step is not done.
         """
+        known = dict(self.bad_rows)
         for row in rows:
-            if row.origin in self.bad_rows:
+            if row.origin in known:
                 continue
-            self.bad_rows[row.origin] = None
-            if (met := len(self.bad_rows)) > most:
+            known[row.origin] = None
+            if (met := len(known)) > most:
                 raise DataError(f"{row} ({met} unusable rows were met so far; data.max_bad_rows is {most})")
             if rank() == 0:
                 log.warning("an unusable row, whose slot stays empty each time it comes up: %s", row)
+        self.bad_rows = known
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain JSON data."""

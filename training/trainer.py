@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch
+from data_pipeline.records import DataError
 from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
 from training import checkpoint
@@ -25,7 +26,7 @@ from training.config import RunConfig
 from training.disks import checkpoint_disk, own_homes, shared_disk
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine import NonFiniteUpdate
-from training.errors import NonFiniteStep
+from training.errors import CheckpointFailed, NonFiniteStep
 from training.guard import Guard, Verdict, list_samples, shown
 from training.heartbeat import heart
 from training.objectives import LossTerms
@@ -110,11 +111,17 @@ class Trainer:
         """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
         config, run, offset = self.config, self.run, self.data_offset
         reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
-        batches = heart.steps(reader, start)
+        batches = heart.steps(_or_mistake(reader), start)
         began = time.perf_counter()
-        for step, batch in zip(range(start, config.max_steps), batches, strict=True):
+        for step, read in zip(range(start, config.max_steps), batches, strict=True):
             waited = time.perf_counter() - began
-            agreed = self.agree(batch)
+            mistake = read if isinstance(read, Exception) else None
+            batch = run.loader.empty(step + offset) if isinstance(read, Exception) else read
+            try:
+                agreed = self.agree(batch, mistake)
+            except DataError:  # on every rank
+                self._save_before_end(step)
+                raise
             if self.saver.open and not agreed.writing:
                 self._settle()
             if agreed.stop:
@@ -223,21 +230,45 @@ class Trainer:
         self.saver.settle(required)
         self.stop.saved(self.saver.seconds)
 
-    def _stop(self, step: int) -> None:
-        """Save what is not saved yet, and end the loop on every rank."""
-        reason = next(each for each in gather_objects(self.stop.reason) if each)
+    def _save_rest(self, step: int) -> None:
+        """Save the state after `step` steps where it is not saved yet; every rank calls it, between two steps."""
         self._settle()  # it may be of this very step
         if self.saver.saved_step != step:
             self.save(step, self._metrics)
         self._settle(required=True)
+
+    def _save_before_end(self, step: int | None) -> None:
+        """As `_save_rest`, before an error that ends the run: what cannot be saved must not hide it.
+
+        None: only what is under way is made complete, since this step's state is in doubt.
+        """
+        try:
+            self._settle() if step is None else self._save_rest(step)
+        except CheckpointFailed as failed:
+            if rank() == 0:
+                log.warning("%s", failed)
+            return
+        if rank() == 0 and self.saver.saved_step:
+            log.info("the run ends by an error; %d of %d steps are saved", self.saver.saved_step, self.config.max_steps)
+
+    def _stop(self, step: int) -> None:
+        """Save what is not saved yet, and end the loop on every rank."""
+        reason = next(each for each in gather_objects(self.stop.reason) if each)
+        self._save_rest(step)
         raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
 
-    def agree(self, batch: RankStep | TaskStep) -> Agreed:
-        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read, stopping."""
+    def agree(self, batch: RankStep | TaskStep, mistake: Exception | None = None) -> Agreed:
+        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read, stopping.
+
+        `mistake`: why this rank could not read its share.
+
+        Raises:
+            DataError: on every rank alike, where one could not read its share, or bad rows left too many slots empty.
+        """
         ranks = self.run.engine.world_size
         n_micro_batches = [0] * ranks
         n_micro_batches[rank()] = max(len(batch.micro_batches), 1)
-        flags = [self.stop.reason is not None, self.saver.writing]
+        flags = [mistake is not None, self.stop.reason is not None, self.saver.writing]
         seen = [*flags, len(batch.bad_rows), batch.overlong, batch.fingerprint]
         slots = batch.slots.flatten().tolist()
         total = all_sum(
@@ -245,7 +276,9 @@ class Trainer:
         )
         sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens), len(slots)]
         seen_by_all, counts, by_rank, tokens, slots_of_all = total.split(sizes)
-        stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
+        mistaken, stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
+        if mistaken:
+            raise DataError(next(filter(None, gather_objects(str(mistake or ""))))) from mistake
         if bad_rows and not stop:  # else the next start reads this step, and counts them
             met = [row for rows in gather_objects(batch.bad_rows) for row in rows]
             self.totals.add_bad_rows(met, self.config.data.max_bad_rows)
@@ -278,6 +311,7 @@ class Trainer:
         ]
         text = f"step {step}: {verdict.what}; samples of {shown(by_rank)}; {listed}"
         if verdict.policy == "stop":
+            self._save_before_end(None)
             raise NonFiniteStep(text)
         self.run.engine.drop_update()
         if rank() == 0:
@@ -303,3 +337,13 @@ class Trainer:
             log.info("back to the checkpoint of step %d; the data of steps %d to %d are left out",
                      start, start + 1 + offset, failed + offset)  # fmt: skip
         return start
+
+
+def _or_mistake(batches: Iterator[RankStep | TaskStep]) -> Iterator[RankStep | TaskStep | Exception]:
+    """The batches, then in place of one what the user can mend about it: the other ranks have to be told first."""
+    try:
+        yield from batches
+    except Exception as error:
+        if getattr(error, "exit_status", None) != 2:
+            raise
+        yield error

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from data_pipeline.config import Overlong, TaskKind
 from data_pipeline.index import DataIndex
 from data_pipeline.loader import FINGERPRINT_RANGE, OUTCOMES, PlannedLoader, count_slot, no_slots, overlong_error
-from data_pipeline.plan import Planner
+from data_pipeline.plan import Planner, StepPlan, Unit
 from data_pipeline.records import BadRow, DataError, stable_hash
 from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskPacker, TaskSample
 from data_pipeline.tasks.config import TaskConfig
@@ -242,13 +242,13 @@ class TaskLoader(PlannedLoader[TaskStep]):
         self.reader = reader
         self.packer = packer
 
-    def load(self, step: int) -> TaskStep:
+    def read(self, plan: StepPlan, share: Sequence[Unit]) -> TaskStep:
         samples: list[TaskSample] = []
         bad_rows: list[BadRow] = []
         n_languages = len(self.reader.index.languages)
         slots = no_slots(n_languages)
-        plan = self.planner.step(step)
-        for slot in (slot for unit in self.share(plan) for slot in unit.slots):
+        step = plan.step
+        for slot in (slot for unit in share for slot in unit.slots):
             try:
                 sample = self.reader.read(slot.row, step)
             except BadRow as error:

@@ -173,6 +173,31 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(
     assert sorted(losses(cells, name)) == list(range(1, step + 1))
 
 
+def test_what_one_rank_cannot_read_ends_all_with_its_message_after_the_last_good_step_is_saved(cells: Path) -> None:
+    """The checkpoint of step 4 was being written; step 5 was done when rank 1 could not read its share of the next."""
+    text = "sw.jsonl:7: the file has changed since the run began; start again"
+    assert raised(cells, "unreadable") == [["DataError", text]] * 2
+    assert saved(cells, "unreadable") == [4, 5]
+    assert losses(cells, "unreadable") == {s: loss for s, loss in losses(cells, "undisturbed").items() if s <= 5}
+    assert [each and each[0] for each in raised(cells, "unreadable at once")] == ["DataError"] * 2
+    assert saved(cells, "unreadable at once") == [], "nothing was done"
+
+
+def test_one_bad_row_too_many_ends_all_after_the_last_good_step_is_saved(cells: Path) -> None:
+    for each in raised(cells, "bad row"):
+        assert each is not None
+        assert each[0] == "DataError"
+        assert each[1].startswith("sw.jsonl:7: the tokenizer writes ' ' for '\u2581' (1 unusable row")
+    assert saved(cells, "bad row") == [5]
+    state = RunState.read(checkpoint.checkpoint_path(cells / "bad row", 5))
+    assert state.totals["bad_rows"] == [], "the next start reads that step, and counts it"
+
+
+def test_a_step_that_is_not_finite_costs_no_checkpoint_that_was_being_written(cells: Path) -> None:
+    assert [each and each[0] for each in raised(cells, "not finite")] == ["NonFiniteStep"] * 2
+    assert saved(cells, "not finite") == [2, 4]
+
+
 def test_the_deadline_is_met_by_stopping_before_it(cells: Path) -> None:
     for each in raised(cells, "deadline near"):
         assert each is not None

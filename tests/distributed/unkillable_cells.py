@@ -20,6 +20,7 @@ from typing import Any
 
 from tiny_run import rank_values
 
+from data_pipeline.records import BadRow, DataError
 from training import saving
 from training.assembly import assemble
 from training.distributed import barrier, gather_objects, rank
@@ -126,6 +127,27 @@ def deadline(seconds: float) -> Disturb:
     return disturb
 
 
+def misread(step: int, error: Exception) -> Disturb:
+    """What one rank meets in its share of a step is a mistake of the user's; the others read theirs."""
+
+    def disturb(trainer: Trainer) -> None:
+        loader = trainer.run.loader
+        read_share, read_row = loader.read, loader.reader.read
+
+        def fail(row, **options):
+            loader.reader.read = read_row  # once
+            raise error
+
+        def failing(plan, share):
+            if share and plan.step == step and rank() == FAULTY_RANK:
+                loader.reader.read = fail
+            return read_share(plan, share)
+
+        loader.read = failing
+
+    return disturb
+
+
 CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
     "undisturbed": ({}, lambda trainer: None),
     "foreground": ({"checkpoint.background": False}, lambda trainer: None),
@@ -141,6 +163,10 @@ CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
     "disk full at the end": ({"checkpoint.every": STEPS}, full_disk({1})),
     "TERM": ({"checkpoint.every": 100}, signalled(4, signal.SIGTERM)),
     "USR1 twice": ({"checkpoint.every": 100}, signalled(6, signal.SIGUSR1, again=True)),
+    "unreadable": ({}, misread(5, DataError("sw.jsonl:7: the file has changed since the run began; start again"))),
+    "unreadable at once": ({}, misread(0, DataError("sw.jsonl:7: cannot be read (I/O error)"))),
+    "bad row": ({"checkpoint.every": 100}, misread(5, BadRow("sw.jsonl:7", "the tokenizer writes ' ' for '\u2581'"))),
+    "not finite": ({}, poisoned({4}, float("nan"), {FAULTY_RANK})),
     "deadline near": ({"checkpoint.every": 100}, deadline(60.0)),
     "deadline far": ({"checkpoint.every": 100}, deadline(100_000.0)),
 }
