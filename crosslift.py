@@ -72,6 +72,7 @@ def check(
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks a node, where not one a GPU")] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU: fails where the run will not fit")] = None,
     accept_changes: Annotated[bool, typer.Option(help="as train: although data or config differ")] = False,
+    all_rows: Annotated[bool, typer.Option("--all-rows", help="read and tokenise every row, not a sample")] = False,
 ) -> None:
     """All that can be known before a run. Example: crosslift check CONFIG data_dir=DIR --gpus-per-node 8"""
     from slurm.site import load_settings
@@ -87,7 +88,7 @@ def check(
         raise ConfigError("--gpu-memory: ranks on CPUs (--gpus-per-node 0) have no GPU; leave it out")
     lines = check_run(
         settings, nodes=nodes, gpus_per_node=gpus, nproc_per_node=nproc_per_node, gpu_memory_gib=gpu_memory,
-        accept_changes=accept_changes,
+        accept_changes=accept_changes, all_rows=all_rows,
     )  # fmt: skip
     for line in lines:
         print(line)

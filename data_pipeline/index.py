@@ -215,8 +215,14 @@ def build_index(
         check_columns(readers)
         refuse_bad(scan.bad_rows, scan.bad_count, max_bad_rows)
         arrays = scan.arrays()
-        check_rows(arrays, readers)
-        arrays |= lookups(arrays, languages, heldout_items, seed)
+        try:
+            check_rows(arrays, readers)
+            arrays |= lookups(arrays, languages, heldout_items, seed)
+        except DataError as error:
+            if not scan.bad_rows:
+                raise
+            first = BadRow(*scan.bad_rows[0])
+            raise DataError(f"{error}; {scan.bad_count:,} rows are unusable, such as {first}") from None
         meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
         _publish(arrays, meta, directory, readers)
         index = DataIndex(directory, readers)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,14 @@ class RankStep:
         return {"label_tokens": self.label_tokens, "pairs": self.pairs}
 
 
+class Readable(NamedTuple, Generic[Item]):
+    """Of some rows, those that are usable and fit, their samples, and why others are not usable."""
+
+    rows: list[int]
+    samples: list[Item]
+    bad: list[BadRow]
+
+
 class SampleReader:
     """Row numbers -> tokenised samples."""
 
@@ -99,19 +107,19 @@ class SampleReader:
             check_labels(self.chat, record, sample)
         return sample
 
-    def readable(self, rows: Sequence[int]) -> tuple[list[int], list[TokenizedSample]]:
-        """Of these rows, those that are usable and fit, and their samples: for fixed sets, which need no slot."""
-        kept: list[int] = []
-        samples: list[TokenizedSample] = []
+    def readable(self, rows: Sequence[int]) -> Readable[TokenizedSample]:
+        """Reads rows for a fixed set, which needs no slot. Raises DataError."""
+        found: Readable[TokenizedSample] = Readable([], [], [])
         for row in rows:
             try:
                 sample = self.read(row)
-            except BadRow:
-                continue  # counted, and bounded by max_bad_rows, where a slot of training meets it
+            except BadRow as bad:
+                found.bad.append(bad)
+                continue
             if sample is not None:
-                kept.append(row)
-                samples.append(sample)
-        return kept, samples
+                found.rows.append(row)
+                found.samples.append(sample)
+        return found
 
 
 def overlong_error(origin: str, length: int, most: int) -> DataError:

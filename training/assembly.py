@@ -22,9 +22,8 @@ from data_pipeline.loader import SampleReader, StepLoader, fixed_batches, overlo
 from data_pipeline.mixture import Quotas, language_weights
 from data_pipeline.packing import Layout, MicroBatch, Packer
 from data_pipeline.plan import Planner
-from data_pipeline.records import BadRow
+from data_pipeline.records import BadRow, DataError
 from data_pipeline.tasks.batches import TaskPacker
-from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.reader import TaskLoader, TaskReader
 from data_pipeline.tasks.tokenize import TaskTokenizer
 from data_pipeline.tokenizer import tokenizer_hash
@@ -45,6 +44,7 @@ from training.pairs import pair_warnings, refuse_unpaired
 from training.prepare import Prepared, architecture, sample_rows
 from training.run_date import with_date
 from training.search import newest_seen
+from training.survey import refuse_bad_rows
 from training.task_objectives import build_task_objective
 
 if TYPE_CHECKING:
@@ -97,40 +97,39 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     index, data = prepared.index, config.data
     refuse_unpaired(config, index)
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
-    if data.task is not None:
-        return task_data(config, data.task, index, tokenizer)
-    template = data.template
-    if template.name == "chat" and template.date is None:  # fixed by now in a run; a command that looks takes the run's
-        template = with_date(config, tokenizer, newest_seen(config)).data.template
-    chat = Chat(tokenizer, template, data.languages)
-    reader = SampleReader(index, chat, data.sequence_length, data.overlong)
+    reader = build_reader(config, index, tokenizer)
     check_longest(config, reader)
     planner = build_planner(config, index, tokens_per_byte(config, reader))
+    if data.task is not None:
+        task_packer = TaskPacker(  # always padded, so there is no layout to choose
+            int(tokenizer.pad_token_id or 0), data.micro_batch_tokens, data.task,
+            paired=isinstance(config.objective, XMixupConfig),
+            has_token_types="token_type_ids" in tokenizer.model_input_names,
+        )  # fmt: skip
+        return DataParts(index, tokenizer, reader, planner, task_packer, _fingerprint(index, tokenizer))
     packer = build_packer(config, prepared.model_dir, tokenizer)
     check_contrast_sets(config, planner, packer)
     return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
 
 
-def task_data(config: RunConfig, task: TaskConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> DataParts:
-    """The data side of an encoder's run: always padded, so there is no layout to choose."""
+def build_reader(config: RunConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> SampleReader | TaskReader:
+    """What turns the run's rows into samples."""
     data, objective = config.data, config.objective
-    paired = isinstance(objective, XMixupConfig)
-    reader = TaskReader(
+    if data.task is None:
+        template = data.template
+        if template.name == "chat" and template.date is None:  # fixed in a run; a command that looks takes the run's
+            template = with_date(config, tokenizer, newest_seen(config)).data.template
+        chat = Chat(tokenizer, template, data.languages)
+        return SampleReader(index, chat, data.sequence_length, data.overlong)
+    return TaskReader(
         index,
-        TaskTokenizer(tokenizer, task, data.sequence_length, data.languages),
-        paired=paired,
+        TaskTokenizer(tokenizer, data.task, data.sequence_length, data.languages),
+        paired=isinstance(objective, XMixupConfig),
         dominant=data.languages.index(data.dominant),
         seed=config.seed,
         source_schedule=objective.source_schedule if isinstance(objective, XMixupConfig) else None,
         overlong=data.overlong,
     )
-    check_longest(config, reader)
-    packer = TaskPacker(
-        int(tokenizer.pad_token_id or 0), data.micro_batch_tokens, task, paired=paired,
-        has_token_types="token_type_ids" in tokenizer.model_input_names,
-    )  # fmt: skip
-    planner = build_planner(config, index, tokens_per_byte(config, reader))
-    return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:
@@ -226,19 +225,30 @@ def tokens_per_byte(config: RunConfig, reader: SampleReader | TaskReader) -> lis
     """Measured on the first samples of every language's probe order; the plan's costs rest on it.
 
     Raises:
-        ConfigError: all of them are longer than `data.sequence_length`.
+        DataError: more of them are unusable than `data.max_bad_rows`, or all of a language.
+        ConfigError: all of a language are longer than `data.sequence_length`.
     """
     ratios = []
-    for language in range(len(config.data.languages)):
-        looked_at = sample_rows(reader.index, language, COST_SAMPLES, config.seed)
-        rows, samples = reader.readable(looked_at)
-        if looked_at and not samples:
+    bad: list[BadRow] = []
+    for number, language in enumerate(config.data.languages):
+        looked_at = sample_rows(reader.index, number, COST_SAMPLES, config.seed)
+        found = reader.readable(looked_at)
+        bad += found.bad
+        if looked_at and not found.samples:
+            rest = len(looked_at) - len(found.bad)
+            if found.bad:
+                others = f", {rest} longer than data.sequence_length" if rest else ""
+                raise DataError(
+                    f"{found.bad[0]} (none of the {len(looked_at)} rows looked at in language {language!r} is usable: "
+                    f"{len(found.bad)} such{others})"
+                )
             raise ConfigError(
                 f"data.sequence_length: {config.data.sequence_length} tokens hold none of the {len(looked_at)} samples "
-                f"looked at in language {config.data.languages[language]!r}; raise it"
+                f"looked at in language {language!r}; raise it"
             )
-        n_bytes = int(np.sum(reader.index.n_bytes[rows], dtype=np.int64))
-        ratios.append(sum(len(sample) for sample in samples) / n_bytes if n_bytes else 1.0)
+        n_bytes = int(np.sum(reader.index.n_bytes[found.rows], dtype=np.int64))
+        ratios.append(sum(len(sample) for sample in found.samples) / n_bytes if n_bytes else 1.0)
+    refuse_bad_rows(bad, config, f" among the first {COST_SAMPLES} a language; crosslift check --all-rows reads all")
     return ratios
 
 
@@ -289,5 +299,5 @@ def _probe(config: RunConfig, data: DataParts, ranks: int) -> list[MicroBatch]:
     samples = []
     for language in range(len(config.data.languages)):
         rows = sample_rows(data.index, language, config.objective.probe_items, config.seed)
-        samples += data.reader.readable(rows)[1]
+        samples += data.reader.readable(rows).samples
     return fixed_batches(samples, data.packer, rank(), ranks)

@@ -15,14 +15,15 @@ from data_pipeline.chat import describe
 from data_pipeline.loader import RankStep, SampleReader
 from data_pipeline.packing import MicroBatch, Packer
 from data_pipeline.plan import assign
-from data_pipeline.records import TokenizedSample
+from data_pipeline.records import BadRow, TokenizedSample
 from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskSample
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from data_pipeline.tasks.tokenize import EncodedSide
+from modeling.untrusted import read_tokenizer
 from training.activations import BatchShape
-from training.assembly import COST_SAMPLES, DataParts, assemble_data, fingerprint
+from training.assembly import COST_SAMPLES, DataParts, assemble_data, build_reader, fingerprint
 from training.config import RunConfig
-from training.data_report import contamination, mixture_table
+from training.data_report import LOOKED_AT, contamination, mixture_table
 from training.errors import ConfigError
 from training.front_checks import check_model, check_model_files, check_start, check_starting_model
 from training.launch import visible_gpus
@@ -33,6 +34,7 @@ from training.prepare import Prepared, architecture, look, sample_rows
 from training.resume import permitted, schedule_change
 from training.run_lock import make_folder, running_in
 from training.search import newest_seen
+from training.survey import by_reason, survey, without_limit
 from training.tracking import target_of
 
 COUNTED_STEPS = 64
@@ -46,6 +48,7 @@ def check_run(
     nproc_per_node: int | None = None,
     gpu_memory_gib: float | None = None,
     accept_changes: bool = False,
+    all_rows: bool = False,
 ) -> Iterator[str]:
     """Lines about everything that a run rests on; raises what the run would have raised.
 
@@ -54,15 +57,19 @@ def check_run(
     Args:
         gpus_per_node: by default what is visible here, or 1; 0: ranks on CPUs.
         nproc_per_node: ranks a node; by default one a GPU, or 1.
+        all_rows: read and tokenise every row, not only a sample of each language.
     """
     if gpu_memory_gib is not None and not 0 < gpu_memory_gib < math.inf:
         raise ConfigError(f"--gpu-memory {gpu_memory_gib:g}: must be a number of GiB above 0")
     check_start(config)
     check_model_files(config)
-    with look(config) as prepared:
+    with look(without_limit(config) if all_rows else config) as prepared:
         check_starting_model(config, prepared)
         yield from _rows(config, prepared)
+        if all_rows:
+            yield from survey(config, build_reader(config, prepared.index, read_tokenizer(prepared.tokenizer_dir)))
         data = assemble_data(config, prepared)
+        yield from _unusable(config, data)
         if isinstance(data.packer, Packer):
             yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
             yield _pairs(data, config)
@@ -71,7 +78,7 @@ def check_run(
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
         of_node = nproc_per_node or gpus or 1
         yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
-        yield from mixture_table(config, data)
+        yield from mixture_table(config, data, None if all_rows else LOOKED_AT)
         yield "one sample a language, its labels checked:"
         yield from _samples(data, config, 1)
         tracking = config.tracking
@@ -144,6 +151,15 @@ def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:
         origin, reason = index.bad_rows[0]
         yield f"unusable rows: {len(index.bad_rows)}, such as {origin}: {reason}"
     yield from contamination(index)
+
+
+def _unusable(config: RunConfig, data: DataParts) -> Iterator[str]:
+    """Rows of the sample that have no tokens; more than `data.max_bad_rows` were refused before."""
+    if not config.data.max_bad_rows:
+        return
+    languages = range(len(config.data.languages))
+    rows = [row for each in languages for row in sample_rows(data.index, each, COST_SAMPLES, config.seed)]
+    yield from by_reason(data.reader.readable(rows).bad)
 
 
 def _pairs(data: DataParts, config: RunConfig) -> str:
@@ -220,7 +236,7 @@ def largest_batch(config: RunConfig, data: DataParts, ranks: int) -> BatchShape:
     """
     settings, share, length = config.data, 0.0, float(config.data.sequence_length)
     for language in range(len(settings.languages)):
-        _, samples = data.reader.readable(sample_rows(data.index, language, COST_SAMPLES, config.seed))
+        samples = data.reader.readable(sample_rows(data.index, language, COST_SAMPLES, config.seed)).samples
         tokens = sum(map(len, samples))
         if tokens:
             share = max(share, sum(map(_labels, samples)) / tokens)
@@ -248,16 +264,23 @@ def _labels(sample: TokenizedSample | TaskSample) -> int:
 def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:
     for number, language in enumerate(config.data.languages):
         for row in sample_rows(data.index, number, samples, config.seed):
-            if isinstance(data.reader, TaskReader):
-                yield from _task_sample(data.reader, row, language)
-                continue
-            sample, origin = data.reader.read(row), data.index.origin(row)
-            if sample is None:
-                yield _left_out(data.reader, row, language)
-                continue
-            cut = f", cut from {data.reader.length(row)}" if sample.truncated else ""
-            yield f"--- {language}  {origin}  {len(sample)} tokens{cut}, {int(sample.labels.sum())} labels"
-            yield describe(sample, data.tokenizer)
+            try:
+                if isinstance(data.reader, TaskReader):
+                    yield from _task_sample(data.reader, row, language)
+                else:
+                    yield from _sample(data.reader, data, row, language)
+            except BadRow as bad:  # there may be `data.max_bad_rows` of them
+                yield f"--- {language}  {bad}: unusable, left out"
+
+
+def _sample(reader: SampleReader, data: DataParts, row: int, language: str) -> Iterator[str]:
+    sample = reader.read(row)
+    if sample is None:
+        yield _left_out(reader, row, language)
+        return
+    cut = f", cut from {reader.length(row)}" if sample.truncated else ""
+    yield f"--- {language}  {data.index.origin(row)}  {len(sample)} tokens{cut}, {int(sample.labels.sum())} labels"
+    yield describe(sample, data.tokenizer)
 
 
 def _left_out(reader: SampleReader | TaskReader, row: int, language: str) -> str:

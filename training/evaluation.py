@@ -16,7 +16,7 @@ import torch
 
 from data_pipeline.loader import SampleReader, fixed_batches, shared_batches
 from data_pipeline.packing import MicroBatch, Packer
-from data_pipeline.records import TokenizedSample
+from data_pipeline.records import DataError, TokenizedSample
 from data_pipeline.tasks.batches import TaskBatch, TaskPacker
 from data_pipeline.tasks.reader import TaskReader
 from training.config import EvaluationConfig
@@ -37,7 +37,7 @@ class HeldOut:
         rank: int,
         world_size: int,
     ) -> None:
-        """Raises ConfigError where a language has no held-out sample that fits."""
+        """Raises ConfigError or DataError where a language has no held-out sample that fits, or is usable."""
         self.languages = reader.index.languages
         chosen = [_choose(reader, number, config.items) for number in range(len(self.languages))]
         samples: list[Any] = [sample for _, of_language in chosen for sample in of_language]
@@ -81,13 +81,18 @@ def _choose(reader: SampleReader | TaskReader, language: int, items: int) -> tup
     """The first held-out rows of a language that fit, and their samples."""
     rows = reader.index.rows(language, heldout=True)
     usable = [int(row) for row in rows if not reader.index.bad[row]]
-    fitting, samples = reader.readable(usable[: 4 * items])
-    if not fitting:
+    found = reader.readable(usable[: 4 * items])
+    if not found.rows and found.bad:
+        raise DataError(
+            f"{found.bad[0]} (none of the held-out rows looked at in language {reader.index.languages[language]!r} is "
+            "usable)"
+        )
+    if not found.rows:
         raise ConfigError(
             f"data.heldout_items: none of them in {reader.index.languages[language]!r} has a usable sample within "
             "data.sequence_length; hold out more items"
         )
-    return fitting[:items], samples[:items]
+    return found.rows[:items], found.samples[:items]
 
 
 def _swapped_prompts(reader: SampleReader, rows: Sequence[int]) -> list[TokenizedSample]:

@@ -42,7 +42,7 @@ class RunTotals:
     def add_bad_rows(self, rows: Sequence[BadRow], most: int) -> None:
         """The unusable rows that all ranks met in a step. A row counts once in a run, however often it comes up.
 
-        Raises DataError where those of the run are more than `most`; then none of them counts, since the step is not done.
+        Raises DataError where those of the run are more than `most`; none of these counts then: the step is not done.
         """
         known = dict(self.bad_rows)
         for row in rows:

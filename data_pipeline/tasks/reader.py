@@ -18,7 +18,15 @@ import numpy.typing as npt
 
 from data_pipeline.config import Overlong, TaskKind
 from data_pipeline.index import DataIndex
-from data_pipeline.loader import FINGERPRINT_RANGE, OUTCOMES, PlannedLoader, count_slot, no_slots, overlong_error
+from data_pipeline.loader import (
+    FINGERPRINT_RANGE,
+    OUTCOMES,
+    PlannedLoader,
+    Readable,
+    count_slot,
+    no_slots,
+    overlong_error,
+)
 from data_pipeline.plan import Planner, StepPlan, Unit
 from data_pipeline.records import BadRow, DataError, stable_hash
 from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskPacker, TaskSample
@@ -112,19 +120,19 @@ class TaskReader:
             source_is_gold=found.is_gold, source_counts=counts, unpaired=found.is_itself,
         )  # fmt: skip
 
-    def readable(self, rows: Sequence[int], step: int = 0) -> tuple[list[int], list[TaskSample]]:
-        """Of these rows, those that are usable, and their samples: for fixed sets, which need no slot."""
-        kept: list[int] = []
-        samples: list[TaskSample] = []
+    def readable(self, rows: Sequence[int], step: int = 0) -> Readable[TaskSample]:
+        """Reads rows for a fixed set, which needs no slot. Raises DataError."""
+        found: Readable[TaskSample] = Readable([], [], [])
         for row in rows:
             try:
                 sample = self.read(row, step)
-            except BadRow:
-                continue  # counted, and bounded by max_bad_rows, where a slot of training meets it
+            except BadRow as bad:
+                found.bad.append(bad)
+                continue
             if sample is not None:
-                kept.append(row)
-                samples.append(sample)
-        return kept, samples
+                found.rows.append(row)
+                found.samples.append(sample)
+        return found
 
     def _drawn(self, what: str, record: TaskRecord, step: int) -> int:
         return stable_hash(what, self.seed, step, record.language, record.id)

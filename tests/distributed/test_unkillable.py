@@ -25,7 +25,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unkillable")
     data = write_data(folder / "data", RANK_ITEMS)
     program = [str(Path(__file__).with_name("unkillable_cells.py")), str(data), str(folder)]
-    results = run_ranks(program, world_size=2, timeout=400)
+    results = run_ranks(program, world_size=2, timeout=800)
     checked(results)
     (folder / "log").write_text(results[0].stderr)
     return folder

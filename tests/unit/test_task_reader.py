@@ -655,7 +655,7 @@ def test_the_fingerprint_tells_other_samples_and_other_sources_apart(make: Make)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_fixed_set_is_shared_in_equal_numbers(make: Make, n_samples: int, world_size: int) -> None:
     reader = make("tagging", schedule=3.0)
-    _, samples = reader.readable(range(n_samples))
+    samples = reader.readable(range(n_samples)).samples
     packer = loader(reader).packer
     shares = [shared_batches(samples, packer, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
