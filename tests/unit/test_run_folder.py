@@ -317,7 +317,7 @@ def test_train_refuses_another_run_in_the_folder_of_a_finished_one(run_yaml: Pat
     for overrides in (["seed=9"], ["model.init.hidden_size=64"], ["optimizer.learning_rate=0.1"]):
         with pytest.raises(ConfigError, match=r": is another run's: config "):
             fit._fit(load_config(run_yaml, overrides), "auto", accept_changes=False, stop=StopRequest())
-    assert fit._fit(load_config(run_yaml, FREE), "auto", accept_changes=False, stop=StopRequest()) == finished
+    assert fit._fit(load_config(run_yaml, FREE), "auto", accept_changes=False, stop=StopRequest()) == (finished, None)
     assert "nothing is left to train" in list(check_run(load_config(run_yaml)))[-1]
 
 
