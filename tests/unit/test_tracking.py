@@ -19,17 +19,20 @@ from pydantic import ValidationError
 from waiting import wait_for
 
 from training.errors import ConfigError
+from training.metric_names import metric_names
 from training.mlflow_feed import STATE_NAME, RecordFeeder
 from training.mlflow_store import (
     MAX_KEY,
     MAX_PARAM,
     artifact_root,
     default_store,
+    metric_name,
     mlflow_key,
     on_shared_disk,
     open_client,
     without_password,
 )
+from training.objective_config import ContrastiveConfig, ShifConConfig
 from training.provenance import git_state, source_tags, versions
 from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_events
 from training.tracking import Tracker, TrackingConfig, sync_record, target_of
@@ -548,6 +551,14 @@ def test_the_loss_is_charted_first_and_no_hash_is(run: Path) -> None:
     assert {"train/loss", "train/learning_rate", "train/loss/sw"} <= set(sent)
     assert len(sent) == len(metrics) - 1
     assert not [name for name in sent if "fingerprint" in name]
+
+
+def test_nothing_that_a_run_measures_is_charted_before_its_loss() -> None:
+    objective = ShifConConfig(name="shifcon", layers=(1, 3), contrastive=ContrastiveConfig(weight=0.1, scale=10))
+    names = metric_names(objective, ["en", "sw"], swapped_prompts=True)
+    names += ["shift/norm/sw", "guard/skipped", "ranks/slowest", "score/mgsm/n/sw"]
+    sent = [sent for name in names if (sent := metric_name(name)) is not None]
+    assert min(name.rpartition("/")[0] for name in sent) == "train"
 
 
 @pytest.mark.parametrize("names", [("বাংলা", "বিংলি"), ("हिन्दी", "ไทย"), ("中文", "日本語"), ("a,b", "a b")])
