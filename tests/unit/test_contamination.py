@@ -98,12 +98,11 @@ def test_unusable_rows_and_runs_without_held_out_items_have_none(tmp_path: Path)
 
 
 def test_long_data_are_compared_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [
-        {**row, "question": row["question"].replace("Où", "Wo") if n % 2 else "Same?"} for n, row in enumerate(corpus())
-    ]
+    """Rows that repeat one another stand behind the first parts."""
+    rows = [{**row, "question": "Same?"} if n > 20 else row for n, row in enumerate(corpus())]
     index = build(tmp_path, rows, CHAT, heldout_items=20)
     whole = contaminated_rows(index)
-    assert whole
+    assert min(training for _, training in whole) > 20
     monkeypatch.setattr(contamination, "CHUNK", 7)
     assert contaminated_rows(index) == whole
 
