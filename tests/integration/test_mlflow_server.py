@@ -175,6 +175,7 @@ def test_the_page_shows_local_runs_and_catches_up_a_server_that_answers(server: 
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: page.poll() is not None or server_answers(address, 1.0))
+        wait_for(lambda: page.poll() is not None or "Ctrl-C ends" in (tmp_path / "ui.log").read_text())
         said = (tmp_path / "ui.log").read_text()
         assert page.poll() is None, said
         with urllib.request.urlopen(address) as answer:
