@@ -8,8 +8,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 MAGIC = re.compile(r"[*?\[]")
@@ -64,6 +66,18 @@ def literal_folders(pattern: str, exists: Callable[[str], bool] = os.path.lexist
         if not MAGIC.search(folder) or exists(folder):
             return "/".join([glob.escape(folder), *parts[number:]])
     return pattern
+
+
+@contextmanager
+def without_patterns(folder: Path) -> Iterator[Path]:
+    """A folder by a name that no glob reads as a pattern, for libraries that look for files in it with one."""
+    if not MAGIC.search(str(folder)):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="crosslift-") as scratch:
+        link = Path(scratch, "folder")
+        link.symlink_to(folder.absolute())
+        yield link
 
 
 def check_folder(path: Path, name: str) -> None:

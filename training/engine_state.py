@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.paths import without_patterns
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -164,8 +166,8 @@ def load_state(engine: Any, directory: Path, universal: bool) -> None:
     groups = engine.optimizer.param_groups
     own = [{name: group[name] for name in _HYPERPARAMETERS} for group in groups]
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
-    with weights_only():
-        path, _ = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not (universal or frozen))
+    with weights_only(), without_patterns(directory) as plain:
+        path, _ = engine.load_checkpoint(str(plain), tag=TAG, load_module_strict=not (universal or frozen))
     if path is None:
         raise FileNotFoundError(f"{directory}: DeepSpeed found no state to load")
     for group, numbers in zip(engine.optimizer.param_groups, own, strict=True):
@@ -180,13 +182,13 @@ def to_universal(checkpoint: Path, output: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     workers = max(min(os.cpu_count() or 1, 4), 1)
-    settings = Namespace(
-        input_folder=str(checkpoint / TAG), output_folder=str(output / TAG), num_extract_workers=workers,
-        num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=True,
-    )  # fmt: skip
     shutil.rmtree(output, ignore_errors=True)
     (output / TAG).mkdir(parents=True)
-    with weights_only(), _quiet():
+    with weights_only(), _quiet(), without_patterns(checkpoint) as source, without_patterns(output) as target:
+        settings = Namespace(
+            input_folder=str(source / TAG), output_folder=str(target / TAG), num_extract_workers=workers,
+            num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )  # fmt: skip
         main(settings)
 
 
@@ -198,15 +200,16 @@ def consolidated(directory: Path, tied: Container[str] = ()) -> Iterator[tuple[s
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with weights_only(), _quiet():
-        parts = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=TAG, lazy_mode=True)
-    seen: set[int] = set()
-    for name, part in parts.items():
-        if name not in tied and id(part) not in seen:
-            seen.add(id(part))
-            with weights_only():
-                whole = part.contiguous()
-            yield name, whole
+    with without_patterns(directory) as plain:
+        with weights_only(), _quiet():
+            parts = get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=TAG, lazy_mode=True)
+        seen: set[int] = set()
+        for name, part in parts.items():
+            if name not in tied and id(part) not in seen:
+                seen.add(id(part))
+                with weights_only():
+                    whole = part.contiguous()
+                yield name, whole
 
 
 @contextmanager

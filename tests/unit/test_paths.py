@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.paths import PathError, check_folder, expanded
+from data_pipeline.paths import PathError, check_folder, expanded, without_patterns
 from data_pipeline.sources import _files
 
 HOSTILE = "[v1] a*{b}?#é"
@@ -78,3 +79,19 @@ def test_a_place_at_or_below_a_file_is_refused_with_the_file(tmp_path: Path) -> 
             check_folder(path, "--output")
     assert list(tmp_path.iterdir()) != []
     assert not (tmp_path / "a").exists()
+
+
+def test_a_library_that_globs_gets_a_name_without_patterns(tmp_path: Path) -> None:
+    """DeepSpeed looks for a checkpoint's files so: below such a folder it found none to export or resume from."""
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    (folder / "a.pt").write_text("a")
+    assert glob.glob(f"{folder}/*.pt") == []
+    with without_patterns(folder) as plain:
+        (found,) = glob.glob(f"{plain}/*.pt")
+        assert Path(found).read_text() == "a"
+        (plain / "b.pt").write_text("b")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.pt", "b.pt"]
+    assert not plain.is_symlink()
+    with without_patterns(tmp_path) as plain:
+        assert plain == tmp_path
