@@ -195,3 +195,9 @@ def test_what_differs_by_rounding_alone_goes_by_order() -> None:
         candidates = np.array([[1 - short, 0.0], [1.0, 0.0]], np.float32)
         assert candidates[0, 0] < candidates[1, 0]
         assert nearest(queries, candidates) == [first]
+
+
+def test_a_sentence_without_tokens_is_nearest_to_nothing() -> None:
+    """Zeros are no vector: below every cosine, though some of these are negative."""
+    candidates = np.array([[0.0, 0.0], [-1.0, 0.0]], np.float32)
+    assert nearest(np.array([[1.0, 0.0]], np.float32), candidates) == [1]
