@@ -38,7 +38,8 @@ class Engine:
 
     def __init__(self) -> None:
         self.world_size, self.device, self.taken, self.loaded = 1, torch.device("cpu"), 0, [""]
-        self.module = SimpleNamespace(config=SimpleNamespace(save_pretrained=lambda directory: None))
+        config = SimpleNamespace(save_pretrained=lambda directory: None, _attn_implementation="sdpa")
+        self.module = SimpleNamespace(config=config)
 
     def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
         self.taken += 1
