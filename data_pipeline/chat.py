@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ Mask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 
 _TEMPLATE, _CONTENT, _UNTRAINED, _ANSWER, _END = range(5)  # what a token is; from _ANSWER on it is predicted
+_SHOWN = 60  # characters shown of a text in a message
 
 
 class Chat:
@@ -258,7 +260,7 @@ def check_labels(chat: Chat, record: Record, sample: TokenizedSample) -> None:
             fault = "too wide" if kept in written else "too narrow" if written in kept else "another text"
             fail(f"it is {fault}: {_short(written)} instead of {_short(answer)}")
         if not _alike(written, answer):
-            raise BadRow(record.origin, f"the tokenizer writes {_short(written)} for {_short(answer)}")
+            raise BadRow(record.origin, _unlike(written, answer))
     if not np.array_equal(sample.answer & sample.labels, sample.labels & (sample.input_ids != end)):
         fail("the answer mask is not the labels without end tokens")
     if sample.content[0] or (sample.content & sample.labels).any():
@@ -267,12 +269,30 @@ def check_labels(chat: Chat, record: Record, sample: TokenizedSample) -> None:
 
 def _alike(a: str, b: str) -> bool:
     """Equal but for what normalising tokenizers change: composed characters, runs of white space."""
-    from unicodedata import normalize
-
-    return normalize("NFKC", " ".join(a.split())) == normalize("NFKC", " ".join(b.split()))
+    return _normal(a) == _normal(b)
 
 
-def _short(text: str, most: int = 60) -> str:
+def _normal(text: str) -> str:
+    return normalize("NFKC", " ".join(text.split()))
+
+
+def _unlike(written: str, answer: str) -> str:
+    """Why an answer cannot be used: of long texts what stands around the first difference, and the character there."""
+    texts = [_normal(written), _normal(answer)]
+    at = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    shown = [_short(each) for each in (written, answer)]
+    if max(map(len, texts)) > _SHOWN:
+        shown = [_around(each, at) for each in texts]
+    lost = f": U+{ord(texts[1][at]):04X} does not come back" if at < len(texts[1]) else ""
+    return f"the tokenizer writes {shown[0]} for {shown[1]}{lost}; change or remove the row"
+
+
+def _around(text: str, at: int) -> str:
+    start, stop = max(at - _SHOWN // 2, 0), at + _SHOWN // 2
+    return repr(f"{'...' * (start > 0)}{text[start:stop]}{'...' * (stop < len(text))}")
+
+
+def _short(text: str, most: int = _SHOWN) -> str:
     return repr(text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}")
 
 

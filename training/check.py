@@ -69,7 +69,8 @@ def check_run(
         if all_rows:
             yield from survey(config, build_reader(config, prepared.index, read_tokenizer(prepared.tokenizer_dir)))
         data = assemble_data(config, prepared)
-        yield from _unusable(config, data)
+        if not all_rows:
+            yield from _unusable(config, data)
         if isinstance(data.packer, Packer):
             yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
             yield _pairs(data, config)
@@ -159,7 +160,9 @@ def _unusable(config: RunConfig, data: DataParts) -> Iterator[str]:
         return
     languages = range(len(config.data.languages))
     rows = [row for each in languages for row in sample_rows(data.index, each, COST_SAMPLES, config.seed)]
-    yield from by_reason(data.reader.readable(rows).bad)
+    if bad := data.reader.readable(rows).bad:
+        yield f"of the first {COST_SAMPLES} rows a language (crosslift check --all-rows reads all):"
+        yield from by_reason(bad)
 
 
 def _pairs(data: DataParts, config: RunConfig) -> str:

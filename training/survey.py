@@ -70,4 +70,4 @@ def refuse_bad_rows(bad: list[BadRow], config: RunConfig, of: str = "") -> None:
 
 
 def _kind(reason: str) -> str:
-    return re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+", "", reason)
+    return re.sub(r"\bU\+[0-9A-F]+|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+", "", reason)

@@ -350,8 +350,21 @@ def test_every_broken_mask_is_refused(tokenizers, kind, template):
 def test_an_answer_that_the_tokenizer_cannot_write_is_a_bad_row(tokenizers):
     chat = make_chat(tokenizers, "spm")
     record = make_record("q", "a▁b")  # U+2581 is the space inside sentencepiece
-    with pytest.raises(BadRow, match=r"file.jsonl:7: the tokenizer writes 'a b' for 'a▁b'"):
+    with pytest.raises(BadRow, match=r"file.jsonl:7: the tokenizer writes 'a b' for 'a▁b': U\+2581 does not come"):
         check_labels(chat, record, chat.tokenize(record))
+
+
+def test_of_a_long_answer_that_the_tokenizer_cannot_write_the_first_difference_is_shown(tokenizers):
+    chat = make_chat(tokenizers, "spm")
+    start, end = "so many a word " * 40, " and on and on" * 40
+    record = make_record("q", f"{start}here▁it is{end}")
+    with pytest.raises(BadRow) as refusal:
+        check_labels(chat, record, chat.tokenize(record))
+    around = f"...{start[-26:]}here{{}}it is{end[:24]}..."
+    assert refusal.value.reason == (
+        f"the tokenizer writes '{around.format(' ')}' for '{around.format('▁')}':"
+        " U+2581 does not come back; change or remove the row"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -101,7 +101,9 @@ def test_an_unusable_row_of_the_sample_is_refused_by_check_and_by_a_start(tmp_pa
     allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 100})})
     lines = list(check_run(allowed))
     assert lines[-1] == "ready to train"
-    assert any(line.startswith("unusable, ") and REFUSED in line for line in lines)
+    place = lines.index("of the first 32 rows a language (crosslift check --all-rows reads all):")
+    assert lines[place + 1].startswith("unusable, ")
+    assert REFUSED in lines[place + 1]
 
 
 def last_rows(language: str, number: int, turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
@@ -122,14 +124,18 @@ def extend(lines: list[str], more: Iterator[str]) -> None:
 
 
 def test_all_rows_are_read_and_summed_up_by_reason(tmp_path: Path, tokenizer: Path) -> None:
-    config = conversations(tmp_path, tokenizer, last_rows, **{"data.max_bad_rows": 5})
+    config = conversations(tmp_path, tokenizer, last_rows)
+    with pytest.raises(DataError, match=r"\(6 unusable rows; data.max_bad_rows is 0\)$"):
+        list(check_run(config, all_rows=True))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 5})})
     lines: list[str] = []
     with pytest.raises(DataError) as refusal:
         extend(lines, check_run(config, all_rows=True))
     data = tmp_path / "data"
     place = lines.index("all rows: 240 read, 6 of them unusable")
     assert lines[place + 1] == (
-        f"unusable, 4 rows, such as {data}/de.jsonl:51: the tokenizer writes '50 Antwort' for '50\u2581Antwort'"
+        f"unusable, 4 rows, such as {data}/de.jsonl:51: the tokenizer writes '50 Antwort' for '50\u2581Antwort':"
+        " U+2581 does not come back; change or remove the row"
     )
     assert lines[place + 2] == f"    {data}/de.jsonl:52, {data}/de.jsonl:53 and 1 more"
     others = sorted(lines[place + 3 :])
@@ -142,13 +148,15 @@ def test_all_rows_are_read_and_summed_up_by_reason(tmp_path: Path, tokenizer: Pa
     allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 6})})
     lines = list(check_run(allowed, all_rows=True))
     assert "all rows: 240 read, 6 of them unusable" in lines
+    assert len([line for line in lines if line.startswith("unusable, ")]) == 3, "each kind once, not of a sample again"
     assert lines[-1] == "ready to train"
 
 
 def test_all_rows_of_a_task_are_read_too(tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data")
     tokenizer = {"vocab_size": 120, "style": "encoder"}
-    config = validate(run_values(data, tmp_path / "run", **{**XMIXUP, "tokenizer.train": tokenizer}), "test")
+    changes = {**XMIXUP, "tokenizer.train": tokenizer, "data.heldout_items": 5}  # which are read too
+    config = validate(run_values(data, tmp_path / "run", **changes), "test")
     assert "all rows: 160 read, 0 of them unusable" in list(check_run(config, all_rows=True))
 
 
@@ -162,7 +170,10 @@ def test_where_no_row_is_usable_the_first_says_why(tmp_path: Path, tokenizer: Pa
 
 def test_reasons_that_differ_in_what_they_quote_are_one_kind() -> None:
     rows = [BadRow(f"a:{n}", f"'content'[{n}] is {text!r}, not 7") for n, text in enumerate(["it's", 'say "x"', "b"])]
+    rows += [BadRow(f"c:{n}", f"'{each}': U+{ord(each):04X} does not come back") for n, each in enumerate("ก▁«🙂")]
     assert list(by_reason([*rows, BadRow("b:1", "'content' is empty")])) == [
+        "unusable, 4 rows, such as c:0: 'ก': U+0E01 does not come back",
+        "    c:1, c:2 and 1 more",
         "unusable, 3 rows, such as a:0: 'content'[0] is \"it's\", not 7",
         "    a:1, a:2",
         "unusable, 1 row, such as b:1: 'content' is empty",
