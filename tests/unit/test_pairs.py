@@ -13,11 +13,11 @@ import pytest
 from tiny_run import LANGUAGES, XMIXUP, corpus_rows, run_values, write_task_data
 
 from data_pipeline.records import DataError
-from training.assembly import assemble_data
+from training.assembly import assemble, assemble_data
 from training.check import check_run
 from training.config import RunConfig
 from training.objective_config import SFTConfig
-from training.pairs import pair_warnings
+from training.pairs import pair_warnings, show_pairs
 from training.prepare import open_index, prepare
 from training.run_file import validate
 
@@ -97,6 +97,25 @@ def test_check_refuses_as_train_does(tmp_path: Path) -> None:
     prepare(config.model_copy(update={"objective": SFTConfig(name="sft")}))  # what learns from no pairs needs none
 
 
+def test_without_a_contrastive_loss_pairs_are_not_asked_for(tmp_path: Path) -> None:
+    config = written(tmp_path, **{"data.sources": NO_ID, "objective.contrastive.weight": 0.0})
+    assert list(pair_warnings(config, prepare(config).index)) == []
+
+
+def test_unusable_rows_are_no_items_and_are_not_read_for_the_cause(tmp_path: Path) -> None:
+    def change(language: str, rows: list[dict[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            row["id"] = f"{language}-{number}"
+        if language == "de":
+            rows[0]["answer"] = None
+
+    config = written(tmp_path, change, **{"data.max_bad_rows": 1})
+    with pytest.raises(
+        DataError, match=r": de 0 of 39, sw 0 of 40, .*'en-0', 'en-1' \(en\) and 'de-1', 'de-2' \(de\);"
+    ):
+        prepare(config)
+
+
 def test_ids_in_nfd_are_those_in_nfc(tmp_path: Path) -> None:
     forms = {"en": "NFC", "de": "NFD", "sw": "NFD", "zh": "NFC"}
     config = written(tmp_path, with_ids(lambda language, n, _: unicodedata.normalize(forms[language], f"Größe-é-{n}")))
@@ -138,6 +157,35 @@ def test_check_shows_two_pairs_and_their_number_a_step(tmp_path: Path) -> None:
     assert not [line for line in lines if "warning" in line]
 
 
+def test_the_two_pairs_are_of_two_languages_where_one_has_most_of_a_step(tmp_path: Path) -> None:
+    mixture = {"strategy": "explicit", "weights": {"en": 16, "de": 14, "sw": 1, "zh": 1}, "pairing": "reuse"}
+    changes = {"data.mixture": mixture, "data.slots_per_step": 32, "data.micro_batch_tokens": 768}
+    config = written(tmp_path, **changes)
+    data = assemble_data(config, prepare(config))
+    lines = list(show_pairs(config, data.index, data.planner))
+    heads = [n for n, line in enumerate(lines) if line.startswith("--- a pair of item ")]
+    assert [lines[n + 1][:2] for n in heads] == ["en", "en"]
+    assert len({lines[n + 2][:2] for n in heads}) == 2
+
+
+def other_lengths(language: str, rows: list[dict[str, Any]]) -> None:
+    draw = random.Random(language)
+    for number, row in enumerate(rows):
+        row["question"] = f"{number} " + "x" * draw.randint(1, 40)
+
+
+def other_numbers(language: str, rows: list[dict[str, Any]]) -> None:
+    draw = random.Random(language)
+    for number, row in enumerate(rows):
+        row["question"] = f"{draw.randint(10**8, 10**9 - 1)} " + "x" * (number + 1)
+
+
+@pytest.mark.parametrize("change", [other_lengths, other_numbers])
+def test_one_sign_of_a_translation_is_enough(tmp_path: Path, change: Any) -> None:
+    config = written(tmp_path, change)
+    assert list(pair_warnings(config, open_index(config))) == []
+
+
 def shuffled(language: str, rows: list[dict[str, Any]]) -> None:
     random.Random(language).shuffle(rows)
     for number, row in enumerate(rows):
@@ -152,6 +200,23 @@ def test_ids_that_begin_anew_in_every_file_are_warned_of(tmp_path: Path) -> None
         f"the pairs of {language!r} and 'en' do not look like translations" for language in ("de", "sw", "zh")
     ]
     assert all("numbers agree in " in line and "rank correlation " in line for line in found)
+
+
+def test_the_warnings_stand_in_the_log_of_a_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = written(tmp_path, shuffled)
+    prepared = prepare(config)
+    monkeypatch.setattr("training.assembly.deepspeed_settings", stopped)
+    with pytest.raises(InterruptedError):
+        assemble(config, prepared)
+    assert caplog.messages == list(pair_warnings(config, prepared.index))
+    assert len(caplog.messages) == 3
+
+
+def stopped(*_: Any) -> None:
+    """In place of all that comes behind the data."""
+    raise InterruptedError
 
 
 def test_an_id_at_two_texts_of_a_language_is_warned_of(tmp_path: Path) -> None:

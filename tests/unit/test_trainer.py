@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from training.engine import NonFiniteUpdate
 from training.errors import CheckpointFailed, NonFiniteStep
 from training.guard import Verdict
 from training.objectives import LossTerms
+from training.progress import Progress
 from training.run_file import validate
 from training.run_state import RunState
 from training.scaling import LossTerm, StepTotals
@@ -292,6 +293,98 @@ def test_an_unusable_row_counts_once_however_often_it_comes_up(trainer: Made, ca
     with pytest.raises(DataError) as refusal:
         made.agree(rank_step(languages, bad_rows=(row, BadRow("de.jsonl:9", "no text"))))
     assert str(refusal.value) == "de.jsonl:9: no text (2 unusable rows were met so far; data.max_bad_rows is 1)"
+
+
+UNREADABLE = "sw.jsonl:7: the file has changed since the run began; start again"
+
+
+def run_steps(made: Trainer, at: int, what: RankStep | Exception) -> None:
+    """The loop over steps that do nothing, where `what` comes up in place of step `at` (from 0)."""
+    languages = made.config.data.languages
+
+    def steps(start: int, stop: int) -> Iterator[RankStep]:
+        for step in range(start, stop):
+            if step == at and isinstance(what, Exception):
+                raise what
+            yield what if step == at and isinstance(what, RankStep) else rank_step(languages)
+
+    run: Any = made.run
+    run.loader = SimpleNamespace(steps=steps, empty=lambda step: rank_step(languages))
+    run.objective.before_step, run.heldout = lambda engine, step: {}, None
+    made.train_step = lambda step, batch, agreed: {"train/loss": 1.0}  # type: ignore[method-assign]
+    made._first_step, made.stop._reason = False, None
+    made._train_from(0, Progress(0, made.config.max_steps, shown=False))
+
+
+@pytest.mark.parametrize("every", [4, 100])
+def test_what_cannot_be_read_ends_the_run_after_the_last_good_step_is_saved(
+    trainer: Made, every: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    made = trainer(**{"checkpoint.every": every})
+    with pytest.raises(DataError) as refusal:
+        run_steps(made, 5, DataError(UNREADABLE))
+    assert str(refusal.value) == UNREADABLE
+    assert saved(made) == ([4, 5] if every == 4 else [5])
+    assert "the run ends by an error; 5 of 12 steps are saved" in caplog.messages
+
+
+def test_one_bad_row_too_many_ends_the_run_after_the_last_good_step_is_saved(trainer: Made) -> None:
+    made = trainer(**{"checkpoint.every": 100})
+    row = BadRow("sw.jsonl:7", "no answer")
+    with pytest.raises(DataError, match=r"^sw.jsonl:7: no answer \(1 unusable row"):
+        run_steps(made, 5, rank_step(made.config.data.languages, bad_rows=(row,)))
+    assert saved(made) == [5]
+    state = RunState.read(checkpoint.checkpoint_path(made.config.output_dir, 5))
+    assert state.totals["bad_rows"] == [], "the next start reads that step, and counts it"
+
+
+def test_a_mistake_before_the_first_step_saves_nothing(trainer: Made) -> None:
+    made = trainer()
+    with pytest.raises(DataError, match=UNREADABLE):
+        run_steps(made, 0, DataError(UNREADABLE))
+    assert times_taken(made) == 0
+
+
+def test_a_full_disk_does_not_hide_what_ends_the_run(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer(**{"checkpoint.every": 100})
+    monkeypatch.setattr(torch, "save", no_space)
+    with pytest.raises(DataError, match=UNREADABLE):
+        run_steps(made, 5, DataError(UNREADABLE))
+    assert saved(made) == []
+    assert "No space left on device" in caplog.text
+    assert "are saved" not in caplog.text
+
+
+def test_an_error_that_is_no_mistake_of_the_user_is_not_held_back(trainer: Made) -> None:
+    made = trainer(**{"checkpoint.every": 100})
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        run_steps(made, 5, RuntimeError("a fault of the program"))
+    assert times_taken(made) == 0
+
+
+def test_what_another_rank_cannot_read_ends_this_one_with_the_same_line(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another rank said so in the all-reduce."""
+    monkeypatch.setattr(
+        "training.trainer.all_sum", lambda values, _: torch.tensor([1, *values[1:]], dtype=torch.double)
+    )
+    monkeypatch.setattr("training.trainer.gather_objects", lambda mine: [mine, UNREADABLE])
+    made = trainer()
+    with pytest.raises(DataError) as refusal:
+        made.agree(rank_step(made.config.data.languages))
+    assert str(refusal.value) == UNREADABLE
+
+
+def test_a_step_that_is_not_finite_costs_no_checkpoint_that_is_being_written(trainer: Made) -> None:
+    made = trainer()
+    made.save(4, {})
+    with pytest.raises(NonFiniteStep):
+        made._spare(6, Verdict("stop", "loss is not finite"), [("en-1",)])
+    assert saved(made) == [4], "and none of the step in doubt"
 
 
 def test_counts_of_a_run_go_back_with_it_and_are_there_after_a_resume(trainer: Made) -> None:
