@@ -7,6 +7,7 @@ both happen inside `open_client`, which a training process calls from a thread o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -76,9 +77,21 @@ def open_client(uri: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic", "sqlalchemy"):  # said by us in one line, and set too late if already imported
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if (database := _database(uri)) is not None:
+    database = _database(uri)
+    if database is not None:
         _make_once(database)
-    return MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=uri)
+    if database is not None:
+        _remove_misread(uri, database)
+    return client
+
+
+def _remove_misread(uri: str, database: Path) -> None:
+    """Removes the empty folder that MLflow makes where it reads an address without its escapes."""
+    misread = Path(uri.partition(":///")[2].partition("?")[0]).parent
+    if misread != database.parent:
+        with contextlib.suppress(OSError):  # not made, or not empty: somebody's own
+            os.removedirs(misread)
 
 
 def _make_once(database: Path) -> None:
@@ -98,13 +111,20 @@ def _make_once(database: Path) -> None:
         unfinished = database.with_name(f".unfinished-{database.name}")
         for name in (unfinished.name, f"{unfinished.name}-journal"):
             database.with_name(name).unlink(missing_ok=True)
-        MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        address = _sqlite_address(unfinished)
+        MlflowClient(tracking_uri=address).search_experiments(max_results=1)
+        _remove_misread(address, unfinished)
         unfinished.rename(database)
 
 
 def default_store(folder: Path) -> str:
     """The address of the SQLite store in a folder."""
-    return f"sqlite:///{folder.resolve()}/mlflow.db"
+    return _sqlite_address(folder.resolve() / "mlflow.db")
+
+
+def _sqlite_address(file: Path) -> str:
+    """The address of a SQLite file: in one, what follows `?` are options, and `%41` is the letter A."""
+    return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
 
 
 def checked_address(uri: str) -> str:
@@ -129,7 +149,10 @@ def checked_address(uri: str) -> str:
         start, slashes, path = uri.partition(":///")
         if not slashes or path in ("", ":memory:"):
             raise ValueError(f"{shown!r}: names no file; write sqlite:////absolute/path/mlflow.db")
-        return start + slashes + expanded(path)
+        path = expanded(path)
+        if "?" in path and not re.fullmatch(r"[^?]+\?(?:\w+=[^?/&]*&?)+", path):
+            raise ValueError(f"{shown!r}: what follows ? are options such as timeout=30; write a folder's ? as %3F")
+        return start + slashes + path
     try:
         address = urllib.parse.urlsplit(uri)
         named = address.port != 0 and (address.hostname if kind in ("http", "https") else address.path.strip("/"))
@@ -157,8 +180,8 @@ def artifact_root(output_dir: Path, uri: str) -> str | None:
 
 def _database(uri: str) -> Path | None:
     """The file of a SQLite store; None: another kind of store."""
-    address = urllib.parse.urlsplit(uri)
-    return Path(address.path[1:]) if address.scheme.startswith("sqlite") else None
+    scheme, _, rest = uri.partition(":///")
+    return Path(urllib.parse.unquote(rest.partition("?")[0])) if scheme.startswith("sqlite") else None
 
 
 def without_password(uri: str) -> str:

@@ -231,6 +231,8 @@ def test_a_metric_that_every_checkpoint_has_is_taken(values: Values, best: str) 
         ("sqlite://", "'sqlite://': names no file; write sqlite:////absolute/path/mlflow.db"),
         ("postgresql://host", "'postgresql://host': lacks a part; write postgresql://USER@HOST:PORT/DATABASE"),
         ("", "'': MLflow writes .*"),
+        ("sqlite:////a?b/mlflow.db", r"'sqlite:////a\?b/mlflow.db': what follows \? are options .*; write .* as %3F"),
+        ("sqlite:////a/b?c", r"'sqlite:////a/b\?c': what follows \? are options .*"),
     ],
 )
 def test_a_tracking_address_that_mlflow_takes_not_is_refused(values: Values, uri: str, line: str) -> None:
@@ -243,6 +245,8 @@ def test_a_tracking_address_that_mlflow_takes_not_is_refused(values: Values, uri
     [
         "https://me:hush@host/mlflow",
         "sqlite:///mlflow.db",
+        "sqlite:////a/mlflow.db?timeout=30",
+        "sqlite:////a%3Fb/mlflow.db",
         "postgresql+psycopg2://me@host/db",
         "mysql:///db",
         "databricks",

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -25,8 +26,10 @@ from training.mlflow_store import (
     MAX_KEY,
     MAX_PARAM,
     artifact_root,
+    checked_address,
     default_store,
     metric_name,
+    missing_folder,
     mlflow_key,
     on_shared_disk,
     open_client,
@@ -210,6 +213,35 @@ def test_no_password_is_written_down() -> None:
 def test_artifacts_lie_beside_the_database(tmp_path: Path) -> None:
     assert artifact_root(tmp_path, default_store(tmp_path / "a b")) == (tmp_path / "a b/mlartifacts").as_uri()
     assert artifact_root(tmp_path, "https://host") is None
+
+
+@pytest.mark.parametrize("name", ["a?b", "a?b=c", "100%", "%41", "a#b", "[v1] a*{b}?#é"])
+def test_the_store_lies_in_the_run_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
+    """`?` begins the options of an address: the database was made outside the run folder, under half its name."""
+    from sqlalchemy import make_url
+
+    folder = tmp_path / name
+    address = default_store(folder)
+    assert make_url(address).database == str(folder / "mlflow.db")
+    assert not make_url(address).query
+    assert missing_folder(address) == folder
+    folder.mkdir()
+    assert missing_folder(address) is None
+    assert artifact_root(tmp_path, address) == (folder / "mlartifacts").as_uri()
+    assert checked_address(address) == address
+
+
+def test_a_new_store_lies_there_too(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is made under another name until it is whole, and the one that is opened."""
+    folder = tmp_path / "a?b%41#c"
+    folder.mkdir()
+    shutil.copy(migrated, folder / ".unfinished-mlflow.db")
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # MLflow would take seconds to make the tables
+    open_client(default_store(folder)).create_experiment("mine")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert {"mlflow.db"} == {path.name for path in folder.glob("*.db")}
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        assert store.execute("select name from experiments where name = 'mine'").fetchall() == [("mine",)]
 
 
 def test_network_disks_are_known(tmp_path: Path) -> None:
