@@ -421,12 +421,29 @@ def test_a_store_in_a_folder_that_is_not_there_is_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_model_that_cannot_be_trained_is_refused_before_any_rank(
+    cli: Cli, run_file: Callable[..., Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the files that it starts from, or by what is made from `model.init`."""
+    monkeypatch.setattr("training.launch.launch", lambda *_: pytest.fail("ranks were started"))
+    (tmp_path / "model").mkdir()
+    stored = run_file(tmp_path, model={"path": str(tmp_path / "model")}, tokenizer={})
+    assert refused(cli(command, stored)).startswith(f"{tmp_path / 'model' / 'config.json'}: not there; copy it")
+    assert not (tmp_path / "run").exists()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "n_positions": 64}
+    made = run_file(tmp_path, model={"init": {"model_type": "gpt2", **sizes}})
+    assert refused(cli(command, made)).startswith("data.sequence_length: 96 tokens, but the model has positions for 64")
+
+
 def test_a_run_is_checked_in_folders_whose_names_are_patterns(
     cli: Cli, run_file: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "[v1] a*{b}?"
     shutil.copytree(corpus, folder / "data")
-    answer = cli("check", run_file(folder), f"data_dir={folder / 'data'}")
+    answer = cli(
+        "check", run_file(folder), f"data_dir={folder / 'data'}", "tracking.enabled=true"
+    )  # its store: none yet
     assert (answer.status, answer.out.splitlines()[-1]) == (0, "ready to train"), answer.err
 
 

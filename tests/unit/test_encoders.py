@@ -183,6 +183,15 @@ def test_anything_else_missing_or_unexpected_is_named(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if "start" in path.name]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> None:
+    key = "roberta.encoder.layer.1.output.dense.weight"
+    source = change_tensors(pretrained(tmp_path / "source"), lambda t: t[key][3, 5].fill_(value))
+    with pytest.raises(ModelError, match=rf"^{source}: {key}: 1 of its 384 values are no finite numbers; copy"):
+        write_task_start(source, "tagging", ["a", "b"], tmp_path / "start", 0)
+    assert not (tmp_path / "start").exists()
+
+
 def test_what_is_no_encoder_of_this_kind_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     for name, message in {
         "llama": "a llama model is a decoder; take an encoder",

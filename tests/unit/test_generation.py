@@ -167,6 +167,14 @@ def test_samples_are_drawn_from_the_shifted_distribution(tmp_path: Path) -> None
     assert {END if each.finished else each.token_ids[0] for each in few} == likeliest
 
 
+def test_a_prompt_beyond_the_positions_has_no_nearest_language(tmp_path: Path) -> None:
+    generator = ShiftedGenerator.from_directory(write_export(tmp_path))
+    generator.positions = 8  # as of a model with a table of so many
+    assert generator.nearest_language([5] * 7, [True] * 7) in LANGUAGES
+    with pytest.raises(ModelError, match=r"^a prompt of 9 tokens leaves no room for an answer: .* positions for 8"):
+        generator.nearest_language([5] * 9, [True] * 9)
+
+
 def test_order_progress_and_batch_size(tmp_path: Path) -> None:
     generator = ShiftedGenerator.from_directory(write_export(tmp_path))
     told: list[int] = []

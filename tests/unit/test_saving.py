@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
 from collections import OrderedDict
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from training.engine_state import _copied, weights_only
+from training.engine_state import TAG, _copied, consolidated, load_state, to_universal, weights_only
 from training.saving import FileWriter
 
 
@@ -32,6 +35,36 @@ def test_files_are_what_their_records_say(tmp_path: Path) -> None:
         content = (tmp_path / name).read_bytes()
         assert (record.bytes, record.sha256) == (len(content), sha256(content).hexdigest())
     assert torch.equal(torch.load(tmp_path / "zero/a.pt", weights_only=True)["x"], torch.arange(10_000))
+
+
+def test_deepspeed_is_given_folders_that_its_globs_read_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a resume, for a resume with other ranks, and for the export; a stand-in only looks for the files."""
+    checkpoint, output = tmp_path / "[v1] a*" / "checkpoint", tmp_path / "[v1] a*" / "universal"
+    (checkpoint / TAG).mkdir(parents=True)
+    (checkpoint / TAG / "a.pt").touch()
+
+    def files(folder: str, *_: Any, **__: Any) -> list[str]:
+        return [Path(name).name for name in glob.glob(f"{folder}/{TAG}/*.pt")]
+
+    def convert(settings: Any) -> None:
+        assert files(str(Path(settings.input_folder).parent)) == ["a.pt"]
+        (Path(settings.output_folder) / "b.pt").touch()
+        assert files(str(Path(settings.output_folder).parent)) == ["b.pt"]
+
+    monkeypatch.setattr("deepspeed.checkpoint.ds_to_universal.main", convert)
+    to_universal(checkpoint, output)
+    assert (output / TAG / "b.pt").is_file()
+    state = "deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint"
+    monkeypatch.setattr(state, lambda folder, **_: {name: torch.ones(1) for name in files(folder)})
+    assert [name for name, _ in consolidated(checkpoint)] == ["a.pt"]
+    optimizer = SimpleNamespace(param_groups=[], optimizer=SimpleNamespace(state={}))
+    engine: Any = SimpleNamespace(
+        _config=SimpleNamespace(), optimizer=optimizer, module=torch.nn.Linear(1, 1),
+        load_checkpoint=lambda folder, **_: (files(folder)[0], None),
+    )  # fmt: skip
+    load_state(engine, checkpoint, universal=False)
 
 
 def test_a_full_disk_is_told_and_not_raised(tmp_path: Path) -> None:

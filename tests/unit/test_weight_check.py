@@ -12,8 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import run_values, write_task_data
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from modeling import weight_check
 from modeling.errors import ModelError
@@ -23,6 +32,7 @@ from training.check import check_run
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.front_checks import check_model_files, check_starting_model
+from training.prefetch import open_all
 from training.prepare import prepare
 from training.run_file import validate
 
@@ -92,6 +102,15 @@ def index(directory: Path) -> None:
     path.write_text(json.dumps(values))
 
 
+def moved(directory: Path) -> None:
+    """The index has a weight in another file than the one that holds it."""
+    path = directory / "model.safetensors.index.json"
+    values = json.loads(path.read_text())
+    places = values["weight_map"]
+    places[UP] = next(name for name in places.values() if name != places[UP])
+    path.write_text(json.dumps(values))
+
+
 def adapter(directory: Path) -> None:
     for path in directory.iterdir():
         path.unlink()
@@ -121,6 +140,11 @@ MISTAKES: list[tuple[str, Change, str]] = [
         "shards",
         index,
         r"D/model\.safetensors\.index\.json: says that model\.more\.weight is in model-00001.*does not hold it",
+    ),
+    (
+        "shards",
+        moved,
+        rf"D/model\.safetensors\.index\.json: says that {UP} is in model-0000.*, which does not hold it; copy both",
     ),
     ("shards", file("model-00002*", POINTER), r"D/model-00002.*: a git-LFS pointer, .*`git lfs pull`"),
     ("one", file("model.safetensors", POINTER), r"D/model\.safetensors: a git-LFS pointer"),
@@ -253,6 +277,13 @@ def test_a_tokenizer_is_no_larger_than_the_embeddings_and_is_there(made: Path, t
         checked(small, tmp_path, tokenizer={"train": {"vocab_size": 301}})
 
 
+def test_the_largest_token_counts_where_numbers_are_left_out(made: Path, tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 400}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "T")
+    with pytest.raises(ConfigError, match=rf"^tokenizer {tmp_path}/T: 401 tokens, but the model embeds only 400; "):
+        checked(made / "one", tmp_path, tokenizer={"path": str(tmp_path / "T")})
+
+
 def test_adapters_start_from_a_whole_model_too(made: Path, tmp_path: Path) -> None:
     lora = {"model": {"path": str(tmp_path / "D"), "lora": {"rank": 2, "alpha": 2}}}
     shutil.copytree(made / "one", tmp_path / "D")
@@ -262,11 +293,11 @@ def test_adapters_start_from_a_whole_model_too(made: Path, tmp_path: Path) -> No
         checked(tmp_path / "D", tmp_path, **lora)
 
 
-def test_check_and_train_refuse_before_anything_is_made(made: Path, corpus: Path, tmp_path: Path) -> None:
+def test_check_train_and_prefetch_refuse_before_anything_is_made(made: Path, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "one", tmp_path / "D")
     cut(tmp_path / "D")
     values = run_values(corpus, tmp_path / "run", model={"path": str(tmp_path / "D")}, tokenizer={})
-    for begin in (lambda config: list(check_run(config)), begin_training):
+    for begin in (lambda config: list(check_run(config)), begin_training, open_all):
         with pytest.raises(ModelError, match="cut off or damaged"):
             begin(validate(values, "test"))
         assert not (tmp_path / "run").exists()
@@ -291,12 +322,13 @@ def test_an_encoder_may_lack_its_new_head_and_nothing_else(tmp_path: Path, pretr
 
 def test_the_encoder_of_a_run_is_looked_at_before_its_head_is_made(tmp_path: Path) -> None:
     AutoModelForMaskedLM.from_config(AutoConfig.for_model("xlm-roberta", **ENCODER)).save_pretrained(tmp_path / "D")
-    cut(tmp_path / "D")
     task = {"data.task": {"kind": "tagging", "labels": ["WORD", "NUMBER"]}, "objective": {"name": "finetune"}}
     columns = {name: name for name in ("id", "language", "words", "tags")}
     task |= {"data.sources": [{"name": "a", "files": "*.jsonl", "columns": columns}], "data.mixture": {}}
     task |= {"model": {"path": str(tmp_path / "D")}, "tokenizer": {"train": {"vocab_size": 150, "style": "encoder"}}}
     values = run_values(write_task_data(tmp_path / "data"), tmp_path / "run", **task)
+    check_model_files(validate(values, "test"))  # it has no head for the task yet
+    cut(tmp_path / "D")
     with pytest.raises(ModelError, match="cut off or damaged"):
         begin_training(validate(values, "test"))
 

@@ -136,6 +136,16 @@ def sections(tmp_path: Path, **changes: Any) -> Path:
     return file
 
 
+def test_values_are_read_as_in_a_run_file(tmp_path: Path) -> None:
+    """Norwegian is a language and an exponent makes a number, in the file and in an override."""
+    file = sections(tmp_path, tasks={"panx": {"data": {"languages": ["en", "LANGUAGE"], "sequence_length": "NUMBER"}}})
+    text = file.read_text(encoding="utf-8").replace("LANGUAGE", "no").replace("NUMBER", "1e2")
+    file.write_text(text, encoding="utf-8")
+    found = read_plan(file, "panx", "m", "a", ("optimizer.eps=1e-7", "data.dominant=no")).values
+    assert found["data"] == {"dominant": "no", "slots_per_step": 8, "sequence_length": 100, "languages": ["en", "no"]}
+    assert found["optimizer"] == {"eps": 1e-7}
+
+
 def test_later_sections_win_and_conditions_reach_into_each_other(tmp_path: Path) -> None:
     file = sections(tmp_path)
     assert read_plan(file, "panx", "m", "b").values == {
