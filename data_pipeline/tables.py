@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.formats import Place, Row, Shard, open_binary
+from data_pipeline.paths import MAGIC
 from data_pipeline.records import BadRow, DataError
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def load_hub(path: str, config: str | None, split: str) -> Dataset:
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(path)
             return loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
+        if Path(path).is_dir() and (found := MAGIC.search(path)):
+            raise DataError(f"{path}: datasets takes {found[0]!r} in a folder's name for a pattern; rename the folder")
         return cast("Dataset", datasets.load_dataset(path, config, split=split))
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: split {split!r} cannot be loaded ({' '.join(str(error).split())})") from error

@@ -107,6 +107,21 @@ def test_the_run_folder_records_metrics_of_every_kind(trained: Path) -> None:
     assert wanted <= names
 
 
+def test_every_metric_that_may_choose_the_best_checkpoint_is_in_each_of_them(trained: Path) -> None:
+    from training.checkpoint import step_folders
+    from training.metric_names import metric_names
+    from training.run_file import validate
+    from training.run_state import RunState
+
+    states = [RunState.read(folder) for folder in step_folders(trained)]
+    config = validate(states[-1].config, "state.json")
+    known = set(metric_names(config.objective, config.data.languages, config.evaluation.swapped_prompts))
+    measured = [state for state in states if state.step % config.evaluation.every == 0]
+    assert measured
+    for state in measured:
+        assert known - set(state.metrics) == {"memory/gpu_peak_gib"}  # which a run on GPUs has
+
+
 def test_mlflow_has_the_run_with_its_artefacts(trained: Path) -> None:
     from mlflow.tracking import MlflowClient
 

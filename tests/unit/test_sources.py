@@ -343,6 +343,14 @@ def test_quotes_that_are_taken_for_quoting_in_a_tsv_are_said_once(
     assert caplog.messages == []
 
 
+def test_a_dataset_folder_whose_name_is_a_pattern_is_refused_by_its_name(tmp_path: Path) -> None:
+    write("hub", tmp_path / "data [v1]", ROWS)
+    with pytest.raises(DataError, match=r"\[v1\]/data: datasets takes '\[' in a folder's name for a pattern; rename"):
+        scan(tmp_path / "data [v1]", hub="data")
+    write("saved", tmp_path / "saved [v1]", ROWS)
+    assert len(scan(tmp_path / "saved [v1]", hub="data")) == len(ROWS)
+
+
 def test_quoting_goes_with_csv_and_tsv(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     with pytest.raises(DataError, match=r"x\.jsonl: source 'source' has quoting: none, which goes with CSV and"):
