@@ -290,7 +290,7 @@ def test_eval_scores_mgsm_and_keeps_every_output(trained: Path, tmp_path: Path) 
         "--max-new-tokens", "8", "--limit", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "bn*" in done.stdout
+    assert "bn†" in done.stdout
     assert "no language vector: ran unshifted" in done.stdout
     results = json.loads((output / "results.json").read_text())
     assert set(results["languages"]) == {"en", "sw", "bn"}

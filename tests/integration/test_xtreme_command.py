@@ -22,13 +22,14 @@ from data_pipeline.xtreme.tasks import TASKS
 from evals.xtreme.label_files import read_tags
 from training.mlflow_store import default_store, open_client
 
+pytestmark = pytest.mark.timeout(1800)  # one fixture makes both runs and the teacher's labels
 TRANSLATED = ("de", "zh")
 SMALL = ("precision=fp32", "epochs=3", "checkpoints=2", "data.slots_per_step=16", "optimizer.learning_rate=2.0e-3")
 
 
 def crosslift(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "crosslift.py", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), cwd=SOURCE, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment(), cwd=SOURCE, capture_output=True, text=True, timeout=560)
 
 
 def succeeded(*arguments: object) -> str:

@@ -5,7 +5,8 @@ from unicodedata import category
 
 import numpy as np
 import pytest
-from test_chat import CUSTOM, ITEMS, KINDS, LANGUAGES, TEMPLATES, make_chat, make_record, spans
+from small_tokenizers import CUSTOM, ITEMS, KINDS, LANGUAGES, TEMPLATES
+from test_chat import make_chat, make_record, spans
 from test_chat import tokenizers as tokenizers
 
 from data_pipeline.chat import check_labels
