@@ -77,19 +77,17 @@ def open_client(uri: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic", "sqlalchemy"):  # said by us in one line, and set too late if already imported
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    database = _database(uri)
-    if database is not None:
+    if (database := _database(uri)) is not None:
         _make_once(database)
     client = MlflowClient(tracking_uri=uri)
-    if database is not None:
-        _remove_misread(uri, database)
+    remove_misread(uri)
     return client
 
 
-def _remove_misread(uri: str, database: Path) -> None:
-    """Removes the empty folder that MLflow makes where it reads an address without its escapes."""
-    misread = Path(uri.partition(":///")[2].partition("?")[0]).parent
-    if misread != database.parent:
+def remove_misread(uri: str) -> None:
+    """Removes the empty folder that MLflow makes where it reads a SQLite file's address without its escapes."""
+    database, misread = _database(uri), Path(uri.partition(":///")[2].partition("?")[0]).parent
+    if database is not None and misread != database.parent:
         with contextlib.suppress(OSError):  # not made, or not empty: somebody's own
             os.removedirs(misread)
 
@@ -113,7 +111,7 @@ def _make_once(database: Path) -> None:
             database.with_name(name).unlink(missing_ok=True)
         address = _sqlite_address(unfinished)
         MlflowClient(tracking_uri=address).search_experiments(max_results=1)
-        _remove_misread(address, unfinished)
+        remove_misread(address)
         unfinished.rename(database)
 
 

@@ -20,7 +20,15 @@ from pathlib import Path
 
 from training.errors import ConfigError
 from training.mlflow_feed import SyncResult
-from training.mlflow_store import QUIET, default_store, open_client, runs_of_all, runs_page, server_answers
+from training.mlflow_store import (
+    QUIET,
+    default_store,
+    open_client,
+    remove_misread,
+    runs_of_all,
+    runs_page,
+    server_answers,
+)
 from training.run_record import RECORD_NAME, read_starts, run_folders
 from training.tracking import sync_record
 
@@ -127,6 +135,7 @@ def _serve(store: str, runs_dir: Path, port: int, host: str, pages: Sequence[_Pa
     try:
         while server.poll() is None and not server_answers(address, timeout=1.0):
             threading.Event().wait(0.2)
+        remove_misread(store)
         if server.poll() is None:
             for page in pages:
                 print(page, flush=True)

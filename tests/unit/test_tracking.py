@@ -39,7 +39,7 @@ from training.objective_config import ContrastiveConfig, ShifConConfig
 from training.provenance import git_state, source_tags, versions
 from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_events
 from training.tracking import Tracker, TrackingConfig, sync_record, target_of
-from training.ui import serve_ui
+from training.ui import _serve, serve_ui
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -242,6 +242,28 @@ def test_a_new_store_lies_there_too(tmp_path: Path, migrated: Path, monkeypatch:
     assert {"mlflow.db"} == {path.name for path in folder.glob("*.db")}
     with sqlite3.connect(folder / "mlflow.db") as store:
         assert store.execute("select name from experiments where name = 'mine'").fetchall() == [("mine",)]
+
+
+def test_the_server_of_ui_leaves_no_folder_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a?b"
+    folder.mkdir()
+
+    class Server:
+        """MLflow's, as far as it makes the folder of its store."""
+
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            Path(command[command.index("--backend-store-uri") + 1].removeprefix("sqlite:///")).parent.mkdir()
+
+        def poll(self) -> None: ...
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("training.ui.subprocess.Popen", Server)
+    monkeypatch.setattr("training.ui.signal.signal", lambda *_: None)
+    monkeypatch.setattr("training.ui.server_answers", lambda *_, **__: True)
+    assert _serve(default_store(folder), folder, 5000, "127.0.0.1", [], False) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_network_disks_are_known(tmp_path: Path) -> None:
