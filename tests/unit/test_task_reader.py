@@ -296,7 +296,10 @@ def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
     reader.tokenizer._backend.normalizer = Replace("\u200b", "")
     with pytest.raises(BadRow, match=r"rows\.jsonl:5: no token stands for the answer"):
         reader.read(4, 0)
-    assert reader.readable([3, 4, 5])[0] == [3, 5]
+    found = reader.readable([3, 4, 5])
+    assert found.rows == [3, 5]
+    (bad,) = found.bad
+    assert str(bad).endswith("rows.jsonl:5: no token stands for the answer"), "which check --all-rows tells"
 
 
 # --- windows
