@@ -65,7 +65,7 @@ def write_task_start(
     pretraining heads and a pooler, and when `output` was made from something else.
     """
     directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
-    config = _encoder_config(directory, architecture)
+    config = encoder_config(directory, architecture)
     made_from = {"weights": directory_hash(directory), "kind": kind, "labels": list(labels), "seed": seed}
 
     def write(temporary: Path) -> None:
@@ -83,7 +83,7 @@ def write_task_config(
     `pretrained`: there are weights to start from, and they are held against the task's. Raises ModelError as it does.
     """
     directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
-    config = _encoder_config(directory, architecture)
+    config = encoder_config(directory, architecture)
     if pretrained:
         config = _with_head(directory, architecture, config, labels, 0, device="meta").config
     else:
@@ -93,7 +93,7 @@ def write_task_config(
     return output
 
 
-def _encoder_config(directory: Path, architecture: Architecture) -> PreTrainedConfig:
+def encoder_config(directory: Path, architecture: Architecture) -> PreTrainedConfig:
     """Raises ModelError for what is no encoder, before its weights are read."""
     config = load_config(directory, architecture)
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from modeling.architectures import Architecture, auto_class
-from modeling.encoders import PRETRAINING_WEIGHTS, in_head
+from modeling.encoders import PRETRAINING_WEIGHTS, encoder_config, in_head
 from modeling.errors import ModelError
 from modeling.loading import load_config
 from modeling.weight_files import one_line, other_weights, refuse_stub, stored_tensors
@@ -42,7 +42,7 @@ def check_directory(
         for file in sorted(directory.glob(pattern)):
             refuse_stub(file)
     _check_config(directory)
-    config = load_config(directory, architecture)
+    config = load_config(directory, architecture) if labels is None else encoder_config(directory, architecture)
     for name in config.architectures or ():
         known = getattr(transformers, name, None)
         if known is not None and known.config_class is not None and not isinstance(config, known.config_class):
@@ -67,9 +67,7 @@ def check_directory(
         return model
     # a masked language model's head is pretrained, and worth nothing drawn anew
     new: Any = (lambda name: False) if architecture == "masked-lm" else (lambda name: in_head(model, name))
-    match = match_weights(model, stored, may_miss=new, may_hold=PRETRAINING_WEIGHTS)
-    match.converted = []  # encoders are read by transformers itself, which converts
-    match.refuse(model, directory)
+    match_weights(model, stored, may_miss=new, may_hold=PRETRAINING_WEIGHTS).refuse(model, directory)
     return model
 
 

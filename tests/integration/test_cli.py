@@ -418,6 +418,9 @@ def test_a_store_in_a_folder_that_is_not_there_is_named(
     changes = ("tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/none/mlflow.db")
     line = refused(cli(command, run_file(tmp_path), *changes))
     assert line.endswith(f"there is no folder {tmp_path / 'none'}; make it, or name another place")
+    assert line.startswith("tracking.uri: ")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none/mlflow.db")
+    assert refused(cli(command, run_file(tmp_path), "tracking.enabled=true")).startswith("MLFLOW_TRACKING_URI: ")
     assert not (tmp_path / "run").exists()
 
 

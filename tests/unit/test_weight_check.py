@@ -320,6 +320,30 @@ def test_an_encoder_may_lack_its_new_head_and_nothing_else(tmp_path: Path, pretr
         check_directory(tmp_path, "token-classification", ["a", "b", "c"])
 
 
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("nomic_bert", r"the layers of nomic_bert have no attention\.self\.query; take one of"),
+        ("gemma", "is a decoder; "),
+    ],
+)
+def test_what_no_task_is_trained_on_is_named_by_what_it_is(tmp_path: Path, model_type: str, message: str) -> None:
+    """Its layers, or its kind; not the weights that are stored in another layout."""
+    auto = AutoModelForMaskedLM if model_type == "nomic_bert" else AutoModelForCausalLM
+    auto.from_config(AutoConfig.for_model(model_type, **{**ENCODER, "num_key_value_heads": 4})).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ModelError, match=message):
+        check_directory(tmp_path, "token-classification", ["a", "b"])
+
+
+def test_old_buffers_need_no_place(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "one", tmp_path / "D")
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors(lambda held: held.update({old: torch.ones(4)}))(tmp_path / "D")
+    checked(tmp_path / "D", tmp_path)
+
+
 def test_the_encoder_of_a_run_is_looked_at_before_its_head_is_made(tmp_path: Path) -> None:
     AutoModelForMaskedLM.from_config(AutoConfig.for_model("xlm-roberta", **ENCODER)).save_pretrained(tmp_path / "D")
     task = {"data.task": {"kind": "tagging", "labels": ["WORD", "NUMBER"]}, "objective": {"name": "finetune"}}
