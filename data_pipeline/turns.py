@@ -70,6 +70,8 @@ def read_conversation(
     turns = cells.listed(column)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise cells.bad(f"{column!r} must be a list of {{role, content}}, or of {{from, value}}")
+    if not turns:
+        raise cells.bad(f"{column!r} must hold a user turn")
     start = () if system is None else (Message("system", system),)
     messages = (*start, *(_message(cells, turn, f"{column!r}[{number}]") for number, turn in enumerate(turns)))
     try:

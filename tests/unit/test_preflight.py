@@ -196,7 +196,7 @@ def test_a_rank_with_another_torch_is_refused_before_any_collective_call() -> No
 
 def test_a_rank_that_never_comes_is_named_by_all_the_others(tmp_path: Path) -> None:
     """Our launcher, three ranks of which one hangs on its way."""
-    before = "preflight.COME_SECONDS = 3.0\nif rank == 1: import time; time.sleep(60)"
+    before = "preflight.COME_SECONDS = 3.0\nif rank == 1: import time; time.sleep(300)"
     started = time.monotonic()
     code = textwrap.dedent(JOIN).format(before=before)
     program = f"""
@@ -208,9 +208,9 @@ def test_a_rank_that_never_comes_is_named_by_all_the_others(tmp_path: Path) -> N
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], env=environment(), cwd=SOURCE, capture_output=True, text=True,
-        timeout=60,
+        timeout=200,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-2000:]
-    assert time.monotonic() - started < 45
+    assert time.monotonic() - started < 150  # long before that rank would have come; starting ranks takes a while
     line = "RanksMissing rank 1 of node 0 did not come in 3 s; 2 of 3 ranks are here"
     assert done.stdout.splitlines() == [line] * 2
