@@ -10,7 +10,7 @@ for the tasks of encoders (`tasks/reader.py`) is in PlannedLoader.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -109,17 +109,22 @@ class SampleReader:
 
     def readable(self, rows: Sequence[int]) -> Readable[TokenizedSample]:
         """Reads rows for a fixed set, which needs no slot. Raises DataError."""
-        found: Readable[TokenizedSample] = Readable([], [], [])
-        for row in rows:
-            try:
-                sample = self.read(row)
-            except BadRow as bad:
-                found.bad.append(bad)
-                continue
-            if sample is not None:
-                found.rows.append(row)
-                found.samples.append(sample)
-        return found
+        return read_rows(rows, self.read)
+
+
+def read_rows(rows: Sequence[int], read: Callable[[int], Item | None]) -> Readable[Item]:
+    """What `read` gives of the rows: None for one that is left out; an unusable one is a BadRow that it raises."""
+    found: Readable[Item] = Readable([], [], [])
+    for row in rows:
+        try:
+            sample = read(row)
+        except BadRow as bad:
+            found.bad.append(bad)
+            continue
+        if sample is not None:
+            found.rows.append(row)
+            found.samples.append(sample)
+    return found
 
 
 def overlong_error(origin: str, length: int, most: int) -> DataError:

@@ -26,6 +26,7 @@ from data_pipeline.loader import (
     count_slot,
     no_slots,
     overlong_error,
+    read_rows,
 )
 from data_pipeline.plan import Planner, StepPlan, Unit
 from data_pipeline.records import BadRow, DataError, stable_hash
@@ -122,17 +123,7 @@ class TaskReader:
 
     def readable(self, rows: Sequence[int], step: int = 0) -> Readable[TaskSample]:
         """Reads rows for a fixed set, which needs no slot. Raises DataError."""
-        found: Readable[TaskSample] = Readable([], [], [])
-        for row in rows:
-            try:
-                sample = self.read(row, step)
-            except BadRow as bad:
-                found.bad.append(bad)
-                continue
-            if sample is not None:
-                found.rows.append(row)
-                found.samples.append(sample)
-        return found
+        return read_rows(rows, lambda row: self.read(row, step))
 
     def _drawn(self, what: str, record: TaskRecord, step: int) -> int:
         return stable_hash(what, self.seed, step, record.language, record.id)
