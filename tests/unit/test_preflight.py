@@ -150,7 +150,7 @@ JOIN = """
         preflight.join(Path.cwd(), timedelta(seconds=60))
     except (ConfigError, preflight.RanksMissing) as error:
         print(type(error).__name__, error)
-        os._exit(3)
+        os._exit(9)  # neither of the statuses of a finished run: the launcher knows those
     import torch
     from training.straggler import Stragglers
     from training.watchdog import WatchdogConfig
@@ -188,7 +188,7 @@ def test_two_real_ranks_join_within_two_seconds_and_the_slow_one_is_named() -> N
 def test_a_rank_with_another_torch_is_refused_before_any_collective_call() -> None:
     before = "preflight.versions = lambda: {'torch': '2.0' if rank else '1.0'}"
     results = run_ranks(join_program(before), 2, timeout=60)
-    assert [each.returncode for each in results] == [3, 3], results[1].stderr[-2000:]
+    assert [each.returncode for each in results] == [9, 9], results[1].stderr[-2000:]
     texts = {each.stdout for each in results}
     assert len(texts) == 1
     assert texts.pop().startswith("ConfigError preflight: rank")
@@ -196,7 +196,7 @@ def test_a_rank_with_another_torch_is_refused_before_any_collective_call() -> No
 
 def test_a_rank_that_never_comes_is_named_by_all_the_others(tmp_path: Path) -> None:
     """Our launcher, three ranks of which one hangs on its way."""
-    before = "preflight.COME_SECONDS = 3.0\nif rank == 1: import time; time.sleep(300)"
+    before = "preflight.COME_SECONDS = 3.0\nif rank == 1: import time; time.sleep(60)"
     started = time.monotonic()
     code = textwrap.dedent(JOIN).format(before=before)
     program = f"""
@@ -208,9 +208,9 @@ def test_a_rank_that_never_comes_is_named_by_all_the_others(tmp_path: Path) -> N
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], env=environment(), cwd=SOURCE, capture_output=True, text=True,
-        timeout=200,
+        timeout=60,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-2000:]
-    assert time.monotonic() - started < 150  # long before that rank would have come; starting ranks takes a while
+    assert time.monotonic() - started < 45
     line = "RanksMissing rank 1 of node 0 did not come in 3 s; 2 of 3 ranks are here"
     assert done.stdout.splitlines() == [line] * 2
