@@ -22,6 +22,7 @@ from data_pipeline.templates import language_name
 LOOKED_AT = 2_000  # rows a language whose ids are compared
 COMPARED = 200  # pairs a language whose texts are compared
 FEWEST = 20  # pairs that say something
+RANDOM_Z = 2.33  # standard errors that the correlation of unrelated texts exceeds once in a hundred times
 EXAMPLES = 2
 
 
@@ -141,7 +142,7 @@ def _lengths_agree(texts: Sequence[str], others: Sequence[str]) -> tuple[bool, s
     if len(texts) < FEWEST or any(np.ptp(each) == 0 for each in ranks):
         return None
     correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-    return bool(correlation * np.sqrt(len(texts) - 1) > 3), (
+    return bool(correlation * np.sqrt(len(texts) - 1) > RANDOM_Z), (
         f"long texts do not go with long ones (rank correlation {correlation:.2f} over {len(texts)} pairs)"
     )
 

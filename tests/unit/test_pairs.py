@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tiny_run import LANGUAGES, XMIXUP, corpus_rows, run_values, write_task_data
 
+from data_pipeline.pairs import _lengths_agree
 from data_pipeline.records import DataError
 from training.assembly import assemble, assemble_data
 from training.check import check_run
@@ -290,3 +291,16 @@ def test_xmixup_pairs_by_back_translations_are_pairs_and_are_shown(tmp_path: Pat
     assert lines[place + 2].startswith("back-translation  ")
     assert f"warning: {line}" in lines
     assemble_data(config, prepared)
+
+
+@pytest.mark.parametrize(("noise", "correlation", "agrees"), [(38, "0.48", True), (50, "0.35", False)])
+def test_lengths_of_a_few_short_translations_are_told_from_chance(noise: int, correlation: str, agrees: bool) -> None:
+    """32 pairs of texts of about one length: 0.48 is beyond chance (4 in 1,000), 0.35 is not (26 in 1,000)."""
+    chance = random.Random(1)
+    lengths = [40 + number for number in range(32)]
+    texts, others = (
+        ["x" * length for length in each] for each in (lengths, [n + chance.randrange(noise) for n in lengths])
+    )
+    found = _lengths_agree(texts, others)
+    assert found is not None
+    assert found == (agrees, f"long texts do not go with long ones (rank correlation {correlation} over 32 pairs)")
