@@ -14,6 +14,7 @@ import pytest
 from fake_hub import SHA, Hub, serving
 from fake_slurm import FakeSlurm
 from tiny_run import LANGUAGES, PreparedRun, run_values, write_config
+from warm import Warm
 
 from training.config import RunConfig
 from training.errors import ConfigError
@@ -22,6 +23,13 @@ from training.run_file import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, DATA = "tiny/llama", "tiny/problems"
+# What a command imports, without the libraries that read HF_HOME and HF_HUB_OFFLINE when they are imported.
+WARM = Warm(
+    "torch", "torch._dynamo.aot_compile", "torch._inductor.test_operators", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "torch.distributed.tensor", "scipy.optimize", "pandas", "pyarrow.parquet", "tokenizers",
+    "sentencepiece", "regex", "httpx2", "fsspec", "dill", "multiprocess", "training.prefetch",
+)  # fmt: skip
+READ_WHEN_IMPORTED = ("huggingface_hub", "transformers", "datasets", "accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +56,22 @@ def run_file(folder: Path, corpus: Path, model: str = MODEL, data: str | None = 
     return write_config(folder / "run.yaml", values)
 
 
+def variables(**given: str) -> dict[str, str]:
+    """This process's without those of the hub, and the given ones."""
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("HF_")}, "PYTHONPATH": str(ROOT), **given}
+
+
 def crosslift(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    """As a user starts it."""
     return subprocess.run(
         [sys.executable, str(ROOT / "crosslift.py"), *arguments],
-        env={**kept, "PYTHONPATH": str(ROOT), **environment}, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=variables(**environment), cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+def crosslift_warm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same command, started by a process that has torch imported."""
+    return WARM.run([str(ROOT / "crosslift.py"), *arguments], variables(**environment), timeout=300)
 
 
 def site_file(folder: Path, cache: Path) -> dict[str, str]:
@@ -66,8 +84,13 @@ def site_file(folder: Path, cache: Path) -> dict[str, str]:
 def submit_offline(config: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """With a hub that is away, and a shell whose own cache holds nothing."""
     slurm = FakeSlurm(folder / "fake")
-    return crosslift("submit", str(config), "--offline", HF_ENDPOINT="http://127.0.0.1:9", PATH=slurm.search_path,
-                     HF_HOME=str(folder / "mine"), **environment)  # fmt: skip
+    return crosslift_warm("submit", str(config), "--offline", HF_ENDPOINT="http://127.0.0.1:9",
+                          PATH=slurm.search_path, HF_HOME=str(folder / "mine"), **environment)  # fmt: skip
+
+
+def test_warm_commands_have_imported_nothing_that_reads_the_variables_of_the_hub() -> None:
+    code = f"import sys; print([name for name in {READ_WHEN_IMPORTED} if name in sys.modules])"
+    assert WARM.run(["-c", code]).stdout == "[]\n"
 
 
 def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path, tmp_path: Path) -> None:
@@ -139,7 +162,8 @@ def test_what_goes_wrong_is_one_line_without_the_token(
         (hub.root / "models" / "tiny" / "damaged" / weights.name).write_bytes(weights.read_bytes()[:-9])
         config = run_file(tmp_path, corpus, "tiny/damaged")
     address = "http://127.0.0.1:9" if case == "no network" else hub.address
-    done = crosslift(
+    start = crosslift if case == "nothing there" else crosslift_warm
+    done = start(
         "prefetch", str(config), "--hf-home", str(tmp_path / "hf"), HF_ENDPOINT=address, HF_TOKEN="hf_verysecretvalue",
         HF_HUB_OFFLINE=str(int(case == "offline")),
     )  # fmt: skip
@@ -148,8 +172,8 @@ def test_what_goes_wrong_is_one_line_without_the_token(
     assert message in done.stderr
     assert "verysecret" not in done.stdout + done.stderr
     if case == "gated":  # the right token opens it, and lies nowhere afterwards
-        again = crosslift("prefetch", str(config), "--hf-home", str(tmp_path / "hf"), HF_ENDPOINT=hub.address,
-                          HF_TOKEN="hf_right")  # fmt: skip
+        again = crosslift_warm("prefetch", str(config), "--hf-home", str(tmp_path / "hf"), HF_ENDPOINT=hub.address,
+                               HF_TOKEN="hf_right")  # fmt: skip
         assert again.returncode == 0, again.stderr
         assert "hf_right" not in again.stdout + again.stderr
         assert not any(b"hf_right" in path.read_bytes() for path in (tmp_path / "hf").rglob("*") if path.is_file())
@@ -159,7 +183,7 @@ def test_a_full_disk_is_one_line(hub: Hub, corpus: Path, small_disk: Path, tmp_p
     """The model fits, as far as sizes tell; the data set fills the disk."""
     config = run_file(tmp_path, corpus)
     (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 250_000))
-    done = crosslift("prefetch", str(config), "--hf-home", str(small_disk / "hf"), HF_ENDPOINT=hub.address)
+    done = crosslift_warm("prefetch", str(config), "--hf-home", str(small_disk / "hf"), HF_ENDPOINT=hub.address)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert f"no space left in {small_disk / 'hf'}" in done.stderr
 
@@ -169,7 +193,7 @@ def test_local_paths_are_said_to_be_local(prepared_run: PreparedRun, corpus: Pat
     tasks.mkdir()
     (tasks / "mgsm_en.tsv").write_text("How many?\t3\nAnd now?\t4\n")
     config = run_file(tmp_path, corpus, prepared_run.prepared.model_dir, None)
-    done = crosslift("prefetch", str(config), "--tasks-dir", str(tasks), HF_ENDPOINT="http://127.0.0.1:9")
+    done = crosslift_warm("prefetch", str(config), "--tasks-dir", str(tasks), HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"model: {prepared_run.prepared.model_dir}, local, ")
