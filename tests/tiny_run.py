@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,6 +186,12 @@ def run_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str,
 def rank_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str, Any]:
     """`run_values` for `write_data(data_dir, RANK_ITEMS)` and one to four ranks."""
     return run_values(data_dir, output_dir, **{**FOR_RANKS, **changes})
+
+
+def copy_preparation(earlier: Path, output_dir: Path) -> None:
+    """Index, tokenizer and starting weights of a run: `prepare` of one with the same data and model finds them."""
+    for name in ("index", "tokenizer", "initial_model"):
+        shutil.copytree(earlier / name, output_dir / name)
 
 
 def write_config(path: Path, values: dict[str, Any]) -> Path:

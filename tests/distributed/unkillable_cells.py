@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiny_run import rank_values
+from tiny_run import copy_preparation, rank_values
 
 from data_pipeline.records import BadRow, DataError
 from training import saving
@@ -37,7 +37,7 @@ from training.trainer import Trainer
 
 STEPS, EVERY = 12, 2
 FAULTY_RANK = 1
-SMALL = {"objective": {"name": "sft"}, "data.slots_per_step": 16}
+SMALL = {"objective": {"name": "sft"}, "data.slots_per_step": 16, "model.init.num_hidden_layers": 1}
 
 Disturb = Callable[[Trainer], None]
 
@@ -170,6 +170,7 @@ CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
     "deadline near": ({"checkpoint.every": 100}, deadline(60.0)),
     "deadline far": ({"checkpoint.every": 100}, deadline(100_000.0)),
 }
+FIRST = next(iter(CELLS))
 
 
 @process_group(timeout_minutes=3)
@@ -179,6 +180,8 @@ def main() -> None:
         usual = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY}
         values = rank_values(data_dir, work / name, **{**usual, **changes})
         config = validate(values, name)
+        if name != FIRST and rank() == 0:  # the others wait for what rank 0 prepares
+            copy_preparation(work / FIRST, config.output_dir)
         trainer = Trainer(assemble(config, prepare(config, rank())), _tracker(config), StopRequest())
         disturb(trainer)
         raised = None

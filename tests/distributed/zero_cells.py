@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_run import rank_values
+from tiny_run import copy_preparation, rank_values
 
 from training.assembly import assemble
 from training.distributed import barrier, gather_objects, rank
@@ -45,6 +45,7 @@ FROM_ONE_RANK = "1-bf16"  # what `short` saved of this cell is resumed on two ra
 CHANGES: dict[str, Any] = {
     "objective": {"name": "sft"},
     "data.slots_per_step": 16,
+    "model.init.num_hidden_layers": 2,
     "data.micro_batch_tokens": 384,
     "max_steps": STEPS,
     "optimizer.learning_rate": 1e-2,
@@ -86,6 +87,9 @@ def main() -> None:
 
 def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Trainer:
     config = validate(rank_values(data_dir, work / folder, **CHANGES, **changes), "test")
+    first = work / f"{next(iter(CELLS))}-short"  # whatever the stage and the precision, they start from the same
+    if rank() == 0 and first.exists() and not config.output_dir.exists():  # the others wait for what rank 0 prepares
+        copy_preparation(first, config.output_dir)
     return Trainer(assemble(config, prepare(config, rank())), tracker=None)
 
 
