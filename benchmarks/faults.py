@@ -54,10 +54,10 @@ class Outcome:
 class Faults:
     """The undisturbed run, and every way to disturb one like it."""
 
-    def __init__(self, work: Path, seed: int, max_steps: int = 400) -> None:
+    def __init__(self, work: Path, seed: int, max_steps: int = 400, sizes: CorpusSizes | None = None) -> None:
         self.work, self.chance, self.max_steps = work, random.Random(seed), max_steps
         self.data = work / "data"
-        write_corpus(self.data, CorpusSizes(), seed)
+        write_corpus(self.data, sizes or CorpusSizes(), seed)
         undisturbed = self.run("undisturbed")
         if status := undisturbed.finish():
             raise RuntimeError(f"the undisturbed run ended with {status}: {undisturbed.said[-2000:]}")
