@@ -1,4 +1,7 @@
-"""Kill -9 in mid-run, then `--resume auto`: everything goes on exactly as in the undisturbed run (decisions 1, 9)."""
+"""Kill -9 in mid-run, then `--resume auto`: everything goes on exactly as in the undisturbed run (decisions 1, 9).
+
+`crosslift train` itself is killed and started again with ShifCon; the other runs are its ranks, without the launcher.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SOURCE, environment
+from ranks import SOURCE, checked, environment, kill_ranks_when, run_ranks
 from safetensors.torch import load_file
 from tiny_run import RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
@@ -46,6 +49,11 @@ def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment(), cwd=SOURCE, capture_output=True, text=True, timeout=timeout)
 
 
+def rank_program(config: Path) -> list[str]:
+    """The program of a rank that `crosslift train` starts."""
+    return ["-m", "training", str(config), "--resume", "auto"]
+
+
 def metrics(output_dir: Path) -> dict[int, dict[str, float]]:
     """Metrics by step; of a step that was done twice, the later ones."""
     found: dict[int, dict[str, float]] = {}
@@ -63,15 +71,20 @@ def ranks_below(process: int) -> list[int]:
     return [int(pid) for pid, parent, args in rows if int(parent) == process and "-m training" in args]
 
 
-def kill_a_rank_after(command: list[str], output_dir: Path, step: int) -> int:
-    """Start a run, kill -9 rank 1 once `step` steps are recorded and one is saved; the launcher's exit status.
+def to_be_killed(output_dir: Path) -> bool:
+    """Once enough steps are recorded and one is saved.
 
     A checkpoint is written while training goes on: when its step is recorded, it may not be complete.
     """
+    recorded = (output_dir / "record.jsonl").exists() and max(metrics(output_dir), default=0) >= KILLED_AFTER
+    return recorded and checkpoint.latest(output_dir) is not None
+
+
+def kill_a_rank_of(command: list[str], output_dir: Path) -> int:
+    """Start a run and kill -9 rank 1 in the middle; the launcher's exit status."""
     process = subprocess.Popen(command, env=environment(), cwd=SOURCE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    record = output_dir / "record.jsonl"
-    while not (record.exists() and max(metrics(output_dir), default=0) >= step and checkpoint.latest(output_dir)):
+    while not to_be_killed(output_dir):
         assert time.monotonic() < deadline, "the run never got there"
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.05)
@@ -79,34 +92,39 @@ def kill_a_rank_after(command: list[str], output_dir: Path, step: int) -> int:
     return process.wait(timeout=120)
 
 
-def undisturbed_and_killed(folder: Path, data: Path, changes: dict[str, Any]) -> dict[str, Path]:
-    """The same run undisturbed, and killed in mid-run and resumed."""
-    found = {}
-    for name in ("undisturbed", "killed"):
-        output = folder / name
-        # Slow enough to be killed in mid-run: checkpoints at 2, 4, 6, .. and many steps.
-        config = write_config(folder / f"{name}.yaml", rank_values(data, output, **changes))
-        if name == "killed":
-            assert kill_a_rank_after(train(config), output, KILLED_AFTER) != 0
-            newest = checkpoint.latest(output)
-            assert newest is not None
-            assert 2 <= int(newest.name.removeprefix("step-")) < STEPS
-        finished = run(train(config, "--resume", "auto"))
+def undisturbed_and_killed(folder: Path, data: Path, changes: dict[str, Any], launcher: bool) -> dict[str, Path]:
+    """The same run undisturbed, and killed in mid-run and resumed: with `launcher` as a command, or as ranks alone."""
+    found = {name: folder / name for name in ("undisturbed", "killed")}
+    # Slow enough to be killed in mid-run: checkpoints at 2, 4, 6, .. and many steps.
+    undisturbed, killed = (
+        write_config(folder / f"{name}.yaml", rank_values(data, output, **changes)) for name, output in found.items()
+    )
+    checked(run_ranks(rank_program(undisturbed), 2))
+    if launcher:
+        assert kill_a_rank_of(train(killed), found["killed"]) != 0
+    else:
+        kill_ranks_when(lambda: to_be_killed(found["killed"]), rank_program(killed), 2, folder / "killed-ranks")
+    newest = checkpoint.latest(found["killed"])
+    assert newest is not None
+    assert 2 <= int(newest.name.removeprefix("step-")) < STEPS
+    if launcher:
+        finished = run(train(killed, "--resume", "auto"))
         assert finished.returncode == 0, finished.stderr[-3000:]
-        found[name] = output
+    else:
+        checked(run_ranks(rank_program(killed), 2))
     return found
 
 
 @pytest.fixture(scope="module")
 def shifcon(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("resume")
-    return undisturbed_and_killed(folder, write_data(folder / "data", RANK_ITEMS), SHIFCON)
+    return undisturbed_and_killed(folder, write_data(folder / "data", RANK_ITEMS), SHIFCON, launcher=True)
 
 
 @pytest.fixture(scope="module")
 def xmixup(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("resume-xmixup")
-    return undisturbed_and_killed(folder, write_task_data(folder / "data", RANK_ITEMS), XMIXUP_RUN)
+    return undisturbed_and_killed(folder, write_task_data(folder / "data", RANK_ITEMS), XMIXUP_RUN, launcher=False)
 
 
 @pytest.fixture(params=["shifcon", "xmixup"])
@@ -185,12 +203,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_changes_are_refused(shifcon: di
     tokenizer.write_text(json.dumps({**json.loads(settings), "chat_template": "{{ messages }}"}))
     try:
         changed = rank_values(output.parent / "data", output, **SHIFCON, seed=4)
-        refused = run(train(write_config(tmp_path / "changed.yaml", changed)))
-        assert refused.returncode == 2
-        assert f"{torn} is passed over: zero/{victim.name} is not what was saved" in refused.stderr
-        assert "config seed: was 3, now 4" in refused.stderr
-        assert "data tokenizer: has changed" in refused.stderr
-        assert "step-00000008" in refused.stderr
+        refused = run_ranks(rank_program(write_config(tmp_path / "changed.yaml", changed)), 2)
+        assert [each.returncode for each in refused] == [2, 2]
+        said = refused[0].stderr
+        assert f"{torn} is passed over: zero/{victim.name} is not what was saved" in said
+        assert "config seed: was 3, now 4" in said
+        assert "data tokenizer: has changed" in said
+        assert "step-00000008" in said
     finally:
         victim.write_bytes(content)
         tokenizer.write_text(settings)
@@ -198,7 +217,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_changes_are_refused(shifcon: di
 
 def test_a_finished_run_is_not_run_again(shifcon: dict[str, Path]) -> None:
     before = (shifcon["killed"] / "record.jsonl").read_bytes()
-    again = run(train(shifcon["killed"].with_suffix(".yaml")))
-    assert again.returncode == 0
-    assert "finished already" in again.stderr
+    again = run_ranks(rank_program(shifcon["killed"].with_suffix(".yaml")), 2)
+    checked(again)
+    assert "finished already" in again[0].stderr
     assert (shifcon["killed"] / "record.jsonl").read_bytes() == before
