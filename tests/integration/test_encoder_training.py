@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
-from ranks import SOURCE, environment
+from ranks import checked, run_command, run_ranks
 from tiny_run import XMIXUP, run_values, write_config, write_task_data
 
 from modeling.encoders import load_task_model
@@ -32,24 +31,24 @@ TEXT = {
 }
 
 
-def crosslift(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "crosslift.py", *arguments]
-    return subprocess.run(command, env=environment(), cwd=SOURCE, capture_output=True, text=True, timeout=240)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mlm/` and, from its export, `mixed/` and `adapted/`, which trains adapters only, on two ranks."""
+    """`mlm/` and, from its export, `mixed/` and `adapted/`, which trains adapters only, on two ranks.
+
+    The first by `crosslift train`, the others as the ranks that it would start.
+    """
     folder = tmp_path_factory.mktemp("encoder")
     data = write_task_data(folder / "data")
     tagging = {key: value for key, value in XMIXUP.items() if key not in ("model.init", "tokenizer.train")}
     tagging |= {"model": {"path": str(folder / "mlm" / "model")}, "tokenizer": {}}
     tagging |= {"max_steps": STEPS, "checkpoint.every": 2}
     adapted = {**tagging, "model": {**tagging["model"], "lora": LORA}}
-    for name, changes, ranks in (("mlm", TEXT, "1"), ("mixed", tagging, "1"), ("adapted", adapted, "2")):
+    for name, changes, ranks in (("mlm", TEXT, None), ("mixed", tagging, 1), ("adapted", adapted, 2)):
         config = write_config(folder / f"{name}.yaml", run_values(data, folder / name, **changes))
-        done = crosslift("train", str(config), "--nproc", ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
+        if ranks is None:
+            checked([run_command("train", str(config), "--nproc", "1")])
+        else:
+            checked(run_ranks(["-m", "training", str(config)], ranks))
     return folder
 
 
@@ -69,7 +68,7 @@ def test_a_checkpoint_of_adapters_holds_no_frozen_weight_and_knows_its_base(runs
     content[-1] ^= 1
     start.write_bytes(content)
     try:
-        refused = crosslift("export", str(runs / "adapted"), "--output", str(tmp_path / "model"))
+        refused = run_command("export", str(runs / "adapted"), "--output", str(tmp_path / "model"))
     finally:
         content[-1] ^= 1
         start.write_bytes(content)
@@ -131,7 +130,7 @@ def test_the_export_says_what_it_is_and_mixes_again(runs: Path) -> None:
 
 
 def test_check_shows_both_sides_with_their_tags(runs: Path) -> None:
-    done = crosslift("check", str(runs / "mixed.yaml"))
+    done = run_command("check", str(runs / "mixed.yaml"))
     assert done.returncode == 0, done.stderr
     assert "source (gold):" in done.stdout or "source (back-translation):" in done.stdout
     assert "NUMBER" in done.stdout
@@ -154,7 +153,6 @@ def test_adapters_alone_are_trained_and_merged(runs: Path) -> None:
 def test_adapters_go_on_from_a_checkpoint_as_if_never_stopped(runs: Path) -> None:
     before = [step["train/loss"] for step in metrics(runs / "adapted") if "train/loss" in step]
     checkpoint = runs / "adapted" / "checkpoints" / "step-00000002"
-    done = crosslift("train", str(runs / "adapted.yaml"), "--nproc", "2", "--resume", str(checkpoint))
-    assert done.returncode == 0, done.stderr[-3000:]
+    checked(run_ranks(["-m", "training", str(runs / "adapted.yaml"), "--resume", str(checkpoint)], 2))
     again = [step["train/loss"] for step in metrics(runs / "adapted") if "train/loss" in step]
     assert again == [*before, *before[2:]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
-from ranks import SOURCE, environment
+from ranks import checked, run_command
 from tiny_run import ITEMS, write_task_data
 
 from data_pipeline.xtreme.tasks import TASKS
@@ -27,14 +26,10 @@ TRANSLATED = ("de", "zh")
 SMALL = ("precision=fp32", "epochs=3", "checkpoints=2", "data.slots_per_step=16", "optimizer.learning_rate=2.0e-3")
 
 
-def crosslift(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "crosslift.py", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), cwd=SOURCE, capture_output=True, text=True, timeout=560)
-
-
 def succeeded(*arguments: object) -> str:
-    done = crosslift(*arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """What the command printed. What it starts itself, `crosslift train` and its rank, is started as ever."""
+    done = run_command(*arguments, timeout=560)
+    checked([done])
     return done.stdout
 
 
