@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
-from ranks import SOURCE, checked, environment, run_ranks
+from ranks import SOURCE, checked, environment, run_command, run_ranks
 from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
 from data_pipeline.records import Message, TokenizedSample
@@ -138,7 +138,7 @@ def test_mlflow_has_the_run_with_its_artefacts(trained: Path) -> None:
 
 
 def test_generate_answers_with_the_shift_on(trained: Path) -> None:
-    done = crosslift(
+    done = run_command(
         "generate", str(trained / "model"), "--language", "sw", "--prompt", "3 maembe 4 ?", "--json",
         "--max-new-tokens", "4",
     )  # fmt: skip
@@ -273,7 +273,7 @@ def test_a_shifcon_export_without_vectors_is_refused(trained: Path, tmp_path: Pa
     copy = tmp_path / "model"
     shutil.copytree(trained / "model", copy)
     (copy / "language_vectors.safetensors").unlink()
-    done = crosslift("generate", str(copy), "--prompt", "x")
+    done = run_command("generate", str(copy), "--prompt", "x")
     assert done.returncode == 2
     assert "language_vectors.safetensors: missing" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -285,7 +285,7 @@ def test_eval_scores_mgsm_and_keeps_every_output(trained: Path, tmp_path: Path) 
     for language in ("en", "sw", "bn"):
         (tests / f"mgsm_{language}.tsv").write_text("2 apples 3 ?\t5\n4 apples 4 ?\t8\n", encoding="utf-8")
     output = tmp_path / "scores"
-    done = crosslift(
+    done = run_command(
         "eval", str(trained / "model"), "--tasks", "mgsm", "--data-dir", str(tests), "--output", str(output),
         "--max-new-tokens", "8", "--limit", "2",
     )  # fmt: skip
@@ -306,9 +306,9 @@ def test_bf16_trains_and_exports_under_zero_3(objective: str, data: Path, tmp_pa
     if objective == "xmixup":
         data, changes = write_task_data(tmp_path / "data", RANK_ITEMS), {**XMIXUP, **changes}
     values = rank_values(data, tmp_path / "run", **changes)
-    done = crosslift("train", str(write_config(tmp_path / "run.yaml", values)), "--nproc", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "reopened the export" in done.stderr
+    done = run_ranks(["-m", "training", str(write_config(tmp_path / "run.yaml", values))], 2)
+    checked(done)
+    assert "reopened the export" in done[0].stderr
     kinds = {str(tensor.dtype) for tensor in load_file(tmp_path / "run/model/model.safetensors").values()}
     assert kinds == {"torch.bfloat16"}
     events = [json.loads(line) for line in (tmp_path / "run" / "record.jsonl").read_text().splitlines()]
