@@ -10,16 +10,24 @@ order of the data.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tiny_run import XMIXUP, copy_preparation, rank_values
 
-from training import checkpoint
+from training import checkpoint, resume
 from training.assembly import assemble
 from training.distributed import rank, world_size
 from training.engine import process_group
+from training.engine_state import to_universal
 from training.prepare import prepare
 from training.resume import go_on
 from training.run_file import validate
@@ -38,6 +46,46 @@ SAVED, STEPS, SAVING_RANKS = 3, 6, 2  # ShifCon estimates its vectors anew befor
 # more and for fewer ranks; that what bf16 saves is loaded, one other number does.
 OTHERS = {name: (1,) if name.endswith("bf16") else (1, 4) for name in CELLS}
 SMALL: dict[str, Any] = {"max_steps": STEPS, "optimizer.learning_rate": 1e-2, "data.slots_per_step": 48}
+
+
+@contextmanager
+def warm_conversions() -> Iterator[None]:
+    """Inside, the process that converts a checkpoint for this rank is started as ever once, and later is a fork.
+
+    It is forked here, before this rank is one: what converts forks workers, which a rank must not.
+    """
+    fork, (ours, theirs) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
+    process = fork.Process(target=_convert, args=(ours, theirs))
+    process.start()
+    theirs.close()
+    run, cold = subprocess.run, [True]
+
+    def started(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[1:3] != ["-m", "training.engine_state"]:
+            return run(command, **options)
+        if cold:
+            cold.clear()
+            return run(command, **options)
+        ours.send(command[3:])
+        return subprocess.CompletedProcess(command, ours.recv(), stderr="")
+
+    try:
+        with patch.object(resume.subprocess, "run", started):
+            yield
+    finally:
+        ours.close()
+        process.join()
+
+
+def _convert(unused: Connection, asked: Connection) -> None:
+    unused.close()
+    while True:
+        try:
+            path, output = map(Path, asked.recv())
+        except EOFError:
+            return
+        to_universal(path, output)
+        asked.send(0)
 
 
 @process_group(timeout_minutes=3)
@@ -69,4 +117,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if os.environ["RANK"] == "0" and int(os.environ["WORLD_SIZE"]) != SAVING_RANKS:
+        with warm_conversions():
+            main()
+    else:
+        main()
