@@ -22,14 +22,14 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gradients of every cell: one launch a world size runs them all."""
+    """Gradients of every cell: one launch a world size runs them all, from what the first one has prepared."""
     folder = tmp_path_factory.mktemp("gradients")
     data = write_data(folder / "data", RANK_ITEMS)
     write_task_data(data / "tasks", RANK_ITEMS)
     for world_size in WORLD_SIZES:
         output = folder / str(world_size)
         output.mkdir()
-        checked(run_ranks([WORKER, str(data), str(folder / f"work-{world_size}"), str(output)], world_size))
+        checked(run_ranks([WORKER, str(data), str(folder / "work"), str(output)], world_size))
     return folder
 
 
