@@ -28,7 +28,7 @@ PLANNED: dict[str, list[str]] = {
     "quickstart-base": [],
     "quickstart-msft": [SMALL_LLAMA, "tokenizer.train.vocab_size=900"],
     "quickstart-shifcon": [SMALL_LLAMA, "tokenizer.train.vocab_size=900"],
-    "gsm8k-parallel": ["tokenizer.train.vocab_size=900"],
+    "gsm8k-parallel": ["tokenizer.train.vocab_size=900", "data.heldout_items=20"],
     "llama-8b-shifcon": [SMALL_LLAMA, "tokenizer.train.vocab_size=900", "data.heldout_items=20"],
     "encoder-mlm": ["tokenizer.train.vocab_size=900"],
 }
@@ -44,7 +44,7 @@ GENERATED_TOKENS = 24
 
 def plan(revision: Revision, data: Path) -> Facts:
     """`data plan` of every run file in configs/ on 1, 2 and 8 ranks."""
-    facts: Facts = {}
+    plans: dict[str, list[object]] = {}
     for file in sorted((revision.tree / "configs").glob("*.yaml")):
         name = file.name.removesuffix(".yaml")
         if name in NOT_RUN_FILES:
@@ -52,9 +52,8 @@ def plan(revision: Revision, data: Path) -> Facts:
         if name not in PLANNED:
             raise SameNumbersError(f"configs/{file.name}: not in PLANNED of {__file__}; say there how to plan it")
         output = revision.folder / "plan" / name
-        overrides = [f"data_dir={_planned_data(data, file)}", f"output_dir={output}", *PLANNED[name]]
-        facts |= _plan(revision, file, overrides, name)
-    return facts
+        plans[name] = [file, f"data_dir={_planned_data(data, file)}", f"output_dir={output}", *PLANNED[name]]
+    return _plans(revision, plans)
 
 
 def _planned_data(data: Path, config: Path) -> Path:
@@ -68,15 +67,16 @@ def _planned_data(data: Path, config: Path) -> Path:
     return folder
 
 
-def _plan(revision: Revision, config: Path, overrides: list[str], name: str) -> Facts:
+def _plans(revision: Revision, plans: dict[str, list[object]]) -> Facts:
+    """The lines of `data plan` by name, for each number of ranks; `plans` has the run file and overrides of each."""
+    asked = [(name, ranks) for name in plans for ranks in PLANNED_RANKS]
+    printed = revision.crosslift_each(
+        [["data", "plan", *plans[name], "--steps", PLANNED_STEPS, "--world-size", ranks] for name, ranks in asked]
+    )
     return {
         f"plan {name} {ranks} ranks {number}": line
-        for ranks in PLANNED_RANKS
-        for number, line in enumerate(
-            revision.crosslift(
-                "data", "plan", config, *overrides, "--steps", PLANNED_STEPS, "--world-size", ranks
-            ).splitlines()
-        )
+        for (name, ranks), lines in zip(asked, printed, strict=True)
+        for number, line in enumerate(lines.splitlines())
     }
 
 
@@ -91,15 +91,14 @@ def shifcon(revision: Revision, data: Path) -> Facts:
     asked = [
         {"prompt": inputs.question(language, 150)["question"], "language": language} for language in inputs.LANGUAGES
     ]
-    inputs.write_rows(revision.folder / "asked.jsonl", asked)
-    for number, language in enumerate(("auto", "none")):
-        rows = [row if number else {"prompt": row["prompt"]} for row in asked]
-        file = revision.folder / f"asked-{number}.jsonl"
-        inputs.write_rows(file, rows)
-        lines = revision.crosslift(
-            "generate", model, "--file", file, "--language", language, "--max-new-tokens", GENERATED_TOKENS, "--json"
-        ).splitlines()
-        facts |= {f"answer {number}.{place}": line for place, line in enumerate(lines)}
+    commands = []
+    for language, rows in (("auto", [{"prompt": row["prompt"]} for row in asked]), ("none", asked)):
+        inputs.write_rows(file := revision.folder / f"asked-{language}.jsonl", rows)
+        commands.append(
+            ["generate", model, "--file", file, "--language", language, "--max-new-tokens", GENERATED_TOKENS, "--json"]
+        )
+    for number, lines in enumerate(revision.crosslift_each(commands)):
+        facts |= {f"answer {number}.{place}": line for place, line in enumerate(lines.splitlines())}
     return facts
 
 
@@ -146,7 +145,7 @@ def xtreme(objective: str, task: str) -> Callable[[Revision, Path], Facts]:
             f"model.path={start}", *XTREME_SETTINGS, *(XTREME_OBJECTIVE if objective == "xmixup" else ()),
         )  # fmt: skip
         facts = _metrics(output / "training") | _tensors(output / "model")
-        facts |= _plan(revision, output / "run.yaml", [], output.name)
+        facts |= _plans(revision, {output.name: [output / "run.yaml"]})
         scores = json.loads((output / "scores.json").read_bytes())
         facts |= dict(_leaves("scores", {name: scores[name] for name in ("selection", "summary")}))
         for file in sorted((output / "predictions").rglob("*")):

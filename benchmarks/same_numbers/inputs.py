@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,21 @@ TASKS = {  # XTREME task: labels used, or none
 }
 
 
-def words(language: str, seed: object, n: int) -> list[str]:
-    """`n` words of a language's lexicon, drawn by `seed`; the same seed gives the same lexicon positions everywhere."""
+@cache
+def lexicon(language: str) -> list[str]:
+    """The words of a language, at the same positions in every language."""
     first, letters = ALPHABETS.get(language, LATIN)
-    lexicon = []
+    found = []
     for number in range(LEXICON):
         chance = random.Random(f"{language} {number}")
-        lexicon.append("".join(chr(first + chance.randrange(letters)) for _ in range(chance.randint(2, 5))))
+        found.append("".join(chr(first + chance.randrange(letters)) for _ in range(chance.randint(2, 5))))
+    return found
+
+
+def words(language: str, seed: object, n: int) -> list[str]:
+    """`n` words of a language, drawn by `seed`: the same seed gives the same positions in every lexicon."""
     chance = random.Random(f"{seed}")
-    return [lexicon[int(LEXICON * chance.random() ** 2)] for _ in range(n)]
+    return [lexicon(language)[int(LEXICON * chance.random() ** 2)] for _ in range(n)]
 
 
 def question(language: str, item: int) -> dict[str, str]:
@@ -81,9 +88,8 @@ def write_questions(folder: Path, languages: tuple[str, ...] | list[str], items:
 
 def write_task(folder: Path, task: str) -> Path:
     """A prepared XTREME task folder: `{train,dev,test}/<language>.jsonl`."""
-    languages = [language for language in LANGUAGES if (task, language) != ("xquad", "fr")]
     for split, items in SPLITS.items():
-        for language in languages:
+        for language in LANGUAGES:
             write_rows(folder / split / f"{language}.jsonl", [labelled(task, language, item) for item in items])
     return folder
 

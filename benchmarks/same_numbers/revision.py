@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2]
+# Several commands in one process, which imports torch once. stdin: argument lists, JSON; stdout: what each printed.
+SEVERAL = """
+import contextlib, io, json, runpy, sys
+printed = []
+for arguments in json.load(sys.stdin):
+    sys.argv = ["crosslift.py", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path("crosslift.py", run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                sys.exit(f"{arguments}: exit status {end.code}")
+    printed.append(out.getvalue())
+json.dump(printed, sys.stdout)
+"""
 FOREIGN = ("CROSSLIFT_", "MLFLOW_", "SLURM_", "HF_")  # variables of the caller's shell that could change a run
 TIMEOUT_S = 900
 
@@ -60,13 +76,20 @@ class Revision:
         """What `crosslift ARGUMENTS` prints on stdout. Raises SameNumbersError if it fails."""
         return self.python("crosslift.py", *map(str, arguments))
 
-    def python(self, *arguments: str) -> str:
-        """What the interpreter prints on stdout, running in this revision's tree."""
+    def crosslift_each(self, commands: Sequence[Sequence[object]]) -> list[str]:
+        """As `crosslift`, for several commands that only read. Raises SameNumbersError if one fails."""
+        given = json.dumps([list(map(str, arguments)) for arguments in commands])
+        printed: list[str] = json.loads(self.python("-c", SEVERAL, given=given))
+        return printed
+
+    def python(self, *arguments: str, given: str | None = None) -> str:
+        """What the interpreter prints on stdout, running in this revision's tree with `given` on stdin."""
         command = [sys.executable, *arguments]
         try:
             done = subprocess.run(
-                command, cwd=self.tree, env=self._environment(), capture_output=True, text=True, timeout=TIMEOUT_S
-            )
+                command, cwd=self.tree, env=self._environment(), input=given, capture_output=True, text=True,
+                timeout=TIMEOUT_S,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise SameNumbersError(f"{self.commit[:12]}: {' '.join(arguments)}: not done after {TIMEOUT_S} s") from None
         if done.returncode:
