@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-LOOKED_AT = 160  # of a row's last tokens: longer than a header, so that it is seen when its last token comes
+EVERY = 8  # tokens between two looks, since a look decodes every row; what is generated meanwhile is cut off
+LOOKED_AT = 160  # of a row's last tokens: longer than a header and what comes between two looks
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class TextStop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         """input_ids: (R, T). Returns (R,) bool."""
+        if (input_ids.shape[1] - self.prompt_length) % EVERY:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         tails = input_ids[:, self.prompt_length :][:, -LOOKED_AT:].tolist()
         found = [self.pattern.search(_text(tail, self.tokenizer)) is not None for tail in tails]
         return torch.tensor(found, device=input_ids.device)

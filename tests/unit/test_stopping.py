@@ -16,7 +16,7 @@ from data_pipeline.templates import TemplateConfig
 from evals.opening import open_model
 from modeling.export_info import ExportInfo
 from modeling.generation import Prompt, ShiftedGenerator
-from modeling.stopping import Stops
+from modeling.stopping import Stops, TextStop
 from tests.unit.test_opening import write_model
 
 CHATML = (
@@ -153,3 +153,19 @@ def test_rows_stop_alone() -> None:
     assert stop.cut(ids[:9], tokenizer) is None
     assert Stops().cut(ids, tokenizer) is None
     assert torch.tensor(stop.ids).numel() == 0
+
+
+def test_rows_are_decoded_at_every_eighth_token_only() -> None:
+    """A look costs a decoding of every row; what is generated between two looks is cut off afterwards."""
+    looks = []
+
+    class Letters:
+        def decode(self, ids: list[int], **_: object) -> str:
+            looks.append(len(ids))
+            return "x" * len(ids)
+
+    stop = TextStop(re.compile("x{10}"), Letters(), 3)  # type: ignore[arg-type]
+    stopped = {length: stop(torch.zeros(2, 3 + length, dtype=torch.long), None).tolist() for length in range(1, 18)}  # type: ignore[arg-type]
+    assert looks == [8, 8, 16, 16]
+    assert {length for length, found in stopped.items() if any(found)} == {16}
+    assert stopped[16] == [True, True]
