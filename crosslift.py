@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from data_pipeline.paths import check_folder, expanded_path
+from data_pipeline.sources.paths import check_folder, expanded_path
 from evals.commands import add_commands as add_evaluation
 from evals.commands import xtreme_app
 from slurm.commands import LocalRun, Rooms, add_commands
@@ -46,11 +46,11 @@ def train(
     accept_changes: Annotated[bool, typer.Option(help="resume although data or config differ")] = False,
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
-    from training.front_checks import check_model_files, check_start, check_starting_model
-    from training.launch import launch, visible_gpus
-    from training.prepare import prepare
+    from training.checks.front import check_model_files, check_start, check_starting_model
+    from training.launch.command import launch, visible_gpus
     from training.run_file import load_config
-    from training.run_lock import held
+    from training.run_folder.lock import held
+    from training.run_folder.prepare import prepare
 
     settings = load_config(config, overrides or [])
     check_start(settings)
@@ -114,13 +114,13 @@ def prefetch(
         use_hf_home(hf_home)
     else:
         use_caches(load_settings({}).environment)
-    from training import ops
+    from training.engine import ops
     from training.prefetch import prefetch as fetch
 
     for line in fetch(settings):
         print(line, flush=True)
     if tasks_dir is not None:
-        from evals.mgsm import find_files, read_problems
+        from evals.mgsm.mgsm import find_files, read_problems
 
         problems = [len(read_problems(file)) for file in find_files(tasks_dir, ".tsv", None).values()]
         print(f"tasks: {len(problems)} languages, {sum(problems):,} problems, local, in {tasks_dir}")
@@ -172,8 +172,8 @@ def plan(
 def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> None:
     """Train the tokenizer that `tokenizer.train` describes. Example: crosslift tokenizer CONFIG --output DIR"""
     from training.errors import ConfigError
-    from training.prepare import cache_folder, open_index, train_tokenizer_of
     from training.run_file import load_config
+    from training.run_folder.prepare import cache_folder, open_index, train_tokenizer_of
 
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; give a new folder")
@@ -189,10 +189,10 @@ def export(
     output: Output,
 ) -> None:
     """A checkpoint as a Hugging Face directory. Example: crosslift export runs/a --output runs/a/model-200"""
-    from training.checkpoint import at
+    from training.checkpoints.checkpoint import at
 
     found = at(checkpoint)
-    from training.export import export_checkpoint
+    from training.checkpoints.export import export_checkpoint
 
     print(export_checkpoint(found, output))
 
@@ -220,8 +220,8 @@ def xtreme_run(
     """Fine-tune, select, predict, score. Example: crosslift xtreme run configs/xtreme.yaml --task xnli ..."""
     from evals.xtreme.run import run_xtreme
     from evals.xtreme.run_file import XtremeRun
-    from training.run_lock import held
-    from training.tracking import run_of_runs
+    from training.run_folder.lock import held
+    from training.tracking.tracker import run_of_runs
 
     run = XtremeRun(
         config, task, model, method, data_dir, output, translations=translations, layout=layout,
@@ -239,7 +239,7 @@ def quickstart(
 ) -> None:
     """The whole story at toy scale, on CPU, in minutes. Example: crosslift quickstart --output runs/quickstart"""
     from evals.quickstart import run_quickstart
-    from training.run_lock import held
+    from training.run_folder.lock import held
 
     with held(output):
         run_quickstart(output, seed, _track_scores)
@@ -255,7 +255,7 @@ def ui(
     ] = True,
 ) -> None:
     """Open MLflow's list of the runs. Example: crosslift ui runs --port 5001"""
-    from training.ui import serve_ui, window_at_hand
+    from training.tracking.ui import serve_ui, window_at_hand
 
     raise SystemExit(serve_ui(runs, port, host, open_browser and window_at_hand()))
 
@@ -283,14 +283,14 @@ def _check_values(values: dict[str, Any], job: JobSettings, accept_changes: bool
 
 
 def _files_read(values: dict[str, Any]) -> list[Path]:
-    from training.inputs import paths_read
+    from training.checks.inputs import paths_read
 
     return paths_read(values)
 
 
 def _progress_of(run: Path) -> str | None:
     """The last step in a run's record, for `crosslift status`."""
-    from training.run_record import RECORD_NAME, read_events
+    from training.tracking.run_record import RECORD_NAME, read_events
 
     record, step, total = run / RECORD_NAME, 0, "?"
     if not record.is_file():
@@ -304,7 +304,7 @@ def _progress_of(run: Path) -> str | None:
 
 
 def _local_runs(folder: Path) -> Sequence[LocalRun]:
-    from training.run_status import local_runs
+    from training.run_folder.status import local_runs
 
     return local_runs(folder)
 
@@ -315,7 +315,7 @@ def _commands() -> list[str]:
 
 
 def _track_scores(model: Path, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> str | None:
-    from training.scores import track_scores
+    from training.tracking.scores import track_scores
 
     return track_scores(model, name, metrics, files)
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from benchmarks.disturbed_run import RANKS, DisturbedRun, Judgement, judge, starts
 from benchmarks.ranks import machine
 from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
-from training import checkpoint
-from training.mlflow_store import server_answers
-from training.stop import STOPPED
+from training.checkpoints import checkpoint
+from training.launch.stop import STOPPED
+from training.tracking.mlflow_store import server_answers
 
 FAULTS = (
     "kills", "saving_kills", "full_disk", "flipped", "truncated", "mlflow_away", "source_away", "stopped_ranks"

@@ -134,7 +134,7 @@ def rank_main(folder: Path) -> None:
 
     from training.assembly import starting_model
     from training.distributed import barrier, gather_objects, rank, world_size
-    from training.engine import deepspeed_settings, process_group
+    from training.engine.engine import deepspeed_settings, process_group
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     with process_group(timeout_minutes=10):
@@ -169,7 +169,7 @@ def check_weights(model: Any, folder: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    from training.engine import gathered
+    from training.engine.engine import gathered
 
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     parameters = list(model.named_parameters())

@@ -1,4 +1,4 @@
-"""What `training.memory` and `training.activations` say, against what a run on the CPU really takes.
+"""What `training.checks.memory` and `training.checks.activations` say, against what a run on the CPU really takes.
 
     python -m benchmarks.memory_estimate --json FILE
 
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.ranks import machine, run_ranks
-from training import activations
-from training.activations import BatchShape, SavedBytes
+from training.checks import activations
+from training.checks.activations import BatchShape, SavedBytes
 
 if TYPE_CHECKING:
     from training.assembly import Run
@@ -57,7 +57,7 @@ def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
 
     `all` is of all float tensors but those with an id in `before`; `gathered` counts whole weights, not bytes.
     """
-    from training.trainer import Trainer
+    from training.loop.trainer import Trainer
 
     trainer = Trainer(run, tracker=None)
     first = run.loader.load(0)
@@ -118,7 +118,7 @@ def size(tensors: Any) -> int:
 
 @contextmanager
 def real_inputs(shape: BatchShape, vocabulary: int) -> Iterator[None]:
-    """Inside, `training.activations` runs a forward pass on token ids instead of zeros.
+    """Inside, `training.checks.activations` runs a forward pass on token ids instead of zeros.
 
     Decoders get positions that restart in the middle of a row, and encoders a padded row, so that transformers makes
     the masks of a real batch.
@@ -173,7 +173,7 @@ def measure_activations() -> list[dict[str, Any]]:
 
     from benchmarks.step_time import run_values
     from modeling.layers import decoder_layers
-    from training.activations import count_activations
+    from training.checks.activations import count_activations
     from training.run_file import validate
 
     rows = []
@@ -232,12 +232,12 @@ def rank_main(folder: Path) -> None:
     """One rank: every stage and format; rank 0 keeps its figures beside the estimate."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from training.activations import Activations
     from training.assembly import assemble
+    from training.checks.activations import Activations
+    from training.checks.memory import memory_estimate
     from training.distributed import rank, world_size
-    from training.engine import process_group
-    from training.memory import memory_estimate
-    from training.prepare import prepare
+    from training.engine.engine import process_group
+    from training.run_folder.prepare import prepare
 
     warnings.simplefilter("ignore")  # PyTorch's about what DeepSpeed calls
     with process_group(timeout_minutes=10):

@@ -24,8 +24,8 @@ from transformers import AutoModelForSequenceClassification, XLMRobertaConfig
 
 from benchmarks.ranks import machine
 from data_pipeline.tasks.batches import TaskBatch
-from training.objective_config import XMixupConfig
-from training.task_objectives import TaskFineTuning, XMixup
+from training.objectives.config import XMixupConfig
+from training.objectives.encoders import TaskFineTuning, XMixup
 
 ROUNDS, PAIRS, TOKENS, CLASSES = 8, 16, 96, 3
 MODELS = {"5M": (256, 6, 4), "22M": (384, 12, 6)}  # hidden, layers, heads

@@ -35,8 +35,8 @@ class Timed:
     def __init__(self, config: Any) -> None:
         from training.assembly import assemble
         from training.distributed import rank
-        from training.prepare import prepare
-        from training.trainer import Trainer
+        from training.loop.trainer import Trainer
+        from training.run_folder.prepare import prepare
 
         self.trainer = Trainer(assemble(config, prepare(config, rank())), tracker=None)
         self.step = 0
@@ -67,7 +67,7 @@ class Timed:
 def measure(config: Any, rounds: int, n_steps: int) -> dict[str, Any]:
     """Seconds of every block and of standing still in it; the same on every rank."""
     from benchmarks.ranks import all_max
-    from training import checkpoint
+    from training.checkpoints import checkpoint
 
     run = Timed(config)
     device = run.trainer.run.engine.device
@@ -143,7 +143,7 @@ def rank_main(folder: Path, options: argparse.Namespace) -> None:
     import torch
 
     from training.distributed import rank
-    from training.engine import process_group
+    from training.engine.engine import process_group
     from training.run_file import validate
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls

@@ -75,10 +75,10 @@ def build_trainers(config: Any) -> dict[str, Any]:
     from modeling.loading import build_model, load_weights, resolve_directory
     from training.assembly import Run, _probe, assemble_data
     from training.distributed import rank
-    from training.engine import DTYPES, Construction, Engine, deepspeed_settings
-    from training.objectives import ShifCon, SupervisedFineTuning
-    from training.prepare import prepare
-    from training.trainer import Trainer
+    from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings
+    from training.loop.trainer import Trainer
+    from training.objectives.decoders import ShifCon, SupervisedFineTuning
+    from training.run_folder.prepare import prepare
 
     prepared = prepare(config, rank())
     data = assemble_data(config, prepared)
@@ -126,7 +126,7 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
     """Times of every round, and what was in the batches; the same on every rank."""
     from training.assembly import build_planner, tokens_per_byte
     from training.distributed import all_sum
-    from training.objective_config import SFTConfig
+    from training.objectives.config import SFTConfig
 
     trainers = build_trainers(config)
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run
@@ -249,7 +249,7 @@ def rank_main(folder: Path, options: argparse.Namespace) -> None:
     import torch
 
     from training.distributed import rank
-    from training.engine import process_group
+    from training.engine.engine import process_group
     from training.run_file import validate
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls

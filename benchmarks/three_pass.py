@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from data_pipeline.loader import RankStep
 from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
 from data_pipeline.records import TokenizedSample
-from modeling.contrastive import contrastive_loss
-from training.engine import Engine
-from training.objectives import LossTerms, ShifCon, SupervisedFineTuning, model_inputs
+from modeling.shifcon.contrastive import contrastive_loss
+from training.engine.engine import Engine
+from training.objectives.decoders import LossTerms, ShifCon, SupervisedFineTuning, model_inputs
 
 
 @dataclass(frozen=True, slots=True)

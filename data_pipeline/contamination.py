@@ -1,13 +1,13 @@
 """Held-out texts that are also in training, where their item has another id (or none): contamination.
 
-In: a DataIndex. Out: pairs of rows. Next: `training/data_report.py` counts and names them.
+In: a DataIndex. Out: pairs of rows. Next: `training/checks/data_report.py` counts and names them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from data_pipeline.index import DataIndex
+from data_pipeline.sources.index import DataIndex
 
 CHUNK = 2**20  # entries compared at once
 

@@ -1,6 +1,6 @@
 """Composes the stages: plan -> this rank's share -> read -> tokenise -> pack, with background workers.
 
-In: a DataIndex, a Chat, a Planner and a Packer. Out: one RankStep a step. Next: `training.trainer`.
+In: a DataIndex, a Chat, a Planner and a Packer. Out: one RankStep a step. Next: `training.loop.trainer`.
 
 A step depends on nothing but its number, so workers prepare steps in any order and a resume starts anywhere.
 An unusable, over-long or empty row leaves its slot empty; nothing else moves. What is the same for decoders and
@@ -18,13 +18,13 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.chat import Chat, check_labels
 from data_pipeline.config import Overlong
-from data_pipeline.index import DataIndex
+from data_pipeline.order.plan import Planner, Slot, StepPlan, Unit, assign
 from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
-from data_pipeline.plan import Planner, Slot, StepPlan, Unit, assign
 from data_pipeline.records import BadRow, DataError, Record, TokenizedSample, stable_hash
-from data_pipeline.truncation import truncate
+from data_pipeline.sources.index import DataIndex
+from data_pipeline.text.chat import Chat, check_labels
+from data_pipeline.text.truncation import truncate
 
 OUTCOMES = ("filled", "truncated", "overlong", "unusable")  # of slots; the truncated are filled, too
 Integers = npt.NDArray[np.int64]

@@ -1,7 +1,7 @@
 """Samples of one rank and step -> micro-batches within a token budget.
 
 In: the units (single slots, or contrast sets, which stay whole) that `plan.assign` gave this rank, tokenised.
-Out: MicroBatches of tensors in one of two layouts. Next: `loader.py`, then `training.trainer`.
+Out: MicroBatches of tensors in one of two layouts. Next: `loader.py`, then `training.loop.trainer`.
 
 - `packed`: rows of at most `row_tokens`, several samples a row, position ids restart at each sample, no
   attention mask: attention is block-diagonal by position ids (or varlen, where rows are one).

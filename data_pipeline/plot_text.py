@@ -1,6 +1,6 @@
 """Text of any script in plots: fonts that have its glyphs, and a romanised form where none is installed.
 
-In: texts, such as languages' names. Out: PlotText. Next: `training/plots.py`, `evals/score_report.py`,
+In: texts, such as languages' names. Out: PlotText. Next: `training/tracking/plots.py`, `evals/score_report.py`,
 `evals/representation_plots.py`.
 """
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
-from data_pipeline.paths import expanded
+from data_pipeline.sources.paths import expanded
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from data_pipeline.paths import expanded
+from data_pipeline.sources.paths import expanded
 
 if TYPE_CHECKING:
     from evals.score_report import TrackScores
@@ -110,8 +110,8 @@ def eval(
 ) -> dict[str, Any]:
     """Score a model. Example: crosslift eval runs/a/model --tasks mgsm --data-dir mgsm --output runs/a/mgsm"""
     from evals.errors import EvalError
-    from evals.mgsm import evaluate_mgsm, find_files, read_problems
-    from evals.mgsm_table import mgsm_table
+    from evals.mgsm.mgsm import evaluate_mgsm, find_files, read_problems
+    from evals.mgsm.mgsm_table import mgsm_table
     from evals.opening import open_model
 
     if tasks != "mgsm":
@@ -143,9 +143,9 @@ def score(
         print(json.dumps(scores.to_json(), ensure_ascii=False, indent=1) if as_json else score_table(scores))
         return
     from evals.errors import EvalError
-    from evals.mgsm import score_mgsm
-    from evals.mgsm_table import mgsm_table
-    from evals.numbers import RULES
+    from evals.mgsm.mgsm import score_mgsm
+    from evals.mgsm.mgsm_table import mgsm_table
+    from evals.mgsm.numbers import RULES
 
     if task != "mgsm":
         raise EvalError(f"{task}: known tasks: mgsm, xtreme")

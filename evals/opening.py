@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_pipeline.cells import Cells
-from data_pipeline.formats import JsonLines
 from data_pipeline.records import BadRow, DataError, Message
-from data_pipeline.turns import read_conversation
+from data_pipeline.sources.cells import Cells
+from data_pipeline.sources.formats import JsonLines
+from data_pipeline.text.turns import read_conversation
 from evals.errors import EvalError
 
 if TYPE_CHECKING:
-    from data_pipeline.chat import Chat
+    from data_pipeline.text.chat import Chat
     from modeling.generation import Prompt, Sampling, ShiftedGenerator
     from modeling.loading import AttentionName
 
@@ -50,8 +50,8 @@ def open_model(
     """
     import torch
 
-    from data_pipeline.chat import Chat, TemplateConfig
-    from data_pipeline.next_turn import next_turn
+    from data_pipeline.text.chat import Chat, TemplateConfig
+    from data_pipeline.text.next_turn import next_turn
     from modeling.generation import ShiftedGenerator
     from modeling.stopping import Stops
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.formats import JsonLines
 from data_pipeline.records import BadRow, item_key
+from data_pipeline.sources.formats import JsonLines
 from data_pipeline.xtreme.items import DOMINANT as ENGLISH
 from data_pipeline.xtreme.lines import read_texts
 from data_pipeline.xtreme.tasks import TATOEBA_CODES

@@ -19,8 +19,8 @@ from typing import Any
 
 from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
 from evals.errors import EvalError
-from evals.mgsm import evaluate_mgsm, find_files, read_predictions, read_problems
-from evals.numbers import HEADLINE
+from evals.mgsm.mgsm import evaluate_mgsm, find_files, read_predictions, read_problems
+from evals.mgsm.numbers import HEADLINE
 from evals.opening import open_model
 from evals.report import Accuracy, accuracy_table
 from evals.results import write_atomically

@@ -21,7 +21,7 @@ from evals.results import described_versions
 if TYPE_CHECKING:
     import torch
 
-    from modeling.sentence_states import EncodedText, Pooling, SentenceStates
+    from modeling.tasks.sentence_states import EncodedText, Pooling, SentenceStates
 
 LEAST_SENTENCES = 4  # of which the debiased CKA exists
 Curve = tuple[float | None, ...]  # h[0] (the embeddings) to h[number of layers]; None where it is undefined
@@ -199,8 +199,8 @@ def _model(
     import torch
 
     from modeling.loading import resolve_directory
-    from modeling.sentence_states import SentenceStates
-    from modeling.weight_files import directory_hash
+    from modeling.tasks.sentence_states import SentenceStates
+    from modeling.weights.weight_files import directory_hash
 
     directory = resolve_directory(path)
     states = SentenceStates.open(
@@ -234,7 +234,7 @@ def _measured(
     progress: Callable[[int], object] | None,
 ) -> dict[str, Curve]:
     """Every measure between the two sides of `pairs`, at every layer."""
-    from modeling.subspace import CrossCovariance
+    from modeling.shifcon.subspace import CrossCovariance
 
     sums = [CrossCovariance(states.width, states.width, states.model.device) for _ in range(states.layers + 1)]
     for batch in _batches(pairs, batch_size):

@@ -27,7 +27,7 @@ RESULTS_FILE = "results.json"
 def described_model(generator: ShiftedGenerator) -> dict[str, Any]:
     """Path, hashes of weights and language vectors, number format; hash None if the model is in no folder."""
     from modeling.export_info import VECTORS_FILE
-    from modeling.weight_files import directory_hash
+    from modeling.weights.weight_files import directory_hash
 
     path = str(generator.model.name_or_path)
     vectors = Path(path) / VECTORS_FILE

@@ -12,13 +12,13 @@ from typing import Any
 
 from data_pipeline.plot_text import PlotText
 from evals.errors import EvalError
-from evals.mgsm_table import mgsm_table
+from evals.mgsm.mgsm_table import mgsm_table
 from evals.results import RESULTS_FILE, write_atomically
 
 TABLE_FILE, PLOT_FILE = "table.txt", "accuracy.png"
 
 # (the model's folder, name of the test, metrics, files) -> a line about where they went; None: nowhere, as the model is
-# of no run. `training.scores.track_scores` is one.
+# of no run. `training.tracking.scores.track_scores` is one.
 TrackScores = Callable[[Path, str, Mapping[str, float], Sequence[Path]], str | None]
 
 

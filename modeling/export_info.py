@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.errors import ModelError
-from modeling.weight_files import one_line
+from modeling.weights.weight_files import one_line
 
 log = logging.getLogger(__name__)
 EXPORT_FILE = "crosslift.json"

@@ -25,13 +25,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from modeling.errors import ModelError
 from modeling.export_info import VECTORS_FILE, ExportInfo
-from modeling.language_vectors import LanguageVectors
 from modeling.layers import position_limit, position_table, state_hook
 from modeling.loading import AttentionName, load_pretrained, resolve_directory
-from modeling.shifcon import LanguageShift
+from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.shifcon.shift import LanguageShift
 from modeling.stopping import Stops, TextStop
-from modeling.untrusted import read_tokenizer
-from modeling.weight_files import directory_hash
+from modeling.weights.untrusted import read_tokenizer
+from modeling.weights.weight_files import directory_hash
 
 log = logging.getLogger(__name__)
 NO_LANGUAGE = -1

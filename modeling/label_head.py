@@ -1,7 +1,7 @@
 """Only label positions meet the LM head in training, and their losses are taken in fp32, chunk by chunk.
 
 In: a model and the flat positions whose next token is to be predicted. Out: logits of those positions alone,
-and one cross entropy each. Next: `training/objectives.py` sums and scales them.
+and one cross entropy each. Next: `training/objectives/decoders.py` sums and scales them.
 
 Shapes: B rows, T tokens, H hidden, N label positions, V vocabulary.
 """

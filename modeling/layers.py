@@ -2,7 +2,7 @@
 
 In: a model, bare or inside PEFT, DeepSpeed or another wrapper. Out: hooks at `h[l]`, the hidden state that
 ENTERS layer `l` (0-based; `h[number of layers]` leaves the last one, before the final norm).
-Next: `shifcon.py`, which shifts that state.
+Next: `shifcon/shift.py`, which shifts that state.
 
 Hooks sit on `layer.__call__`. transformers checkpoints `layer.forward`, so they stay outside the recomputed
 region and run once a forward pass; they touch no parameter, so ZeRO-3 may partition all of them.

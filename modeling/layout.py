@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from modeling.weight_files import one_line
+from modeling.weights.weight_files import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ model unless said otherwise; the heads of `architectures.py`).
 Out: a `PreTrainedModel`; for training its architecture first (`build_model`, under any construction context
 such as ZeRO-3's) and its weights second (`load_weights`, one tensor at a time); for evaluation both at once
 (`load_pretrained`). Every way of loading stops on missing, unexpected or wrongly shaped weights.
-Next: `training/engine.py` partitions and trains it; `generation.py` opens its exports.
+Next: `training/engine/engine.py` partitions and trains it; `generation.py` opens its exports.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from transformers.utils import logging
 from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
 from modeling.export_info import RUN_EXPORT
-from modeling.initial_model import write_initial_model
-from modeling.untrusted import read_config
-from modeling.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
-from modeling.weight_match import match_weights, named
+from modeling.weights.initial_model import write_initial_model
+from modeling.weights.untrusted import read_config
+from modeling.weights.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
+from modeling.weights.weight_match import match_weights, named
 
 __all__ = [
     "build_model",

@@ -2,7 +2,8 @@
 
 In: a model with its weights, sharded or not. Out: the same model, whose linear layers of the blocks have adapters and
 whose other weights are frozen (`add_adapters`); for an export, the weights of the model without adapters, each merged
-(`merged`). Next: `training/engine.py` trains what is not frozen; `training/export.py` writes what was merged.
+(`merged`). Next: `training/engine/engine.py` trains what is not frozen; `training/checkpoints/export.py` writes what
+was merged.
 
 PEFT makes the adapters. They are made outside ZeRO-3's construction context, which would skip their initial values;
 the engine shards them afterwards, as it does with X-Mixup's two numbers.
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling.encoders import in_head
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers
+from modeling.tasks.encoders import in_head
 
 ADAPTER = "default"
 BASE, DOWN, UP = ".base_layer.", f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}."

@@ -1,6 +1,6 @@
 """Ends an answer at the header of a next turn, though its end token did not come.
 
-In: token ids and regular expressions that no answer holds (`data_pipeline/next_turn.py` makes them of a template).
+In: token ids and regular expressions that no answer holds (`data_pipeline/text/next_turn.py` makes them of a template).
 Out: a stopping criterion for generation, and answers cut there. Next: `generation.py`.
 """
 

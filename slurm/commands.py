@@ -27,7 +27,7 @@ Target = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or a
 
 
 class LocalRun(Protocol):
-    """A run that is no Slurm job, as it stands; `str` gives lines for people. `training.run_status` has one."""
+    """A run that is no Slurm job, as it stands; `str` gives lines for people. One: `training.run_folder.status`."""
 
     @property
     def log(self) -> Path: ...

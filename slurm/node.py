@@ -82,7 +82,7 @@ class Node:
             )
         if os.getcwd() != str(options.chdir) and not _same_folder(options.chdir):
             found.append(f"cannot enter {options.chdir}; it must be on a disk that all nodes share")
-        for path in (options.code / "training" / "launch.py", *options.readable):
+        for path in (options.code / "training" / "launch" / "__main__.py", *options.readable):
             if not os.access(path, os.R_OK):
                 found.append(f"cannot read {path}; it must be on a disk that all nodes share")
         try:
@@ -96,7 +96,7 @@ class Node:
         """Set this node's variables, none of them where the user has; what was set, for people."""
         said = []
         # Compiled DeepSpeed ops: nodes differ in GPUs and compilers, and two that build in one folder wait for ever.
-        # The folder beside it is `training.ops.prebuilt`, which a program without imports cannot ask.
+        # The folder beside it is `training.engine.ops.prebuilt`, which a program without imports cannot ask.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         extensions = cache / "crosslift" / "torch_extensions" / socket.gethostname()
         said.append(_default("TORCH_EXTENSIONS_DIR", str(extensions)))

@@ -24,7 +24,7 @@ GPUS = re.compile(r"(?:gpu:)?(?:(?P<type>[A-Za-z][\w.-]*):)?(?P<number>\d+)")
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# As training/logs.py hides them.
+# As training/launch/logs.py hides them.
 SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL)S?(_?\d+)?$", re.IGNORECASE)
 LOGIN = re.compile(r"://[^/@\s]+:[^/@\s]+@|https?://[^/@\s]+@", re.IGNORECASE)
 NOT_IN_SCRIPTS = "and job scripts are files; set it in the shell that submits, from which jobs inherit it"

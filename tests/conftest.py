@@ -51,8 +51,8 @@ def run_file(tiny_run: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def prepared_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Callable[..., dict[str, Any]]) -> PreparedRun:
     """The tiny run, prepared once: index built, tokenizer trained, weights initialised."""
-    from training.prepare import prepare
     from training.run_file import validate
+    from training.run_folder.prepare import prepare
 
     config = validate(tiny_run(tmp_path_factory.mktemp("prepared") / "run"), "tiny run")
     return PreparedRun(config, prepare(config))

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from data_pipeline.tokenizer import TokenizerTrainingConfig, train_tokenizer
+from data_pipeline.text.tokenizer import TokenizerTrainingConfig, train_tokenizer
 
 ITEMS = {  # language: (question, answer)
     "en": ("Anna has 12 apples and buys 30 more. How many now?", "12 + 30 = 42\nShe has 42.\n#### 42"),

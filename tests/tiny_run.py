@@ -17,7 +17,7 @@ import yaml
 
 if TYPE_CHECKING:
     from training.config import RunConfig
-    from training.prepare import Prepared
+    from training.run_folder.prepare import Prepared
 
 LANGUAGES = ("en", "de", "sw", "zh")
 ITEMS = 40

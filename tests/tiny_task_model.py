@@ -1,6 +1,7 @@
 """Exported task models that are tiny and untrained, for tests of what is done with a trained one.
 
-`export` writes what `training.export` does: weights, tokenizer, `crosslift.json` and, where asked for, X-Mixup's file.
+`export` writes what `training.checkpoints.export` does: weights, tokenizer, `crosslift.json` and, where asked for,
+X-Mixup's file.
 The weights are large for an untrained model's, so that different inputs give clearly different outputs.
 """
 
@@ -38,10 +39,10 @@ def export(
 
     from data_pipeline.tasks.config import TaskConfig
     from modeling.architectures import auto_class
-    from modeling.encoders import TASK_ARCHITECTURES
-    from modeling.mixup_state import MIXUP_FILE
-    from modeling.weight_files import directory_hash
-    from modeling.xmixup import CrossLingualMixup
+    from modeling.tasks.encoders import TASK_ARCHITECTURES
+    from modeling.weights.weight_files import directory_hash
+    from modeling.xmixup.mixup import CrossLingualMixup
+    from modeling.xmixup.mixup_state import MIXUP_FILE
 
     tokenizer = wordpiece() if family == "bert" else unigram()
     changes = {"id2label": dict(enumerate(labels)), "label2id": {each: n for n, each in enumerate(labels)}}

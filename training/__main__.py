@@ -12,15 +12,15 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
-from data_pipeline.paths import expanded
-from training import logs
+from data_pipeline.sources.paths import expanded
 from training.distributed import rank
 from training.errors import ConfigError
-from training.heartbeat import heart
-from training.merged_logs import kept_logs
+from training.launch import logs
+from training.launch.heartbeat import heart
+from training.launch.merged_logs import kept_logs
+from training.launch.stop import StopRequest
 from training.run_file import load_config
-from training.run_lock import held, refuse_other
-from training.stop import StopRequest
+from training.run_folder.lock import held, refuse_other
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,36 +16,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.chat import Chat
-from data_pipeline.index import DataIndex
 from data_pipeline.loader import SampleReader, StepLoader, fixed_batches, overlong_error
-from data_pipeline.mixture import Quotas, language_weights
+from data_pipeline.order.mixture import Quotas, language_weights
+from data_pipeline.order.plan import Planner
 from data_pipeline.packing import Layout, MicroBatch, Packer
-from data_pipeline.plan import Planner
 from data_pipeline.records import BadRow, DataError
+from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.reader import TaskLoader, TaskReader
 from data_pipeline.tasks.tokenize import TaskTokenizer
-from data_pipeline.tokenizer import tokenizer_hash
+from data_pipeline.text.chat import Chat
+from data_pipeline.text.tokenizer import tokenizer_hash
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
 from modeling.lora import add_adapters
-from modeling.untrusted import read_tokenizer
+from modeling.weights.untrusted import read_tokenizer
+from training.checkpoints.search import newest_seen
+from training.checks.front import check_model, check_vocabulary
+from training.checks.pairs import pair_warnings, refuse_unpaired
+from training.checks.survey import refuse_bad_rows
 from training.config import RunConfig
 from training.distributed import rank, world_size
-from training.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
+from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
 from training.errors import ConfigError
-from training.evaluation import HeldOut
-from training.front_checks import check_model, check_vocabulary
-from training.objective_config import SFTConfig, ShifConConfig, XMixupConfig
-from training.objectives import Objective, ShifCon, SupervisedFineTuning
-from training.pairs import pair_warnings, refuse_unpaired
-from training.prepare import Prepared, architecture, sample_rows
-from training.run_date import with_date
-from training.search import newest_seen
-from training.survey import refuse_bad_rows
-from training.task_objectives import build_task_objective
+from training.objectives.config import SFTConfig, ShifConConfig, XMixupConfig
+from training.objectives.decoders import Objective, ShifCon, SupervisedFineTuning
+from training.objectives.encoders import build_task_objective
+from training.objectives.evaluation import HeldOut
+from training.run_folder.date import with_date
+from training.run_folder.prepare import Prepared, architecture, sample_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,31 +11,31 @@ from typing import Any
 
 import torch
 
-from data_pipeline.chat import describe
 from data_pipeline.loader import RankStep, SampleReader
+from data_pipeline.order.plan import assign
 from data_pipeline.packing import MicroBatch, Packer
-from data_pipeline.plan import assign
 from data_pipeline.records import BadRow, TokenizedSample
 from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskSample
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from data_pipeline.tasks.tokenize import EncodedSide
-from modeling.untrusted import read_tokenizer
-from training.activations import BatchShape
+from data_pipeline.text.chat import describe
+from modeling.weights.untrusted import read_tokenizer
 from training.assembly import COST_SAMPLES, DataParts, assemble_data, build_reader, fingerprint
+from training.checkpoints.search import newest_seen
+from training.checks.activations import BatchShape
+from training.checks.data_report import LOOKED_AT, contamination, mixture_table
+from training.checks.front import check_model, check_model_files, check_start, check_starting_model
+from training.checks.memory import GIB, memory_estimate, what_would_help
+from training.checks.pairs import pair_warnings, show_pairs
+from training.checks.survey import by_reason, survey, without_limit
 from training.config import RunConfig
-from training.data_report import LOOKED_AT, contamination, mixture_table
 from training.errors import ConfigError
-from training.front_checks import check_model, check_model_files, check_start, check_starting_model
-from training.launch import visible_gpus
-from training.memory import GIB, memory_estimate, what_would_help
-from training.objective_config import ShifConConfig, XMixupConfig
-from training.pairs import pair_warnings, show_pairs
-from training.prepare import Prepared, architecture, look, sample_rows
-from training.resume import permitted, schedule_change
-from training.run_lock import make_folder, running_in
-from training.search import newest_seen
-from training.survey import by_reason, survey, without_limit
-from training.tracking import target_of
+from training.launch.command import visible_gpus
+from training.loop.resume import permitted, schedule_change
+from training.objectives.config import ShifConConfig, XMixupConfig
+from training.run_folder.lock import make_folder, running_in
+from training.run_folder.prepare import Prepared, architecture, look, sample_rows
+from training.tracking.tracker import target_of
 
 COUNTED_STEPS = 64
 
@@ -190,8 +190,8 @@ def _model(
     from modeling.layers import decoder_layers, position_limit
     from modeling.loading import load_config, resolve_attention, resolve_directory
     from modeling.lora import add_adapters
-    from training.activations import count_activations
-    from training.engine import DTYPES
+    from training.checks.activations import count_activations
+    from training.engine.engine import DTYPES
 
     head = architecture(config)
     model_config = load_config(resolve_directory(prepared.model_dir), head)

@@ -11,15 +11,15 @@ import traceback
 from pathlib import Path
 
 from modeling.export_info import RUN_EXPORT
-from training import logs
+from training.checkpoints.export import export_newest
+from training.checkpoints.run_state import RunState
 from training.config import RunConfig
 from training.errors import ExportCheckFailed, NotExported
-from training.export import export_newest
+from training.launch import logs
 from training.provenance import git_state, versions
 from training.run_file import resolved
-from training.run_record import RECORD_NAME, read_events
-from training.run_state import RunState
-from training.tracking import Tracker
+from training.tracking.run_record import RECORD_NAME, read_events
+from training.tracking.tracker import Tracker
 
 TRAINING_TAG, EXPORT_TAG = "crosslift.training", "crosslift.export"
 

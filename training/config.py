@@ -12,16 +12,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.chat import TemplateConfig
 from data_pipeline.config import Overlong, SourceConfig, TaskKind, merged
-from data_pipeline.mixture import MixtureConfig
+from data_pipeline.order.mixture import MixtureConfig
 from data_pipeline.settings import PathText, Plain, Raw, RunPath, Section
 from data_pipeline.tasks.config import WINDOWED, TaskConfig
-from data_pipeline.tokenizer import TokenizerTrainingConfig
-from training.deepspeed_keys import contradictions
-from training.guard import GuardConfig
-from training.metric_names import metric_names, unknown_metric
-from training.objective_config import (
+from data_pipeline.text.chat import TemplateConfig
+from data_pipeline.text.tokenizer import TokenizerTrainingConfig
+from training.checks.metric_names import metric_names, unknown_metric
+from training.engine.settings import contradictions
+from training.launch.watchdog import WatchdogConfig
+from training.loop.guard import GuardConfig
+from training.objectives.config import (
     FineTuneConfig,
     MaskedLMConfig,
     SFTConfig,
@@ -29,8 +30,7 @@ from training.objective_config import (
     XMixupConfig,
     refuse,
 )
-from training.tracking import TrackingConfig
-from training.watchdog import WatchdogConfig
+from training.tracking.tracker import TrackingConfig
 
 
 class LoraSettings(Section):

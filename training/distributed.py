@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.records import stable_hash
-from training.heartbeat import heart
+from training.launch.heartbeat import heart
 
 END_OF_FORWARD = "(end of the forward pass)"
 

@@ -10,27 +10,27 @@ from pathlib import Path
 
 from data_pipeline.yaml_values import write_yaml
 from modeling.export_info import VECTORS_FILE
-from modeling.untrusted import read_tokenizer
-from training import checkpoint
+from modeling.weights.untrusted import read_tokenizer
 from training.assembly import assemble, fingerprint
+from training.checkpoints import checkpoint
+from training.checkpoints.disks import checkpoint_disk, own_homes
+from training.checkpoints.search import find_start
+from training.checks.data_report import contamination
 from training.conclusion import conclude
 from training.config import RunConfig
-from training.data_report import contamination
-from training.disks import checkpoint_disk, own_homes
 from training.distributed import barrier, gather_objects, rank
-from training.engine import deepspeed_settings, process_group
-from training.heartbeat import heart
-from training.plots import draw_plots
-from training.prepare import Prepared, forget_preparation, prepare
+from training.engine.engine import deepspeed_settings, process_group
+from training.launch.heartbeat import heart
+from training.launch.stop import StoppedOnRequest, StopRequest
+from training.loop.resume import go_on, permitted, schedule_change
+from training.loop.trainer import Trainer
 from training.provenance import git_state, versions
-from training.resume import go_on, permitted, schedule_change
-from training.run_date import CONFIG_FILE, with_date
 from training.run_file import resolved
-from training.run_record import Status
-from training.search import find_start
-from training.stop import StoppedOnRequest, StopRequest
-from training.tracking import Tracker
-from training.trainer import Trainer
+from training.run_folder.date import CONFIG_FILE, with_date
+from training.run_folder.prepare import Prepared, forget_preparation, prepare
+from training.tracking.plots import draw_plots
+from training.tracking.run_record import Status
+from training.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).resolve().parent.parent

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.checks.front import check_model_files, check_start
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.front_checks import check_model_files, check_start
 from training.run_file import validate
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def prefetch(config: RunConfig) -> Iterator[str]:
 
 def open_all(config: RunConfig) -> None:
     """Opens model, tokenizer and data, as a run does, without reading weights or rows. Raises as a run would."""
-    from data_pipeline.sources import open_source
+    from data_pipeline.sources.sources import open_source
 
     check_model_files(config)
     for source in config.data.sources:
@@ -117,7 +117,7 @@ def open_all(config: RunConfig) -> None:
 
 def _model(path: str) -> str:
     from modeling.loading import HUB_FILES, HUB_IGNORED
-    from modeling.weight_files import stored_tensors
+    from modeling.weights.weight_files import stored_tensors
 
     if Path(path).is_dir():
         directory = Path(path)
@@ -160,8 +160,8 @@ def _snapshot(key: str, name: str, wanted: tuple[str, ...], ignored: tuple[str, 
 def _source(source: SourceConfig, config: RunConfig) -> Iterator[str]:
     """Lines about one source; hub data sets are downloaded and prepared."""
     from data_pipeline.records import DataError
-    from data_pipeline.sources import open_source
-    from data_pipeline.tables import HubSplit, load_hub
+    from data_pipeline.sources.sources import open_source
+    from data_pipeline.sources.tables import HubSplit, load_hub
 
     what = f"data {source.name!r}"
     try:

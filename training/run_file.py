@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from data_pipeline.paths import PathError, check_folder
+from data_pipeline.sources.paths import PathError, check_folder
 from data_pipeline.yaml_values import compose_yaml, read_yaml
 from training.config import RunConfig
 from training.errors import ConfigError

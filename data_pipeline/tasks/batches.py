@@ -1,7 +1,7 @@
 """Task samples of one rank and step -> micro-batches within a token budget.
 
 In: the TaskSamples that `reader.py` read for this rank. Out: TaskBatches of tensors, padded. Next:
-`training.trainer`.
+`training.loop.trainer`.
 
 With pairs, a micro-batch is its n target texts and, below them in the same order, their n sources.
 

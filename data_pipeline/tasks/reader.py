@@ -1,6 +1,6 @@
 """Row numbers -> task samples, alone or paired with their source text; steps of them, with background workers.
 
-In: a DataIndex, a TaskTokenizer, a Planner and a TaskPacker. Out: one TaskStep a step. Next: `training.trainer`.
+In: a DataIndex, a TaskTokenizer, a Planner and a TaskPacker. Out: one TaskStep a step. Next: `training.loop.trainer`.
 
 What a sample is paired with, which of its windows is read and which tokens are covered are pure functions of
 (seed, step, row): every rank and every resume sees the same. Sources follow X-Mixup (arXiv 2205.04182): gold text
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import Overlong, TaskKind
-from data_pipeline.index import DataIndex
 from data_pipeline.loader import (
     FINGERPRINT_RANGE,
     OUTCOMES,
@@ -28,8 +27,9 @@ from data_pipeline.loader import (
     overlong_error,
     read_rows,
 )
-from data_pipeline.plan import Planner, StepPlan, Unit
+from data_pipeline.order.plan import Planner, StepPlan, Unit
 from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskPacker, TaskSample
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.masking import mask_tokens

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from data_pipeline.cells import Cells
 from data_pipeline.config import TASK_COLUMNS, ColumnMap, TaskKind
-from data_pipeline.formats import JsonLines
 from data_pipeline.records import BadRow, item_key
+from data_pipeline.sources.cells import Cells
+from data_pipeline.sources.formats import JsonLines
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import Example, TaskRecord
 

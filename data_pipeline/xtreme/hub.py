@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.records import DataError
-from data_pipeline.tables import BATCH, load_hub
+from data_pipeline.sources.tables import BATCH, load_hub
 from data_pipeline.xtreme.items import DOMINANT, NO_WORD, Item, Line, Pair, Question, Sentence, Source, Split
 from data_pipeline.xtreme.tasks import TATOEBA_CODES, XtremeTask
 

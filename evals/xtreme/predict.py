@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from modeling.export_info import ExportInfo
-    from modeling.xmixup import CrossLingualMixup
+    from modeling.xmixup.mixup import CrossLingualMixup
 
 MixupMode = Literal["auto", "on", "off"]
 Floats = npt.NDArray[np.float32]
@@ -84,12 +84,12 @@ class EncoderPredictor:
         """
         import torch
 
-        from modeling.encoders import load_task_model
         from modeling.export_info import EXPORT_FILE, ExportInfo
         from modeling.loading import resolve_directory
-        from modeling.mixup_state import MIXUP_FILE
-        from modeling.untrusted import read_tokenizer
-        from modeling.xmixup import CrossLingualMixup
+        from modeling.tasks.encoders import load_task_model
+        from modeling.weights.untrusted import read_tokenizer
+        from modeling.xmixup.mixup import CrossLingualMixup
+        from modeling.xmixup.mixup_state import MIXUP_FILE
 
         directory = resolve_directory(path)
         info = ExportInfo.read(directory)

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cells import blank
 from data_pipeline.config import TASK_COLUMNS
+from data_pipeline.sources.cells import blank
 from data_pipeline.tasks.records import TaskRecord
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import XtremeTask

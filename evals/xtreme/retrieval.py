@@ -30,7 +30,7 @@ from evals.results import RESULTS_FILE, described_versions, write_atomically
 from evals.xtreme.score import XtremeScores, score_directory
 
 if TYPE_CHECKING:
-    from modeling.sentence_states import SentenceStates
+    from modeling.tasks.sentence_states import SentenceStates
 
 Floats = npt.NDArray[np.float32]
 XTREME_LAYERS = {12: 7, 24: 13}  # layers of the model: the one that XTREME's script names
@@ -58,7 +58,7 @@ class SentenceEncoder:
         """Opens an encoder without its head. `dtype`: bf16, fp32, or auto: bf16 on a GPU. Raises ModelError."""
         import torch
 
-        from modeling.sentence_states import SentenceStates
+        from modeling.tasks.sentence_states import SentenceStates
 
         on_gpu = torch.cuda.is_available()
         number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32

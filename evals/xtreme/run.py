@@ -46,7 +46,7 @@ TABLE_FILE = "table.txt"
 
 
 class ScoreTracker(Protocol):
-    """What follows a run's scores, such as `training.tracking.Tracker`."""
+    """What follows a run's scores, such as `training.tracking.tracker.Tracker`."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -54,7 +54,7 @@ class ScoreTracker(Protocol):
 
 
 # Follows a run of runs: (its folder, the run file's `tracking` section, params) -> what takes scores, and that section
-# for the training run inside. `training.tracking.run_of_runs` is one.
+# for the training run inside. `training.tracking.tracker.run_of_runs` is one.
 Follow = Callable[
     [Path, Mapping[str, Any], Mapping[str, Any]], AbstractContextManager[tuple[ScoreTracker, Mapping[str, Any]]]
 ]

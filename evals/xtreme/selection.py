@@ -41,7 +41,7 @@ class Selection:
 
 
 def checkpoints(training: Path) -> dict[int, Path]:
-    """Complete checkpoints of a run by step (training/checkpoint.py), oldest first. Raises EvalError: none."""
+    """Complete checkpoints of a run by step (`training.checkpoints`), oldest first. Raises EvalError: none."""
     found = sorted(marker.parent for marker in (training / "checkpoints").glob("step-*/COMPLETE"))
     if not found:
         raise EvalError(f"{training}: holds no complete checkpoint; train first")

@@ -23,11 +23,11 @@ from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.reader import TaskReader, TaskStep
 from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
-from training.engine import gathered, process_group
-from training.prepare import prepare
+from training.engine.engine import gathered, process_group
+from training.loop.trainer import Trainer
+from training.objectives.scaling import StepTotals
 from training.run_file import validate
-from training.scaling import StepTotals
-from training.trainer import Trainer
+from training.run_folder.prepare import prepare
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"name": "sft"}},

@@ -16,9 +16,9 @@ from tiny_run import rank_values
 from benchmarks.memory_estimate import floats, held_bytes
 from training.assembly import assemble
 from training.distributed import rank, world_size
-from training.engine import process_group
-from training.prepare import prepare
+from training.engine.engine import process_group
 from training.run_file import validate
+from training.run_folder.prepare import prepare
 
 BUCKET = 3000  # elements
 # Weights come and go as fast as they can: nothing is kept for later, nothing is fetched early.

@@ -12,7 +12,7 @@ from warm import SOURCE, Program, Warm, environment
 
 __all__ = ["SOURCE", "checked", "environment", "kill_ranks_when", "run_command", "run_ranks"]
 
-WARM = Warm("training.export", "training.fit", "transformers.models.llama.modeling_llama")
+WARM = Warm("training.checkpoints.export", "training.fit", "transformers.models.llama.modeling_llama")
 
 
 def run_ranks(

@@ -1,4 +1,4 @@
-"""The arithmetic of `training.memory` against what the engine holds: real ranks, every ZeRO stage, fp32 and bf16."""
+"""The arithmetic of `training.checks.memory` against what the engine holds: real ranks, all stages, fp32, bf16."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tiny_run import RANK_ITEMS, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory_estimate import NAMES
-from training.activations import Activations
-from training.memory import MemoryEstimate, memory_estimate
+from training.checks.activations import Activations
+from training.checks.memory import MemoryEstimate, memory_estimate
 from training.run_file import validate
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from ranks import environment
 
-from training.launcher import Launcher
-from training.nodes import Nodes, Place
+from training.launch.launcher import Launcher
+from training.launch.nodes import Nodes, Place
 
 # Sums that threads of gloo are still busy with when the function returns.
 BUSY = """
@@ -22,7 +22,7 @@ BUSY = """
             dist.all_reduce(torch.ones(100_000), async_op=True)
 """
 LEAVES_THE_GROUP = """
-    from training.engine import process_group
+    from training.engine.engine import process_group
     with process_group(timeout_minutes=1):
         leave_work()
     assert not dist.is_initialized()
@@ -30,7 +30,8 @@ LEAVES_THE_GROUP = """
 # As a run that is over at once, in a process group that nobody ended.
 IS_A_RANK = """
     import runpy
-    from training import fit, preflight, run_file
+    from training import fit, run_file
+    from training.launch import preflight
     def over_at_once(*_):
         preflight.join(None, timedelta(minutes=1))
         leave_work()

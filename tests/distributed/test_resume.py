@@ -20,7 +20,7 @@ from ranks import SOURCE, checked, environment, kill_ranks_when, run_ranks
 from safetensors.torch import load_file
 from tiny_run import RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
-from training import checkpoint
+from training.checkpoints import checkpoint
 
 SAME = (
     "train/loss", "train/loss/", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint",

@@ -28,8 +28,8 @@ def start_node(fault: str, data: Path, output: Path, place: str, nproc: int) -> 
     program = f"""
         import sys
         from pathlib import Path
-        from training.launcher import Launcher
-        from training.nodes import Nodes, Place
+        from training.launch.launcher import Launcher
+        from training.launch.nodes import Nodes, Place
         nodes = Nodes({place})
         sys.exit(Launcher(nodes, {command!r}, {nproc}, Path({str(output)!r}), {STALL_SECONDS}).run())
     """

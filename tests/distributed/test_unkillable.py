@@ -11,8 +11,8 @@ from ranks import checked, run_ranks
 from tiny_run import RANK_ITEMS, write_data
 from unkillable_cells import CELLS, EVERY, STEPS
 
-from training import checkpoint
-from training.run_state import RunState
+from training.checkpoints import checkpoint
+from training.checkpoints.run_state import RunState
 
 FINISHED = [None, None]
 

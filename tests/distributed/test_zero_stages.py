@@ -11,8 +11,8 @@ from ranks import checked, run_ranks
 from tiny_run import RANK_ITEMS, write_data
 from zero_cells import CELLS, FROM_ONE_RANK, INFINITE_GRADIENT, NAN_LOSS, SAVED, SHORT, SPIKE, STEPS, STOPPED
 
-from training import checkpoint
-from training.export import export_checkpoint
+from training.checkpoints import checkpoint
+from training.checkpoints.export import export_checkpoint
 
 # Every launch of the fixture counts, beside whatever else the machine does.
 pytestmark = pytest.mark.timeout(1200)

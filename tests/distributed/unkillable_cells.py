@@ -21,19 +21,19 @@ from typing import Any
 from tiny_run import copy_preparation, rank_values
 
 from data_pipeline.records import BadRow, DataError
-from training import saving
 from training.assembly import assemble
+from training.checkpoints import saving
+from training.checkpoints.search import find_start
 from training.distributed import barrier, gather_objects, rank
-from training.engine import process_group
-from training.engine_state import shard_of
+from training.engine.engine import process_group
+from training.engine.state import shard_of
 from training.errors import ConfigError
-from training.prepare import prepare
-from training.resume import go_on
+from training.launch.stop import StopRequest
+from training.loop.resume import go_on
+from training.loop.trainer import Trainer
 from training.run_file import validate
-from training.search import find_start
-from training.stop import StopRequest
-from training.tracking import Tracker
-from training.trainer import Trainer
+from training.run_folder.prepare import prepare
+from training.tracking.tracker import Tracker
 
 STEPS, EVERY = 12, 2
 FAULTY_RANK = 1

@@ -23,15 +23,16 @@ from unittest.mock import patch
 
 from tiny_run import XMIXUP, copy_preparation, rank_values
 
-from training import checkpoint, resume
 from training.assembly import assemble
+from training.checkpoints import checkpoint
 from training.distributed import rank, world_size
-from training.engine import process_group
-from training.engine_state import to_universal
-from training.prepare import prepare
-from training.resume import go_on
+from training.engine.engine import process_group
+from training.engine.state import to_universal
+from training.loop import resume
+from training.loop.resume import go_on
+from training.loop.trainer import Trainer
 from training.run_file import validate
-from training.trainer import Trainer
+from training.run_folder.prepare import prepare
 
 CELLS: dict[str, dict[str, Any]] = {
     "shifcon-1": {"zero_stage": 1},
@@ -61,7 +62,7 @@ def warm_conversions() -> Iterator[None]:
     run, cold = subprocess.run, [True]
 
     def started(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-        if command[1:3] != ["-m", "training.engine_state"]:
+        if command[1:3] != ["-m", "training.engine.state"]:
             return run(command, **options)
         if cold:
             cold.clear()

@@ -22,14 +22,14 @@ import torch
 from tiny_run import copy_preparation, rank_values
 
 from training.assembly import assemble
+from training.checkpoints.search import find_start
 from training.distributed import barrier, gather_objects, rank
-from training.engine import gathered, process_group
-from training.prepare import prepare
-from training.resume import go_on
+from training.engine.engine import gathered, process_group
+from training.launch.stop import StoppedOnRequest
+from training.loop.resume import go_on
+from training.loop.trainer import Trainer
 from training.run_file import validate
-from training.search import find_start
-from training.stop import StoppedOnRequest
-from training.trainer import Trainer
+from training.run_folder.prepare import prepare
 
 CELLS: dict[str, dict[str, Any]] = {
     f"{stage}-{precision}": {"zero_stage": stage, "precision": precision}

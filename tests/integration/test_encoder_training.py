@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from ranks import checked, run_command, run_ranks
 from tiny_run import XMIXUP, run_values, write_config, write_task_data
 
-from modeling.encoders import load_task_model
 from modeling.export_info import ExportInfo
-from modeling.xmixup import CrossLingualMixup
+from modeling.tasks.encoders import load_task_model
+from modeling.xmixup.mixup import CrossLingualMixup
 
 STEPS = 4
 LORA = {"rank": 2, "alpha": 4, "targets": ["query", "value"]}

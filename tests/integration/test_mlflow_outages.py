@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 from test_mlflow_server import ROOT, Server, free_port, wait_for
 
-from training.mlflow_store import default_store, open_client
-from training.run_record import RECORD_NAME, read_events
-from training.tracking import Tracker, TrackingConfig, sync_record
+from training.tracking.mlflow_store import default_store, open_client
+from training.tracking.run_record import RECORD_NAME, read_events
+from training.tracking.tracker import Tracker, TrackingConfig, sync_record
 
 LONGEST_LOG = 0.5  # seconds that a training step may ever wait for the tracker; the machine may be busy
 
@@ -221,7 +221,7 @@ def test_a_full_disk_under_the_record(small_disk: Path, tmp_path: Path, capfd: p
 SWEEP = """
 import sys, time
 from pathlib import Path
-from training.tracking import Tracker, TrackingConfig
+from training.tracking.tracker import Tracker, TrackingConfig
 folder, uri = Path(sys.argv[1]), sys.argv[2]
 tracker = Tracker(folder, TrackingConfig(uri=uri, experiment="sweep", sync_seconds=0.05))
 tracker.start({"name": folder.name}, {}, None)
@@ -267,7 +267,7 @@ def test_three_runs_of_a_sweep_at_once(server: Server, tmp_path: Path, where: st
 
 def test_a_store_whose_maker_is_killed_is_made_by_the_next(tmp_path: Path) -> None:
     store = default_store(tmp_path)
-    program = f"from training.mlflow_store import open_client; open_client({store!r})"
+    program = f"from training.tracking.mlflow_store import open_client; open_client({store!r})"
     maker = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     unfinished = tmp_path / ".unfinished-mlflow.db"
     wait_for(lambda: unfinished.exists() and unfinished.stat().st_size > 100_000)

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import waiting
 
-from training.mlflow_store import QUIET, default_store, open_client, server_answers
-from training.run_record import RECORD_NAME
-from training.tracking import Tracker, TrackingConfig, sync_record
+from training.tracking.mlflow_store import QUIET, default_store, open_client, server_answers
+from training.tracking.run_record import RECORD_NAME
+from training.tracking.tracker import Tracker, TrackingConfig, sync_record
 
 ROOT = Path(__file__).resolve().parents[2]
 wait_for = partial(waiting.wait_for, seconds=90, every=0.1)  # a server takes its time to come up
@@ -169,7 +169,7 @@ def test_the_page_shows_local_runs_and_catches_up_a_server_that_answers(server: 
     server.start()
 
     port = free_port()
-    code = f"from pathlib import Path; from training.ui import serve_ui; serve_ui(Path({str(runs)!r}), {port})"
+    code = f"from pathlib import Path; from training.tracking.ui import serve_ui; serve_ui(Path({str(runs)!r}), {port})"
     with (tmp_path / "ui.log").open("wb") as log:
         page = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"

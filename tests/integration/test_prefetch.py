@@ -17,8 +17,8 @@ from tiny_run import LANGUAGES, PreparedRun, run_values, write_config
 from warm import Warm
 
 from training.config import RunConfig
+from training.engine.ops import build_ops, prebuilt, required_ops
 from training.errors import ConfigError
-from training.ops import build_ops, prebuilt, required_ops
 from training.run_file import validate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from training.mlflow_store import default_store
-from training.tracking import sync_record
+from training.tracking.mlflow_store import default_store
+from training.tracking.tracker import sync_record
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {

@@ -23,12 +23,12 @@ from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, w
 from data_pipeline.records import Message, TokenizedSample
 from modeling.export_info import VECTORS_FILE
 from training.config import RunConfig
-from training.objective_config import ShifConConfig
+from training.objectives.config import ShifConConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data_pipeline.chat import Chat
+    from data_pipeline.text.chat import Chat
     from modeling.generation import ShiftedGenerator
 
 
@@ -108,10 +108,10 @@ def test_the_run_folder_records_metrics_of_every_kind(trained: Path) -> None:
 
 
 def test_every_metric_that_may_choose_the_best_checkpoint_is_in_each_of_them(trained: Path) -> None:
-    from training.checkpoint import step_folders
-    from training.metric_names import metric_names
+    from training.checkpoints.checkpoint import step_folders
+    from training.checkpoints.run_state import RunState
+    from training.checks.metric_names import metric_names
     from training.run_file import validate
-    from training.run_state import RunState
 
     states = [RunState.read(folder) for folder in step_folders(trained)]
     config = validate(states[-1].config, "state.json")
@@ -174,9 +174,9 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(trained: Path) -> Finished:
     from evals.opening import open_model
+    from training.checkpoints.run_state import RunState
+    from training.checkpoints.search import find_checkpoint
     from training.run_file import validate
-    from training.run_state import RunState
-    from training.search import find_checkpoint
 
     checkpoint = find_checkpoint("auto", trained)
     assert checkpoint is not None
@@ -188,7 +188,7 @@ def test_generation_from_the_export_is_what_training_saw(trained: Path, finished
     """The held-out losses, from the export alone, are those that the run logged at its last step."""
     import torch
 
-    from training.prepare import open_index
+    from training.run_folder.prepare import open_index
 
     events = map(json.loads, (trained / "record.jsonl").read_text().splitlines())
     logged = [event["values"] for event in events if event["kind"] == "metrics" and event["step"] == 6][-1]
@@ -213,9 +213,9 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
 
     from data_pipeline.packing import Packer, TokenizedUnit
     from data_pipeline.records import Record
-    from modeling.language_vectors import LanguageVectors
     from modeling.loading import load_pretrained
-    from training.objectives import ShifCon
+    from modeling.shifcon.language_vectors import LanguageVectors
+    from training.objectives.decoders import ShifCon
 
     config, chat = finished.config, finished.chat
     assert isinstance(config.objective, ShifConConfig)

@@ -19,7 +19,7 @@ from tiny_run import ITEMS, write_task_data
 
 from data_pipeline.xtreme.tasks import TASKS
 from evals.xtreme.label_files import read_tags
-from training.mlflow_store import default_store, open_client
+from training.tracking.mlflow_store import default_store, open_client
 
 pytestmark = pytest.mark.timeout(1800)  # one fixture makes both runs and the teacher's labels
 TRANSLATED = ("de", "zh")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from modeling.contrastive import ContentPooling, contrastive_loss
-from modeling.language_vectors import LanguageVectors
-from modeling.shifcon import LanguageShift
+from modeling.shifcon.contrastive import ContentPooling, contrastive_loss
+from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.shifcon.shift import LanguageShift
 
 TOWARD, BACK, SCALE = 1, 3, 6.0
 A, B = 0.5, 2.0  # the authors' weights of the two losses

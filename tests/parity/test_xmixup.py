@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling.consistency import consistency, content_mask, representations
-from modeling.encoder_states import EncoderStates
-from modeling.task_losses import classification_losses, span_losses, tagging_losses
-from modeling.xmixup import CrossLingualMixup
+from modeling.tasks.encoder_states import EncoderStates
+from modeling.tasks.task_losses import classification_losses, span_losses, tagging_losses
+from modeling.xmixup.consistency import consistency, content_mask, representations
+from modeling.xmixup.mixup import CrossLingualMixup
 
 HIDDEN, HEADS, LAYERS, CLASSES, EPS = 8, 2, 3, 3, 1e-5
 START, PAD, END = 0, 1, 2

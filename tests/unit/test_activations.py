@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from benchmarks.memory_estimate import DTYPES, on_cpu, real_inputs, step_peak
 from modeling.architectures import Architecture
 from modeling.layers import decoder_layers
-from training import activations
-from training.activations import BatchShape, SavedBytes
+from training.checks import activations
+from training.checks.activations import BatchShape, SavedBytes
 from training.config import RunConfig
 from training.run_file import validate
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from evals.numbers import RULES, robust
+from evals.mgsm.numbers import RULES, robust
 
 # language: the nouns for "answer" with a colon behind them, and whole phrases with {} for the number
 NOUNS = {

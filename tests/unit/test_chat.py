@@ -13,8 +13,8 @@ from small_tokenizers import CHATML, ITEMS, KINDS, LANGUAGES, TEMPLATES, small_t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.chat import LANGUAGE_NAMES, Chat, TemplateConfig, check_labels, describe, language_name
 from data_pipeline.records import BadRow, DataError, Message, Record, stable_hash
+from data_pipeline.text.chat import LANGUAGE_NAMES, Chat, TemplateConfig, check_labels, describe, language_name
 
 LLAMA2 = (  # no generation prompt, white space around answers, the system inside the first user turn
     "{% for m in messages %}{% if m.role == 'system' %}{% elif m.role == 'user' %}<s>[INST] "
@@ -514,7 +514,7 @@ def test_config_models_import_without_transformers():
     import sys
 
     code = (
-        "import sys, data_pipeline.chat, data_pipeline.tokenizer;"
+        "import sys, data_pipeline.text.chat, data_pipeline.text.tokenizer;"
         "print([m for m in ('torch', 'transformers', 'sentencepiece', 'tokenizers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

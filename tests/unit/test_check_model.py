@@ -17,11 +17,11 @@ from data_pipeline.packing import Packer
 from training.assembly import assemble_data, check_model
 from training.check import check_run
 from training.config import RunConfig
-from training.engine import deepspeed, deepspeed_settings, refusing
+from training.engine.engine import deepspeed, deepspeed_settings, refusing
 from training.errors import ConfigError
 from training.fit import fit
-from training.prepare import prepare
 from training.run_file import validate
+from training.run_folder.prepare import prepare
 
 
 def config_of(data: Path, tmp_path: Path, **changes: Any) -> Any:

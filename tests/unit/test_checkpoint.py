@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from training import checkpoint
-from training.checkpoint import MARKER, FileRecord
+from training.checkpoints import checkpoint
+from training.checkpoints.checkpoint import MARKER, FileRecord
+from training.checkpoints.retention import kept, no_such_metric, retain
+from training.checkpoints.run_state import STATE_FILE, RunState, differences
 from training.config import CheckpointConfig
 from training.errors import ConfigError
-from training.retention import kept, no_such_metric, retain
-from training.run_state import STATE_FILE, RunState, differences
 
 CONFIG = {
     "seed": 1,
@@ -113,7 +113,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_log_says_why(
     tear, reason = TORN[how]
     tear(newer)
     assert reason in str(checkpoint.problem(newer))
-    with caplog.at_level(logging.WARNING, logger="training.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="training.checkpoints.checkpoint"):
         assert checkpoint.latest(tmp_path) == older
     (message,) = caplog.messages
     assert message.startswith(f"{newer} is passed over: ")

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.objective_config import ContrastiveConfig, SFTConfig, ShifConConfig
+from training.objectives.config import ContrastiveConfig, SFTConfig, ShifConConfig
 from training.run_file import _models_in, load_config, resolved, validate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from modeling.consistency import consistency, content_mask, representations
+from modeling.xmixup.consistency import consistency, content_mask, representations
 
 
 def test_content_is_neither_padding_nor_special() -> None:

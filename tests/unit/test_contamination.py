@@ -12,8 +12,8 @@ import pytest
 from data_pipeline import contamination
 from data_pipeline.config import SourceConfig
 from data_pipeline.contamination import contaminated_rows
-from data_pipeline.index import DataIndex, build_index
 from data_pipeline.records import normalized
+from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.tasks.config import TaskConfig
 
 CHAT = {"language": "language", "prompt": "question", "completion": "answer"}

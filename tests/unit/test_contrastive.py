@@ -8,10 +8,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling.contrastive import ContentPooling, contrastive_loss
 from modeling.errors import ModelError
-from modeling.language_vectors import LanguageVectors
-from modeling.shifcon import LanguageShift
+from modeling.shifcon.contrastive import ContentPooling, contrastive_loss
+from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.shifcon.shift import LanguageShift
 
 IDS = torch.arange(1, 21).view(2, 10)
 SEGMENTS = torch.tensor([[0, 0, 0, 0, 2, 2, 2, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1, 3, 3]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.cross_attention import attention_weights, pair_entropy, scaled_scores
+from modeling.xmixup.cross_attention import attention_weights, pair_entropy, scaled_scores
 
 
 def entropy(scores: Tensor, target: Tensor, source: Tensor, form: str = "true") -> Tensor:

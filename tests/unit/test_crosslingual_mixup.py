@@ -15,7 +15,7 @@ from transformers import (
 
 from modeling.errors import ModelError
 from modeling.loading import directory_hash
-from modeling.xmixup import MIXUP_FILE, MODEL_TYPES, CrossLingualMixup, encoder_layers, is_mixup_weight
+from modeling.xmixup.mixup import MIXUP_FILE, MODEL_TYPES, CrossLingualMixup, encoder_layers, is_mixup_weight
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from tiny_run import LANGUAGES, PreparedRun, corpus_rows, write_data
 
-from data_pipeline.index import build_index
 from data_pipeline.loader import SampleReader
 from data_pipeline.records import DataError
-from training import data_report
+from data_pipeline.sources.index import build_index
 from training.assembly import DataParts, assemble_data, build_planner, check_longest
+from training.checks import data_report
+from training.checks.data_report import contamination, mixture_table
 from training.config import RunConfig
-from training.data_report import contamination, mixture_table
 from training.run_file import validate
 
 Changed = Callable[..., tuple[RunConfig, DataParts]]

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel
 
-from modeling.encoder_states import EncoderStates
 from modeling.errors import ModelError
+from modeling.tasks.encoder_states import EncoderStates
 
 IDS = torch.arange(4, 16).view(2, 6)
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from modeling.export_info import EXPORT_FILE, ExportInfo
-from training import checkpoint, export, export_check
-from training.checkpoint import MARKER
+from training.checkpoints import checkpoint, export, export_check
+from training.checkpoints.checkpoint import MARKER
+from training.checkpoints.export import export_checkpoint, export_newest
+from training.checkpoints.export_check import CheckResult
+from training.checkpoints.run_state import RunState
 from training.config import RunConfig
 from training.errors import ConfigError, ExportCheckFailed
-from training.export import export_checkpoint, export_newest
-from training.export_check import CheckResult
 from training.run_file import resolved, validate
-from training.run_state import RunState
 
 Save = Callable[[int], Path]
 

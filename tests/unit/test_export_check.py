@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel
 
-from data_pipeline.tokenizer import TokenizerTrainingConfig, train_tokenizer
+from data_pipeline.text.tokenizer import TokenizerTrainingConfig, train_tokenizer
 from modeling.export_info import ExportInfo
-from training import checkpoint, engine_state, export
+from training.checkpoints import checkpoint, export
+from training.checkpoints.export import export_checkpoint
+from training.checkpoints.run_state import RunState
+from training.engine import state as engine_state
+from training.engine.start_checks import reference_inputs, reference_logits
 from training.errors import ExportCheckFailed
-from training.export import export_checkpoint
 from training.run_file import resolved, validate
-from training.run_state import RunState
-from training.start_checks import reference_inputs, reference_logits
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VOCABULARY = 300
@@ -65,7 +66,7 @@ def make(
     """`make(precision)`: a complete checkpoint of the model above, as a run with that attention leaves it."""
 
     def make(precision: str = "bf16", attention: str = "sdpa", change: float = 1.0, recorded: bool = True) -> Path:
-        from modeling.untrusted import read_tokenizer
+        from modeling.weights.untrusted import read_tokenizer
 
         run = tiny_run(tmp_path / "run", objective={"name": "sft"}, precision=precision)
         model = gemma(precision, attention)

@@ -15,14 +15,15 @@ from small_tokenizers import small_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
-from data_pipeline.chat import Chat, TemplateConfig
 from data_pipeline.records import Message
-from training import checkpoint, engine_state, saving
-from training.export import export_checkpoint
+from data_pipeline.text.chat import Chat, TemplateConfig
+from training.checkpoints import checkpoint, saving
+from training.checkpoints.export import export_checkpoint
+from training.checkpoints.run_state import RunState
+from training.checkpoints.saving import Saver
+from training.engine import state as engine_state
+from training.engine.start_checks import reference_inputs, reference_logits
 from training.run_file import resolved, validate
-from training.run_state import RunState
-from training.saving import Saver
-from training.start_checks import reference_inputs, reference_logits
 
 IDS = torch.arange(16)[None]
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05}

@@ -12,15 +12,16 @@ from typing import Any, NoReturn
 
 import pytest
 
-from training import checkpoint, conclusion, fit
+from training import conclusion, fit
+from training.checkpoints import checkpoint
+from training.checkpoints.disks import shared_disk
+from training.checkpoints.run_state import RunState
 from training.config import RunConfig
-from training.disks import shared_disk
 from training.errors import ConfigError, ExportCheckFailed, NotExported
-from training.plots import draw_plots
+from training.launch.stop import StoppedOnRequest, StopRequest
 from training.run_file import resolved, validate
-from training.run_record import RunRecord, number, read_events
-from training.run_state import RunState
-from training.stop import StoppedOnRequest, StopRequest
+from training.tracking.plots import draw_plots
+from training.tracking.run_record import RunRecord, number, read_events
 
 STOPPED = StoppedOnRequest("stopped by SIGUSR1 after 4 of 12 steps; all of it is saved")
 
@@ -153,7 +154,7 @@ def test_a_run_whose_export_failed_does_not_end_as_finished_in_its_record_and_in
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    from training.tracking import sync_record
+    from training.tracking.tracker import sync_record
 
     monkeypatch.setattr(conclusion, "export_newest", raises(error))
     with pytest.raises(expected) as raised:

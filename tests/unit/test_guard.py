@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from training.guard import LEAST_HISTORY, Guard, GuardConfig
+from training.loop.guard import LEAST_HISTORY, Guard, GuardConfig
 
 
 def guard(**settings: Any) -> Guard:

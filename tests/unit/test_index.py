@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.index import DataIndex, build_index
 from data_pipeline.records import BadRow, DataError, stable_hash
-from data_pipeline.scan import Arrays, Scan
+from data_pipeline.sources.index import DataIndex, build_index
+from data_pipeline.sources.scan import Arrays, Scan
 
 LANGUAGES = ["en", "sw", "th"]
 COLUMNS = {"id": "id", "language": "lang", "prompt": "question", "completion": "answer"}

@@ -12,9 +12,9 @@ import pytest
 from small_tokenizers import ITEMS, KINDS, LANGUAGES, TEMPLATES, small_tokenizers
 from transformers import AutoTokenizer
 
-from data_pipeline.chat import Chat, TemplateConfig
-from data_pipeline.jinja_template import Defaults, jinja_template
 from data_pipeline.records import Message
+from data_pipeline.text.chat import Chat, TemplateConfig
+from data_pipeline.text.jinja_template import Defaults, jinja_template
 
 SYSTEM, FIRST, ANSWER, SECOND = "Be brief.\n", "one {user} {{ two }}", "{% if x %} Uno 'y\" \\n", "drei\nvier 😀"
 

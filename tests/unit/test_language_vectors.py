@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling.errors import ModelError
-from modeling.language_vectors import LanguageVectors, StateMeans, restoration_error
-from modeling.shifcon import LanguageShift
+from modeling.shifcon.language_vectors import LanguageVectors, StateMeans, restoration_error
+from modeling.shifcon.shift import LanguageShift
 
 IDS = torch.arange(1, 21).view(2, 10)
 LANGUAGES = torch.tensor([[-1, 0, 0, 1, 1, 1, 0, -1, 3, 3], [3, 3, 1, 0, 0, 0, -1, -1, -1, -1]])

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
-from training import launcher as launching
-from training import nodes as meeting
 from training.errors import ConfigError
-from training.launch import main
-from training.launcher import Launcher
-from training.nodes import Nodes, Place
+from training.launch import launcher as launching
+from training.launch import nodes as meeting
+from training.launch.command import main
+from training.launch.launcher import Launcher
+from training.launch.nodes import Nodes, Place
 
 HOST = socket.gethostname()
 # Handles the signals as a rank of a run does: notes them, ends with 75 at its next step.
@@ -357,7 +357,7 @@ def test_a_rank_that_was_stopped_before_its_first_step_leaves_the_others_no_time
 ) -> None:
     """They wait in a collective that nobody ends (NCCL), and nothing is there to be saved."""
     monkeypatch.setattr(launching, "FAILED_GRACE", 0.5)
-    beats = "from training.heartbeat import Heart; heart = Heart(); heart.attach()"
+    beats = "from training.launch.heartbeat import Heart; heart = Heart(); heart.attach()"
     send_when_ready(tmp_path, 2, signal.SIGUSR1)
     command = rank_program(tmp_path, DEAF, {0: f"{beats}\n{textwrap.dedent(STOPS)}"})
     started = time.monotonic()

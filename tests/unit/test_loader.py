@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from data_pipeline.chat import Chat
 from data_pipeline.config import Overlong
-from data_pipeline.index import DataIndex, build_index
 from data_pipeline.loader import RankStep, SampleReader, StepLoader, fixed_batches, no_slots
-from data_pipeline.mixture import Pairing, Quotas
+from data_pipeline.order.mixture import Pairing, Quotas
+from data_pipeline.order.plan import Planner
 from data_pipeline.packing import MicroBatch, Packer
-from data_pipeline.plan import Planner
 from data_pipeline.records import BadRow, DataError, TokenizedSample
+from data_pipeline.sources.index import DataIndex, build_index
+from data_pipeline.text.chat import Chat
 
 STEPS = 12
 SLOTS = 16

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from training import merged_logs
-from training.launcher import Launcher
-from training.logs import Appender, Secrets, event, part, rank_log, read_lines
-from training.merged_logs import MergedLogs
-from training.nodes import Nodes, Place
-from training.rank_output import CLOSE_SECONDS
+from training.launch import merged_logs
+from training.launch.launcher import Launcher
+from training.launch.logs import Appender, Secrets, event, part, rank_log, read_lines
+from training.launch.merged_logs import MergedLogs
+from training.launch.nodes import Nodes, Place
+from training.launch.rank_output import CLOSE_SECONDS
 
 HOST = socket.gethostname()
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +28,13 @@ PASSWORD = "correct horse"
 RANK = """
     import ctypes, logging, os, sys
     from pathlib import Path
-    from training import logs
-    from training.heartbeat import heart
-    from training.merged_logs import kept_logs
+    from training.launch import logs
+    from training.launch.heartbeat import heart
+    from training.launch.merged_logs import kept_logs
     rank = int(os.environ["RANK"])
     heart.attach()
     logs.log_to_person(rank)
-    log = logging.getLogger("training.trainer")
+    log = logging.getLogger("training.loop.trainer")
 """
 
 
@@ -163,7 +163,8 @@ def launched(folder: Path, lines: int) -> subprocess.Popen[bytes]:
     program = folder / "rank.py"
     program.write_text(f"for number in range({lines}):\n    print(number, 'x' * 100)\n")
     code = (
-        "import sys; from pathlib import Path; from training.launcher import Launcher; from training.nodes import *\n"
+        "import sys; from pathlib import Path\n"
+        "from training.launch.launcher import Launcher; from training.launch.nodes import *\n"
         f"sys.exit(Launcher(Nodes(Place()), [sys.executable, {str(program)!r}], 2, Path({str(folder)!r})).run())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -14,14 +14,14 @@ import torch
 from tiny_run import XMIXUP, PreparedRun, run_values, write_data, write_task_data
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from training.activations import Activations
 from training.assembly import assemble_data
 from training.check import check_run, largest_batch
+from training.checks.activations import Activations
+from training.checks.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, memory_estimate, what_would_help
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, memory_estimate, what_would_help
-from training.prepare import prepare
 from training.run_file import validate
+from training.run_folder.prepare import prepare
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)
 LARGE = Activations((4 * GIB,) * 8, GIB, GIB // 8, GIB, GIB, counted=True)

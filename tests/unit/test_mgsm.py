@@ -14,14 +14,14 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data_pipeline.chat import Chat, TemplateConfig
+from data_pipeline.text.chat import Chat, TemplateConfig
 from evals.errors import EvalError
-from evals.mgsm import evaluate_mgsm, read_problems, score_mgsm
-from evals.mgsm_table import mgsm_table
-from evals.numbers import RULES
+from evals.mgsm.mgsm import evaluate_mgsm, read_problems, score_mgsm
+from evals.mgsm.mgsm_table import mgsm_table
+from evals.mgsm.numbers import RULES
 from modeling.export_info import ExportInfo
 from modeling.generation import Generation, Prompt, ShiftedGenerator
-from modeling.weight_files import directory_hash
+from modeling.weights.weight_files import directory_hash
 
 QUESTIONS = {
     "en": [("How many eggs?", "18"), ("How much?", "114,200")],

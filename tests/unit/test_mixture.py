@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data_pipeline.mixture import MixtureConfig, Quotas, language_weights
+from data_pipeline.order.mixture import MixtureConfig, Quotas, language_weights
 from data_pipeline.records import DataError
 
 ROWS = {"en": 8000, "de": 1000, "sw": 1}

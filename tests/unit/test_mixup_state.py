@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from modeling.errors import ModelError
-from modeling.mixup_state import MixupState, is_mixup_weight
+from modeling.xmixup.mixup_state import MixupState, is_mixup_weight
 
 STATE = MixupState(3, 0.4, "authors", "learned", w=1.0123456789012345, b=-3e-9, model_hash="abc")
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from evals.numbers import RULES, gold_number, last_number, lm_eval_flexible, lm_eval_strict, robust
+from evals.mgsm.numbers import RULES, gold_number, last_number, lm_eval_flexible, lm_eval_strict, robust
 
 # output, gold, language, right by: last number, lm-eval flexible, needed (robust)
 TABLE = [

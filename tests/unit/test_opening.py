@@ -12,16 +12,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data_pipeline.chat import Chat
 from data_pipeline.records import DataError, Message
+from data_pipeline.text.chat import Chat
 from evals.commands import eval as eval_command
 from evals.commands import generate
 from evals.errors import EvalError
 from evals.opening import Question, answer, open_model, read_questions, without_vector
 from modeling.errors import ModelError
 from modeling.generation import Generation, Prompt, ShiftedGenerator
-from modeling.language_vectors import LanguageVectors
 from modeling.loading import directory_hash
+from modeling.shifcon.language_vectors import LanguageVectors
 
 LANGUAGES = ("en", "zh", "sw", "bn")  # bn has no vector
 AREA = (1, 3)

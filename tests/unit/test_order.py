@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.order import mix64, order_key, places_at, row_at, shuffled, shuffled_many
+from data_pipeline.order.order import mix64, order_key, places_at, row_at, shuffled, shuffled_many
 from data_pipeline.records import DataError
 
 GOLDEN = "[6, 3, 9, 4, 0, 7, 1, 8, 10, 5, 2]"
@@ -89,7 +89,7 @@ def test_seek_is_immediate_and_lands_where_the_epoch_says() -> None:
 
 
 def test_orders_are_the_same_in_another_process_and_for_ever() -> None:
-    program = "from data_pipeline.order import shuffled; print([shuffled(i, 11, 2026) for i in range(11)])"
+    program = "from data_pipeline.order.order import shuffled; print([shuffled(i, 11, 2026) for i in range(11)])"
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", program]

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from tiny_run import LANGUAGES, XMIXUP, corpus_rows, run_values, write_task_data
 
-from data_pipeline.pairs import _lengths_agree
+from data_pipeline.order.pairs import _lengths_agree
 from data_pipeline.records import DataError
 from training.assembly import assemble, assemble_data
 from training.check import check_run
+from training.checks.pairs import pair_warnings, show_pairs
 from training.config import RunConfig
-from training.objective_config import SFTConfig
-from training.pairs import pair_warnings, show_pairs
-from training.prepare import open_index, prepare
+from training.objectives.config import SFTConfig
 from training.run_file import validate
+from training.run_folder.prepare import open_index, prepare
 
 NO_ID = [
     {"name": "p", "files": "*.jsonl", "columns": {"language": "language", "prompt": "question", "completion": "answer"}}

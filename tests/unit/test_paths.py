@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.paths import PathError, check_folder, expanded, without_patterns
-from data_pipeline.sources import _files
+from data_pipeline.sources.paths import PathError, check_folder, expanded, without_patterns
+from data_pipeline.sources.sources import _files
 
 HOSTILE = "[v1] a*{b}?#é"
 

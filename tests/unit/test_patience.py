@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from data_pipeline.patience import LONGEST_WAIT, patiently
+from data_pipeline.sources.patience import LONGEST_WAIT, patiently
 
 
 class Storage:

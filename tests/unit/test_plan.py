@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline.mixture import Pairing, Quotas
-from data_pipeline.order import row_at
-from data_pipeline.plan import FILL, Planner, Slot, StepPlan, Unit, assign
+from data_pipeline.order.mixture import Pairing, Quotas
+from data_pipeline.order.order import row_at
+from data_pipeline.order.plan import FILL, Planner, Slot, StepPlan, Unit, assign
 from data_pipeline.records import DataError, stable_hash
 
 LANGUAGES = ("en", "de", "sw")

@@ -61,8 +61,8 @@ def test_the_font_of_last_resort_does_not_count() -> None:
 
 def test_a_runs_plots_have_no_boxes(tmp_path: Path) -> None:
     """On any machine: matplotlib warns of each glyph that it has not."""
-    from training.plots import draw_plots
-    from training.run_record import RunRecord
+    from training.tracking.plots import draw_plots
+    from training.tracking.run_record import RunRecord
 
     record = RunRecord(tmp_path)
     names = [*SCRIPTS.values(), "العربية", "en"]

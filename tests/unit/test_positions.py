@@ -19,12 +19,12 @@ from modeling.errors import ModelError
 from modeling.generation import Prompt, ShiftedGenerator
 from modeling.layers import position_limit, position_table
 from training.check import check_run
+from training.checks.front import check_model_files, check_starting_model
 from training.config import RunConfig
+from training.engine.start_checks import check_packing
 from training.errors import ConfigError
-from training.front_checks import check_model_files, check_starting_model
-from training.prepare import prepare
 from training.run_file import validate
-from training.start_checks import check_packing
+from training.run_folder.prepare import prepare
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400}
 TABLES: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def test_the_question_is_named_by_its_line(gpt2: Path) -> None:
 def test_packing_is_blamed_for_what_it_does_alone(
     monkeypatch: pytest.MonkeyPatch, losses: tuple[float, float], message: str | None
 ) -> None:
-    monkeypatch.setattr("training.start_checks.all_sum", lambda values, device: values)
+    monkeypatch.setattr("training.engine.start_checks.all_sum", lambda values, device: values)
     given = iter(losses)
 
     class Engine:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from ranks import SOURCE, environment, run_ranks
 
-from training.preflight_report import Measured, Report, broken, doubtful, missing, numbered, summary
+from training.launch.preflight_report import Measured, Report, broken, doubtful, missing, numbered, summary
 
 SOFTWARE = {
     "python": "3.11.2",
@@ -141,7 +141,7 @@ JOIN = """
     import logging, os, sys
     from datetime import timedelta
     from pathlib import Path
-    from training import preflight
+    from training.launch import preflight
     from training.errors import ConfigError
     rank = int(os.environ["RANK"])
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -152,8 +152,8 @@ JOIN = """
         print(type(error).__name__, error)
         os._exit(9)  # neither of the statuses of a finished run: the launcher knows those
     import torch
-    from training.straggler import Stragglers
-    from training.watchdog import WatchdogConfig
+    from training.loop.straggler import Stragglers
+    from training.launch.watchdog import WatchdogConfig
     torch.manual_seed(0)
     slow = Stragglers(WatchdogConfig(straggler_every=4), torch.device("cpu"))
     if rank == 1:
@@ -201,8 +201,8 @@ def test_a_rank_that_never_comes_is_named_by_all_the_others(tmp_path: Path) -> N
     code = textwrap.dedent(JOIN).format(before=before)
     program = f"""
         import sys
-        from training import launcher
-        from training.nodes import Nodes, Place
+        from training.launch import launcher
+        from training.launch.nodes import Nodes, Place
         launcher.FAILED_GRACE = 2.0
         sys.exit(launcher.Launcher(Nodes(Place()), [sys.executable, "-c", {code!r}], 3).run())
     """

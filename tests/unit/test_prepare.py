@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from training.prepare import _made_once
+from training.run_folder.prepare import _made_once
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from evals.representations import (
     representation_table,
 )
 from modeling.errors import ModelError
-from modeling.subspace import centroid_distance, linear_cka
+from modeling.shifcon.subspace import centroid_distance, linear_cka
 
 WORDS = [f"w{number}" for number in range(40)]
 TEXTS = {

@@ -14,16 +14,19 @@ import yaml
 from small_tokenizers import CHATML
 from transformers import AutoTokenizer
 
-from data_pipeline.chat import Chat
 from data_pipeline.records import Message
-from training import checkpoint, fit, resume, run_date
+from data_pipeline.text.chat import Chat
+from training import fit
 from training.check import inspect_data
+from training.checkpoints import checkpoint
+from training.checkpoints.run_state import RunState, differences
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.prepare import Prepared
-from training.run_date import with_date
+from training.loop import resume
 from training.run_file import resolved, validate
-from training.run_state import RunState, differences
+from training.run_folder import date as run_date
+from training.run_folder.date import with_date
+from training.run_folder.prepare import Prepared
 
 DATED = (
     "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"

@@ -19,20 +19,21 @@ import yaml
 from tiny_run import XMIXUP, PreparedRun, run_values, write_data, write_task_data
 
 import crosslift
-from modeling.encoders import write_task_config, write_task_start
 from modeling.errors import ModelError
-from modeling.untrusted import read_tokenizer
-from training import checkpoint, fit
+from modeling.tasks.encoders import write_task_config, write_task_start
+from modeling.weights.untrusted import read_tokenizer
+from training import fit
 from training.assembly import fingerprint
 from training.check import check_run, inspect_data, plan_lines
+from training.checkpoints import checkpoint
+from training.checkpoints.run_state import RunState
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.prepare import look, prepare
-from training.resume import schedule_change
+from training.launch.stop import StopRequest
+from training.loop.resume import schedule_change
 from training.run_file import load_config, resolved, validate
-from training.run_lock import LOCK_FILE, held
-from training.run_state import RunState
-from training.stop import StopRequest
+from training.run_folder.lock import LOCK_FILE, held
+from training.run_folder.prepare import look, prepare
 
 OTHER = ("seed=9", "tokenizer.train.vocab_size=460", "model.init.hidden_size=64", "model.init.intermediate_size=96")
 TAGGER = XMIXUP | {"tokenizer.train": {"vocab_size": 120, "style": "encoder"}}
@@ -128,7 +129,7 @@ def test_a_run_takes_the_tokenizer_that_a_look_has_trained(
     with look(config) as looked:
         trained = Path(looked.tokenizer_dir, "tokenizer.json").read_bytes()
     assert not (tmp_path / "run" / "tokenizer").exists()
-    monkeypatch.setattr("training.prepare.train_tokenizer_of", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr("training.run_folder.prepare.train_tokenizer_of", lambda *_: pytest.fail("trained twice"))
     assert Path(prepare(config).tokenizer_dir, "tokenizer.json").read_bytes() == trained
 
 

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
-from training import run_lock
 from training.errors import ConfigError
-from training.run_lock import HELD, LOCK_FILE, Holder, held, holder_of, refuse_other, running_in
+from training.run_folder import lock as run_lock
+from training.run_folder.lock import HELD, LOCK_FILE, Holder, held, holder_of, refuse_other, running_in
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from training import run_lock
+from training.run_folder import lock as run_lock
 from training.errors import ConfigError
-from training.run_lock import held
+from training.run_folder.lock import held
 
 def slowly(file, read=run_lock._read):  # between reading and writing, the others come
     holder = read(file)

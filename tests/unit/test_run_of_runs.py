@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from training.errors import ConfigError
-from training.mlflow_store import default_store, open_client
-from training.run_record import RECORD_NAME, read_events, run_folders
-from training.tracking import Tracker, TrackingConfig, run_of_runs, sync_record
+from training.tracking.mlflow_store import default_store, open_client
+from training.tracking.run_record import RECORD_NAME, read_events, run_folders
+from training.tracking.tracker import Tracker, TrackingConfig, run_of_runs, sync_record
 
 PARENT = "mlflow.parentRunId"
 

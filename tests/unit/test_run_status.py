@@ -17,12 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 import crosslift
-from training import logs, run_status
-from training.checkpoint import MARKER, checkpoint_path
-from training.run_lock import LOCK_FILE, Holder, held
-from training.run_record import RunRecord
-from training.run_status import local_runs
-from training.run_status import run_status as status_of
+from training.checkpoints.checkpoint import MARKER, checkpoint_path
+from training.launch import logs
+from training.run_folder import status as run_status
+from training.run_folder.lock import LOCK_FILE, Holder, held
+from training.run_folder.status import local_runs
+from training.run_folder.status import run_status as status_of
+from training.tracking.run_record import RunRecord
 
 
 def record(run: Path, steps: int, end: str | None, resumed: int | None = None, total: int = 10) -> None:

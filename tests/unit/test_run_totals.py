@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.records import BadRow, DataError
-from training.run_totals import RunTotals
+from training.loop.run_totals import RunTotals
 
 
 @pytest.fixture

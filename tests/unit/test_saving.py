@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from training.engine_state import TAG, _copied, consolidated, load_state, to_universal, weights_only
-from training.saving import FileWriter
+from training.checkpoints.saving import FileWriter
+from training.engine.state import TAG, _copied, consolidated, load_state, to_universal, weights_only
 
 
 def written(root: Path, files: list[tuple[Path, object]]) -> FileWriter:

@@ -11,13 +11,13 @@ import pytest
 
 from evals import quickstart
 from evals.commands import _tracked
-from evals.numbers import HEADLINE
+from evals.mgsm.numbers import HEADLINE
 from evals.score_report import score_metrics, write_score_files
 from training.errors import ConfigError
-from training.mlflow_store import default_store, open_client
-from training.run_record import RECORD_NAME, SCORES_NAME, read_events
-from training.scores import run_of, track_scores
-from training.tracking import Tracker, TrackingConfig, sync_record
+from training.tracking.mlflow_store import default_store, open_client
+from training.tracking.run_record import RECORD_NAME, SCORES_NAME, read_events
+from training.tracking.scores import run_of, track_scores
+from training.tracking.tracker import Tracker, TrackingConfig, sync_record
 
 METRICS = {"accuracy/en": 0.5, "n/en": 10.0, "accuracy/sw": 0.25, "n/sw": 10.0}
 

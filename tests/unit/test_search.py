@@ -10,16 +10,16 @@ from typing import Any, cast
 
 import pytest
 
-from training import checkpoint
+from training.checkpoints import checkpoint
+from training.checkpoints.disks import Disk
+from training.checkpoints.run_state import RunState
+from training.checkpoints.search import find_newest, find_on_all_disks
 from training.config import RunConfig
-from training.disks import Disk
-from training.engine_state import shard_of
+from training.engine.state import shard_of
 from training.errors import ConfigError
-from training.resume import go_on
+from training.loop.resume import go_on
+from training.loop.trainer import Trainer
 from training.run_file import resolved, validate
-from training.run_state import RunState
-from training.search import find_newest, find_on_all_disks
-from training.trainer import Trainer
 
 
 @pytest.fixture

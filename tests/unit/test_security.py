@@ -19,22 +19,22 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_run import LANGUAGES, PreparedRun, run_values
 
-from data_pipeline.chat import Chat, TemplateConfig
 from data_pipeline.config import SourceConfig
-from data_pipeline.index import build_index
 from data_pipeline.records import DataError
+from data_pipeline.sources.index import build_index
+from data_pipeline.text.chat import Chat, TemplateConfig
 from evals.errors import EvalError
 from evals.xtreme.run_config import read_plan
 from modeling.errors import ModelError
-from modeling.language_vectors import LanguageVectors
 from modeling.loading import load_config, load_pretrained
-from modeling.mixup_state import MixupState
-from modeling.untrusted import read_tokenizer
-from modeling.weight_files import stored_tensors
+from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.weights.untrusted import read_tokenizer
+from modeling.weights.weight_files import stored_tensors
+from modeling.xmixup.mixup_state import MixupState
 from training.errors import ConfigError
-from training.prepare import prepare
 from training.run_file import load_config as load_run_file
 from training.run_file import resolved, validate
+from training.run_folder.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("training", "modeling", "data_pipeline", "evals", "slurm")
@@ -318,7 +318,7 @@ def test_no_password_of_an_address_is_written_down(corpus: Path, tmp_path: Path)
 def test_a_login_reaches_the_run_inside_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from training.tracking import run_of_runs
+    from training.tracking.tracker import run_of_runs
 
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "")  # so that what the call sets is taken away again
@@ -342,7 +342,8 @@ def test_a_login_reaches_the_run_inside_by_the_environment(tmp_path: Path, monke
 def test_mlflows_page_is_for_this_machine_unless_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], host: str
 ) -> None:
-    from training import tracking, ui
+    from training.tracking import tracker as tracking
+    from training.tracking import ui
 
     started: list[list[str]] = []
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from modeling.errors import ModelError
-from modeling.sentence_states import SentenceStates
+from modeling.tasks.sentence_states import SentenceStates
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZES |= {"vocab_size": 40, "max_position_embeddings": 24, "initializer_range": 0.3}

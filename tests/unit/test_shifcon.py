@@ -6,11 +6,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from modeling.contrastive import ContentPooling
 from modeling.errors import ModelError
-from modeling.language_vectors import LanguageVectors
 from modeling.layers import state_hook
-from modeling.shifcon import LanguageShift, shift_tables
+from modeling.shifcon.contrastive import ContentPooling
+from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.shifcon.shift import LanguageShift, shift_tables
 
 MODELS = ["llama", "qwen3", "gpt_neox"]
 CACHED = [*MODELS, "mistral", "bloom", "gpt2", "opt"]

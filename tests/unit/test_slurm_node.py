@@ -15,7 +15,7 @@ import pytest
 from waiting import wait_for
 
 from slurm import node
-from training.ops import prebuilt
+from training.engine.ops import prebuilt
 
 SOURCE = Path(__file__).resolve().parents[2]
 LAUNCHER = """
@@ -37,9 +37,10 @@ sys.exit(int(os.environ.get("STATUS", "0")))
 def code(tmp_path: Path) -> Path:
     """A source folder whose launcher is a stand-in."""
     folder = tmp_path / "code"
-    (folder / "training").mkdir(parents=True)
+    (folder / "training" / "launch").mkdir(parents=True)
     (folder / "training" / "__init__.py").touch()
-    (folder / "training" / "launch.py").write_text(LAUNCHER)
+    (folder / "training" / "launch" / "__init__.py").touch()
+    (folder / "training" / "launch" / "__main__.py").write_text(LAUNCHER)
     (folder / "crosslift.py").write_text(LAUNCHER)
     return folder
 
@@ -167,7 +168,7 @@ def test_a_launcher_that_was_killed_is_a_failure(start: Start, tmp_path: Path) -
 
 
 def test_each_thing_that_is_missing_is_a_line_with_the_nodes_name(start: Start, tmp_path: Path, code: Path) -> None:
-    (code / "training" / "launch.py").unlink()
+    (code / "training" / "launch" / "__main__.py").unlink()
     (tmp_path / "run").rmdir()
     options = ("--readable", "/not/there", "--chdir", "/proc")
     status, lines = ended(start("config.yaml", options=options))
@@ -175,7 +176,7 @@ def test_each_thing_that_is_missing_is_a_line_with_the_nodes_name(start: Start, 
     assert status == 2
     assert lines == [
         f"{me}: cannot enter /proc; it must be on a disk that all nodes share",
-        f"{me}: cannot read {code}/training/launch.py; it must be on a disk that all nodes share",
+        f"{me}: cannot read {code}/training/launch/__main__.py; it must be on a disk that all nodes share",
         f"{me}: cannot read /not/there; it must be on a disk that all nodes share",
         f"{me}: cannot write into {tmp_path}/run: No such file or directory",
     ]

@@ -20,7 +20,7 @@ from waiting import wait_for
 
 from slurm.render import FIRST_PORT, PORTS, render, sbatch_quoted
 from slurm.spec import Container, Element, JobSettings, JobSpec
-from training.run_record import RunRecord
+from training.tracking.run_record import RunRecord
 
 JOB = 12
 
@@ -459,10 +459,11 @@ def test_a_missing_interpreter_names_the_node(tmp_path: Path, slurm: FakeSlurm, 
 def test_the_nodes_program_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
     """Script, node's program and launcher in a chain; the launcher is a stand-in that says what it got."""
     spec = make_spec(tmp_path / "s", (HOSTILE,), code=tmp_path / "code")
-    (tmp_path / "code" / "training").mkdir(parents=True)
+    (tmp_path / "code" / "training" / "launch").mkdir(parents=True)
     (tmp_path / "code" / "slurm").symlink_to(Path(__file__).resolve().parents[2] / "slurm")
     (tmp_path / "code" / "training" / "__init__.py").touch()
-    (tmp_path / "code" / "training" / "launch.py").write_text(
+    (tmp_path / "code" / "training" / "launch" / "__init__.py").touch()
+    (tmp_path / "code" / "training" / "launch" / "__main__.py").write_text(
         "import json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(75)\n"
     )
     slurm.says("scontrol", "localhost\n")

@@ -12,7 +12,7 @@ from slurm import site
 from slurm.errors import SlurmError
 from slurm.site import load_settings
 from slurm.spec import SECRET, Container, Element, JobSettings, JobSpec, seconds
-from training import logs
+from training.launch import logs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,9 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from data_pipeline.config import ColumnMap, SourceConfig
-from data_pipeline.formats import Shard
 from data_pipeline.records import BadRow, DataError, Message, Record
-from data_pipeline.sources import RecordReader, open_source
+from data_pipeline.sources.formats import Shard
+from data_pipeline.sources.sources import RecordReader, open_source
 
 LANGUAGES = ("en", "sw", "th")
 COLUMNS = {"id": "id", "language": "lang", "prompt": "question", "completion": "answer"}

@@ -15,7 +15,7 @@ import yaml
 from tiny_run import run_values, write_data
 
 from training.errors import ConfigError
-from training.stop import DEADLINE, SIGNALS, SPARE_SECONDS, STOPPED, UNMEASURED_SAVE_SECONDS, StopRequest
+from training.launch.stop import DEADLINE, SIGNALS, SPARE_SECONDS, STOPPED, UNMEASURED_SAVE_SECONDS, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_signal_in_training_is_a_request_and_a_second_one_changes_nothing(numb
 @pytest.mark.parametrize("number", SIGNALS)
 def test_outside_of_training_the_process_ends_with_the_status_that_goes_on(number: signal.Signals) -> None:
     program = (
-        "import time; from training.stop import StopRequest; stop = StopRequest(); stop.install(); "
+        "import time; from training.launch.stop import StopRequest; stop = StopRequest(); stop.install(); "
         "stop.begin_training(); stop.end_training(); print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data_pipeline.next_turn import next_turn
-from data_pipeline.templates import TemplateConfig
+from data_pipeline.text.next_turn import next_turn
+from data_pipeline.text.templates import TemplateConfig
 from evals.opening import open_model
 from modeling.export_info import ExportInfo
 from modeling.generation import Prompt, ShiftedGenerator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.straggler import compare
+from training.loop.straggler import compare
 
 
 def test_the_slowest_rank_is_measured_against_the_median() -> None:

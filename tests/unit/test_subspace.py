@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling import subspace
 from modeling.errors import ModelError
-from modeling.subspace import CrossCovariance, centroid_distance, linear_cka
+from modeling.shifcon import subspace
+from modeling.shifcon.subspace import CrossCovariance, centroid_distance, linear_cka
 
 
 def states(n: int, width: int, seed: int) -> Tensor:

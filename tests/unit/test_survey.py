@@ -12,13 +12,13 @@ from tiny_run import LANGUAGES, XMIXUP, corpus_rows, run_values, write_task_data
 from transformers import AutoTokenizer
 
 from data_pipeline.records import BadRow, DataError
-from data_pipeline.tokenizer import TokenizerTrainingConfig, train_tokenizer
+from data_pipeline.text.tokenizer import TokenizerTrainingConfig, train_tokenizer
 from training.assembly import assemble_data
 from training.check import check_run
+from training.checks.survey import by_reason
 from training.config import RunConfig
-from training.prepare import prepare
 from training.run_file import validate
-from training.survey import by_reason
+from training.run_folder.prepare import prepare
 
 # As Gemma's: it has no system role.
 TEMPLATE = (

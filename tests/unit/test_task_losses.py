@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from modeling.task_losses import (
+from modeling.tasks.task_losses import (
     classification_losses,
     span_log_probabilities,
     span_losses,

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from data_pipeline.tasks.batches import TaskPacker
 from data_pipeline.tasks.config import TaskConfig
 from modeling.architectures import auto_class
-from modeling.encoders import TASK_ARCHITECTURES
-from training.objective_config import XMixupConfig
-from training.task_objectives import TaskFineTuning, XMixup
+from modeling.tasks.encoders import TASK_ARCHITECTURES
+from training.objectives.config import XMixupConfig
+from training.objectives.encoders import TaskFineTuning, XMixup
 
 LABELS = ("a", "b", "c")
 

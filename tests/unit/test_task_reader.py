@@ -16,11 +16,11 @@ from small_encoders import WORDS, unigram
 from tokenizers.normalizers import Replace
 
 from data_pipeline.config import Overlong, SourceConfig
-from data_pipeline.index import build_index
 from data_pipeline.loader import shared_batches
-from data_pipeline.mixture import Quotas
-from data_pipeline.plan import Planner
+from data_pipeline.order.mixture import Quotas
+from data_pipeline.order.plan import Planner
 from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.sources.index import build_index
 from data_pipeline.tasks.batches import TaskPacker, TaskSample
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.masking import mask_tokens

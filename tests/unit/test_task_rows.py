@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from data_pipeline.config import TASK_COLUMNS, ColumnMap, SourceConfig
-from data_pipeline.index import DataIndex, build_index
 from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import Example, TaskRecord
 from data_pipeline.tasks.rows import read_task_file

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from data_pipeline.records import DataError
-from data_pipeline.tokenizer import (
+from data_pipeline.text.tokenizer import (
     ENCODER_TOKENS,
     SPECIAL_TOKENS,
     TokenizerTrainingConfig,

@@ -19,10 +19,12 @@ import pytest
 from pydantic import ValidationError
 from waiting import wait_for
 
+from training.checks.metric_names import metric_names
 from training.errors import ConfigError
-from training.metric_names import metric_names
-from training.mlflow_feed import STATE_NAME, RecordFeeder
-from training.mlflow_store import (
+from training.objectives.config import ContrastiveConfig, ShifConConfig
+from training.provenance import git_state, source_tags, versions
+from training.tracking.mlflow_feed import STATE_NAME, RecordFeeder
+from training.tracking.mlflow_store import (
     MAX_KEY,
     MAX_PARAM,
     artifact_root,
@@ -35,11 +37,9 @@ from training.mlflow_store import (
     open_client,
     without_password,
 )
-from training.objective_config import ContrastiveConfig, ShifConConfig
-from training.provenance import git_state, source_tags, versions
-from training.run_record import RECORD_NAME, RunRecord, flatten, number, read_events
-from training.tracking import Tracker, TrackingConfig, sync_record, target_of
-from training.ui import _serve, serve_ui
+from training.tracking.run_record import RECORD_NAME, RunRecord, flatten, number, read_events
+from training.tracking.tracker import Tracker, TrackingConfig, sync_record, target_of
+from training.tracking.ui import _serve, serve_ui
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +101,7 @@ def test_a_torn_last_line_is_cut_off_and_a_whole_one_is_kept(tmp_path: Path) -> 
 
 def test_a_killed_process_loses_no_line_it_logged(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from training.tracking import *\n"
+        "import sys; from pathlib import Path; from training.tracking.tracker import *\n"
         "t = Tracker(Path(sys.argv[1]), TrackingConfig(enabled=False)); t.start({}, {}, None)\n"
         "for step in range(10**9):\n t.log(step, {'loss': 1.0}); print(step, flush=True)\n"
     )
@@ -155,7 +155,7 @@ def test_lines_wait_for_a_full_disk_and_it_is_said_once(
 def test_what_a_full_disk_never_takes_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.run_record.MOST_WAITING", 200)  # two or three such lines
+    monkeypatch.setattr("training.tracking.run_record.MOST_WAITING", 200)  # two or three such lines
     record = RunRecord(tmp_path)
 
     def full(fd: int, data: bytes) -> int:
@@ -259,9 +259,9 @@ def test_the_server_of_ui_leaves_no_folder_either(tmp_path: Path, monkeypatch: p
         def wait(self) -> int:
             return 0
 
-    monkeypatch.setattr("training.ui.subprocess.Popen", Server)
-    monkeypatch.setattr("training.ui.signal.signal", lambda *_: None)
-    monkeypatch.setattr("training.ui.server_answers", lambda *_, **__: True)
+    monkeypatch.setattr("training.tracking.ui.subprocess.Popen", Server)
+    monkeypatch.setattr("training.tracking.ui.signal.signal", lambda *_: None)
+    monkeypatch.setattr("training.tracking.ui.server_answers", lambda *_, **__: True)
     assert _serve(default_store(folder), folder, 5000, "127.0.0.1", [], False) == 0
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
@@ -284,7 +284,7 @@ def test_a_network_disk_gets_a_record_and_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("training.tracking_target.on_shared_disk", lambda folder: True)
+    monkeypatch.setattr("training.tracking.target.on_shared_disk", lambda folder: True)
     tracker = tracked(tmp_path)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
@@ -301,7 +301,7 @@ def test_config_mistakes_are_refused() -> None:
 
 def test_importing_and_making_a_tracker_imports_neither_mlflow_nor_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from training.tracking import *\n"
+        "import sys; from pathlib import Path; from training.tracking.tracker import *\n"
         f"Tracker(Path({str(tmp_path)!r}), TrackingConfig())\n"
         "print(sorted({'mlflow', 'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
     )
@@ -319,8 +319,8 @@ def test_only_one_thread_at_a_time_imports_mlflow(run: Path) -> None:
     code = f"""if True:
         import sys
         from pathlib import Path
-        from training import mlflow_store
-        from training.mlflow_feed import RecordFeeder
+        from training.tracking import mlflow_store
+        from training.tracking.mlflow_feed import RecordFeeder
         class FirstImport:
             def find_spec(self, name, *_):
                 if name.partition(".")[0] == "mlflow":

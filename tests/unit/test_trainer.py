@@ -17,19 +17,19 @@ import torch
 
 from data_pipeline.loader import RankStep, no_slots
 from data_pipeline.records import BadRow, DataError
-from training import checkpoint, saving
 from training.assembly import Run
-from training.engine import NonFiniteUpdate
+from training.checkpoints import checkpoint, saving
+from training.checkpoints.run_state import RunState
+from training.engine.engine import NonFiniteUpdate
 from training.errors import CheckpointFailed, NonFiniteStep
-from training.guard import Verdict
-from training.objectives import LossTerms
-from training.progress import Progress
+from training.launch.stop import StoppedOnRequest
+from training.loop.guard import Verdict
+from training.loop.progress import Progress
+from training.loop.step_sums import StepRead, StepSums
+from training.loop.trainer import Agreed, Trainer
+from training.objectives.decoders import LossTerms
+from training.objectives.scaling import LossTerm, StepTotals
 from training.run_file import validate
-from training.run_state import RunState
-from training.scaling import LossTerm, StepTotals
-from training.step_sums import StepRead, StepSums
-from training.stop import StoppedOnRequest
-from training.trainer import Agreed, Trainer
 
 Made = Callable[..., Trainer]
 
@@ -370,9 +370,9 @@ def test_what_another_rank_cannot_read_ends_this_one_with_the_same_line(
 ) -> None:
     """As if another rank said so in the all-reduce."""
     monkeypatch.setattr(
-        "training.trainer.all_sum", lambda values, _: torch.tensor([1, *values[1:]], dtype=torch.double)
+        "training.loop.trainer.all_sum", lambda values, _: torch.tensor([1, *values[1:]], dtype=torch.double)
     )
-    monkeypatch.setattr("training.trainer.gather_objects", lambda mine: [mine, UNREADABLE])
+    monkeypatch.setattr("training.loop.trainer.gather_objects", lambda mine: [mine, UNREADABLE])
     made = trainer()
     with pytest.raises(DataError) as refusal:
         made.agree(rank_step(made.config.data.languages))
@@ -411,7 +411,9 @@ def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
     trainer: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if another rank said the same."""
-    monkeypatch.setattr("training.trainer.all_sum", lambda values, device: 2 * torch.tensor(values, dtype=torch.double))
+    monkeypatch.setattr(
+        "training.loop.trainer.all_sum", lambda values, device: 2 * torch.tensor(values, dtype=torch.double)
+    )
     made = trainer()
     languages = made.config.data.languages
     read = made.agree(rank_step(languages)).read.metrics(languages)

@@ -9,9 +9,9 @@ from small_tokenizers import CUSTOM, ITEMS, KINDS, LANGUAGES, TEMPLATES
 from test_chat import make_chat, make_record, spans
 from test_chat import tokenizers as tokenizers
 
-from data_pipeline.chat import check_labels
 from data_pipeline.records import Message
-from data_pipeline.truncation import truncate
+from data_pipeline.text.chat import check_labels
+from data_pipeline.text.truncation import truncate
 
 LONG = 5  # questions of this many repetitions
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
-from training import watchdog
-from training.heartbeat import ENDED, FOLDER, STARTING, STEPPING, Heart, beat_file, read_beat
-from training.watchdog import Evidence, Watchdog, from_json, furthest_behind, main_stack, to_json
+from training.launch import watchdog
+from training.launch.heartbeat import ENDED, FOLDER, STARTING, STEPPING, Heart, beat_file, read_beat
+from training.launch.watchdog import Evidence, Watchdog, from_json, furthest_behind, main_stack, to_json
 
 HANGS = """
     import os, signal, sys, threading, time
-    from training.heartbeat import Heart
+    from training.launch.heartbeat import Heart
     heart = Heart()
     heart.attach()
     def deep_in_the_reader():
@@ -37,7 +37,7 @@ HANGS = """
 """
 STOPS_ITSELF = """
     import os, signal, threading, time
-    from training.heartbeat import Heart
+    from training.launch.heartbeat import Heart
     heart = Heart()
     heart.attach()
     def stopping():
@@ -58,7 +58,7 @@ def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heart:
     """This process as local rank 0 of a launcher's folder."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr("training.heartbeat._end_with_launcher", lambda: None)
+    monkeypatch.setattr("training.launch.heartbeat._end_with_launcher", lambda: None)
     heart = Heart()
     heart.attach()
     return heart
@@ -231,7 +231,8 @@ def test_a_stopped_process_shows_where_it_stopped_and_not_where_it_is_when_let_g
 def test_a_rank_dies_with_its_launcher(tmp_path: Path) -> None:
     """Also one that waits in a call and looks at nothing."""
     program = (
-        "from training.heartbeat import Heart; Heart().attach(); open('{}', 'w').close(); import time; time.sleep(60)"
+        "import time; from training.launch.heartbeat import Heart; Heart().attach(); open('{}', 'w').close(); "
+        "time.sleep(60)"
     )
     launcher = f"""
         import os, subprocess, sys, time

@@ -24,17 +24,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling import weight_check
 from modeling.errors import ModelError
 from modeling.loading import build_model, load_pretrained, load_weights
-from modeling.weight_check import check_directory
+from modeling.weights import weight_check
+from modeling.weights.weight_check import check_directory
 from training.check import check_run
+from training.checks.front import check_model_files, check_starting_model
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.front_checks import check_model_files, check_starting_model
 from training.prefetch import open_all
-from training.prepare import prepare
 from training.run_file import validate
+from training.run_folder.prepare import prepare
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -21,8 +21,8 @@ from small_encoders import WORDS
 from tiny_task_model import export
 
 from crosslift import app
-from data_pipeline.index import build_index
 from data_pipeline.records import DataError
+from data_pipeline.sources.index import build_index
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
@@ -30,7 +30,7 @@ from evals.xtreme.label_files import read_labels
 from evals.xtreme.predict import EncoderPredictor
 from evals.xtreme.run import run_xtreme
 from evals.xtreme.run_file import XtremeRun
-from training.objective_config import XMixupConfig
+from training.objectives.config import XMixupConfig
 from training.run_file import load_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "xtreme.yaml"
@@ -126,7 +126,7 @@ def make(data: Path, output: Path, method: str = "x-mixup", **more: Any) -> Xtre
 
 
 class Tracked:
-    """Stands for `training.tracking.run_of_runs` and the tracker that it gives."""
+    """Stands for `training.tracking.tracker.run_of_runs` and the tracker that it gives."""
 
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
@@ -335,7 +335,7 @@ def test_refusals_name_only_options_that_their_command_has() -> None:
         "evals/xtreme/prepared.py": run | options_of("xtreme", "soft-labels"),
         "evals/xtreme/teacher.py": options_of("xtreme", "soft-labels"),
         "evals/xtreme/retrieval.py": options_of("xtreme", "retrieve"),
-        "evals/mgsm.py": options_of("eval") & options_of("score"),
+        "evals/mgsm/mgsm.py": options_of("eval") & options_of("score"),
         "data_pipeline/xtreme/*.py": prepare & run | {"--remake"},  # in prepare's own words, which run replaces
     }
     for pattern, options in of_files.items():

@@ -15,7 +15,7 @@ from evals.errors import EvalError
 from evals.xtreme.published import PUBLISHED, TASK_ORDER, published_score
 from evals.xtreme.run_config import compose, read_plan, steps_of
 from training.config import RunConfig
-from training.objective_config import FineTuneConfig, XMixupConfig
+from training.objectives.config import FineTuneConfig, XMixupConfig
 from training.run_file import load_config, validate
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "xtreme.yaml"

@@ -1,0 +1,1 @@
+"""Which row comes when: order, mixture, plan; pure arithmetic."""

@@ -1,0 +1,185 @@
+"""Which language each slot has: weights to integer quotas to one fixed sequence.
+
+In: the mixture's config and the rows of each language. Out: `Quotas`, which tells any slot's language and how
+many slots of that language came before it. Next: `plan.py`, which turns slots into rows.
+
+A slot is one labelled sample. The sequence repeats after P slots (the period), so seeking is a divmod.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from data_pipeline.order.order import mix64
+from data_pipeline.records import DataError
+from data_pipeline.settings import Section
+
+LARGEST_WEIGHT = 1e12  # sums of a few thousand stay exact enough
+Pairing = Literal["none", "reuse", "fill"]
+
+
+class MixtureConfig(Section):
+    """How often each language comes, and how translations meet."""
+
+    strategy: Literal["proportional", "temperature", "uniform", "explicit"] = Field(
+        "proportional",
+        description="proportional to rows, or to rows ** (1 / temperature); uniform; explicit: `weights`",
+    )
+    temperature: float = Field(5.0, gt=0, description="strategy temperature only: 1 is proportional, large is uniform")
+    weights: dict[str, float] | None = Field(
+        None,
+        description="strategy explicit only: a weight each, any scale; 0 or not listed leaves a language out",
+    )
+    period: int = Field(65536, ge=1, le=10**8, description="slots after which the sequence of languages repeats")
+    pairing: Pairing = Field(
+        "reuse",
+        description="none; reuse: dominant-language slots take the translations of the step's other items; "
+        "fill: reuse, and label-free dominant prompts for the items left alone",
+    )
+
+    @model_validator(mode="after")
+    def _weights_fit_strategy(self) -> MixtureConfig:
+        if (self.weights is not None) != (self.strategy == "explicit"):
+            raise ValueError("weights and strategy: explicit need each other; give both or neither")
+        for language, weight in (self.weights or {}).items():
+            if not 0 <= weight <= LARGEST_WEIGHT:
+                raise ValueError(f"weights.{language} is {weight}; a weight is 0 to {LARGEST_WEIGHT:g}")
+        if self.weights is not None and not any(self.weights.values()):
+            raise ValueError("weights has no language above 0; give at least one")
+        if self.strategy != "temperature" and self.temperature != type(self).model_fields["temperature"].default:
+            raise ValueError(f"temperature goes with strategy: temperature, not with {self.strategy}")
+        return self
+
+
+def language_weights(config: MixtureConfig, rows_per_language: Mapping[str, int]) -> dict[str, float]:
+    """Weights that sum to one, of the languages that take part, in the order of `rows_per_language`.
+
+    Raises DataError if a weight names an undeclared language or a language that takes part has no rows.
+    """
+    weights = config.weights or {}
+    for language in weights:
+        if language not in rows_per_language:
+            known = ", ".join(rows_per_language)
+            raise DataError(f"data.mixture.weights.{language}: not a declared language; declared are {known}")
+    languages = [code for code in rows_per_language if config.strategy != "explicit" or weights.get(code)]
+    for language in languages:
+        if rows_per_language[language] < 1:
+            raise DataError(f"data.mixture: language '{language}' has no training rows; give it some or leave it out")
+    if config.strategy == "explicit":
+        raw = [weights[code] for code in languages]
+    elif config.strategy == "uniform":
+        raw = [1.0] * len(languages)
+    else:
+        # Relative to the largest, so that a temperature near 0 underflows to 0 instead of overflowing.
+        temperature = config.temperature if config.strategy == "temperature" else 1.0
+        largest = max(rows_per_language.values())
+        raw = [(rows_per_language[code] / largest) ** (1 / temperature) for code in languages]
+    total = math.fsum(raw)
+    return {code: weight / total for code, weight in zip(languages, raw, strict=True)}
+
+
+class Quotas:
+    """The exact sequence of languages: after any k slots a language had less than one slot more or less than
+    its share k * n_i / P.
+
+    counts: (n_languages,) int64, n_i slots a period, summing to P; 0 for a declared language without weight.
+    """
+
+    def __init__(self, weights: Mapping[str, float], languages: Sequence[str], period: int) -> None:
+        """`weights` of the languages that take part, any scale; `languages`: all declared ones, for indices.
+
+        Raises DataError if more languages take part than the period has slots.
+        """
+        if len(weights) > period:
+            raise DataError(
+                f"data.mixture.period is {period}, too short for {len(weights)} languages; give at least {len(weights)}"
+            )
+        self.period = period
+        self.counts = np.zeros(len(languages), np.int64)
+        indices = [languages.index(code) for code in weights]
+        self.counts[indices] = _apportion(list(weights.values()), period)
+        self._sequence = _earliest_deadline_first(self.counts)
+        self._earlier = np.empty(period, np.int64)  # slots of the same language earlier in the period
+        self._earlier[np.argsort(self._sequence, kind="stable")] = _ordinals(self.counts)
+
+    def between(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Languages and cursors, (stop - start,) each, of the slots start .. stop-1."""
+        periods, places = np.divmod(np.arange(start, stop, dtype=np.int64), self.period)
+        languages = self._sequence[places]
+        return languages, periods * self.counts[languages] + self._earlier[places]
+
+    def language_of(self, slot: int) -> int:
+        """The slot's language, an index into the declared languages."""
+        return int(self._sequence[slot % self.period])
+
+    def cursor_of(self, slot: int) -> int:
+        """How many earlier slots had this slot's language."""
+        return int(self.between(slot, slot + 1)[1][0])
+
+    def counts_before(self, slot: int) -> npt.NDArray[np.int64]:
+        """(n_languages,): how many of the slots 0 .. slot-1 each language had."""
+        periods, place = divmod(slot, self.period)
+        return periods * self.counts + np.bincount(self._sequence[:place], minlength=len(self.counts))
+
+
+def _apportion(weights: Sequence[float], period: int) -> list[int]:
+    """Integers >= 1 that sum to `period`, nearest to the weights: who would get less than one slot gets one,
+    the others share the rest by largest remainder."""
+    counts = [1] * len(weights)
+    free = list(range(len(weights)))
+    while True:
+        left = period - (len(weights) - len(free))
+        total = math.fsum(weights[i] for i in free)
+        shares = {i: weights[i] / total * left for i in free}
+        large = [i for i in free if shares[i] >= 1]
+        if len(large) == len(free):
+            break
+        free = large
+    for i in free:
+        counts[i] = math.floor(shares[i])
+    by_remainder = sorted(free, key=lambda i: (counts[i] - shares[i], i))
+    for i in by_remainder[: period - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _ordinals(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """0 .. n_i-1 for each language in turn, (P,)."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(starts, counts)
+
+
+def _earliest_deadline_first(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The language of each of the P slots, (P,).
+
+    A language's j-th slot (from 1) may come from floor((j-1) P / n_i) on and must be over by ceil(j P / n_i).
+    One job a slot, always the released one with the earliest deadline: that meets every deadline (Tijdeman
+    1980), which keeps each count within one of its share. Ties go by a hash: by index, a step shorter than
+    the number of languages would see the same few languages together again and again.
+    """
+    period = int(counts.sum())
+    language = np.repeat(np.arange(len(counts)), counts)
+    ordinal, total = _ordinals(counts), np.repeat(counts, counts)
+    release = ordinal * period // total
+    deadline = -(-(ordinal + 1) * period // total)
+    tie = mix64(np.arange(1, period + 1, dtype=np.uint64))
+    by_urgency = np.lexsort((tie, deadline))
+    urgency = np.empty(period, np.int64)
+    urgency[by_urgency] = np.arange(period)
+    by_release = np.argsort(release, kind="stable")
+    waiting = list(zip(release[by_release].tolist(), urgency[by_release].tolist(), strict=True))
+    waiting.reverse()
+    ready: list[int] = []
+    chosen = []
+    for slot in range(period):
+        while waiting and waiting[-1][0] <= slot:
+            heappush(ready, waiting.pop()[1])
+        chosen.append(heappop(ready))
+    return language[by_urgency[chosen]]

@@ -1,0 +1,1 @@
+"""From files to records: formats, addresses, and the index over them."""

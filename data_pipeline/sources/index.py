@@ -1,0 +1,294 @@
+"""The index: where each Record is, in which language, of which item, how long; memory-mapped.
+
+In: SourceConfigs. Out: a DataIndex, one entry a Record. Next: `order.py` and `plan.py`, which choose rows by
+their numbers, and `loader.py`, which reads their Records.
+
+The index is a folder of arrays under the cache directory, named by a hash of all that it depends on (configs,
+languages, files with sizes and times). It is built in one pass over the files (`scan.py`) and then renamed into
+place, so processes that build at once do no harm, and a later run opens it without reading any data.
+
+Shapes: N entries, in the order of sources, files and rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.records import BadRow, DataError, Record, stable_hash
+from data_pipeline.sources.formats import Place
+from data_pipeline.sources.patience import patiently
+from data_pipeline.sources.scan import COLUMNS, Arrays, Scan, check_columns, check_rows, lookups, refuse_bad
+from data_pipeline.sources.sources import AnyRecord, RecordReader, open_source
+from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.records import TaskRecord
+
+VERSION = 2  # of the folder's layout and of every rule that decides what is in it
+ARRAYS = (
+    *COLUMNS,
+    "heldout",
+    "groups_heldout",
+    "by_language",
+    "language_starts",
+    "by_group",
+    "group_starts",
+    "sorted_group",
+)
+
+Integers = npt.NDArray[np.int64]
+
+
+class DataIndex:
+    """A built index, opened. Cheap to pickle: the arrays stay on disk.
+
+    languages       the declared languages; arrays hold positions in it
+    language        (N,) int16
+    group           (N,) int64, stable_hash of Record.group: equal in translations of the same item
+    content         (N,) int64, stable_hash of Record.user_text
+    normalized      (N,) int64, stable_hash of Record.user_text without case, white space and Unicode form
+    n_bytes         (N,) int32, UTF-8 bytes of all messages, or of a task's texts
+    bad             (N,) bool: unusable, keeps its place in the order
+    heldout         (N,) bool: in no training batch
+    groups_heldout  (items,) int64, sorted
+    bad_rows        (origin, reason) of every unusable row
+    fingerprint     what a resume compares: {what: content hash or settings}
+    patience        seconds to wait for a file that cannot be read
+    """
+
+    def __init__(self, directory: Path, readers: Sequence[RecordReader], patience: float = 0.0) -> None:
+        self.patience = patience
+        self._directory = directory
+        self._readers = tuple(readers)
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        self.languages: tuple[str, ...] = tuple(meta["languages"])
+        self.fingerprint: dict[str, str] = meta["fingerprint"]
+        self.bad_rows: tuple[tuple[str, str], ...] = tuple((origin, reason) for origin, reason in meta["bad_rows"])
+        # as plain ndarrays: a memmap object pays for its class at each slice
+        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS}
+        self.language: npt.NDArray[np.int16] = arrays["language"]
+        self.group: Integers = arrays["group"]
+        self.content: Integers = arrays["content"]
+        self.normalized: Integers = arrays["normalized"]
+        self.n_bytes: npt.NDArray[np.int32] = arrays["n_bytes"]
+        self.bad: npt.NDArray[np.bool_] = arrays["bad"]
+        self.heldout: npt.NDArray[np.bool_] = arrays["heldout"]
+        self.groups_heldout: Integers = arrays["groups_heldout"]
+        self._shard: npt.NDArray[np.int32] = arrays["shard"]
+        self._arrays = arrays
+        sources = [reader.source.name for reader in self._readers]
+        self._source_of_shard = np.array([sources.index(name) for name in sources])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DataIndex, (self._directory, self._readers, self.patience)
+
+    def __len__(self) -> int:
+        return len(self.language)
+
+    def rows(self, language: int, heldout: bool = False) -> Integers:
+        """The entries of a language in one split, in file order, bad ones included: (rows,) int64."""
+        return self._section("by_language", "language_starts", language, heldout)
+
+    def translation(self, row: int, language: int) -> int:
+        """The entry of the same item in that language and the same split, or -1. O(log N).
+
+        Of several, the first of the same source, or else the first. Bad rows are and have none.
+        """
+        heldout = bool(self.heldout[row])
+        groups = self._section("sorted_group", "group_starts", language, heldout)
+        entries = self._section("by_group", "group_starts", language, heldout)
+        group = self.group[row]
+        first = int(groups.searchsorted(group))
+        last = int(groups.searchsorted(group, "right"))
+        if first == last:  # a bad row has no group, and is not among them
+            return -1
+        if last - first == 1:
+            return int(entries[first])
+        source_of = self._source_of_shard
+        same_source = source_of[self._shard[entries[first:last]]] == source_of[self._shard[row]]
+        return int(entries[first + int(same_source.argmax())])
+
+    def origin(self, row: int) -> str:
+        """Where an entry stands, "file.jsonl:17"; nothing is read."""
+        return self._readers[self._shard[row]].shard.origin(self._place(row))
+
+    def source(self, row: int) -> SourceConfig:
+        """What the run file says about the source of an entry."""
+        return self._readers[self._shard[row]].source
+
+    def record(self, row: int) -> Record:
+        """Reads one entry of a source of conversations. Raises as `read` does, and DataError for a task's row."""
+        found = self.read(row)
+        if not isinstance(found, Record):
+            raise DataError(f"{found.origin}: a row of a task, where a conversation is needed (prompt, completion)")
+        return found
+
+    def task_record(self, row: int) -> TaskRecord:
+        """Reads one entry of a task's source. Raises as `read` does, and DataError for a conversation."""
+        found = self.read(row)
+        if not isinstance(found, TaskRecord):
+            raise DataError(f"{found.origin}: a conversation, where a row of a task is needed")
+        return found
+
+    def read(self, row: int) -> AnyRecord:
+        """Reads one entry, and nothing else, from its file.
+
+        Raises BadRow if it is unusable and DataError if the file has changed since it was indexed.
+        """
+        reader = self._readers[self._shard[row]]
+        place = self._place(row)
+        wide = self.languages[self.language[row]] if reader.source.languages is not None else None
+        try:
+            row_of_file = patiently(lambda: reader.shard.read(place), reader.shard.address, self.patience)
+            record = reader.record(row_of_file, place, wide)
+        except BadRow:
+            if self.bad[row]:
+                raise
+            record = None
+        except OSError as error:
+            raise DataError(f"{reader.shard.origin(place)}: cannot be read ({error})") from error
+        if record is None or stable_hash(record.user_text) != self.content[row]:
+            raise DataError(f"{reader.shard.origin(place)}: the file has changed since the run began; start again")
+        return record
+
+    def _place(self, row: int) -> Place:
+        return Place(*(int(self._arrays[name][row]) for name in ("number", "offset", "length")))
+
+    def _section(self, values: str, starts: str, language: int, heldout: bool) -> Integers:
+        position = int(heldout) * len(self.languages) + language
+        first, last = self._arrays[starts][position : position + 2]
+        return self._arrays[values][first:last]
+
+
+def build_index(
+    sources: Sequence[SourceConfig],
+    languages: Sequence[str],
+    data_dir: Path | None,
+    cache_dir: Path,
+    *,
+    heldout_items: int = 0,
+    seed: int = 0,
+    max_bad_rows: int = 0,
+    task: TaskConfig | None = None,
+    patience: float = 0.0,
+) -> DataIndex:
+    """Opens the index of the sources, building it first where no earlier run did.
+
+    `patience`: seconds that later reads wait for a file that is away; building waits for none.
+    The `heldout_items` items with the smallest hash of (seed, item) are held out, each in all its languages.
+    With `task`, the sources must be of its kind, and a row without a label, or with one that `task.labels` lacks,
+    is unusable. Raises DataError: no such file or column, a source without rows, a language without training
+    rows, or more than `max_bad_rows` unusable rows, naming the first.
+    """
+    _check_languages(sources, languages)
+    _check_kinds(sources, task)
+    readers = [
+        RecordReader(source, shard, languages, task)
+        for source in sources
+        for shard in open_source(source, data_dir, cache_dir / "arrow")
+    ]
+    settings = {
+        "version": str(VERSION),
+        "languages": " ".join(languages),
+        "held out": f"{heldout_items} items, seed {seed}" if heldout_items else "none",
+        "sources": " ".join(source.name for source in sources),
+    } | {f"source {source.name}": _settings_of(source) for source in sources}
+    if task is not None:
+        settings["task"] = f"{task.kind}: {' '.join(task.labels)}"
+    shards = [(reader.source.name, reader.shard.address, reader.shard.identity) for reader in readers]
+    # The arrays are part of the name: another version's folder may lack some. They say nothing new about the data, so
+    # they are not in the fingerprint that a resume compares.
+    directory = cache_dir / hashlib.sha256(json.dumps([settings, shards, ARRAYS]).encode()).hexdigest()[:32]
+    index = _opened(directory, readers)
+    if index is None:
+        scan = Scan(languages, max_bad_rows)
+        contents = {reader.shard.name: scan.read(number, reader) for number, reader in enumerate(readers)}
+        check_columns(readers)
+        refuse_bad(scan.bad_rows, scan.bad_count, max_bad_rows)
+        arrays = scan.arrays()
+        try:
+            check_rows(arrays, readers)
+            arrays |= lookups(arrays, languages, heldout_items, seed)
+        except DataError as error:
+            if not scan.bad_rows:
+                raise
+            first = BadRow(*scan.bad_rows[0])
+            raise DataError(f"{error}; {scan.bad_count:,} rows are unusable, such as {first}") from None
+        meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
+        _publish(arrays, meta, directory, readers)
+        index = DataIndex(directory, readers)
+    refuse_bad(index.bad_rows, len(index.bad_rows), max_bad_rows)
+    index.patience = patience
+    return index
+
+
+def _publish(arrays: Arrays, meta: dict[str, Any], directory: Path, readers: Sequence[RecordReader]) -> None:
+    """Writes the folder under another name and renames it; whoever builds the same index writes the same bytes."""
+    temporary = directory.with_name(f"building-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        for name, values in arrays.items():
+            with open(temporary / f"{name}.npy", "wb") as file:
+                np.save(file, values)
+                file.flush()
+                os.fsync(file.fileno())
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if _opened(directory, readers) is None:  # not another process that was first, but a torn folder
+                for path in sorted(temporary.iterdir()):
+                    os.replace(path, directory / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone after the rename
+
+
+def _opened(directory: Path, readers: Sequence[RecordReader]) -> DataIndex | None:
+    try:
+        return DataIndex(directory, readers)
+    except (OSError, ValueError, KeyError):  # not there, or torn: it is built anew
+        return None
+
+
+def _settings_of(source: SourceConfig) -> str:
+    """What a source says, as one line; a kind of column that it has not is not in it."""
+    return source.model_dump_json(exclude={"files"}, exclude_none=True)
+
+
+def _check_kinds(sources: Sequence[SourceConfig], task: TaskConfig | None) -> None:
+    """Raises DataError for a source whose columns are not what the task needs: conversations, where it is None."""
+    labels = {"classification": ("label",), "tagging": ("tags", "soft_tags"), "qa": ("answers",)}
+    for source in sources:
+        kind, mapped = source.columns.kind, source.columns.named()
+        if task is None:
+            if kind != "chat":
+                raise DataError(
+                    f"source {source.name!r} has the columns of {kind}, so the run needs 'data.task' with that kind"
+                )
+        elif kind != task.kind:
+            raise DataError(f"source {source.name!r} has the columns of {kind}, but data.task.kind is {task.kind!r}")
+        elif (needed := labels.get(kind)) and not any(what in mapped for what in needed):
+            raise DataError(f"source {source.name!r} maps no {' or '.join(needed)}, which training needs")
+
+
+def _check_languages(sources: Sequence[SourceConfig], languages: Sequence[str]) -> None:
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two sources are named {name!r}; each needs a name of its own")
+    for source in sources:
+        for language in (*(source.languages or ()), source.language, source.response_language):
+            if language is not None and language not in languages:
+                raise DataError(
+                    f"source {source.name!r}: language {language!r} is not declared; data.languages are"
+                    f" {', '.join(languages)}"
+                )

@@ -1,0 +1,1 @@
+"""From a record to a tokenised sample, for decoders: chat templates, label masks, tokenizers."""

@@ -1,0 +1,308 @@
+"""Records -> tokens, with a mark on every token: whose words it is, and whether it is to be predicted.
+
+In: Records from `index.py` and a tokenizer. Out: TokenizedSamples. Next: `packing.py`.
+
+Each prompt and each answer is tokenised on its own, so a training sample begins with exactly the tokens that
+generation feeds. What people wrote never becomes a special token: text that spells one is cut inside it
+before it is tokenised. T is the number of tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise, zip_longest
+from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.records import BadRow, DataError, Message, Record, Role, TokenizedSample, stable_hash
+from data_pipeline.text.templates import (
+    LANGUAGE_NAMES,
+    Slot,
+    TemplateConfig,
+    Turn,
+    check_roles,
+    language_name,
+    make_template,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LANGUAGE_NAMES", "Chat", "TemplateConfig", "check_labels", "describe", "language_name"]
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+Span = tuple[int, int]
+
+_TEMPLATE, _CONTENT, _UNTRAINED, _ANSWER, _END = range(5)  # what a token is; from _ANSWER on it is predicted
+_SHOWN = 60  # characters shown of a text in a message
+
+
+class Chat:
+    """One tokenizer with one template. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig, languages: Sequence[str]) -> None:
+        """Raises DataError where the tokenizer and the template don't fit."""
+        if not tokenizer.is_fast:
+            raise DataError(f"{tokenizer.name_or_path!r} is not a fast tokenizer, so it has no offsets")
+        from tokenizers import Tokenizer
+
+        self.tokenizer = tokenizer
+        self.config = template
+        self.languages = tuple(languages)
+        self._language_ids = {code: number for number, code in enumerate(languages)}
+        self.template = make_template(template, tokenizer)
+        # A copy of our own: truncation and padding are settings of the shared one, and others change them.
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
+        end = str(self._backend.id_to_token(self.template.end_id))
+        written = str(tokenizer.chat_template if template.name == "chat" else template.prompt)
+        self._special = _occurrences(t.content for t in added if t.special or t.content == end)
+        # In a prompt also tokens that only the template may write, marked as special or not.
+        self._control = _occurrences(t.content for t in added if t.special or t.content in written + end)
+        self._turns: dict[tuple[tuple[Role, ...], str, str], list[Turn]] = {}
+
+    def prompt_ids(self, messages: Sequence[Message], language: str, response_language: str) -> tuple[Ids, Mask]:
+        """What generation feeds, up to where the answer begins: token ids (T,) and the content mask (T,).
+
+        `messages` ends with a user's turn; languages are codes, "" if not known. Raises DataError for turns out of
+        order, and where the template names a language that is not known.
+        """
+        if not messages or messages[-1].role != "user":
+            raise DataError("a prompt ends with a user's turn")
+        ids, marks = self._tokens(messages, language, response_language)
+        return ids, marks == _CONTENT
+
+    def tokenize(self, record: Record, *, labelled: bool = True) -> TokenizedSample:
+        """A record as tokens; without its last answer and without labels if not `labelled`. Raises BadRow."""
+        messages = record.messages
+        if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
+            raise BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
+        if not any(message.trained for message in messages if message.role == "assistant"):
+            raise BadRow(record.origin, "no assistant turn is trained on: each has weight 0")
+        for code in (record.language, record.response_language):
+            if code not in self._language_ids:
+                raise BadRow(record.origin, f"the language {code!r} is not one of {', '.join(self.languages)}")
+        try:
+            ids, marks = self._tokens(
+                messages if labelled else messages[:-1], record.language, record.response_language
+            )
+        except DataError as error:
+            raise BadRow(record.origin, str(error)) from error
+        return TokenizedSample(
+            id=record.id,
+            group=stable_hash(record.group),
+            content_hash=stable_hash(record.user_text),
+            language=self._language_ids[record.language],
+            response_language=self._language_ids[record.response_language],
+            input_ids=ids,
+            labels=(marks >= _ANSWER) & labelled,
+            content=marks == _CONTENT,
+            answer=((marks == _ANSWER) | (marks == _UNTRAINED)) & labelled,
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens spelled out."""
+        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def answer_words(self, content: str) -> str:
+        """An assistant's message as the template writes it (some strip it)."""
+        return self.template.answer_slot.words(content)
+
+    def rewritten(self, answer: str) -> str:
+        """What is left of an answer after the tokenizer: itself, but for one that normalises text."""
+        return self.decode(self._encode(answer, [(0, len(answer))], self._special)[0])
+
+    def token_starts(self, content: str) -> list[int]:
+        """Where each token of a prompt's message begins, in characters; the message by itself, without its template."""
+        return [start for start, _ in self._encode(content, [(0, len(content))], self._control)[1]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What an export keeps, as plain JSON data; `from_dict` reads it."""
+        return {"template": self.config.model_dump(mode="json"), "languages": list(self.languages)}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Chat:
+        return cls(tokenizer, TemplateConfig(**saved["template"]), saved["languages"])
+
+    def _tokens(
+        self, messages: Sequence[Message], language: str, response_language: str
+    ) -> tuple[Ids, npt.NDArray[np.int8]]:
+        """Token ids (T,) and what each token is (T,)."""
+        ids = [] if self.template.bos_id is None else [self.template.bos_id]
+        marks = [_TEMPLATE] * len(ids)
+        answers = [message for message in messages if message.role == "assistant"]
+        for turn, message in zip_longest(self._turns_of(messages, language, response_language), answers):
+            text, foreign, users = _fill(turn, messages)
+            new, offsets = self._encode(text, foreign, self._control)
+            ids += new
+            marks += _marks(text, offsets, users)
+            if message is not None:
+                answer = self.answer_words(message.content)
+                new, _ = self._encode(answer, [(0, len(answer))], self._special)
+                ids += [*new, self.template.end_id]
+                marks += [*[_ANSWER] * len(new), _END] if message.trained else [*[_UNTRAINED] * len(new), _TEMPLATE]
+        if marks[:1] == [_CONTENT]:
+            marks[0] = _TEMPLATE  # an attention sink, whatever it says
+        return np.array(ids, dtype=np.int32), np.array(marks, dtype=np.int8)
+
+    def _turns_of(self, messages: Sequence[Message], language: str, response_language: str) -> list[Turn]:
+        roles = tuple(message.role for message in messages)
+        key = (roles[:-1] if roles[-1:] == ("assistant",) else roles, language, response_language)
+        if key not in self._turns:
+            check_roles(roles)
+            self._turns[key] = self.template.turns(*key)
+        return self._turns[key]
+
+    def _encode(self, text: str, foreign: Sequence[Span], forbidden: re.Pattern[str]) -> tuple[list[int], list[Span]]:
+        """Token ids and their character offsets. No token in `forbidden` comes from characters in `foreign`.
+
+        A tokenizer that puts a space in front of a text puts one where a text is cut, too.
+        """
+        cuts = [
+            found.start() + 1
+            for found in forbidden.finditer(text)
+            if any(found.start() < stop and found.end(1) > start for start, stop in foreign)
+        ]
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for start, stop in pairwise([0, *cuts, len(text)]):
+            try:
+                encoding = self._backend.encode(text[start:stop], add_special_tokens=False)
+            except TypeError as error:  # a str that has no UTF-8 form
+                raise DataError("the text is not valid Unicode: it holds half a surrogate pair") from error
+            ids += encoding.ids
+            offsets += [(a + start, b + start) for a, b in encoding.offsets] if start else encoding.offsets
+        return ids, offsets
+
+
+def _occurrences(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds every place where one of the tokens is spelled, overlapping ones too; group 1 is the token.
+
+    A token of a single character cannot be cut, and is left out.
+    """
+    spelled = sorted((token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token))
+    if not spelled:
+        return re.compile(r"(?!)")
+    first = "".join(sorted({re.escape(token[0]) for token in spelled}))
+    return re.compile(f"(?=[{first}])(?=({'|'.join(map(re.escape, spelled))}))")
+
+
+def _fill(turn: Turn, messages: Sequence[Message]) -> tuple[str, list[Span], list[Span]]:
+    """The text of a prompt, where in it are words that the template did not write, and where the users'."""
+    text, foreign, users = "", [], []
+    for part in turn:
+        if isinstance(part, Slot):
+            message = messages[part.message]
+            words = part.words(message.content)
+            span = (len(text), len(text) + len(words))
+            foreign.append(span)
+            if message.role == "user":
+                users.append(span)
+            text += words
+        else:
+            text += part
+    return text, foreign, users
+
+
+def _marks(text: str, offsets: Sequence[Span], users: Sequence[Span]) -> list[int]:
+    """_CONTENT for tokens of the users' words. One that reaches outside may hold only white space there."""
+
+    def within(a: int, b: int, start: int, stop: int) -> bool:
+        return a < stop and b > start and not (text[a:start] + text[stop:b]).strip()
+
+    marks = [_TEMPLATE] * len(offsets)
+    for start, stop in users:
+        for i, (a, b) in enumerate(offsets):
+            if within(a, b, start, stop):
+                marks[i] = _CONTENT
+    return marks
+
+
+def _runs(mask: Mask) -> list[Span]:
+    """Start and stop of every run of True in a mask (T,)."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def check_labels(chat: Chat, record: Record, sample: TokenizedSample) -> None:
+    """Decode what is to be predicted and compare it with the record's answers.
+
+    Raises DataError where the mask is wrong: empty, too narrow, too wide, or without the end token; BadRow
+    where the mask is right but the tokenizer cannot write the answer.
+    """
+
+    def fail(what: str) -> None:
+        raise DataError(f"{record.origin}: label mask: {what}")
+
+    answers = [chat.answer_words(m.content) for m in record.messages if m.role == "assistant" and m.trained]
+    runs, end = _runs(sample.labels), chat.template.end_id
+    if not runs:
+        fail("no token is labelled")
+    if len(runs) != len(answers):
+        fail(f"{len(runs)} labelled runs of tokens for {len(answers)} answers")
+    for (start, stop), answer in zip(runs, answers, strict=True):
+        ids = sample.input_ids[start:stop]
+        if ids[-1] != end:
+            fail(f"the end token {chat.decode([end])!r} is not its last token")
+        if end in ids[:-1]:
+            fail(f"it goes on after the end token {chat.decode([end])!r}")
+        written = chat.decode(ids[:-1])
+        if written == answer:
+            continue
+        if written != (kept := chat.rewritten(answer)):
+            fault = "too wide" if kept in written else "too narrow" if written in kept else "another text"
+            fail(f"it is {fault}: {_short(written)} instead of {_short(answer)}")
+        if not _alike(written, answer):
+            raise BadRow(record.origin, _unlike(written, answer))
+    if not np.array_equal(sample.answer & sample.labels, sample.labels & (sample.input_ids != end)):
+        fail("the answer mask is not the labels without end tokens")
+    if sample.content[0] or (sample.content & sample.labels).any():
+        fail("a content token is the first token or is labelled")
+
+
+def _alike(a: str, b: str) -> bool:
+    """Equal but for what normalising tokenizers change: composed characters, runs of white space."""
+    return _normal(a) == _normal(b)
+
+
+def _normal(text: str) -> str:
+    return normalize("NFKC", " ".join(text.split()))
+
+
+def _unlike(written: str, answer: str) -> str:
+    """Why an answer cannot be used: of long texts what stands around the first difference, and the character there."""
+    texts = [_normal(written), _normal(answer)]
+    at = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    shown = [_short(each) for each in (written, answer)]
+    if max(map(len, texts)) > _SHOWN:
+        shown = [_around(each, at) for each in texts]
+    lost = f": U+{ord(texts[1][at]):04X} does not come back" if at < len(texts[1]) else ""
+    return f"the tokenizer writes {shown[0]} for {shown[1]}{lost}; change or remove the row"
+
+
+def _around(text: str, at: int) -> str:
+    start, stop = max(at - _SHOWN // 2, 0), at + _SHOWN // 2
+    return repr(f"{'...' * (start > 0)}{text[start:stop]}{'...' * (stop < len(text))}")
+
+
+def _short(text: str, most: int = _SHOWN) -> str:
+    return repr(text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}")
+
+
+def describe(sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sample's text for people: ⟦content: the user's words⟧, ⟦label: what to predict⟧, template bare."""
+    kinds = np.where(sample.labels, "label", np.where(sample.content, "content", ""))
+    text = f"{sample.id}: {len(sample)} tokens, {sample.content.sum()} content, {sample.labels.sum()} label\n"
+    position = 0
+    for kind, run in groupby(kinds.tolist()):
+        ids = sample.input_ids[position : (position := position + len(list(run)))].tolist()
+        words = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text += f"⟦{kind}: {words}⟧" if kind else words
+    return text

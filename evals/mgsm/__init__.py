@@ -1,0 +1,1 @@
+"""MGSM-style problems: prompts, answers as numbers, scores."""

@@ -1,0 +1,276 @@
+"""MGSM: grade-school problems in many languages, answered by a model and judged by every rule of numbers.py.
+
+In: `mgsm_XX.tsv` files (question TAB gold), a generator, the prompt template. Out: a folder with
+`predictions/mgsm_XX.jsonl`, every raw output with what each rule made of it, and `results.json`, which says of
+itself what was run. Next: `crosslift compare` and people, who may apply any later rule with `score_mgsm`.
+
+The published protocol (MathOctopus, QAlign): zero-shot, greedy, up to 600 new tokens, the `alpaca` template.
+A folder whose evaluation was cut short is taken up again: finished languages are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.records import Message
+from evals.errors import EvalError
+from evals.mgsm.numbers import HEADLINE, RULES, gold_number
+from evals.results import RESULTS_FILE, claim, described_model, described_versions, read_run, write_atomically
+from evals.statistics import wilson_interval
+
+if TYPE_CHECKING:
+    from data_pipeline.text.chat import Chat
+    from modeling.generation import Generation, Prompt, ShiftedGenerator
+
+PUBLISHED_NEW_TOKENS = 600
+# The languages MathOctopus and QAlign average over: MGSM's without Telugu.
+PUBLISHED_LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "th", "zh")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question and its gold answer as written: "18", "114,200"."""
+
+    question: str
+    gold: str
+
+
+def find_files(directory: str | Path, pattern: str, languages: Sequence[str] | None = None) -> dict[str, Path]:
+    """`mgsm_XX` files by language, in the order of `languages` (default: all, sorted). Raises EvalError."""
+    found = {file.stem.removeprefix("mgsm_"): file for file in sorted(Path(directory).glob(f"mgsm_*{pattern}"))}
+    if not found:
+        raise EvalError(f"{directory}: holds no mgsm_XX{pattern} (XX: a language, as in mgsm_sw{pattern})")
+    for language in languages or ():
+        if language not in found:
+            raise EvalError(f"{directory}: no mgsm_{language}{pattern}; there are {', '.join(found)}")
+    return {language: found[language] for language in languages} if languages else found
+
+
+def read_problems(file: Path) -> list[Problem]:
+    """All problems of a `mgsm_XX.tsv`; BOM, CRLF and blank lines at the end are fine.
+
+    Raises EvalError naming file and line.
+    """
+    try:
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise EvalError(f"{file}: {error.strerror}") from error
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    problems = []
+    for number, line in enumerate(lines, 1):
+        try:
+            question, gold = line.decode().removesuffix("\r").split("\t")
+            gold_number(gold.strip())
+            if not question.strip():
+                raise ValueError("the question is empty")
+        except UnicodeDecodeError as error:
+            raise EvalError(f"{file}:{number}: not UTF-8") from error
+        except ValueError as error:
+            reason = str(error) if line.count(b"\t") == 1 else "not two columns"
+            raise EvalError(f"{file}:{number}: {reason}; a line is QUESTION<tab>ANSWER") from error
+        problems.append(Problem(question, gold.strip()))
+    return problems
+
+
+def evaluate_mgsm(
+    generator: ShiftedGenerator,
+    chat: Chat,
+    data_dir: str | Path,
+    output: str | Path,
+    *,
+    languages: Sequence[str] | None = None,
+    response_language: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = PUBLISHED_NEW_TOKENS,
+    batch_size: int = 16,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Runs MGSM and returns what it wrote to `output/results.json`.
+
+    `languages`: default all that `data_dir` holds; `limit`: the first so many problems of each. Answers are
+    asked for in `response_language`, by default the model's own and without that the question's. `progress(n)` is
+    told of n more answers. Raises EvalError on malformed data, or if `output` holds another evaluation.
+    """
+    if limit is not None and limit < 1:
+        raise EvalError(f"limit is {limit}; it must be at least 1")
+    files = find_files(data_dir, ".tsv", languages)
+    found = {language: read_problems(file) for language, file in files.items()}
+    problems = {language: every[:limit] for language, every in found.items()}
+    response_language = response_language or generator.info.response_language
+    run = {
+        "task": "mgsm",
+        "model": described_model(generator),
+        "protocol": {
+            "shots": 0,
+            "decoding": "greedy",
+            "max_new_tokens": max_new_tokens,
+            "template": chat.to_dict()["template"],
+            "response_language": response_language or "the question's",
+            "limit": limit,
+        },
+        "data": {language: sha256(file.read_bytes()).hexdigest() for language, file in files.items()},
+        "versions": described_versions(),
+    }
+    folder = Path(output)
+    claim(folder, run)
+    scores = {}
+    for language, chosen in problems.items():
+        file = folder / "predictions" / f"mgsm_{language}.jsonl"
+        if file.exists():
+            rows = read_predictions(file, language, chosen)
+            if progress is not None:
+                progress(len(rows))
+        else:
+            asked = [_prompt(chat, problem, language, response_language or language) for problem in chosen]
+            answers = generator.generate(asked, max_new_tokens, batch_size=batch_size, progress=progress)
+            rows = [
+                _judged(_row(chat, *parts), language)
+                for parts in zip(range(len(chosen)), chosen, asked, answers, strict=True)
+            ]
+            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        scores[language] = _score(rows, len(found[language]))
+    missing = dict.fromkeys(find_files(data_dir, ".tsv").keys() - files.keys(), "not asked for")
+    results = {"run": run, **_summary(scores, generator.info.dominant, missing)}
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+    return results
+
+
+def score_mgsm(predictions: str | Path, labels: str | Path) -> dict[str, Any]:
+    """Judges kept outputs anew: `predictions` is an evaluation's folder, its predictions, or one file of them.
+
+    A line needs only `output`; `index` (0-based; default the line's place), `question`, `response_language`,
+    `finished`, `shifted` and `tokens` are used if there. `labels`: the folder of `mgsm_XX.tsv`. Returns what
+    `evaluate_mgsm` does, with `run` None if nothing beside the predictions tells it. Raises EvalError.
+    """
+    path = Path(predictions)
+    if path.is_file():
+        files = {path.stem.removeprefix("mgsm_"): path}
+    else:
+        files = find_files(path / "predictions" if (path / "predictions").is_dir() else path, ".jsonl")
+    gold = find_files(labels, ".tsv", list(files))
+    scores = {}
+    for language, file in files.items():
+        problems = read_problems(gold[language])
+        scores[language] = _score(read_predictions(file, language, problems), len(problems))
+    run = read_run(next(iter(files.values())).parent.parent)
+    missing = dict.fromkeys(find_files(labels, ".tsv").keys() - files.keys(), "no predictions")
+    return {"run": run, **_summary(scores, run["model"]["dominant"] if run else None, missing)}
+
+
+def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Kept rows, judged anew against `problems`. Raises EvalError naming file and line."""
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(file.read_bytes().removesuffix(b"\n").split(b"\n")):
+        try:
+            row = json.loads(line)
+            index = row.get("index", number)
+            if not isinstance(row["output"], str) or not isinstance(index, int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EvalError(f'{file}:{number + 1}: not an answer; a line is {{"output": TEXT}}') from error
+        if not 0 <= index < len(problems) or index in rows:
+            fault = "comes twice" if index in rows else f"is not one of the {len(problems)} there are"
+            raise EvalError(f"{file}:{number + 1}: problem {index} {fault}")
+        if row.get("question", problems[index].question) != problems[index].question:
+            raise EvalError(f"{file}:{number + 1}: answers another question than problem {index} of the labels")
+        rows[index] = _judged({**row, "gold": problems[index].gold}, language)
+    return [rows[index] for index in sorted(rows)]
+
+
+def _prompt(chat: Chat, problem: Problem, language: str, response_language: str) -> Prompt:
+    from modeling.generation import Prompt
+
+    ids, _ = chat.prompt_ids([Message("user", problem.question)], language, response_language)
+    return Prompt([int(token) for token in ids], language, response_language)
+
+
+def _row(chat: Chat, index: int, problem: Problem, prompt: Prompt, answer: Generation) -> dict[str, Any]:
+    return {
+        "index": index,
+        "language": prompt.language,
+        "response_language": prompt.response_language,
+        "question": problem.question,
+        "prompt": chat.decode(prompt.ids),
+        "output": answer.text,
+        "gold": problem.gold,
+        "tokens": len(answer.token_ids),
+        "finished": answer.finished,
+        "shifted": answer.shifted,
+    }
+
+
+def _judged(row: dict[str, Any], language: str) -> dict[str, Any]:
+    """The row with what every rule extracts from its output, and whether that is right."""
+    written = row.get("response_language") or language
+    found = {name: rule.extract(row["output"], written) for name, rule in RULES.items()}
+    return {
+        **row,
+        "extracted": {name: None if value is None else str(value) for name, value in found.items()},
+        "correct": {name: rule.right(found[name], row["gold"]) for name, rule in RULES.items()},
+    }
+
+
+def _score(rows: Sequence[Mapping[str, Any]], available: int) -> dict[str, Any]:
+    """One language's scores on `n` of the `available` problems, `partial` if these are more; shares of 1.
+
+    `shifted`: every answer was. None: the predictions do not tell.
+    """
+    n = len(rows)
+
+    def told(key: str) -> list[Any] | None:
+        return [row[key] for row in rows] if all(key in row for row in rows) else None
+
+    accuracy = {}
+    for rule in RULES:
+        correct = sum(row["correct"][rule] for row in rows)
+        low, high = wilson_interval(correct, n)
+        accuracy[rule] = {"correct": correct, "value": correct / n, "low": low, "high": high}
+    finished, shifted, tokens, prompts = (told(key) for key in ("finished", "shifted", "tokens", "prompt"))
+    return {
+        "n": n,
+        "available": available,
+        "partial": n < available,
+        "accuracy": accuracy,
+        "no_number": {rule: sum(row["extracted"][rule] is None for row in rows) / n for rule in RULES},
+        "unfinished": None if finished is None else finished.count(False) / n,
+        "shifted": None if shifted is None else all(shifted),
+        "mean_tokens": None if tokens is None else sum(tokens) / n,
+        "prompts_sha256": None if prompts is None else sha256("\0".join(prompts).encode()).hexdigest(),
+    }
+
+
+def _summary(
+    scores: Mapping[str, Mapping[str, Any]], dominant: str | None, missing: Mapping[str, str]
+) -> dict[str, Any]:
+    """Scores by language, and their unweighted means over languages by rule.
+
+    `missing`: languages of the data that are not scored, with the reason. `partial`: the means that lack one of their
+    languages, or some of its problems.
+    """
+    averaged: dict[str, Sequence[str]] = {"all": list(scores)}
+    if dominant in scores and len(scores) > 1:
+        averaged[f"without_{dominant}"] = [language for language in scores if language != dominant]
+    if set(PUBLISHED_LANGUAGES) < set(scores):
+        averaged["published_ten"] = PUBLISHED_LANGUAGES
+    averages = {
+        name: {rule: fmean(scores[language]["accuracy"][rule]["value"] for language in languages) for rule in RULES}
+        for name, languages in averaged.items()
+    }
+    return {
+        "headline": HEADLINE,
+        "languages": dict(scores),
+        "averages": averages,
+        "missing": {language: missing[language] for language in sorted(missing)},
+        "partial": [
+            name
+            for name, languages in averaged.items()
+            if any(scores[language]["partial"] for language in languages) or (missing and name != "published_ten")
+        ],
+    }

@@ -1,0 +1,74 @@
+"""MGSM's results as a table: a line a language, a column a model or rule, what is partial marked and explained.
+
+In: results as `mgsm.py` gives them. Out: text. Next: the command line prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evals.mgsm.numbers import HEADLINE
+from evals.report import Accuracy, accuracy_table, by_reason
+
+UNSHIFTED = "\u2020"  # a dagger, as the star marks what is partial
+
+
+def mgsm_table(results: Mapping[str, Mapping[str, Any]], rules: Sequence[str] = (HEADLINE,)) -> str:
+    """Results by name, as `evaluate_mgsm` gives them, side by side: a line a language, then the averages.
+
+    A star marks every number that is of some problems or languages only, with notes below: which, of how many.
+    """
+    columns = [(name, rule) for name in results for rule in rules]
+    plain = len(rules) == 1, len(results) == 1
+    headers = [name if plain[0] else rule if plain[1] else f"{name} {rule}" for name, rule in columns]
+    rows: list[tuple[str, list[Accuracy | None]]] = []
+    notes = []
+    languages = list(dict.fromkeys(language for result in results.values() for language in result["languages"]))
+    for language in languages:
+        scores = {name: result["languages"].get(language) for name, result in results.items()}
+        unshifted = any(
+            score is not None and score["shifted"] is False and _shifts(results[name]) for name, score in scores.items()
+        )
+        if unshifted:
+            notes = [f"{UNSHIFTED} no language vector: ran unshifted"]
+        rows.append((language + UNSHIFTED * unshifted, [_cell(scores[name], rule) for name, rule in columns]))
+    for average in dict.fromkeys(key for result in results.values() for key in result["averages"]):
+        rows.append(
+            (f"mean {average.replace('_', ' ')}", [_mean(results[n], average, r, languages) for n, r in columns])
+        )
+    for name, result in results.items():
+        of_whom = f"{name}: " if len(results) > 1 else ""
+        notes += [f"* {of_whom}{note}" for note in _notes(result, languages)]
+    return accuracy_table(rows, headers, notes)
+
+
+def _shifts(result: Mapping[str, Any]) -> bool:
+    return bool(result["run"]) and result["run"]["model"]["objective"] == "shifcon"
+
+
+def _cell(score: Mapping[str, Any] | None, rule: str) -> Accuracy | None:
+    if score is None:
+        return None
+    found = score["accuracy"][rule]
+    return Accuracy(found["value"], found["low"], found["high"], score["partial"])
+
+
+def _mean(result: Mapping[str, Any], average: str, rule: str, languages: Sequence[str]) -> Accuracy | None:
+    """`languages`: those of all results beside it; a mean over fewer does not compare with theirs."""
+    if average not in result["averages"]:
+        return None
+    lacks = average != "published_ten" and any(language not in result["languages"] for language in languages)
+    return Accuracy(result["averages"][average][rule], partial=lacks or average in result["partial"])
+
+
+def _notes(result: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
+    """What is partial in a result, as "2 of 250 problems: bn, de" and "means without: no predictions: fr"."""
+    some = {
+        language: f"{score['n']} of {score['available']} problems"
+        for language, score in result["languages"].items()
+        if score["partial"]
+    }
+    absent = {language: "not there" for language in languages if language not in result["languages"]}
+    missing = absent | result["missing"]
+    return [by_reason(some)] * bool(some) + [f"means lack languages: {by_reason(missing)}"] * bool(missing)

@@ -1,0 +1,1 @@
+"""ShifCon: the shift, language vectors, contrastive loss, subspaces."""

@@ -1,0 +1,219 @@
+"""Language vectors of ShifCon (arXiv 2410.19453, section 3.1): mean states per language and layer.
+
+In: unshifted forward passes over a probe set, their tokens marked with languages. Out: `LanguageVectors`, in
+memory and as one checked safetensors file. Next: `shifcon/shift.py`, which shifts by their differences.
+
+Shapes: B rows, T tokens, L languages, N layers measured, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from modeling.errors import ModelError
+from modeling.layers import hidden_size, membership, state_hook
+
+_FORMAT = "crosslift language vectors 1"
+_TENSORS = ("mean", "state_norm", "tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageVectors:
+    """Mean states per language. Tensors live on the CPU; a language with `tokens` 0 has no vector."""
+
+    languages: tuple[str, ...]
+    dominant: str
+    layers: tuple[int, ...]  # the l of each h[l] measured
+    area: tuple[int, int]  # (toward, back)
+    mean: Tensor  # (L, N, H) fp32
+    state_norm: Tensor  # (L, N) fp32, mean length of a token's state
+    tokens: Tensor  # (L,) int64, how many tokens each mean is over
+    estimator: str  # what was averaged, in words
+    model_hash: str  # of the model measured; the vectors fit no other
+
+    def __post_init__(self) -> None:
+        shape = len(self.languages), len(self.layers)
+        wrong = {
+            "languages are not distinct": len(set(self.languages)) != len(self.languages),
+            "layers are not distinct": len(set(self.layers)) != len(self.layers),
+            "mean is not (languages, layers, hidden) of float32": self.mean.dim() != 3
+            or (self.mean.shape[:2], self.mean.dtype) != (shape, torch.float32),
+            "state_norm is not (languages, layers) of float32": (self.state_norm.shape, self.state_norm.dtype)
+            != (shape, torch.float32),
+            "tokens is not (languages,) of int64": (self.tokens.shape, self.tokens.dtype) != (shape[:1], torch.int64),
+            f"area {self.area} is not two measured layers in order": len(self.area) != 2
+            or self.area[0] >= self.area[1]
+            or not {*self.area} <= {*self.layers},
+            "a value is not finite": not (self.mean.isfinite().all() and self.state_norm.isfinite().all()),
+        }
+        for problem, is_wrong in wrong.items():
+            if is_wrong:
+                raise ModelError(f"language vectors: {problem}")
+        if not self.has(self.dominant):
+            raise ModelError(f"language vectors: dominant language {self.dominant!r} has no vector")
+
+    def has(self, language: str) -> bool:
+        """Whether this language was measured; if not, it runs unshifted."""
+        return language in self.languages and bool(self.tokens[self.languages.index(language)] > 0)
+
+    def at(self, layer: int) -> Tensor:
+        """(L, H) fp32: the mean states entering this layer."""
+        if layer not in self.layers:
+            raise ModelError(f"language vectors: layer {layer} was not measured, only {self.layers}")
+        return self.mean[:, self.layers.index(layer)]
+
+    def nearest(self, state: Tensor, layer: int) -> str:
+        """The language whose vector is nearest (Euclidean) to `state` (H,), a text's mean `h[layer]`."""
+        distances = (self.at(layer) - state.float().cpu()).norm(dim=1)
+        return self.languages[int(distances.masked_fill(self.tokens == 0, torch.inf).argmin())]
+
+    def save(self, path: Path | str) -> None:
+        """Writes one safetensors file: to a temporary name, synced, renamed."""
+        path = Path(path)
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        about = {name: value for name, value in vars(self).items() if name not in tensors}
+        header = json.dumps(about, ensure_ascii=False)
+        metadata = {"format": _FORMAT, "about": header, "sha256": _digest(header, tensors)}
+        part = path.with_name(path.name + ".part")
+        with part.open("wb") as file:
+            file.write(to_bytes(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> LanguageVectors:
+        """Reads what `save` wrote. Raises ModelError if it is missing, torn or not what was saved."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ModelError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+                tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
+            if _digest(metadata["about"], tensors) != metadata["sha256"]:
+                raise ModelError("its content does not match its checksum")
+            about: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in json.loads(metadata["about"]).items()
+            }
+            return cls(**about, **tensors)
+        except (ModelError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{path}: no usable language vectors: {reason}; estimate them again") from error
+
+
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+    content = hashlib.sha256(header.encode())
+    for name in _TENSORS:
+        content.update(tensors[name].numpy().tobytes())
+    return content.hexdigest()
+
+
+class StateMeans:
+    """Sums states by language at chosen layers, while it is entered:
+
+        with StateMeans(model, layers, n_languages) as means, torch.no_grad():
+            with means.batch(languages): model(...)
+
+    It sees what a LanguageShift made before it has done to the state, so it measures unshifted states
+    only under `shift.disabled()`. Over several ranks: all-reduce `sums`, `norms`, `counts`, then `vectors()`.
+
+    sums: (L, N, H) fp64. norms: (L, N) fp64, summed lengths of token states. counts: (L,) int64.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], n_languages: int) -> None:
+        self.layers = tuple(layers)
+        self.sums = torch.zeros(n_languages, len(layers), hidden_size(model), dtype=torch.float64)
+        self.norms = torch.zeros(n_languages, len(layers), dtype=torch.float64)
+        self.counts = torch.zeros(n_languages, dtype=torch.int64)
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+        self._tokens_LN: Tensor | None = None  # fp64 membership of the batch's tokens
+
+    def __enter__(self) -> StateMeans:
+        self._handles = [state_hook(self._model, layer, self._adder(i)) for i, layer in enumerate(self.layers)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def batch(self, languages: Tensor) -> Iterator[None]:
+        """Inside, forward passes over tokens of these `languages`, (B, T) int64; -1 is not counted."""
+        members = membership(languages, len(self.counts))
+        for name in ("sums", "norms", "counts"):
+            setattr(self, name, getattr(self, name).to(languages.device))
+        self._tokens_LN = members.double()
+        try:
+            yield
+        finally:
+            self._tokens_LN = None
+
+    def _adder(self, position: int) -> Callable[[Tensor], None]:
+        def add(hidden_BTH: Tensor) -> None:
+            if self._tokens_LN is not None:
+                if position == 0:
+                    self.counts += self._tokens_LN.sum(dim=1).long()
+                states = hidden_BTH.detach().flatten(0, 1).double()
+                self.sums[:, position] += self._tokens_LN @ states
+                self.norms[:, position] += self._tokens_LN @ states.norm(dim=1)
+
+        return add
+
+    def means(self) -> Tensor:
+        """(L, N, H) fp32 on the CPU; zeros for a language without tokens."""
+        return (self.sums.cpu() / self.counts.cpu().clamp(min=1)[:, None, None]).float()
+
+    def vectors(
+        self,
+        languages: Sequence[str],
+        dominant: str,
+        area: tuple[int, int],
+        *,
+        estimator: str = "mean over tokens, unshifted",
+        model_hash: str = "",
+    ) -> LanguageVectors:
+        """What was summed, as vectors. Raises ModelError if the dominant language had no token."""
+        counts = self.counts.cpu()
+        return LanguageVectors(
+            languages=tuple(languages),
+            dominant=dominant,
+            layers=self.layers,
+            area=area,
+            mean=self.means(),
+            state_norm=(self.norms.cpu() / counts.clamp(min=1)[:, None]).float(),
+            tokens=counts.clone(),
+            estimator=estimator,
+            model_hash=model_hash,
+        )
+
+
+def restoration_error(vectors: LanguageVectors, shifted_back_means: Tensor) -> dict[str, float]:
+    """How far from home the shift back leaves each language, as a share of the distance it went.
+
+    `shifted_back_means` (L, H): mean `h[back]` after the shift back, over the tokens the vectors are of. Per
+    language `|mean - v[lang,back]| / |v[lang,back] - v[d,back]|`; the dominant language and those without a
+    vector are left out.
+    """
+    home = vectors.at(vectors.area[1]).double()
+    dominant = home[vectors.languages.index(vectors.dominant)]
+    errors = (shifted_back_means.double().cpu() - home).norm(dim=1) / (home - dominant).norm(dim=1)
+    return {
+        language: float(error)
+        for language, error in zip(vectors.languages, errors, strict=True)
+        if language != vectors.dominant and vectors.has(language)
+    }

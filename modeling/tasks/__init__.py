@@ -1,0 +1,1 @@
+"""Encoders of labelled tasks: heads, losses, states."""

@@ -1,0 +1,227 @@
+"""Encoders for the tasks of XTREME: a pretrained encoder with a task head, written once, then opened like any model.
+
+In: a pretrained encoder's directory or hub name, the task's kind and labels, a seed. Out: a Hugging Face directory
+(`write_task_start`), which training opens like any model, and the model to evaluate (`load_task_model`).
+Next: `xmixup/mixup.py` mixes one of its layers; `task_losses.py` takes losses of its logits.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from modeling.architectures import Architecture, auto_class
+from modeling.errors import ModelError
+from modeling.loading import (
+    AttentionName,
+    load_config,
+    load_pretrained,
+    quiet,
+    refuse_not_finite,
+    resolve_directory,
+)
+from modeling.weights.initial_model import written_once
+from modeling.weights.weight_files import directory_hash, stored_tensors
+from modeling.weights.weight_match import OLD_BUFFERS, named
+from modeling.xmixup.mixup import encoder_layers
+
+TaskKind = Literal["classification", "tagging", "qa", "text"]
+TASK_ARCHITECTURES: dict[str, Architecture] = {
+    "classification": "sequence-classification",
+    "tagging": "token-classification",
+    "qa": "question-answering",
+    "text": "masked-lm",
+}
+# what pretraining leaves in a checkpoint and a task has no use for
+PRETRAINING_WEIGHTS = (
+    r"^(cls|lm_head|generator_predictions|generator_lm_head|discriminator_predictions)\.",
+    r"(^|\.)pooler\.",
+    *OLD_BUFFERS,
+)
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"
+)  # fmt: skip
+
+
+def write_task_start(
+    directory_or_name: str | Path, kind: TaskKind, labels: Sequence[str], output: Path, seed: int
+) -> Path:
+    """Write the pretrained encoder with a fresh task head, and its tokenizer files, to `output`, once.
+
+    Done in plain PyTorch on the CPU, because a model built inside ZeRO-3's context skips initialisation. The
+    encoder keeps every bit; the head depends on its shape and `seed` alone. A model that already is one of this
+    task, with the same labels in the same order, keeps its head. `labels`: the classes or tags, in the order of
+    their ids; none for qa and text. An `output` made from the same things is left as it is.
+
+    Raises ModelError for a decoder or an encoder whose layers X-Mixup does not know (with the reason), if
+    anything but head weights is missing, if the checkpoint holds anything the task model has no place for but
+    pretraining heads and a pooler, and when `output` was made from something else.
+    """
+    directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
+    config = encoder_config(directory, architecture)
+    made_from = {"weights": directory_hash(directory), "kind": kind, "labels": list(labels), "seed": seed}
+
+    def write(temporary: Path) -> None:
+        _with_head(directory, architecture, config, labels, seed).save_pretrained(temporary)
+        _copy_tokenizer(directory, temporary)
+
+    return written_once(output, made_from, write)
+
+
+def write_task_config(
+    directory_or_name: str | Path, kind: TaskKind, labels: Sequence[str], output: Path, pretrained: bool
+) -> Path:
+    """What `write_task_start` writes, but for the weights: for a look at the model's shape.
+
+    `pretrained`: there are weights to start from, and they are held against the task's. Raises ModelError as it does.
+    """
+    directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
+    config = encoder_config(directory, architecture)
+    if pretrained:
+        config = _with_head(directory, architecture, config, labels, 0, device="meta").config
+    else:
+        config.update(_label_names(labels))
+    config.save_pretrained(output)
+    _copy_tokenizer(directory, output)
+    return output
+
+
+def encoder_config(directory: Path, architecture: Architecture) -> PreTrainedConfig:
+    """Raises ModelError for what is no encoder, before its weights are read."""
+    config = load_config(directory, architecture)
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
+        raise ModelError(f"{directory}: a {config.model_type} model is a decoder; take an encoder, such as xlm-roberta")
+    with torch.device("meta"):
+        encoder_layers(auto_class(architecture).from_config(config))
+    return config
+
+
+def _copy_tokenizer(directory: Path, output: Path) -> None:
+    for pattern in TOKENIZER_FILES:
+        for file in directory.glob(pattern):
+            shutil.copy(file, output / file.name)
+
+
+def load_task_model(
+    directory: str | Path,
+    kind: TaskKind,
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    attention: AttentionName,
+    device: str | torch.device,
+) -> PreTrainedModel:
+    """`loading.load_pretrained` of a task model, for evaluation. Raises ModelError if the labels are others."""
+    directory = resolve_directory(directory)
+    architecture = _architecture(kind, labels)
+    _check_labels(directory, load_config(directory, architecture), labels)
+    return load_pretrained(directory, dtype, attention, device, architecture)
+
+
+def _architecture(kind: str, labels: Sequence[str]) -> Architecture:
+    if kind not in TASK_ARCHITECTURES:
+        raise ModelError(f"task kind {kind!r} is not one of {', '.join(TASK_ARCHITECTURES)}")
+    wanted = kind in ("classification", "tagging")
+    if wanted and (len(labels) < 2 or len(set(labels)) < len(labels)):
+        raise ModelError(f"labels: a {kind} task needs two or more different ones, not {list(labels)}")
+    if labels and not wanted:
+        raise ModelError(f"labels: a {kind} task has none, not {list(labels)}")
+    return TASK_ARCHITECTURES[kind]
+
+
+def _stored_labels(config: PreTrainedConfig) -> list[str]:
+    names: dict[Any, str] = dict(config.id2label or {})
+    return [names[number] for number in sorted(names)]
+
+
+def _check_labels(directory: Path, config: PreTrainedConfig, labels: Sequence[str]) -> None:
+    if labels and _stored_labels(config) != list(labels):
+        raise ModelError(
+            f"{directory}: its head is of the labels {', '.join(_stored_labels(config))}; the task's are "
+            f"{', '.join(labels)}"
+        )
+
+
+def _label_names(labels: Sequence[str]) -> dict[str, Any]:
+    """Keys of a model's config."""
+    numbered = dict(enumerate(labels))
+    return {"id2label": numbered, "label2id": {label: number for number, label in numbered.items()}} if labels else {}
+
+
+def _with_head(
+    directory: Path,
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    labels: Sequence[str],
+    seed: int,
+    device: str | None = None,
+) -> PreTrainedModel:
+    """The pretrained weights in a task model, whose missing head weights are drawn from `seed`.
+
+    `device`: "meta" for the model's shape alone.
+    """
+    stored_tensors(directory)  # whole files, safetensors only
+    with quiet(), torch.random.fork_rng(devices=[]):  # what transformers draws for the head is drawn anew below
+        loaded: Any = auto_class(architecture).from_pretrained(
+            directory, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
+            use_safetensors=True, trust_remote_code=False, attn_implementation="eager", dtype="auto", device_map=device,
+            **_label_names(labels),
+        )  # fmt: skip
+    model, report = loaded
+    for name, parameter in model.named_parameters():
+        if name not in report["missing_keys"]:
+            refuse_not_finite(parameter.detach(), f"{directory}: {name}")
+    mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]
+    if mismatched:
+        raise ModelError(
+            f"{directory}: {len(mismatched)} weights of another shape than the task's: {named(mismatched)}; take the "
+            "pretrained encoder, or a model of the same labels"
+        )
+    _refuse(directory, "unexpected", (key for key in report["unexpected_keys"] if not _of_pretraining(key)))
+    missing = set(report["missing_keys"])
+    head = {name for name, _ in model.named_parameters() if in_head(model, name)}
+    # a masked language model's head is pretrained, and worth nothing drawn anew
+    _refuse(directory, "missing", missing if architecture == "masked-lm" else missing - head)
+    if all(".pooler." in name for name in missing):  # the head was stored
+        _check_labels(directory, config, labels)
+    _initialise(model, missing, seed)
+    return model
+
+
+def _refuse(directory: Path, problem: str, keys: Iterable[str]) -> None:
+    if names := sorted(keys):
+        raise ModelError(f"{directory}: {len(names)} {problem} weights: {named(names)}; take a pretrained encoder")
+
+
+def _of_pretraining(key: str) -> bool:
+    return any(re.search(pattern, key) for pattern in PRETRAINING_WEIGHTS)
+
+
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter belongs to the head; BERT's pooler does where the head reads it."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def _initialise(model: PreTrainedModel, missing: set[str], seed: int) -> None:
+    """Draw the missing weights as these models do: normal with `initializer_range`, biases 0.
+
+    In the order of their names, from a generator of their own: the same head whatever else was loaded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std = model.config.initializer_range
+    for name in sorted(missing):
+        parent, _, last = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if not isinstance(module, nn.Linear):
+            raise ModelError(f"{type(model).__name__}: {name} is missing, and a {type(module).__name__} is not drawn")
+        with torch.no_grad():
+            if last == "bias":
+                module.bias.zero_()
+            else:
+                module.weight.copy_(torch.empty(module.weight.shape).normal_(std=std, generator=generator))

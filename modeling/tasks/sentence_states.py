@@ -1,0 +1,189 @@
+"""One state a sentence at every layer, of any encoder or decoder, without its head.
+
+In: a Hugging Face directory or hub name, whatever head its weights have, and sentences. Out: states of sentences at
+h[0] (the embeddings) to h[number of layers] (before a decoder's final norm), from one plain forward pass: nothing is
+mixed, nothing is shifted. Next: `evals/representations.py` compares languages by them.
+
+Shapes: R rows (sentences of a batch), T tokens, H hidden, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from modeling.architectures import Architecture, model_class
+from modeling.errors import ModelError
+from modeling.layers import decoder_layers, hidden_size, position_limit, state_hook
+from modeling.loading import load_config, named, quiet, resolve_directory
+from modeling.weights.untrusted import read_tokenizer
+from modeling.weights.weight_files import stored_tensors
+from modeling.xmixup.consistency import representations
+
+Pooling = Literal["mean", "first"]
+
+
+class EncodedText(NamedTuple):
+    """Token ids, at least one; `content` marks those that the mean is over."""
+
+    ids: list[int]
+    content: list[bool]
+
+
+class SentenceStates:
+    """States of sentences by one model, pooled at every layer.
+
+    pooling "mean": over the tokens that are the sentence's own, no special ones; with a decoder not over the first
+    token either, which attracts attention and has a huge norm. "first": the first token's, for encoders alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: Pooling = "mean",
+        max_length: int = 128,
+    ) -> None:
+        """`max_length`: tokens of a sentence, special ones included; at most what the model's positions allow.
+
+        Raises ModelError: pooling "first" of a decoder, where the first token sees no other, or a model whose layers
+        cannot be found.
+        """
+        self.model, self.tokenizer, self.pooling = model.eval(), tokenizer, pooling
+        self.layers, self.width = len(decoder_layers(model)), hidden_size(model)
+        self.is_decoder = _is_decoder(model.config)
+        if pooling == "first" and self.is_decoder:
+            raise ModelError(f'{type(model).__name__}: a decoder\'s first token sees no other; take pooling "mean"')
+        self.max_length = min(max_length, position_limit(model) or max_length)
+        self.truncated = 0  # how many sentences were too long so far
+
+    @classmethod
+    def open(
+        cls,
+        directory_or_name: str | Path,
+        *,
+        pooling: Pooling = "mean",
+        max_length: int = 128,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> SentenceStates:
+        """The model of a directory or hub name, with its tokenizer.
+
+        Raises ModelError: no usable model or tokenizer there; weights of the layers missing, left over, misshapen.
+        """
+        directory = resolve_directory(directory_or_name)
+        tokenizer = read_tokenizer(directory, local_files_only=True)
+        model: Any = _without_head(directory, dtype)
+        return cls(model.to(device), tokenizer, pooling, max_length)
+
+    def encode(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Sentences as tokens, cut to `max_length`. Raises ModelError, naming it, for one with nothing to pool."""
+        encoded = self.encode_all(texts)
+        for number, (text, found) in enumerate(zip(texts, encoded, strict=True), 1):
+            if not any(found.content):
+                shown = text if len(text) <= 40 else text[:40] + "..."
+                raise ModelError(f"sentence {number}, {shown!r}: has no token but special ones; leave it out")
+        return encoded
+
+    def encode_all(self, texts: Sequence[str]) -> list[EncodedText]:
+        """The same of all sentences; one with nothing to pool has no content."""
+        encoded = []
+        for ids, special in self._tokenized(texts):
+            content = [not each for each in special]
+            if self.is_decoder and any(content[1:]):
+                content[0] = False
+            encoded.append(EncodedText(ids, content))
+        return encoded
+
+    @torch.inference_mode()
+    def of(self, encoded: Sequence[EncodedText]) -> Tensor:
+        """(L + 1, R, H) fp32 on the model's device, from one forward pass; padding and the other rows do not matter."""
+        ids_RT, mask_RT, content_RT = self._padded(encoded)
+        pooled: dict[int, Tensor] = {}
+
+        def keeper(layer: int) -> Callable[[Tensor], None]:
+            def keep(hidden_RTH: Tensor) -> None:
+                pooled[layer] = representations(hidden_RTH, content_RT if self.pooling == "mean" else None)
+
+            return keep
+
+        hooks = [state_hook(self.model, layer, keeper(layer)) for layer in range(self.layers + 1)]
+        try:
+            self.model(input_ids=ids_RT, attention_mask=mask_RT)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([pooled[layer] for layer in range(self.layers + 1)])
+
+    def _tokenized(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """(ids, special tokens marked with 1) of each; counts those that are cut."""
+
+        def rows(texts: list[str], limit: int) -> list[tuple[list[int], list[int]]]:
+            if not texts:
+                return []
+            found = self.tokenizer(texts, truncation=True, max_length=limit, return_special_tokens_mask=True)
+            return list(zip(found["input_ids"], found["special_tokens_mask"], strict=True))
+
+        whole = rows(list(texts), self.max_length + 1)  # one more shows which are too long
+        long = [place for place, (ids, _) in enumerate(whole) if len(ids) > self.max_length]
+        self.truncated += len(long)
+        for place, cut in zip(long, rows([texts[place] for place in long], self.max_length), strict=True):
+            whole[place] = cut
+        return whole
+
+    def _padded(self, encoded: Sequence[EncodedText]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask, int64, and content, bool: (R, T) each on the model's device, padded on the right."""
+        width = max(len(each.ids) for each in encoded)
+        ids = torch.full((len(encoded), width), self.tokenizer.pad_token_id or 0)
+        mask, content = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, each in enumerate(encoded):
+            ids[row, : len(each.ids)] = torch.tensor(each.ids)
+            mask[row, : len(each.ids)] = 1
+            content[row, : len(each.ids)] = torch.tensor(each.content)
+        device = self.model.device
+        return ids.to(device), mask.to(device), content.to(device)
+
+
+def _is_decoder(config: PreTrainedConfig) -> bool:
+    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))
+
+
+def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The layers with all their weights; the head's, and a pooler's, may be there or not."""
+    architecture: Architecture = "masked-lm"
+    try:
+        config = load_config(directory, architecture)
+    except ModelError:
+        architecture = "causal-lm"
+        config = load_config(directory, architecture)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{directory}: a {config.model_type} model has an encoder and a decoder; take one with either")
+    config.use_cache = False
+    stored_tensors(directory)  # whole files, safetensors only
+    with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored would be drawn, and said aloud
+        loaded: Any = AutoModel.from_pretrained(
+            directory, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            attn_implementation="sdpa" if model_class(config, architecture)._supports_sdpa else "eager",
+        )  # fmt: skip
+    model, report = loaded
+    parts = {name for name, _ in model.named_children()} - {"pooler"}
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[problem]]
+        # a weight of the layers begins with a part of the model, once the name that task models give it is off
+        names = [key for key in keys if key.removeprefix(f"{model.base_model_prefix}.").split(".")[0] in parts]
+        if names:
+            what = problem.removesuffix("_keys")
+            raise ModelError(f"{directory}: {len(names)} {what} weights for {type(model).__name__}: {named(names)}")
+    return model

@@ -1,0 +1,1 @@
+"""Weight files: reading, matching, checking, writing."""

@@ -1,0 +1,44 @@
+"""Model directories come from strangers: their own code is never run, and asking for it is one clear line.
+
+In: a directory or hub name. Out: its config or tokenizer, of a class that transformers itself has. Next: `loading.py`
+builds the model; weights are read from safetensors only (`weight_files.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from modeling.errors import ModelError
+from modeling.weights.weight_files import one_line
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The directory's config. Raises ModelError where it is absent, of an unknown type, or needs code of its own."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{directory}: {_explained(error)}") from error
+    config._attn_implementation = None  # transformers would fetch and run the kernel that a config.json names
+    return config
+
+
+def read_tokenizer(directory_or_name: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub name. Raises ModelError where there is none, or it needs code of its own."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory_or_name, local_files_only=local_files_only, trust_remote_code=False
+        )
+    except Exception as error:  # each tokenizer class has its own ways to fail on a damaged file
+        raise ModelError(f"{directory_or_name}: no usable tokenizer ({_explained(error)})") from error
+    return tokenizer
+
+
+def _explained(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "asks for code of its own, which is never run; take a model of a type that transformers has, or convert it"
+        )
+    return one_line(error)

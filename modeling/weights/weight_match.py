@@ -1,0 +1,140 @@
+"""Which stored tensor fills which weight of a model, and all that does not fit, in one line a kind.
+
+In: a model, with weights or on the meta device, and the headers of a directory's files. Out: sources of its parameters
+and buffers. No tensor is read whole. Next: `loading.py` fills models; `weight_check.py` looks before a run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from modeling.errors import ModelError
+from modeling.weights.weight_files import StoredTensor
+
+# stored by old releases, computed by new ones
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def named(names: Iterable[str], limit: int = 5) -> str:
+    """The names, in order, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (f" (and {len(ordered) - limit} more)" if len(ordered) > limit else "")
+
+
+@dataclass(slots=True)
+class WeightMatch:
+    """`sources` by the `id` of each parameter and buffer; what does not fit, by kind."""
+
+    sources: dict[int, StoredTensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # names of the model
+    unexpected: list[str] = field(default_factory=list)  # stored names
+    wrong: list[str] = field(default_factory=list)  # "name (F32 [3] stored, [4] wanted) in FILE"
+    quantised: list[str] = field(default_factory=list)  # stored in no format that training reads
+    untied: list[str] = field(default_factory=list)  # "a and b in FILE"
+    converted: list[str] = field(default_factory=list)  # stored names, in a layout that needs conversion
+
+    def refuse(self, model: PreTrainedModel, directory: Path) -> None:
+        """Raises ModelError, a line for each kind of misfit, if there is any."""
+        if lines := list(self._lines(model, directory)):
+            raise ModelError("\n".join(lines))
+
+    def _lines(self, model: PreTrainedModel, directory: Path) -> Iterable[str]:
+        owner, config = type(model).__name__, model.config
+        if self.converted:
+            yield (
+                f"{directory}: {self.converted[0]} is stored in a layout that needs conversion; convert once with "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW, save_original_format=False)"
+            )
+            return
+        if len(self.missing) > len(self.sources) and len(self.unexpected) > len(self.sources):
+            yield (
+                f"{directory}: the weights there are not a {owner}'s: {len(self.unexpected)} have other names, such as "
+                f"{self.unexpected[0]}, and {len(self.missing)} are missing; is model_type {config.model_type!r} of "
+                "config.json wrong?"
+            )
+            return
+        for pair in self.untied:
+            yield f"{directory}: {pair} differ, but config.json ties them; set tie_word_embeddings to false there"
+        fits = "config.json must be the one of these weights"
+        only_head = set(self.missing) <= set(_output_weights(model))
+        whole = "set tie_word_embeddings to true in config.json" if only_head else "copy the whole model anew"
+        remedies = (
+            ("missing", self.missing, whole),
+            ("unexpected", self.unexpected, fits),
+            ("wrongly shaped", self.wrong, fits),
+            ("wrongly typed", self.quantised, "they are quantised; take the model's unquantised release"),
+        )
+        for problem, names, remedy in remedies:
+            if names:
+                yield f"{directory}: {len(names)} {problem} weights for {owner}: {named(names)}; {remedy}"
+
+
+def _output_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the head's matrix, which many models share with the embeddings."""
+    head = model.get_output_embeddings()
+    return [name for name, parameter in model.named_parameters() if head is not None and parameter is head.weight]
+
+
+def match_weights(
+    model: PreTrainedModel,
+    stored: dict[str, StoredTensor],
+    *,
+    may_miss: Callable[[str], bool] = lambda name: False,
+    may_hold: Iterable[str] = (),
+) -> WeightMatch:
+    """The stored tensors under the model's names, as from_pretrained renames them, and what is left over.
+
+    Args:
+        may_miss: of a name of the model: it need not be stored, such as a new head.
+        may_hold: patterns of stored names that need no place in the model.
+    """
+    state = model.state_dict(keep_vars=True)  # tied weights appear under each of their names, as one object
+    match = WeightMatch()
+    found = _renamed(model, stored, state, match, (*may_hold, *OLD_BUFFERS))
+    for name, tensor in found.items():
+        target = state[name]
+        shape = tuple(getattr(target, "ds_shape", target.shape))  # ZeRO-3 keeps the whole shape there
+        if shape != tensor.shape or (target.is_floating_point() and tensor.dtype not in FLOATS):
+            stored_as = f"{tensor.dtype} {list(tensor.shape)} stored, {list(shape)} wanted"
+            quantised = shape == tensor.shape or tensor.dtype not in FLOATS
+            (match.quantised if quantised else match.wrong).append(f"{name} ({stored_as}) in {tensor.file.name}")
+        twin = match.sources.setdefault(id(target), tensor)
+        if twin is not tensor and twin.sample() != tensor.sample():
+            match.untied.append(f"{twin.key} and {tensor.key}")
+    match.missing = [name for name, target in state.items() if id(target) not in match.sources and not may_miss(name)]
+    return match
+
+
+def _renamed(
+    model: PreTrainedModel,
+    stored: dict[str, StoredTensor],
+    state: dict[str, Any],
+    match: WeightMatch,
+    may_hold: Iterable[str],
+) -> dict[str, StoredTensor]:
+    """Stored tensors under the model's names; those that have no place, or need conversion, are put into `match`."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    old = [*(model._keys_to_ignore_on_load_unexpected or ()), *may_hold]
+    found: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, converter = key, None
+        if converter is not None:
+            match.converted.append(key)
+        elif name in state and name not in found:
+            found[name] = tensor
+        elif not any(re.search(pattern, name) for pattern in old):
+            match.unexpected.append(key)
+    return found

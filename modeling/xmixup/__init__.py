@@ -1,0 +1,1 @@
+"""X-Mixup: cross-attention mixing, its ratio, consistency losses."""

@@ -1,0 +1,270 @@
+"""X-Mixup (arXiv 2205.04182, section 3.2): at one encoder layer, target texts take from their source texts.
+
+In: an encoder whose batches hold n target rows, then their n source rows. Out: the same model, whose chosen layer
+mixes, with `Z_t`, `Z_s` its attention block's outputs (after residual and LayerNorm) of the two sides:
+
+    LayerNorm( lam * dense(cross(Z_t, Z_s)) + (1 - lam) * Z_t )        lam = lam0 * sigmoid(w * entropy + b)
+
+where `cross` is the layer's own attention with queries of `Z_t`, keys and values of `Z_s`. Sources go on unmixed.
+Next: `consistency.py` compares the two sides; `training/objectives/encoders.py`.
+
+Everything is done by hooks around the layer's attention block, which stays as it is: its self-attention runs once,
+on all rows, by whatever implementation the model uses. The hooks call the layer's submodules and never touch
+their weights, so ZeRO-3 may partition them and PEFT may wrap them. They run inside the layer's `forward`, which
+is what gradient checkpointing recomputes; there, what a batch is travels in the layer's own keyword arguments,
+because by then `batch()` has long been left.
+
+Shapes: R rows, T tokens, H hidden, n pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import maybe_autocast
+
+from modeling.errors import ModelError
+from modeling.layers import decoder_layers
+from modeling.weights.weight_files import directory_hash
+from modeling.xmixup.cross_attention import EntropyName, attention_weights, pair_entropy, scaled_scores, wide
+from modeling.xmixup.mixup_state import MIXUP_FILE, RATIO_MODULE, MixupState, is_mixup_weight
+
+__all__ = [
+    "MIXUP_FILE",
+    "CrossLingualMixup",
+    "MixupRatio",
+    "MixupState",
+    "encoder_layers",
+    "is_mixup_weight",
+]
+
+MODEL_TYPES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+PRE_LN_TYPES = ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")
+PARTS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.self.dropout",
+    "attention.output.dense",
+    "attention.output.dropout",
+    "attention.output.LayerNorm",
+    "intermediate",
+    "output",
+)
+_KEYWORD = "crosslift_mixup"  # the layer's keyword argument that carries a `_Pairs`
+
+
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a post-LN encoder as BERT, RoBERTa and XLM-R have them.
+
+    Raises ModelError, with the reason, for every other model: the mixing formula is of such layers.
+    """
+    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    name = type(model).__name__ if pretrained is None else pretrained.config.model_type
+    hint = f"; take one of {', '.join(MODEL_TYPES)}"
+    if name in PRE_LN_TYPES:
+        raise ModelError(f"X-Mixup: {name} is pre-LN: its attention block ends without the LayerNorm to mix in{hint}")
+    layers = decoder_layers(model)
+    for part in PARTS:
+        try:
+            layers[0].get_submodule(part)
+        except AttributeError as error:
+            raise ModelError(f"X-Mixup: the layers of {name} have no {part}{hint}") from error
+    if name not in MODEL_TYPES:
+        raise ModelError(f"X-Mixup: the attention of {name} was not compared with the method{hint}")
+    if pretrained is not None and pretrained.config.is_decoder:
+        raise ModelError(f"X-Mixup: this {name} is a decoder; set is_decoder to false in its config")
+    return layers
+
+
+class MixupRatio(nn.Module):
+    """`lam` of each pair from its entropy. A module of its own, so that ZeRO-3 gathers `w` and `b` for it."""
+
+    def __init__(self, lam0: float, like: Tensor) -> None:
+        """`w` = 1 and `b` = 0, each (1,), with the number format and device of `like`."""
+        super().__init__()
+        self.lam0 = lam0
+        self.w = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))
+        self.b = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+
+    def forward(self, entropy_n: Tensor) -> Tensor:
+        """(n,) in 0..lam0, in the number format of the entropies."""
+        kind = entropy_n.dtype
+        return self.lam0 * torch.sigmoid(self.w.to(kind) * entropy_n + self.b.to(kind))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """A batch to be mixed: (R, T) bool valid tokens, of n target rows and their n source rows."""
+
+    valid_RT: Tensor
+    n: int
+
+
+class CrossLingualMixup:
+    """Mixes every forward pass of `model` inside `batch()`; does nothing outside it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: int,
+        lam0: float = 0.5,
+        entropy: EntropyName = "true",
+        ratio: float | Literal["learned"] = "learned",
+    ) -> None:
+        """Installs the hooks and, for a learned ratio, the parameters `<layer>.mixup_ratio.{w,b}`.
+
+        Make it after the weights are loaded (a model directory holds no `mixup_ratio`) and after PEFT has
+        wrapped the model (it freezes what it finds), before the engine exists. Raises ModelError unless the
+        model is a post-LN encoder (`encoder_layers`) with that layer, and on impossible settings.
+        """
+        self._settings = MixupState(layer, lam0, entropy, ratio)
+        layers = encoder_layers(model)
+        if layer >= len(layers):
+            raise ModelError(f"x-mixup: layer {layer} does not exist: the model has layers 0..{len(layers) - 1}")
+        self.last_ratio: Tensor | None = None  # (n,) lam of the last mixed forward pass, detached
+        self._layer = cast(Any, layers[layer])
+        if hasattr(self._layer, _KEYWORD):
+            raise ModelError(f"x-mixup: layer {layer} mixes already")
+        setattr(self._layer, _KEYWORD, True)
+        if ratio == "learned":
+            norm = self._layer.attention.output.LayerNorm.weight
+            self._layer.add_module(RATIO_MODULE, MixupRatio(lam0, norm))
+        self._pairs: _Pairs | None = None  # of the batch that is open
+        self._running: _Pairs | None = None  # of the attention block that is running
+        self._mixed_once = False
+        attention = self._layer.attention
+        self._handles = [
+            self._layer.register_forward_pre_hook(self._hand_over, with_kwargs=True),
+            attention.register_forward_pre_hook(self._take, with_kwargs=True),
+            attention.register_forward_hook(self._mix_output),
+        ]
+
+    @classmethod
+    def attach(cls, model: nn.Module, directory: Path | str) -> CrossLingualMixup:
+        """On a model that was opened from `directory`, with the `xmixup.safetensors` that lies there.
+
+        Raises ModelError if the file is absent, damaged, or of other weights than the directory's.
+        """
+        file = Path(directory) / MIXUP_FILE
+        state = MixupState.load(file)
+        if state.model_hash != directory_hash(directory):
+            raise ModelError(f"{file}: belongs to other weights than those beside it; export the model again")
+        return cls.from_state(model, state)
+
+    @classmethod
+    def from_state(cls, model: nn.Module, state: MixupState) -> CrossLingualMixup:
+        """On `model`, with this state's settings and learned numbers."""
+        mixup = cls(model, state.layer, state.lam0, state.entropy, state.ratio)
+        for parameter, value in zip(mixup.parameters(), (state.w, state.b), strict=False):
+            with torch.no_grad():
+                parameter.fill_(value)
+        return mixup
+
+    def parameters(self) -> list[nn.Parameter]:
+        """`w` and `b`; none for a fixed ratio."""
+        module = getattr(self._layer, RATIO_MODULE, None)
+        return [] if module is None else [module.w, module.b]
+
+    def state(self, model_hash: str = "") -> MixupState:
+        """Settings and learned numbers as they are now. Under ZeRO-3 gather `parameters()` around this."""
+        settings = self._settings
+        learned = dict(zip(("w", "b"), (float(parameter.detach()) for parameter in self.parameters()), strict=False))
+        return MixupState(
+            settings.layer, settings.lam0, settings.entropy, settings.ratio, model_hash=model_hash, **learned
+        )
+
+    @contextmanager
+    def batch(self, attention_mask: Tensor, n_pairs: int, mix: bool = True) -> Iterator[None]:
+        """Inside, forward passes are of rows 0..n-1, targets, and n..2n-1, their sources, and are mixed.
+
+        attention_mask: (2n, T), not 0 at valid tokens, as given to the model. With `n_pairs` 0, or with `mix`
+        off, the layer runs as if X-Mixup were not there. Raises ModelError if rows do not fit, and on leaving
+        if no forward pass was mixed.
+        """
+        before = self._pairs
+        mixing = mix and n_pairs > 0
+        if mixing and len(attention_mask) != 2 * n_pairs:
+            raise ModelError(f"x-mixup: {n_pairs} pairs are {2 * n_pairs} rows, but the mask has {len(attention_mask)}")
+        self._pairs = _Pairs(attention_mask != 0, n_pairs) if mixing else None
+        self._mixed_once = False
+        try:
+            yield
+        finally:
+            self._pairs = before
+        if mixing and not self._mixed_once:
+            raise ModelError("x-mixup: no forward pass reached the mixed layer, so nothing was mixed")
+
+    def remove(self) -> None:
+        """Takes the hooks and the parameters off the model."""
+        for handle in self._handles:
+            handle.remove()
+        delattr(self._layer, _KEYWORD)
+        if hasattr(self._layer, RATIO_MODULE):
+            delattr(self._layer, RATIO_MODULE)
+
+    def _hand_over(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the layer: its keyword arguments, which checkpointing keeps, say what the batch is."""
+        if self._pairs is None:
+            return None
+        shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+        if shape != self._pairs.valid_RT.shape:
+            raise ModelError(
+                f"x-mixup: a forward pass of {tuple(shape)} rows and tokens inside a batch of "
+                f"{tuple(self._pairs.valid_RT.shape)}"
+            )
+        return args, {**kwargs, _KEYWORD: self._pairs}
+
+    def _take(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the attention block, which does not know that argument."""
+        self._running = kwargs.get(_KEYWORD)
+        if self._running is None:
+            return None
+        return args, {key: value for key, value in kwargs.items() if key != _KEYWORD}
+
+    def _mix_output(self, _: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """After the attention block: the targets' part of its output, mixed; the sources' as it is."""
+        pairs, self._running = self._running, None
+        if pairs is None:
+            return None
+        self._mixed_once = True
+        target, source = output[0].split(pairs.n)
+        mixed = self._mixed(target, source, pairs)
+        return torch.cat([mixed.to(source.dtype), source]), *output[1:]
+
+    def _mixed(self, target_nTH: Tensor, source_nTH: Tensor, pairs: _Pairs) -> Tensor:
+        """(n, T, H): the mixing formula on the attention block's outputs."""
+        attention, out = self._layer.attention.self, self._layer.attention.output
+        target_valid, source_valid = pairs.valid_RT.split(pairs.n)
+        size = attention.attention_head_size
+        query, key, value = (
+            projected.unflatten(-1, (-1, size)).transpose(1, 2)  # (n, heads, T, head size)
+            for projected in (attention.query(target_nTH), attention.key(source_nTH), attention.value(source_nTH))
+        )
+        with maybe_autocast(target_nTH.device.type, enabled=False):
+            scores = scaled_scores(query, key)
+            over_source = attention_weights(scores, source_valid)
+            lam_n = self._lam(scores, over_source, target_valid, source_valid)
+        weights = attention.dropout(over_source[0].to(value.dtype))
+        context = (weights @ value).transpose(1, 2).flatten(2)
+        cross_nTH = out.dropout(out.dense(context))
+        lam = lam_n[:, None, None]
+        return out.LayerNorm((lam * wide(cross_nTH) + (1 - lam) * wide(target_nTH)).to(target_nTH.dtype))
+
+    def _lam(
+        self, scores: Tensor, over_source: tuple[Tensor, Tensor], target_valid: Tensor, source_valid: Tensor
+    ) -> Tensor:
+        if self._settings.ratio != "learned":
+            lam_n = scores.new_full((len(scores),), self._settings.ratio)
+        else:
+            entropy_n = pair_entropy(scores, over_source, target_valid, source_valid, self._settings.entropy)
+            lam_n = getattr(self._layer, RATIO_MODULE)(entropy_n)
+        self.last_ratio = lam_n.detach()
+        return lam_n

@@ -1,0 +1,66 @@
+"""What X-Mixup adds to an encoder, beside its weights: one checked file with an export.
+
+In: the settings of a `CrossLingualMixup` and its two learned numbers. Out: `MixupState`, in memory and as
+`xmixup.safetensors`; model weights freed of the two. Next: `xmixup/mixup.py` installs it on a reopened model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from modeling.errors import ModelError
+from modeling.weights.checked_file import load_checked, save_checked
+from modeling.xmixup.cross_attention import ENTROPIES, EntropyName
+
+MIXUP_FILE = "xmixup.safetensors"
+RATIO_MODULE = "mixup_ratio"  # the submodule of the mixed layer that holds `w` and `b`
+_FORMAT = "crosslift x-mixup 1"
+_LEARNED = ("w", "b")
+
+
+@dataclass(frozen=True, slots=True)
+class MixupState:
+    """`lam = lam0 * sigmoid(w * entropy + b)`, or the number `ratio`, at encoder layer `layer` (0-based)."""
+
+    layer: int
+    lam0: float = 0.5
+    entropy: EntropyName = "true"
+    ratio: float | Literal["learned"] = "learned"
+    w: float = 1.0
+    b: float = 0.0
+    model_hash: str = ""  # of the weights it was trained with; "" where no directory holds them yet
+
+    def __post_init__(self) -> None:
+        """Raises ModelError on values that give no ratio between 0 and 1."""
+        wrong = {
+            f"layer {self.layer!r} is not 0 or more": self.layer < 0,
+            f"lam0 {self.lam0!r} is not in 0..1": not 0 <= self.lam0 <= 1,
+            f"entropy {self.entropy!r} is not one of {', '.join(ENTROPIES)}": self.entropy not in ENTROPIES,
+            f"ratio {self.ratio!r} is neither 'learned' nor a number in 0..1": self.ratio != "learned"
+            and not (isinstance(self.ratio, int | float) and 0 <= self.ratio <= 1),
+            f"w {self.w!r} or b {self.b!r} is not finite": not (abs(self.w) < torch.inf and abs(self.b) < torch.inf),
+        }
+        for problem, is_wrong in wrong.items():
+            if is_wrong:
+                raise ModelError(f"x-mixup: {problem}")
+
+    def save(self, path: Path | str) -> None:
+        """Writes one safetensors file: to a temporary name, synced, renamed."""
+        about = {name: getattr(self, name) for name in ("layer", "lam0", "entropy", "ratio", "model_hash")}
+        tensors = {name: torch.tensor([getattr(self, name)], dtype=torch.float64) for name in _LEARNED}
+        save_checked(Path(path), _FORMAT, about, tensors)
+
+    @classmethod
+    def load(cls, path: Path | str) -> MixupState:
+        """Reads what `save` wrote. Raises ModelError if it is missing, torn or not what was saved."""
+        about, tensors = load_checked(Path(path), _FORMAT, _LEARNED)
+        return cls(**about, w=float(tensors["w"]), b=float(tensors["b"]))
+
+
+def is_mixup_weight(name: str) -> bool:
+    """Whether a parameter of this name is X-Mixup's own and no part of the plain model."""
+    return RATIO_MODULE in name.split(".")

@@ -1,0 +1,1 @@
+"""Checkpoints: format, saving, finding, retention, disks; and the export of one."""

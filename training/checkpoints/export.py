@@ -1,0 +1,242 @@
+"""A checkpoint -> a plain Hugging Face directory, checked (`export_check.py`).
+
+In: a complete checkpoint. Out: safetensors shards; config, generation config and tokenizer as they were trained
+(`export_text.py`); and `crosslift.json` (what the model was trained to be: objective, languages, template; what came of
+the check), with the language vectors of a ShifCon model beside it.
+Next: `modeling.generation`, `evals`.
+
+Runs in one process, after the ranks are gone: shards are read one by one, never the whole model twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
+from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.xmixup.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
+from training.checkpoints.checkpoint import MARKER, fault
+from training.checkpoints.export_text import GENERATION_FILE, fixed_response_language, set_text_files
+from training.checkpoints.run_state import RunState
+from training.config import RunConfig
+from training.errors import ConfigError, ExportCheckFailed
+from training.objectives.config import ShifConConfig, XMixupConfig
+from training.run_file import validate
+from training.run_folder.prepare import architecture
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+SHARD_BYTES = 5 * 10**9
+
+
+def export_checkpoint(checkpoint: Path, output: Path) -> Path:
+    """Write `checkpoint` as a Hugging Face directory to `output`.
+
+    Written under a temporary name, checked against the checkpoint, then renamed.
+
+    Raises:
+        ConfigError: `checkpoint` is not complete or not what was saved, or `output` exists.
+        ExportCheckFailed: `output` is there, but it did not pass its check; its `crosslift.json` says so.
+    """
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; give a new folder")
+    made, problem = _made(checkpoint, output)
+    made.rename(output)
+    if problem is not None:
+        raise ExportCheckFailed(f"{output}: the export is kept, but its check failed: {problem}")
+    return output
+
+
+def export_newest(checkpoint: Path, output: Path) -> bool:
+    """`output` as the export of this checkpoint, and whether it was made now; one that is of it already is left alone.
+
+    An older export stays in its place until the new one is made and checked: it is better than none. Where the new
+    one does not pass its check, an older one that did is kept beside it.
+
+    Raises:
+        ConfigError: `output` is something else than an export, which is not ours to replace.
+        ExportCheckFailed: as `export_checkpoint`.
+    """
+    stale = output.with_name(f".stale-{output.name}")
+    if stale.exists() and not output.exists():  # an earlier call was killed between its two renames
+        stale.rename(output)
+    shutil.rmtree(stale, ignore_errors=True)
+    if output.exists():
+        if not (output / EXPORT_FILE).is_file():
+            raise ConfigError(f"{output}: in the way of the export, and no export itself; move it and start again")
+        if _is_of(checkpoint, output):
+            return False
+    made, problem = _made(checkpoint, output)
+    if output.exists():
+        if problem is not None and not (older := ExportInfo.read(output)).check_failed:
+            stale = output.with_name(f"{output.name}-step-{older.step or 0:08d}")
+            shutil.rmtree(stale, ignore_errors=True)
+            log.warning("the export of an earlier step, which passed its check, is kept as %s", stale)
+        output.rename(stale)
+    made.rename(output)
+    shutil.rmtree(output.with_name(f".stale-{output.name}"), ignore_errors=True)
+    if problem is not None:
+        raise ExportCheckFailed(f"{output}: the export is kept, but its check failed: {problem}")
+    log.info("exported to %s", output)
+    return True
+
+
+def _is_of(checkpoint: Path, output: Path) -> bool:
+    """Of the same step, not older (a run that went on from an earlier checkpoint comes to a step again), and passed."""
+    description, marker = output / EXPORT_FILE, checkpoint / MARKER
+    info = ExportInfo.read(output)
+    same_step = info.step == RunState.read(checkpoint).step and not info.check_failed
+    return same_step and description.stat().st_mtime_ns >= marker.stat().st_mtime_ns
+
+
+def _made(checkpoint: Path, output: Path) -> tuple[Path, str | None]:
+    """The export of `checkpoint` under the temporary name of `output`, and why its check failed, or None.
+
+    Where writing fails, nothing is left.
+    """
+    from training.checkpoints.export_check import check_export
+
+    if (reason := fault(checkpoint)) is not None:  # its content too: DeepSpeed's files are pickles
+        raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
+    state = RunState.read(checkpoint)
+    config = validate(state.config, str(checkpoint / "state.json"))
+    temporary = output.with_name(f".incomplete-{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write(checkpoint, config, state, temporary)
+        result = check_export(checkpoint, config, _weights(checkpoint, config, state), temporary)
+        description = json.loads((temporary / EXPORT_FILE).read_text(encoding="utf-8"))
+        _write_json(temporary / EXPORT_FILE, {**description, "check": result.to_json()})
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if result.difference is not None and result.passed:
+        log.info(
+            "reopened the export with %s attention: its weights are the checkpoint's, and its logits agree with the "
+            "run's to %.1e of the largest; %.1e is allowed", result.attention, result.difference, result.bound,
+        )  # fmt: skip
+    return temporary, result.problem
+
+
+def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
+    from modeling.loading import directory_hash
+    from modeling.weights.untrusted import read_config, read_tokenizer
+    from training.engine.engine import DTYPES
+
+    _write_weights(_weights(checkpoint, config, state), output)
+    model_config = read_config(checkpoint / "model_config")
+    model_config.dtype = DTYPES[config.precision]
+    model_config.use_cache = config.data.task is None
+    tokenizer = read_tokenizer(checkpoint / "model_config", local_files_only=True)
+    if config.data.task is None:
+        _write_json(
+            output / GENERATION_FILE, set_text_files(config, checkpoint / "model_config", model_config, tokenizer)
+        )
+    model_config.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    _write_json(output / EXPORT_FILE, _description(config, state.step))
+    if isinstance(config.objective, ShifConConfig):
+        vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
+        replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
+    if isinstance(config.objective, XMixupConfig):
+        mixup = MixupState.load(checkpoint / MIXUP_FILE)
+        replace(mixup, model_hash=directory_hash(output)).save(output / MIXUP_FILE)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the plain model, adapters merged, in the export's number format, one at a time."""
+    import torch
+
+    from modeling.architectures import auto_class
+    from modeling.lora import completed, merged
+    from modeling.weights.untrusted import read_config
+    from training.engine.engine import DTYPES
+    from training.engine.state import consolidated
+
+    with torch.device("meta"):
+        model_config = read_config(checkpoint / "model_config")
+        tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
+    weights = consolidated(checkpoint, tied)
+    if (lora := config.model.lora) is not None:
+        base = _base(checkpoint, state.base or {}, config)
+        weights = merged(completed(dict(weights), base.named_parameters()), lora.alpha / lora.rank)
+    for name, tensor in weights:
+        if not is_mixup_weight(name):  # no part of the plain model; in a file of its own
+            yield name, tensor.to(DTYPES[config.precision]) if tensor.is_floating_point() else tensor
+
+
+def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTrainedModel:
+    """The model whose weights a LoRA run left frozen. Raises ConfigError where it is gone or another one."""
+    from modeling.loading import directory_hash, load_pretrained
+    from training.engine.engine import DTYPES
+
+    directory = Path(base["directory"])
+    if not directory.is_dir() or directory_hash(directory) != base["hash"]:
+        raise ConfigError(f"{checkpoint}: holds adapters to the model in {directory}, which is gone or has changed")
+    return load_pretrained(directory, DTYPES[config.precision], "eager", "cpu", architecture(config))
+
+
+def _description(config: RunConfig, step: int) -> dict[str, Any]:
+    """What `modeling.export_info` reads."""
+    data, objective = config.data, config.objective
+    described: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "objective": objective.name,
+        "languages": list(data.languages),
+        "dominant": data.dominant,
+    }
+    if data.task is not None:
+        return {**described, "task": data.task.model_dump(mode="json"), "sequence_length": data.sequence_length}
+    return {
+        **described,
+        "template": data.template.model_dump(mode="json"),
+        "response_language": fixed_response_language(config),
+        "shift_first_token": not isinstance(objective, ShifConConfig) or objective.shift_first_token,
+    }
+
+
+def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path) -> None:
+    """Safetensors shards and their index; never more than one shard in memory."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    n_bytes = total = 0
+
+    def flush() -> None:
+        nonlocal shard, n_bytes
+        save_file(shard, output / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard, n_bytes = {}, 0
+
+    for name, tensor in weights:
+        size = tensor.numel() * tensor.element_size()
+        if shard and n_bytes + size > SHARD_BYTES:
+            flush()
+        shard[name] = tensor
+        n_bytes, total = n_bytes + size, total + size
+    flush()
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for number, name in enumerate(names):
+        (output / f"part-{number}.safetensors").rename(output / name)

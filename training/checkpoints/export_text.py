@@ -1,0 +1,99 @@
+"""What an exported decoder says of text: its chat template, the tokens that end an answer, how to sample.
+
+Plain `generate` has to stop where training taught the model to stop, and `apply_chat_template` has to write the prompt
+that training wrote, whatever the base model's files said.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.text.chat import Chat
+from data_pipeline.text.jinja_template import Defaults, jinja_template
+from training.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+GENERATION_FILE = "generation_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def set_text_files(
+    config: RunConfig, base: Path, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Put the trained chat template into `tokenizer`, special ids into `model_config`; the generation config's values.
+
+    `base` is a folder with the base model's generation config, if it has one.
+    """
+    chat = Chat(tokenizer, config.data.template, config.data.languages)
+    file = base / GENERATION_FILE
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ids = _special_ids(config, chat, model_config, generation)
+    for each in (model_config, model_config.get_text_config()):
+        for name, value in ids.items():
+            setattr(each, name, value)
+    sources = config.data.sources
+    fixed = fixed_response_language(config)
+    may_differ = any(source.response_language or source.columns.response_language for source in sources)
+    text, wrong = jinja_template(chat, Defaults(config.data.dominant, fixed, may_differ))
+    if wrong is not None:
+        log.warning("the exported chat template does not give the tokens of training for %s; `generate` does", wrong)
+    if isinstance(tokenizer.chat_template, dict) and config.data.template.name == "chat":
+        tokenizer.chat_template = {**tokenizer.chat_template, "default": text}
+    else:
+        tokenizer.chat_template = text
+    # Marked as made from the model's config, it would be made anew from there.
+    kept = {key: value for key, value in generation.items() if key not in ("_from_model_config", *IDS)}
+    pad = ids["pad_token_id"] if ids["pad_token_id"] is not None else chat.template.end_id
+    return {**ids, "pad_token_id": pad, **kept}
+
+
+def _special_ids(
+    config: RunConfig, chat: Chat, model_config: PreTrainedConfig, generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Begin, end and padding. The taught end token comes first; the base's own go on ending an answer.
+
+    With a tokenizer that is not the base's, the base's ids name other tokens, and only the tokenizer's count.
+    """
+    tokenizer = chat.tokenizer
+    text_config = model_config.get_text_config()
+    files = [generation, vars(text_config)] if config.tokenizer.path is None and config.tokenizer.train is None else []
+
+    def one(name: str) -> int | None:
+        known = [getattr(tokenizer, name), *(file.get(name) for file in files)]
+        return next((value for value in known if isinstance(value, int)), None)
+
+    ends = [chat.template.end_id]
+    for found in (*(file.get("eos_token_id") for file in files), tokenizer.eos_token_id):
+        ends += found if isinstance(found, list) else [found]
+    known = dict.fromkeys(end for end in ends if isinstance(end, int) and 0 <= end < text_config.vocab_size)
+    eos = list(known) if len(known) > 1 else next(iter(known), None)
+    return {"bos_token_id": one("bos_token_id"), "eos_token_id": eos, "pad_token_id": one("pad_token_id")}
+
+
+def fixed_response_language(config: RunConfig) -> str | None:
+    """The one language every answer is in, where the sources say so; else answers follow the prompt.
+
+    A corpus of one language alone says nothing: its answers did follow their prompts.
+    """
+    sources = config.data.sources
+    said = {_response_language_of(source) for source in sources}
+    return said.pop() if len(said) == 1 and any(source.response_language for source in sources) else None
+
+
+def _response_language_of(source: SourceConfig) -> str | None:
+    """The language of all of a source's answers, None where its rows may differ."""
+    if source.columns.response_language is not None:
+        return None
+    if source.response_language is not None:
+        return source.response_language
+    if source.languages is not None:
+        return source.languages[0] if len(source.languages) == 1 else None
+    return source.language if source.columns.language is None else None

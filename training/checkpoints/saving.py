@@ -1,0 +1,274 @@
+"""Saving a run without making it wait: a copy in memory, written by a thread, made complete at a later step boundary.
+
+In: a Run after some steps. Out: a complete checkpoint, or a warning that names the rank that could not write it.
+Next: `checkpoint.py` marks it.
+
+No rank is left waiting where one cannot write (a full disk): writing fails only in a rank's own thread, and what came
+of it is told at the next step boundary, in the all-reduce that every step has anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import IO, Any, cast
+
+import torch
+
+from modeling.loading import directory_hash
+from training.assembly import Run
+from training.checkpoints import checkpoint
+from training.checkpoints.checkpoint import FileRecord
+from training.checkpoints.disks import Disk, shared_disk
+from training.checkpoints.export_text import GENERATION_FILE
+from training.checkpoints.retention import no_such_metric, retain
+from training.checkpoints.run_state import RunState
+from training.config import CheckpointConfig
+from training.distributed import gather_objects, rank
+from training.engine.start_checks import reference_outputs, reference_setting
+from training.errors import CheckpointFailed
+from training.launch.heartbeat import heart
+from training.provenance import versions
+from training.run_file import resolved
+
+log = logging.getLogger(__name__)
+BEAT_SECONDS = 1.0
+FAILURES_IN_A_ROW = 3  # saves that may fail before the run stops rather than go on unsaved
+
+
+class HashingFile(io.RawIOBase):
+    """A file that knows the SHA-256 of what was written to it, without reading it back."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.n_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self.n_bytes += self._file.write(data)
+        return len(data)
+
+    def synced(self) -> FileRecord:
+        """What was written; it is on the disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileRecord(self.n_bytes, self._hash.hexdigest())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class FileWriter:
+    """Writes this rank's files of one checkpoint, in a thread of its own; what goes wrong is kept, not raised."""
+
+    def __init__(self, root: Path, files: Sequence[tuple[Path, Any]]) -> None:
+        self.records: dict[str, FileRecord] = {}
+        self.error: str | None = None
+        self._root = root
+        self._file: HashingFile | None = None
+        self._files = list(files)
+        self._thread = Thread(target=self._write_all, name="checkpoint-writer")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def writing(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until all is written or has failed; as long as bytes go to the disk, this rank is alive."""
+        before = -1
+        while self.writing:
+            self._thread.join(BEAT_SECONDS)
+            if (now := self._written()) != before:
+                heart.phase("waiting for a checkpoint to be written")
+            before = now
+
+    def _written(self) -> int:
+        return sum(record.bytes for record in tuple(self.records.values())) + (self._file.n_bytes if self._file else 0)
+
+    def _write_all(self) -> None:
+        while self._files:
+            path, state = self._files.pop(0)  # its memory is free as soon as it is written
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with HashingFile(path) as self._file:
+                    torch.save(state, cast(IO[bytes], self._file))
+                    self.records[path.relative_to(self._root).as_posix()] = self._file.synced()
+                self._file = None
+            except Exception as error:  # told by the Saver, on every rank
+                self.error = f"{path.name}: {_reason(error)}"
+                self._files.clear()
+
+
+class Saver:
+    """One rank's side of saving; `begin` and `settle` are called by every rank at the same step."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config: CheckpointConfig = run.config.checkpoint
+        self.seconds = 0.0  # from the last checkpoint's beginning until it was complete
+        self._step: int | None = None
+        self._writer: FileWriter | None = None
+        self._began = 0.0
+        self._disk = shared_disk(run.config)
+        self._failures = 0
+        self._warned = False  # of a metric in `checkpoint.best` that there is not
+        self.saved_step = 0  # of the last complete checkpoint, or of the one that the run went on from or back to
+
+    @property
+    def open(self) -> bool:
+        """Whether a checkpoint is begun and not settled; the same on every rank."""
+        return self._step is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._writer is not None and self._writer.writing
+
+    def begin(self, step: int, state: RunState, disk: Disk) -> None:
+        """Copy the state after `step` steps and let it be written; what an earlier call began is settled first.
+
+        Raises CheckpointFailed where that was one failure too many.
+        """
+        if self.open:
+            self.settle()
+        self._look_for_best(state)
+        run, self._began, self._disk = self.run, time.perf_counter(), disk
+        directory = checkpoint.incomplete_path(disk.home, step)
+        files = run.engine.take_state(directory)
+        reference = reference_outputs(run)
+        problem = _problem_of(lambda: checkpoint.begin(disk.home, step)) if disk.leader else None
+        # Nobody writes into a folder that its leader has yet to clear.
+        problem = next(filter(None, gather_objects(problem)), None)
+        if problem is None:  # what goes wrong from here on is told when the checkpoint is settled
+            problem = _problem_of(lambda: self._write_small_files(directory, state, reference))
+            if not disk.shared:
+                problem = self._copy_small_files(directory) or problem
+        self._step = step
+        self._writer = FileWriter(directory, [] if problem else files)
+        self._writer.error = problem
+        self._writer.start()
+        if not self.config.background:
+            self.settle()
+
+    def settle(self, required: bool = False) -> bool:
+        """Wait for every rank's files, and make the checkpoint complete; whether it is.
+
+        Raises CheckpointFailed on every rank where it is not and `required`, or where too many failed in a row.
+        """
+        assert self._step is not None
+        assert self._writer is not None
+        step, writer, disk = self._step, self._writer, self._disk
+        writer.wait()
+        self._step = self._writer = None
+        told = gather_objects((writer.records, writer.error, socket.gethostname()))
+        problems = [f"rank {number} on {host}: {error}" for number, (_, error, host) in enumerate(told) if error]
+        committed = False
+        if not problems:
+            problem = None
+            if disk.leader:
+                written = {name: record for each in disk.ranks for name, record in told[each][0].items()}
+                problem = _problem_of(lambda: checkpoint.commit(disk.home, step, written))
+                committed = problem is None
+            problems = [each for each in gather_objects(problem) if each]
+        self.seconds = time.perf_counter() - self._began
+        if not problems:
+            self._failures, self.saved_step = 0, step
+            if disk.leader:
+                retain(disk.home, step, self.config)
+            return True
+        self._failures += 1
+        if disk.leader:
+            checkpoint.abandon(disk.home, step, committed)
+        self._tell(step, problems, required)
+        return False
+
+    def _look_for_best(self, state: RunState) -> None:
+        best = self.config.best
+        if best is not None and best not in state.metrics and not self._warned and rank() == 0:
+            log.warning("%s", no_such_metric(best, state.step, state.metrics))
+            self._warned = True
+
+    def _tell(self, step: int, problems: list[str], required: bool) -> None:
+        text = f"checkpoint of step {step}: not saved: {'; '.join(problems)}"
+        if required or self._failures >= FAILURES_IN_A_ROW:
+            raise CheckpointFailed(text)
+        if rank() == 0:
+            log.warning("%s; training goes on (%d of %d failures in a row)", text, self._failures, FAILURES_IN_A_ROW)
+
+    def _write_small_files(self, directory: Path, state: RunState, reference: dict[str, torch.Tensor]) -> None:
+        """What rank 0 adds; the objective's part is gathered from all ranks."""
+        run = self.run
+        run.objective.save(run.engine, directory)
+        if rank() > 0:
+            return
+        from safetensors.torch import save_file
+
+        save_file(reference, directory / checkpoint.REFERENCE_FILE, metadata=reference_setting(run))
+        run.engine.module.config.save_pretrained(directory / "model_config")
+        run.data.tokenizer.save_pretrained(directory / "model_config")
+        if (generation := run.model_dir / GENERATION_FILE).is_file():
+            shutil.copyfile(generation, directory / "model_config" / GENERATION_FILE)
+        state.write(directory)
+
+    def _copy_small_files(self, directory: Path) -> str | None:
+        """What rank 0 added, on the other nodes' disks too; why it could not be written on this one."""
+        files = [file for file in directory.rglob("*") if file.is_file()] if rank() == 0 else []
+        contents = gather_objects({str(file.relative_to(directory)): file.read_bytes() for file in files})[0]
+
+        def write() -> None:
+            for name, content in contents.items():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                (directory / name).write_bytes(content)
+
+        return _problem_of(write) if self._disk.leader and rank() > 0 else None
+
+
+def run_state(
+    run: Run, step: int, data_offset: int, metrics: dict[str, float], guard: dict[str, Any], totals: dict[str, Any]
+) -> RunState:
+    """What a resume has to know after `step` steps."""
+    return RunState(
+        step=step, world_size=run.engine.world_size, data_offset=data_offset, totals=totals, guard=guard,
+        metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
+        fingerprint=run.data.fingerprint, config=resolved(run.config), versions=versions(),
+        zero_stage=run.config.zero_stage, base=base_of(run),
+    )  # fmt: skip
+
+
+def base_of(run: Run) -> dict[str, str] | None:
+    """Which model the frozen weights are of; None where all are trained."""
+    if run.config.model.lora is None:
+        return None
+    return {"directory": str(run.model_dir), "hash": directory_hash(run.model_dir)}
+
+
+def _problem_of(work: Callable[[], object]) -> str | None:
+    """Why the work failed, or None; to be told on every rank, since the others would wait for one that raises."""
+    try:
+        work()
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"

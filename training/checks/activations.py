@@ -1,0 +1,285 @@
+"""What a forward pass keeps for its backward pass, counted on a model without data.
+
+In: a model's config, and the sizes of a micro-batch. Out: `Activations`, bytes inside each layer and outside them.
+Next: `memory.py` adds weights, gradients and optimiser.
+
+The model's own forward pass runs on PyTorch's meta device, where tensors have shapes and no data, with the hooks of
+the run's objective on it; every tensor that autograd saves is counted once. Only attention is played by a stand-in,
+since which kernel runs is decided by the device: it saves what that kernel saves. So the count follows the installed
+transformers, whatever the architecture. What cannot be run that way (a router that looks at values, a class with an
+attention of its own) is estimated by the formula of arXiv 2205.05198, and said to be.
+
+Shapes: B rows, T tokens a row, H hidden, N label positions, S segments, P pairs, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from data_pipeline.packing import MicroBatch
+from modeling.architectures import Architecture, auto_class
+from modeling.label_head import CHUNK_ELEMENTS, LabelHead, token_losses
+from modeling.layers import decoder_layers, hidden_size
+from modeling.lora import add_adapters
+from modeling.xmixup.mixup import CrossLingualMixup
+from training.config import RunConfig
+from training.objectives.config import MaskedLMConfig, ShifConConfig, XMixupConfig
+from training.objectives.decoders import ShifCon, SupervisedFineTuning
+
+STAND_IN = "crosslift_counting"  # the attention that transformers is given while counting
+Kernel = Literal["eager", "sdpa", "flash_attention_2"]
+LAYER_FORMULA = 34  # bytes a token and hidden unit in 16 bit, without attention's scores (arXiv 2205.05198, eq. 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """The largest micro-batch that a rank meets."""
+
+    rows: int  # with X-Mixup the targets' and the sources'
+    row_tokens: int
+    labels: int  # positions that meet the LM head
+    segments: int  # samples
+    pairs: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.row_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes on one GPU for one micro-batch."""
+
+    layers: tuple[int, ...]  # saved inside each layer
+    outside: int  # saved outside: embeddings, states that the objective keeps, head, logits
+    layer_input: int  # the state that enters a layer: all that checkpointing keeps of it
+    layer_work: int  # gradients that come and go in a layer's backward
+    outside_work: int  # and in the head's and the loss's, with their fp32 copies
+    counted: bool  # False: by the formula
+
+    def peak(self, checkpointing: bool) -> int:
+        """Most that is there at once: when backward begins, or in a layer; checkpointing makes one whole at a time."""
+        kept, recomputed = sum(self.layers), 0
+        if checkpointing:
+            kept, recomputed = len(self.layers) * self.layer_input, max(self.layers, default=0)
+        return kept + max(self.outside + self.outside_work, recomputed + self.layer_work)
+
+
+def count_activations(
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    architecture: Architecture,
+    kernel: Kernel,
+    dtype: torch.dtype,
+    shape: BatchShape,
+) -> Activations:
+    """The activations of a run's micro-batch of that shape; `kernel` is a resolved attention."""
+    try:
+        with torch.device("meta"), _stand_in(kernel):
+            model = (
+                auto_class(architecture).from_config(model_config, dtype=dtype, attn_implementation=STAND_IN).train()
+            )
+            model.tie_weights()
+            if (lora := config.model.lora) is not None:
+                add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
+                for parameter in model.parameters():  # PEFT takes the base's format only where the base has data
+                    parameter.data = parameter.data.to(dtype)
+            model.config.use_cache = False
+            forward = _forward(config, model, shape)
+            return _counted(model, forward, shape)
+    except Exception:  # any class may fail on tensors without data in its own way
+        text = model_config.get_text_config()
+        return _by_formula(text.num_hidden_layers, text.hidden_size, text.vocab_size, dtype, shape)
+
+
+def _forward(config: RunConfig, model: PreTrainedModel, shape: BatchShape) -> Callable[[], Tensor]:
+    """The objective's own forward pass and losses, as far as they keep anything of size."""
+    objective = config.objective
+    if config.data.task is None:
+        batch = _micro_batch(shape)
+        decoder = (
+            ShifCon(model, objective, config.data.languages, config.data.dominant, ())
+            if isinstance(objective, ShifConConfig)
+            else SupervisedFineTuning(model)
+        )
+        engine: Any = _PlainEngine(model)
+
+        def losses() -> Tensor:
+            return torch.stack([term.sum for term in decoder.loss_terms(engine, batch).terms.values()]).sum()
+
+        return losses
+    inputs = _encoder_inputs(shape)
+    if isinstance(objective, MaskedLMConfig):
+        head, labels = LabelHead(model), torch.zeros(shape.labels, dtype=torch.int64)
+
+        def masked() -> Tensor:
+            with head.select(labels):
+                return token_losses(model(**inputs).logits[0], labels).sum()
+
+        return masked
+    mixing: Any = nullcontext
+    if isinstance(objective, XMixupConfig):
+        mixup = CrossLingualMixup(model, objective.layer, objective.max_ratio, objective.entropy, objective.ratio)
+        mixing = lambda: mixup.batch(inputs["attention_mask"], shape.rows // 2, mix=objective.mix)  # noqa: E731
+
+    def task() -> Tensor:
+        with mixing():
+            outputs = model(**inputs)
+        return outputs[0].float().sum()
+
+    return task
+
+
+def _encoder_inputs(shape: BatchShape) -> dict[str, Tensor]:
+    ids_BT = torch.zeros(shape.rows, shape.row_tokens, dtype=torch.int64)
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+
+
+@dataclass
+class _PlainEngine:
+    """What an objective asks of an engine, without DeepSpeed."""
+
+    module: PreTrainedModel
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def _micro_batch(shape: BatchShape) -> MicroBatch:
+    """A decoder's micro-batch of that shape."""
+    ids_BT = torch.zeros(shape.rows, shape.row_tokens, dtype=torch.int64)
+    labels_N = torch.zeros(max(shape.labels, 1), dtype=torch.int64)
+    pairs_P = torch.zeros(shape.pairs, dtype=torch.int64)
+    pairs_P2 = torch.zeros(shape.pairs, 2, dtype=torch.int64)
+    return MicroBatch(
+        input_ids=ids_BT, position_ids=ids_BT, attention_mask=None, segment_ids=ids_BT, languages=ids_BT,
+        vector_languages=ids_BT, content=ids_BT.bool(), label_positions=labels_N, label_ids=labels_N,
+        label_weights=labels_N.float(), label_languages=labels_N, pairs=pairs_P2, pair_sets=pairs_P,
+        pair_groups=pairs_P, pair_contents=pairs_P2, units=(), sample_ids=(), n_segments=max(shape.segments, 1),
+    )  # fmt: skip
+
+
+def _counted(model: PreTrainedModel, forward: Callable[[], Tensor], shape: BatchShape) -> Activations:
+    layers = list(decoder_layers(model))
+    with SavedBytes(model, layers) as saved:
+        loss = forward()
+    del loss
+    element = next(model.parameters()).element_size()
+    # A gradient the size of the largest tensor, what it is made from, and the loss's fp32 chunk three times over.
+    chunk = min(CHUNK_ELEMENTS, shape.labels * model.config.get_text_config().vocab_size)
+    return Activations(
+        tuple(saved.inside), saved.outside, shape.tokens * hidden_size(model) * element,
+        2 * saved.largest_inside, 2 * saved.largest_outside + 3 * 4 * chunk, counted=True,
+    )  # fmt: skip
+
+
+class SavedBytes:
+    """Counts, inside, the bytes of all storages that autograd saves: in each of `layers`, and outside them.
+
+    A storage counts once, where it is first saved; weights and buffers do not count.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        self.inside = [0] * len(layers)
+        self.outside = 0
+        self.largest_inside = self.largest_outside = 0
+        self._layers = layers
+        self._here: int | None = None
+        owned = [*model.parameters(), *model.buffers()]
+        self._seen = {tensor.untyped_storage()._cdata for tensor in owned}
+        self._kept: list[Any] = []  # a freed storage's place in memory would be taken for another's
+
+    def __enter__(self) -> SavedBytes:
+        def enter(number: int) -> Callable[..., None]:
+            return lambda *_: setattr(self, "_here", number)
+
+        self._handles = [
+            handle
+            for number, layer in enumerate(self._layers)
+            for handle in (
+                layer.register_forward_pre_hook(enter(number)),
+                layer.register_forward_hook(lambda *_: setattr(self, "_here", None)),
+            )
+        ]
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self._kept.clear()
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(storage)
+            size = storage.nbytes()
+            if self._here is None:
+                self.outside += size
+                self.largest_outside = max(self.largest_outside, size)
+            else:
+                self.inside[self._here] += size
+                self.largest_inside = max(self.largest_inside, size)
+        return tensor
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention kernel keeps: its inputs and mask, its output, one fp32 number a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        rows, heads, tokens, _ = query.shape
+        output = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)  # as the kernels lay it out
+        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("counting runs no backward pass")
+
+
+@contextmanager
+def _stand_in(kernel: Kernel) -> Iterator[None]:
+    """Inside, transformers knows an attention that saves what `kernel` saves."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        """query (B, heads, T, D), key and value (B, key heads, T, D) -> (B, T, heads, D)."""
+        groups, mask = query.shape[1] // key.shape[1], None
+        if kernel != "flash_attention_2":
+            # Samples are kept apart by a mask, which sdpa turns into one of the states' format in every layer, and
+            # with a mask each query head gets keys of its own.
+            key, value = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (key, value))
+            mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
+        if kernel == "eager":
+            scores = query @ key.mT * query.shape[-1] ** -0.5 + mask
+            weights = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), options["dropout"])
+            output = weights @ value
+        else:
+            output = _FusedAttention.apply(query, key, value, mask)
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(STAND_IN, attend)
+    try:
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop(STAND_IN, None)
+
+
+def _by_formula(n_layers: int, hidden: int, vocabulary: int, dtype: torch.dtype, shape: BatchShape) -> Activations:
+    state = shape.tokens * hidden * dtype.itemsize
+    logits = shape.labels * vocabulary * dtype.itemsize
+    layers = (state * LAYER_FORMULA // 2,) * n_layers
+    return Activations(layers, 3 * state + logits, state, 8 * state, 2 * logits, counted=False)

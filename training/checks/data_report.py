@@ -1,0 +1,126 @@
+"""What a run's data will do to it, as lines for people: epochs and shares, rows that are too long, contamination.
+
+In: a RunConfig and the data side of its run. Out: lines of `crosslift check`; the warnings are said by `train`, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.contamination import contaminated_rows
+from data_pipeline.loader import SampleReader, overlong_error
+from data_pipeline.order.order import order_key, places_at
+from data_pipeline.records import BadRow
+from data_pipeline.sources.index import DataIndex
+from data_pipeline.tasks.config import WINDOWED
+from data_pipeline.tasks.reader import TaskReader
+from training.assembly import DataParts
+from training.config import RunConfig
+
+LOOKED_AT = 1000  # rows a language that the share of those that are too long is estimated on
+MOST_OVERLONG = 0.01  # share of a language's rows above which `check` warns
+# Repeated data add next to nothing to a language model from about here on (Muennighoff et al. 2023, arXiv 2305.16264).
+MOST_EPOCHS = 16
+NAMED = 3  # contaminated rows a language that are named
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How many of the rows looked at are longer than `data.sequence_length`; unusable ones are not looked at."""
+
+    overlong: int
+    looked_at: int
+    rows: int
+
+    @property
+    def share(self) -> float:
+        return self.overlong / max(self.looked_at, 1)
+
+
+def mixture_table(config: RunConfig, data: DataParts, looked_at: int | None = LOOKED_AT) -> Iterator[str]:
+    """Each language's slots, epochs and share of the planned steps, and how many of its rows are too long; warnings.
+
+    `looked_at`: rows a language whose length is measured; None: all. Raises DataError for one that is too long where
+    `data.overlong` is "error".
+    """
+    languages, index, settings = config.data.languages, data.index, config.data
+    slots = data.planner.slots_by_language(config.max_steps)
+    windowed = settings.task is not None and settings.task.kind in WINDOWED  # no row is too long
+    over = "" if windowed else f"   over {settings.sequence_length} tokens"
+    yield f"in {config.max_steps:,} steps of {settings.slots_per_step:,} slots:"
+    yield f"{'language':<10}{'rows':>11}{'slots':>13}{'epochs':>10}{'share':>9}{over}"
+    warnings: list[str] = []
+    too_long: list[str] = []
+    for number, language in enumerate(languages):
+        rows, share = len(index.rows(number)), slots[number] / max(sum(slots), 1)
+        epochs = slots[number] / rows if rows else 0.0
+        lengths = None if windowed else _lengths(config, data.reader, number, looked_at)
+        measured = "" if lengths is None else f"   {_measured(lengths)}"
+        yield f"{language:<10}{rows:>11,}{slots[number]:>13,}{epochs:>10.2f}{share:>9.1%}{measured}"
+        warnings += _repeats(language, rows, epochs, slots[number] / config.max_steps)
+        if lengths is not None and lengths.share > MOST_OVERLONG:
+            too_long.append(f"{language} {lengths.share:.1%}")
+    yield from warnings
+    if too_long:
+        done, other = "left out, their slots stay empty", ", or set data.overlong=truncate"
+        if settings.overlong == "truncate":
+            done, other = "cut to fit", ""
+        yield (
+            f"warning: rows longer than data.sequence_length ({settings.sequence_length}) are {done}: "
+            f"{', '.join(too_long)}; raise data.sequence_length{other}"
+        )
+
+
+def contamination(index: DataIndex) -> Iterator[str]:
+    """Warnings about held-out texts that are in training, too: a line a language, with the first of them."""
+    found = contaminated_rows(index)
+    for number, language in enumerate(index.languages):
+        of_language = [pair for pair in found if index.language[pair[0]] == number]
+        if not of_language:
+            continue
+        named = ", ".join(f"{index.origin(row)} = {index.origin(training)}" for row, training in of_language[:NAMED])
+        more = f" and {len(of_language) - NAMED} more" if len(of_language) > NAMED else ""
+        yield (
+            f"warning: {language}: {len(of_language):,} of {len(index.rows(number, heldout=True)):,} held-out texts "
+            f"are also in training, under another id (but for case, white space, Unicode form): {named}{more}; "
+            "their held-out loss is too low: remove either row, or give both the same columns.group"
+        )
+
+
+def _lengths(config: RunConfig, reader: SampleReader | TaskReader, language: int, most: int | None) -> Lengths:
+    """Of the first rows of the language's order, which are a random sample of it."""
+    index, limit = reader.index, config.data.sequence_length
+    rows = index.rows(language)
+    n = len(rows) if most is None else min(most, len(rows))
+    key = np.array([order_key(config.seed, index.languages[language])], np.uint64)
+    chosen = rows[places_at(np.arange(n), np.full(n, len(rows)), key.repeat(n))] if n < len(rows) else rows
+    overlong = looked_at = 0
+    for row in chosen.tolist():
+        try:
+            length = 0 if index.bad[row] else reader.length(row)
+        except BadRow:
+            continue  # what makes a row unusable is another matter, and bounded by data.max_bad_rows
+        looked_at += not index.bad[row]
+        overlong += length > limit
+        if length > limit and config.data.overlong == "error":
+            raise overlong_error(index.origin(row), length, limit)
+    return Lengths(overlong, looked_at, len(rows))
+
+
+def _measured(lengths: Lengths) -> str:
+    looked_at = f"{lengths.looked_at:,}" if lengths.looked_at else "none"
+    of_all = f" rows, a sample of {lengths.rows:,}" if lengths.looked_at < lengths.rows else " rows"
+    return f"{lengths.share:.1%} of {looked_at}{of_all}"
+
+
+def _repeats(language: str, rows: int, epochs: float, slots_per_step: float) -> Iterator[str]:
+    if rows and epochs > MOST_EPOCHS:
+        each = f"{slots_per_step / rows:.1f} times in every step" if slots_per_step > rows else f"{epochs:.0f} times"
+        count = "its one row is" if rows == 1 else f"each of its {rows:,} rows is"
+        yield (
+            f"warning: {language}: {count} read {each}; above about {MOST_EPOCHS} epochs, a model memorises them and "
+            "learns little else: add rows, lower the language's share (data.mixture), or take fewer steps"
+        )

@@ -1,0 +1,115 @@
+"""What is refused before any rank starts: by `check`, `train`, `prefetch` and `submit` alike.
+
+In: a RunConfig, and files' headers. Out: nothing, or one error for people. Next: `prepare.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.objectives.config import ShifConConfig, XMixupConfig
+from training.run_folder.prepare import Prepared, architecture
+from training.tracking.mlflow_store import missing_folder
+from training.tracking.tracker import target_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_start(config: RunConfig) -> None:
+    """What the run file and the environment alone tell, with a look at the disk.
+
+    Raises:
+        ConfigError: one line; of raw DeepSpeed settings, one a mistake.
+    """
+    if config.deepspeed:  # else nothing of DeepSpeed's can be wrong
+        from training.engine.engine import deepspeed_settings
+
+        deepspeed_settings(config, 1)
+    if not config.tracking.enabled:
+        return
+    target = target_of(config.tracking, config.output_dir)
+    if target.named and target.uri and (folder := missing_folder(target.uri)) is not None:
+        said = "tracking.uri" if config.tracking.uri is not None else target.uri_from
+        raise ConfigError(f"{said}: {target.uri}: there is no folder {folder}; make it, or name another place")
+
+
+def check_model_files(config: RunConfig) -> None:
+    """That the model and the tokenizer that a run starts from can be opened and fit each other; no weight is read.
+
+    Raises:
+        ModelError, ConfigError: a line for each kind of mistake.
+    """
+    from modeling.loading import resolve_directory
+    from modeling.tasks.encoders import TOKENIZER_FILES
+    from modeling.weights.untrusted import read_tokenizer
+    from modeling.weights.weight_check import check_directory
+
+    embeddings, task, trained = None, config.data.task, config.tokenizer.train
+    if config.model.path is not None:
+        labels = None if task is None else task.labels
+        model = check_directory(resolve_directory(config.model.path), architecture(config), labels)
+        check_model(config, model)
+        embeddings = model.config.get_text_config().vocab_size
+    if trained is None:
+        path = config.tokenizer.path or config.model.path
+        assert path is not None  # the config model requires one
+        folder = Path(path)
+        if folder.is_dir() and not any(file for name in TOKENIZER_FILES for file in folder.glob(name)):
+            raise ConfigError(f"{folder}: holds no tokenizer; copy its files, or name its folder in tokenizer.path")
+        check_vocabulary(read_tokenizer(path), path, embeddings)
+    elif embeddings is not None and trained.vocab_size > embeddings:
+        raise ConfigError(
+            f"tokenizer.train.vocab_size: {trained.vocab_size}, but the model embeds only {embeddings} tokens; "
+            "lower it, or leave out tokenizer.train for the model's own tokenizer"
+        )
+
+
+def check_starting_model(config: RunConfig, prepared: Prepared) -> None:
+    """`check_model` of a model that the run makes itself. Raises ConfigError."""
+    if config.model.path is not None:
+        return
+    import torch
+
+    from modeling.architectures import auto_class
+    from modeling.loading import load_config
+
+    head = architecture(config)
+    with torch.device("meta"):
+        model: nn.Module = auto_class(head).from_config(load_config(Path(prepared.model_dir), head))
+    check_model(config, model)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, origin: str, embeddings: int | None) -> None:
+    """That each token has an embedding (`embeddings`: how many there are). Raises ConfigError."""
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if embeddings is not None and tokens > embeddings:
+        raise ConfigError(
+            f"tokenizer {origin}: {tokens} tokens, but the model embeds only {embeddings}; "
+            "take the model's own tokenizer, or resize the model's embeddings once, offline, and save it"
+        )
+
+
+def check_model(config: RunConfig, model: nn.Module) -> None:
+    """That the model reads the longest sample and has the layers that the objective names; needs no weights.
+
+    Raises:
+        ConfigError: `data.sequence_length` is beyond the table of positions that the model learned; no such layer.
+    """
+    from modeling.layers import decoder_layers, position_limit, position_table
+
+    n_layers, objective = len(decoder_layers(model)), config.objective
+    if isinstance(objective, ShifConConfig) and objective.layers[1] > n_layers:
+        raise ConfigError(f"objective.layers: {list(objective.layers)}, but the model has {n_layers} layers")
+    if isinstance(objective, XMixupConfig) and objective.layer >= n_layers:
+        raise ConfigError(f"objective.layer: {objective.layer}, but the model has layers 0 to {n_layers - 1}")
+    limit = position_limit(model)
+    if limit is not None and position_table(model) is not None and config.data.sequence_length > limit:
+        raise ConfigError(
+            f"data.sequence_length: {config.data.sequence_length} tokens, but the model has positions for {limit}; "
+            f"set data.sequence_length={limit} or less"
+        )

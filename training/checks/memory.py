@@ -1,0 +1,261 @@
+"""What a run takes of each GPU's memory and of a node's, before anything is allocated.
+
+In: a run's settings, its model on the meta device, and what a micro-batch's forward pass keeps (`activations.py`).
+Out: a MemoryEstimate: parts, their sum at the peak, a table. Next: `check.py` prints it and refuses what cannot fit.
+
+The arithmetic is DeepSpeed 0.19's, as `engine.py` asks for it: gradients are summed and reduced in fp32, AdamW keeps
+two fp32 moments beside fp32 master weights (in fp32 runs too, where they are a second copy). What ZeRO shards is
+divided over all ranks, each weight rounded up. Weights, gradients and optimiser are held to the engine's own buffers
+by `tests/distributed/test_memory.py`, activations to what autograd saves by `tests/unit/test_activations.py`, both on
+CPU; `benchmarks/memory_estimate.py` has the figures. No GPU was measured: its context, NCCL's buffers and what the
+allocator loses are an allowance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from data_pipeline.config import merged
+from training.checks.activations import Activations
+from training.config import RunConfig
+
+GIB = 2**30
+ITEM = {"fp32": 4, "bf16": 2}
+ALLOWANCE = 2 * GIB  # CUDA context, NCCL, cuBLAS, fragmentation: not measured
+CPU_ALLOWANCE = 1 * GIB  # Python, its libraries and the data: a tiny model's rank peaks at about 0.6 GiB
+ALIGNMENT = 2  # elements a rank that ZeRO-1 and -2 round a flat group up to
+# What DeepSpeed takes where a run file says nothing; `tests/unit/test_memory_estimate.py` holds them to its own.
+ZERO_DEFAULTS: dict[str, int] = {
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+}
+When = Literal["always", "in forward and backward", "in the update"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of one kind: on each GPU, in host memory and on NVMe for each rank."""
+
+    name: str
+    when: When
+    gpu: int = 0
+    host: int = 0
+    nvme: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What every rank takes; `parts` are not all there at once."""
+
+    parts: tuple[Part, ...]
+    ranks: int
+    gpus_per_node: int
+    counted: bool  # activations were counted, not estimated by a formula
+    on_gpus: bool = True  # False: ranks on CPUs, whose parts all lie in the node's memory
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Peak of one rank's device: what is always there, and the larger of forward and backward and the update."""
+        most = max(self._sum("gpu", "in forward and backward"), self._sum("gpu", "in the update"))
+        return self._sum("gpu", "always") + most + (ALLOWANCE if self.on_gpus else CPU_ALLOWANCE)
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak of a node's host memory: what is offloaded, models that each rank loads whole, and CPU ranks' all."""
+        of_rank = sum(part.host for part in self.parts) + (0 if self.on_gpus else self.gpu_bytes)
+        return min(self.gpus_per_node, self.ranks) * of_rank
+
+    @property
+    def nvme_bytes(self) -> int:
+        """On a node's NVMe."""
+        return min(self.gpus_per_node, self.ranks) * sum(part.nvme for part in self.parts)
+
+    def table(self) -> Iterator[str]:
+        """Lines for people, in GiB."""
+        device = "GPU" if self.on_gpus else "CPU rank"
+        yield f"{f'memory of each {device}':<44}{'GiB':>8}"
+        for part in self.parts:
+            if part.gpu:
+                yield f"  {part.name:<42}{_gib(part.gpu):>8}  {part.when}"
+        if self.on_gpus:
+            yield f"  {'CUDA, NCCL, fragmentation':<42}{_gib(ALLOWANCE):>8}  an allowance, not measured"
+        else:
+            yield f"  {'Python and its libraries':<42}{_gib(CPU_ALLOWANCE):>8}  an allowance"
+        yield f"  {'peak':<42}{_gib(self.gpu_bytes):>8}  on each of {self.ranks} {device}s, {self.gpus_per_node} a node"
+        if self.host_bytes:
+            yield f"  {'host memory of a node':<42}{_gib(self.host_bytes):>8}"
+        if self.nvme_bytes:
+            yield f"  {'NVMe of a node':<42}{_gib(self.nvme_bytes):>8}"
+        if not self.counted:
+            yield "  activations are by a rule of thumb: this model cannot be run without data"
+
+    def _sum(self, place: Literal["gpu", "host"], when: When) -> int:
+        return sum(getattr(part, place) for part in self.parts if part.when == when)
+
+
+def memory_estimate(
+    config: RunConfig, model: nn.Module, activations: Activations, ranks: int, gpus_per_node: int, on_gpus: bool = True
+) -> MemoryEstimate:
+    """The estimate for a run of `ranks` GPUs, or ranks on CPUs with as many a node.
+
+    `model` has the run's adapters, if it has any, and needs no memory.
+    """
+    zero = _zero_settings(config)
+    sizes = _Sizes.of(model, ITEM[config.precision], ranks)
+    parts = [*(_stage_3 if zero["stage"] == 3 else _stage_1_and_2)(sizes, zero)]
+    parts.append(
+        Part("activations of a micro-batch", "in forward and backward", activations.peak(config.gradient_checkpointing))
+    )
+    return MemoryEstimate(tuple(part for part in parts if part != Part(part.name, part.when)), ranks, gpus_per_node,
+                          activations.counted, on_gpus)  # fmt: skip
+
+
+def what_would_help(
+    config: RunConfig, model: nn.Module, activations: Activations, ranks: int, gpus_per_node: int
+) -> Iterator[tuple[str, int]]:
+    """(change, peak bytes of a GPU with it), for each change that makes the peak smaller, the smallest peak first.
+
+    What saves less than a hundredth is left out.
+    """
+    now = memory_estimate(config, model, activations, ranks, gpus_per_node).gpu_bytes
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    small_bucket = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
+    halves = Activations(
+        tuple(each // 2 for each in activations.layers), activations.outside // 2, activations.layer_input // 2,
+        activations.layer_work // 2, activations.outside_work // 2, activations.counted,
+    )  # fmt: skip
+    changes: list[tuple[str, dict[str, Any], Activations, int]] = [
+        ("gradient_checkpointing=true", {"gradient_checkpointing": True}, activations, ranks),
+        ("zero_stage=3", {"zero_stage": 3}, activations, ranks),
+        ("deepspeed.zero_optimization.offload_optimizer.device=cpu",
+         {"deepspeed": merged(config.deepspeed, offload)}, activations, ranks),
+        ("deepspeed.zero_optimization.reduce_bucket_size=50000000",
+         {"deepspeed": merged(config.deepspeed, small_bucket)}, activations, ranks),
+        ("twice the GPUs", {}, activations, 2 * ranks),
+    ]  # fmt: skip
+    half = config.data.micro_batch_tokens // 2
+    if half >= config.data.sequence_length:
+        changes.append((f"data.micro_batch_tokens={half}", {}, halves, ranks))
+    found = [
+        (name, memory_estimate(config.model_copy(update=update), model, kept, n, gpus_per_node).gpu_bytes)
+        for name, update, kept, n in changes
+    ]
+    yield from sorted(((name, peak) for name, peak in found if peak < 0.99 * now), key=lambda each: each[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Elements of a model's weights; `item` is bytes of a weight."""
+
+    item: int
+    ranks: int
+    weights: tuple[int, ...]
+    trained: tuple[int, ...]
+    groups: tuple[int, int]  # trained matrices, and the rest: the optimiser's two groups
+    largest_module: int  # weights that one module holds itself
+
+    @classmethod
+    def of(cls, model: nn.Module, item: int, ranks: int) -> _Sizes:
+        weights = list(model.parameters())
+        trained = [each for each in weights if each.requires_grad]
+        matrices = sum(each.numel() for each in trained if each.ndim > 1)
+        own = (sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules())
+        return cls(
+            item, ranks, tuple(each.numel() for each in weights), tuple(each.numel() for each in trained),
+            (matrices, sum(each.numel() for each in trained) - matrices), max(own),
+        )  # fmt: skip
+
+    def shard(self, numbers: Sequence[int]) -> int:
+        """Elements a rank keeps of them, each cut on its own (ZeRO-3)."""
+        return sum(-(-number // self.ranks) for number in numbers)
+
+    def partition(self) -> int:
+        """Elements of the optimiser's state a rank keeps, cut group by group (ZeRO-1 and -2)."""
+        unit = ALIGNMENT * self.ranks
+        return sum(-(-number // unit) * ALIGNMENT for number in self.groups)
+
+
+def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
+    item, bucket = sizes.item, zero["reduce_bucket_size"]
+    trained, mine = sum(sizes.trained), sizes.shard(sizes.trained)
+    small = sum(each for each in sizes.weights if each <= zero["stage3_param_persistence_threshold"])
+    yield _placed(zero["offload_param"])("weights, sharded", "always", item * sizes.shard(sizes.weights))
+    yield Part("small weights, whole", "always", item * small)
+    yield from _optimizer(_placed(zero["offload_optimizer"]), mine)
+    yield _placed(_to_host(zero["offload_optimizer"]))("gradients, fp32", "always", 4 * mine)
+    if zero["offload_optimizer"] is not None:
+        yield Part("gradients for the update", "always", host=4 * mine)
+    else:
+        yield Part("gradients in one piece, AdamW's work", "in the update", 8 * min(mine, zero["sub_group_size"]))
+    if zero["contiguous_gradients"]:
+        yield Part("bucket for reducing gradients", "always", 4 * bucket)
+    largest = max(sizes.trained, default=0)
+    moving = item * largest + 4 * min(trained, max(bucket, largest)) + (4 * largest if largest > bucket else 0)
+    yield Part("gradients being reduced", "in forward and backward", moving)
+    # Weights stay when they come again within the reuse distance; on the way to the loss and back that is half of it.
+    # Others are fetched early, module by module, until so many are there.
+    early = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
+    live = max(zero["stage3_max_reuse_distance"] // 2, early) + 2 * sizes.largest_module
+    whole = sum(sizes.weights) - small
+    copied = sizes.ranks > 1 or zero["offload_param"] is not None  # one rank's shards are whole already
+    yield Part("gathered weights", "in forward and backward", item * min(whole, live) if copied else 0)
+
+
+def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
+    item, bucket, mine = sizes.item, zero["reduce_bucket_size"], sizes.partition()
+    offload, trained, largest = zero["offload_optimizer"], sum(sizes.trained), max(sizes.trained, default=0)
+    yield Part("weights, whole", "always", item * sum(sizes.weights))
+    yield Part("weights while they are loaded", "always", host=item * sum(sizes.weights))
+    yield from _optimizer(_placed(offload), mine)
+    if offload is not None:
+        yield Part("gradients and weights being moved", "always", item * largest, host=4 * mine + item * mine)
+    # In fp32 a weight's gradient is whole until the update, so one that two ranks share is kept by both.
+    kept = trained if zero["stage"] == 1 else mine if item == 2 else min(trained, mine + largest)
+    if offload is None or zero["stage"] == 1:
+        yield Part("gradients, fp32", "in forward and backward", 4 * kept)
+    if offload is None:
+        yield Part("gradients, their copy, AdamW's work", "in the update", 12 * mine)
+    buckets = 2 if zero["overlap_comm"] else 1
+    yield Part("gradients being reduced", "in forward and backward", buckets * 4 * bucket + item * largest)
+
+
+def _optimizer(place: Callable[[str, When, int], Part], mine: int) -> Iterator[Part]:
+    yield place("master weights, fp32", "always", 4 * mine)
+    yield place("AdamW's two moments, fp32", "always", 8 * mine)
+
+
+def _placed(offload: str | None) -> Callable[[str, When, int], Part]:
+    """Makes parts that lie where `offload` says: None (the GPU), cpu or nvme."""
+    where = {None: "gpu", "cpu": "host", "nvme": "nvme"}[offload]
+    return lambda name, when, size: Part(name, when, **{where: size})
+
+
+def _to_host(offload: str | None) -> str | None:
+    """Where gradients go: those of an optimiser on NVMe stay in host memory."""
+    return "cpu" if offload == "nvme" else offload
+
+
+def _zero_settings(config: RunConfig) -> dict[str, Any]:
+    """The `zero_optimization` section that DeepSpeed gets, defaults filled in, as numbers and places."""
+    given: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": True, "contiguous_gradients": True}
+    given |= config.deepspeed.get("zero_optimization", {})
+    settings: dict[str, Any] = {**given}
+    for name, default in ZERO_DEFAULTS.items():
+        value = given.get(name, given.get(name.removeprefix("stage3_"), default))
+        settings[name] = int(float(value))  # YAML 1.1 reads 5e8 as text, and so does DeepSpeed
+    for name in ("offload_optimizer", "offload_param"):
+        device = (given.get(name) or {}).get("device", "none")
+        settings[name] = None if device == "none" else device
+    return settings
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size >= GIB / 100 else "<0.01"

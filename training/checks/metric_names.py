@@ -1,0 +1,48 @@
+"""The names of the metrics that a run has at every checkpoint: what its best one may be kept by.
+
+In: sections of a run file. Out: names. Next: `config.py` checks `checkpoint.best`. A test holds a real run's record
+against them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from training.objectives.config import SFTConfig, ShifConConfig, TaskObjectiveConfig, XMixupConfig
+
+_OF_EVERY_STEP = (
+    "train/loss", "train/grad_norm", "train/learning_rate", "train/step_seconds", "train/tokens_per_second",
+    "data/wait_seconds", "data/overlong", "data/dropped_pairs", "data/step_fingerprint",
+    "memory/host_peak_gib", "memory/gpu_peak_gib",
+)  # fmt: skip
+_BY_LANGUAGE = ("train/loss", "train/token_share", "data/slot_share", "data/label_share")
+
+
+def metric_names(
+    objective: SFTConfig | ShifConConfig | TaskObjectiveConfig, languages: Sequence[str], swapped_prompts: bool
+) -> list[str]:
+    """Names of a step's own metrics, and of the held-out losses.
+
+    Not those of some steps only, such as the shift's after a refresh.
+    """
+    if isinstance(objective, ShifConConfig):
+        terms: tuple[str, ...] = ("contrastive",)
+    elif isinstance(objective, XMixupConfig):
+        terms = ("target", "source", "consistency", "mixup_ratio")
+    else:
+        terms = () if isinstance(objective, SFTConfig) else ("task",)
+    held_out = ["eval/loss", *(["eval/loss_swapped"] if swapped_prompts else [])]
+    return [
+        *held_out,
+        *_OF_EVERY_STEP,
+        *(f"train/{term}" for term in terms),
+        *(f"{name}/{language}" for name in (*held_out, *_BY_LANGUAGE) for language in languages),
+    ]
+
+
+def unknown_metric(best: str, names: Sequence[str]) -> str:
+    """What is wrong with a name that is none of `names`."""
+    near = difflib.get_close_matches(best, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "such as 'eval/loss', or 'eval/loss/' and a language"
+    return f"'checkpoint.best' is {best!r}, which this run does not measure at its checkpoints; {hint}"

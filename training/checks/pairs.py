@@ -1,0 +1,132 @@
+"""Pairs of translations before a run: refused where an objective learns from them and there are none, shown otherwise.
+
+In: a RunConfig and its DataIndex. Out: ConfigError, or lines for people. Next: `prepare.py` refuses, `check.py` shows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from data_pipeline.order.pairs import Shared, repeated_ids, shared_items, unlike_texts, why_unpaired
+from data_pipeline.order.plan import Planner, StepPlan
+from data_pipeline.records import DataError
+from data_pipeline.sources.index import DataIndex
+from data_pipeline.sources.sources import AnyRecord
+from data_pipeline.tasks.records import TaskRecord
+from training.config import RunConfig
+from training.objectives.config import ShifConConfig, XMixupConfig
+
+BACK_ROWS = 32  # rows a language that are looked at for a back-translation
+COUNTED_STEPS, COUNTED_SLOTS = 64, 2_048  # at most so many are looked at for the number of pairs a step
+SHOWN = 2
+TEXT = 200  # characters shown of a text
+
+
+def learns_from_pairs(config: RunConfig) -> bool:
+    """Whether the objective needs rows of the same item in two languages, or a back-translation."""
+    objective = config.objective
+    return isinstance(objective, XMixupConfig) or (
+        isinstance(objective, ShifConConfig) and bool(objective.contrastive.weight)
+    )
+
+
+def refuse_unpaired(config: RunConfig, index: DataIndex) -> None:
+    """Raises DataError where an objective learns from pairs and no language has any."""
+    if not learns_from_pairs(config):
+        return
+    found, dominant = _unpaired(config, index), index.languages.index(config.data.dominant)
+    if len(found) < len(index.languages) - 1 or (not found and _has_back(index, dominant)):
+        return
+    counts = ", ".join(f"{index.languages[each]} {shared.shared} of {shared.items:,}" for each, shared in found.items())
+    why = (
+        f"items shared with {config.data.dominant!r}: {counts}; {why_unpaired(index, next(iter(found)), dominant)}"
+        if found
+        else f"{config.data.dominant!r} is the only language"
+    )
+    raise DataError(f"objective {config.objective.name!r} learns from pairs of translations, and there are none: {why}")
+
+
+def pair_warnings(config: RunConfig, index: DataIndex) -> Iterator[str]:
+    """Languages without pairs, ids that repeat, and pairs whose texts look unrelated."""
+    if not learns_from_pairs(config):
+        return
+    dominant = index.languages.index(config.data.dominant)
+    found = _unpaired(config, index)
+    for language, shared in found.items():
+        yield (
+            f"language {index.languages[language]!r} has no pairs: none of its {shared.items:,} items is in"
+            f" {config.data.dominant!r} too; {why_unpaired(index, language, dominant)}"
+        )
+    yield from repeated_ids(index)
+    for language, code in enumerate(index.languages):
+        if language != dominant and language not in found and (why := unlike_texts(index, language, dominant)):
+            yield (
+                f"the pairs of {code!r} and {config.data.dominant!r} do not look like translations: {why}; are"
+                " their ids numbers that begin anew in every file?"
+            )
+
+
+def _unpaired(config: RunConfig, index: DataIndex) -> dict[int, Shared]:
+    """Languages that have neither an item in common with the dominant one nor, for X-Mixup, back-translations."""
+    dominant = index.languages.index(config.data.dominant)
+    return {
+        language: shared
+        for language, shared in shared_items(index, dominant).items()
+        if not shared.shared and not (isinstance(config.objective, XMixupConfig) and _has_back(index, language))
+    }
+
+
+def _has_back(index: DataIndex, language: int) -> bool:
+    rows = index.rows(language)
+    rows = rows[~index.bad[rows]]
+    return any(_back(index.read(row)) for row in rows[:: max(len(rows) // BACK_ROWS, 1)].tolist())
+
+
+def _back(record: AnyRecord) -> bool:
+    return isinstance(record, TaskRecord) and record.back is not None
+
+
+def show_pairs(config: RunConfig, index: DataIndex, planner: Planner) -> Iterator[str]:
+    """Pairs a step by language, over the first steps, and two of them as text."""
+    if not learns_from_pairs(config):
+        return
+    n_steps = min(config.max_steps, COUNTED_STEPS, max(COUNTED_SLOTS // config.data.slots_per_step, 1))
+    planned = [pair for step in range(n_steps) for pair in _planned(config, index, planner.step(step))]
+    counts = Counter(index.languages[index.language[other]] for _, other in planned)
+    each = (f"{code} {counts[code] / n_steps:.1f}" for code in index.languages if code != config.data.dominant)
+    yield f"pairs a step with {config.data.dominant!r}, over the first {n_steps} steps: {', '.join(each)}"
+    first_of_language = {int(index.language[pair[1]]): pair for pair in reversed(planned)}
+    shown = [*first_of_language.values(), *planned]
+    for first, other in list(dict.fromkeys(shown))[:SHOWN]:
+        yield from _shown(index, first, other)
+
+
+def _planned(config: RunConfig, index: DataIndex, plan: StepPlan) -> Iterator[tuple[int, int]]:
+    """(row in the dominant language, other row) of every pair; the same row twice: text and its back-translation."""
+    if isinstance(config.objective, ShifConConfig):
+        for unit in plan.units:
+            yield from ((unit.slots[one].row, unit.slots[other].row) for one, other in unit.pairs)
+        return
+    dominant = index.languages.index(config.data.dominant)
+    for slot in plan.slots:
+        gold = index.translation(slot.row, dominant) if slot.language != dominant else -1
+        if gold >= 0:
+            yield gold, slot.row
+        elif slot.language != dominant and not index.bad[slot.row] and _back(index.read(slot.row)):
+            yield slot.row, slot.row
+
+
+def _shown(index: DataIndex, first: int, other: int) -> Iterator[str]:
+    one, two = index.read(first), index.read(other)
+    yield f"--- a pair of item {two.group!r}"
+    if first == other and isinstance(one, TaskRecord) and one.back is not None:
+        yield f"back-translation  {one.origin}  {one.id!r}: {_short(' '.join(one.back.texts))}"
+    else:
+        yield f"{one.language}  {one.origin}  {one.id!r}: {_short(one.user_text)}"
+    yield f"{two.language}  {two.origin}  {two.id!r}: {_short(two.user_text)}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= TEXT else f"{line[:TEXT]}..."

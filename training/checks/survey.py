@@ -1,0 +1,73 @@
+"""Every row read and tokenised before a run: `crosslift check --all-rows`.
+
+In: a SampleReader or TaskReader over the index. Out: the rows that a run cannot use, as lines; DataError where
+they are more than `data.max_bad_rows`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipeline.loader import SampleReader
+from data_pipeline.records import BadRow, DataError
+from data_pipeline.tasks.reader import TaskReader
+from training.config import RunConfig
+from training.launch.logs import terminal
+
+CHUNK = 64  # rows that a thread reads at once
+NAMED = 3  # rows that are named of each kind
+
+
+def survey(config: RunConfig, reader: SampleReader | TaskReader) -> Iterator[str]:
+    """Reads every row of the index, held-out ones too; what is unusable, by reason.
+
+    Raises:
+        DataError: more rows are unusable than `data.max_bad_rows`.
+    """
+    index = reader.index
+    bad = [BadRow(origin, reason) for origin, reason in index.bad_rows]
+    rows = np.flatnonzero(~index.bad)
+    chunks = [rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK)]
+    with ThreadPoolExecutor(config.data.workers, thread_name_prefix="survey") as pool:
+        read = pool.map(lambda chunk: reader.readable(chunk).bad, chunks)
+        shown = tqdm(
+            read, total=len(chunks), unit=f"x{CHUNK} rows", desc="reading all rows", leave=False, dynamic_ncols=True,
+            file=terminal(), disable=not terminal().isatty(),
+        )  # fmt: skip
+        bad += [row for found in shown for row in found]
+    yield f"all rows: {len(rows) + len(index.bad_rows):,} read, {len(bad):,} of them unusable"
+    yield from by_reason(bad)
+    refuse_bad_rows(bad, config)
+
+
+def without_limit(config: RunConfig) -> RunConfig:
+    """The same run with any number of unusable rows: for an index that names them all."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": sys.maxsize})})
+
+
+def by_reason(bad: list[BadRow]) -> Iterator[str]:
+    """The rows by kind of reason, which is the reason without what it quotes and counts; the most frequent first."""
+    kinds: dict[str, list[BadRow]] = {}
+    for row in bad:
+        kinds.setdefault(_kind(row.reason), []).append(row)
+    for rows in sorted(kinds.values(), key=len, reverse=True):
+        yield f"unusable, {len(rows):,} row{'s' if len(rows) > 1 else ''}, such as {rows[0]}"
+        if more := ", ".join(row.origin for row in rows[1:NAMED]):
+            yield f"    {more}{f' and {len(rows) - NAMED:,} more' if len(rows) > NAMED else ''}"
+
+
+def refuse_bad_rows(bad: list[BadRow], config: RunConfig, of: str = "") -> None:
+    """Raises DataError, naming the first, where these rows are more than `data.max_bad_rows`."""
+    if len(bad) > (most := config.data.max_bad_rows):
+        n = f"{len(bad):,} unusable row{'s' if len(bad) > 1 else ''}{of}"
+        raise DataError(f"{bad[0]} ({n}; data.max_bad_rows is {most})")
+
+
+def _kind(reason: str) -> str:
+    return re.sub(r"\bU\+[0-9A-F]+|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+", "", reason)

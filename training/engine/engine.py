@@ -1,0 +1,307 @@
+"""A model under DeepSpeed: construction, forward, backward, step, gathering. `engine/state.py` saves and loads.
+
+No other files import deepspeed.
+
+In: a model that `modeling.loading` built, and optimiser settings. Out: an Engine whose gradients are those of
+the global batch, however it was split. Next: `trainer.py`.
+
+What DeepSpeed needs to be told, each verified and held by a test:
+- `gradient_accumulation_steps` stays 1 and the boundary is set by hand, since micro-batches vary by step;
+- gradients are averaged over ranks, so a loss share is multiplied by the world size before backward;
+- every training forward goes through the engine (only there its micro-step counter advances);
+- bf16 accumulates and reduces in fp32;
+- a non-finite update is dropped without an error: `step()` raises instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+from data_pipeline.config import merged
+from training.config import RunConfig
+from training.distributed import barrier
+from training.engine import state as engine_state
+from training.engine.settings import mistakes, own_settings
+from training.engine.state import deepspeed
+from training.errors import ConfigError
+from training.launch import preflight
+from training.launch.heartbeat import heart
+
+deepspeed.utils.logger.setLevel(logging.WARNING)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class NonFiniteUpdate(Exception):
+    """A gradient that is not a finite number: DeepSpeed has dropped the update, weights and moments are untouched."""
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group(timeout_minutes: float, output_dir: Path | None = None) -> Iterator[None]:
+    """Inside, this process is one of the launcher's ranks, after the preflight: NCCL on GPUs, gloo on CPU, no compiler.
+
+    All ranks leave together after their last collective call. A rank that fails leaves alone: its peers may be in one.
+    Raises what `preflight.join` does.
+    """
+    from datetime import timedelta
+
+    timeout = timedelta(minutes=timeout_minutes)
+    preflight.join(output_dir, timeout)
+    # On CPU DeepSpeed would compile a shared-memory op here; gloo does the same without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timeout, verbose=False)  # takes the group over
+    yield
+    barrier()
+    dist.destroy_process_group()
+
+
+def build_op(name: str) -> Path:
+    """Compile one of DeepSpeed's ops (cpu_adam, fused_adam, async_io) as a run would; the extension's file."""
+    from deepspeed.ops import op_builder
+
+    builder = {"cpu_adam": "CPUAdamBuilder", "fused_adam": "FusedAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
+    module = getattr(op_builder, builder)().load(verbose=False)
+    return Path(module.__file__)
+
+
+def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run; `config.deepspeed` is merged last.
+
+    Raises:
+        ConfigError: DeepSpeed refuses it, or does not know a key of it.
+    """
+    own = own_settings(config, world_size, torch.cuda.is_available())
+    settings = merged(own, config.deepspeed)
+    if lines := list(mistakes(settings, own, engine_state.read_settings, deepspeed.__version__)):
+        raise ConfigError("\n".join(lines))
+    return settings
+
+
+class Construction:
+    """Builds a model for the engine: under ZeRO-3 every parameter is sharded as soon as it exists."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.sharded = settings["zero_optimization"]["stage"] == 3
+        self.settings = settings
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Inside, modules come into being sharded (ZeRO-3), or plainly.
+
+        The number format follows from the settings: DeepSpeed 0.19 misreads an explicit dtype on CPU. Rotary
+        frequencies are kept in fp32, which zero.Init alone would make in the model's format.
+        """
+        if not self.sharded:
+            yield
+            return
+        with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=self.settings):
+            yield
+
+    def write(self, parameter: nn.Parameter, read: Callable[[], Tensor] | None) -> None:
+        """Fill one parameter from the reader's tensor; called for the same parameters in order on all ranks.
+
+        Only one whole parameter exists at a time, so memory stays at the shards plus what is in flight.
+        """
+        with gathered([parameter], modifier_rank=0), torch.no_grad():
+            if read is not None:
+                parameter.data.copy_(read())
+            elif not _is_partitioned(parameter):
+                raise RuntimeError("every rank reads for itself when parameters are not sharded")
+
+
+@contextmanager
+def freed_memory_goes_back() -> Iterator[None]:
+    """While loading: blocks of 1 MiB and more return to the system when a tensor is freed.
+
+    glibc otherwise raises that threshold as it sees large blocks freed, keeps them in its heap, and a rank's peak
+    grows to twice its shard (measured by `benchmarks/load_memory.py`). Afterwards the threshold is where glibc's
+    own adjustment ends, 32 MiB (twice that for trimming), so that training reuses its memory. Other C libraries
+    are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+    if mallopt is not None:
+        mallopt(mmap_threshold, 2**20)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(mmap_threshold, 2**25)
+            mallopt(trim_threshold, 2**26)
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    """The given parameters whole on every rank; what rank `modifier_rank` changes is kept."""
+    sharded = [parameter for parameter in parameters if _is_partitioned(parameter)]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank, enabled=bool(sharded)):
+        yield
+
+
+@contextmanager
+def refusing(config: RunConfig) -> Iterator[None]:
+    """Inside, an engine is made: what it has against a run's raw settings becomes a ConfigError."""
+    try:
+        yield
+    except (
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if not config.deepspeed:
+            raise
+        text = " ".join(str(error).split())
+        raise ConfigError(f"deepspeed: refused by DeepSpeed: {type(error).__name__}: {text}") from error
+
+
+class Engine:
+    """A model with its optimiser under DeepSpeed."""
+
+    def __init__(self, model: PreTrainedModel, config: RunConfig, settings: dict[str, Any], world_size: int) -> None:
+        self.world_size = world_size
+        self.sharded = settings["zero_optimization"]["stage"] == 3
+        self._accumulated = False  # gradients of a step that is neither applied nor dropped
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+        groups = _parameter_groups(model, config.optimizer.weight_decay)
+        with engine_state.zero_optimizer(), refusing(config):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, model_parameters=groups, config=settings
+            )
+        for name, buffer in buffers.items():  # bf16 without sharding would cast rotary frequencies too
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, buffer.to(device()))
+
+    @property
+    def module(self) -> PreTrainedModel:
+        module: PreTrainedModel = self._engine.module
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        return device()
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before each training forward: only the last one's backward ends the step's accumulation."""
+        self._engine.train()
+        self._engine.set_gradient_accumulation_boundary(last)
+
+    def forward(self, **inputs: Any) -> Any:
+        """One forward pass; equal in number and modules on every rank."""
+        heart.forward()
+        return self._engine(**inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without gradients and dropout (probe, held-out loss)."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def backward(self, loss_share: Tensor) -> None:
+        """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
+        heart.phase("backward")
+        self._accumulated = True
+        self._engine.backward(loss_share * self.world_size)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, and give the gradient norm before clipping.
+
+        Raises:
+            NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
+        """
+        heart.phase("update")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        self._accumulated = False
+        norm = self._engine.get_global_grad_norm()
+        norm = float(norm.item() if isinstance(norm, Tensor) else norm or 0.0)
+        if not self._engine.was_step_applied():
+            raise NonFiniteUpdate(f"gradient norm {norm}")
+        if not math.isfinite(norm):
+            raise RuntimeError(f"DeepSpeed applied an update with a gradient norm of {norm}")
+        return norm
+
+    def drop_update(self) -> None:
+        """Forget the step's gradients; after a `step` that raised NonFiniteUpdate there are none left.
+
+        Every rank calls it. The moments and weights stay as they are: DeepSpeed is told of a gradient norm that is not
+        finite, with which it drops an update itself.
+        """
+        if not self._accumulated:
+            return
+        name = "_get_norm_groups" if self.sharded else "scaled_global_norm"
+        invalid = torch.tensor(float("nan"))
+        setattr(self._optimizer, name, lambda *_, **__: [invalid] if self.sharded else invalid)
+        level = deepspeed.utils.logger.level
+        deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn of gradients that are not finite
+        try:
+            self._engine.step()
+        finally:
+            deepspeed.utils.logger.setLevel(level)
+            delattr(self._optimizer, name)  # the method again
+        self._accumulated = False
+        if self._engine.was_step_applied():
+            raise RuntimeError("DeepSpeed applied an update that was to be dropped")
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Whole fp32 gradients by parameter name, after the last backward and before `step`: for tests."""
+        return {
+            name: gradient.detach().float().cpu().clone()
+            for name, parameter in self.module.named_parameters()
+            if (gradient := deepspeed.utils.safe_get_full_grad(parameter)) is not None
+        }
+
+    def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
+        """This rank's shards of weights and optimiser state, in host memory: what to write where below `directory`."""
+        return engine_state.take_state(self._engine, directory)
+
+    def load_state(self, directory: Path, universal: bool = False) -> None:
+        """Take weights and optimiser state back from a checkpoint of as many ranks, or from a universal one."""
+        engine_state.load_state(self._engine, directory, universal)
+
+    def destroy(self) -> None:
+        """Release hooks and buffers."""
+        self._engine.destroy()
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, biases and norms are not."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            (decayed if dimensions > 1 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,1 @@
+"""Ranks as processes: launcher, nodes, preflight, watchdog, logs."""

@@ -1,0 +1,1 @@
+"""The training loop: Trainer, per-step sums, evaluation, guard, resume."""

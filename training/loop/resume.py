@@ -1,0 +1,178 @@
+"""Going on from a checkpoint: whether it is still the same run, and the state made fit for this number of ranks.
+
+In: the checkpoint that `search.py` found, on every rank. Out: its state, or the differences (`permitted`, before
+anything is loaded, and without ranks for `crosslift check`); a Trainer with its state (`go_on`). Next: `fit.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from modeling.architectures import Architecture, auto_class
+from modeling.loading import load_config as load_model_config
+from modeling.loading import resolve_directory
+from training.assembly import Run
+from training.checkpoints import checkpoint
+from training.checkpoints.run_state import Difference, RunState, differences
+from training.checkpoints.saving import base_of
+from training.config import RunConfig
+from training.distributed import barrier, rank
+from training.errors import ConfigError
+from training.loop.trainer import Trainer
+from training.objectives.scaling import learning_rate
+from training.run_file import resolved, validate
+from training.run_folder.prepare import POLL_SECONDS, Prepared, architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).resolve().parents[2]
+
+
+def permitted(
+    path: Path, config: RunConfig, prepared: Prepared, fingerprint: Mapping[str, str], accept_changes: bool
+) -> RunState:
+    """The state of a checkpoint that a run of `config` goes on from, or is finished with.
+
+    Args:
+        fingerprint: of the data now.
+        accept_changes: go on although something differs that decides the result; it is logged.
+
+    Raises:
+        ConfigError: with the differences; always where the checkpoint cannot be loaded with them.
+    """
+    state = RunState.read(path)
+    if config.max_steps < state.step:
+        raise ConfigError(
+            f"max_steps: {config.max_steps}, but {state.step} steps are done in {path}; set max_steps={state.step} or "
+            "more, or give another output_dir"
+        )
+    found = differences(_with_defaults(state), fingerprint, resolved(config))
+    if not any(each.fixed for each in found):
+        found += [Difference(line, fixed=True) for line in _other_shapes(path, config, prepared)]
+    if fixed := [each for each in found if each.fixed]:
+        what = "cannot be loaded with" if accept_changes else "is another run's"
+        listed = "; ".join(map(str, fixed if accept_changes else found))
+        raise ConfigError(f"{path}: {what}: {listed} (set it back, or give another output_dir)")
+    if found and not accept_changes:
+        listed = "; ".join(map(str, found))
+        raise ConfigError(
+            f"{path}: is another run's: {listed} (set it back, give another output_dir, or go on with --accept-changes)"
+        )
+    for each in found if rank() == 0 else ():
+        log.warning("%s: accepted: %s", path, each)
+    return state
+
+
+def _with_defaults(state: RunState) -> RunState:
+    """Its config with the options that came after it: what they are by default is what was done."""
+    try:
+        return replace(state, config=resolved(validate(state.config, "state.json")))
+    except ConfigError:  # it has options that are gone since
+        return state
+
+
+def _other_shapes(path: Path, config: RunConfig, prepared: Prepared) -> Iterator[str]:
+    """A line where the weights of a checkpoint have no place in the model that the config names."""
+    head = architecture(config)
+    saved = load_model_config(path / "model_config", head)
+    now = load_model_config(resolve_directory(prepared.model_dir), head)
+    if saved.to_diff_dict() == now.to_diff_dict():
+        return
+    one, other = (_shapes(each, head) for each in (saved, now))
+    names = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+    if names:
+        first = names[0]
+        yield (
+            f"the model has {len(names)} weights of other shapes, such as {first}: was {one.get(first)}, now "
+            f"{other.get(first)}"
+        )
+
+
+def _shapes(config: PreTrainedConfig, head: Architecture) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        model = auto_class(head).from_config(config)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def schedule_change(state: RunState, config: RunConfig) -> str | None:
+    """What another `max_steps` does to the learning rate of the steps to come; None where it is as it was."""
+    try:
+        before = validate(state.config, "state.json")
+    except ConfigError:  # it has options that are gone since
+        return None
+    if before.max_steps == config.max_steps:
+        return None
+    was, now = (
+        learning_rate(min(state.step, each.max_steps), each.max_steps, each.optimizer.learning_rate, each.schedule)
+        for each in (before, config)
+    )
+    name, steps = config.schedule.name, f"{config.max_steps} instead of {before.max_steps}"
+    what = f"falls until step {steps} ({name})" if name != "constant" else f"warms up as a run of {steps} steps does"
+    return (
+        f"max_steps: was {before.max_steps}, now {config.max_steps}: the learning rate {what}; at step "
+        f"{state.step + 1} it is {now:.3g}, where it was to be {was:.3g}"
+    )
+
+
+def go_on(trainer: Trainer, path: Path) -> int:
+    """Load a checkpoint of any number of ranks that is `permitted`; the number of finished steps.
+
+    Raises:
+        ConfigError: it has more empty slots than are allowed, or holds adapters to another model.
+    """
+    run, state = trainer.run, RunState.read(path)
+    if (met := len(state.totals.get("bad_rows", ()))) > (allowed := run.config.data.max_bad_rows):
+        raise ConfigError(
+            f"data.max_bad_rows: {allowed}, but {met} unusable rows were met before {path.name} was saved; "
+            f"set data.max_bad_rows={met} or more"
+        )
+    if state.base is not None and (now := base_of(run)) != state.base and (now or {}).get("hash") != state.base["hash"]:
+        raise ConfigError(
+            f"{path}: holds adapters to the model that lay in {state.base['directory']}, not to that in {run.model_dir}"
+        )
+    if state.world_size == run.engine.world_size:
+        return trainer.restore(path)
+    universal = _universal(run, path, state)
+    start = trainer.restore(path, universal)
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(universal)
+    return start
+
+
+def _universal(run: Run, path: Path, state: RunState) -> Path:
+    """The checkpoint in a form that any number of ranks can load; made by one process, the ranks wait for its marker.
+
+    They wait for a file and not in a collective call, which would time out while a large model is converted.
+    """
+    output = checkpoint.universal_path(run.config.output_dir, state.step)
+    marker = output / checkpoint.MARKER
+    if rank() == 0:
+        shutil.rmtree(output, ignore_errors=True)
+    barrier()
+    if rank() == 0:
+        log.info(
+            "%s was saved on %d ranks, this run has %d: converting it", path, state.world_size, run.engine.world_size
+        )
+        made = subprocess.run(
+            [sys.executable, "-m", "training.engine.state", str(path), str(output)],
+            cwd=SOURCE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if made.returncode:
+            raise RuntimeError(f"{path}: could not be converted for another number of ranks:\n{made.stderr[-2000:]}")
+        marker.touch()
+    while not marker.is_file():
+        time.sleep(POLL_SECONDS)
+    return output

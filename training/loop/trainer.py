@@ -1,0 +1,349 @@
+"""The loop: `Trainer.train` runs the steps, `train_step` is one of them and reads like the method.
+
+In: a Run on every rank. Out: checkpoints and metrics. Next: `fit.py` starts and ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import RankStep
+from data_pipeline.packing import MicroBatch
+from data_pipeline.records import DataError
+from data_pipeline.tasks.batches import TaskBatch
+from data_pipeline.tasks.reader import TaskStep
+from training.assembly import Run
+from training.checkpoints import checkpoint
+from training.checkpoints.disks import checkpoint_disk, own_homes, shared_disk
+from training.checkpoints.run_state import RunState
+from training.checkpoints.saving import Saver, run_state
+from training.checkpoints.search import find_newest
+from training.config import RunConfig
+from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
+from training.engine.engine import NonFiniteUpdate
+from training.engine.start_checks import check_packing, warm_up
+from training.errors import CheckpointFailed, NonFiniteStep
+from training.launch.heartbeat import heart
+from training.launch.stop import StoppedOnRequest, StopRequest
+from training.loop.guard import Guard, Verdict, list_samples, shown
+from training.loop.progress import Progress
+from training.loop.run_totals import RunTotals
+from training.loop.step_sums import StepRead, StepSums, memory
+from training.loop.straggler import Stragglers
+from training.objectives.decoders import LossTerms
+from training.objectives.scaling import StepTotals, learning_rate, step_loss_share
+from training.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks know of a step before it begins."""
+
+    totals: StepTotals
+    read: StepRead
+    stop: bool  # some rank was asked to stop
+    writing: bool  # some rank is still writing a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class BadMicroBatches:
+    """Micro-batches whose loss is no number."""
+
+    any: bool  # on some rank
+    mine: list[int]  # numbers of this rank's
+
+
+class RollBack(Exception):
+    """Inside the loop: the state goes back to the last checkpoint, since this step (from 1) failed."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class Trainer:
+    """One rank's side of a run."""
+
+    def __init__(self, run: Run, tracker: Tracker | None, stop: StopRequest | None = None) -> None:
+        self.run = run
+        self.config: RunConfig = run.config
+        self.tracker = tracker  # rank 0 only
+        self.stop = stop or StopRequest()
+        self.saver = Saver(run)
+        self.disk = checkpoint_disk(run.config)
+        self.guard = Guard(run.config.guard)
+        self.stragglers = Stragglers(run.config.watchdog, run.engine.device)
+        self.totals = RunTotals(run.config.data.languages)
+        self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
+        self._metrics: dict[str, float] = {}
+        self._first_step = True
+
+    def train(self, start: int) -> None:
+        """Steps `start` .. `max_steps - 1`; the last state is saved.
+
+        Raises:
+            StoppedOnRequest: after a checkpoint, on every rank at the same step.
+        """
+        warm_up(self.run)
+        progress = Progress(start, self.config.max_steps, shown=rank() == 0)
+        while start < self.config.max_steps:
+            try:
+                self._train_from(start, progress)
+                break
+            except RollBack as failed:
+                start = self._roll_back(failed.step)
+        progress.close()
+        if rank() == 0:
+            for line in self.totals.table():
+                log.info("%s", line)
+
+    def _train_from(self, start: int, progress: Progress) -> None:
+        """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
+        config, run, offset = self.config, self.run, self.data_offset
+        reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
+        batches = heart.steps(_or_mistake(reader), start)
+        began = time.perf_counter()
+        for step, read in zip(range(start, config.max_steps), batches, strict=True):
+            waited = time.perf_counter() - began
+            mistake = read if isinstance(read, Exception) else None
+            batch = run.loader.empty(step + offset) if isinstance(read, Exception) else read
+            try:
+                agreed = self.agree(batch, mistake)
+            except DataError:  # on every rank
+                self._save_before_end(step)
+                raise
+            if self.saver.open and not agreed.writing:
+                self._settle()
+            if agreed.stop:
+                self._stop(step)
+            metrics = {"data/wait_seconds": waited, **run.objective.before_step(run.engine, step)}
+            if self._first_step:
+                check_packing(run, batch)
+            metrics |= self.train_step(step, batch, agreed)
+            done = step + 1
+            metrics |= self.stragglers.after(done, waited)
+            if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
+                metrics |= run.heldout.metrics(run.engine, run.objective)
+            self._metrics = metrics
+            saves = done % config.checkpoint.every == 0 or done == config.max_steps
+            if saves:
+                metrics |= self.totals.metrics()
+            if self.tracker is not None:
+                self.tracker.log(done, metrics)
+            progress.step_done(done, metrics)
+            if saves:
+                self.save(done, metrics)
+            self.stop.took(time.perf_counter() - began)
+            began = time.perf_counter()
+        self._settle(required=True)
+
+    def train_step(self, step: int, batch: RankStep | TaskStep, agreed: Agreed) -> dict[str, float]:
+        """One optimiser step over the global batch; metrics of it.
+
+        Raises:
+            NonFiniteStep: before the update, where the guard says stop; RollBack: where it says so.
+        """
+        started = time.perf_counter()
+        sums, micro_batches = self.accumulate(step, batch, agreed.totals)
+        reduced, bad = self._reduce(sums)
+        languages = self.config.data.languages
+        self.totals.add_step(agreed.read.slots, sums.label_counts(reduced))
+        losses = sums.metrics(reduced, agreed.totals, languages)
+        if bad.any:  # what is finite of the sums lacks samples of other micro-batches or ranks
+            losses = dict.fromkeys(losses, math.nan)
+        metrics = {**losses, **agreed.read.metrics(languages)}
+        rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
+        verdict = self.guard.judge(metrics["train/loss"])
+        if verdict is None:
+            try:
+                metrics["train/grad_norm"] = self.run.engine.step(rate)
+            except NonFiniteUpdate as error:
+                verdict = self.guard.not_finite(str(error))
+        if verdict is not None:
+            concerned = bad.mine if bad.any else range(len(micro_batches))
+            self._spare(step + 1, verdict, [micro_batches[number].sample_ids for number in concerned])
+            metrics["guard/skipped"] = 1.0
+        seconds = time.perf_counter() - started
+        return {
+            **metrics,
+            "train/learning_rate": rate,
+            "train/step_seconds": seconds,
+            "train/tokens_per_second": float(agreed.read.tokens.sum()) / seconds,
+            **memory(),
+        }
+
+    def accumulate(
+        self, step: int, batch: RankStep | TaskStep, totals: StepTotals
+    ) -> tuple[StepSums, list[MicroBatch | TaskBatch]]:
+        """Forward and backward of this rank's micro-batches; the same number of them on every rank."""
+        run = self.run
+        seed_step(self.config.seed, step)
+        objective = run.objective
+        sums = StepSums.zeros(len(self.config.data.languages), len(objective.term_names), run.engine.device)
+        idle = [run.data.packer.idle()] * (totals.micro_batches - len(batch.micro_batches))
+        micro_batches = [*batch.micro_batches, *idle]
+        for number, micro_batch in enumerate(micro_batches):
+            run.engine.begin_micro_batch(last=number == len(micro_batches) - 1)
+            terms = self._forward(micro_batch.to(run.engine.device))
+            share = step_loss_share(terms.terms, totals)
+            run.engine.backward(share)
+            sums.add(terms, share)
+        return sums, micro_batches
+
+    def save(self, step: int, metrics: dict[str, float]) -> None:
+        """Begin a checkpoint of the state after `step` steps, whose metrics these are; every rank calls it."""
+        if self.saver.open:
+            self._settle()
+        heart.phase("copying a checkpoint")
+        state = run_state(self.run, step, self.data_offset, metrics, self.guard.state(), self.totals.state())
+        # The last one goes where all nodes and the export see it.
+        self.saver.begin(step, state, self.disk if step < self.config.max_steps else shared_disk(self.config))
+
+    def restore(self, path: Path, universal: Path | None = None) -> int:
+        """Load a checkpoint, or what was made of it for this number of ranks; the number of finished steps."""
+        state = RunState.read(path)
+        self.run.engine.load_state(universal or path, universal=universal is not None)
+        self.run.objective.load(path)
+        self.data_offset = state.data_offset
+        self.totals.restore(state.totals)
+        self.guard.restore(state.guard)
+        self.saver.saved_step = state.step
+        return state.step
+
+    def _settle(self, required: bool = False) -> None:
+        """Make the checkpoint that is under way complete; the record is on the disk before it."""
+        if not self.saver.open:
+            return
+        if self.tracker is not None:
+            self.tracker.sync()
+        heart.phase("completing a checkpoint")
+        self.saver.settle(required)
+        self.stop.saved(self.saver.seconds)
+
+    def _save_rest(self, step: int) -> None:
+        """Save the state after `step` steps where it is not saved yet; every rank calls it, between two steps."""
+        self._settle()  # it may be of this very step
+        if self.saver.saved_step != step:
+            self.save(step, self._metrics)
+        self._settle(required=True)
+
+    def _save_before_end(self, step: int | None) -> None:
+        """As `_save_rest`, before an error that ends the run: what cannot be saved must not hide it.
+
+        None: only what is under way is made complete, since this step's state is in doubt.
+        """
+        try:
+            self._settle() if step is None else self._save_rest(step)
+        except CheckpointFailed as failed:
+            if rank() == 0:
+                log.warning("%s", failed)
+            return
+        if rank() == 0 and self.saver.saved_step:
+            log.info("the run ends by an error; %d of %d steps are saved", self.saver.saved_step, self.config.max_steps)
+
+    def _stop(self, step: int) -> None:
+        """Save what is not saved yet, and end the loop on every rank."""
+        reason = next(each for each in gather_objects(self.stop.reason) if each)
+        self._save_rest(step)
+        raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
+
+    def agree(self, batch: RankStep | TaskStep, mistake: Exception | None = None) -> Agreed:
+        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read, stopping.
+
+        `mistake`: why this rank could not read its share.
+
+        Raises:
+            DataError: on every rank alike, where one could not read its share, or bad rows left too many slots empty.
+        """
+        ranks = self.run.engine.world_size
+        n_micro_batches = [0] * ranks
+        n_micro_batches[rank()] = max(len(batch.micro_batches), 1)
+        flags = [mistake is not None, self.stop.reason is not None, self.saver.writing]
+        seen = [*flags, len(batch.bad_rows), batch.overlong, batch.fingerprint]
+        slots = batch.slots.flatten().tolist()
+        total = all_sum(
+            [*seen, *batch.counts.values(), *n_micro_batches, *batch.tokens.tolist(), *slots], self.run.engine.device
+        )
+        sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens), len(slots)]
+        seen_by_all, counts, by_rank, tokens, slots_of_all = total.split(sizes)
+        mistaken, stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
+        if mistaken:
+            raise DataError(next(filter(None, gather_objects(str(mistake or ""))))) from mistake
+        if bad_rows and not stop:  # else the next start reads this step, and counts them
+            met = [row for rows in gather_objects(batch.bad_rows) for row in rows]
+            self.totals.add_bad_rows(met, self.config.data.max_bad_rows)
+        totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
+        became = slots_of_all.long().cpu().numpy().reshape(batch.slots.shape)
+        read = StepRead(tokens, became, overlong, fingerprint, batch.dropped_pairs)  # the last is known to every rank
+        return Agreed(totals, read, bool(stop), bool(writing))
+
+    def _forward(self, batch: MicroBatch | TaskBatch) -> LossTerms:
+        run = self.run
+        if not self._first_step:
+            return run.objective.loss_terms(run.engine, batch)
+        self._first_step = False
+        with same_modules_on_every_rank(run.engine.module, run.engine.device):
+            return run.objective.loss_terms(run.engine, batch)
+
+    def _reduce(self, sums: StepSums) -> tuple[Tensor, BadMicroBatches]:
+        """Step sums over ranks, and where the loss is no number."""
+        bad = sums.bad_micro_batches()
+        flag = torch.tensor([float(len(bad))], dtype=torch.float64, device=sums.losses.device)
+        reduced = all_sum(torch.cat([flag, sums.vector()]), self.run.engine.device)
+        return reduced[1:], BadMicroBatches(bool(reduced[0]), bad)
+
+    def _spare(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
+        """Step `step` (from 1) makes no update: all ranks drop it, roll back, or raise the same error."""
+        mine = [sample for ids in sample_ids for sample in ids]
+        by_rank = {number: ids for number, ids in enumerate(gather_objects(mine)) if ids}
+        listed = gather_objects(list_samples(self.config.output_dir, step, verdict, by_rank) if rank() == 0 else None)[
+            0
+        ]
+        text = f"step {step}: {verdict.what}; samples of {shown(by_rank)}; {listed}"
+        if verdict.policy == "stop":
+            self._save_before_end(None)
+            raise NonFiniteStep(text)
+        self.run.engine.drop_update()
+        if rank() == 0:
+            used = f"{self.guard.events} of {self.config.guard.max_events} such events"
+            done = "the update is skipped" if verdict.policy == "skip" else "going back to the last checkpoint"
+            log.warning("%s; %s (%s)", text, done, used)
+        if verdict.policy == "rollback":
+            raise RollBack(step)
+
+    def _roll_back(self, failed: int) -> int:
+        """Restore the last checkpoint and skip the data up to step `failed` (from 1); the finished steps."""
+        self._settle()
+        found = find_newest(self.config, self.disk)
+        if found is None:
+            raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
+        events, offset = self.guard.events, self.data_offset
+        start = self.restore(found)
+        for home in own_homes(self.config, self.disk):  # one that was passed over is of the branch that is left
+            checkpoint.set_aside_newer(home, start)
+        self.guard.events, self.data_offset = events, offset + failed - start
+        if self.tracker is not None:
+            self.tracker.rewind(start)
+            log.info("back to the checkpoint of step %d; the data of steps %d to %d are left out",
+                     start, start + 1 + offset, failed + offset)  # fmt: skip
+        return start
+
+
+def _or_mistake(batches: Iterator[RankStep | TaskStep]) -> Iterator[RankStep | TaskStep | Exception]:
+    """The batches, then in place of one what the user can mend about it: the other ranks have to be told first."""
+    try:
+        yield from batches
+    except Exception as error:
+        if getattr(error, "exit_status", None) != 2:
+            raise
+        yield error

@@ -1,0 +1,59 @@
+"""Loss arithmetic over a whole step and the learning-rate schedule: pure functions.
+
+In: sums over one micro-batch, counts over the whole step. Out: the number that goes into backward.
+Next: `objectives/decoders.py` and `trainer.py`.
+
+A step's loss is a weighted sum of terms (SFT, contrastive; target, source, consistency), and each term is a sum
+over the step divided by that term's own global denominator: label tokens, pairs, samples (design, decision 4). A
+micro-batch contributes its share of each, so gradients do not depend on how the batch is split over micro-batches
+and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from training.config import ScheduleConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One term of the loss on one micro-batch."""
+
+    sum: Tensor  # scalar, not yet divided by anything
+    per: str  # which of the step's counts divides it
+    weight: float  # 0: only reported
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What all ranks agree on before the first forward of a step."""
+
+    counts: Mapping[str, float]  # label tokens, pairs, ..., over all ranks
+    micro_batches: int  # the largest number any rank has
+
+    def denominator(self, count: str) -> float:
+        """What sums are divided by; 1 where the step has nothing of the kind on any rank."""
+        return max(self.counts[count], 1)
+
+
+def step_loss_share(terms: Mapping[str, LossTerm], totals: StepTotals) -> Tensor:
+    """One micro-batch's share of the step's loss, `sum of weight * sum / denominator` over the terms, a scalar."""
+    shares = [term.weight * term.sum / totals.denominator(term.per) for term in terms.values()]
+    return sum(shares[1:], start=shares[0])
+
+
+def learning_rate(step: int, max_steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Learning rate of step `step` (0-based): a pure function, so nothing of it needs to be saved."""
+    warmup = round(schedule.warmup_ratio * max_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.name == "constant":
+        return peak
+    progress = (step - warmup) / max(max_steps - warmup, 1)
+    shape = 1 - progress if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * shape)

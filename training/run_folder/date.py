@@ -1,0 +1,85 @@
+"""The day that a run's prompts name, where the tokenizer's chat template prints today's date.
+
+It is fixed when a run first starts, part of its config from then on (`data.template.date`), and so the same on all
+ranks, after a resume, in the export, and in generation from it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from data_pipeline.records import DataError, Role
+from data_pipeline.text.templates import ChatTemplate, TemplateConfig
+from data_pipeline.yaml_values import read_yaml
+from modeling.weights.weight_files import one_line
+from training.checkpoints.run_state import RunState
+from training.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+CONFIG_FILE = "config.yaml"  # in a run's folder: the resolved run file of its last start
+
+
+def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase, found: Path | None) -> RunConfig:
+    """`config` with the date that its prompts name: the run file's, else the saved one, else today; none where no
+    prompt names one.
+
+    `found` is the checkpoint that the run goes on from.
+    """
+    template = config.data.template
+    if template.name != "chat":
+        return config
+    day = None
+    if config.data.task is None and prints_date(template, tokenizer):
+        day = template.date or _saved(config.output_dir, found) or _today()
+    data = config.data.model_copy(update={"template": template.model_copy(update={"date": day})})
+    return config.model_copy(update={"data": data})
+
+
+def prints_date(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts of the tokenizer's chat template depend on today's date. Raises DataError as `make_template`."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return False
+    one, other = (
+        ChatTemplate(config.model_copy(update={"date": day}), tokenizer)
+        for day in (dt.date(2001, 2, 3), dt.date(2014, 11, 30))
+    )
+    turns: tuple[tuple[Role, ...], ...] = (("user",), ("user", "assistant", "user"))
+    for roles in (*turns, *(("system", *each) for each in turns)):
+        try:
+            if one.turns(roles, "", "") != other.turns(roles, "", ""):
+                return True
+        except DataError:  # a template that knows no system message, say
+            continue
+    return False
+
+
+def _today() -> dt.date:
+    return dt.date.today()
+
+
+def _saved(output_dir: Path, found: Path | None) -> dt.date | None:
+    """The date that the checkpoint, or else the run's first start, was made with."""
+    if found is not None and (day := _date_of(RunState.read(found).config)) is not None:
+        return day
+    file = output_dir / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        return _date_of(read_yaml(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:  # torn when a process was killed
+        log.warning("%s: not readable, so the run's date is not taken from it: %s", file, one_line(error))
+        return None
+
+
+def _date_of(values: Mapping[str, Any]) -> dt.date | None:
+    text = values.get("data", {}).get("template", {}).get("date")
+    return dt.date.fromisoformat(str(text)) if text else None

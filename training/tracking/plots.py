@@ -1,0 +1,75 @@
+"""Plots of a run, drawn from its own record: loss per language, contrastive loss, restoration error.
+
+In: `record.jsonl`. Out: PNG files under `<output_dir>/plots`, uploaded to MLflow. Next: people.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.plot_text import PlotText
+from training.tracking.run_record import RECORD_NAME, read_events
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# file name: (title, y axis, metric names or prefixes that end in "/")
+PLOTS = {
+    "train_loss": ("Training loss", "nats per label token", ("train/loss/",)),
+    "eval_loss": ("Held-out loss", "nats per label token", ("eval/loss/",)),
+    "swapped_prompts": ("Held-out loss behind another item's prompt", "nats per label token", ("eval/loss_swapped/",)),
+    "contrastive": ("Contrastive loss", "nats per pair", ("train/contrastive",)),
+    "restoration_error": ("What the shift back leaves", "share of the shift", ("shift/restoration_error/",)),
+    "shift_norm": ("Length of the shift", "share of the states' length", ("shift/norm/",)),
+}
+
+
+def draw_plots(output_dir: Path) -> list[Path]:
+    """Draw every plot that the record has metrics for; the files."""
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for _, event in read_events(output_dir / RECORD_NAME):
+        if event["kind"] == "metrics":
+            for name, value in event["values"].items():
+                curves[name][event["step"]] = float(value)  # a step done again after a resume replaces the lost one
+    folder = output_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    files = []
+    for name, (title, axis, wanted) in PLOTS.items():
+        chosen = sorted(metric for metric in curves if metric.startswith(wanted))
+        if not chosen:
+            continue
+        files.append(folder / f"{name}.png")
+        _draw({metric.rsplit("/", 1)[-1]: curves[metric] for metric in chosen}, title, axis, files[-1])
+    return files
+
+
+def _draw(curves: Mapping[str, Mapping[int, float]], title: str, axis: str, file: Path) -> None:
+    """One plot: curves by name, such as a language's, each a value by step."""
+    from matplotlib.figure import Figure
+
+    text = PlotText.of(curves)
+    with text.fonts():
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, curve in curves.items():
+            points = sorted(curve.items())
+            mark = "." if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), label=text(name), linewidth=1.2, marker=mark)
+        _mark_not_finite(axes, curves.values())
+        axes.set(title=title, xlabel="step", ylabel=axis)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend(ncols=2, fontsize="small")
+        figure.savefig(file, dpi=120)
+
+
+def _mark_not_finite(axes: Axes, curves: Iterable[Mapping[int, float]]) -> None:
+    """A cross at the lower edge for each step with a value that is not finite, where its curve has a gap."""
+    steps = sorted({step for curve in curves for step, value in curve.items() if not math.isfinite(value)})
+    if steps:
+        edge = axes.get_xaxis_transform()
+        axes.plot(steps, [0.02] * len(steps), "x", color="black", transform=edge, label="not finite", clip_on=False)

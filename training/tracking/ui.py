@@ -1,0 +1,147 @@
+"""MLflow's page on the runs below a folder: `crosslift ui`.
+
+In: run folders with their records. Out: `mlflow.db` built from the records, and MLflow's own server on it, opened at
+the list of runs. Next: people.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import webbrowser
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.errors import ConfigError
+from training.tracking.mlflow_feed import SyncResult
+from training.tracking.mlflow_store import (
+    QUIET,
+    default_store,
+    open_client,
+    remove_misread,
+    runs_of_all,
+    runs_page,
+    server_answers,
+)
+from training.tracking.run_record import RECORD_NAME, read_starts, run_folders
+from training.tracking.tracker import sync_record
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """A list of runs at a server, of one experiment or of several."""
+
+    address: str
+    experiment: str
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.address}  ({self.experiment}: {self.runs} run{'s' * (self.runs != 1)})"
+
+
+def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_browser: bool = False) -> int:
+    """Shows all runs below a folder: builds `mlflow.db` there from the records and serves MLflow's page.
+
+    A run whose own server answers is caught up there instead, and its page there is named; where that is so of every
+    run, nothing is served. The page that is opened is the list of the runs, of all their experiments. Returns the
+    server's exit status when it ends.
+    Raises ConfigError if the folder has no records or the port is taken.
+    """
+    folders = sorted(run_folders(runs_dir))
+    if not folders:
+        raise ConfigError(f"{runs_dir}: no {RECORD_NAME} below it; give the folder that holds the run folders")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"--port {port}: {error.strerror} on {host}; choose another port") from None
+    store, results = default_store(runs_dir), []
+    for folder in sorted(folders, key=_last_written, reverse=True):
+        results.append(result := _synced(folder, store))
+        print(_line(folder, result, store), flush=True)
+    shown = [result for result in results if result is not None and result.run_id]
+    elsewhere = _pages([result for result in shown if result.uri != store and not result.error], None)
+    for page in elsewhere:
+        print(page, flush=True)
+    here = _pages([result for result in shown if result.uri == store], f"http://{host}:{port}")
+    if elsewhere and not here:  # a server of our own would have nothing to show
+        if open_browser:
+            webbrowser.open(elsewhere[0].address)
+        return 0
+    return _serve(store, runs_dir, port, host, here, open_browser)
+
+
+def window_at_hand() -> bool:
+    """True where a person at a terminal has a graphical display; over ssh a browser would take the terminal."""
+    graphical = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return sys.stdout.isatty() and bool(graphical)
+
+
+def _last_written(folder: Path) -> float:
+    return (folder / RECORD_NAME).stat().st_mtime
+
+
+def _synced(folder: Path, store: str) -> SyncResult | None:
+    """Syncs one run for the page: with its own server where that answers, else with the folder's store. None: the
+    record is empty."""
+    starts = list(read_starts(folder / RECORD_NAME))
+    if not starts:
+        return None
+    own = starts[-1][1].get("uri")
+    return sync_record(folder, own if own and server_answers(own) else store)
+
+
+def _line(folder: Path, result: SyncResult | None, store: str) -> str:
+    if result is None:
+        return f"{folder}: empty record, left out"
+    where = "" if result.uri == store else f" at {result.uri}"
+    line = f"{folder}: {result.fed} new lines{where}"
+    if result.refused:
+        line += f", {sum(result.refused.values())} refused, such as {min(result.refused)}"
+    return f"{line}, {result.left} left ({result.error})" if result.error else line
+
+
+def _pages(results: Sequence[SyncResult], server: str | None) -> list[_Page]:
+    """The run lists that have these runs, in their order; `server` None: each at its own store's."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for result in results:
+        client = open_client(result.uri)
+        experiment = client.get_experiment(client.get_run(result.run_id).info.experiment_id)
+        found[server or result.uri, str(experiment.experiment_id), experiment.name] += 1
+    pages = [_Page(runs_page(at, number), name, runs) for (at, number, name), runs in found.items()]
+    if server is not None and len(pages) > 1:
+        together = runs_of_all(server, [number for _, number, _ in found])
+        pages.insert(0, _Page(together, f"{len(pages)} experiments", found.total()))
+    return pages
+
+
+def _serve(store: str, runs_dir: Path, port: int, host: str, pages: Sequence[_Page], open_browser: bool) -> int:
+    """Runs MLflow's server until it ends or we are told to end."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    command += ["--artifacts-destination", str(runs_dir.resolve() / "mlartifacts")]
+    command += ["--host", host, "--port", str(port)]
+    # The page needs none of MLflow's job runners, which would be five more processes.
+    environment = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    server = subprocess.Popen(command, env=environment)
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    address = f"http://{host}:{port}"
+    try:
+        while server.poll() is None and not server_answers(address, timeout=1.0):
+            threading.Event().wait(0.2)
+        remove_misread(store)
+        if server.poll() is None:
+            for page in pages:
+                print(page, flush=True)
+            print(f"Ctrl-C ends {address}", flush=True)
+            if open_browser and pages:
+                webbrowser.open(pages[0].address)
+        return server.wait()
+    except KeyboardInterrupt:  # the server got it too
+        return server.wait()
