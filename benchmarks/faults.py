@@ -78,11 +78,12 @@ class Faults:
         return self._struck("kill -9 in training", n, strike, lambda run, status: status != 0)
 
     def saving_kills(self, n: int) -> list[Outcome]:
-        """-9 while a checkpoint is being written; those that came too late are not counted."""
+        """-9 while a checkpoint is being written, not the run's first; those that came too late are not counted."""
 
         def strike(run: DisturbedRun) -> str:
             root = checkpoint.checkpoint_root(run.output)
-            time.sleep(self.chance.uniform(0, 1.5))  # not always the first one
+            run.wait_until(lambda: any(root.glob("step-*/COMPLETE")))  # else nothing would be resumed
+            time.sleep(self.chance.uniform(0, 1.5))
             run.wait_until(lambda: not any(root.glob(".incomplete-*")), pause=0.001)
             run.wait_until(lambda: any(root.glob(".incomplete-*")), pause=0.001)
             time.sleep(self.chance.uniform(0, 0.03))

@@ -14,7 +14,7 @@ FEW = CorpusSizes(english_base=10, other_base=10, finetune=200, test_seen=10, te
 
 @pytest.mark.timeout(1200)
 def test_a_kill_while_saving_changes_nothing(tmp_path: Path) -> None:
-    # With this seed the kill comes more than a second after the first step: there is a checkpoint to go on from.
     (outcome,) = Faults(tmp_path, seed=0, max_steps=30, sizes=FEW).saving_kills(1)
     assert outcome.fault == "kill -9 while saving"
     assert outcome.good, outcome
+    assert ", on from 0;" not in outcome.note, "a checkpoint was loaded"
