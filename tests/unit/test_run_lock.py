@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -205,9 +207,11 @@ def test_a_holder_on_another_machine_that_shows_life_is_left_alone(
 
 
 def test_a_holder_renews_its_lock_and_ends_when_it_was_taken_for_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(run_lock, "RENEW_SECONDS", 0.05)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a script started pytest with &
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     lock = tmp_path / "run" / LOCK_FILE
 
     def run() -> None:
@@ -221,6 +225,27 @@ def test_a_holder_renews_its_lock_and_ends_when_it_was_taken_for_gone(
     with pytest.raises(KeyboardInterrupt), held(tmp_path / "run"):
         run()
     assert holder_of(tmp_path / "run") is not None, "the other's lock stays"
+
+
+def test_a_holder_that_ignores_interrupts_ends_too(tmp_path: Path) -> None:
+    """As one does that a script started with `&`: its shell has SIGINT ignored."""
+    folder = tmp_path / "run"
+    code = f"""
+        import signal, time
+        from pathlib import Path
+        from training.run_folder import lock
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        lock.RENEW_SECONDS = 0.05
+        with lock.held(Path({str(folder)!r})):
+            time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT) as process:
+        try:
+            wait_for(lambda: running_in(folder) is not None)
+            written(folder, elsewhere())
+            assert process.wait(30) == 128 + signal.SIGINT
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])

@@ -218,6 +218,8 @@ def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
                 path.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")
             else:
                 _say(f"{path}: {now} has taken this folder, since this run seemed gone; this run ends")
+                if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & by a script
+                    os._exit(128 + signal.SIGINT)  # at once: a checkpoint would be written into the other run's folder
                 os.kill(os.getpid(), signal.SIGINT)
                 return
         except OSError:  # a disk that is away: the others see a silent run, and wait a while longer
