@@ -135,7 +135,7 @@ def decoder_run(data: Path, output: Path, objective: dict[str, Any]) -> dict[str
             "mixture": {"strategy": "explicit", "weights": {"en": 3, "de": 1, "ru": 1, "zh": 1}, "pairing": "reuse"},
             "slots_per_step": 24,
             "sequence_length": 160,
-            "micro_batch_tokens": 1024,
+            "micro_batch_tokens": 1536,
             "heldout_items": 16,
         },
         "objective": objective,
