@@ -111,7 +111,7 @@ DECODER: dict[str, Any] = {
 }  # fmt: skip
 ENCODER: dict[str, Any] = {
     "model_type": "xlm-roberta", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "max_position_embeddings": 258, "hidden_dropout_prob": 0.1,
+    "num_attention_heads": 2, "max_position_embeddings": 386, "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }  # fmt: skip
 
