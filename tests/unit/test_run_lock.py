@@ -237,11 +237,14 @@ def test_a_holder_that_ignores_interrupts_ends_too(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         lock.RENEW_SECONDS = 0.05
         with lock.held(Path({str(folder)!r})):
+            print("held", flush=True)
             time.sleep(60)
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT) as process:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
-            wait_for(lambda: running_in(folder) is not None)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
             written(folder, elsewhere())
             assert process.wait(30) == 128 + signal.SIGINT
         finally:
