@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def resumed(revision: Revision, data: Path) -> Facts:
     values = inputs.decoder_run(data / "questions", revision.folder / "resumed", inputs.SHIFCON)
     file = inputs.write_yaml(revision.folder / "resumed.yaml", values)
     output = Path(values["output_dir"])
+    shutil.rmtree(output, ignore_errors=True)  # of a comparison that was broken off
     after = values["checkpoint"]["every"] * 2
     revision.kill_when(lambda: _last_step(output) > after, "train", file, "--nproc", RANKS)
     if _last_step(output) >= values["max_steps"]:

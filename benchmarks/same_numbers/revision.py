@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -137,7 +136,7 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
         everything = []
     for each in everything:
         try:
-            each.send_signal(signal.SIGKILL)
+            each.kill()
         except psutil.NoSuchProcess:
             continue
     process.wait()

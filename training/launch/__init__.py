@@ -1,1 +1,1 @@
-"""Ranks as processes: launcher, nodes, preflight, watchdog, logs."""
+"""Ranks as processes: launcher, nodes, preflight, watchdog, logs, signals."""

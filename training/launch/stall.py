@@ -1,7 +1,7 @@
 """A run stands still: every node shows what it knows, and one of them names the rank that the others wait for.
 
 In: a node's watchdog and the other nodes' evidence. Out: a report on the culprit's node, all stacks in the ranks'
-logs, `logs/stall-node-R.json`. Next: `launch/command.py` kills the ranks and ends with status 1.
+logs, `logs/stall-node-R.json`. Next: `launcher.py` kills the ranks and ends with status 1.
 """
 
 from __future__ import annotations

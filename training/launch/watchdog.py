@@ -1,7 +1,7 @@
 """Sees that a rank stands still, and finds out which one, where and why.
 
 In: the beats of a node's ranks. Out: the evidence (step, phase, process state, stack of every rank), and of all
-nodes' evidence the rank that the others wait for. Next: `launch/command.py` reports it and ends the run.
+nodes' evidence the rank that the others wait for. Next: `launcher.py` reports it and ends the run.
 
 When one rank stands still, soon all do, in a collective: so the rank furthest behind is looked for, over all nodes,
 and not the one that was silent first. A rank is watched from its first step until it says that it has ended.

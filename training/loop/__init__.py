@@ -1,1 +1,1 @@
-"""The training loop: Trainer, per-step sums, evaluation, guard, resume."""
+"""The training loop: Trainer, per-step sums, guard, resume."""

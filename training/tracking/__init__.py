@@ -1,1 +1,1 @@
-"""The run's record and what is made of it: MLflow, scores, plots, status."""
+"""The run's record and what is made of it: MLflow, scores, plots."""
