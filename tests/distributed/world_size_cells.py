@@ -10,24 +10,22 @@ order of the data.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from tiny_run import XMIXUP, copy_preparation, rank_values
+from warm import Warm
 
 from training.assembly import assemble
 from training.checkpoints import checkpoint
 from training.distributed import rank, world_size
 from training.engine.engine import process_group
-from training.engine.state import to_universal
 from training.loop import resume
 from training.loop.resume import go_on
 from training.loop.trainer import Trainer
@@ -51,42 +49,19 @@ SMALL: dict[str, Any] = {"max_steps": STEPS, "optimizer.learning_rate": 1e-2, "d
 
 @contextmanager
 def warm_conversions() -> Iterator[None]:
-    """Inside, the process that converts a checkpoint for this rank is started as ever once, and later is a fork.
+    """Inside, the process that converts a checkpoint for this rank starts cold once, and later is a fork."""
+    warm, run, cold = Warm("training.engine.state"), subprocess.run, [True]
 
-    It is forked here, before this rank is one: what converts forks workers, which a rank must not.
-    """
-    fork, (ours, theirs) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
-    process = fork.Process(target=_convert, args=(ours, theirs))
-    process.start()
-    theirs.close()
-    run, cold = subprocess.run, [True]
-
-    def started(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    def started(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         if command[1:3] != ["-m", "training.engine.state"]:
             return run(command, **options)
         if cold:
             cold.clear()
             return run(command, **options)
-        ours.send(command[3:])
-        return subprocess.CompletedProcess(command, ours.recv(), stderr="")
+        return warm.run(command[1:], dict(os.environ))
 
-    try:
-        with patch.object(resume.subprocess, "run", started):
-            yield
-    finally:
-        ours.close()
-        process.join()
-
-
-def _convert(unused: Connection, asked: Connection) -> None:
-    unused.close()
-    while True:
-        try:
-            path, output = map(Path, asked.recv())
-        except EOFError:
-            return
-        to_universal(path, output)
-        asked.send(0)
+    with patch.object(resume.subprocess, "run", started):
+        yield
 
 
 @process_group(timeout_minutes=3)
