@@ -1,15 +1,15 @@
-"""The multilingual contrastive loss of ShifCon (arXiv 2410.19453, section 3.3), inside the one forward pass.
+"""Pooled content states, and ShifCon's multilingual contrastive loss (arXiv 2410.19453, section 3.3).
 
-In: a forward pass whose tokens are marked with segments (samples) and content. Out: each segment's mean
-content state at every layer of the area, after the shift, and the symmetric InfoNCE over the plan's contrast
-sets. Next: the trainer's objectives, which add it to the language-model loss.
+`ContentPooling` averages the hidden states of each sample's own words at chosen layers; it serves any objective that
+compares samples. `contrastive_loss` is a symmetric InfoNCE over contrast sets of translation pairs
+(docs/methods.md, section 1.3).
 
-Shapes: B rows, T tokens, H hidden, S segments, K layers of the area, P translation pairs.
+Shapes: B rows, T tokens, H hidden, S segments (samples), K pooled layers, P translation pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,23 +22,44 @@ from modeling.layers import membership, state_hook
 
 
 class ContentPooling:
-    """Mean content state per segment at `h[toward] .. h[back-1]`. Make it AFTER the model's LanguageShift:
-    hooks run in the order they were made, and the loss is taken on shifted states."""
+    """Mean content state of each segment at chosen layers, from a forward pass that is done anyway.
 
-    def __init__(self, model: nn.Module, toward: int, back: int) -> None:
-        """Installs the hooks; raises ModelError for a layer that does not exist."""
-        self.area = (toward, back)
+    Install it after the model's `LanguageShift` to pool shifted states: hooks at the same layer run in the order of
+    their installation.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[int]) -> None:
+        """Installs the hooks.
+
+        Args:
+            layers: numbers `l` of the states `h[l]` to pool (`modeling.layers`), such as `range(toward, back)` for a
+                layer area or `[l]` for one layer.
+
+        Raises:
+            ModelError: `layers` is empty, or a layer does not exist.
+        """
+        self.layers = tuple(sorted(set(layers)))
+        if not self.layers:
+            raise ModelError("content pooling: no layers to pool at; name at least one")
         self._members_SN: Tensor | None = None  # fp32, of B*T tokens
         self._sizes_S1 = torch.ones(0, 1)
         self._pooled: list[Tensor] = []
-        self._handles = [state_hook(model, layer, self._pool) for layer in range(toward, back)]
+        self._handles = [state_hook(model, layer, self._pool) for layer in self.layers]
 
     @contextmanager
     def batch(self, segment_ids: Tensor, content: Tensor, n_segments: int) -> Iterator[list[Tensor]]:
-        """Yields a list that ONE forward pass inside fills with (S, H) fp32, one per layer of the area.
+        """Pools the one forward pass that runs inside.
 
-        segment_ids: (B, T) int64 in range(n_segments), -1 padding. content: (B, T) bool. A segment
-        without content, as in an idle micro-batch, pools to zeros.
+        Args:
+            segment_ids: (B, T) int64 in range(n_segments); -1 at padding.
+            content: (B, T) bool, the tokens that are averaged.
+            n_segments: S. A segment without content, as in an idle micro-batch, pools to zeros.
+
+        Yields:
+            A list that the forward pass fills with K tensors (S, H) in fp32, in ascending order of layers.
+
+        Raises:
+            ModelError: a second forward pass runs inside.
         """
         members = membership(segment_ids.masked_fill(~content, -1), n_segments)
         self._sizes_S1 = members.sum(dim=1, keepdim=True).clamp(min=1)
@@ -50,7 +71,7 @@ class ContentPooling:
             self._members_SN = None
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -66,14 +87,20 @@ class ContentPooling:
 def contrastive_loss(
     pooled: Sequence[Tensor], pairs: Tensor, sets: Tensor, groups: Tensor, content: Tensor, scale: float
 ) -> Tensor:
-    """Symmetric InfoNCE of translation pairs, SUMMED over pairs and averaged over layers; a scalar.
+    """Symmetric InfoNCE of translation pairs, summed over pairs and averaged over layers.
 
-    pooled: K of (S, H). pairs: (P, 2) int64 segments (dominant, other). sets: (P,) contrast set of each pair;
-    candidates come from its own set only. groups: (P,) item of each pair, content: (P, 2) hashes of the two
-    texts: another pair of the same item, or with a text in common, is never a negative. scale multiplies
-    the cosine similarities. Each pair's loss is the mean of the two directions' cross-entropies.
+    Without pairs the loss is a zero that still depends on every pooled state, so all ranks have the same graph.
 
-    Without pairs it is a zero that still reaches every pooled state, so every rank has one graph.
+    Args:
+        pooled: K tensors (S, H).
+        pairs: (P, 2) int64, the segments (dominant, other) of each pair.
+        sets: (P,) contrast set of each pair; its candidates come from its own set only.
+        groups: (P,) item of each pair; another pair of the same item is never a negative.
+        content: (P, 2) hashes of the two texts; another pair that shares a text is never a negative.
+        scale: factor of the cosine similarities.
+
+    Returns:
+        A scalar. Each pair's loss is the mean of the two directions' cross entropies.
     """
     states_KSH = torch.stack(list(pooled))
     if len(pairs) == 0:

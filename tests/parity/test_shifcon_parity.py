@@ -143,7 +143,7 @@ def system_loss(model: PreTrainedModel, vectors: LanguageVectors, packed: bool) 
     """The same through the hooks: one forward pass over all samples."""
     shift = LanguageShift(model, TOWARD, BACK)
     shift.set_vectors(vectors)
-    pooling = ContentPooling(model, TOWARD, BACK)
+    pooling = ContentPooling(model, range(TOWARD, BACK))
     batch = lay_out(packed)
     mask = {} if packed else {"attention_mask": batch["real"]}
     with (

@@ -64,7 +64,7 @@ def states(number: int, layers: int = 3) -> list[Tensor]:
 
 def test_pooling_is_the_mean_over_content_tokens_of_each_segment() -> None:
     model = tiny()
-    pooling = ContentPooling(model, 1, 4)
+    pooling = ContentPooling(model, range(1, 4))
     with pooling.batch(SEGMENTS, CONTENT, 5) as pooled:
         reported = model(IDS, output_hidden_states=True).hidden_states
     assert [state.shape for state in pooled] == [(5, 16)] * 3
@@ -76,13 +76,37 @@ def test_pooling_is_the_mean_over_content_tokens_of_each_segment() -> None:
         assert (state[3:] == 0).all()  # one without content, one without tokens
 
 
+def test_pooling_at_one_chosen_layer() -> None:
+    model = tiny()
+    pooling = ContentPooling(model, [2])
+    with pooling.batch(SEGMENTS, CONTENT, 3) as pooled:
+        reported = model(IDS, output_hidden_states=True).hidden_states
+    assert len(pooled) == 1
+    for segment in (0, 1, 2):
+        torch.testing.assert_close(pooled[0][segment], reported[2][(segment == SEGMENTS) & CONTENT].mean(0))
+
+
+def test_layers_are_pooled_in_ascending_order_each_once() -> None:
+    model = tiny()
+    pooling = ContentPooling(model, [4, 1, 4])
+    assert pooling.layers == (1, 4)
+    with pooling.batch(SEGMENTS, CONTENT, 3) as pooled:
+        reported = model(IDS, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(pooled[0][0], reported[1][(SEGMENTS == 0) & CONTENT].mean(0))
+    assert len(pooled) == 2
+    with pytest.raises(ModelError, match="layer 5 does not exist"):
+        ContentPooling(model, [5])
+    with pytest.raises(ModelError, match="no layers to pool at"):
+        ContentPooling(model, [])
+
+
 def test_pooling_sees_shifted_states_in_fp32() -> None:
     model = tiny().to(torch.bfloat16)
     shift = LanguageShift(model, 1, 3)
     mean = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))
     norm, tokens = torch.ones(2, 2), torch.ones(2, dtype=torch.int64)
     shift.set_vectors(LanguageVectors(("en", "de"), "en", (1, 3), (1, 3), mean, norm, tokens, "", ""))
-    pooling = ContentPooling(model, 1, 3)
+    pooling = ContentPooling(model, range(1, 3))
     with pooling.batch(SEGMENTS, CONTENT, 4) as plain:
         model(IDS)
     with shift.batch(torch.ones(2, 10, dtype=torch.long)), pooling.batch(SEGMENTS, CONTENT, 4) as moved:
@@ -94,7 +118,7 @@ def test_pooling_sees_shifted_states_in_fp32() -> None:
 
 def test_one_forward_a_batch_and_none_outside() -> None:
     model = tiny()
-    pooling = ContentPooling(model, 1, 3)
+    pooling = ContentPooling(model, range(1, 3))
     with pooling.batch(SEGMENTS, CONTENT, 4) as pooled:
         model(IDS)
         with pytest.raises(ModelError, match="a second forward pass"):
@@ -170,7 +194,7 @@ def test_perfect_and_reversed_alignment() -> None:
 @pytest.mark.parametrize("idle", [False, True])
 def test_without_pairs_it_is_a_zero_that_reaches_the_whole_area(idle: bool) -> None:
     model = tiny()
-    pooling = ContentPooling(model, 1, 3)
+    pooling = ContentPooling(model, range(1, 3))
     ids = torch.tensor([[1]]) if idle else IDS  # a short rank's micro-batch: one token, no content
     segments, content = (torch.tensor([[0]]), torch.tensor([[False]])) if idle else (SEGMENTS, CONTENT)
     with pooling.batch(segments, content, 1 if idle else 4) as pooled:
@@ -186,7 +210,7 @@ def test_without_pairs_it_is_a_zero_that_reaches_the_whole_area(idle: bool) -> N
 
 def test_pairs_whose_content_is_empty_give_finite_gradients() -> None:
     model = tiny()
-    pooling = ContentPooling(model, 1, 3)
+    pooling = ContentPooling(model, range(1, 3))
     with pooling.batch(SEGMENTS, CONTENT & (SEGMENTS != 0), 4) as pooled:
         model(IDS)
     pairs = make_pairs(2)
@@ -197,7 +221,7 @@ def test_pairs_whose_content_is_empty_give_finite_gradients() -> None:
 
 def test_autocast_does_not_lower_the_precision() -> None:
     model = tiny()
-    pooling = ContentPooling(model, 1, 3)
+    pooling = ContentPooling(model, range(1, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with pooling.batch(SEGMENTS, CONTENT, 4) as pooled:
             model(IDS)
@@ -215,7 +239,7 @@ def test_no_step_waits_for_a_value_on_the_device() -> None:
         model = tiny()
         shift = LanguageShift(model, 1, 3)
         shift.set_vectors(vectors)
-        pooling = ContentPooling(model, 1, 3)
+        pooling = ContentPooling(model, range(1, 3))
         languages = torch.zeros(2, 10, dtype=torch.long)
         # A ready-made mask, because transformers itself reads positions to make one.
         mask = torch.zeros(2, 1, 10, 10)

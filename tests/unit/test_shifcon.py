@@ -142,7 +142,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) 
     gradients = []
     for checkpointing in (False, True):
         model, shift = shifted(name)
-        pooling = ContentPooling(model, *AREA)
+        pooling = ContentPooling(model, range(*AREA))
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

@@ -114,7 +114,7 @@ class ShifCon(SupervisedFineTuning):
         self.probe = probe
         # Order matters: pooling must see the states after the shift.
         self.shift = LanguageShift(model, toward, back)
-        self.pooling = ContentPooling(model, toward, back)
+        self.pooling = ContentPooling(model, range(toward, back))
         self.vectors: LanguageVectors | None = None
 
     def loss_terms(self, engine: Engine, batch: MicroBatch) -> LossTerms:
