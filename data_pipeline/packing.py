@@ -44,7 +44,7 @@ class MicroBatch:
 
     `languages` is each token's language (prompt tokens: the question's; answer tokens: the answer's), -1 on
     padding. `vector_languages` is the same for tokens that count towards language vectors, else -1: the user's
-    content, and the answer where it is in the sample's own language (methods.md, "What is pooled").
+    content, and the answer where it is in the sample's own language (docs/methods.md, section 1.1).
     `label_positions` index the flattened (B*T) states whose output predicts `label_ids`; a micro-batch without
     any label holds one position of weight 0, so that every rank runs the same graph.
     """

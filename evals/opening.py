@@ -141,8 +141,8 @@ def answer(
     """Answers in the order of the questions, each with its languages (None: not known) and whether it was shifted.
 
     The fields of a question's row are kept, but for those named as the answer's own. A question whose language is
-    NEAREST takes the nearest language vector's (methods.md, "Routing"). Raises EvalError for a language that the model
-    does not have, or that its template needs and nothing tells.
+    NEAREST takes the nearest language vector's (docs/methods.md, section 1.2). Raises EvalError for a language that
+    the model does not have, or that its template needs and nothing tells.
     """
     for question in questions:
         _check_languages(question, generator.info.languages)

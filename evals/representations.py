@@ -1,8 +1,8 @@
 """How alike a model's states are across languages, layer by layer, before and after training.
 
 In: models and parallel texts. Out: a `RepresentationReport`: linear CKA and the distance between centroids, of each
-language to the dominant one, on states of sentences that translate each other (methods.md, X-Mixup 7); as JSON, as a
-table, and drawn by `representation_plots.py`. Next: people, and the command line.
+language to the dominant one, on states of sentences that translate each other (docs/methods.md, section 6); as JSON,
+as a table, and drawn by `representation_plots.py`. Next: people, and the command line.
 
 Models run plainly: an X-Mixup model unmixed, a ShifCon model unshifted. What changed is in the weights.
 """

@@ -1,7 +1,7 @@
 """How sure a score is, and whether two scores on the same items differ.
 
 In: counts of right answers, or right/wrong per item of two systems. Out: intervals and p-values.
-Next: `mgsm.py` puts an interval beside every accuracy; `crosslift compare` tells two runs apart.
+Formulas and sources: docs/methods.md, section 6.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: an export (a Hugging Face directory, with `crosslift.json` beside it and, for ShifCon, the language
 vectors) and tokenised prompts. Out: texts in the prompts' order. Next: `evals/` scores them.
 
-The shift runs on every token, prompt and generated (arXiv 2410.19453, section 3.2): prompt tokens take the
+The shift runs on every token, prompt and generated (docs/methods.md, section 1.2): prompt tokens take the
 prompt's language, generated ones the response's. A ShifCon model without its own vectors does not load.
 
 Shapes: B rows, T tokens.
@@ -180,7 +180,7 @@ class ShiftedGenerator:
     def nearest_language(self, ids: Sequence[int], content: Sequence[bool]) -> str | None:
         """The language whose vector is nearest to the mean unshifted `h[toward]` over a prompt's content tokens.
 
-        `content` marks the user's own words, which the vectors are means over (methods.md, "Routing"); where it
+        `content` marks the user's own words, which the vectors are means over (docs/methods.md, section 1.1); where it
         marks none, all tokens stand in. The first token, an attention sink, is left out where there are others.
         None for a model that does not shift.
         """

@@ -68,7 +68,7 @@ def seed_step(seed: int, step: int) -> None:
 
 @contextmanager
 def same_modules_on_every_rank(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, every module call is compared across ranks before it runs (design, decision 5).
+    """Inside, every module call is compared across ranks before it runs: ZeRO-3 deadlocks if they differ.
 
     Used for the first training forward only. The comparison comes before the module's own collective calls,
     so a rank that skips a module is named instead of waited for. Enter it before the model's other forward

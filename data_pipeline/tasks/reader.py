@@ -38,7 +38,7 @@ from data_pipeline.tasks.tokenize import NO_ANSWER, EncodedSide, TaskTokenizer, 
 
 
 def gold_probability(step: int, k: float) -> float:
-    """How probable gold sources are at a step, `k / (k + exp(step / k))` (X-Mixup, section 3.3)."""
+    """How probable gold sources are at a step, `k / (k + exp(step / k))` (docs/methods.md, section 2.3)."""
     exponent = step / k - math.log(k)
     return 1 / (1 + math.exp(exponent)) if exponent < 700 else 0.0
 

@@ -2,7 +2,7 @@
 
 In: `mgsm_XX.tsv` files (question TAB gold), a generator, the prompt template. Out: a folder with
 `predictions/mgsm_XX.jsonl`, every raw output with what each rule made of it, and `results.json`, which says of
-itself what was run. Next: `crosslift compare` and people, who may apply any later rule with `score_mgsm`.
+itself what was run. `score_mgsm` judges the kept outputs again, by the same rules or by later ones.
 
 The published protocol (MathOctopus, QAlign): zero-shot, greedy, up to 600 new tokens, the `alpaca` template.
 A folder whose evaluation was cut short is taken up again: finished languages are kept.

@@ -4,7 +4,7 @@ In: an export (or any directory with its `crosslift.json`) and canonical rows. O
 `{task}/test-{language}.tsv` (`.json` for question answering), whole or not there. Next: `score.py` reads them.
 
 A model trained with X-Mixup mixes here too where a row has its translation into the dominant language (`back_*`); a row
-of that language is its own (methods.md, X-Mixup, step 6): both sides' logits averaged for classification, the target
+of that language is its own (docs/methods.md, section 2.2): both sides' logits averaged for classification, the target
 side for tags and answers. Texts longer than a window run in several, each word tagged, each answer sought, in all.
 
 Shapes: R rows (n targets, then their n sources), T tokens, C classes, W words.
@@ -234,7 +234,7 @@ class EncoderPredictor:
 
 
 def write_predictions(file: Path, kind: str, records: Sequence[TaskRecord], values: Sequence[Any]) -> None:
-    """Predictions in the layout of XTREME's submissions (evals.md): whole or not there. Raises EvalError."""
+    """Predictions in the layout of XTREME's submissions: whole or not there. Raises EvalError."""
     if kind == "classification":
         text = "".join(f"{label}\n" for label in values)
     elif kind == "tagging":

@@ -2,7 +2,7 @@
 
 In: a task's scores by language. Out: plain data for `scores.json`, and one table. Next: the command line prints it.
 
-The transfer gap is the dominant language's score minus the mean of the others' (methods.md, X-Mixup).
+The transfer gap is the dominant language's score minus the mean of the others' (docs/methods.md, section 5).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ In: a tagging model (zero-shot, or translate-train) and canonical rows of transl
 Out: the same rows, in their order, with `soft_tags`: for each word the probability of each of the task's labels, the
 softmax of the word's pooled logits. Next: `crosslift xtreme run --soft-labels DIR`.
 
-Why (methods.md, X-Mixup, step 4): a translation has no gold tags; what a teacher gives its words is learned from.
+Why (docs/methods.md, section 2.2): a translation has no gold tags; what a teacher gives its words is learned from.
 """
 
 from __future__ import annotations

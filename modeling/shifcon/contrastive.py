@@ -1,4 +1,4 @@
-"""Pooled content states, and ShifCon's multilingual contrastive loss (arXiv 2410.19453, section 3.3).
+"""Pooled content states, and ShifCon's multilingual contrastive loss (arXiv 2410.19453).
 
 `ContentPooling` averages the hidden states of each sample's own words at chosen layers; it serves any objective that
 compares samples. `contrastive_loss` is a symmetric InfoNCE over contrast sets of translation pairs

@@ -1,4 +1,4 @@
-"""Language vectors of ShifCon (arXiv 2410.19453, section 3.1): mean states per language and layer.
+"""Language vectors of ShifCon (docs/methods.md, section 1.1): mean states per language and layer.
 
 In: unshifted forward passes over a probe set, their tokens marked with languages. Out: `LanguageVectors`, in
 memory and as one checked safetensors file. Next: `shifcon/shift.py`, which shifts by their differences.

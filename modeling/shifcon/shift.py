@@ -1,4 +1,4 @@
-"""The shift of ShifCon (arXiv 2410.19453, section 3.2): into the dominant language's subspace and back.
+"""The shift of ShifCon (docs/methods.md, section 1.2): into the dominant language's subspace and back.
 
 In: a model and `LanguageVectors`. Out: the same model, whose layers `toward .. back-1` work on states moved
 onto the dominant language:

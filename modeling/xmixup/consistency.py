@@ -1,4 +1,4 @@
-"""What X-Mixup (arXiv 2205.04182, section 3.3) asks of a pair: that both sides say the same.
+"""X-Mixup's consistency loss between the two sides of a pair (docs/methods.md, section 2.2).
 
 In: last hidden states and logits of a stacked batch, targets first, then their sources. Out: one number a pair.
 Next: `training/objectives/encoders.py` adds their mean to the task losses.

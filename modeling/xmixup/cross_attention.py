@@ -1,4 +1,4 @@
-"""X-Mixup's cross-attention (arXiv 2205.04182, section 3.2): its weights, and what its entropy says of a pair.
+"""X-Mixup's cross-attention (docs/methods.md, section 2.1): its weights, and what its entropy says of a pair.
 
 In: queries of the target text and keys of its source text. Out: attention weights over the source, and one entropy
 a pair: low where the two texts align well. Next: `xmixup/mixup.py`, which mixes the target's states by them.

@@ -1,4 +1,4 @@
-"""X-Mixup (arXiv 2205.04182, section 3.2): at one encoder layer, target texts take from their source texts.
+"""X-Mixup (docs/methods.md, section 2.1): at one encoder layer, target texts take from their source texts.
 
 In: an encoder whose batches hold n target rows, then their n source rows. Out: the same model, whose chosen layer
 mixes, with `Z_t`, `Z_s` its attention block's outputs (after residual and LayerNorm) of the two sides:

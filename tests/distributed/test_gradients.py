@@ -1,4 +1,7 @@
-"""Gradients of one global batch do not depend on how it is split over ranks and micro-batches (decision 4)."""
+"""Gradients of one global batch do not depend on how it is split over ranks and micro-batches.
+
+Losses are sums divided by counts of the whole step (docs/methods.md, section 4).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kill -9 in mid-run, then `--resume auto`: everything goes on exactly as in the undisturbed run (decisions 1, 9).
+"""Kill -9 in mid-run, then `--resume auto`: the run continues exactly as the undisturbed run does.
 
 `crosslift train` itself is killed and started again with ShifCon; the other runs are its ranks, without the launcher.
 """

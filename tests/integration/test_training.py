@@ -207,7 +207,8 @@ def test_generation_from_the_export_is_what_training_saw(trained: Path, finished
 
 def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) -> None:
     """Answers in another language than their prompts: training's objective on a packed row, the generator, and the
-    formulas (methods.md) from the last checkpoint's vectors and the exported weights give the same losses."""
+    formulas (docs/methods.md, section 1.2) from the last checkpoint's vectors and the exported weights give the same
+    losses."""
     import torch
     from torch.nn import functional
 

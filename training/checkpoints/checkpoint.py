@@ -1,7 +1,7 @@
 """Checkpoints that exist only when complete: mark, verify, find, keep, compare.
 
 In: files that `saving.py` wrote under a temporary name. Out: `<output_dir>/checkpoints/step-00000100/`, synced, marked
-COMPLETE, renamed (design, decision 9). Next: `retention.py`, `search.py`, `export.py`.
+COMPLETE, renamed: a name without COMPLETE is no checkpoint. Next: `retention.py`, `search.py`, `export.py`.
 
     step-00000100/
         zero/                            DeepSpeed's shards of weights and optimiser state, one set a rank

@@ -27,7 +27,7 @@ class SFTConfig(Section):
 
 
 class ContrastiveConfig(Section):
-    """The multilingual contrastive loss (methods.md, step 6)."""
+    """The multilingual contrastive loss (docs/methods.md, section 1.3)."""
 
     weight: float = Field(ge=0, description="b of loss = a * SFT + b * contrastive")
     scale: float = Field(gt=0, description="what the cosine similarities are multiplied by; b means nothing without it")

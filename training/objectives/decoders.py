@@ -93,7 +93,10 @@ class SupervisedFineTuning:
 
 
 class ShifCon(SupervisedFineTuning):
-    """ShifCon in one pass: the SFT forward is shifted, and its states feed the contrastive loss (methods.md)."""
+    """ShifCon in one pass: the SFT forward is shifted, and its states feed the contrastive loss.
+
+    Formulas: docs/methods.md, section 1.
+    """
 
     term_names: tuple[str, ...] = ("sft", "contrastive")
 

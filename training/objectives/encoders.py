@@ -87,7 +87,7 @@ class XMixup(TaskFineTuning):
     """X-Mixup (arXiv 2205.04182): `alpha * task(source) + (1 - alpha) * task(target) + consistency`.
 
     With back-translations as sources, whose labels are not gold, only the target's task counts; a class stays the
-    class, so classification keeps both (methods.md, 4). `train/loss` is the target's.
+    class, so classification keeps both (docs/methods.md, section 2.2). `train/loss` is the target's.
     """
 
     term_names: tuple[str, ...] = ("target", "source", "consistency", "mixup_ratio")

@@ -4,9 +4,9 @@ In: sums over one micro-batch, counts over the whole step. Out: the number that 
 Next: `objectives/decoders.py` and `trainer.py`.
 
 A step's loss is a weighted sum of terms (SFT, contrastive; target, source, consistency), and each term is a sum
-over the step divided by that term's own global denominator: label tokens, pairs, samples (design, decision 4). A
-micro-batch contributes its share of each, so gradients do not depend on how the batch is split over micro-batches
-and ranks.
+over the step divided by that term's own global denominator: label tokens, pairs, samples
+(docs/methods.md, section 4). A micro-batch contributes its share of each, so gradients do not depend on how the
+batch is split over micro-batches and ranks.
 """
 
 from __future__ import annotations
