@@ -1,0 +1,167 @@
+"""What docs and comments refer to exists: files, sections, links, commands with their options, make targets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+import typer
+
+from crosslift import app
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+# Files of other projects that comments name.
+ELSEWHERE = {"evaluate.py", "utils_preprocess.py", "datasets/xtreme/xtreme.py", "utils.py"}
+
+CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+INLINE_CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+SECTION = re.compile(r"`?((?:docs/)?\w+\.md)`?,\s+(?:#\s+)?section\s+(\d+(?:\.\d+)*)")
+PLACEHOLDER = re.compile(r"[*{}<>$]|\.\.\.|[A-Z]{3}")
+
+
+def tracked() -> list[str]:
+    """Files under version control, and those about to be."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+FILES = tracked()
+FOLDERS = {str(parent) for name in FILES for parent in PurePosixPath(name).parents}
+TOP_FOLDERS = {folder for folder in FOLDERS if "/" not in folder}
+BASENAMES = {PurePosixPath(name).name for name in FILES}
+SOURCES = [name for name in FILES if name.endswith((".py", ".yaml", ".toml")) or name == "Makefile"]
+
+
+def exists(name: str, beside: str) -> bool:
+    """Whether a file or folder has this path from the root or from `beside`, or, without a folder, this name."""
+    name = name.rstrip("/")
+    paths = {name, str(PurePosixPath(beside) / name)}
+    inside = any(path.endswith("/" + name) for path in FILES) if "/" in name else name in BASENAMES
+    return inside or bool(paths & {*FILES, *FOLDERS})
+
+
+def headings(file: str) -> set[str]:
+    """Numbers of a document's sections: `## 3. Order` and `### 3.1 Rows` give 3 and 3.1."""
+    return set(re.findall(r"^#+ (\d+(?:\.\d+)*)\.? ", (ROOT / file).read_text(), re.MULTILINE))
+
+
+def commands() -> dict[str, set[str]]:
+    """Each command of the command line, such as `data plan`, with its options."""
+
+    def below(group: object, prefix: str) -> Iterator[tuple[str, set[str]]]:
+        for name, command in group.commands.items():  # type: ignore[attr-defined]
+            if hasattr(command, "commands"):
+                yield from below(command, f"{prefix}{name} ")
+            else:
+                yield (
+                    prefix + name,
+                    {option for each in command.params for option in (*each.opts, *each.secondary_opts)},
+                )
+
+    return dict(below(typer.main.get_command(app), ""))
+
+
+COMMANDS = commands()
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
+
+
+def command_faults(line: str) -> list[str]:
+    """What a line that starts with `crosslift` names and does not exist; alternatives are written `a|b`."""
+    words = [word for word in re.split(r"\s+|(?<=\w)(?=\])", line.replace("[", " ").replace("]", " ")) if word][1:]
+    if not words or words[0].startswith("-") or PLACEHOLDER.search(words[0]):
+        return []
+    names = [[name] for name in words[0].split("|")]
+    if words[0] in GROUPS and len(words) > 1:
+        names = [[words[0], name] for name in words[1].split("|")]
+    found = [" ".join(name) for name in names if " ".join(name) in COMMANDS]
+    unknown = [" ".join(name) for name in names if " ".join(name) not in COMMANDS and " ".join(name) not in GROUPS]
+    options = {word.split("=")[0].rstrip(",;:.)") for word in words if word.startswith("--")}
+    known = {"--help"}.union(*(COMMANDS[name] for name in found))
+    return [f"command {name}" for name in unknown] + [f"option {each}" for each in options - known if not unknown]
+
+
+def doc_commands(text: str) -> Iterator[str]:
+    """Command lines of a document: in code blocks, with continued lines joined, and in inline code."""
+    for block in CODE_BLOCK.findall(text):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            yield re.sub(r"(?:^|\s)#\s.*|\s{3,}\S.*", "", line).strip()
+    yield from INLINE_CODE.findall(CODE_BLOCK.sub("", text))
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def test_files_that_a_document_names_exist(doc: Path) -> None:
+    text = doc.read_text()
+    beside = str(doc.parent.relative_to(ROOT))
+    missing = [link for link in LINK.findall(text) if "://" not in link and not exists(link.split("#")[0], beside)]
+    for code in INLINE_CODE.findall(CODE_BLOCK.sub("", text)):
+        name = code.split("::")[0]
+        is_source = re.fullmatch(r"[\w./-]+\.(py|md)", name) is not None
+        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]*)+", name) is not None and name.split("/")[0] in TOP_FOLDERS
+        if (is_source or is_path) and name not in ELSEWHERE and not exists(name, beside):
+            missing.append(name)
+    assert not missing
+
+
+def test_files_that_comments_name_exist() -> None:
+    missing = []
+    for source in SOURCES:
+        for number, line in enumerate((ROOT / source).read_text().splitlines(), 1):
+            named = [name for code in INLINE_CODE.findall(line) if re.fullmatch(r"[\w./-]+\.(py|md)", name := code)]
+            named += re.findall(r"(?<![\w/])docs/\w+\.md", line)
+            beside = str(PurePosixPath(source).parent)
+            missing += [f"{source}:{number}: {n}" for n in named if n not in ELSEWHERE and not exists(n, beside)]
+    assert not missing
+
+
+def test_sections_that_are_cited_exist() -> None:
+    missing, cited = [], 0
+    for name in [*SOURCES, *(str(doc.relative_to(ROOT)) for doc in DOCS)]:
+        for document, section in SECTION.findall((ROOT / name).read_text()):
+            cited += 1
+            file = document if document.startswith("docs/") else f"docs/{document}"
+            if not (ROOT / file).is_file() or section not in headings(file):
+                missing.append(f"{name}: {document}, section {section}")
+    assert not missing
+    assert cited > 10
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def test_commands_that_a_document_shows_exist(doc: Path) -> None:
+    faults = []
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in doc_commands(doc.read_text()):
+        if re.match(r"crosslift\s", line):
+            faults += [f"{line}: {fault}" for fault in command_faults(line)]
+        elif target := re.fullmatch(r"make (\w+)", line):
+            faults += [line] * (target[1] not in targets)
+        elif (module := re.search(r"\bpython -m ((?:training|benchmarks)[\w.]*)", line)) is not None:
+            path = module[1].replace(".", "/")
+            faults += [line] * (not {f"{path}.py", f"{path}/__main__.py"} & set(FILES))
+    assert not faults
+
+
+def test_commands_that_comments_and_messages_show_exist() -> None:
+    faults = []
+    for source in (name for name in SOURCES if not name.startswith("tests/")):
+        text = (ROOT / source).read_text()
+        shown = [code for code in INLINE_CODE.findall(text) if re.match(r"crosslift [a-z]", code)]
+        shown += re.findall(r"(?:Example: |^#\s+)(crosslift [a-z][^\"\n]*)", text, re.MULTILINE)
+        faults += [f"{source}: {line}: {fault}" for line in shown for fault in command_faults(line)]
+    assert not faults
+
+
+def test_what_does_not_exist_is_found() -> None:
+    assert command_faults("crosslift compare A B") == ["command compare"]
+    assert command_faults("crosslift data prepare CONFIG") == ["command data prepare"]
+    assert command_faults("crosslift train CONFIG --gpus 8") == ["option --gpus"]
+    assert command_faults("crosslift status|logs RUN") == []
+    assert command_faults(shlex.join(["crosslift", "data", "plan", "CONFIG", "--steps", "0:1"])) == []
+    assert not exists("training/utils.py", "docs")
+    assert "1.1" in headings("docs/methods.md")
