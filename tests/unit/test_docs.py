@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 import subprocess
@@ -42,7 +43,7 @@ SOURCES = [name for name in FILES if name.endswith((".py", ".yaml", ".toml")) or
 def exists(name: str, beside: str) -> bool:
     """Whether a file or folder has this path from the root or from `beside`, or, without a folder, this name."""
     name = name.rstrip("/")
-    paths = {name, str(PurePosixPath(beside) / name)}
+    paths = {name, posixpath.normpath(f"{beside}/{name}")}
     inside = any(path.endswith("/" + name) for path in FILES) if "/" in name else name in BASENAMES
     return inside or bool(paths & {*FILES, *FOLDERS})
 
@@ -106,6 +107,26 @@ def test_files_that_a_document_names_exist(doc: Path) -> None:
         is_path = re.fullmatch(r"[\w.-]+(/[\w.-]*)+", name) is not None and name.split("/")[0] in TOP_FOLDERS
         if (is_source or is_path) and name not in ELSEWHERE and not exists(name, beside):
             missing.append(name)
+    assert not missing
+
+
+def test_every_guarantee_names_code_and_a_test_that_exist() -> None:
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs/guarantees.md").read_text().splitlines() if line.count(" | ") == 2
+    ]
+    rows = [row for row in rows if row[0] != "| promise"]
+    missing = []
+    for promise, *columns in rows:
+        for column in columns:
+            names = INLINE_CODE.findall(column)
+            assert names, promise
+            folder = ""
+            for name in names:
+                path = PurePosixPath(name) if "/" in name else PurePosixPath(folder) / name
+                folder = str(path.parent)
+                missing += [f"{promise}: {path}"] * (not {str(path)} & {*FILES, *FOLDERS})
+        assert re.search("`(tests|benchmarks)/", columns[-1]), promise
+    assert len(rows) > 25
     assert not missing
 
 
