@@ -130,6 +130,13 @@ def test_every_guarantee_names_code_and_a_test_that_exist() -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def test_test_functions_that_a_document_names_exist(doc: Path) -> None:
+    named = {code for code in INLINE_CODE.findall(doc.read_text()) if re.fullmatch(r"test_\w+", code)}
+    tests = "".join((ROOT / name).read_text() for name in FILES if name.startswith("tests/") and name.endswith(".py"))
+    assert not {name for name in named if f"def {name}(" not in tests}
+
+
 def test_files_that_comments_name_exist() -> None:
     missing = []
     for source in SOURCES:
