@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_text
 from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
 from evals.errors import EvalError
 from evals.mgsm.mgsm import evaluate_mgsm, find_files, read_predictions, read_problems
 from evals.mgsm.numbers import HEADLINE
 from evals.opening import open_model
 from evals.report import Accuracy, accuracy_table
-from evals.results import write_atomically
 from evals.score_report import TrackScores, score_metrics, write_score_files
 from evals.statistics import clustered_mean, wilson_interval
 
@@ -74,7 +74,7 @@ def run_quickstart(output: Path, seed: int, track: TrackScores | None = None) ->
         print(f"\n{verdicts[test].text}")
     minutes = (time.monotonic() - started) / 60
     results = {"seed": seed, "minutes": minutes, **{test: asdict(each) for test, each in verdicts.items()}}
-    write_atomically(output / "quickstart.json", json.dumps(results, indent=1))
+    write_text(output / "quickstart.json", json.dumps(results, indent=1))
     print(f"\n{minutes:.1f} minutes. Every answer: {output}/scores. The three runs in MLflow: {output}")
     print(f"Open its page:  crosslift ui {output}")
     return results

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.atomic import atomic_file, write_text
 from data_pipeline.plot_text import PlotText
-from evals.errors import EvalError
 from evals.representations import ModelRepresentations, RepresentationReport
-from evals.results import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,13 +32,9 @@ NAME_HEIGHT = 0.033  # of a language's name, as a share of the panel's
 def write_report(report: RepresentationReport, output: Path, debiased: bool = False) -> tuple[Path, Path]:
     """The report as `representations.json` and `representations.png` in a folder; each is whole or not there."""
     data, plot = output / JSON_FILE, output / PLOT_FILE
-    write_atomically(data, json.dumps(report.to_json(), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    partial = plot.with_name(f".{plot.name}.{os.getpid()}")
-    try:
-        draw(report, debiased).savefig(partial, dpi=150, format="png")
-        partial.replace(plot)
-    except OSError as error:
-        raise EvalError(f"{plot}: cannot be written: {error.strerror}") from error
+    write_text(data, json.dumps(report.to_json(), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    with atomic_file(plot) as temporary:
+        draw(report, debiased).savefig(temporary, dpi=150, format="png")
     return data, plot
 
 

@@ -6,7 +6,6 @@ In: a generator and texts to keep. Out: plain JSON data and files. Next: `mgsm.p
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.atomic import write_text
 from evals.errors import EvalError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
             raise EvalError(f"{folder}: not empty, and no evaluation's folder; name a new one")
-        write_atomically(file, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
+        write_text(file, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
         return
     if (before := read_run(folder)) != run:
         difference = _difference(before, run)
@@ -95,17 +95,3 @@ def _difference(before: Any, now: Any) -> str:
     key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
     rest = _difference(before.get(key), now.get(key))
     return f"{key}.{rest}" if rest else str(key)
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes a file that is either whole or not there. Raises EvalError."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError as error:
-        raise EvalError(f"{file}: cannot be written: {error.strerror}") from error

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_text
 from data_pipeline.plot_text import PlotText
 from evals.errors import EvalError
 from evals.mgsm.mgsm_table import mgsm_table
-from evals.results import RESULTS_FILE, write_atomically
+from evals.results import RESULTS_FILE
 
 TABLE_FILE, PLOT_FILE = "table.txt", "accuracy.png"
 
@@ -36,7 +37,7 @@ def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> li
     """Table and plot beside an evaluation's results.json; all three. Raises EvalError."""
     table, plot = output / TABLE_FILE, output / PLOT_FILE
     counts = ", ".join(f"{language} {_count(score)}" for language, score in results["languages"].items())
-    write_atomically(table, f"{mgsm_table({name: results})}\n\nproblems: {counts}\n")
+    write_text(table, f"{mgsm_table({name: results})}\n\nproblems: {counts}\n")
     try:
         _draw(results, plot, name)
     except OSError as error:

@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_pipeline.atomic import atomic_folder
 from slurm import client
 from slurm.client import JobId
 from slurm.errors import SlurmError, mistakes
@@ -71,16 +72,15 @@ def submit(request: Request) -> list[SubmittedJob]:
         number = _submission(request.folder)
         folder = slurm_folder(request.folder) / number
         specs = job_specs(request, folder)
-        incomplete = folder.with_name(f".incomplete-{number}")
         done: list[SubmittedJob] = []
         try:
-            _freeze(request, incomplete)
-            incomplete.rename(folder)
+            with atomic_folder(folder, exclusive=True) as incomplete:
+                _freeze(request, incomplete)
             for spec in specs:
                 done.append(_queue(spec, done))
             _note(request, done)
         except BaseException as error:
-            _take_back(done, incomplete, folder)
+            _take_back(done, folder)
             if isinstance(error, OSError):
                 raise SlurmError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
             raise
@@ -182,7 +182,6 @@ def _queue(spec: JobSpec, before: Sequence[SubmittedJob]) -> SubmittedJob:
 
 
 def _freeze(request: Request, folder: Path) -> None:
-    folder.mkdir(parents=True)
     freeze_source(folder / "code", request.git)
     for run, config in zip(request.runs, _configs(request, folder), strict=True):
         config.parent.mkdir(exist_ok=True)
@@ -203,10 +202,9 @@ def _note(request: Request, jobs: Sequence[SubmittedJob]) -> None:
         add_jobs(run.folder, [job.element(f"{job.job}_{number}") for job in jobs if job.array])
 
 
-def _take_back(jobs: Sequence[SubmittedJob], *folders: Path) -> None:
-    """Nothing stays queued, nothing half-written."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def _take_back(jobs: Sequence[SubmittedJob], folder: Path) -> None:
+    """Delete a submission's folder and cancel its jobs."""
+    shutil.rmtree(folder, ignore_errors=True)
     if jobs:
         client.cancel([JobId(job.job, job.cluster) for job in jobs])
 

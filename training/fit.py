@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from data_pipeline.atomic import write_text
 from data_pipeline.yaml_values import write_yaml
 from modeling.export_info import VECTORS_FILE
 from modeling.weights.untrusted import read_tokenizer
@@ -127,7 +128,7 @@ def _dated(config: RunConfig, prepared: Prepared, found: Path | None) -> RunConf
 def _write_resolved(config: RunConfig) -> None:
     """The run file with every default filled in, in the run folder."""
     text = write_yaml(resolved(config))
-    (config.output_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_text(config.output_dir / CONFIG_FILE, text, exclusive=True)
 
 
 def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from benchmarks.same_numbers import cases
 from benchmarks.same_numbers.cases import CASES, Facts
 from benchmarks.same_numbers.revision import SOURCE, Revision, SameNumbersError
+from data_pipeline.atomic import write_text
 
 WORK = SOURCE / "runs" / "same_numbers"
 SHOWN = 8  # differences of a case that are printed
@@ -69,10 +70,7 @@ def facts_of(revision: Revision, name: str, data: Path) -> Facts:
     file = revision.folder / "facts" / f"{name}.json"
     if not file.exists():
         facts = CASES[name](revision, data)
-        file.parent.mkdir(exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(facts, ensure_ascii=False, indent=0), encoding="utf-8")
-        unfinished.replace(file)
+        write_text(file, json.dumps(facts, ensure_ascii=False, indent=0))
     found: Facts = json.loads(file.read_text(encoding="utf-8"))
     return found
 

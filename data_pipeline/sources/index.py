@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.atomic import atomic_folder
 from data_pipeline.config import SourceConfig
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
 from data_pipeline.sources.formats import Place
@@ -224,32 +223,20 @@ def build_index(
             first = BadRow(*scan.bad_rows[0])
             raise DataError(f"{error}; {scan.bad_count:,} rows are unusable, such as {first}") from None
         meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
-        _publish(arrays, meta, directory, readers)
+        with atomic_folder(directory, exists="keep") as temporary:
+            _write(temporary, arrays, meta)
+            if directory.exists() and _opened(directory, readers) is None:  # torn; a whole one is another process's
+                shutil.rmtree(directory)
         index = DataIndex(directory, readers)
     refuse_bad(index.bad_rows, len(index.bad_rows), max_bad_rows)
     index.patience = patience
     return index
 
 
-def _publish(arrays: Arrays, meta: dict[str, Any], directory: Path, readers: Sequence[RecordReader]) -> None:
-    """Writes the folder under another name and renames it; whoever builds the same index writes the same bytes."""
-    temporary = directory.with_name(f"building-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        for name, values in arrays.items():
-            with open(temporary / f"{name}.npy", "wb") as file:
-                np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        try:
-            temporary.rename(directory)
-        except OSError:
-            if _opened(directory, readers) is None:  # not another process that was first, but a torn folder
-                for path in sorted(temporary.iterdir()):
-                    os.replace(path, directory / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone after the rename
+def _write(folder: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _opened(directory: Path, readers: Sequence[RecordReader]) -> DataIndex | None:

@@ -7,7 +7,6 @@ Next: `sources.py`.
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.atomic import atomic_file
 from data_pipeline.records import BadRow, DataError
 from data_pipeline.sources.formats import Place, Row, Shard, open_binary
 from data_pipeline.sources.paths import MAGIC
@@ -71,19 +71,15 @@ class Parquet(Shard):
             return [self._rows(batch.slice(row, 1), before + row)[0] for row in range(batch.num_rows)]
 
     def copy(self) -> Path:
-        """The Arrow copy, made if it is not there: under a temporary name, as others may be making it too."""
+        """The Arrow copy, made if it is not there; other processes may be making it at the same time."""
         key = hashlib.sha256("\0".join((self.address, self.identity, *self.wanted)).encode()).hexdigest()[:32]
         path = Path(self.copy_dir, f"{key}.arrow")
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".building-{uuid.uuid4().hex}")
             try:
-                self._write_arrow(temporary)
-                temporary.replace(path)
+                with atomic_file(path) as temporary:
+                    self._write_arrow(temporary)
             except pa.ArrowException as error:
                 raise DataError(f"{self.address}: cannot be read ({str(error).splitlines()[0]})") from error
-            finally:
-                temporary.unlink(missing_ok=True)  # gone after the renaming
         return path
 
     def _write_arrow(self, path: Path) -> None:

@@ -20,8 +20,6 @@ are met in `text`, without labels and with other numbers, as an encoder meets mo
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from data_pipeline.atomic import atomic_folder
 from data_pipeline.records import DataError, stable_hash
 from data_pipeline.toy_problems.corpus import LANGUAGES, PHRASINGS, ToyItem, phrasings, render
 from data_pipeline.toy_problems.structures import STRUCTURES, Structure
@@ -106,15 +105,11 @@ def write_labelled_task(folder: Path, sizes: LabelledSizes, seed: int) -> None:
         items = labelled_items(split, getattr(sizes, f"n_{split}"), seed)
         for language in LANGUAGES:
             files[f"{split}/{language}"] = [_labelled_row(item, split, language, sizes.noise, seed) for item in items]
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
+    with atomic_folder(folder) as temporary:
         for name, rows in files.items():
             path = temporary / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone after the rename
 
 
 def label_of(structure: Structure) -> str:

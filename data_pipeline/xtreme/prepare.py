@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import atomic_folder
 from data_pipeline.records import DataError
 from data_pipeline.xtreme import translations as mt
 from data_pipeline.xtreme.items import (
@@ -121,19 +120,16 @@ def prepare_task(
     output = Path(output)
     if (counts := _kept(output, made_from, remake, remedy)) is not None:
         return counts
-    temporary = output.with_name(f".incomplete-{output.name}-{uuid.uuid4().hex[:8]}")
     try:
-        counts = _write(found, plan, temporary, allow_unlabelled_test, max_bad_rows) | {
-            "missing": plan.missing,
-            "layout": layout,
-        }
-        stamp = json.dumps({"made_from": made_from, "counts": counts}, ensure_ascii=False, indent=1)
-        (temporary / STAMP).write_text(stamp + "\n", encoding="utf-8")
-        _publish(temporary, output)
+        with atomic_folder(output, exists="replace") as temporary:
+            counts = _write(found, plan, temporary, allow_unlabelled_test, max_bad_rows) | {
+                "missing": plan.missing,
+                "layout": layout,
+            }
+            stamp = json.dumps({"made_from": made_from, "counts": counts}, ensure_ascii=False, indent=1)
+            (temporary / STAMP).write_text(stamp + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone after the renaming
     return counts
 
 
@@ -309,11 +305,3 @@ def _kept(output: Path, made_from: dict[str, Any], remake: bool, remedy: str) ->
         files = {**made_from[key], **before[key]}
         key = next(f"content of {each}" for each in files if before[key].get(each) != made_from[key].get(each))
     raise DataError(f"{output}: was prepared otherwise (it differs in: {key}); {remedy}")
-
-
-def _publish(temporary: Path, output: Path) -> None:
-    aside = output.with_name(f".replaced-{temporary.name.removeprefix('.incomplete-')}")
-    if output.exists():
-        output.rename(aside)
-    temporary.rename(output)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -18,10 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.atomic import write_text
 from data_pipeline.records import Message
 from evals.errors import EvalError
 from evals.mgsm.numbers import HEADLINE, RULES, gold_number
-from evals.results import RESULTS_FILE, claim, described_model, described_versions, read_run, write_atomically
+from evals.results import RESULTS_FILE, claim, described_model, described_versions, read_run
 from evals.statistics import wilson_interval
 
 if TYPE_CHECKING:
@@ -134,11 +135,11 @@ def evaluate_mgsm(
                 _judged(_row(chat, *parts), language)
                 for parts in zip(range(len(chosen)), chosen, asked, answers, strict=True)
             ]
-            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         scores[language] = _score(rows, len(found[language]))
     missing = dict.fromkeys(find_files(data_dir, ".tsv").keys() - files.keys(), "not asked for")
     results = {"run": run, **_summary(scores, generator.info.dominant, missing)}
-    write_atomically(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+    write_text(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     return results
 
 

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.atomic import write_text
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.records import Example, TaskRecord
 from data_pipeline.tasks.tokenize import EncodedSide, TaskTokenizer, Windows
 from evals.errors import EvalError
-from evals.results import write_atomically
 from evals.xtreme.spans import ScoredWindow, best_span, window_of_each
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def write_predictions(file: Path, kind: str, records: Sequence[TaskRecord], valu
         if len(answers) < len(records):
             raise EvalError(f"{file}: {len(records)} questions share {len(answers)} ids; each needs its own")
         text = json.dumps(answers, ensure_ascii=False, indent=0) + "\n"
-    write_atomically(file, text)
+    write_text(file, text)
 
 
 def _counterpart(of_source: Windows, of_target: Windows, number: int) -> EncodedSide:

@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_text
 from data_pipeline.config import TASK_COLUMNS
 from data_pipeline.sources.cells import blank
 from data_pipeline.tasks.records import TaskRecord
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
-from evals.results import write_atomically
 from evals.xtreme.predict import write_predictions
 
 LOOKED_AT = 100  # rows of a file that tell what its rows have
@@ -105,7 +105,7 @@ def write_gold(file: Path, task: XtremeTask, records: Sequence[TaskRecord]) -> b
     if bare is not None:
         raise EvalError(f"{bare.origin}: has no label, but other rows of the file have one; all or none must")
     if task.kind == "qa":
-        write_atomically(file, json.dumps(_squad(file, records), ensure_ascii=False) + "\n")
+        write_text(file, json.dumps(_squad(file, records), ensure_ascii=False) + "\n")
     else:
         write_predictions(file, task.kind, records, labels)
     return True

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.atomic import write_text
 from data_pipeline.xtreme.layouts import detect_layout, find_source, tatoeba_pairs
 from data_pipeline.xtreme.retrieval import tatoeba_files
 from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
-from evals.results import RESULTS_FILE, described_versions, write_atomically
+from evals.results import RESULTS_FILE, described_versions
 from evals.xtreme.score import XtremeScores, score_directory
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def retrieve_tatoeba(
         "without_tokens": without_tokens,
         "versions": described_versions(),
     }
-    write_atomically(output / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    write_text(output / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     return results, scores
 
 
@@ -178,4 +179,4 @@ def _absent(data_dir: Path, layout: str) -> dict[str, str]:
 
 
 def _write(file: Path, numbers: Sequence[int]) -> None:
-    write_atomically(file, "".join(f"{number}\n" for number in numbers))
+    write_text(file, "".join(f"{number}\n" for number in numbers))

@@ -26,11 +26,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.atomic import write_text
 from data_pipeline.config import merged
 from data_pipeline.xtreme.prepare import STAMP, prepare_task
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
-from evals.results import described_versions, write_atomically
+from evals.results import described_versions
 from evals.xtreme.predict import EncoderPredictor, write_predictions
 from evals.xtreme.prepared import gold_file, read_records, split_files, write_gold
 from evals.xtreme.run_config import RunPlan
@@ -107,9 +108,9 @@ def _from_training_on(
         "task": run.task, "model": run.model, "method": run.method, "selection": chosen.to_json(),
         "predicted": predicted, "summary": told, "versions": described_versions(),
     }  # fmt: skip
-    write_atomically(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    write_text(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     if table is not None:
-        write_atomically(run.output / TABLE_FILE, table + "\n")
+        write_text(run.output / TABLE_FILE, table + "\n")
     if tracker is not None:
         _track(tracker, run, chosen, results)
     if told is None:
@@ -175,7 +176,7 @@ def _predict(run: XtremeRun, task: XtremeTask, data: Path, step: int) -> tuple[d
         found = predictor.predict(records, run.mixup)
         write_predictions(gold_file(folder, task, language), task.kind, records, found.values)
         earlier[language] = {"rows": len(records), "mixed": found.mixed}
-        write_atomically(folder / MADE_BY, json.dumps({**stamp, "languages": earlier}, indent=1) + "\n")
+        write_text(folder / MADE_BY, json.dumps({**stamp, "languages": earlier}, indent=1) + "\n")
     if not labelled:
         raise EvalError(f"{data / 'test'}: no test rows of {task.name}")
     return earlier, all(labelled)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_text
 from data_pipeline.yaml_values import read_yaml, write_yaml
 from evals.errors import EvalError
-from evals.results import write_atomically
 from evals.xtreme.predict import MixupMode
 from evals.xtreme.prepared import check_training, count_rows, filled_columns, split_files
 from evals.xtreme.run_config import RunPlan, Values, compose, read_plan
@@ -73,7 +73,7 @@ def composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
 
 def write_run_file(run: XtremeRun, values: Values) -> None:
     heading = f"# {run.task}, {run.model}, {run.method}; written by `crosslift xtreme run`, read by `crosslift train`\n"
-    write_atomically(run.output / RUN_YAML, heading + _as_yaml(values))
+    write_text(run.output / RUN_YAML, heading + _as_yaml(values))
 
 
 def _as_yaml(values: Values) -> str:

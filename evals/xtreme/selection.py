@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import replaced_path, swap, write_text
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
-from evals.results import write_atomically
 from evals.xtreme.predict import EncoderPredictor, MixupMode, write_predictions
 from evals.xtreme.prepared import gold_file, read_records, write_gold
 from evals.xtreme.score import score_directory
@@ -88,15 +88,15 @@ def select(
             shutil.rmtree(output / ".checkpoint", ignore_errors=True)
         scores = {**selection.scores, step: score}
         selection = Selection(max(scores, key=lambda at: (scores[at], -at)), tuple(dev), mixup, scores)
-        write_atomically(output / SELECTION_FILE, json.dumps(selection.to_json(), indent=1) + "\n")
+        write_text(output / SELECTION_FILE, json.dumps(selection.to_json(), indent=1) + "\n")
         say(f"step {step}: {score:.2f} on dev ({', '.join(dev)})")
     model = output / "model"
     if _exported(model, selection.step) is None:
         temporary = output / ".model"
         shutil.rmtree(temporary, ignore_errors=True)
         export(found[selection.step], temporary)
-        shutil.rmtree(model, ignore_errors=True)
-        temporary.rename(model)
+        swap(temporary, model, replaced_path(model))
+        shutil.rmtree(replaced_path(model), ignore_errors=True)
     return selection
 
 

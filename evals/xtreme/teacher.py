@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_text
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
-from evals.results import write_atomically
 from evals.xtreme.predict import EncoderPredictor
 
 DIGITS = 5  # of a probability; a word's then still sum to 1 within the 1e-3 that readers ask for
@@ -62,7 +62,7 @@ def soft_labels(
                 lines.append(json.dumps({**kept, "soft_tags": soft}, ensure_ascii=False) + "\n")
             if progress is not None:
                 progress(len(rows))
-        write_atomically(target, "".join(lines))
+        write_text(target, "".join(lines))
         counts[file.name] = len(lines)
     return counts
 

@@ -76,7 +76,7 @@ def written_once(output: Path, made_from: Mapping[str, Any], write: Callable[[Pa
     """
     stamp = json.dumps(made_from, sort_keys=True)
     stamp_file = output / "initial_model.json"
-    if not output.exists():
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         temporary = output.with_name(f".{output.name}.{os.getpid()}")
         write(temporary)
         (temporary / stamp_file.name).write_text(stamp, encoding="utf-8")

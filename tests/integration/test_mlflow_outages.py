@@ -269,7 +269,7 @@ def test_a_store_whose_maker_is_killed_is_made_by_the_next(tmp_path: Path) -> No
     store = default_store(tmp_path)
     program = f"from training.tracking.mlflow_store import open_client; open_client({store!r})"
     maker = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    unfinished = tmp_path / ".unfinished-mlflow.db"
+    unfinished = tmp_path / ".incomplete-mlflow.db"
     wait_for(lambda: unfinished.exists() and unfinished.stat().st_size > 100_000)
     maker.kill()
     maker.wait()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import atomic
 from training.checkpoints import checkpoint
 from training.checkpoints.checkpoint import MARKER, FileRecord
 from training.checkpoints.retention import kept, no_such_metric, retain
@@ -228,7 +229,7 @@ def test_nothing_has_its_final_name_before_it_is_complete(tmp_path: Path, monkey
     """Stopped before every single sync and before the rename: an older checkpoint is all there is to be found."""
     older = save(tmp_path, 10)
     synced: list[Path] = []
-    real_sync, real_replace = checkpoint._sync, os.replace
+    real_sync, real_rename = atomic.sync, os.rename
 
     def watched_sync(path: Path) -> None:
         synced.append(path)
@@ -237,16 +238,16 @@ def test_nothing_has_its_final_name_before_it_is_complete(tmp_path: Path, monkey
             assert not list(checkpoint.checkpoint_root(tmp_path).glob("step-00000020*"))
         real_sync(path)
 
-    def watched_replace(source: Path, target: Path) -> None:
+    def watched_rename(source: Path, target: Path) -> None:
         assert checkpoint.problem(Path(source)) is None, "complete before it gets its name"
         written = list(Path(source).rglob("*"))
         assert set(written) | {Path(source)} <= set(synced), "all on disk before the rename"
         files = [path for path in synced if path.is_file()]
         assert files[-1].name == MARKER, "the marker is written last"
-        real_replace(source, target)
+        real_rename(source, target)
 
-    monkeypatch.setattr(checkpoint, "_sync", watched_sync)
-    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(atomic, "sync", watched_sync)
+    monkeypatch.setattr(os, "rename", watched_rename)
     newer = save(tmp_path, 20)
     assert synced[-1] == newer.parent, "the rename itself is synced"
     assert checkpoint.latest(tmp_path) == newer
@@ -302,7 +303,7 @@ def test_a_save_again_that_is_killed_or_fails_at_any_point_loses_nothing(
             patched.setattr(os, "replace", mortal(os.replace))
             patched.setattr(os, "rename", mortal(os.rename))
             patched.setattr(shutil, "rmtree", mortal(shutil.rmtree))
-            patched.setattr(checkpoint, "_sync", mortal(checkpoint._sync))
+            patched.setattr(atomic, "sync", mortal(atomic.sync))
             try:
                 checkpoint.commit(tmp_path, 10, {})
                 retain(tmp_path, 10, CheckpointConfig(keep=1))

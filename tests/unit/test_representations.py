@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
+from data_pipeline.atomic import WriteError
 from evals.errors import EvalError
 from evals.representation_plots import _apart, draw, write_report
 from evals.representations import (
@@ -189,7 +190,7 @@ def test_the_files(tmp_path: Path, folders: dict[str, str]) -> None:
     assert image.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(image) > 20_000
     (tmp_path / "file").write_text("")
-    with pytest.raises(EvalError, match="cannot be written"):
+    with pytest.raises(WriteError, match="cannot be written"):
         write_report(report, tmp_path / "file")
 
 

@@ -235,7 +235,7 @@ def test_a_new_store_lies_there_too(tmp_path: Path, migrated: Path, monkeypatch:
     """The one that is made under another name until it is whole, and the one that is opened."""
     folder = tmp_path / "a?b%41#c"
     folder.mkdir()
-    shutil.copy(migrated, folder / ".unfinished-mlflow.db")
+    shutil.copy(migrated, folder / ".incomplete-mlflow.db")
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # MLflow would take seconds to make the tables
     open_client(default_store(folder)).create_experiment("mine")
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]

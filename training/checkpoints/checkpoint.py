@@ -20,13 +20,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_pipeline import atomic
 from training.checkpoints.run_state import FORMAT
 from training.errors import ConfigError
 
@@ -56,17 +56,12 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 def incomplete_path(output_dir: Path, step: int) -> Path:
     """Temporary name that a checkpoint has while it is written."""
-    return checkpoint_root(output_dir) / f".incomplete-step-{step:08d}"
+    return atomic.incomplete_path(checkpoint_path(output_dir, step))
 
 
 def universal_path(output_dir: Path, step: int) -> Path:
     """What a checkpoint is converted to while another number of ranks loads it."""
     return checkpoint_root(output_dir) / f".universal-step-{step:08d}"
-
-
-def replaced_path(output_dir: Path, step: int) -> Path:
-    """What lay in the place of a checkpoint of the same step, until that is complete on every disk."""
-    return checkpoint_root(output_dir) / f".replaced-step-{step:08d}"
 
 
 def begin(output_dir: Path, step: int) -> Path:
@@ -97,19 +92,13 @@ def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord]) -> Pa
     files = {}
     for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
         name = file.relative_to(temporary).as_posix()
-        if name not in written:
-            _sync(file)
         files[name] = asdict(written[name] if name in written else _record(file))
+    atomic.sync_tree(temporary, skip={temporary / name for name in written})
     marker = temporary / MARKER
     marker.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-    for path in (marker, *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-        _sync(path)
-    if final.exists():
-        replaced = replaced_path(output_dir, step)
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    os.replace(temporary, final)
-    _sync(final.parent)
+    atomic.sync(marker)
+    atomic.sync(temporary)
+    atomic.swap(temporary, final, atomic.replaced_path(final))
     return final
 
 
@@ -140,12 +129,8 @@ def clear_leftovers(output_dir: Path) -> None:
 def resolve_replaced(output_dir: Path) -> None:
     """Rank 0: what was set aside by `commit` is deleted, or put back where nothing has come in its place."""
     for path in checkpoint_root(output_dir).glob(".replaced-step-*"):
-        final = path.with_name(path.name.removeprefix(".replaced-"))
         try:
-            if final.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(final)
+            atomic.recover(path.with_name(path.name.removeprefix(".replaced-")))
         except OSError as error:
             log.warning("%s stays: %s", path, error)
 
@@ -267,11 +252,3 @@ def step_of(path: Path) -> int:
 def _record(file: Path) -> FileRecord:
     with file.open("rb") as content:
         return FileRecord(file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

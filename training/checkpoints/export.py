@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.atomic import atomic_folder, recover
 from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.xmixup.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from training.checkpoints.export_check import CheckResult
+
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5 * 10**9
 
@@ -49,10 +52,9 @@ def export_checkpoint(checkpoint: Path, output: Path) -> Path:
     """
     if output.exists():
         raise ConfigError(f"{output}: exists already; give a new folder")
-    made, problem = _made(checkpoint, output)
-    made.rename(output)
-    if problem is not None:
-        raise ExportCheckFailed(f"{output}: the export is kept, but its check failed: {problem}")
+    with atomic_folder(output, exclusive=True) as temporary:
+        result = _write_checked(checkpoint, temporary)
+    _refuse_failed(result, output)
     return output
 
 
@@ -66,28 +68,27 @@ def export_newest(checkpoint: Path, output: Path) -> bool:
         ConfigError: `output` is something else than an export, which is not ours to replace.
         ExportCheckFailed: as `export_checkpoint`.
     """
-    stale = output.with_name(f".stale-{output.name}")
-    if stale.exists() and not output.exists():  # an earlier call was killed between its two renames
-        stale.rename(output)
-    shutil.rmtree(stale, ignore_errors=True)
+    recover(output)
     if output.exists():
         if not (output / EXPORT_FILE).is_file():
             raise ConfigError(f"{output}: in the way of the export, and no export itself; move it and start again")
         if _is_of(checkpoint, output):
             return False
-    made, problem = _made(checkpoint, output)
-    if output.exists():
-        if problem is not None and not (older := ExportInfo.read(output)).check_failed:
-            stale = output.with_name(f"{output.name}-step-{older.step or 0:08d}")
-            shutil.rmtree(stale, ignore_errors=True)
-            log.warning("the export of an earlier step, which passed its check, is kept as %s", stale)
-        output.rename(stale)
-    made.rename(output)
-    shutil.rmtree(output.with_name(f".stale-{output.name}"), ignore_errors=True)
-    if problem is not None:
-        raise ExportCheckFailed(f"{output}: the export is kept, but its check failed: {problem}")
+    with atomic_folder(output, exists="replace", exclusive=True) as temporary:
+        result = _write_checked(checkpoint, temporary)
+        if not result.passed and output.exists() and not (older := ExportInfo.read(output)).check_failed:
+            kept = output.with_name(f"{output.name}-step-{older.step or 0:08d}")
+            shutil.rmtree(kept, ignore_errors=True)
+            output.rename(kept)
+            log.warning("the export of an earlier step, which passed its check, is kept as %s", kept)
+    _refuse_failed(result, output)
     log.info("exported to %s", output)
     return True
+
+
+def _refuse_failed(result: CheckResult, output: Path) -> None:
+    if not result.passed:
+        raise ExportCheckFailed(f"{output}: the export is kept, but its check failed: {result.problem}")
 
 
 def _is_of(checkpoint: Path, output: Path) -> bool:
@@ -98,34 +99,24 @@ def _is_of(checkpoint: Path, output: Path) -> bool:
     return same_step and description.stat().st_mtime_ns >= marker.stat().st_mtime_ns
 
 
-def _made(checkpoint: Path, output: Path) -> tuple[Path, str | None]:
-    """The export of `checkpoint` under the temporary name of `output`, and why its check failed, or None.
-
-    Where writing fails, nothing is left.
-    """
+def _write_checked(checkpoint: Path, output: Path) -> CheckResult:
+    """Write the export of `checkpoint` into the folder `output`, with the result of its check."""
     from training.checkpoints.export_check import check_export
 
     if (reason := fault(checkpoint)) is not None:  # its content too: DeepSpeed's files are pickles
         raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
     state = RunState.read(checkpoint)
     config = validate(state.config, str(checkpoint / "state.json"))
-    temporary = output.with_name(f".incomplete-{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write(checkpoint, config, state, temporary)
-        result = check_export(checkpoint, config, _weights(checkpoint, config, state), temporary)
-        description = json.loads((temporary / EXPORT_FILE).read_text(encoding="utf-8"))
-        _write_json(temporary / EXPORT_FILE, {**description, "check": result.to_json()})
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    _write(checkpoint, config, state, output)
+    result = check_export(checkpoint, config, _weights(checkpoint, config, state), output)
+    description = json.loads((output / EXPORT_FILE).read_text(encoding="utf-8"))
+    _write_json(output / EXPORT_FILE, {**description, "check": result.to_json()})
     if result.difference is not None and result.passed:
         log.info(
             "reopened the export with %s attention: its weights are the checkpoint's, and its logits agree with the "
             "run's to %.1e of the largest; %.1e is allowed", result.attention, result.difference, result.bound,
         )  # fmt: skip
-    return temporary, result.problem
+    return result
 
 
 def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:

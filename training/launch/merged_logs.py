@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import write_text
 from training.launch.logs import TERMINAL, Appender, log_to_files, logs_folder, make_logs_folder, read_lines
 
 MERGE_SECONDS = 1.0
@@ -81,9 +82,7 @@ class MergedLogs:
         self._events.write("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in merged))
         self._run_log.write("".join(_for_people(event) for event in merged if _is_for_people(event)))
         self._places = places
-        temporary = self._parts / f".{PLACES}"
-        temporary.write_text(json.dumps(places), encoding="utf-8")
-        temporary.replace(self._parts / PLACES)
+        write_text(self._parts / PLACES, json.dumps(places), exclusive=True)
 
     def _read_places(self) -> dict[str, int]:
         try:

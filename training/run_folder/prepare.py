@@ -18,7 +18,6 @@ import hashlib
 import json
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.atomic import atomic_folder, write_text
 from data_pipeline.order.order import row_at
 from data_pipeline.records import BadRow, stable_hash
 from data_pipeline.sources.index import DataIndex, build_index
@@ -66,8 +66,7 @@ def prepare(config: RunConfig, rank: int = 0) -> Prepared:
         refuse_unpaired(config, index)
         tokenizer_dir = _tokenizer(config, index)
         model_dir = _starting_weights(config, tokenizer_dir)
-        _ready_file(config).parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(_ready_file(config), json.dumps([tokenizer_dir, model_dir]))
+        write_text(_ready_file(config), json.dumps([tokenizer_dir, model_dir]), exclusive=True)
         return Prepared(index, tokenizer_dir, model_dir)
     while not _ready_file(config).is_file():
         time.sleep(POLL_SECONDS)
@@ -178,7 +177,7 @@ def _tokenizer(config: RunConfig, index: DataIndex, cache: Path | None = None) -
 
     def copy(path: Path) -> None:
         _made_by_key(trained, lambda path: train_tokenizer_of(config, index, path))
-        shutil.copytree(trained, path)
+        shutil.copytree(trained, path, dirs_exist_ok=True)
 
     if cache is None:
         return str(_made_once(own, made_from, copy))
@@ -254,13 +253,9 @@ def _made_once(
         return scratch / path.name
     if (path / NOTE).is_file() and _has_checkpoints(path.parent):
         return path
-    temporary = path.with_name(f".incomplete-{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    make(temporary)
-    (temporary / NOTE).write_text(json.dumps(made_from, sort_keys=True), encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    with atomic_folder(path, exists="replace", exclusive=True) as temporary:
+        make(temporary)
+        (temporary / NOTE).write_text(json.dumps(made_from, sort_keys=True), encoding="utf-8")
     return path
 
 
@@ -284,16 +279,8 @@ def _has_checkpoints(output_dir: Path) -> bool:
 def _made_by_key(path: Path, make: Callable[[Path], None]) -> Path:
     """`path`, whose name says what it is made from; processes that make it at once do no harm."""
     if not path.is_dir():
-        temporary = path.with_name(f"building-{uuid.uuid4().hex}")
-        try:
+        with atomic_folder(path, exists="keep") as temporary:
             make(temporary)
-            try:
-                temporary.rename(path)
-            except OSError:
-                if not path.is_dir():  # else another process was first
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
@@ -312,9 +299,3 @@ def _link_all(source: Path, target: Path) -> None:
 def _ready_file(config: RunConfig) -> Path:
     key = stable_hash(json.dumps(config.model_dump(mode="json"), sort_keys=True))
     return config.output_dir / f".prepared-{key:016x}.json"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

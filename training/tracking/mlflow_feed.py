@@ -11,7 +11,6 @@ the time of the record, and a store keeps a metric with the same name, step, tim
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.atomic import write_text
 from training.tracking.mlflow_store import (
     EXPERIMENT_KIND,
     MAX_METRICS,
@@ -345,10 +345,7 @@ class RecordFeeder:
         """Writes tracking.json whole or not at all; other stores' entries are kept."""
         states = _read_states(self._output_dir) | {self._store: self._state}
         text = json.dumps({"stores": {store: vars(state) for store, state in states.items()}}, indent=1)
-        path = self._output_dir / STATE_NAME
-        temporary = path.with_name(f"{STATE_NAME}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(self._output_dir / STATE_NAME, text)
 
 
 def sync_record(output_dir: Path, uri: str) -> SyncResult:

@@ -23,6 +23,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.atomic import atomic_file
 from data_pipeline.sources.paths import expanded
 
 if TYPE_CHECKING:
@@ -106,13 +107,11 @@ def _make_once(database: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if database.exists():
             return
-        unfinished = database.with_name(f".unfinished-{database.name}")
-        for name in (unfinished.name, f"{unfinished.name}-journal"):
-            database.with_name(name).unlink(missing_ok=True)
-        address = _sqlite_address(unfinished)
-        MlflowClient(tracking_uri=address).search_experiments(max_results=1)
-        remove_misread(address)
-        unfinished.rename(database)
+        with atomic_file(database, exclusive=True) as unfinished:
+            unfinished.with_name(f"{unfinished.name}-journal").unlink(missing_ok=True)
+            address = _sqlite_address(unfinished)
+            MlflowClient(tracking_uri=address).search_experiments(max_results=1)
+            remove_misread(address)
 
 
 def default_store(folder: Path) -> str:
