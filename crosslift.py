@@ -47,7 +47,8 @@ def train(
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
     from training.checks.front import check_model_files, check_start, check_starting_model
-    from training.launch.command import launch, visible_gpus
+    from training.distributed import visible_gpus
+    from training.launch.launcher import launch
     from training.run_file import load_config
     from training.run_folder.lock import held
     from training.run_folder.prepare import prepare

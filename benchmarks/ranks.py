@@ -32,7 +32,7 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
 
 def usable_ranks(wanted: int) -> int:
     """No more than there are GPUs, where there are any."""
-    from training.launch.command import visible_gpus
+    from training.distributed import visible_gpus
 
     return min(wanted, visible_gpus() or wanted)
 

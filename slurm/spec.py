@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from data_pipeline.secrets import is_secret_name, without_login
 from data_pipeline.settings import PathText, Plain, Section
 
 GRACE_SECONDS = 300
@@ -24,9 +25,6 @@ GPUS = re.compile(r"(?:gpu:)?(?:(?P<type>[A-Za-z][\w.-]*):)?(?P<number>\d+)")
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# As training/launch/logs.py hides them.
-SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL)S?(_?\d+)?$", re.IGNORECASE)
-LOGIN = re.compile(r"://[^/@\s]+:[^/@\s]+@|https?://[^/@\s]+@", re.IGNORECASE)
 NOT_IN_SCRIPTS = "and job scripts are files; set it in the shell that submits, from which jobs inherit it"
 # Beginnings of the names of variables that belong to another job's, launcher's or MPI's processes: what the submitting
 # shell has of them would tell the job's ranks of another allocation's deadline, rank or address.
@@ -158,9 +156,9 @@ class JobSettings(Section):
         for name in self.environment:
             if not VARIABLE.fullmatch(name):
                 raise ValueError(f"environment: {name!r} is no name of a variable")
-            if SECRET.search(name):
+            if is_secret_name(name):
                 raise ValueError(f"environment: {name} looks secret, {NOT_IN_SCRIPTS}")
-            if LOGIN.search(self.environment[name]):
+            if without_login(self.environment[name]) != self.environment[name]:
                 raise ValueError(f"environment: {name} holds an address with a login, {NOT_IN_SCRIPTS}")
             if "\0" in self.environment[name]:
                 raise ValueError(f"environment: {name} holds a NUL character")

@@ -16,8 +16,7 @@ from data_pipeline.sources.paths import expanded
 from training.distributed import rank
 from training.errors import ConfigError
 from training.launch import logs
-from training.launch.heartbeat import heart
-from training.launch.merged_logs import kept_logs
+from training.launch.heartbeat import heartbeat
 from training.launch.stop import StopRequest
 from training.run_file import load_config
 from training.run_folder.lock import held, refuse_other
@@ -42,12 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         stop = StopRequest()
     except ConfigError as error:
-        logs.say_failure(f"crosslift: {error}")
+        logs.report_failure(f"crosslift: {error}")
         return error.exit_status
     stop.install()
-    heart.attach()
+    heartbeat.attach()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    logs.log_to_person(rank())
+    logs.log_to_terminal(rank())
     with ExitStack() as at_end:
         try:
             _run(options, stop, at_end)
@@ -55,12 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
             if (
                 status := getattr(error, "exit_status", None)
             ) is not None:  # all ranks meet it: the launcher says it once
-                logs.say_failure(f"crosslift: {error}")
+                logs.report_failure(f"crosslift: {error}")
                 return int(status)
             if type(error).__module__.startswith("training."):  # it says all there is to say
-                logs.say_failure(f"crosslift: rank {rank()}: {error}")
+                logs.report_failure(f"crosslift: rank {rank()}: {error}")
                 return 1
-            logs.say_failure(traceback.format_exc().rstrip())
+            logs.report_failure(traceback.format_exc().rstrip())
             return 1
     return 0
 
@@ -74,7 +73,7 @@ def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> N
         at_end.enter_context(held(config.output_dir, port))
     else:
         refuse_other(config.output_dir, port)
-    at_end.enter_context(kept_logs(config.output_dir, rank()))
+    at_end.enter_context(logs.run_logs(config.output_dir, rank()))
     fit(config, expanded(options.resume), options.accept_changes, stop)
 
 

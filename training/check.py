@@ -29,8 +29,8 @@ from training.checks.memory import GIB, memory_estimate, what_would_help
 from training.checks.pairs import pair_warnings, show_pairs
 from training.checks.survey import by_reason, survey, without_limit
 from training.config import RunConfig
+from training.distributed import visible_gpus
 from training.errors import ConfigError
-from training.launch.command import visible_gpus
 from training.loop.resume import permitted, schedule_change
 from training.objectives.config import ShifConConfig, XMixupConfig
 from training.run_folder.lock import make_folder, running_in

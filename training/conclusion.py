@@ -46,7 +46,7 @@ def conclude(config: RunConfig, last: Path, tracker: Tracker | None) -> None:
         raise ExportCheckFailed(f"training finished, all steps are saved; {error}") from error
     except Exception as error:
         if getattr(error, "exit_status", None) is None and not isinstance(error, OSError):
-            logs.say_failure(traceback.format_exc().rstrip())
+            logs.report_failure(traceback.format_exc().rstrip())
         reason = " ".join(str(error).split()) or type(error).__name__
         _end(config, last, tracker, f"none: {reason}")
         raise NotExported(

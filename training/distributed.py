@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.records import stable_hash
-from training.launch.heartbeat import heart
+from training.launch.heartbeat import heartbeat
 
 END_OF_FORWARD = "(end of the forward pass)"
 
@@ -35,11 +35,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def visible_gpus() -> int:
+    """Number of GPUs that this process may use."""
+    return torch.cuda.device_count()
+
+
 def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     """Element-wise sum over ranks, fp64, on CPU."""
     total = torch.as_tensor(values, dtype=torch.float64).to(device)
     if dist.is_initialized():
-        heart.phase("all-reduce")
+        heartbeat.phase("all-reduce")
         dist.all_reduce(total)
     return total.cpu()
 
@@ -48,7 +53,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order; for rare events, not for each step."""
     if not dist.is_initialized():
         return [value]
-    heart.phase("gathering from all ranks")
+    heartbeat.phase("gathering from all ranks")
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -57,7 +62,7 @@ def gather_objects(value: Any) -> list[Any]:
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
-        heart.phase("waiting for all ranks")
+        heartbeat.phase("waiting for all ranks")
         dist.barrier()
 
 

@@ -21,7 +21,7 @@ from training.conclusion import conclude
 from training.config import RunConfig
 from training.distributed import barrier, gather_objects, rank
 from training.engine.engine import deepspeed_settings, process_group
-from training.launch.heartbeat import heart
+from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
 from training.loop.resume import go_on, permitted, schedule_change
 from training.loop.trainer import Trainer
@@ -106,7 +106,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         status = "KILLED"
         raise
     finally:
-        heart.end()
+        heartbeat.end()
         stop.end_training()
         if tracker is not None:
             _finish(tracker, config.output_dir, status)

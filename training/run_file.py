@@ -7,7 +7,6 @@ Next: `prepare.py`.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -15,6 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from data_pipeline.secrets import without_login
 from data_pipeline.sources.paths import PathError, check_folder
 from data_pipeline.yaml_values import compose_yaml, read_yaml
 from training.config import RunConfig
@@ -114,9 +114,7 @@ def _without_logins(value: Any) -> Any:
         return {key: _without_logins(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_logins(each) for each in value]
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1@", re.sub(r"(https?://)[^/@\s]+@", r"\1", value))
+    return without_login(value) if isinstance(value, str) else value
 
 
 def _given_twice(node: yaml.Node | None, path: str = "", seen: set[int] | None = None) -> Iterator[str]:

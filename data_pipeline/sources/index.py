@@ -26,7 +26,7 @@ from data_pipeline.atomic import atomic_folder
 from data_pipeline.config import SourceConfig
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
 from data_pipeline.sources.formats import Place
-from data_pipeline.sources.patience import patiently
+from data_pipeline.sources.patience import retry_reading
 from data_pipeline.sources.scan import COLUMNS, Arrays, Scan, check_columns, check_rows, lookups, refuse_bad
 from data_pipeline.sources.sources import AnyRecord, RecordReader, open_source
 from data_pipeline.tasks.config import TaskConfig
@@ -147,7 +147,7 @@ class DataIndex:
         place = self._place(row)
         wide = self.languages[self.language[row]] if reader.source.languages is not None else None
         try:
-            row_of_file = patiently(lambda: reader.shard.read(place), reader.shard.address, self.patience)
+            row_of_file = retry_reading(lambda: reader.shard.read(place), reader.shard.address, self.patience)
             record = reader.record(row_of_file, place, wide)
         except BadRow:
             if self.bad[row]:

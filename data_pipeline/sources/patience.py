@@ -1,7 +1,4 @@
-"""Waits for storage that is away for a while: a network disk that hangs up, a bucket that says no, a file being moved.
-
-In: a reading function. Out: what it reads, later, or its last error. Next: `index.py` reads every row through it.
-"""
+"""Retries for storage that is temporarily unreadable: a hanging network disk, a refusing bucket, a moved file."""
 
 from __future__ import annotations
 
@@ -10,31 +7,46 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import tenacity
+
 log = logging.getLogger(__name__)
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries, doubled each time
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two attempts; doubled each time
 
-Read = TypeVar("Read")
+Result = TypeVar("Result")
 
 
-def patiently(read: Callable[[], Read], what: str, seconds: float, sleep: Callable[[float], None] = time.sleep) -> Read:
-    """`read()`, tried again for `seconds` while it raises OSError; says so once, and when it works again.
+def retry_reading(
+    read: Callable[[], Result], source: str, seconds: float, sleep: Callable[[float], None] = time.sleep
+) -> Result:
+    """Call `read`, and retry for `seconds` in total while it raises OSError; log the outage once and its end.
 
-    Raises the last OSError.
+    Raises:
+        OSError: the last one, after `seconds`.
     """
-    waited, wait = 0.0, FIRST_WAIT
-    while True:
-        try:
-            found = read()
-        except OSError as error:
-            if waited >= seconds:
-                raise
-            if not waited:
-                log.warning("%s: cannot be read (%s); trying again for %g s", what, error, seconds)
-        else:
-            if waited:
-                log.warning("%s: can be read again, after %.1f s", what, waited)
-            return found
-        wait = min(wait, seconds - waited)
-        sleep(wait)
-        waited += wait
-        wait = min(2 * wait, LONGEST_WAIT)
+    try:
+        return read()  # every row is read through here, and tenacity's loop would cost as much as the read itself
+    except OSError as error:
+        first_failure = iter([error])
+
+    def attempt() -> Result:
+        for error in first_failure:
+            raise error
+        return read()
+
+    backoff = tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError),
+        wait=lambda state: min(backoff(state), seconds - state.idle_for),
+        stop=lambda state: state.idle_for >= seconds,
+        before_sleep=lambda state: _log_outage(state, source, seconds),
+        sleep=sleep,
+        reraise=True,
+    )
+    result = retrying(attempt)
+    log.warning("%s: can be read again, after %.1f s", source, retrying.statistics["idle_for"])
+    return result
+
+
+def _log_outage(state: tenacity.RetryCallState, source: str, seconds: float) -> None:
+    if state.attempt_number == 1 and state.outcome is not None:
+        log.warning("%s: cannot be read (%s); retrying for %g s", source, state.outcome.exception(), seconds)

@@ -1,4 +1,4 @@
-"""One rank of the stall tests: rank 1's reader is slow for some steps, and then never gives the next one.
+"""One rank of the stall tests: the reader of rank 1 is slow for some steps and then hangs.
 
 python stalls.py loop|stop DATA_DIR OUTPUT_DIR
 """
@@ -18,11 +18,11 @@ from data_pipeline.loader import StepLoader
 from training.distributed import rank
 from training.run_file import validate
 
-LAST_STEP = 4  # 0-based: rank 1 does not come further
+LAST_STEP = 4  # 0-based: rank 1 gets no further
 SLOW_SECONDS = 2.5
 
 
-def turn_for_ever():
+def loop_forever():
     while True:
         sum(range(1000))
 
@@ -38,7 +38,7 @@ def main() -> int:
                 if fault == "loop":
                     time.sleep(SLOW_SECONDS)
                 if step == LAST_STEP:
-                    turn_for_ever() if fault == "loop" else os.kill(os.getpid(), signal.SIGSTOP)
+                    loop_forever() if fault == "loop" else os.kill(os.getpid(), signal.SIGSTOP)
             yield batch
 
     StepLoader.steps = stalling

@@ -1,4 +1,4 @@
-"""A rank that ended well says so: gloo's threads, which may be at work still, do not abort it on its way out."""
+"""A rank that finished ends with status 0: threads of gloo that are still busy do not abort it at exit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from ranks import environment
 
 from training.launch.launcher import Launcher
-from training.launch.nodes import Nodes, Place
+from training.launch.status_exchange import NodePlace, StatusExchange
 
-# Sums that threads of gloo are still busy with when the function returns.
+# Leaves reductions with which gloo's threads are still busy when the function returns.
 BUSY = """
     from datetime import timedelta
     from types import SimpleNamespace
@@ -27,25 +27,23 @@ LEAVES_THE_GROUP = """
         leave_work()
     assert not dist.is_initialized()
 """
-# As a run that is over at once, in a process group that nobody ended.
+# Like a run that ends at once, in a process group that is not destroyed.
 IS_A_RANK = """
     import runpy
     from training import fit, run_file
     from training.launch import preflight
-    def over_at_once(*_):
+    def end_at_once(*_):
         preflight.join(None, timedelta(minutes=1))
         leave_work()
-    fit.fit = over_at_once
+    fit.fit = end_at_once
     run_file.load_config = lambda run_folder, _: SimpleNamespace(output_dir=run_folder)
     runpy.run_module("training", run_name="__main__")
 """
 
 
 @pytest.mark.parametrize("program", [LEAVES_THE_GROUP, IS_A_RANK], ids=["leaves the group", "is a rank"])
-def test_a_rank_that_ended_well_is_not_aborted_on_its_way_out(
-    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_rank_is_not_aborted_at_exit(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     command = [sys.executable, "-c", textwrap.dedent(BUSY + program), str(tmp_path)]
-    assert Launcher(Nodes(Place()), command, 2).run() == 0
+    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 0

@@ -429,7 +429,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_any_rank(
     cli: Cli, run_file: Callable[..., Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the files that it starts from, or by what is made from `model.init`."""
-    monkeypatch.setattr("training.launch.command.launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("training.launch.launcher.launch", lambda *_: pytest.fail("ranks were started"))
     (tmp_path / "model").mkdir()
     stored = run_file(tmp_path, model={"path": str(tmp_path / "model")}, tokenizer={})
     assert refused(cli(command, stored)).startswith(f"{tmp_path / 'model' / 'config.json'}: not there; copy it")

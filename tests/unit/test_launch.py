@@ -1,4 +1,4 @@
-"""The launcher with real processes: signals, deaths, several nodes. Ranks are small programs, not trainings."""
+"""The launcher with real processes: signals, failures, several nodes. The ranks are small programs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from waiting import wait_for
 
 from training.errors import ConfigError
 from training.launch import launcher as launching
-from training.launch import nodes as meeting
-from training.launch.command import main
+from training.launch import status_exchange
+from training.launch.__main__ import main
 from training.launch.launcher import Launcher
-from training.launch.nodes import Nodes, Place
+from training.launch.status_exchange import NodePlace, StatusExchange
 
 HOST = socket.gethostname()
-# Handles the signals as a rank of a run does: notes them, ends with 75 at its next step.
-STOPS = """
+# Handles the signals as a training rank does: records them and ends with 75 at its next step.
+STOPPABLE = """
     import os, signal, sys, time
     asked = []
     for name in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
@@ -35,7 +35,7 @@ STOPS = """
     open(f"{FOLDER}/asked-{os.environ['RANK']}", "w").write(signal.Signals(asked[0]).name)
     sys.exit(75)
 """
-DEAF = """
+IGNORES_SIGNALS = """
     import os, signal, sys, time
     for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -46,7 +46,7 @@ DEAF = """
 
 @pytest.fixture(autouse=True)
 def terminal_signals() -> Iterator[None]:
-    """Signals as a terminal leaves them: under nohup SIGHUP is ignored, in a script's background SIGINT."""
+    """Default handlers, as in a terminal: nohup ignores SIGHUP, a background shell SIGINT."""
     numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,7 +56,7 @@ def terminal_signals() -> Iterator[None]:
 
 
 def rank_program(folder: Path, program: str, when: dict[int, str] | None = None) -> list[str]:
-    """A command: `program`, or for some ranks what `when` says."""
+    """A command that runs `program`, or for some ranks the program in `when`."""
     parts = [f"FOLDER = {str(folder)!r}", "import os", "RANK = int(os.environ['RANK'])"]
     parts += [
         f"if RANK == {number}:\n{textwrap.indent(textwrap.dedent(text), '    ')}"
@@ -67,7 +67,7 @@ def rank_program(folder: Path, program: str, when: dict[int, str] | None = None)
 
 
 def send_when_ready(folder: Path, ranks: int, *numbers: signal.Signals) -> threading.Thread:
-    """Sends signals to this process, the launcher, when all ranks are ready."""
+    """Send signals to this process, the launcher, once all ranks are ready."""
 
     def send() -> None:
         wait_for(lambda: len(list(folder.glob("ready-*"))) == ranks)
@@ -100,40 +100,42 @@ def free_port() -> int:
         ((75, 1), 1),
     ],
 )
-def test_the_status_is_the_ranks_own(statuses: tuple[int, int], expected: int, tmp_path: Path) -> None:
+def test_the_run_ends_with_the_status_of_its_ranks(statuses: tuple[int, int], expected: int, tmp_path: Path) -> None:
     command = rank_program(tmp_path, f"os._exit({statuses[0]})", {1: f"os._exit({statuses[1]})"})
-    assert Launcher(Nodes(Place()), command, 2).run() == expected
+    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == expected
 
 
 @pytest.mark.parametrize(
     ("number", "seen"),
     [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGUSR2, "SIGUSR2"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGTERM")],
 )
-def test_a_stop_reaches_every_rank_and_the_launcher_lives_to_tell(
+def test_a_stop_signal_is_forwarded_to_every_rank(
     number: signal.Signals, seen: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     send_when_ready(tmp_path, 2, number)
-    assert Launcher(Nodes(Place()), rank_program(tmp_path, STOPS), 2).run() == 75
+    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, STOPPABLE), 2).run() == 75
     assert signal.getsignal(number) == signal.SIG_DFL
     assert [(tmp_path / f"asked-{rank}").read_text() for rank in range(2)] == [seen, seen]
     assert capfd.readouterr().err == (
-        f"crosslift: stopped by {number.name}; the same command goes on from the last checkpoint\n"
+        f"crosslift: stopped by {number.name}; the same command resumes from the last checkpoint\n"
     )
 
 
-def test_a_stop_before_ranks_can_handle_it_is_a_stop(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_signal_before_ranks_handle_it_counts_as_a_stop(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     program = "open(f'{FOLDER}/ready-{RANK}', 'w').close(); import time; time.sleep(60)"
     send_when_ready(tmp_path, 2, signal.SIGUSR1)
-    assert Launcher(Nodes(Place()), rank_program(tmp_path, program), 2).run() == 75
+    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, program), 2).run() == 75
     assert "killed" not in capfd.readouterr().err
 
 
-def test_a_rank_that_such_a_signal_killed_unasked_is_a_failure(tmp_path: Path) -> None:
+def test_a_rank_killed_by_a_stop_signal_that_was_not_forwarded_is_a_failure(tmp_path: Path) -> None:
     command = rank_program(tmp_path, "", {1: "os.kill(os.getpid(), 10)"})
-    assert Launcher(Nodes(Place()), command, 2).run() == 1
+    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 1
 
 
-def test_ctrl_c_ends_everything_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_all_ranks_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = """
         import time
         try:
@@ -145,39 +147,39 @@ def test_ctrl_c_ends_everything_at_once(tmp_path: Path, capfd: pytest.CaptureFix
     """
     send_when_ready(tmp_path, 2, signal.SIGINT)
     started = time.monotonic()
-    assert Launcher(Nodes(Place()), rank_program(tmp_path, program), 2).run() == 130
-    assert time.monotonic() - started < launching.FAILED_GRACE
+    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, program), 2).run() == 130
+    assert time.monotonic() - started < launching.FAILURE_GRACE_S
     assert len(list(tmp_path.glob("interrupted-*"))) == 2
     assert capfd.readouterr().err.count("stopped by SIGINT") == 1
 
 
-def test_a_second_ctrl_c_kills_what_does_not_listen(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_kills_ranks_that_ignore_the_first(tmp_path: Path) -> None:
     send_when_ready(tmp_path, 2, signal.SIGINT, signal.SIGINT)
     started = time.monotonic()
-    assert Launcher(Nodes(Place()), rank_program(tmp_path, DEAF), 2).run() == 130
-    assert time.monotonic() - started < launching.FAILED_GRACE
+    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, IGNORES_SIGNALS), 2).run() == 130
+    assert time.monotonic() - started < launching.FAILURE_GRACE_S
 
 
-def test_when_a_rank_is_killed_it_is_named_and_the_others_end_soon(
+def test_a_killed_rank_is_named_and_the_others_end_soon(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "FAILED_GRACE", 1.0)
-    command = rank_program(tmp_path, DEAF, {1: "import time; time.sleep(0.5); os.kill(os.getpid(), 9)"})
+    monkeypatch.setattr(launching, "FAILURE_GRACE_S", 1.0)
+    command = rank_program(tmp_path, IGNORES_SIGNALS, {1: "import time; time.sleep(0.5); os.kill(os.getpid(), 9)"})
     started = time.monotonic()
-    assert Launcher(Nodes(Place()), command, 2).run() == 1
+    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 1
     assert time.monotonic() - started < 10
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"crosslift: rank 1 on {HOST} was killed by signal 9 (SIGKILL")
 
 
 def run_nodes(commands: list[list[str]], nproc: int) -> list[int]:
-    """A launcher a node, in threads; their statuses."""
+    """Run one launcher per node, in threads; their exit statuses."""
     rendezvous = f"127.0.0.1:{free_port()}"
     statuses = [-1] * len(commands)
 
     def run(node: int) -> None:
-        place = Place(len(commands), node, rendezvous)
-        statuses[node] = Launcher(Nodes(place), commands[node], nproc).run()
+        place = NodePlace(len(commands), node, rendezvous)
+        statuses[node] = Launcher(StatusExchange(place), commands[node], nproc).run()
 
     threads = [threading.Thread(target=run, args=(node,), daemon=True) for node in range(len(commands))]
     for thread in threads:
@@ -187,7 +189,7 @@ def run_nodes(commands: list[list[str]], nproc: int) -> list[int]:
     return statuses
 
 
-def test_ranks_of_two_nodes_are_numbered_through_and_share_a_store(tmp_path: Path) -> None:
+def test_ranks_of_two_nodes_have_global_numbers_and_share_a_store(tmp_path: Path) -> None:
     program = """
         from datetime import timedelta
         from torch.distributed import rendezvous
@@ -200,11 +202,11 @@ def test_ranks_of_two_nodes_are_numbered_through_and_share_a_store(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{rank}-of-4" for rank in range(4)]
 
 
-def test_a_death_on_one_node_ends_the_ranks_of_the_other_and_is_said_once(
+def test_a_killed_rank_ends_the_ranks_of_the_other_node_and_is_reported_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "FAILED_GRACE", 1.0)
-    command = rank_program(tmp_path, DEAF, {1: "import time; time.sleep(0.5); os.kill(os.getpid(), 9)"})
+    monkeypatch.setattr(launching, "FAILURE_GRACE_S", 1.0)
+    command = rank_program(tmp_path, IGNORES_SIGNALS, {1: "import time; time.sleep(0.5); os.kill(os.getpid(), 9)"})
     started = time.monotonic()
     assert run_nodes([command] * 2, 1) == [1, 1]
     assert time.monotonic() - started < 15
@@ -214,7 +216,7 @@ def test_a_death_on_one_node_ends_the_ranks_of_the_other_and_is_said_once(
 
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize(("end", "status"), [("os.kill(os.getpid(), 9)", 1), ("os._exit(2)", 2)])
-def test_a_killed_rank_and_one_that_says_why_are_causes_whoever_was_seen_first(
+def test_a_killed_rank_or_a_user_error_is_the_root_cause_even_if_noticed_later(
     end: str,
     status: int,
     nodes: int,
@@ -222,7 +224,7 @@ def test_a_killed_rank_and_one_that_says_why_are_causes_whoever_was_seen_first(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launching, "NEWS_SECONDS", 6.0)  # of which a busy machine may take some
+    monkeypatch.setattr(launching, "PROPAGATION_S", 6.0)  # a busy machine may take long
     program = """
         import time
         while not os.path.exists(f"{FOLDER}/ready-1"):
@@ -238,26 +240,26 @@ def test_a_killed_rank_and_one_that_says_why_are_causes_whoever_was_seen_first(
     command = rank_program(tmp_path, program, {1: ends_later})
     assert run_nodes([command] * nodes, 2 // nodes) == [status] * nodes
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == (status == 1)  # what a user can mend the rank has said itself
+    assert len(said) == (status == 1)  # a user error is printed by the rank itself
     assert all(f"rank 1 on {HOST} was killed" in line for line in said)
 
 
-def test_a_node_0_that_does_not_come_is_named(
+def test_a_missing_node_0_is_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meeting, "COME_SECONDS", 1.0)
+    monkeypatch.setattr(status_exchange, "JOIN_TIMEOUT_S", 1.0)
     port = free_port()
-    assert Launcher(Nodes(Place(2, 1, f"127.0.0.1:{port}")), rank_program(tmp_path, ""), 1).run() == 1
+    assert Launcher(StatusExchange(NodePlace(2, 1, f"127.0.0.1:{port}")), rank_program(tmp_path, ""), 1).run() == 1
     assert f"node 1 ({HOST}): no answer from node 0 at 127.0.0.1:{port}" in capfd.readouterr().err
 
 
-def test_a_taken_port_is_the_users_to_change() -> None:
+def test_a_port_in_use_is_a_user_error() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--rendezvous 127.0.0.1:{port}: node 0 cannot listen there"):
-            Launcher(Nodes(Place(2, 0, f"127.0.0.1:{port}")), [], 1).run()
+            Launcher(StatusExchange(NodePlace(2, 0, f"127.0.0.1:{port}")), [], 1).run()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_a_taken_port_is_the_users_to_change() -> None:
         ([], "absent.yaml: no such file"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_status_2(
+def test_wrong_arguments_are_one_line_and_status_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["absent.yaml", "--nproc", "1", *arguments]) == 2
@@ -290,28 +292,28 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(
     assert f"output_dir: {output}: lies below {tmp_path / 'file'}, which is " in line
 
 
-def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path: Path) -> None:
+def test_a_signal_ignored_by_the_caller_stays_ignored(tmp_path: Path) -> None:
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         send_when_ready(tmp_path, 1, signal.SIGHUP, signal.SIGTERM)
-        assert Launcher(Nodes(Place()), rank_program(tmp_path, STOPS), 1).run() == 75
+        assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, STOPPABLE), 1).run() == 75
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_rank_that_does_not_end_after_the_others_stopped_is_killed_and_it_is_a_stop(
+def test_a_rank_that_does_not_end_after_a_stop_is_killed_and_the_run_counts_as_stopped(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "STOPPED_GRACE", 1.0)
-    command = rank_program(tmp_path, DEAF, {0: "import time; time.sleep(0.5); os._exit(75)"})
-    assert Launcher(Nodes(Place()), command, 2).run() == 75
-    assert "; ranks [1] did not end and were killed; the same command goes on" in capfd.readouterr().err
+    monkeypatch.setattr(launching, "STOP_GRACE_S", 1.0)
+    command = rank_program(tmp_path, IGNORES_SIGNALS, {0: "import time; time.sleep(0.5); os._exit(75)"})
+    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 75
+    assert "; ranks [1] did not end and were killed; the same command resumes" in capfd.readouterr().err
 
 
-# As a rank that has lost its connection: fails when rank 0 is gone.
-FOLLOWS = """
+# Fails when rank 0 has ended, like a rank that has lost its connection.
+FAILS_AFTER_RANK_0 = """
     import signal, sys, time
     for name in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -323,51 +325,53 @@ FOLLOWS = """
 """
 
 
-def test_ranks_that_fail_since_one_was_stopped_outside_of_training_are_no_failures(
+def test_ranks_that_fail_because_another_was_stopped_before_training_are_not_failures(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 0 has not come to its first step, the other waits for it in a collective: the run is to be requeued."""
+    """Rank 0 has not reached its first step, the other waits for it in a collective: the run is to be requeued."""
     send_when_ready(tmp_path, 2, signal.SIGUSR1)
-    assert Launcher(Nodes(Place()), rank_program(tmp_path, FOLLOWS, {0: STOPS}), 2).run() == 75
+    assert (
+        Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, FAILS_AFTER_RANK_0, {0: STOPPABLE}), 2).run() == 75
+    )
     said = capfd.readouterr().err
-    assert "stopped by SIGUSR1; ranks [1] failed when others had ended; the same command goes on" in said
-    assert "ended first" not in said
+    assert "stopped by SIGUSR1; ranks [1] failed after others had ended; the same command resumes" in said
+    assert "the first to end" not in said
 
 
-def test_neither_are_they_on_another_node(
+def test_nor_are_they_on_another_node(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "NEWS_SECONDS", 4.0)  # of which a busy machine may take some
+    monkeypatch.setattr(launching, "PROPAGATION_S", 4.0)  # a busy machine may take long
     start = Launcher._start
 
-    def start_and_ask(launcher: Launcher) -> None:
-        """In a thread no signal reaches a launcher, so node 0's is told of one as its handler would."""
-        start(launcher)
-        if launcher.nodes.place.node == 0:
+    def start_and_signal(launcher: Launcher, heartbeat_dir: Path) -> None:
+        """Signals do not reach a launcher in a thread: queue one for node 0's as its handler would."""
+        start(launcher, heartbeat_dir)
+        if launcher.exchange.place.node == 0:
             wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
-            launcher._asked.append(signal.SIGUSR1)
+            launcher._pending.append(signal.SIGUSR1)
 
-    monkeypatch.setattr(Launcher, "_start", start_and_ask)
-    assert run_nodes([rank_program(tmp_path, FOLLOWS, {0: STOPS})] * 2, 1) == [75, 75]
-    assert "ended first" not in capfd.readouterr().err
+    monkeypatch.setattr(Launcher, "_start", start_and_signal)
+    assert run_nodes([rank_program(tmp_path, FAILS_AFTER_RANK_0, {0: STOPPABLE})] * 2, 1) == [75, 75]
+    assert "the first to end" not in capfd.readouterr().err
 
 
-def test_a_rank_that_was_stopped_before_its_first_step_leaves_the_others_no_time_to_save(
+def test_after_a_stop_before_the_first_step_the_other_ranks_get_no_time_to_save(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They wait in a collective that nobody ends (NCCL), and nothing is there to be saved."""
-    monkeypatch.setattr(launching, "FAILED_GRACE", 0.5)
-    beats = "from training.launch.heartbeat import Heart; heart = Heart(); heart.attach()"
+    """They wait in a collective that never ends (NCCL), and there is nothing to save."""
+    monkeypatch.setattr(launching, "FAILURE_GRACE_S", 0.5)
+    attach = "from training.launch.heartbeat import heartbeat; heartbeat.attach()"
     send_when_ready(tmp_path, 2, signal.SIGUSR1)
-    command = rank_program(tmp_path, DEAF, {0: f"{beats}\n{textwrap.dedent(STOPS)}"})
+    command = rank_program(tmp_path, IGNORES_SIGNALS, {0: f"{attach}\n{textwrap.dedent(STOPPABLE)}"})
     started = time.monotonic()
-    assert Launcher(Nodes(Place()), command, 2).run() == 75
-    assert time.monotonic() - started < launching.STOPPED_GRACE / 2
+    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 75
+    assert time.monotonic() - started < launching.STOP_GRACE_S / 2
     assert "; ranks [1] did not end and were killed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("status", [0, 75])
-def test_what_a_rank_started_ends_with_it(tmp_path: Path, status: int) -> None:
+def test_child_processes_of_a_rank_end_with_it(tmp_path: Path, status: int) -> None:
     """Such as the process that converts a checkpoint, under a rank that is stopped."""
     program = f"""
         import subprocess, sys
@@ -375,6 +379,6 @@ def test_what_a_rank_started_ends_with_it(tmp_path: Path, status: int) -> None:
         open(f"{{FOLDER}}/child", "w").write(str(child.pid))
         os._exit({status})
     """
-    assert Launcher(Nodes(Place()), rank_program(tmp_path, program), 1).run() == status
+    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, program), 1).run() == status
     child = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
     wait_for(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")

@@ -1,4 +1,4 @@
-"""Logs: who writes what where, merged once, with nothing secret. Ranks are small programs that only log."""
+"""Logs: which file gets which line, merging, and redaction. The ranks are small programs that only log."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from training.launch import merged_logs
+from training.launch import logs
 from training.launch.launcher import Launcher
-from training.launch.logs import Appender, Secrets, event, part, rank_log, read_lines
-from training.launch.merged_logs import MergedLogs
-from training.launch.nodes import Nodes, Place
-from training.launch.rank_output import CLOSE_SECONDS
+from training.launch.logs import Appender, LogMerger, event_line, events_part, rank_log, read_lines
+from training.launch.rank_process import DRAIN_TIMEOUT_S
+from training.launch.status_exchange import NodePlace, StatusExchange
 
 HOST = socket.gethostname()
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,11 +28,10 @@ RANK = """
     import ctypes, logging, os, sys
     from pathlib import Path
     from training.launch import logs
-    from training.launch.heartbeat import heart
-    from training.launch.merged_logs import kept_logs
+    from training.launch.heartbeat import heartbeat
     rank = int(os.environ["RANK"])
-    heart.attach()
-    logs.log_to_person(rank)
+    heartbeat.attach()
+    logs.log_to_terminal(rank)
     log = logging.getLogger("training.loop.trainer")
 """
 
@@ -41,7 +39,7 @@ RANK = """
 def run(folder: Path, program: str, nproc: int = 2) -> int:
     code = textwrap.dedent(RANK) + textwrap.dedent(program)
     return Launcher(
-        Nodes(Place()), [sys.executable, "-c", code.replace("FOLDER", repr(str(folder)))], nproc, folder
+        StatusExchange(NodePlace()), [sys.executable, "-c", code.replace("FOLDER", repr(str(folder)))], nproc, folder
     ).run()
 
 
@@ -49,11 +47,11 @@ def events(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "logs" / "events.jsonl").read_text().splitlines()]
 
 
-def test_every_message_is_where_it_belongs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_message_goes_to_its_files_and_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = """
-        with kept_logs(Path(FOLDER), rank):
+        with logs.run_logs(Path(FOLDER), rank):
             log.info("info of %d", rank)
-            for _ in heart.steps("ab", 3):
+            for _ in heartbeat.steps("ab", 3):
                 pass
             log.warning("warning of %d", rank)
             print(f"native {rank}", file=sys.stderr)
@@ -79,45 +77,45 @@ def test_every_message_is_where_it_belongs(tmp_path: Path, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("last_act", "said"),
+    ("failure", "printed"),
     [
         ("raise RuntimeError('of the reader')", "RuntimeError: of the reader"),
         ("ctypes.CDLL(None).perror(b'from C'); os.abort()", "from C: "),
-        ("logs.say_failure('crosslift: rank 1: no memory'); os._exit(1)", "crosslift: rank 1: no memory"),
+        ("logs.report_failure('crosslift: rank 1: no memory'); os._exit(1)", "crosslift: rank 1: no memory"),
     ],
 )
-def test_last_words_reach_the_terminal_and_the_ranks_log_once(
-    last_act: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_the_last_lines_of_a_failing_rank_reach_the_terminal_and_its_log_once(
+    failure: str, printed: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     program = f"""
-        at_end = kept_logs(Path(FOLDER), rank)
-        at_end.__enter__()
+        context = logs.run_logs(Path(FOLDER), rank)
+        context.__enter__()
         if rank == 1:
-            {last_act}
+            {failure}
     """
     assert run(tmp_path, program) == 1
-    assert capfd.readouterr().err.count(said) == 1
-    assert rank_log(tmp_path, 1).read_text().count(said) == 1
-    assert (tmp_path / "logs" / "run.log").read_text().count(said) == 1
+    assert capfd.readouterr().err.count(printed) == 1
+    assert rank_log(tmp_path, 1).read_text().count(printed) == 1
+    assert (tmp_path / "logs" / "run.log").read_text().count(printed) == 1
     assert not rank_log(tmp_path, 0).read_text()
-    assert [each["rank"] for each in events(tmp_path) if said in each["message"]] == [1]
+    assert [each["rank"] for each in events(tmp_path) if printed in each["message"]] == [1]
 
 
-def test_what_all_ranks_say_in_crosslifts_name_is_shown_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    program = "logs.say_failure('crosslift: a.yaml: no such file'); os._exit(2)"
+def test_the_same_message_of_all_ranks_is_printed_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = "logs.report_failure('crosslift: a.yaml: no such file'); os._exit(2)"
     assert run(tmp_path, program, nproc=3) == 2
     assert capfd.readouterr().err == "crosslift: a.yaml: no such file\n"
 
 
-def test_a_rank_without_a_launcher_keeps_its_logs_itself(
+def test_a_rank_without_a_launcher_writes_all_logs_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import subprocess
 
     program = """
-        with kept_logs(Path(FOLDER), 0):
+        with logs.run_logs(Path(FOLDER), 0):
             log.info("hello")
-            logs.say_failure("crosslift: rank 0: of itself")
+            logs.report_failure("crosslift: rank 0: of itself")
     """
     code = (textwrap.dedent(RANK) + textwrap.dedent(program)).replace("FOLDER", repr(str(tmp_path)))
     done = subprocess.run(
@@ -128,14 +126,14 @@ def test_a_rank_without_a_launcher_keeps_its_logs_itself(
     assert rank_log(tmp_path, 0).read_text().count("of itself") == 1
 
 
-def test_nothing_secret_is_written_or_shown(
+def test_secrets_are_neither_written_nor_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     program = """
-        with kept_logs(Path(FOLDER), rank):
+        with logs.run_logs(Path(FOLDER), rank):
             log.warning("login with %s at http://me:pass@host/x", os.environ["HF_TOKEN"])
             print(os.environ, file=sys.stderr)
             print("printed", os.environ["HF_TOKEN"])
@@ -143,7 +141,7 @@ def test_nothing_secret_is_written_or_shown(
                 raise ValueError(os.environ["MLFLOW_TRACKING_PASSWORD"])
             except ValueError:
                 log.exception("refused")
-            logs.say_failure(os.environ["HF_TOKEN"])
+            logs.report_failure(os.environ["HF_TOKEN"])
             os.kill(os.getpid(), 9)
     """
     assert run(tmp_path, program) == 1
@@ -159,20 +157,21 @@ def test_nothing_secret_is_written_or_shown(
 
 
 def launched(folder: Path, lines: int) -> subprocess.Popen[bytes]:
-    """A launcher in a process of its own, whose two ranks print so many lines of a hundred letters each."""
+    """A launcher in its own process, whose two ranks print `lines` lines of a hundred characters each."""
     program = folder / "rank.py"
     program.write_text(f"for number in range({lines}):\n    print(number, 'x' * 100)\n")
     code = (
         "import sys; from pathlib import Path\n"
-        "from training.launch.launcher import Launcher; from training.launch.nodes import *\n"
-        f"sys.exit(Launcher(Nodes(Place()), [sys.executable, {str(program)!r}], 2, Path({str(folder)!r})).run())"
+        "from training.launch.launcher import Launcher; from training.launch.status_exchange import *\n"
+        f"command = [sys.executable, {str(program)!r}]\n"
+        f"sys.exit(Launcher(StatusExchange(NodePlace()), command, 2, Path({str(folder)!r})).run())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
 
 
-def test_a_stdout_that_nobody_reads_any_more_stops_no_rank(tmp_path: Path) -> None:
-    """As in `crosslift train CONFIG | head`: the run goes on, and its status is its own."""
+def test_a_closed_stdout_does_not_block_the_ranks(tmp_path: Path) -> None:
+    """As in `crosslift train CONFIG | head`: the run continues and ends with its own status."""
     launcher = launched(tmp_path, 2000)  # more than pipes hold
     assert launcher.stdout is not None
     launcher.stdout.readline()
@@ -180,34 +179,24 @@ def test_a_stdout_that_nobody_reads_any_more_stops_no_rank(tmp_path: Path) -> No
     assert launcher.wait(timeout=60) == 0
 
 
-def test_a_slow_reader_of_stdout_gets_every_line_whole(tmp_path: Path) -> None:
+def test_a_slow_reader_of_stdout_gets_every_line(tmp_path: Path) -> None:
     launcher = launched(tmp_path, 550)  # ranks can end, as their own pipes hold it; the launcher's holds half of it
     assert launcher.stdout is not None
-    time.sleep(3 * CLOSE_SECONDS)  # longer than is waited for the last words of a rank that says nothing
+    time.sleep(3 * DRAIN_TIMEOUT_S)  # longer than the wait for the end of a rank's output
     assert launcher.poll() is None
     lines = launcher.stdout.read().decode().splitlines()
     assert launcher.wait(timeout=60) == 0
     assert sorted(lines) == sorted(f"{number} {'x' * 100}" for number in range(550) for _ in range(2))
 
 
-def test_only_names_of_secrets_are_hidden() -> None:
-    secrets = Secrets({"TOKENIZERS_PARALLELISM": "false!", "API_KEY": "short", "HOME": "/home/me", "A_TOKEN": "abcdef"})
-    assert secrets.hidden("false! short /home/me abcdef sqlite:///a@b.db") == (
-        "false! short /home/me <A_TOKEN> sqlite:///a@b.db"
-    )
-    assert Secrets({}).hidden("plain") == "plain"
-
-
-def test_a_torn_line_stays_alone(tmp_path: Path) -> None:
+def test_the_next_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"whole": 1}\n{"to')
     Appender(path).write('{"next": 1}\n')
     assert path.read_text() == '{"whole": 1}\n{"to\n{"next": 1}\n'
 
 
-def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_that_cannot_be_written_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = Appender(Path("/dev/full"))
     full.write("a\n")
     full.write("b\n")
@@ -215,39 +204,39 @@ def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(
     Appender(tmp_path / "file" / "x").write("a\n")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "/dev/full: No space left on device; the run goes on, its log has a gap",
-        f"{tmp_path}/file/x: File exists; the run goes on, its log has a gap",
+        "/dev/full: No space left on device; the run continues, its log is incomplete",
+        f"{tmp_path}/file/x: File exists; the run continues, its log is incomplete",
     ]
 
 
-def test_merging_goes_on_where_it_stopped_and_sorts_by_time(tmp_path: Path) -> None:
+def test_merging_continues_where_it_stopped_and_sorts_by_time(tmp_path: Path) -> None:
     def write(rank: int, at: int, message: str) -> None:
-        line = json.loads(event(rank, "INFO", 0, message))
-        Appender(part(tmp_path, f"rank-{rank:05d}")).write(json.dumps({**line, "time": at}) + "\n")
+        line = json.loads(event_line(rank, "INFO", 0, message))
+        Appender(events_part(tmp_path, f"rank-{rank:05d}")).write(json.dumps({**line, "time": at}) + "\n")
 
     write(0, 20, "second")
     write(1, 10, "first")
-    with part(tmp_path, "rank-00000").open("a") as torn:
+    with events_part(tmp_path, "rank-00000").open("a") as torn:
         torn.write('{"time": 3')
-    MergedLogs(tmp_path).close()
+    LogMerger(tmp_path).close()
     write(0, 5, "after a restart")
-    MergedLogs(tmp_path).close()
-    MergedLogs(tmp_path).close()
+    LogMerger(tmp_path).close()
+    LogMerger(tmp_path).close()
     assert [each["message"] for each in events(tmp_path)] == ["first", "second", "after a restart"]
 
 
-def test_lines_that_come_later_are_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merged_logs, "MERGE_SECONDS", 0.05)
-    mine = Appender(part(tmp_path, "rank-00000"))
-    merged = MergedLogs(tmp_path)
+def test_later_lines_are_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MERGE_INTERVAL_S", 0.05)
+    mine = Appender(events_part(tmp_path, "rank-00000"))
+    merger = LogMerger(tmp_path)
     for message in "abc":
-        mine.write(event(0, "INFO", 0, message))
+        mine.write(event_line(0, "INFO", 0, message))
         time.sleep(0.2)
-    merged.close()
+    merger.close()
     assert [each["message"] for each in events(tmp_path)] == ["a", "b", "c"]
 
 
-def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
+def test_an_unfinished_line_is_read_later(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"a\nbc")
     assert read_lines(path, 0) == ([b"a"], 2)
@@ -256,12 +245,10 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "absent", 3) == ([], 3)
 
 
-def test_a_stop_that_the_ranks_have_spoken_of_is_not_said_twice(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stop_reported_by_the_ranks_is_not_reported_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = f"""
         import signal
-        signal.signal(signal.SIGTERM, lambda *_: (logs.say_failure("crosslift: stopped, saved"), os._exit(75)))
+        signal.signal(signal.SIGTERM, lambda *_: (logs.report_failure("crosslift: stopped, saved"), os._exit(75)))
         os.kill({os.getpid()}, signal.SIGTERM)
         signal.pause()
         signal.pause()

@@ -1,4 +1,4 @@
-"""patience.py: storage that comes back in time is waited for, and what does not is an error."""
+"""Retries of unreadable storage: it is read when it comes back in time, else the last error is raised."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
-from data_pipeline.sources.patience import LONGEST_WAIT, patiently
+from data_pipeline.sources.patience import LONGEST_WAIT, retry_reading
 
 
 class Storage:
-    """Away for so many reads."""
+    """Fails for the given number of reads."""
 
     def __init__(self, failures: float) -> None:
         self.failures = failures
@@ -24,34 +24,34 @@ class Storage:
 
 
 @pytest.mark.parametrize("failures", [0, 1, 7])
-def test_what_comes_back_in_time_is_read(failures: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_storage_that_comes_back_in_time_is_read(failures: int, caplog: pytest.LogCaptureFixture) -> None:
     storage = Storage(failures)
     with caplog.at_level(logging.WARNING):
-        assert patiently(storage.read, "en.jsonl", 300, storage.slept.append) == "row"
+        assert retry_reading(storage.read, "en.jsonl", 300, storage.slept.append) == "row"
     assert len(storage.slept) == failures
-    assert len(caplog.messages) == (2 if failures else 0), "said once, whatever the number of tries"
+    assert len(caplog.messages) == (2 if failures else 0), "logged once, whatever the number of attempts"
     assert all(message.startswith("en.jsonl: can") for message in caplog.messages)
     assert storage.slept == sorted(storage.slept)
     assert max(storage.slept, default=0) <= LONGEST_WAIT
 
 
-def test_patience_ends_and_the_error_is_the_last_one() -> None:
+def test_retries_end_after_the_given_time_with_the_last_error() -> None:
     storage = Storage(float("inf"))
     with pytest.raises(OSError, match="Input/output error"):
-        patiently(storage.read, "en.jsonl", 100, storage.slept.append)
+        retry_reading(storage.read, "en.jsonl", 100, storage.slept.append)
     assert sum(storage.slept) == pytest.approx(100)
 
 
-def test_no_patience_is_one_try() -> None:
+def test_zero_seconds_mean_one_attempt() -> None:
     storage = Storage(1)
     with pytest.raises(OSError, match="Input/output error"):
-        patiently(storage.read, "en.jsonl", 0, storage.slept.append)
+        retry_reading(storage.read, "en.jsonl", 0, storage.slept.append)
     assert storage.slept == []
 
 
-def test_other_errors_are_not_waited_for() -> None:
+def test_other_errors_are_not_retried() -> None:
     def broken() -> None:
         raise ValueError("not a disk's")
 
     with pytest.raises(ValueError, match="not a disk's"):
-        patiently(broken, "en.jsonl", 300, sleep=lambda seconds: pytest.fail("it waits"))
+        retry_reading(broken, "en.jsonl", 300, sleep=lambda seconds: pytest.fail("it waited"))

@@ -1,4 +1,4 @@
-"""What the preflight makes of reports, and its roll call with real processes over a real store."""
+"""The preflight: judgement of reports, and joining with real processes over a real store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from ranks import SOURCE, environment, run_ranks
 
-from training.launch.preflight_report import Measured, Report, broken, doubtful, missing, numbered, summary
+from training.launch.preflight_report import (
+    Measurement,
+    RankReport,
+    find_mismatch,
+    find_warnings,
+    missing_ranks,
+    summary,
+    with_node_numbers,
+)
 
 SOFTWARE = {
     "python": "3.11.2",
@@ -27,86 +35,88 @@ SOFTWARE = {
 GPU = {"device": "NVIDIA H100", "memory_gib": 79.6}
 
 
-def report(rank: int, node: int | None = None, **changes: object) -> Report:
+def report(rank: int, node: int | None = None, **changes: object) -> RankReport:
     at = rank // 2 if node is None else node
-    return replace(Report(rank, at, f"n{at}", "cpu", 0.0, None, SOFTWARE, 100.0), **changes)
+    return replace(RankReport(rank, at, f"n{at}", "cpu", 0.0, None, SOFTWARE, 100.0), **changes)
 
 
-def four(odd: int = 0, **changes: object) -> list[Report]:
+def four(odd: int = 0, **changes: object) -> list[RankReport]:
     """Four ranks on two nodes; the changes are rank `odd`'s."""
     return [report(rank, **(changes if rank == odd else {})) for rank in range(4)]
 
 
-def measured(*rates: float | None, clock: float = 1000.0) -> list[Measured]:
-    return [Measured(clock, 0.5, rate) for rate in rates]
+def measured(*rates: float | None, clock: float = 1000.0) -> list[Measurement]:
+    return [Measurement(clock, 0.5, rate) for rate in rates]
 
 
 EVEN = measured(1.0, None, 1.0, None)
 
 
-def test_ranks_that_are_alike_may_start() -> None:
-    assert broken(four()) is None
-    assert doubtful(four(), EVEN) == []
+def test_matching_ranks_may_start() -> None:
+    assert find_mismatch(four()) is None
+    assert find_warnings(four(), EVEN) == []
 
 
 @pytest.mark.parametrize("name", ["torch", "deepspeed", "crosslift"])
-def test_another_version_breaks_a_run_and_is_named(name: str) -> None:
+def test_a_rank_with_another_version_is_refused_and_named(name: str) -> None:
     reports = four(3, versions={**SOFTWARE, name: "9.9"})
-    assert broken(reports) == f"rank 3 on n1 has {name} 9.9, the others {SOFTWARE[name]}; every node needs the same"
+    assert (
+        find_mismatch(reports) == f"rank 3 on n1 has {name} 9.9, the others {SOFTWARE[name]}; every node needs the same"
+    )
     absent = {each: version for each, version in SOFTWARE.items() if each != name}
-    assert f"rank 3 on n1 has {name} none" in str(broken(four(3, versions=absent)))
+    assert f"rank 3 on n1 has {name} none" in str(find_mismatch(four(3, versions=absent)))
 
 
 @pytest.mark.parametrize("name", ["python", "transformers"])
-def test_what_may_differ_is_a_warning(name: str) -> None:
+def test_another_version_of_python_or_transformers_is_a_warning(name: str) -> None:
     reports = four(2, versions={**SOFTWARE, name: "9.9"})
-    assert broken(reports) is None
-    assert doubtful(reports, EVEN) == [f"rank 2 on n1 has {name} 9.9, the others {SOFTWARE[name]}"]
+    assert find_mismatch(reports) is None
+    assert find_warnings(reports, EVEN) == [f"rank 2 on n1 has {name} 9.9, the others {SOFTWARE[name]}"]
 
 
-def test_a_node_without_its_gpu_is_named() -> None:
+def test_a_rank_without_its_gpu_is_named() -> None:
     reports = [replace(each, **GPU) for each in four()]
-    assert broken(reports) is None
+    assert find_mismatch(reports) is None
     reports[2] = replace(reports[2], device="cpu", memory_gib=0.0)
-    assert broken(reports) == "rank 2 on n1 sees no GPU, the others a GPU"
-    assert broken(four(1, problem="sees nothing")) == "rank 1 on n0: sees nothing"
+    assert find_mismatch(reports) == "rank 2 on n1 sees no GPU, the others a GPU"
+    assert find_mismatch(four(1, problem="sees no device")) == "rank 1 on n0: sees no device"
 
 
 def test_another_kind_of_gpu_is_a_warning() -> None:
     reports = [replace(each, **GPU) for each in four()]
     reports[1] = replace(reports[1], memory_gib=39.4)
-    assert broken(reports) is None
-    (line,) = doubtful(reports, EVEN)
+    assert find_mismatch(reports) is None
+    (line,) = find_warnings(reports, EVEN)
     assert line.startswith("rank 1 on n0 has NVIDIA H100 with 39 GiB, the others NVIDIA H100 with 80 GiB: all run")
 
 
 @pytest.mark.parametrize(
-    ("off", "said"), [(4.9, []), (-6.0, ["the clock of n1 is -6 s off: logs will not be in order"])]
+    ("offset", "expected"), [(4.9, []), (-6.0, ["the clock of n1 is off by -6 s: logs will not be in order"])]
 )
-def test_clocks_are_compared(off: float, said: list[str]) -> None:
-    times = [replace(each, clock=1000.0 + (off if rank in (2, 3) else 0)) for rank, each in enumerate(EVEN)]
-    assert doubtful([*four(), report(4, node=2)], [*times, Measured(1000.0, 0.5, 1.0)]) == said
+def test_clocks_are_compared(offset: float, expected: list[str]) -> None:
+    times = [replace(each, clock=1000.0 + (offset if rank in (2, 3) else 0)) for rank, each in enumerate(EVEN)]
+    assert find_warnings([*four(), report(4, node=2)], [*times, Measurement(1000.0, 0.5, 1.0)]) == expected
 
 
-def test_a_slow_node_is_told_from_its_neighbours() -> None:
+def test_a_slow_node_is_named_but_not_its_neighbours() -> None:
     reports = [report(rank, node=rank) for rank in range(5)]
-    assert doubtful(reports, measured(1.0, 0.9, 0.4, 1.1, 1.0)) == [
-        "n2 (node 2) exchanges 0.40 GiB/s, the median is 1.00 GiB/s"
+    assert find_warnings(reports, measured(1.0, 0.9, 0.4, 1.1, 1.0)) == [
+        "n2 (node 2) exchanges data at 0.40 GiB/s, the median is 1.00 GiB/s"
     ]
-    assert doubtful(reports[:2], measured(1.0, 0.1)) == []  # of two, which one?
+    assert find_warnings(reports[:2], measured(1.0, 0.1)) == []  # of two, the slow one is unknown
 
 
-def test_a_full_disk_is_said_once_a_host() -> None:
+def test_a_full_disk_is_reported_once_per_host() -> None:
     reports = [replace(each, disk_gib=0.5) if each.node == 1 else each for each in four()]
-    assert doubtful(reports, EVEN) == ["n1 has 0.50 GiB free at output_dir"]
+    assert find_warnings(reports, EVEN) == ["n1 has 0.50 GiB free at output_dir"]
 
 
-def test_one_line_for_one_node_a_table_for_more() -> None:
+def test_the_summary_is_one_line_for_one_node_and_a_table_for_several() -> None:
     two = [report(0), report(1)]
     assert summary(two, measured(0.5, 0.5), 0.24) == [
         "preflight: 2 ranks on n0, cpu, torch 2.13.0 deepspeed 0.19.8 crosslift 0.1.0 (0.2 s), all-reduce 0.50 GiB/s"
     ]
-    (alone,) = summary(two[:1], [Measured(1000.0, None, None)], 0.1)
+    (alone,) = summary(two[:1], [Measurement(1000.0, None, None)], 0.1)
     assert alone.startswith("preflight: 1 rank on n0, cpu")
     assert "all-reduce" not in alone
     head, names, *rows = summary(four(), EVEN, 1.0)
@@ -117,25 +127,25 @@ def test_one_line_for_one_node_a_table_for_more() -> None:
     ]  # fmt: skip
 
 
-def test_nodes_that_nobody_numbered_go_by_their_hosts() -> None:
+def test_nodes_without_a_number_are_numbered_by_host() -> None:
     reports = [report(rank, host=f"h{rank // 2}", node=-1) for rank in range(4)]
-    assert [each.node for each in numbered(reports)] == [0, 0, 1, 1]
-    assert numbered(four()) == four()
+    assert [each.node for each in with_node_numbers(reports)] == [0, 0, 1, 1]
+    assert with_node_numbers(four()) == four()
 
 
 @pytest.mark.parametrize(
-    ("came", "said"),
+    ("joined", "named"),
     [
         ([0, 1, 2, 3], "node 2 (ranks 4 to 5)"),
         ([0, 2, 3, 4, 5], "rank 1 of node 0"),
         ([0], "rank 1 of node 0, node 1 (ranks 2 to 3), node 2 (ranks 4 to 5)"),
     ],
 )
-def test_who_is_missing_is_named_by_node(came: list[int], said: str) -> None:
-    assert missing(came, 6, 2) == said
+def test_missing_ranks_are_named_by_node(joined: list[int], named: str) -> None:
+    assert missing_ranks(joined, 6, 2) == named
 
 
-# --- real ranks, which only do the preflight
+# --- real ranks that only run the preflight
 
 JOIN = """
     import logging, os, sys
@@ -150,18 +160,17 @@ JOIN = """
         preflight.join(Path.cwd(), timedelta(seconds=60))
     except (ConfigError, preflight.RanksMissing) as error:
         print(type(error).__name__, error)
-        os._exit(9)  # neither of the statuses of a finished run: the launcher knows those
+        os._exit(9)  # not a status of a finished run, which a launcher treats differently
     import torch
-    from training.loop.straggler import Stragglers
-    from training.launch.watchdog import WatchdogConfig
+    from training.loop.straggler import StragglerMonitor
     torch.manual_seed(0)
-    slow = Stragglers(WatchdogConfig(straggler_every=4), torch.device("cpu"))
+    monitor = StragglerMonitor(4, torch.device("cpu"))
     if rank == 1:
         product = torch.mm
         torch.mm = lambda *each: [product(*each) for _ in range(20)]
-    told = [slow.after(done, waited=0.25 * rank) for done in range(1, 13)]
-    assert told[0] == told[4] == {{}}
-    print(told[11]["ranks/slowest"], told[11]["ranks/slowdown"] > 3, told[11]["ranks/data_wait_seconds_max"])
+    found = [monitor.after_step(done, waited=0.25 * rank) for done in range(1, 13)]
+    assert found[0] == found[4] == {{}}
+    print(found[11]["ranks/slowest"], found[11]["ranks/slowdown"] > 3, found[11]["ranks/data_wait_seconds_max"])
     reference = torch.Generator().manual_seed(0)
     assert torch.rand(1).item() == torch.rand(1, generator=reference).item(), "the probe drew a random number"
 """
@@ -171,7 +180,7 @@ def join_program(before: str = "") -> list[str]:
     return ["-c", textwrap.dedent(JOIN).format(before=before)]
 
 
-def test_two_real_ranks_join_within_two_seconds_and_the_slow_one_is_named() -> None:
+def test_two_real_ranks_join_within_two_seconds_and_the_straggler_is_named() -> None:
     results = run_ranks(join_program(), 2, timeout=60)
     assert [each.returncode for each in results] == [0, 0], results[1].stderr[-2000:]
     lines = results[0].stderr.splitlines()
@@ -194,17 +203,17 @@ def test_a_rank_with_another_torch_is_refused_before_any_collective_call() -> No
     assert texts.pop().startswith("ConfigError preflight: rank")
 
 
-def test_a_rank_that_never_comes_is_named_by_all_the_others(tmp_path: Path) -> None:
-    """Our launcher, three ranks of which one hangs on its way."""
-    before = "preflight.COME_SECONDS = 3.0\nif rank == 1: import time; time.sleep(60)"
+def test_a_rank_that_never_joins_is_named_by_all_the_others(tmp_path: Path) -> None:
+    """Three ranks of a launcher, of which one hangs before the preflight."""
+    before = "preflight.JOIN_TIMEOUT_S = 3.0\nif rank == 1: import time; time.sleep(60)"
     started = time.monotonic()
     code = textwrap.dedent(JOIN).format(before=before)
     program = f"""
         import sys
         from training.launch import launcher
-        from training.launch.nodes import Nodes, Place
-        launcher.FAILED_GRACE = 2.0
-        sys.exit(launcher.Launcher(Nodes(Place()), [sys.executable, "-c", {code!r}], 3).run())
+        from training.launch.status_exchange import NodePlace, StatusExchange
+        launcher.FAILURE_GRACE_S = 2.0
+        sys.exit(launcher.Launcher(StatusExchange(NodePlace()), [sys.executable, "-c", {code!r}], 3).run())
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], env=environment(), cwd=SOURCE, capture_output=True, text=True,
@@ -212,5 +221,5 @@ def test_a_rank_that_never_comes_is_named_by_all_the_others(tmp_path: Path) -> N
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-2000:]
     assert time.monotonic() - started < 45
-    line = "RanksMissing rank 1 of node 0 did not come in 3 s; 2 of 3 ranks are here"
+    line = "RanksMissing rank 1 of node 0 did not join within 3 s; 2 of 3 ranks joined"
     assert done.stdout.splitlines() == [line] * 2

@@ -201,7 +201,9 @@ def test_a_holder_on_another_machine_that_shows_life_is_left_alone(
     lock = written(tmp_path / "run", elsewhere())
     monkeypatch.setattr(run_lock, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "SILENT_SECONDS", 20)
-    monkeypatch.setattr(run_lock, "_say", lambda text: os.utime(lock, ns=(1, 1)))  # it renews its lock meanwhile
+    monkeypatch.setattr(
+        run_lock, "print_message", lambda text: os.utime(lock, ns=(1, 1))
+    )  # it renews its lock meanwhile
     with pytest.raises(ConfigError, match=r"in use by a run on node-7 \(pid "), held(tmp_path / "run"):
         pass
 

@@ -42,7 +42,7 @@ def record(run: Path, steps: int, end: str | None, resumed: int | None = None, t
 def happened(run: Path, level: str, message: str) -> None:
     logs.make_logs_folder(run)
     with (logs.logs_folder(run) / "events.jsonl").open("a", encoding="utf-8") as file:
-        line = json.loads(logs.event(0, level, 3, message))
+        line = json.loads(logs.event_line(0, level, 3, message))
         file.write(json.dumps({**line, "time": line["time"] + 1}) + "\n")
 
 

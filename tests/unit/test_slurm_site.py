@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from slurm import site
 from slurm.errors import SlurmError
 from slurm.site import load_settings
-from slurm.spec import SECRET, Container, Element, JobSettings, JobSpec, seconds
-from training.launch import logs
+from slurm.spec import Container, Element, JobSettings, JobSpec, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -227,12 +226,3 @@ def test_what_no_script_can_carry_is_refused(tmp_path: Path, changes: dict[str, 
     with pytest.raises(ValidationError, match=message):
         spec(tmp_path, **changes)
     assert spec(tmp_path).name == "run"
-
-
-def test_names_that_no_script_may_hold_are_those_that_logs_hide() -> None:
-    """The pattern stands twice, as slurm looks into no other room."""
-    assert SECRET.pattern == logs._SECRET_NAMES.pattern
-    for name in ("HF_TOKEN", "HF_TOKEN_2", "MY_SECRETS", "OPENAI_API_KEY_2", "DB_PASSWORDS"):
-        assert SECRET.search(name), name
-    for name in ("TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "KEYBOARD"):
-        assert not SECRET.search(name), name

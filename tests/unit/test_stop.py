@@ -1,4 +1,4 @@
-"""stop.py: signals and the deadline become a request; outside of training a signal ends the process at once."""
+"""Stop requests by signals and by the deadline; outside of training a signal ends the process at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from tiny_run import run_values, write_data
 
 from training.errors import ConfigError
-from training.launch.stop import DEADLINE, SIGNALS, SPARE_SECONDS, STOPPED, UNMEASURED_SAVE_SECONDS, StopRequest
+from training.launch.stop import DEADLINE, DEFAULT_SAVE_S, EXIT_S, SIGNALS, STOPPED, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def own_handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_in_training_is_a_request_and_a_second_one_changes_nothing(number: signal.Signals) -> None:
+def test_a_signal_in_training_is_a_request_and_further_ones_change_nothing(number: signal.Signals) -> None:
     stop = StopRequest()
     stop.install()
     stop.begin_training()
@@ -39,7 +39,7 @@ def test_a_signal_in_training_is_a_request_and_a_second_one_changes_nothing(numb
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_outside_of_training_the_process_ends_with_the_status_that_goes_on(number: signal.Signals) -> None:
+def test_outside_of_training_a_signal_ends_the_process_with_the_status_of_a_stop(number: signal.Signals) -> None:
     program = (
         "import time; from training.launch.stop import StopRequest; stop = StopRequest(); stop.install(); "
         "stop.begin_training(); stop.end_training(); print('ready', flush=True); time.sleep(60)"
@@ -52,7 +52,7 @@ def test_outside_of_training_the_process_ends_with_the_status_that_goes_on(numbe
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == STOPPED
-    assert said == f"crosslift: stopped by {number.name} outside of training; the same command goes on\n"
+    assert said == f"crosslift: stopped by {number.name} outside of training; the same command resumes the run\n"
 
 
 def with_deadline(monkeypatch: pytest.MonkeyPatch, seconds: float) -> StopRequest:
@@ -60,53 +60,53 @@ def with_deadline(monkeypatch: pytest.MonkeyPatch, seconds: float) -> StopReques
     return StopRequest()
 
 
-def test_the_deadline_leaves_time_for_a_checkpoint_that_was_never_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = UNMEASURED_SAVE_SECONDS + SPARE_SECONDS
+def test_the_deadline_leaves_time_for_a_checkpoint_of_unknown_duration(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = DEFAULT_SAVE_S + EXIT_S
     assert with_deadline(monkeypatch, needed + 5).reason is None
     assert with_deadline(monkeypatch, needed - 1).reason == "the end of the allocation"
 
 
-def test_a_reason_that_was_told_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint that turns out to be quick does not take back what the other ranks already act upon."""
-    stop = with_deadline(monkeypatch, UNMEASURED_SAVE_SECONDS)
+def test_a_reason_is_never_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick checkpoint does not withdraw a request on which the other ranks already act."""
+    stop = with_deadline(monkeypatch, DEFAULT_SAVE_S)
     assert stop.reason == "the end of the allocation"
-    stop.saved(0.1)
+    stop.record_save(0.1)
     assert stop.reason == "the end of the allocation"
 
 
-def test_the_deadline_counts_the_longest_step_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of the longest steps, since one is under way when the next begins, and half as much again for the disk."""
+def test_the_deadline_leaves_time_for_the_longest_step_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the longest step, as one may just have begun, and one and a half times the longest checkpoint."""
     for spare, reason in ((5, None), (-1, "the end of the allocation")):
-        stop = with_deadline(monkeypatch, 2 * 100 + 1.5 * 200 + SPARE_SECONDS + spare)
+        stop = with_deadline(monkeypatch, 2 * 100 + 1.5 * 200 + EXIT_S + spare)
         for step_seconds in (30, 100, 20):
-            stop.took(step_seconds)
+            stop.record_step(step_seconds)
         for save_seconds in (200, 10):
-            stop.saved(save_seconds)
+            stop.record_save(save_seconds)
         assert stop.reason == reason
 
 
 @pytest.mark.parametrize("text", [None, ""])
-def test_without_a_deadline_there_is_none(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+def test_without_a_deadline_there_is_no_request(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
     monkeypatch.delenv(DEADLINE, raising=False)
     if text is not None:
         monkeypatch.setenv(DEADLINE, text)
     stop = StopRequest()
-    stop.took(1e9)
+    stop.record_step(1e9)
     assert stop.reason is None
 
 
 @pytest.mark.parametrize("text", ["tomorrow", "nan", "-1", "0", "12:00"])
-def test_a_deadline_that_is_no_time_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_deadline_that_is_not_a_time_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(DEADLINE, text)
     with pytest.raises(ConfigError, match=rf"^{DEADLINE}={text}: must be the unix time \(in seconds\) at which"):
         StopRequest()
 
 
-def test_a_deadline_that_has_passed_is_refused_instead_of_a_stop_before_the_first_step(
+def test_a_past_deadline_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(DEADLINE, str(int(time.time()) - 3600))
-    with pytest.raises(ConfigError, match=rf"^{DEADLINE}=\d+: lies 360\d s in the past, .*; unset it, or"):
+    with pytest.raises(ConfigError, match=rf"^{DEADLINE}=\d+: is 360\d s in the past, .*; unset it, or"):
         StopRequest()
 
 

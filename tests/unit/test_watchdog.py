@@ -1,4 +1,4 @@
-"""Beats, stalls, and who is blamed: without ranks. `tests/distributed/test_stalls.py` has real ones."""
+"""Heartbeats, stall detection, and the choice of the culprit. `tests/distributed/test_stalls.py` has real ranks."""
 
 from __future__ import annotations
 
@@ -11,35 +11,41 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from waiting import wait_for
 
 from training.launch import watchdog
-from training.launch.heartbeat import ENDED, FOLDER, STARTING, STEPPING, Heart, beat_file, read_beat
-from training.launch.watchdog import Evidence, Watchdog, from_json, furthest_behind, main_stack, to_json
+from training.launch.heartbeat import (
+    ENDED,
+    HEARTBEAT_DIR,
+    STARTING,
+    STEPPING,
+    Heartbeat,
+    heartbeat_file,
+    read_heartbeat,
+)
+from training.launch.watchdog import RankSnapshot, Watchdog, from_json, furthest_behind, main_stack
 
 HANGS = """
     import os, signal, sys, threading, time
-    from training.launch.heartbeat import Heart
-    heart = Heart()
-    heart.attach()
+    from training.launch.heartbeat import heartbeat
+    heartbeat.attach()
     def deep_in_the_reader():
-        open(os.environ["CROSSLIFT_BEATS"] + "/ready", "w").close()
+        open(os.environ["CROSSLIFT_HEARTBEAT_DIR"] + "/ready", "w").close()
         time.sleep(60)
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-    steps = heart.steps(iter(range(9)), 4)
+    steps = heartbeat.steps(iter(range(9)), 4)
     next(steps)
-    heart.forward()
+    heartbeat.forward()
     deep_in_the_reader()
 """
 STOPS_ITSELF = """
     import os, signal, threading, time
-    from training.launch.heartbeat import Heart
-    heart = Heart()
-    heart.attach()
+    from training.launch.heartbeat import heartbeat
+    heartbeat.attach()
     def stopping():
         os.kill(os.getpid(), signal.SIGSTOP)
     def other():
@@ -47,70 +53,70 @@ STOPS_ITSELF = """
             time.sleep(0.001)
     for _ in range(8):
         threading.Thread(target=other, daemon=True).start()
-    for batch in heart.steps(range(1000), 0):
+    for batch in heartbeat.steps(range(1000), 0):
         stopping()
         time.sleep(0.2)
 """
 
 
 @pytest.fixture
-def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heart:
+def heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heartbeat:
     """This process as local rank 0 of a launcher's folder."""
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(HEARTBEAT_DIR, str(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr("training.launch.heartbeat._end_with_launcher", lambda: None)
-    heart = Heart()
-    heart.attach()
-    return heart
+    monkeypatch.setattr("training.launch.heartbeat._die_with_launcher", lambda: None)
+    heartbeat = Heartbeat()
+    heartbeat.attach()
+    return heartbeat
 
 
-def test_the_launcher_reads_what_the_rank_does(heart: Heart, tmp_path: Path) -> None:
+def test_the_launcher_reads_step_and_phase_of_a_rank(heartbeat: Heartbeat, tmp_path: Path) -> None:
     def now() -> tuple[int, int, int, str]:
-        beat = read_beat(tmp_path, 0)
+        beat = read_heartbeat(tmp_path, 0)
         assert beat is not None
         assert beat.pid == os.getpid()
-        return beat.step, beat.beats, beat.state, beat.phase
+        return beat.step, beat.phases, beat.state, beat.phase
 
     assert now() == (-1, 1, STARTING, "starting")
     seen = []
-    for batch in heart.steps("ab", 7):
+    for batch in heartbeat.steps("ab", 7):
         seen += [batch, now()]
-        heart.forward()
-        heart.phase("backward")
-        heart.forward()
+        heartbeat.forward()
+        heartbeat.phase("backward")
+        heartbeat.forward()
         seen.append(now())
     assert seen[:2] == ["a", (7, 2, STEPPING, "agreeing on the step")]
     assert seen[2] == (7, 5, STEPPING, "forward 2")
     assert seen[3:5] == ["b", (8, 2, STEPPING, "agreeing on the step")]
-    assert heart.step == 8  # there is no step 9
-    heart.end()
+    assert heartbeat.step == 8  # there is no step 9
+    heartbeat.end()
     assert now()[2:] == (ENDED, "ended")
 
 
-def test_without_a_launcher_beats_are_only_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(FOLDER, raising=False)
-    heart = Heart()
-    heart.attach()
-    assert list(heart.steps("ab", 0)) == ["a", "b"]
-    assert heart.step == 1
+def test_without_a_launcher_heartbeats_are_only_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(HEARTBEAT_DIR, raising=False)
+    heartbeat = Heartbeat()
+    heartbeat.attach()
+    assert list(heartbeat.steps("ab", 0)) == ["a", "b"]
+    assert heartbeat.step == 1
 
 
-def test_a_rank_that_has_not_begun_to_beat_is_no_rank_yet(tmp_path: Path) -> None:
-    assert read_beat(tmp_path, 0) is None
-    beat_file(tmp_path, 0).write_bytes(b"")
-    assert read_beat(tmp_path, 0) is None
+def test_a_rank_without_a_heartbeat_has_no_state(tmp_path: Path) -> None:
+    assert read_heartbeat(tmp_path, 0) is None
+    heartbeat_file(tmp_path, 0).write_bytes(b"")
+    assert read_heartbeat(tmp_path, 0) is None
 
 
 class Clock:
-    """A clock that the test moves."""
+    """A clock that the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
 
 
-def test_silence_counts_from_the_first_step_until_the_end(
-    heart: Heart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_is_watched_from_its_first_step_until_its_end(
+    heartbeat: Heartbeat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
     dog = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=60, first_rank=0)
@@ -120,21 +126,23 @@ def test_silence_counts_from_the_first_step_until_the_end(
         clock.now += seconds
         return dog.stalled()
 
-    assert not stalled_after(1000)  # loading a model takes its time
-    steps = heart.steps("abc", 0)
+    assert not stalled_after(1000)  # loading a model may take long
+    steps = heartbeat.steps("abc", 0)
     next(steps)
     assert not stalled_after(59)
-    heart.forward()
+    heartbeat.forward()
     assert not stalled_after(59)
     assert stalled_after(2)
-    heart.end()
+    heartbeat.end()
     assert not stalled_after(1000)
 
 
-def test_no_stall_minutes_mean_no_stall(heart: Heart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_stall_seconds_disable_the_watchdog(
+    heartbeat: Heartbeat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock(monkeypatch)
     dog = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=0, first_rank=0)
-    next(heart.steps("abc", 0))
+    next(heartbeat.steps("abc", 0))
     assert not dog.stalled()
     clock.now += 1e9
     assert not dog.stalled()
@@ -144,39 +152,40 @@ WAITS = ('File ".../torch/distributed/distributed_c10d.py", line 1 in all_reduce
 WORKS = ('File "reader.py", line 3 in parse', 'File "trainer.py", line 1 in train')
 
 
-def rank(number: int, **changes: object) -> Evidence:
-    usual = Evidence(number, "host", 1, 5, 9, "all-reduce", 100.0, "S", WAITS)
+def rank(number: int, **changes: object) -> RankSnapshot:
+    usual = RankSnapshot(number, "host", 1, 5, 9, "all-reduce", 100.0, "S", WAITS)
     return replace(usual, **changes)
 
 
 @pytest.mark.parametrize(
     "culprit",
     [
-        rank(2, step=4, beats=30),  # a step behind
-        rank(2, beats=8, silent_seconds=50),  # a phase behind
-        rank(2, state="T"),  # as far as the others, but stopped
+        rank(2, step=4, phases=30),  # a step behind
+        rank(2, phases=8, silent_seconds=50),  # a phase behind
+        rank(2, state="T"),  # at the same point, but stopped
         rank(2, state="D", stack=()),
-        rank(2, stack=WORKS),  # as far, but not waiting for anybody
+        rank(2, stack=WORKS),  # at the same point, but not in a collective call
         rank(2, silent_seconds=101),
     ],
 )
-def test_the_rank_that_the_others_wait_for_is_found(culprit: Evidence) -> None:
-    others = [rank(0), rank(1, silent_seconds=99), rank(3, step=5, beats=9)]
+def test_the_rank_that_the_others_wait_for_is_found(culprit: RankSnapshot) -> None:
+    others = [rank(0), rank(1, silent_seconds=99), rank(3, step=5, phases=9)]
     assert furthest_behind([*others, culprit]) == culprit
-    assert furthest_behind(from_json(json.loads(json.dumps(to_json([culprit, *others]))))) == culprit
+    from_other_nodes = json.loads(json.dumps([asdict(each) for each in (culprit, *others)]))
+    assert furthest_behind(map(from_json, from_other_nodes)) == culprit
 
 
-def test_the_report_names_what_a_person_needs() -> None:
-    text = rank(2, host="n7", silent_seconds=930, state="D", stack=WORKS, phase="waiting for data").told()
+def test_the_report_has_rank_host_step_phase_state_and_stack() -> None:
+    text = str(rank(2, host="n7", silent_seconds=930, state="D", stack=WORKS, phase="waiting for data"))
     assert text.splitlines() == [
-        "rank 2 on n7 stands still: no sign of life for 15.5 minutes; step 6, phase 'waiting for data', process 1 is "
-        "in a disk wait",
+        "rank 2 on n7 is stalled: no heartbeat for 15.5 minutes; step 6, phase 'waiting for data', process 1 is "
+        "waiting for a disk",
         '    File "reader.py", line 3 in parse',
         '    File "trainer.py", line 1 in train',
     ]
 
 
-def test_the_main_threads_stack_is_found_among_all() -> None:
+def test_the_main_threads_stack_is_extracted_from_the_dump() -> None:
     shown = textwrap.dedent("""\
         Thread 0x00007f00000000aa (most recent call first):
           File "feeder.py", line 1 in feed
@@ -194,8 +203,13 @@ def test_the_main_threads_stack_is_found_among_all() -> None:
 
 @contextmanager
 def rank_process(program: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that beats into `folder` as local rank 0, killed at the end."""
-    environment = {**os.environ, FOLDER: str(folder), "LOCAL_RANK": "0", "CROSSLIFT_LAUNCHER": str(os.getpid())}
+    """A process with heartbeats in `folder` as local rank 0, killed at the end."""
+    environment = {
+        **os.environ,
+        HEARTBEAT_DIR: str(folder),
+        "LOCAL_RANK": "0",
+        "CROSSLIFT_LAUNCHER_PID": str(os.getpid()),
+    }
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=environment)
     try:
         yield process
@@ -205,13 +219,15 @@ def rank_process(program: str, folder: Path) -> Iterator[subprocess.Popen[bytes]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp_path: Path, stopped: bool) -> None:
+def test_the_snapshot_of_a_hung_or_stopped_process_has_step_phase_state_and_stack(
+    tmp_path: Path, stopped: bool
+) -> None:
     with rank_process(HANGS, tmp_path) as process:
         wait_for((tmp_path / "ready").exists)
         if stopped:
             process.send_signal(signal.SIGSTOP)
             time.sleep(0.1)
-        (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=8).evidence()
+        (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=8).snapshots()
     assert (seen.rank, seen.step, seen.phase) == (8, 4, "forward 1")
     assert seen.state == ("T" if stopped else "S")
     assert "in deep_in_the_reader" in seen.stack[0]
@@ -219,25 +235,25 @@ def test_a_process_that_hangs_or_is_stopped_shows_step_phase_state_and_stack(tmp
     assert not seen.in_collective
 
 
-def test_a_stopped_process_shows_where_it_stopped_and_not_where_it_is_when_let_go_on(tmp_path: Path) -> None:
-    """Other threads would take the signal too, and the main one would have moved on by then."""
+def test_the_stack_of_a_stopped_process_is_from_where_it_stopped(tmp_path: Path) -> None:
+    """Another thread could take the signal, and the main one would have moved on by then."""
     with rank_process(STOPS_ITSELF, tmp_path) as process:
         for _ in range(10):
-            wait_for(lambda: watchdog._state(process.pid) == "T")
-            (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=0).evidence()
+            wait_for(lambda: watchdog._process_state(process.pid) == "T")
+            (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=0).snapshots()
             assert "in stopping" in seen.stack[0]
 
 
 def test_a_rank_dies_with_its_launcher(tmp_path: Path) -> None:
-    """Also one that waits in a call and looks at nothing."""
+    """Even one that is blocked in a call."""
     program = (
-        "import time; from training.launch.heartbeat import Heart; Heart().attach(); open('{}', 'w').close(); "
+        "import time; from training.launch.heartbeat import heartbeat; heartbeat.attach(); open('{}', 'w').close(); "
         "time.sleep(60)"
     )
     launcher = f"""
         import os, subprocess, sys, time
-        os.environ |= {{"CROSSLIFT_BEATS": {str(tmp_path)!r}, "LOCAL_RANK": "0"}}
-        os.environ["CROSSLIFT_LAUNCHER"] = str(os.getpid())
+        os.environ |= {{"CROSSLIFT_HEARTBEAT_DIR": {str(tmp_path)!r}, "LOCAL_RANK": "0"}}
+        os.environ["CROSSLIFT_LAUNCHER_PID"] = str(os.getpid())
         child = subprocess.Popen([sys.executable, "-c", {program.format(tmp_path / "ready")!r}], start_new_session=True)
         while not os.path.exists({str(tmp_path / "ready")!r}):
             time.sleep(0.02)

@@ -36,7 +36,7 @@ from training.config import CheckpointConfig
 from training.distributed import gather_objects, rank
 from training.engine.start_checks import reference_outputs, reference_setting
 from training.errors import CheckpointFailed
-from training.launch.heartbeat import heart
+from training.launch.heartbeat import heartbeat
 from training.provenance import versions
 from training.run_file import resolved
 
@@ -96,7 +96,7 @@ class FileWriter:
         while self.writing:
             self._thread.join(BEAT_SECONDS)
             if (now := self._written()) != before:
-                heart.phase("waiting for a checkpoint to be written")
+                heartbeat.phase("waiting for a checkpoint to be written")
             before = now
 
     def _written(self) -> int:

@@ -38,7 +38,7 @@ from training.engine.settings import mistakes, own_settings
 from training.engine.state import deepspeed
 from training.errors import ConfigError
 from training.launch import preflight
-from training.launch.heartbeat import heart
+from training.launch.heartbeat import heartbeat
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -214,7 +214,7 @@ class Engine:
 
     def forward(self, **inputs: Any) -> Any:
         """One forward pass; equal in number and modules on every rank."""
-        heart.forward()
+        heartbeat.forward()
         return self._engine(**inputs)
 
     @contextmanager
@@ -229,7 +229,7 @@ class Engine:
 
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
-        heart.phase("backward")
+        heartbeat.phase("backward")
         self._accumulated = True
         self._engine.backward(loss_share * self.world_size)
 
@@ -239,7 +239,7 @@ class Engine:
         Raises:
             NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
         """
-        heart.phase("update")
+        heartbeat.phase("update")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()

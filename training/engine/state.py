@@ -220,7 +220,7 @@ def _quiet() -> Iterator[None]:
 
 
 if __name__ == "__main__":  # in a process of its own: it forks workers, which a rank must not
-    from training.launch.heartbeat import end_with_parent
+    from training.launch.heartbeat import die_with_parent
 
-    end_with_parent()
+    die_with_parent()
     to_universal(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,1 +1,1 @@
-"""Ranks as processes: launcher, nodes, preflight, watchdog, logs, signals."""
+"""Starting and supervising ranks: launcher, preflight, watchdog, logs, signals."""

@@ -1,12 +1,12 @@
-"""A rank's logs: a file of its own, a line of JSON for each message, and what a person at the terminal sees.
+"""Logging of a rank: its own log file, its events as JSON lines, and what is printed at the terminal.
 
-In: Python's logging, from every room. Out: `<output_dir>/logs/rank-00000.log` and `parts/rank-00000.jsonl`, each
-with this node as its only writer: on a network disk, appends from two machines would tear each other's lines.
-Next: `merged_logs.py` makes `run.log` and `events.jsonl` of the parts.
+Files: `<output_dir>/logs/rank-00000.log` and `logs/parts/rank-00000.jsonl`. Each has one node as its only writer: on a
+network disk, appends from two machines would mix their lines. `LogMerger` merges the parts into `run.log` (for people:
+rank 0, and all warnings) and `events.jsonl` (all).
 
-What does not come through logging (a traceback, a C++ abort, NCCL) goes to stderr, which the launcher reads
-(`rank_output.py`), shows, and adds to the same rank log. Progress bars and what a person shall see bypass that, into
-the launcher's own stderr. Without a launcher of ours, stderr is stderr, and a failure is written to the log here.
+What does not go through `logging` (tracebacks, C++ aborts, NCCL) is written to stderr, which the launcher reads and
+adds to the same files (`rank_process.py`). Progress bars and messages to the user bypass that: they go to the
+launcher's stderr. Without a crosslift launcher, stderr is stderr, and a failure is written to the log here.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from data_pipeline.atomic import write_text
+from data_pipeline.secrets import Redactor
 from training.errors import ConfigError
-from training.launch.heartbeat import heart
+from training.launch.heartbeat import heartbeat
 
-TERMINAL = "CROSSLIFT_TERMINAL"  # the launcher's stderr, as a file descriptor of the rank
-ROOMS = ("training", "modeling", "data_pipeline")
+TERMINAL = "CROSSLIFT_TERMINAL"  # environment variable: the launcher's stderr as a file descriptor of the rank
+PACKAGES = ("training", "modeling", "data_pipeline")
+MERGE_INTERVAL_S = 1.0
+OFFSETS_FILE = "merged.json"
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
-_SECRET_NAMES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL)S?(_?\d+)?$", re.IGNORECASE)
-_SHORTEST_SECRET = 6  # what is shorter would be found in the midst of words
-_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 log = logging.getLogger(__name__)
 
 
 def logs_folder(output_dir: Path) -> Path:
-    """Where a run's logs lie."""
+    """The folder of a run's logs."""
     return output_dir / "logs"
 
 
 def make_logs_folder(output_dir: Path) -> None:
-    """Before anything else is done. Raises ConfigError where the run's folder cannot be written."""
+    """Create the folder of logs.
+
+    Raises:
+        ConfigError: the run's folder cannot be written.
+    """
     try:
         (logs_folder(output_dir) / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,48 +56,30 @@ def make_logs_folder(output_dir: Path) -> None:
 
 
 def rank_log(output_dir: Path, rank: int) -> Path:
-    """One rank's log, of all its starts."""
+    """The log of one rank, over all its starts."""
     return logs_folder(output_dir) / f"rank-{rank:05d}.log"
 
 
-def part(output_dir: Path, name: str) -> Path:
-    """One writer's share of `events.jsonl`."""
-    return logs_folder(output_dir) / "parts" / f"{name}.jsonl"
-
-
-class Secrets:
-    """Hides the values of variables such as HF_TOKEN, and passwords in addresses, whoever prints them."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        found = {
-            value: name
-            for name, value in environment.items()
-            if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET
-        }
-        longest_first = sorted(found, key=len, reverse=True)
-        self._names = found
-        self._values = re.compile("|".join(map(re.escape, longest_first))) if found else None
-
-    def hidden(self, text: str) -> str:
-        """`text` with `<HF_TOKEN>` instead of the value."""
-        if self._values is not None:
-            text = self._values.sub(lambda match: f"<{self._names[match[0]]}>", text)
-        return _IN_ADDRESS.sub("...", text)
+def events_part(output_dir: Path, writer: str) -> Path:
+    """One writer's part of `events.jsonl`."""
+    return logs_folder(output_dir) / "parts" / f"{writer}.jsonl"
 
 
 @cache
 def terminal() -> TextIO:
-    """Where what a person shall see goes: the launcher's stderr, or this process's own."""
+    """The stream for the user: the launcher's stderr, or this process's own."""
     descriptor = os.environ.get(TERMINAL)
     if descriptor is None:
         return sys.stderr
     return os.fdopen(int(descriptor), "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
 
 
-def event(rank: int | None, level: str, step: int, message: str) -> str:
-    """A line of `events.jsonl`: time in unix milliseconds and step from 1, as in `record.jsonl`; rank None: a launcher.
+def event_line(rank: int | None, level: str, step: int, message: str) -> str:
+    """A line of `events.jsonl`: time in unix milliseconds, step counted from 1, as in `record.jsonl`.
 
-    `step` is the 0-based one of a beat; -1, before the first, becomes 0.
+    Args:
+        rank: None for a launcher.
+        step: 0-based, as in a heartbeat; -1, before the first step, becomes 0.
     """
     values = {
         "time": int(time.time() * 1000), "rank": rank, "host": socket.gethostname(), "level": level,
@@ -102,20 +89,20 @@ def event(rank: int | None, level: str, step: int, message: str) -> str:
 
 
 class Appender:
-    """Whole lines at the end of a file. What cannot be written is dropped after one word about it."""
+    """Appends whole lines to a file. If it cannot be written, says so once and drops the lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
         self._warned = False
-        self._torn = False
+        self._torn = False  # the file ends within a line, after a kill -9 or on a full disk
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             size = os.fstat(self._descriptor).st_size
-            self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"  # a kill -9 in mid-line
+            self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
     def write(self, lines: str) -> None:
         """Append text that ends with a newline."""
@@ -125,86 +112,175 @@ class Appender:
         try:
             self._torn = os.write(self._descriptor, content) < len(content)
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
-    def _complain(self, error: OSError) -> None:
+    def _warn(self, error: OSError) -> None:
         if not self._warned:
-            print(f"{self.path}: {error.strerror}; the run goes on, its log has a gap", file=sys.stderr, flush=True)
+            text = f"{self.path}: {error.strerror}; the run continues, its log is incomplete"
+            print(text, file=sys.stderr, flush=True)
         self._warned = True
 
 
-class _LogFile(logging.Handler):
-    """A rank's own log."""
+class _LogFileHandler(logging.Handler):
+    """Writes a rank's own log."""
 
-    def __init__(self, path: Path, secrets: Secrets) -> None:
+    def __init__(self, path: Path, redactor: Redactor) -> None:
         super().__init__()
-        self._file, self._secrets = Appender(path), secrets
+        self._file, self._redactor = Appender(path), redactor
         self.setFormatter(logging.Formatter(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._file.write(self._secrets.hidden(self.format(record)) + "\n")
+        self._file.write(self._redactor.redact(self.format(record)) + "\n")
 
 
-class _Events(logging.Handler):
-    """A rank's part of the lines for machines."""
+class _EventsHandler(logging.Handler):
+    """Writes a rank's part of the events."""
 
-    def __init__(self, path: Path, rank: int, secrets: Secrets) -> None:
+    def __init__(self, path: Path, rank: int, redactor: Redactor) -> None:
         super().__init__()
-        self._file, self._rank, self._secrets = Appender(path), rank, secrets
+        self._file, self._rank, self._redactor = Appender(path), rank, redactor
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self._secrets.hidden(self.format(record))
-        self._file.write(event(self._rank, record.levelname, heart.step, text))
+        text = self._redactor.redact(self.format(record))
+        self._file.write(event_line(self._rank, record.levelname, heartbeat.step, text))
 
 
-class _ToPerson(logging.StreamHandler):
-    """The terminal: rank 0's messages, and warnings of all."""
+class _TerminalHandler(logging.StreamHandler):
+    """Prints rank 0's messages, and the warnings of all ranks."""
 
-    def __init__(self, rank: int, secrets: Secrets) -> None:
+    def __init__(self, rank: int, redactor: Redactor) -> None:
         super().__init__(terminal())
-        self._secrets = secrets
+        self._redactor = redactor
         self.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._secrets.hidden(super().format(record))
+        return self._redactor.redact(super().format(record))
 
 
-def log_to_person(rank: int) -> None:
-    """From the start: what a person shall see."""
-    handler = _ToPerson(rank, Secrets(os.environ))
+def log_to_terminal(rank: int) -> None:
+    """Print log messages at the terminal; from the start of a rank on."""
+    handler = _TerminalHandler(rank, Redactor(os.environ))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    for room in ROOMS:
-        logging.getLogger(room).setLevel(logging.INFO)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def log_to_files(output_dir: Path, rank: int) -> None:
-    """As soon as the run's folder is known: this rank's log and its part of the events."""
-    secrets = Secrets(os.environ)
+    """Also write log messages to the rank's log and its part of the events; once the run's folder is known."""
+    redactor = Redactor(os.environ)
     for handler in (
-        _LogFile(rank_log(output_dir, rank), secrets),
-        _Events(part(output_dir, f"rank-{rank:05d}"), rank, secrets),
+        _LogFileHandler(rank_log(output_dir, rank), redactor),
+        _EventsHandler(events_part(output_dir, f"rank-{rank:05d}"), rank, redactor),
     ):
         logging.getLogger().addHandler(handler)
 
 
-def say_failure(text: str) -> None:
-    """The last words of a rank that fails. A launcher takes them from stderr into the logs; else it is done here."""
+def report_failure(text: str) -> None:
+    """Print why this rank fails. A launcher copies it from stderr into the logs; without one it is logged here."""
     print(text, file=sys.stderr, flush=True)
     if TERMINAL in os.environ:
         return
     record = log.makeRecord(log.name, logging.CRITICAL, __file__, 0, text, (), None)
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, _Events | _LogFile):
+        if isinstance(handler, _EventsHandler | _LogFileHandler):
             handler.handle(record)
 
 
 def read_lines(path: Path, start: int) -> tuple[list[bytes], int]:
-    """The whole lines behind byte `start`, and where the next one begins; none where there is no file yet."""
+    """The complete lines after byte `start`, and the offset behind them; none if there is no file yet."""
     try:
         with path.open("rb") as file:
             file.seek(start)
             content = file.read()
     except FileNotFoundError:
         return [], start
-    whole = content.rfind(b"\n") + 1
-    return content[:whole].splitlines(), start + whole
+    end = content.rfind(b"\n") + 1
+    return content[:end].splitlines(), start + end
+
+
+@contextmanager
+def run_logs(output_dir: Path, rank: int) -> Iterator[None]:
+    """Write a rank's messages to its log files; rank 0 also merges them where no launcher does.
+
+    Raises:
+        ConfigError: the folder of logs cannot be created.
+    """
+    make_logs_folder(output_dir)
+    log_to_files(output_dir, rank)
+    with closing(LogMerger(output_dir)) if rank == 0 and TERMINAL not in os.environ else nullcontext():
+        yield
+
+
+class LogMerger:
+    """Merges the events of all ranks and launchers in a thread, until closed.
+
+    One process merges, the launcher of node 0 (or rank 0 without a launcher), so no line is torn on a network disk;
+    lines of other nodes come when the disk shows them. How far each part is merged is stored beside the parts, so a
+    restart continues there. After a kill -9 at the wrong moment, one second's lines may appear twice; none is lost.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        folder = logs_folder(output_dir)
+        self._parts = folder / "parts"
+        self._run_log = Appender(folder / "run.log")
+        self._events = Appender(folder / "events.jsonl")
+        self._offsets = self._read_offsets()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._merge_until_closed, name="log-merger", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Merge the remaining lines and stop."""
+        self._closing.set()
+        self._thread.join()
+
+    def _merge_until_closed(self) -> None:
+        closing = False
+        while not closing:
+            closing = self._closing.wait(MERGE_INTERVAL_S)
+            try:
+                self._merge()
+            except OSError as error:
+                log.warning("%s: %s; the ranks' own logs continue", self._parts, error)
+
+    def _merge(self) -> None:
+        offsets = dict(self._offsets)
+        merged: list[dict[str, Any]] = []
+        for part in sorted(self._parts.glob("*.jsonl")):
+            lines, offsets[part.name] = read_lines(part, offsets.get(part.name, 0))
+            merged += [event for line in lines if (event := read_event(line)) is not None]
+        if not merged:
+            return
+        merged.sort(key=lambda event: event["time"])  # stable: keeps the order within a part
+        self._events.write("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in merged))
+        self._run_log.write("".join(_log_line(event) for event in merged if _belongs_in_run_log(event)))
+        self._offsets = offsets
+        write_text(self._parts / OFFSETS_FILE, json.dumps(offsets), exclusive=True)
+
+    def _read_offsets(self) -> dict[str, int]:
+        try:
+            offsets = json.loads((self._parts / OFFSETS_FILE).read_text(encoding="utf-8"))
+            return {name: int(offset) for name, offset in offsets.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError, TypeError):  # a damaged file: repeating lines is better than losing them
+            return {}
+
+
+def read_event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of `events.jsonl`; None for a line that a kill has cut off."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("time"), int) else None
+
+
+def _belongs_in_run_log(event: dict[str, Any]) -> bool:
+    return event["rank"] in (0, None) or event["level"] not in ("DEBUG", "INFO")
+
+
+def _log_line(event: dict[str, Any]) -> str:
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"] / 1000))
+    writer = f"launcher on {event['host']}" if event["rank"] is None else f"rank {event['rank']}"
+    return f"{date} {writer} {event['level']} {event['message']}\n"

@@ -1,6 +1,8 @@
-"""One rank's process: how it is started, what it is told, and how it is reached.
+"""The process of one rank: how it is started, its environment, and what it writes to stderr and stdout.
 
-In: a command and the rank's place. Out: a process whose output is read. Next: `launcher.py`, which watches over it.
+The launcher reads stderr, because a process that aborts (a traceback, a C++ abort, NCCL) cannot log its own last
+lines. It prints them, appends them to the rank's log, and adds them to the events: level CRITICAL for crosslift's own
+message on why the rank ends, STDERR otherwise. It copies stdout to its own. Secrets are redacted in both.
 """
 
 from __future__ import annotations
@@ -9,14 +11,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from training.launch.heartbeat import FOLDER, LAUNCHER, STARTING, read_beat
-from training.launch.logs import TERMINAL, Secrets
-from training.launch.rank_output import RankOutput
+from data_pipeline.secrets import Redactor
+from training.launch.heartbeat import HEARTBEAT_DIR, LAUNCHER_PID, STARTING, read_heartbeat
+from training.launch.logs import TERMINAL, Appender, event_line, events_part, rank_log
+from training.messages import PREFIX
+
+DRAIN_TIMEOUT_S = 2.0  # a process that a rank left behind may keep the pipe open
+STDOUT = 1
 
 
 class RankProcess:
@@ -26,82 +34,141 @@ class RankProcess:
     output: RankOutput
 
     def __init__(
-        self,
-        command: Sequence[str],
-        number: int,
-        local_rank: int,
-        place: Mapping[str, str],
-        beats: Path,
-        output_dir: Path | None,
+        self, command: Sequence[str], place: Mapping[str, str], heartbeat_dir: Path, output_dir: Path | None
     ) -> None:
-        """`place` holds the variables that tell a rank where it stands, by torchrun's names."""
-        self.number = number
-        self.local_rank = local_rank
+        """`place` holds torchrun's variables of this rank: RANK, LOCAL_RANK, WORLD_SIZE and so on."""
+        self.rank = int(place["RANK"])
+        self.local_rank = int(place["LOCAL_RANK"])
         self._command = list(command)
         self._place = place
-        self._beats = beats
+        self._heartbeat_dir = heartbeat_dir
         self._output_dir = output_dir
-        self._alone = False  # nothing that it started is left
+        self._group_killed = False
 
-    def start(self, first_to_say: Callable[[str, int], bool]) -> None:
-        """Start it, and read what it writes."""
+    def start(self, claim_line: Callable[[str, int], bool]) -> None:
+        """Start the process and the threads that read its output."""
         terminal = os.dup(sys.stderr.fileno())
         try:
-            # A session of its own: Ctrl-C reaches the launcher alone, which sends it once.
+            # A session of its own: Ctrl-C reaches only the launcher, which forwards it once.
             self.process = subprocess.Popen(
                 self._command, env=self._environment(terminal), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 pass_fds=[terminal], start_new_session=True,
             )  # fmt: skip
         finally:
             os.close(terminal)
-        assert self.process.stderr is not None
-        assert self.process.stdout is not None
-        self.output = RankOutput(
-            self.process.stderr, self.process.stdout, self.number, self._output_dir, Secrets(os.environ), first_to_say,
-            self._step,
-        )  # fmt: skip
+        self.output = RankOutput(self.process, self.rank, self._output_dir, claim_line, self._step)
 
-    def ended(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs. What it started ends with it."""
+    def exit_status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs. Its child processes are killed when it has ended."""
         status = self.process.poll()
-        if status is not None and not self._alone:
+        if status is not None and not self._group_killed:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self._alone = True  # not once more: its number may be another's by then
+            self._group_killed = True  # only once: later the id may belong to another process
         return status
 
-    def began(self) -> bool:
-        """Whether it has come to its first step, as far as one can know."""
-        beat = read_beat(self._beats, self.local_rank)
-        return beat is None or beat.state != STARTING
+    def has_started_steps(self) -> bool:
+        """Whether it has reached its first step, as far as is known."""
+        heartbeat = read_heartbeat(self._heartbeat_dir, self.local_rank)
+        return heartbeat is None or heartbeat.state != STARTING
 
     def send(self, number: signal.Signals) -> None:
-        """To the rank alone: a process that it started need not know what USR1 means."""
-        if self.ended() is None:
+        """Send a signal to the rank alone: its child processes may not handle USR1."""
+        if self.exit_status() is None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """The rank and what it started, which are a process group of their own."""
-        if self.ended() is None:
+        """Kill the rank and its child processes, which form a process group."""
+        if self.exit_status() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _step(self) -> int:
-        beat = read_beat(self._beats, self.local_rank)
-        return beat.step if beat is not None else -1
+        heartbeat = read_heartbeat(self._heartbeat_dir, self.local_rank)
+        return heartbeat.step if heartbeat is not None else -1
 
     def _environment(self, terminal: int) -> dict[str, str]:
-        """What torchrun sets, so that a rank need not know who started it, and what only our launcher gives."""
+        """torchrun's variables, so that a rank need not know its launcher, and those of crosslift's launcher."""
         source = str(Path(__file__).resolve().parents[2])
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return {
-            "PYTHONUNBUFFERED": "1",  # stdout is a pipe: what it prints shall be seen at once, and outlive a SIGKILL
+            "PYTHONUNBUFFERED": "1",  # stdout is a pipe: show lines at once, and keep them after a SIGKILL
             "OMP_NUM_THREADS": str(max(cpus // int(self._place["LOCAL_WORLD_SIZE"]), 1)),
             **os.environ,
             **self._place,
             "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, rank 0 only talks to it
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, rank 0 only connects to it
             "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
-            LAUNCHER: str(os.getpid()),
-            FOLDER: str(self._beats),
+            LAUNCHER_PID: str(os.getpid()),
+            HEARTBEAT_DIR: str(self._heartbeat_dir),
             TERMINAL: str(terminal),
         }
+
+
+class RankOutput:
+    """Reads the stderr and stdout of one rank, each in a thread."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        rank: int,
+        output_dir: Path | None,
+        claim_line: Callable[[str, int], bool],
+        step: Callable[[], int],
+    ) -> None:
+        """`claim_line(text, n)` tells whether to print crosslift's own line `text`, which the rank wrote n times."""
+        self.has_message = False  # crosslift's own line came: the rank has said why it ends
+        self._process = process
+        self._rank = rank
+        self._redactor = Redactor(os.environ)
+        self._claim_line = claim_line
+        self._step = step
+        self._written: Counter[str] = Counter()
+        self._log = Appender(rank_log(output_dir, rank)) if output_dir else None
+        self._events = Appender(events_part(output_dir, f"stderr-{rank:05d}")) if output_dir else None
+        self._blocked = threading.Event()  # set while the reader of the launcher's stdout is slower than the rank
+        self._threads = [
+            threading.Thread(target=self._read_stderr, name=f"stderr-{rank}", daemon=True),
+            threading.Thread(target=self._copy_stdout, name=f"stdout-{rank}", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """After the rank's end: wait for the rest of its output, however slow the reader of stdout is."""
+        for thread in self._threads:
+            thread.join(DRAIN_TIMEOUT_S)
+            while thread.is_alive() and self._blocked.is_set():
+                thread.join(DRAIN_TIMEOUT_S)
+
+    def _read_stderr(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            text = self._text(line)
+            self._print(text)
+            text = text.rstrip("\r").rpartition("\r")[2]  # of a progress bar only its last state
+            if self._log is not None:
+                self._log.write(text + "\n")
+            if self._events is not None and text.strip():
+                level = "CRITICAL" if text.startswith(PREFIX) else "STDERR"
+                self._events.write(event_line(self._rank, level, self._step(), text))
+
+    def _copy_stdout(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            rest = f"{self._text(line)}\n".encode(errors="backslashreplace")
+            self._blocked.set()
+            with suppress(OSError):  # the reader is gone; keep reading, since a full pipe would block the rank
+                while rest:  # not through Python's buffer: its lock and final flush would block the launcher's exit
+                    rest = rest[os.write(STDOUT, rest) :]
+            self._blocked.clear()
+
+    def _text(self, line: bytes) -> str:
+        return self._redactor.redact(line.decode(errors="backslashreplace").rstrip("\n"))
+
+    def _print(self, text: str) -> None:
+        if text.startswith(PREFIX):
+            self.has_message = True
+            self._written[text] += 1
+            if not self._claim_line(text, self._written[text]):
+                return
+        print(text, file=sys.stderr, flush=True)

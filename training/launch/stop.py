@@ -1,9 +1,8 @@
-"""Asked to stop: by a signal, or because the allocation is about to end. Ranks agree on it at a step boundary.
+"""Stop requests: by a signal, or because the allocation is about to end. The ranks agree on one at a step boundary.
 
-In: USR1, USR2, TERM (Slurm's warnings, a preemption, a person's `kill`), and `CROSSLIFT_DEADLINE`, the unix time when
-the allocation ends. Out: `StopRequest.reason`. Next: `fit.py` saves and ends with status 75, and the job is requeued.
-
-Further signals change nothing: one that comes while a checkpoint is saved must not tear it.
+Signals: USR1, USR2, TERM (Slurm's warnings, a preemption, `kill`). The end of the allocation is the unix time in
+`CROSSLIFT_DEADLINE`. The ranks then save a checkpoint and end with status 75, and the job is requeued. Further signals
+change nothing: one that arrives while a checkpoint is written must not interrupt it.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from types import FrameType
 
 from training.errors import ConfigError
 
-STOPPED = 75  # exit status (sysexits' "temporary failure"): the same command goes on
+STOPPED = 75  # exit status (EX_TEMPFAIL of sysexits.h): the same command resumes
 DEADLINE = "CROSSLIFT_DEADLINE"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-UNMEASURED_SAVE_SECONDS = 60.0  # taken for a checkpoint's time until one was written
-SPARE_SECONDS = 15.0  # to end the processes and the job's own script
+DEFAULT_SAVE_S = 60.0  # assumed duration of a checkpoint until one was written
+EXIT_S = 15.0  # for the processes and the job's script to end
 
 
 class StoppedOnRequest(Exception):
-    """The run was saved and has ended before its last step, as asked."""
+    """The run was stopped on request before its last step, after a checkpoint."""
 
     exit_status = STOPPED
 
 
 def allocation_end() -> float:
-    """Unix time at which the allocation ends, by `CROSSLIFT_DEADLINE`; infinity where it is not set.
+    """Unix time at which the allocation ends, from `CROSSLIFT_DEADLINE`; infinity if it is not set.
 
     Raises:
-        ConfigError: it is no such time, or one that has passed, which would stop the run before its first step.
+        ConfigError: it is not a time, or it has passed, which would stop the run before its first step.
     """
     text = os.environ.get(DEADLINE) or "inf"
     try:
@@ -45,14 +44,14 @@ def allocation_end() -> float:
         raise ConfigError(f"{DEADLINE}={text}: must be the unix time (in seconds) at which the allocation ends")
     if (past := time.time() - end) > 0:
         raise ConfigError(
-            f"{DEADLINE}={text}: lies {past:.0f} s in the past, so it is another allocation's; unset it, or set the "
+            f"{DEADLINE}={text}: is {past:.0f} s in the past, so it is another allocation's; unset it, or set the "
             "unix time at which this one ends"
         )
     return end
 
 
 class StopRequest:
-    """Catches the signals of this process; before the first step and after the last one they end it at once."""
+    """Whether this rank was asked to stop. Outside of training a signal ends the process at once."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -60,42 +59,42 @@ class StopRequest:
         self._deadline = allocation_end()
         self._longest_step = 0.0
         self._longest_save = 0.0
-        self.ends = "the same command goes on"
 
     def install(self) -> None:
-        """Take the signals over; to be called in the main thread, as early as possible."""
+        """Install the signal handlers; in the main thread, as early as possible."""
         for each in SIGNALS:
-            signal.signal(each, self._caught)
+            signal.signal(each, self._handle)
 
     def begin_training(self) -> None:
-        """From here on there is something to save: signals only set the request."""
+        """From here on there is state to save: signals only set the request."""
         self._training = True
 
     def end_training(self) -> None:
-        """Nothing is left that a checkpoint would not have."""
+        """From here on everything is saved: signals end the process."""
         self._training = False
 
-    def took(self, step_seconds: float) -> None:
-        """How long a step took; the deadline is met by the longest ones."""
-        self._longest_step = max(self._longest_step, step_seconds)
+    def record_step(self, seconds: float) -> None:
+        """Record the duration of a step; the longest one counts towards the deadline."""
+        self._longest_step = max(self._longest_step, seconds)
 
-    def saved(self, seconds: float) -> None:
-        """How long a checkpoint took from its beginning until it was complete."""
+    def record_save(self, seconds: float) -> None:
+        """Record how long a checkpoint took, from its start until it was complete."""
         self._longest_save = max(self._longest_save, seconds)
 
     @property
     def reason(self) -> str | None:
-        """Why this rank should stop now, or None. Once there is one it stays: other ranks may have heard of it."""
-        save = 1.5 * self._longest_save if self._longest_save else UNMEASURED_SAVE_SECONDS
-        if self._reason is None and time.time() + 2 * self._longest_step + save + SPARE_SECONDS >= self._deadline:
+        """Why this rank should stop now, or None. A reason is never withdrawn: other ranks may act on it already."""
+        save = 1.5 * self._longest_save if self._longest_save else DEFAULT_SAVE_S
+        if self._reason is None and time.time() + 2 * self._longest_step + save + EXIT_S >= self._deadline:
             self._reason = "the end of the allocation"
         return self._reason
 
-    def _caught(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._training:
             self._reason = signal.Signals(number).name
             return
-        name = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), f"crosslift: stopped by {name} outside of training; {self.ends}\n".encode())
+            name = signal.Signals(number).name
+            text = f"crosslift: stopped by {name} outside of training; the same command resumes the run\n"
+            os.write(sys.stderr.fileno(), text.encode())  # not print: a handler may interrupt another print
         os._exit(STOPPED)

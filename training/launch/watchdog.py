@@ -1,10 +1,8 @@
-"""Sees that a rank stands still, and finds out which one, where and why.
+"""Watchdog: detects a stalled rank, finds the rank that the others wait for, and reports its stack.
 
-In: the beats of a node's ranks. Out: the evidence (step, phase, process state, stack of every rank), and of all
-nodes' evidence the rank that the others wait for. Next: `launcher.py` reports it and ends the run.
-
-When one rank stands still, soon all do, in a collective: so the rank furthest behind is looked for, over all nodes,
-and not the one that was silent first. A rank is watched from its first step until it says that it has ended.
+When one rank hangs, the others soon wait for it in a collective call. The cause is therefore not the rank that was
+silent first but the one that is furthest behind, over all nodes. A rank is watched from its first step until it
+reports its end.
 """
 
 from __future__ import annotations
@@ -15,129 +13,141 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from data_pipeline.secrets import Redactor
 from data_pipeline.settings import Section
-from training.launch.heartbeat import STACKS_SIGNAL, STEPPING, Beat, read_beat, stacks_file
+from training.launch.heartbeat import STACKS_SIGNAL, STEPPING, HeartbeatState, read_heartbeat, stacks_file
+from training.launch.logs import Appender, event_line, events_part, logs_folder, rank_log
+from training.messages import print_message
 
-STACK_SECONDS = 8.0  # in which a rank that can answer at all has shown its stacks, on a busy machine too
-SHOWN_FRAMES = 8
-STATES = {"T": "stopped", "t": "traced", "D": "in a disk wait", "Z": "dead", "R": "running", "S": "sleeping"}
+if TYPE_CHECKING:
+    from training.launch.status_exchange import StatusExchange
+
+STACK_TIMEOUT_S = 8.0  # for a rank that still responds to dump its stacks, on a busy machine too
+OTHER_NODES_TIMEOUT_S = 20.0  # for the other nodes to collect their ranks' states
+POLL_S = 0.1
+PRINTED_FRAMES = 8
+PROCESS_STATES = {"T": "stopped", "t": "traced", "D": "waiting for a disk", "Z": "a zombie", "R": "running",
+                  "S": "sleeping"}  # fmt: skip
 
 
 class WatchdogConfig(Section):
-    """Ranks that stand still or are slow."""
+    """Detection of stalled and slow ranks."""
 
     stall_minutes: float = Field(
         15.0, ge=0,
-        description="a rank that shows no sign of life for so long ends the run, with its stack; 0: none does. "
-        "More than the longest single phase takes, such as the writing of a checkpoint",
+        description="minutes without a heartbeat after which a rank counts as stalled and the run ends with its stack; "
+        "0 disables it. More than the longest single phase takes, such as writing a checkpoint",
     )  # fmt: skip
-    straggler_every: int = Field(50, ge=0, description="steps between two comparisons of the ranks' speed; 0: none")
+    straggler_every: int = Field(
+        50, ge=0, description="steps between two comparisons of the ranks' speed; 0 disables them"
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """What is known of one rank at a stall."""
+class RankSnapshot:
+    """The state of one rank at a stall."""
 
     rank: int
     host: str
     pid: int
     step: int
-    beats: int
+    phases: int  # done in the step
     phase: str
-    silent_seconds: float
-    state: str  # the kernel's letter; "?" where it does not tell
-    stack: tuple[str, ...]  # of the main thread, innermost call first; empty where it gave none
+    silent_seconds: float  # since the last heartbeat
+    state: str  # the kernel's letter; "?" if unknown
+    stack: tuple[str, ...]  # of the main thread, innermost call first; empty if it could not be dumped
 
     @property
     def in_collective(self) -> bool:
-        """Waiting for other ranks, as far as the innermost calls show."""
-        return any("torch/distributed" in line or "deepspeed/comm" in line for line in self.stack[:4])
+        """Whether it waits for other ranks, judged by its innermost calls."""
+        return any("torch/distributed" in line for line in self.stack[:4])
 
-    def told(self) -> str:
-        """For people: one line, and the stack."""
-        state = STATES.get(self.state, self.state)
+    def __str__(self) -> str:
+        """One line, and the innermost calls of the stack."""
         text = (
-            f"rank {self.rank} on {self.host} stands still: no sign of life for {_duration(self.silent_seconds)}; "
-            f"step {self.step + 1}, phase '{self.phase}', process {self.pid} is {state}"
+            f"rank {self.rank} on {self.host} is stalled: no heartbeat for {_duration(self.silent_seconds)}; "
+            f"step {self.step + 1}, phase '{self.phase}', process {self.pid} is "
+            f"{PROCESS_STATES.get(self.state, self.state)}"
         )
-        lines = self.stack or ("(it shows no stack)",)
-        return "\n".join([text, *(f"    {line}" for line in lines[:SHOWN_FRAMES])])
+        lines = self.stack or ("(no stack available)",)
+        return "\n".join([text, *(f"    {line}" for line in lines[:PRINTED_FRAMES])])
 
 
 class Watchdog:
-    """Watches the beats of one node's ranks."""
+    """Watches the heartbeats of one node's ranks."""
 
     def __init__(self, folder: Path, pids: Mapping[int, int], host: str, stall_seconds: float, first_rank: int) -> None:
-        """`pids` by local rank; `stall_seconds` 0 never finds a stall by itself."""
+        """`folder` holds the heartbeats; `pids` by local rank; with `stall_seconds` 0 no rank counts as stalled."""
         self.folder = folder
         self.pids = pids
         self.host = host
         self.stall_seconds = stall_seconds
         self.first_rank = first_rank
-        self._seen: dict[int, tuple[int, float]] = {}  # local rank: counter, when it was first seen
+        self._seen: dict[int, tuple[int, float]] = {}  # local rank: heartbeat counter, when it was first seen
 
     def stalled(self) -> bool:
-        """Whether a watched rank has been silent for too long; to be called more often than that."""
+        """Whether a watched rank has sent no heartbeat for too long. Must be called more often than that."""
         if not self.stall_seconds:
             return False
-        beats = [(local_rank, read_beat(self.folder, local_rank)) for local_rank in self.pids]
-        silent = [self._silent(local_rank, beat) for local_rank, beat in beats if beat and beat.state == STEPPING]
+        heartbeats = [(local_rank, read_heartbeat(self.folder, local_rank)) for local_rank in self.pids]
+        silent = [self._silent_seconds(each, beat) for each, beat in heartbeats if beat and beat.state == STEPPING]
         return any(seconds > self.stall_seconds for seconds in silent)
 
-    def _silent(self, local_rank: int, beat: Beat) -> float:
-        now = time.monotonic()
-        counter, since = self._seen.get(local_rank, (-1, now))
-        if beat.counter != counter:
-            self._seen[local_rank] = (beat.counter, now)
-            return 0.0
-        return now - since
+    def snapshots(self) -> list[RankSnapshot]:
+        """The state of every rank of this node that has a heartbeat. Takes `STACK_TIMEOUT_S` at most.
 
-    def evidence(self) -> list[Evidence]:
-        """Of every rank here that beats; all stacks are in its `.stacks` file. Takes `STACK_SECONDS` at most.
-
-        A stopped process is let go on, since only so it can show its stacks: it is to be killed next.
+        A stopped process is continued, since it cannot dump its stacks otherwise; the caller kills it afterwards.
         """
-        states = {local_rank: _state(pid) for local_rank, pid in self.pids.items()}
+        states = {local_rank: _process_state(pid) for local_rank, pid in self.pids.items()}
         before = {local_rank: self._stacks_size(local_rank) for local_rank in self.pids}
-        beats = {local_rank: read_beat(self.folder, local_rank) for local_rank in self.pids}
+        heartbeats = {local_rank: read_heartbeat(self.folder, local_rank) for local_rank in self.pids}
         for local_rank, pid in self.pids.items():
             if states[local_rank] in ("T", "t"):
                 _send_to_main_thread(pid, STACKS_SIGNAL)
                 _send(pid, signal.SIGCONT)
-            else:  # whichever thread can take it, as the main one may be in a disk wait
+            else:  # to any thread, as the main one may be in a disk wait
                 _send(pid, STACKS_SIGNAL)
-        self._wait_for_stacks(before, beats)
+        self._wait_for_stacks(before, heartbeats)
         return [
-            Evidence(
-                self.first_rank + local_rank, self.host, self.pids[local_rank], beat.step, beat.beats, beat.phase,
-                self._silent(local_rank, beat), states[local_rank], self._stack(local_rank, before[local_rank], beat),
+            RankSnapshot(
+                rank=self.first_rank + local_rank, host=self.host, pid=self.pids[local_rank], step=beat.step,
+                phases=beat.phases, phase=beat.phase, silent_seconds=self._silent_seconds(local_rank, beat),
+                state=states[local_rank], stack=self._stack(local_rank, before[local_rank], beat),
             )
-            for local_rank, beat in beats.items() if beat is not None
+            for local_rank, beat in heartbeats.items() if beat is not None
         ]  # fmt: skip
 
-    def all_stacks(self, local_rank: int) -> str:
-        """What a rank has shown of all its threads."""
+    def all_stacks(self, rank: int) -> str:
+        """The dumped stacks of all threads of a rank."""
         try:
-            return stacks_file(self.folder, local_rank).read_text(encoding="utf-8", errors="replace")
+            return stacks_file(self.folder, rank - self.first_rank).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return ""
 
-    def _wait_for_stacks(self, before: Mapping[int, int], beats: Mapping[int, Beat | None]) -> None:
-        """Until every main thread is among them, which comes last, and nothing more is written."""
-        until = time.monotonic() + STACK_SECONDS
+    def _silent_seconds(self, local_rank: int, heartbeat: HeartbeatState) -> float:
+        now = time.monotonic()
+        counter, since = self._seen.get(local_rank, (-1, now))
+        if heartbeat.counter != counter:
+            self._seen[local_rank] = (heartbeat.counter, now)
+            return 0.0
+        return now - since
+
+    def _wait_for_stacks(self, before: Mapping[int, int], heartbeats: Mapping[int, HeartbeatState | None]) -> None:
+        """Wait until each dump has its main thread, which comes last, and nothing more is written."""
+        until = time.monotonic() + STACK_TIMEOUT_S
         sizes: dict[int, int] = {}
         while time.monotonic() < until:
-            time.sleep(0.2)
+            time.sleep(2 * POLL_S)
             last, sizes = sizes, {local_rank: self._stacks_size(local_rank) for local_rank in before}
-            waited_for = [(local_rank, beat) for local_rank, beat in beats.items() if beat is not None]
-            if sizes == last and all(self._stack(each, before[each], beat) for each, beat in waited_for):
+            expected = [(local_rank, beat) for local_rank, beat in heartbeats.items() if beat is not None]
+            if sizes == last and all(self._stack(each, before[each], beat) for each, beat in expected):
                 return
 
     def _stacks_size(self, local_rank: int) -> int:
@@ -146,53 +156,84 @@ class Watchdog:
         except FileNotFoundError:
             return 0
 
-    def _stack(self, local_rank: int, before: int, beat: Beat) -> tuple[str, ...]:
-        shown = self.all_stacks(local_rank).encode()[before:].decode(errors="replace")
-        return main_stack(shown, beat.thread)
+    def _stack(self, local_rank: int, before: int, heartbeat: HeartbeatState) -> tuple[str, ...]:
+        dump = self.all_stacks(self.first_rank + local_rank).encode()[before:].decode(errors="replace")
+        return main_stack(dump, heartbeat.thread)
 
 
-def main_stack(shown: str, thread: int) -> tuple[str, ...]:
-    """The main thread's lines of faulthandler's output, innermost call first."""
-    parts = re.split(r"^(?:Current thread|Thread) (0x[0-9a-f]+).*$", shown, flags=re.MULTILINE)
+def find_culprit(watchdog: Watchdog, exchange: StatusExchange, output_dir: Path | None) -> RankSnapshot | None:
+    """The rank furthest behind, from the snapshots of all nodes; None if no rank has a heartbeat.
+
+    This node's stacks are written to its ranks' logs, its snapshots to `logs/stall-node-N.json`.
+    """
+    snapshots = watchdog.snapshots()
+    if output_dir is not None:
+        _write_snapshots(snapshots, watchdog, output_dir, exchange.place.node)
+    exchange.publish("stalled", [asdict(each) for each in snapshots])
+    until = time.monotonic() + OTHER_NODES_TIMEOUT_S
+    while len(exchange.received("stalled")) < exchange.place.nodes and not exchange.lost and time.monotonic() < until:
+        time.sleep(POLL_S)
+    all_nodes = [from_json(each) for node in exchange.received("stalled").values() for each in node]
+    return furthest_behind(all_nodes) if all_nodes else None
+
+
+def report_culprit(culprit: RankSnapshot, exchange: StatusExchange, output_dir: Path | None) -> None:
+    """Report the stalled rank on its own node: at the terminal, in `run.log` and in the events."""
+    text = str(culprit)
+    missing = sorted(set(range(exchange.place.nodes)) - set(exchange.received("stalled")))
+    if missing:
+        text += f"\n    no answer from node(s) {missing} in {OTHER_NODES_TIMEOUT_S:.0f} s: the cause may be there"
+    if output_dir is not None:
+        text += f"\n    all stacks: {rank_log(output_dir, culprit.rank)} and the other ranks' logs"
+    text = Redactor(os.environ).redact(text)
+    print_message(text)
+    if output_dir is not None:
+        events = Appender(events_part(output_dir, f"launcher-{exchange.place.node}"))
+        events.write(event_line(None, "CRITICAL", culprit.step, text))
+
+
+def main_stack(dump: str, thread: int) -> tuple[str, ...]:
+    """The lines of one thread in faulthandler's output, innermost call first."""
+    parts = re.split(r"^(?:Current thread|Thread) (0x[0-9a-f]+).*$", dump, flags=re.MULTILINE)
     for ident, lines in zip(parts[1::2], parts[2::2], strict=True):
         if int(ident, 16) == thread:
             return tuple(line.strip() for line in lines.splitlines() if line.strip())
     return ()
 
 
-def furthest_behind(ranks: Iterable[Evidence]) -> Evidence:
+def furthest_behind(ranks: Iterable[RankSnapshot]) -> RankSnapshot:
     """The rank that the others wait for.
 
-    By steps, then by phases done in the step. Where these are equal, a process that is stopped or waits for a disk
-    is the cause; then one that does not wait for others itself; then the longest silent.
+    By steps, then by phases within the step. If these are equal, a process that is stopped or waits for a disk; then
+    one that is not itself waiting in a collective call; then the one that has been silent longest.
     """
     return min(
         ranks,
         key=lambda each: (
-            each.step, each.beats, each.state not in ("T", "t", "D", "Z"), each.in_collective, -each.silent_seconds
+            each.step, each.phases, each.state not in ("T", "t", "D", "Z"), each.in_collective, -each.silent_seconds
         ),
     )  # fmt: skip
 
 
-def to_json(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
-    """For the other nodes and for a file."""
-    return [asdict(each) for each in evidence]
+def from_json(values: Mapping[str, Any]) -> RankSnapshot:
+    """The inverse of `dataclasses.asdict`, after JSON has made a list of the stack."""
+    return RankSnapshot(**{**values, "stack": tuple(values["stack"])})
 
 
-def from_json(values: Iterable[Mapping[str, Any]]) -> list[Evidence]:
-    """The way back from `to_json`."""
-    return [Evidence(**{**each, "stack": tuple(each["stack"])}) for each in values]
+def _write_snapshots(snapshots: list[RankSnapshot], watchdog: Watchdog, output_dir: Path, node: int) -> None:
+    redactor = Redactor(os.environ)
+    for each in snapshots:
+        text = f"{each}\nall threads:\n{watchdog.all_stacks(each.rank)}\n"
+        Appender(rank_log(output_dir, each.rank)).write(redactor.redact(text))
+    file = logs_folder(output_dir) / f"stall-node-{node}.json"
+    try:
+        file.write_text(json.dumps([asdict(each) for each in snapshots], indent=1), encoding="utf-8")
+    except OSError as error:
+        print_message(f"{file}: cannot be written: {error.strerror}")
 
 
-def write_evidence(logs: Path, node: int, evidence: Sequence[Evidence]) -> Path:
-    """`stall-node-R.json` in the run's folder of logs."""
-    path = logs / f"stall-node-{node}.json"
-    path.write_text(json.dumps(to_json(evidence), indent=1), encoding="utf-8")
-    return path
-
-
-def _state(pid: int) -> str:
-    """The kernel's letter for a process; "?" where there is no /proc."""
+def _process_state(pid: int) -> str:
+    """The kernel's letter for a process; "?" if there is no /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -208,8 +249,8 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def _send_to_main_thread(pid: int, number: signal.Signals) -> None:
-    """So that a stopped process, going on, shows where it was: another thread would take the signal while the main
-    one runs away. The main thread's number is the process's. Before glibc 2.30 there is no such call."""
+    """Make a stopped process dump its stacks where it stopped: another thread would take the signal while the main one
+    runs on. The main thread's id is the process's. glibc before 2.30 has no tgkill."""
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
     if tgkill is None:
         _send(pid, number)

@@ -1,13 +1,10 @@
-"""A rank that is slow, and therefore makes all others slow: seen and named.
+"""Straggler detection: finds and names the rank that slows down all others.
 
-In: a step's end, and how long this rank waited for its data. Out: `ranks/*` metrics, a warning with rank and host.
-Next: `trainer.py` puts them into the record, and MLflow shows them.
-
-Under ZeRO-3 every layer is a collective call, so the ranks' step times are all the slowest one's and tell nothing.
-What a rank does alone tells: a fixed computation that talks to nobody, timed once a step (under a millisecond), of
-which the median over many steps is compared: one alone mostly shows what else the machine did at that moment. And
-the seconds that a rank waited for its own data, since the others wait just as long in the next all-reduce. The
-computation draws no random number and touches no weight.
+Sharded training makes a collective call in every layer, so all ranks take the same time per step, that of the slowest.
+Two measurements tell the ranks apart. First, a fixed matrix product without communication, timed once a step (under a
+millisecond); the median over many steps is compared, because a single time mostly reflects other load on the machine.
+Second, the seconds that a rank waited for its own data: the others wait as long in the next collective call. The matrix
+product draws no random numbers and touches no weights.
 """
 
 from __future__ import annotations
@@ -21,65 +18,69 @@ from collections import deque
 import torch
 
 from training.distributed import gather_objects, rank, world_size
-from training.launch.watchdog import WatchdogConfig
 
 log = logging.getLogger(__name__)
-SLOW = 1.5  # times the median rank's time
-REMEMBERED = 50  # steps, at least, that the median is taken over
-FEWEST = 10  # steps without which nobody is called slow
-SIZES = {"cpu": 192, "cuda": 4096}  # rows and columns: a fraction of a millisecond
+SLOW_FACTOR = 1.5  # of the median rank's time
+WINDOW_STEPS = 50  # minimum number of steps over which the median is taken
+MIN_STEPS = 10  # fewer steps give no warning
+MATRIX_SIZES = {"cpu": 192, "cuda": 4096}  # a fraction of a millisecond
 
 
-class Stragglers:
-    """Compares the ranks' speed every so many steps; every rank calls it at the same steps."""
+class StragglerMonitor:
+    """Compares the speed of the ranks at intervals; every rank calls it after every step."""
 
-    def __init__(self, config: WatchdogConfig, device: torch.device) -> None:
-        self.every = config.straggler_every if world_size() > 1 else 0
+    def __init__(self, every: int, device: torch.device) -> None:
+        """`every`: steps between two comparisons; 0: none."""
+        self.every = every if world_size() > 1 else 0
         self._device = device
         self._waited: list[float] = []
-        self._probes: deque[float] = deque(maxlen=max(self.every, REMEMBERED))
-        size = SIZES[device.type]
+        self._probes: deque[float] = deque(maxlen=max(self.every, WINDOW_STEPS))
+        size = MATRIX_SIZES[device.type]
         values = torch.linspace(-1, 1, size * size, device=device).reshape(size, size) if self.every else None
         self._matrix = values if device.type == "cpu" or values is None else values.bfloat16()
 
-    def after(self, done: int, waited: float) -> dict[str, float]:
-        """Metrics after `done` steps, the last of which waited `waited` seconds for data; empty where none are due."""
+    def after_step(self, done: int, waited: float) -> dict[str, float]:
+        """Metrics after `done` steps; empty if no comparison is due.
+
+        Args:
+            waited: seconds that this rank waited for the data of the last step.
+        """
         if not self.every:
             return {}
         self._waited.append(waited)
         self._probes.append(self._probe())
         if done % self.every:
             return {}
-        mine = (statistics.median(self._probes), statistics.fmean(self._waited), socket.gethostname())
-        metrics, warnings = compare(gather_objects(mine))
+        own = (statistics.median(self._probes), statistics.fmean(self._waited), socket.gethostname())
+        metrics, warnings = compare(gather_objects(own))
         self._waited.clear()
-        for line in warnings if rank() == 0 and len(self._probes) >= FEWEST else ():
+        for line in warnings if rank() == 0 and len(self._probes) >= MIN_STEPS else ():
             log.warning("step %d: %s", done, line)
         return metrics
 
     def _probe(self) -> float:
-        """Seconds of a fixed matrix product, on this rank alone."""
+        """Seconds of a fixed matrix product on this rank."""
         assert self._matrix is not None
-        torch.mm(self._matrix, self._matrix)  # wakes a core, loads a kernel
-        self._settle()
+        torch.mm(self._matrix, self._matrix)  # warm-up: wakes a core, loads a kernel
+        self._synchronize()
         started = time.perf_counter()
         torch.mm(self._matrix, self._matrix)
-        self._settle()
+        self._synchronize()
         return time.perf_counter() - started
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
 
-def compare(told: list[tuple[float, float, str]]) -> tuple[dict[str, float], list[str]]:
-    """Metrics and warnings of every rank's (median probe seconds, mean seconds waited for data, host).
+def compare(ranks: list[tuple[float, float, str]]) -> tuple[dict[str, float], list[str]]:
+    """Metrics and warnings from every rank's (median probe seconds, mean seconds waited for data, host).
 
-    The median is the lower one, so that of two ranks the slow one is measured against the other.
+    The median is the lower one, so that of two ranks the slow one is compared with the other.
     """
-    probes = [probe for probe, _, _ in told]
-    waits = [wait for _, wait, _ in told]
-    slowest = max(range(len(told)), key=probes.__getitem__)
+    probes = [probe for probe, _, _ in ranks]
+    waits = [wait for _, wait, _ in ranks]
+    slowest = max(range(len(ranks)), key=probes.__getitem__)
     slowdown = probes[slowest] / max(statistics.median_low(probes), 1e-9)
     metrics = {
         "ranks/slowest": float(slowest),
@@ -88,7 +89,7 @@ def compare(told: list[tuple[float, float, str]]) -> tuple[dict[str, float], lis
         "ranks/data_wait_seconds_median": statistics.median_low(waits),
     }
     warnings = []
-    if slowdown > SLOW:
-        times = f"{slowdown:.1f} times as slowly as the median rank"
-        warnings.append(f"rank {slowest} on {told[slowest][2]} computes {times}; all wait for it")
+    if slowdown > SLOW_FACTOR:
+        factor = f"{slowdown:.1f} times as slowly as the median rank"
+        warnings.append(f"rank {slowest} on {ranks[slowest][2]} computes {factor}; all wait for it")
     return metrics, warnings

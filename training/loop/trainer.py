@@ -31,13 +31,13 @@ from training.distributed import all_sum, gather_objects, rank, same_modules_on_
 from training.engine.engine import NonFiniteUpdate
 from training.engine.start_checks import check_packing, warm_up
 from training.errors import CheckpointFailed, NonFiniteStep
-from training.launch.heartbeat import heart
+from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
 from training.loop.guard import Guard, Verdict, list_samples, shown
 from training.loop.progress import Progress
 from training.loop.run_totals import RunTotals
 from training.loop.step_sums import StepRead, StepSums, memory
-from training.loop.straggler import Stragglers
+from training.loop.straggler import StragglerMonitor
 from training.objectives.decoders import LossTerms
 from training.objectives.scaling import StepTotals, learning_rate, step_loss_share
 from training.tracking.tracker import Tracker
@@ -82,7 +82,7 @@ class Trainer:
         self.saver = Saver(run)
         self.disk = checkpoint_disk(run.config)
         self.guard = Guard(run.config.guard)
-        self.stragglers = Stragglers(run.config.watchdog, run.engine.device)
+        self.stragglers = StragglerMonitor(run.config.watchdog.straggler_every, run.engine.device)
         self.totals = RunTotals(run.config.data.languages)
         self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
         self._metrics: dict[str, float] = {}
@@ -111,7 +111,7 @@ class Trainer:
         """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
         config, run, offset = self.config, self.run, self.data_offset
         reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
-        batches = heart.steps(_or_mistake(reader), start)
+        batches = heartbeat.steps(_or_mistake(reader), start)
         began = time.perf_counter()
         for step, read in zip(range(start, config.max_steps), batches, strict=True):
             waited = time.perf_counter() - began
@@ -131,7 +131,7 @@ class Trainer:
                 check_packing(run, batch)
             metrics |= self.train_step(step, batch, agreed)
             done = step + 1
-            metrics |= self.stragglers.after(done, waited)
+            metrics |= self.stragglers.after_step(done, waited)
             if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
                 metrics |= run.heldout.metrics(run.engine, run.objective)
             self._metrics = metrics
@@ -143,7 +143,7 @@ class Trainer:
             progress.step_done(done, metrics)
             if saves:
                 self.save(done, metrics)
-            self.stop.took(time.perf_counter() - began)
+            self.stop.record_step(time.perf_counter() - began)
             began = time.perf_counter()
         self._settle(required=True)
 
@@ -204,7 +204,7 @@ class Trainer:
         """Begin a checkpoint of the state after `step` steps, whose metrics these are; every rank calls it."""
         if self.saver.open:
             self._settle()
-        heart.phase("copying a checkpoint")
+        heartbeat.phase("copying a checkpoint")
         state = run_state(self.run, step, self.data_offset, metrics, self.guard.state(), self.totals.state())
         # The last one goes where all nodes and the export see it.
         self.saver.begin(step, state, self.disk if step < self.config.max_steps else shared_disk(self.config))
@@ -226,9 +226,9 @@ class Trainer:
             return
         if self.tracker is not None:
             self.tracker.sync()
-        heart.phase("completing a checkpoint")
+        heartbeat.phase("completing a checkpoint")
         self.saver.settle(required)
-        self.stop.saved(self.saver.seconds)
+        self.stop.record_save(self.saver.seconds)
 
     def _save_rest(self, step: int) -> None:
         """Save the state after `step` steps where it is not saved yet; every rank calls it, between two steps."""

@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -28,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from training.errors import ConfigError
+from training.messages import print_message
 
 LOCK_FILE = "run.lock"
 HELD = "CROSSLIFT_RUN_LOCK"  # environment: the lock that this process or the one that started it holds
@@ -175,7 +175,7 @@ def _acquire(output_dir: Path, mine: Holder) -> Holder:
                 time.sleep(2 * POLL_SECONDS)
             if holder_of(output_dir) == mine:
                 if holder is not None:
-                    _say(f"{path}: left by {holder}, which is gone; taken over")
+                    print_message(f"{path}: left by {holder}, which is gone; taken over")
                 return mine
         elif holder is not None:
             if alive or _shows_life(path, holder):
@@ -186,7 +186,7 @@ def _acquire(output_dir: Path, mine: Holder) -> Holder:
 def _shows_life(path: Path, holder: Holder) -> bool:
     """Whether a holder on another machine renews its lock."""
     first = _time_of(path)
-    _say(
+    print_message(
         f"{path}: held by {holder}; waiting up to {SILENT_SECONDS:.0f} s to see whether it is alive "
         "(if you know that it is gone, remove the file and start again)"
     )
@@ -217,7 +217,7 @@ def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
             elif now is None:  # removed by hand
                 path.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")
             else:
-                _say(f"{path}: {now} has taken this folder, since this run seemed gone; this run ends")
+                print_message(f"{path}: {now} has taken this folder, since this run seemed gone; this run ends")
                 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & by a script
                     os._exit(128 + signal.SIGINT)  # at once: a checkpoint would be written into the other run's folder
                 os.kill(os.getpid(), signal.SIGINT)
@@ -287,7 +287,3 @@ def _process(pid: int) -> tuple[str, int] | None:
     except PermissionError:
         pass
     return "?", 0
-
-
-def _say(text: str) -> None:
-    print(f"crosslift: {text}", file=sys.stderr, flush=True)

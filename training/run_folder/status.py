@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.checkpoints.checkpoint import MARKER, step_folders
-from training.launch.logs import logs_folder, read_lines
-from training.launch.merged_logs import read_event
+from training.launch.logs import logs_folder, read_event, read_lines
 from training.run_folder.lock import LOCK_FILE, SILENT_SECONDS, Holder, holder_of
 from training.tracking.run_record import RECORD_NAME, read_events, run_folders
 
