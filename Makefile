@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both make the environment first (CPU torch unless one is there).
+# Main targets: `make quickstart` and `make test`. Both create the environment first (CPU torch unless it is installed).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -19,12 +19,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Three files at a time: much of a test that starts ranks is one process importing, of one on a cluster waiting.
+# Three test files at a time: tests that start ranks mostly import, tests of a Slurm cluster mostly wait.
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10
 
-# torch goes first: otherwise the resolver may take one with several GB of CUDA packages. deepspeed comes as source and
-# builds without its CUDA ops. All else in the versions of constraints.txt: those that the tests last passed with.
+# torch is installed first: otherwise the resolver may choose a build with several GB of CUDA packages. deepspeed comes as
+# source and is built without its CUDA ops. Everything else has the versions of constraints.txt, which the tests last
+# passed with.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
@@ -32,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	touch $(STAMP)
 
-# Writes constraints.txt anew: the newest versions that pyproject.toml allows. `make test` then tells whether they do.
+# Rewrites constraints.txt with the newest versions that pyproject.toml allows; run `make test` afterwards.
 constraints:
 	rm -rf $(VENV)
 	$(MAKE) $(STAMP) CONSTRAINTS=

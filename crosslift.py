@@ -1,7 +1,7 @@
-"""The front door: the command line. Each command is a few lines that call a room.
+"""The command line. Each command is a few lines that call functions of the top-level packages.
 
-Heavy imports happen inside commands, so that `--help` answers at once. Errors that the user can mend carry
-`exit_status = 2` and are printed as one line.
+Heavy imports happen inside commands, so that `--help` answers at once. Mistakes of the user are exceptions with
+`exit_status = 2`, printed as one line.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="crosslift lifts the languages that a language model is weak in.",
+    help="crosslift improves the weaker languages of multilingual models.",
 )  # fmt: skip
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a run's data and its order.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show a run's data and its order.")
 app.add_typer(data_app, name="data")
 
-NOT_QUEUED = ("submit", "status", "logs", "cancel", "ui")  # these are a person's, on the login node
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run file, YAML")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override its keys")]
-Output = Annotated[Path, typer.Option("--output", help="folder to write; must not exist")]
+NOT_QUEUED = ("submit", "status", "logs", "cancel", "ui")  # run on the login node only
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="run file, YAML")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override keys of CONFIG")]
+Output = Annotated[Path, typer.Option("--output", help="folder to create; must not exist")]
 
 
 @app.command()
@@ -42,8 +42,8 @@ def train(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint's or run's folder")] = "auto",
-    accept_changes: Annotated[bool, typer.Option(help="resume although data or config differ")] = False,
+    resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint or run")] = "auto",
+    accept_changes: Annotated[bool, typer.Option(help="resume even if data or config changed")] = False,
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
     from training.checks.front import check_model_files, check_start, check_starting_model
@@ -58,7 +58,7 @@ def train(
     check_model_files(settings)
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
     with held(settings.output_dir):
-        check_starting_model(settings, prepare(settings))  # its errors come before any rank starts
+        check_starting_model(settings, prepare(settings))  # errors are reported before any rank starts
         raise SystemExit(launch(config, overrides or [], nproc or visible_gpus() or 1, options))
 
 
@@ -66,27 +66,27 @@ def train(
 def check(
     config: Config,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="nodes that the run is meant for")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes of the planned run")] = 1,
     gpus_per_node: Annotated[
-        str | None, typer.Option(metavar="[TYPE:]N", help="GPUs of each; default: visible GPUs, or 1; 0: CPUs")
+        str | None, typer.Option(metavar="[TYPE:]N", help="GPUs of each node; default: visible GPUs, or 1; 0: CPUs")
     ] = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks a node, where not one a GPU")] = None,
-    gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU: fails where the run will not fit")] = None,
-    accept_changes: Annotated[bool, typer.Option(help="as train: although data or config differ")] = False,
-    all_rows: Annotated[bool, typer.Option("--all-rows", help="read and tokenise every row, not a sample")] = False,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks of each node, if not one per GPU")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU; fails if the run does not fit")] = None,
+    accept_changes: Annotated[bool, typer.Option(help="as for train: even if data or config changed")] = False,
+    all_rows: Annotated[bool, typer.Option("--all-rows", help="read and tokenise every row")] = False,
 ) -> None:
-    """All that can be known before a run. Example: crosslift check CONFIG data_dir=DIR --gpus-per-node 8"""
+    """Check data, model and memory before a run. Example: crosslift check CONFIG data_dir=DIR --gpus-per-node 8"""
     from slurm.site import load_settings
     from training.errors import ConfigError
     from training.run_file import load_config
 
-    settings = load_config(config, overrides or [])  # its errors come before heavy imports
+    settings = load_config(config, overrides or [])  # errors are reported before heavy imports
     job = load_settings({"gpus_per_node": gpus_per_node, "nproc_per_node": nproc_per_node}, files=())
     from training.check import check_run
 
     gpus = None if gpus_per_node is None else job.gpus
     if gpus == 0 and gpu_memory is not None:
-        raise ConfigError("--gpu-memory: ranks on CPUs (--gpus-per-node 0) have no GPU; leave it out")
+        raise ConfigError("--gpu-memory: ranks on CPUs (--gpus-per-node 0) have no GPU; leave the option out")
     lines = check_run(
         settings, nodes=nodes, gpus_per_node=gpus, nproc_per_node=nproc_per_node, gpu_memory_gib=gpu_memory,
         accept_changes=accept_changes, all_rows=all_rows,
@@ -102,10 +102,10 @@ def prefetch(
     hf_home: Annotated[
         Path | None, typer.Option(help="shared cache; default: HF_HOME of slurm.yaml's environment, or the shell's")
     ] = None,
-    tasks_dir: Annotated[Path | None, typer.Option(help="folder with mgsm_XX.tsv: also checked")] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(help="folder with mgsm_XX.tsv files to check as well")] = None,
     build_ops: Annotated[bool, typer.Option("--build-ops", help="compile the DeepSpeed ops that it needs")] = False,
 ) -> None:
-    """Model, tokenizer, data for nodes without a network. Example: crosslift prefetch CONFIG --hf-home /shared/hf"""
+    """Download model, tokenizer and data for offline nodes. Example: crosslift prefetch CONFIG --hf-home /shared/hf"""
     from slurm.site import load_settings
     from training.prefetch import use_caches, use_hf_home
     from training.run_file import load_config
@@ -129,16 +129,16 @@ def prefetch(
         for line in ops.build_ops(settings):
             print(line, flush=True)
     elif needed := ops.required_ops(settings):
-        print(f"DeepSpeed ops to be compiled: {', '.join(needed)} (--build-ops does it before the job)")
+        print(f"DeepSpeed ops to be compiled: {', '.join(needed)} (--build-ops compiles them before the job)")
 
 
 @data_app.command()
 def inspect(
     config: Config,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, help="samples a language")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="samples of each language")] = 1,
 ) -> None:
-    """A decoded sample a language, its label mask marked. Example: crosslift data inspect CONFIG --samples 2"""
+    """Show decoded samples with their label masks. Example: crosslift data inspect CONFIG --samples 2"""
     from training.run_file import load_config
 
     settings = load_config(config, overrides or [])
@@ -155,7 +155,7 @@ def plan(
     steps: Annotated[str, typer.Option(metavar="A:B", help="steps A to B-1")] = "0:1",
     world_size: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
 ) -> None:
-    """What every rank reads, a JSON line a micro-batch. Example: crosslift data plan CONFIG --steps 100:102"""
+    """Print what every rank reads, as JSON lines. Example: crosslift data plan CONFIG --steps 100:102"""
     from training.errors import ConfigError
     from training.run_file import load_config
 
@@ -171,7 +171,7 @@ def plan(
 
 @app.command()
 def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> None:
-    """Train the tokenizer that `tokenizer.train` describes. Example: crosslift tokenizer CONFIG --output DIR"""
+    """Train the tokenizer described in `tokenizer.train`. Example: crosslift tokenizer CONFIG --output DIR"""
     from training.errors import ConfigError
     from training.run_file import load_config
     from training.run_folder.prepare import cache_folder, open_index, train_tokenizer_of
@@ -186,10 +186,10 @@ def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> No
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="a complete checkpoint, or a run's folder for its newest")],
+    checkpoint: Annotated[Path, typer.Argument(help="complete checkpoint, or a run folder for its newest")],
     output: Output,
 ) -> None:
-    """A checkpoint as a Hugging Face directory. Example: crosslift export runs/a --output runs/a/model-200"""
+    """Write a checkpoint as a Hugging Face folder. Example: crosslift export runs/a --output runs/a/model-200"""
     from training.checkpoints.checkpoint import at
 
     found = at(checkpoint)
@@ -200,21 +200,21 @@ def export(
 
 @xtreme_app.command("run")
 def xtreme_run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="such as configs/xtreme.yaml")],
-    task: Annotated[str, typer.Option()],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="composed run file, such as configs/xtreme.yaml")],
+    task: Annotated[str, typer.Option(help="a name in CONFIG's tasks")],
     model: Annotated[str, typer.Option(help="a name in CONFIG's models")],
     method: Annotated[str, typer.Option(help="a name in CONFIG's methods")],
     data_dir: Annotated[Path, typer.Option(help="XTREME's files, or a folder that `xtreme prepare` wrote")],
-    output: Annotated[Path, typer.Option(help="folder for everything; a second call goes on")],
+    output: Annotated[Path, typer.Option(help="folder for everything; a second call continues the run")],
     overrides: Overrides = None,
     translations: Annotated[Path | None, typer.Option(help="folder of translation files")] = None,
-    soft_labels: Annotated[Path | None, typer.Option(help="taggers: what `xtreme soft-labels` wrote")] = None,
-    layout: Annotated[str, typer.Option(help="of the data: auto, download, hub, conllu, xmixup")] = "auto",
-    baseline: Annotated[Path | None, typer.Option(help="another run's output, to compare the transfer gap")] = None,
+    soft_labels: Annotated[Path | None, typer.Option(help="taggers: folder that `xtreme soft-labels` wrote")] = None,
+    layout: Annotated[str, typer.Option(help="layout of the data: auto, download, hub, conllu, xmixup")] = "auto",
+    baseline: Annotated[Path | None, typer.Option(help="output of another run, for the transfer gap")] = None,
     mixup: Annotated[Literal["auto", "on", "off"], typer.Option(help="mixing in prediction")] = "auto",
-    unlabelled: Annotated[bool, typer.Option(help="test labels are erased: predictions only")] = False,
+    unlabelled: Annotated[bool, typer.Option(help="test labels are erased: only predict")] = False,
     max_bad_rows: Annotated[
-        int, typer.Option(min=0, help="questions of a file whose answers are not where it says: left out, counted")
+        int, typer.Option(min=0, help="questions a file may have whose answers are not where it says")
     ] = 0,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
 ) -> None:
@@ -236,9 +236,9 @@ def xtreme_run(
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="folder for data, runs and results")] = Path("runs/quickstart"),
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of data, weights and order")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of data, weights and order")] = 0,
 ) -> None:
-    """The whole story at toy scale, on CPU, in minutes. Example: crosslift quickstart --output runs/quickstart"""
+    """Run the method end to end at toy scale on CPUs. Example: crosslift quickstart --output runs/quickstart"""
     from evals.quickstart import run_quickstart
     from training.run_folder.lock import held
 
@@ -248,14 +248,14 @@ def quickstart(
 
 @app.command()
 def ui(
-    runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder that holds run folders")] = Path("runs"),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="its port")] = 5000,
-    host: Annotated[str, typer.Option(help="address it listens at; others than 127.0.0.1 let others in")] = "127.0.0.1",
+    runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder with run folders")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 5000,
+    host: Annotated[str, typer.Option(help="address to listen on; any but 127.0.0.1 is open to others")] = "127.0.0.1",
     open_browser: Annotated[
-        bool, typer.Option("--open/--no-open", help="in a browser, where there is a window")
+        bool, typer.Option("--open/--no-open", help="open a browser, if there is a display")
     ] = True,
 ) -> None:
-    """Open MLflow's list of the runs. Example: crosslift ui runs --port 5001"""
+    """Open the runs in MLflow. Example: crosslift ui runs --port 5001"""
     from training.tracking.ui import serve_ui, window_at_hand
 
     raise SystemExit(serve_ui(runs, port, host, open_browser and window_at_hand()))
@@ -272,11 +272,11 @@ def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def _check_values(values: dict[str, Any], job: JobSettings, accept_changes: bool) -> Iterator[str]:
     from training.prefetch import use_variables
 
-    use_variables(job.environment)  # model and data as the job will find them, HF_HUB_OFFLINE included
+    use_variables(job.environment)  # model and data as the job sees them, HF_HUB_OFFLINE included
     from training.check import check_run
     from training.run_file import validate
 
-    memory = job.gpu_memory_gib if job.gpus else None  # ranks on CPUs share the node's
+    memory = job.gpu_memory_gib if job.gpus else None  # ranks on CPUs share the memory of the node
     yield from check_run(
         validate(values, "run file"), nodes=job.nodes, gpus_per_node=job.gpus, nproc_per_node=job.ranks,
         gpu_memory_gib=memory, accept_changes=accept_changes,
@@ -290,7 +290,7 @@ def _files_read(values: dict[str, Any]) -> list[Path]:
 
 
 def _progress_of(run: Path) -> str | None:
-    """The last step in a run's record, for `crosslift status`."""
+    """The last step in a run's record, for `crosslift status`; None without a record."""
     from training.tracking.run_record import RECORD_NAME, read_events
 
     record, step, total = run / RECORD_NAME, 0, "?"
@@ -311,7 +311,7 @@ def _local_runs(folder: Path) -> Sequence[LocalRun]:
 
 
 def _commands() -> list[str]:
-    """Commands that may follow a run on a cluster."""
+    """Commands that `--then` may queue behind a run."""
     return [name for name in typer.main.get_command(app).commands if name not in NOT_QUEUED]  # type: ignore[attr-defined]
 
 
@@ -327,10 +327,10 @@ def _git_state() -> dict[str, str]:
     return git_state()
 
 
-def _paths_filled_in(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, called with paths in which `~` and variables are filled in, as no shell does in `--output=~/a`.
+def _with_expanded_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command so that `~` and variables in its path options are expanded; no shell does so in `--output=~/a`.
 
-    A place for its output where no folder can be made is refused before anything begins.
+    An `--output` where no folder can be created is refused before the command starts.
     """
 
     @functools.wraps(command)
@@ -348,23 +348,23 @@ def _paths_filled_in(command: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _fill_in_paths(group: typer.Typer) -> None:
-    """Of all commands of a group and below it."""
+def _expand_paths_in(group: typer.Typer) -> None:
+    """Wrap all commands of a group and its subgroups."""
     for command in group.registered_commands:
         assert command.callback is not None
-        command.callback = _paths_filled_in(command.callback)
+        command.callback = _with_expanded_paths(command.callback)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
-        _fill_in_paths(inner.typer_instance)
+        _expand_paths_in(inner.typer_instance)
 
 
 add_evaluation(app, _track_scores)
 add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _local_runs, _commands, _git_state))
-_fill_in_paths(app)
+_expand_paths_in(app)
 
 
 def main() -> None:
-    """Entry point: one line and its exit status for an error that has one: 2 for what the user can mend."""
+    """Entry point. An exception with an `exit_status` (2: a mistake of the user) is printed as one line."""
     try:
         status = app(standalone_mode=False)
     except typer.Abort:  # Ctrl-C
