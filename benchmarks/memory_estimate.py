@@ -143,15 +143,15 @@ def on_cpu(
     config: RunConfig, model_config: Any, architecture: Any, attention: str, shape: BatchShape
 ) -> tuple[Any, Callable[[], Tensor]]:
     """The real model with real attention, and its forward pass, both inside `real_inputs`."""
+    from modeling.adapters import add_adapters
     from modeling.architectures import auto_class
-    from modeling.lora import add_adapters
 
     dtype = DTYPES[config.precision]
     model = auto_class(architecture).from_config(model_config, dtype=dtype, attn_implementation=attention)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if (lora := config.model.lora) is not None:
-        add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
+        add_adapters(model, lora, config.seed)
     return model.train(), activations._forward(config, model, shape)
 
 

@@ -17,6 +17,7 @@ from modeling.weights.weight_files import one_line
 log = logging.getLogger(__name__)
 EXPORT_FILE = "crosslift.json"
 VECTORS_FILE = "language_vectors.safetensors"
+ADAPTER_FOLDER = "adapter"  # the peft adapter directory in the export of a LoRA run
 RUN_EXPORT = "model"  # the folder of a run that its export lies in
 FORMAT = 1
 OBJECTIVES = ("sft", "shifcon", "mlm", "finetune", "xmixup")

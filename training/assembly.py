@@ -27,10 +27,10 @@ from data_pipeline.tasks.reader import TaskLoader, TaskReader
 from data_pipeline.tasks.tokenize import TaskTokenizer
 from data_pipeline.text.chat import Chat
 from data_pipeline.text.tokenizer import tokenizer_hash
+from modeling.adapters import add_adapters
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
-from modeling.lora import add_adapters
 from modeling.weights.untrusted import read_tokenizer
 from training.checkpoints.search import newest_seen
 from training.checks.front import check_model, check_vocabulary
@@ -170,7 +170,8 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
         check_model(config, model)
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
     if (lora := config.model.lora) is not None:
-        add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
+        with construction.known_to_peft():
+            add_adapters(model, lora, config.seed)
     return model
 
 

@@ -186,10 +186,10 @@ def _model(
     on_gpus: bool,
     gpu_memory_gib: float | None,
 ) -> Iterator[str]:
+    from modeling.adapters import add_adapters
     from modeling.architectures import auto_class
     from modeling.layers import decoder_layers, position_limit
     from modeling.loading import load_config, resolve_attention, resolve_directory
-    from modeling.lora import add_adapters
     from training.checks.activations import count_activations
     from training.engine.engine import DTYPES
 
@@ -203,7 +203,7 @@ def _model(
         check_model(config, model)
         limit, longest = position_limit(model), config.data.sequence_length
         if (lora := config.model.lora) is not None:
-            add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
+            add_adapters(model, lora, config.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapted = f", {trained / 1e6:.1f}M of them trained" if lora is not None else ""

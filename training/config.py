@@ -34,16 +34,20 @@ from training.tracking.tracker import TrackingConfig
 
 
 class LoraSettings(Section):
-    """Low-rank adapters instead of all weights; the export has them merged."""
+    """Low-rank adapters instead of all weights; the export has them merged, and a peft adapter directory beside it."""
 
     rank: int = Field(gt=0, description="r: the inner size of each adapter")
-    alpha: int = Field(gt=0, description="adapters are multiplied by alpha / rank")
+    alpha: int = Field(gt=0, description="adapters are multiplied by alpha / rank; see use_rslora")
     dropout: float = Field(0.0, ge=0, lt=1, description="on what adapters read")
     targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
         description="names of linear layers, such as [q_proj, v_proj]; by default all of every block",
     )
+    use_dora: bool = Field(
+        False, description="DoRA: also train the magnitude of each output of an adapted layer; slower, more memory"
+    )
+    use_rslora: bool = Field(False, description="rsLoRA: multiply adapters by alpha / sqrt(rank), for large ranks")
 
 
 class ModelConfig(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
@@ -17,10 +18,12 @@ from tiny_run import XMIXUP, run_values, write_config, write_task_data
 
 from modeling.export_info import ExportInfo
 from modeling.tasks.encoders import load_task_model
+from modeling.weights.weight_files import directory_hash
 from modeling.xmixup.mixup import CrossLingualMixup
 
 STEPS = 4
 LORA = {"rank": 2, "alpha": 4, "targets": ["query", "value"]}
+ADAPTERS = {"lora": LORA, "dora": {**LORA, "use_dora": True, "use_rslora": True}}
 TEXT = {
     **XMIXUP,
     "max_steps": STEPS,
@@ -33,7 +36,7 @@ TEXT = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mlm/` and, from its export, `mixed/` and `adapted/`, which trains adapters only, on two ranks.
+    """`mlm/` and, from its export, `mixed/`, and `lora/` and `dora/`, which train adapters only, on two ranks.
 
     The first by `crosslift train`, the others as the ranks that it would start.
     """
@@ -42,8 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tagging = {key: value for key, value in XMIXUP.items() if key not in ("model.init", "tokenizer.train")}
     tagging |= {"model": {"path": str(folder / "mlm" / "model")}, "tokenizer": {}}
     tagging |= {"max_steps": STEPS, "checkpoint.every": 2}
-    adapted = {**tagging, "model": {**tagging["model"], "lora": LORA}}
-    for name, changes, ranks in (("mlm", TEXT, None), ("mixed", tagging, 1), ("adapted", adapted, 2)):
+    lora, dora = ({**tagging, "model": {**tagging["model"], "lora": options}} for options in ADAPTERS.values())
+    adapted = (("lora", lora, 2), ("dora", {**dora, "gradient_checkpointing": True}, 2))
+    for name, changes, ranks in (("mlm", TEXT, None), ("mixed", tagging, 1), *adapted):
         config = write_config(folder / f"{name}.yaml", run_values(data, folder / name, **changes))
         if ranks is None:
             checked([run_command("train", str(config), "--nproc", "1")])
@@ -52,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-RUNS = ("mixed", "adapted")
+RUNS = ("mixed", "lora")
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -63,12 +67,12 @@ def metrics(run: Path) -> list[dict[str, float]]:
 def test_a_checkpoint_of_adapters_holds_no_frozen_weight_and_knows_its_base(runs: Path, tmp_path: Path) -> None:
     whole, adapted = (sum(f.stat().st_size for f in runs.glob(f"{name}/checkpoints/step-*/zero/*.pt")) for name in RUNS)
     assert adapted < whole / 2
-    start = runs / "adapted" / "task_model" / "model.safetensors"
+    start = runs / "lora" / "task_model" / "model.safetensors"
     content = bytearray(start.read_bytes())
     content[-1] ^= 1
     start.write_bytes(content)
     try:
-        refused = run_command("export", str(runs / "adapted"), "--output", str(tmp_path / "model"))
+        refused = run_command("export", str(runs / "lora"), "--output", str(tmp_path / "model"))
     finally:
         content[-1] ^= 1
         start.write_bytes(content)
@@ -136,23 +140,50 @@ def test_check_shows_both_sides_with_their_tags(runs: Path) -> None:
     assert "NUMBER" in done.stdout
 
 
-def test_adapters_alone_are_trained_and_merged(runs: Path) -> None:
-    start = load_file(runs / "adapted" / "task_model" / "model.safetensors")
-    found = load_file(runs / "adapted" / "model" / "model.safetensors")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_alone_are_trained_and_merged(runs: Path, name: str) -> None:
+    start = load_file(runs / name / "task_model" / "model.safetensors")
+    found = load_file(runs / name / "model" / "model.safetensors")
     assert set(found) == set(start)  # a plain model's names
     changed = {name for name in found if not torch.equal(found[name], start[name])}
     blocks = [f"roberta.encoder.layer.{block}.attention.self" for block in range(3)]
     learned = {f"{block}.{target}.weight" for block in blocks for target in LORA["targets"]}
     assert changed == learned | {"classifier.weight", "classifier.bias"}
+    check = ExportInfo.read(runs / name / "model").check
+    assert check is not None
+    assert check["passed"], check  # the run's logits, of sharded weights, are the export's
     assert CrossLingualMixup.attach(
-        load_task_model(runs / "adapted" / "model", "tagging", ["WORD", "NUMBER"], torch.float32, "sdpa", "cpu"),
-        runs / "adapted" / "model",
+        load_task_model(runs / name / "model", "tagging", ["WORD", "NUMBER"], torch.float32, "sdpa", "cpu"),
+        runs / name / "model",
     ).parameters()
 
 
-def test_adapters_go_on_from_a_checkpoint_as_if_never_stopped(runs: Path) -> None:
-    before = [step["train/loss"] for step in metrics(runs / "adapted") if "train/loss" in step]
-    checkpoint = runs / "adapted" / "checkpoints" / "step-00000002"
-    checked(run_ranks(["-m", "training", str(runs / "adapted.yaml"), "--resume", str(checkpoint)], 2))
-    again = [step["train/loss"] for step in metrics(runs / "adapted") if "train/loss" in step]
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_export_has_an_adapter_directory_that_peft_opens(runs: Path, name: str) -> None:
+    labels, base = ["WORD", "NUMBER"], runs / name / "task_model"
+    merged = load_task_model(runs / name / "model", "tagging", labels, torch.float32, "sdpa", "cpu")
+    opened = load_task_model(base, "tagging", labels, torch.float32, "sdpa", "cpu")
+    adapter = runs / name / "model" / "adapter"
+    adapted = PeftModel.from_pretrained(opened, str(adapter)).eval()
+    ids = torch.randint(5, 100, (2, 12))
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids).logits for model in (adapted, merged))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    described = json.loads((adapter / "base_model.json").read_text())
+    assert described == {"name": str(runs / "mlm" / "model"), "hash": directory_hash(base)}
+
+
+def test_dora_under_zero_3_starts_from_the_norms_of_whole_weights(runs: Path) -> None:
+    """Its first step has the outputs of the model itself, as LoRA's has; later steps differ."""
+    lora, dora = ([step["train/loss"] for step in metrics(runs / name) if "train/loss" in step] for name in ADAPTERS)
+    assert dora[0] == pytest.approx(lora[0], rel=1e-6)
+    assert dora[-1] != lora[-1]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_resumed_run_of_adapters_repeats_the_steps_of_one_never_stopped(runs: Path, name: str) -> None:
+    before = [step["train/loss"] for step in metrics(runs / name) if "train/loss" in step]
+    checkpoint = runs / name / "checkpoints" / "step-00000002"
+    checked(run_ranks(["-m", "training", str(runs / f"{name}.yaml"), "--resume", str(checkpoint)], 2))
+    again = [step["train/loss"] for step in metrics(runs / name) if "train/loss" in step]
     assert again == [*before, *before[2:]]

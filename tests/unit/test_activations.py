@@ -46,6 +46,13 @@ CASES: dict[str, tuple[str, Architecture, dict[str, Any]]] = {
         "qwen3", "causal-lm",
         {"objective": {"name": "sft"}, "model": {"path": "m", "lora": {"rank": 4, "alpha": 8}}, "tokenizer": {}},
     ),
+    "llama, dora": (
+        "llama", "causal-lm",
+        {
+            "objective": {"name": "sft"}, "tokenizer": {},
+            "model": {"path": "m", "lora": {"rank": 4, "alpha": 8, "use_dora": True}},
+        },
+    ),
     "xlm-roberta, xmixup": ("xlm-roberta", "token-classification", XMIXUP),
     "xlm-roberta, finetune": (
         "xlm-roberta", "token-classification", {**XMIXUP, "objective": {"name": "finetune"}}
@@ -78,7 +85,7 @@ def test_counted_without_data_is_what_autograd_saves(case: str, attention: Any, 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", [case for case in CASES if "lora" not in case])  # the tracker takes no frozen weight
+@pytest.mark.parametrize("case", [case for case in CASES if "ora" not in case])  # the tracker takes no frozen weight
 def test_the_peak_is_what_a_step_allocates_and_little_more(case: str, precision: str, checkpointing: bool) -> None:
     kind, architecture, changes = CASES[case]
     config = config_of(**changes, precision=precision, gradient_checkpointing=checkpointing)

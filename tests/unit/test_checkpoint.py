@@ -524,6 +524,16 @@ def test_keys_that_change_no_sample_and_no_gradient_are_free(key: str, value: An
     assert differences(state(), FINGERPRINT, with_key(key, value)) == []
 
 
+def test_dora_and_rslora_are_compared_and_old_checkpoints_had_neither() -> None:
+    old = RunState(7, 1, FINGERPRINT, {"model": {"lora": {"rank": 2}}}, {})
+    now = {"rank": 2, "use_dora": False, "use_rslora": False}
+    assert differences(old, FINGERPRINT, {"model": {"lora": now}}) == []
+    found = differences(old, FINGERPRINT, {"model": {"lora": {**now, "use_dora": True}}})
+    assert [(each.text, each.fixed) for each in found] == [("config model.lora.use_dora: was False, now True", True)]
+    found = differences(old, FINGERPRINT, {"model": {"lora": {**now, "use_rslora": True}}})
+    assert [each.fixed for each in found] == [False]
+
+
 def test_what_becomes_of_overlong_samples_is_compared_and_old_checkpoints_left_them_out() -> None:
     old = replace(state(), config={"data": {"task": None}})
     assert differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "drop"}}) == []

@@ -18,7 +18,7 @@ from training.assembly import assemble_data
 from training.check import check_run, largest_batch
 from training.checks.activations import Activations
 from training.checks.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, memory_estimate, what_would_help
-from training.config import RunConfig
+from training.config import LoraSettings, RunConfig
 from training.errors import ConfigError
 from training.run_file import validate
 from training.run_folder.prepare import prepare
@@ -92,12 +92,16 @@ def test_the_peak_is_the_larger_of_backward_and_update() -> None:
         assert estimate.gpu_bytes == by_time["always"] + by_time[when] + ALLOWANCE
 
 
-def test_frozen_weights_have_no_optimiser() -> None:
-    from modeling.lora import add_adapters
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_frozen_weights_have_no_optimiser(use_dora: bool) -> None:
+    from modeling.adapters import add_adapters
 
     model = eight_billion()
     with torch.device("meta"):
-        add_adapters(model, 16, 32, 0.0, None, 0)
+        add_adapters(model, LoraSettings(rank=16, alpha=32, use_dora=use_dora), 0)
+    magnitudes = sum(each.numel() for name, each in model.named_parameters() if "magnitude" in name)
+    outputs = 32 * (2 * 14336 + 3 * 4096 + 2 * 1024)  # gate, up; q, o, down; k, v
+    assert magnitudes == (outputs if use_dora else 0)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     parts = {part.name: part.gpu for part in memory_estimate(config_of(), model, NOTHING, 1, 1).parts}
     assert parts["AdamW's two moments, fp32"] == 8 * trained

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import atomic_folder, recover
-from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
+from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.xmixup.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
 from training.checkpoints.checkpoint import MARKER, fault
@@ -33,6 +33,7 @@ from training.run_folder.prepare import architecture
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from training.checkpoints.export_check import CheckResult
@@ -124,7 +125,7 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     from modeling.weights.untrusted import read_config, read_tokenizer
     from training.engine.engine import DTYPES
 
-    _write_weights(_weights(checkpoint, config, state), output)
+    _write_weights(_weights(checkpoint, config, state, adapter=output / ADAPTER_FOLDER), output)
     model_config = read_config(checkpoint / "model_config")
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
@@ -148,12 +149,17 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the plain model, adapters merged, in the export's number format, one at a time."""
+def _weights(
+    checkpoint: Path, config: RunConfig, state: RunState, adapter: Path | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the plain model, adapters merged, in the export's number format, one at a time.
+
+    With `adapter`, adapters are also written to that directory, unmerged.
+    """
     import torch
 
+    from modeling.adapters import save_adapter
     from modeling.architectures import auto_class
-    from modeling.lora import completed, merged
     from modeling.weights.untrusted import read_config
     from training.engine.engine import DTYPES
     from training.engine.state import consolidated
@@ -161,13 +167,29 @@ def _weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[t
     with torch.device("meta"):
         model_config = read_config(checkpoint / "model_config")
         tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
-    weights = consolidated(checkpoint, tied)
-    if (lora := config.model.lora) is not None:
-        base = _base(checkpoint, state.base or {}, config)
-        weights = merged(completed(dict(weights), base.named_parameters()), lora.alpha / lora.rank)
+    weights: Iterable[tuple[str, torch.Tensor]] = consolidated(checkpoint, tied)
+    if config.model.lora is not None:
+        adapted = _adapted(checkpoint, config, state)
+        if adapter is not None:
+            base = state.base or {}
+            save_adapter(adapted, adapter, config.model.path or base["directory"], base["hash"])
+        merged = adapted.merge_and_unload()
+        weights = ((name, tensor) for name, tensor in merged.state_dict().items() if name not in tied)
     for name, tensor in weights:
         if not is_mixup_weight(name):  # no part of the plain model; in a file of its own
             yield name, tensor.to(DTYPES[config.precision]) if tensor.is_floating_point() else tensor
+
+
+def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel:
+    """The base model of a LoRA run with the adapters of a checkpoint."""
+    from modeling.adapters import adapted_model
+    from training.engine.state import consolidated
+
+    lora = config.model.lora
+    assert lora is not None
+    base = _base(checkpoint, state.base or {}, config)
+    trained = {name: tensor for name, tensor in consolidated(checkpoint) if not is_mixup_weight(name)}
+    return adapted_model(base, architecture(config), lora, trained)
 
 
 def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTrainedModel:

@@ -25,8 +25,8 @@ FREE_KEYS = (
 )  # fmt: skip
 # Keys that the saved weights and moments were made by: with others there is nothing to load them into.
 FIXED_KEYS = (
-    "model.init", "model.lora.rank", "model.lora.targets", "tokenizer.train", "data.task.kind", "data.task.labels",
-    "objective.name", "precision", "zero_stage",
+    "model.init", "model.lora.rank", "model.lora.targets", "model.lora.use_dora", "tokenizer.train", "data.task.kind",
+    "data.task.labels", "objective.name", "precision", "zero_stage",
 )  # fmt: skip
 # The same of what an objective saves beside them.
 FIXED_KEYS_OF = {"shifcon": ("objective.layers", "data.languages", "data.dominant")}
@@ -83,6 +83,8 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
     old, new = _flat(saved.config), _flat(config)
     if "data.overlong" in new:  # what versions did that had no such key
         old.setdefault("data.overlong", "truncate" if "data.task.kind" in old else "drop")
+    if "model.lora.rank" in old:
+        old = {"model.lora.use_dora": False, "model.lora.use_rslora": False} | old
     fixed = FIXED_KEYS + FIXED_KEYS_OF.get(old.get("objective.name", ""), ())
     if None in (old.get(DATE), new.get(DATE)):  # saved before it was fixed, or taken from the checkpoint
         old, new = ({key: value for key, value in values.items() if key != DATE} for values in (old, new))

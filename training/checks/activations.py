@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from data_pipeline.packing import MicroBatch
+from modeling.adapters import add_adapters
 from modeling.architectures import Architecture, auto_class
 from modeling.label_head import CHUNK_ELEMENTS, LabelHead, token_losses
 from modeling.layers import decoder_layers, hidden_size
-from modeling.lora import add_adapters
 from modeling.xmixup.mixup import CrossLingualMixup
 from training.config import RunConfig
 from training.objectives.config import MaskedLMConfig, ShifConConfig, XMixupConfig
@@ -89,7 +89,7 @@ def count_activations(
             )
             model.tie_weights()
             if (lora := config.model.lora) is not None:
-                add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets, config.seed)
+                add_adapters(model, lora, config.seed)
                 for parameter in model.parameters():  # PEFT takes the base's format only where the base has data
                     parameter.data = parameter.data.to(dtype)
             model.config.use_cache = False

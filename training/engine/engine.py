@@ -28,7 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import prevent_arange_dtype_change
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    prevent_arange_dtype_change,
+    unset_hf_deepspeed_config,
+)
 
 from data_pipeline.config import merged
 from training.config import RunConfig
@@ -115,6 +119,19 @@ class Construction:
             return
         with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=self.settings):
             yield
+
+    @contextmanager
+    def known_to_peft(self) -> Iterator[None]:
+        """Inside, peft gathers the sharded weights that it reads: DoRA's magnitudes are norms of base weights.
+
+        peft learns of ZeRO-3 from transformers, which keeps a weak reference to the settings.
+        """
+        settings = HfDeepSpeedConfig(self.settings) if self.sharded else None
+        try:
+            yield
+        finally:
+            del settings
+            unset_hf_deepspeed_config()
 
     def write(self, parameter: nn.Parameter, read: Callable[[], Tensor] | None) -> None:
         """Fill one parameter from the reader's tensor; called for the same parameters in order on all ranks.
