@@ -190,9 +190,9 @@ def export(
     output: Output,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder. Example: crosslift export runs/a --output runs/a/model-200"""
-    from training.checkpoints.checkpoint import at
+    from training.checkpoints.search import checkpoint_at
 
-    found = at(checkpoint)
+    found = checkpoint_at(checkpoint, content=False)
     from training.checkpoints.export import export_checkpoint
 
     print(export_checkpoint(found, output))

@@ -121,7 +121,7 @@ class Faults:
         def stopped(run: DisturbedRun, status: int) -> bool:
             nonlocal spoilt
             passed_over = spoilt is None or f"{spoilt} is passed over" in run.said
-            spoilt = checkpoint.latest(run.output)
+            spoilt = next(checkpoint.complete(run.output), None)
             files = checkpoint.files_of(spoilt) if spoilt else None
             assert files
             assert spoilt
@@ -167,7 +167,7 @@ class Faults:
                         pass  # full, as it should be
                 told = run.wait_until(lambda number=number: run.said.count("not saved") >= number)
                 (root / "filler").unlink()
-                complete = checkpoint.latest(run.output)
+                complete = next(checkpoint.complete(run.output), None)
                 fine = told and "No space left on device" in run.said and complete is not None
                 outcomes.append(fine)
             status = run.wait()

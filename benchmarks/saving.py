@@ -78,7 +78,7 @@ def measure(config: Any, rounds: int, n_steps: int) -> dict[str, Any]:
             kind = BLOCKS[(place + number) % len(BLOCKS)]
             seconds, _ = timed(partial(run.block, kind, n_steps), device)
             found[kind].append({"seconds": seconds, "stood_still": float(all_max(run.stood_still, device))})
-    newest = checkpoint.latest(config.output_dir)
+    newest = next(checkpoint.complete(config.output_dir), None)
     assert newest is not None
     return {
         "parameters": sum(each.ds_numel for each in run.trainer.run.engine.module.parameters()),

@@ -14,8 +14,8 @@ from modeling.export_info import VECTORS_FILE
 from modeling.weights.untrusted import read_tokenizer
 from training.assembly import assemble, fingerprint
 from training.checkpoints import checkpoint
-from training.checkpoints.disks import checkpoint_disk, own_homes
-from training.checkpoints.search import find_start
+from training.checkpoints.disks import checkpoint_disks, led_by_this_rank
+from training.checkpoints.search import find_checkpoint
 from training.checks.data_report import contamination
 from training.conclusion import conclude
 from training.config import RunConfig
@@ -41,7 +41,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     """Run `config` to its last step on every rank, and export it; the last checkpoint.
 
     Args:
-        resume: "auto", "never" or a path (see `checkpoint.find`).
+        resume: "auto", "never" or a path (see `find_checkpoint`).
         accept_changes: go on although data or config differ from the checkpoint's.
         stop: what asks the run to stop before its last step.
 
@@ -69,11 +69,12 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         forget_preparation(config)
     barrier()  # nobody takes an earlier start's word for it
     prepared = prepare(config, rank())
-    homes = own_homes(config, checkpoint_disk(config))
+    disks = checkpoint_disks(config)
+    homes = led_by_this_rank(disks)
     for home in homes:
         checkpoint.clear_leftovers(home)
     barrier()
-    found = find_start(config, resume)
+    found = find_checkpoint(resume, disks)
     config = _dated(config, prepared, found)
     if found is not None:
         state = permitted(found, config, prepared, fingerprint(prepared), accept_changes)
@@ -153,6 +154,6 @@ def _track_files(tracker: Tracker, output_dir: Path) -> None:
     tracker.artifact(output_dir / CONFIG_FILE)
     for plot in draw_plots(output_dir):
         tracker.artifact(plot, "plots")
-    newest = checkpoint.latest(output_dir)
+    newest = next(checkpoint.complete(output_dir), None)
     if newest is not None and (newest / VECTORS_FILE).is_file():
         tracker.artifact(newest / VECTORS_FILE)

@@ -77,7 +77,7 @@ def to_be_killed(output_dir: Path) -> bool:
     A checkpoint is written while training goes on: when its step is recorded, it may not be complete.
     """
     recorded = (output_dir / "record.jsonl").exists() and max(metrics(output_dir), default=0) >= KILLED_AFTER
-    return recorded and checkpoint.latest(output_dir) is not None
+    return recorded and next(checkpoint.complete(output_dir), None) is not None
 
 
 def kill_a_rank_of(command: list[str], output_dir: Path) -> int:
@@ -104,7 +104,7 @@ def undisturbed_and_killed(folder: Path, data: Path, changes: dict[str, Any], la
         assert kill_a_rank_of(train(killed), found["killed"]) != 0
     else:
         kill_ranks_when(lambda: to_be_killed(found["killed"]), rank_program(killed), 2, folder / "killed-ranks")
-    newest = checkpoint.latest(found["killed"])
+    newest = next(checkpoint.complete(found["killed"]), None)
     assert newest is not None
     assert 2 <= int(newest.name.removeprefix("step-")) < STEPS
     if launcher:

@@ -54,7 +54,7 @@ def saved(cells: Path, name: str) -> list[int]:
     folder = checkpoint.checkpoint_root(cells / name)
     assert not list(folder.glob(".incomplete*")), "nothing is left half-written"
     paths = sorted(folder.glob("step-*"))
-    assert not [path for path in paths if checkpoint.problem(path) or checkpoint.damage(path)]
+    assert not [path for path in paths if checkpoint.defect(path, checkpoint.ALL_CONTENT)]
     return [int(path.name.removeprefix("step-")) for path in paths]
 
 

@@ -23,10 +23,11 @@ from tiny_run import copy_preparation, rank_values
 from data_pipeline.records import BadRow, DataError
 from training.assembly import assemble
 from training.checkpoints import saving
-from training.checkpoints.search import find_start
+from training.checkpoints.disks import checkpoint_disks
+from training.checkpoints.search import find_checkpoint
 from training.distributed import barrier, gather_objects, rank
 from training.engine.engine import process_group
-from training.engine.state import shard_of
+from training.engine.saved_files import shard_of
 from training.errors import ConfigError
 from training.launch.stop import StopRequest
 from training.loop.resume import go_on
@@ -208,17 +209,17 @@ def local_disks(data_dir: Path, work: Path) -> None:
     trainer = Trainer(assemble(config, prepared), _tracker(config), StopRequest())
     trainer.train(0)
     trainer.run.engine.destroy()
-    report: dict[str, Any] = {"shared": str(find_start(config, "auto"))}
+    report: dict[str, Any] = {"shared": str(find_checkpoint("auto", checkpoint_disks(config)))}
     if rank() == 0:
         shutil.rmtree(work / "local disks" / "checkpoints")
     barrier()
-    report["own"] = gather_objects(str(find_start(config, "auto")))
+    report["own"] = gather_objects(str(find_checkpoint("auto", checkpoint_disks(config))))
     shard = disks[FAULTY_RANK] / "run" / "checkpoints" / f"step-{STEPS - EVERY:08d}" / shard_of(FAULTY_RANK)
     content = shard.read_bytes()
     if rank() == 0:
         shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     barrier()
-    start = find_start(config, "auto")
+    start = find_checkpoint("auto", checkpoint_disks(config))
     assert start is not None
     report["damaged"] = str(start)
     again = Trainer(assemble(config, prepared), None, StopRequest())
@@ -230,7 +231,7 @@ def local_disks(data_dir: Path, work: Path) -> None:
     again.run.engine.destroy()
     os.environ["OWN_DISK"] = str(disks[1 - rank()])
     try:
-        find_start(config, "auto")
+        find_checkpoint("auto", checkpoint_disks(config))
     except ConfigError as error:
         report["swapped"] = str(error)
     if rank() == 0:

@@ -22,7 +22,7 @@ import torch
 from tiny_run import copy_preparation, rank_values
 
 from training.assembly import assemble
-from training.checkpoints.search import find_start
+from training.checkpoints.search import find_checkpoint
 from training.distributed import barrier, gather_objects, rank
 from training.engine.engine import gathered, process_group
 from training.launch.stop import StoppedOnRequest
@@ -94,7 +94,7 @@ def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Tr
 
 
 def resumed(trainer: Trainer) -> int:
-    found = find_start(trainer.config, "auto")
+    found = find_checkpoint("auto", trainer.disks)
     assert found is not None
     return go_on(trainer, found)
 

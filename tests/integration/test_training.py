@@ -174,11 +174,12 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(trained: Path) -> Finished:
     from evals.opening import open_model
+    from training.checkpoints.disks import shared_disk
     from training.checkpoints.run_state import RunState
     from training.checkpoints.search import find_checkpoint
     from training.run_file import validate
 
-    checkpoint = find_checkpoint("auto", trained)
+    checkpoint = find_checkpoint("auto", [shared_disk(trained)])
     assert checkpoint is not None
     config = validate(RunState.read(checkpoint).config, str(checkpoint))
     return Finished(checkpoint, config, *open_model(str(trained / "model")))

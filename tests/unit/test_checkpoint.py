@@ -16,9 +16,11 @@ import pytest
 
 from data_pipeline import atomic
 from training.checkpoints import checkpoint
-from training.checkpoints.checkpoint import MARKER, FileRecord
+from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, FileRecord
+from training.checkpoints.disks import shared_disk
 from training.checkpoints.retention import kept, no_such_metric, retain
 from training.checkpoints.run_state import STATE_FILE, RunState, differences
+from training.checkpoints.search import find_checkpoint
 from training.config import CheckpointConfig
 from training.errors import ConfigError
 
@@ -49,6 +51,14 @@ def save(output_dir: Path, step: int, keep: int = 9) -> Path:
     path = checkpoint.commit(output_dir, step, {})
     retain(output_dir, step, CheckpointConfig(keep=keep))
     return path
+
+
+def find(resume: str, output_dir: Path, content: bool = False) -> Path | None:
+    return find_checkpoint(resume, [shared_disk(output_dir)], content=content)
+
+
+def newest(output_dir: Path) -> Path | None:
+    return find("auto", output_dir)
 
 
 def steps_of(output_dir: Path) -> list[int]:
@@ -83,13 +93,13 @@ TORN: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_committed_checkpoint_is_complete_and_marks_every_file(tmp_path: Path) -> None:
     path = save(tmp_path, 100)
     assert path == tmp_path / "checkpoints" / "step-00000100"
-    assert checkpoint.problem(path) is None
+    assert checkpoint.defect(path) is None
     files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert files.pop(MARKER)
     expected = {name: FileRecord(len(content), sha256(content).hexdigest()) for name, content in files.items()}
     assert checkpoint.files_of(path) == expected
     assert set(expected) == {"zero/rank_0.pt", "state.json"}
-    assert checkpoint.damage(path) is None
+    assert checkpoint.defect(path, ALL_CONTENT) is None
 
 
 def test_state_comes_back(tmp_path: Path) -> None:
@@ -110,12 +120,12 @@ def test_a_torn_checkpoint_is_passed_over_and_the_log_says_why(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = save(tmp_path, 10), save(tmp_path, 20)
-    assert checkpoint.latest(tmp_path) == newer
+    assert newest(tmp_path) == newer
     tear, reason = TORN[how]
     tear(newer)
-    assert reason in str(checkpoint.problem(newer))
-    with caplog.at_level(logging.WARNING, logger="training.checkpoints.checkpoint"):
-        assert checkpoint.latest(tmp_path) == older
+    assert reason in str(checkpoint.defect(newer))
+    with caplog.at_level(logging.WARNING, logger="training.checkpoints.search"):
+        assert newest(tmp_path) == older
     (message,) = caplog.messages
     assert message.startswith(f"{newer} is passed over: ")
     assert reason in message
@@ -124,14 +134,14 @@ def test_a_torn_checkpoint_is_passed_over_and_the_log_says_why(
 def test_when_all_are_torn_there_is_none(tmp_path: Path) -> None:
     for step in (10, 20):
         cut(save(tmp_path, step) / MARKER)
-    assert checkpoint.latest(tmp_path) is None
-    assert checkpoint.latest(tmp_path / "never started") is None
+    assert newest(tmp_path) is None
+    assert newest(tmp_path / "never started") is None
 
 
 def test_the_newest_is_by_number(tmp_path: Path) -> None:
     for step in (900, 1000, 99):
         save(tmp_path, step)
-    assert checkpoint.latest(tmp_path) == checkpoint.checkpoint_path(tmp_path, 1000)
+    assert newest(tmp_path) == checkpoint.checkpoint_path(tmp_path, 1000)
 
 
 @pytest.mark.parametrize("name", ["zero/rank_0.pt", "state.json"])
@@ -141,18 +151,44 @@ def test_a_flipped_bit_is_damage_and_only_its_reader_sees_it(tmp_path: Path, nam
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert checkpoint.problem(path) is None, "sizes are right"
-    assert checkpoint.damage(path) == f"{name} is not what was saved: its checksum differs"
-    shares = [checkpoint.damage(path, share, 2) for share in (0, 1)]
-    assert sorted(map(str, shares)) == sorted(["None", str(checkpoint.damage(path))]), "each file is read once"
+    assert checkpoint.defect(path) is None, "sizes are right"
+    assert checkpoint.defect(path, ALL_CONTENT) == f"{name} is not what was saved: its checksum differs"
+    shares = [checkpoint.defect(path, (share, 2)) for share in (0, 1)]
+    assert sorted(map(str, shares)) == sorted(["None", str(checkpoint.defect(path, ALL_CONTENT))]), (
+        "each file is read once"
+    )
 
 
-def test_what_refuses_is_asked_of_every_candidate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_content_is_refused_where_content_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     older, newer = save(tmp_path, 10), save(tmp_path, 20)
-    assert checkpoint.find("auto", tmp_path, lambda path: "damaged" if path == newer else None) == older
-    assert f"{newer} is passed over: damaged" in caplog.text
-    with pytest.raises(ConfigError, match="not a complete checkpoint: damaged"):
-        checkpoint.find(str(newer), tmp_path, lambda path: "damaged")
+    (newer / "zero" / "rank_0.pt").write_bytes(b"y" * 1000)
+    assert find("auto", tmp_path) == newer
+    assert find("auto", tmp_path, content=True) == older
+    reason = "zero/rank_0.pt is not what was saved: its checksum differs"
+    assert caplog.messages == [f"{newer} is passed over: {reason}"]
+    assert find(str(tmp_path), tmp_path / "other run", content=True) == older
+    with pytest.raises(ConfigError, match=f"step-00000020: not a complete checkpoint: {reason}"):
+        find(str(newer), tmp_path, content=True)
+    with pytest.raises(ConfigError, match=f"{older}: --resume never, but this run folder holds a checkpoint"):
+        find("never", tmp_path, content=True)
+
+
+def test_the_content_of_a_file_that_cannot_be_read_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 10)
+
+    def unreadable(file: Path) -> FileRecord:
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr(checkpoint, "_record", unreadable)
+    assert checkpoint.defect(path) is None
+    assert checkpoint.defect(path, ALL_CONTENT) == "state.json cannot be read: Input/output error"
+
+
+def test_complete_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step) for step in (10, 20, 30)]
+    cut(paths[1] / MARKER)
+    assert list(checkpoint.complete(tmp_path)) == [paths[2], paths[0]]
+    assert list(checkpoint.complete(tmp_path / "never started")) == []
 
 
 def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path) -> None:
@@ -160,7 +196,7 @@ def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path) -> Non
     state(10).write(directory)
     with pytest.raises(ConfigError, match=r"zero/rank_1\.pt: written by its rank, but not seen by rank 0"):
         checkpoint.commit(tmp_path, 10, {"zero/rank_1.pt": FileRecord(1, "x")})
-    assert checkpoint.latest(tmp_path) is None
+    assert newest(tmp_path) is None
 
 
 def test_what_ranks_wrote_is_recorded_as_they_say(tmp_path: Path) -> None:
@@ -170,7 +206,7 @@ def test_what_ranks_wrote_is_recorded_as_they_say(tmp_path: Path) -> None:
     (directory / "rank_0.pt").write_bytes(b"abc")
     meant = FileRecord(3, sha256(b"abd").hexdigest())
     path = checkpoint.commit(tmp_path, 10, {"rank_0.pt": meant})
-    assert "rank_0.pt is not what was saved" in str(checkpoint.damage(path))
+    assert "rank_0.pt is not what was saved" in str(checkpoint.defect(path, ALL_CONTENT))
 
 
 @pytest.mark.parametrize(
@@ -234,12 +270,12 @@ def test_nothing_has_its_final_name_before_it_is_complete(tmp_path: Path, monkey
     def watched_sync(path: Path) -> None:
         synced.append(path)
         if not checkpoint.checkpoint_path(tmp_path, 20).exists():
-            assert checkpoint.latest(tmp_path) == older
+            assert newest(tmp_path) == older
             assert not list(checkpoint.checkpoint_root(tmp_path).glob("step-00000020*"))
         real_sync(path)
 
     def watched_rename(source: Path, target: Path) -> None:
-        assert checkpoint.problem(Path(source)) is None, "complete before it gets its name"
+        assert checkpoint.defect(Path(source)) is None, "complete before it gets its name"
         written = list(Path(source).rglob("*"))
         assert set(written) | {Path(source)} <= set(synced), "all on disk before the rename"
         files = [path for path in synced if path.is_file()]
@@ -250,13 +286,13 @@ def test_nothing_has_its_final_name_before_it_is_complete(tmp_path: Path, monkey
     monkeypatch.setattr(os, "rename", watched_rename)
     newer = save(tmp_path, 20)
     assert synced[-1] == newer.parent, "the rename itself is synced"
-    assert checkpoint.latest(tmp_path) == newer
+    assert newest(tmp_path) == newer
 
 
 def test_a_save_that_died_is_begun_anew(tmp_path: Path) -> None:
     directory = checkpoint.begin(tmp_path, 10)
     (directory / "left over").write_text("x")
-    assert checkpoint.latest(tmp_path) is None
+    assert newest(tmp_path) is None
     assert not list(checkpoint.begin(tmp_path, 10).iterdir())
     path = save(tmp_path, 10)
     assert not (path / "left over").exists()
@@ -267,7 +303,7 @@ def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     (path / "old").write_text("x")
     assert save(tmp_path, 10) == path
     assert not (path / "old").exists()
-    assert checkpoint.problem(path) is None
+    assert checkpoint.defect(path) is None
 
 
 def test_a_save_again_that_is_killed_or_fails_at_any_point_loses_nothing(
@@ -311,9 +347,9 @@ def test_a_save_again_that_is_killed_or_fails_at_any_point_loses_nothing(
             except Killed:
                 died = True
         checkpoint.clear_leftovers(tmp_path)
-        found = checkpoint.latest(tmp_path)
+        found = newest(tmp_path)
         assert found is not None, f"killed at call {survived + 1}"
-        assert checkpoint.damage(found) is None
+        assert checkpoint.defect(found, ALL_CONTENT) is None
         assert [path.name for path in found.parent.iterdir()] == [found.name], "and nothing is left beside it"
         if not died:
             assert (found / "new").exists()
@@ -343,7 +379,7 @@ def test_a_part_that_other_disks_lack_is_taken_back_and_older_checkpoints_stay(t
     state(20).write(checkpoint.begin(tmp_path, 20))
     checkpoint.commit(tmp_path, 20, {})
     checkpoint.abandon(tmp_path, 20, committed=True)
-    assert checkpoint.latest(tmp_path) == older
+    assert newest(tmp_path) == older
     assert steps_of(tmp_path) == [10]
 
 
@@ -355,7 +391,7 @@ def test_what_a_person_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
     (path.parent / "step-notes.txt").write_text("x")
     newer = save(tmp_path, 20, keep=1)
     assert sorted(each.name for each in path.parent.iterdir()) == [copy.name, newer.name, "step-notes.txt"]
-    assert checkpoint.latest(tmp_path) == newer
+    assert newest(tmp_path) == newer
     checkpoint.set_aside_newer(tmp_path, 5)
     assert copy.is_dir()
 
@@ -402,7 +438,7 @@ def test_what_killed_starts_left_is_deleted_and_nothing_else(tmp_path: Path) -> 
     other_run.mkdir()
     checkpoint.clear_leftovers(tmp_path)
     assert sorted(path.name for path in root.iterdir()) == ["mine", "set-aside-step-00000020", "step-00000010"]
-    assert checkpoint.problem(kept_ones[0]) is None
+    assert checkpoint.defect(kept_ones[0]) is None
     assert other_run.is_dir()
     checkpoint.clear_leftovers(tmp_path / "never started")
 
@@ -417,30 +453,30 @@ def test_the_metrics_that_may_be_meant_are_named() -> None:
 
 
 def test_find_auto(tmp_path: Path) -> None:
-    assert checkpoint.find("auto", tmp_path) is None
+    assert find("auto", tmp_path) is None
     path = save(tmp_path, 10)
-    assert checkpoint.find("auto", tmp_path) == path
+    assert find("auto", tmp_path) == path
 
 
 def test_find_never(tmp_path: Path) -> None:
-    assert checkpoint.find("never", tmp_path) is None
+    assert find("never", tmp_path) is None
     path = save(tmp_path, 10)
     with pytest.raises(ConfigError) as refusal:
-        checkpoint.find("never", tmp_path)
+        find("never", tmp_path)
     assert str(refusal.value).startswith(f"{path}: --resume never")
     assert "--resume auto" in str(refusal.value)
     cut(path / MARKER)
-    assert checkpoint.find("never", tmp_path) is None, "a torn one is nothing to lose"
+    assert find("never", tmp_path) is None, "a torn one is nothing to lose"
 
 
 def test_find_path(tmp_path: Path) -> None:
     """A checkpoint or a run, of this or another run."""
     older, newer = save(tmp_path / "a", 10), save(tmp_path / "a", 20)
     here = tmp_path / "b"
-    assert checkpoint.find(str(older), here) == older
-    assert checkpoint.find(str(tmp_path / "a"), here) == newer
+    assert find(str(older), here) == older
+    assert find(str(tmp_path / "a"), here) == newer
     cut(newer / MARKER)
-    assert checkpoint.find(str(tmp_path / "a"), here) == older
+    assert find(str(tmp_path / "a"), here) == older
 
 
 @pytest.mark.parametrize(
@@ -458,17 +494,17 @@ def test_find_says_what_is_wrong_with_a_path(tmp_path: Path, name: str, message:
     (tmp_path / "empty").mkdir()
     cut(save(tmp_path / "torn", 10) / MARKER)
     with pytest.raises(ConfigError) as refusal:
-        checkpoint.find(str(tmp_path / name), tmp_path)
+        find(str(tmp_path / name), tmp_path)
     assert str(refusal.value).startswith(f"{tmp_path / name}: {message}")
 
 
 def test_newer_checkpoints_are_set_aside_on_resuming_from_an_older_one(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 10), save(tmp_path, 20)
     checkpoint.set_aside_newer(tmp_path, 10)
-    assert checkpoint.latest(tmp_path) == older
+    assert newest(tmp_path) == older
     assert (newer.parent / f"set-aside-{newer.name}" / MARKER).is_file(), "nothing is lost"
     checkpoint.set_aside_newer(tmp_path, 10)
-    assert checkpoint.latest(tmp_path) == older
+    assert newest(tmp_path) == older
 
 
 def with_key(key: str, value: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def ends(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[Except
                 if error is not None:
                     raise error
 
-            return SimpleNamespace(train=train, disk=shared_disk(config))
+            return SimpleNamespace(train=train, disks=[shared_disk(config.output_dir)])
 
         engine = SimpleNamespace(world_size=1, destroy=lambda: None)
         monkeypatch.setattr(fit, "forget_preparation", lambda config: None)
@@ -193,7 +193,7 @@ def test_the_next_start_of_a_finished_run_exports_it_and_ends_its_record_as_fini
     last = tmp_path / "last"
     last.mkdir()
     RunState(step=config.max_steps, world_size=1, fingerprint={}, config=resolved(config), versions={}).write(last)
-    monkeypatch.setattr(fit, "find_start", lambda *_: last)
+    monkeypatch.setattr(fit, "find_checkpoint", lambda *_: last)
     monkeypatch.setattr(fit, "permitted", lambda found, *_: RunState.read(found))
     monkeypatch.setattr(fit, "fingerprint", lambda prepared: {})
     assert ends(None) == last

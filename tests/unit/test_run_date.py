@@ -143,7 +143,7 @@ def test_a_run_trains_with_its_date_and_writes_it_down(
     monkeypatch.setattr(fit, "fingerprint", lambda prepared: {})
     monkeypatch.setattr(resume, "_other_shapes", lambda *_: [])
     for found, expected in ((None, LATER), (save(make(date=FIRST)), FIRST)):
-        monkeypatch.setattr(fit, "find_start", lambda *_, found=found: found)
+        monkeypatch.setattr(fit, "find_checkpoint", lambda *_, found=found: found)
         with pytest.raises(InterruptedError):
             fit._fit(config, "auto", accept_changes=False, stop=fit.StopRequest())
         assert seen[-1].data.template.date == expected

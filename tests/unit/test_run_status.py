@@ -144,7 +144,7 @@ def test_steps_are_those_of_the_newest_start_and_the_checkpoint_is_complete(tmp_
     record(tmp_path, 2, None, resumed=4)
     for step in (4, 8):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
-    (checkpoint_path(tmp_path, 4) / MARKER).touch()
+    (checkpoint_path(tmp_path, 4) / MARKER).write_text('{"files": {}}')
     found = status_of(tmp_path)
     assert found is not None
     assert found.step == 6

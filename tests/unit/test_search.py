@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from training.checkpoints import checkpoint
-from training.checkpoints.disks import Disk
+from training.checkpoints import checkpoint, disks
+from training.checkpoints.disks import Disk, shared_disk
 from training.checkpoints.run_state import RunState
-from training.checkpoints.search import find_newest, find_on_all_disks
+from training.checkpoints.search import find_checkpoint
 from training.config import RunConfig
-from training.engine.state import shard_of
+from training.engine.saved_files import shard_of
 from training.errors import ConfigError
 from training.loop.resume import go_on
 from training.loop.trainer import Trainer
@@ -47,7 +47,7 @@ def test_the_newest_is_taken_wherever_it_lies(
     config: RunConfig, disk: Disk, shared: int | None, own: int | None
 ) -> None:
     here = {step: save(home, step) for home, step in ((config.output_dir, shared), (disk.home, own)) if step}
-    assert find_newest(config, disk) == here.get(max(here, default=0))
+    assert find_checkpoint("auto", [shared_disk(config.output_dir), disk]) == here.get(max(here, default=0))
 
 
 @pytest.mark.parametrize(
@@ -60,24 +60,30 @@ def test_older_parts_on_the_nodes_are_in_nobodys_way(
     """A run folder that all nodes share needs neither the same nodes nor the same number of ranks."""
     save(disk.home, 4, shard, world_size)
     with pytest.raises(ConfigError, match=said):
-        find_newest(config, disk)
+        find_checkpoint("auto", [shared_disk(config.output_dir), disk])
     save(config.output_dir, 2)
     with pytest.raises(ConfigError, match=said):
-        find_newest(config, disk)
+        find_checkpoint("auto", [shared_disk(config.output_dir), disk])
     newer = save(config.output_dir, 6)
-    assert find_newest(config, disk) == newer
+    assert find_checkpoint("auto", [shared_disk(config.output_dir), disk]) == newer
 
 
-def test_what_is_damaged_is_passed_over_as_in_a_shared_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With nothing older the run begins anew, or goes on from the run folder; nobody's part is called missing."""
-    damaged = save(tmp_path, 6)
+@pytest.mark.parametrize("ranks", [1, 2], ids=["shared", "own"])
+def test_what_is_damaged_is_passed_over_on_a_nodes_disk_too(
+    config: RunConfig, disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """With nothing older the run begins anew, or resumes from the run folder; no rank's part is called missing."""
+    monkeypatch.setattr(disks, "world_size", lambda: ranks)
+    damaged = save(disk.home, 6)
     (damaged / shard_of(0)).write_bytes(b"weighty")
-    own = Disk(tmp_path, frozenset({0}))
-    assert find_on_all_disks(own, newer_than=4) is None
-    assert f"{damaged} is passed over: {shard_of(0)} is not what was saved" in caplog.text
-    whole = save(tmp_path, 5)
-    assert find_on_all_disks(own, newer_than=4) == whole
-    assert find_on_all_disks(own, newer_than=5) is None
+    both = [shared_disk(config.output_dir), Disk(disk.home, frozenset({0}))]
+    assert both[1].shared == (ranks == 1)
+    assert find_checkpoint("auto", both) is None
+    assert caplog.messages == [f"{damaged} is passed over: {shard_of(0)} is not what was saved: its checksum differs"]
+    older = save(config.output_dir, 4)
+    assert find_checkpoint("auto", both) == older
+    whole = save(disk.home, 5)
+    assert find_checkpoint("auto", both) == whole
 
 
 def test_fewer_bad_rows_than_were_met_are_refused_before_anything_is_loaded(config: RunConfig, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, capl
     assert "step-00000006 is passed over: zero/weights.pt is not what was saved" in caplog.text
     with pytest.raises(StoppedOnRequest):
         made._stop(6)
-    assert checkpoint.fault(checkpoint.checkpoint_path(made.config.output_dir, 6)) is None
+    assert checkpoint.defect(checkpoint.checkpoint_path(made.config.output_dir, 6), checkpoint.ALL_CONTENT) is None
     assert RunState.read(checkpoint.checkpoint_path(made.config.output_dir, 6)).data_offset == 4
 
 
@@ -178,7 +178,7 @@ def test_what_a_roll_back_passed_over_is_not_where_the_next_start_begins(trainer
     aside.write_bytes(content)
     with pytest.raises(StoppedOnRequest):
         made._stop(5)
-    newest = checkpoint.latest(made.config.output_dir)
+    newest = next(checkpoint.complete(made.config.output_dir), None)
     assert newest is not None
     assert (newest.name, RunState.read(newest).data_offset) == ("step-00000005", 4)
 

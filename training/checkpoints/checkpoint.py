@@ -1,15 +1,15 @@
-"""Checkpoints that exist only when complete: mark, verify, find, keep, compare.
+"""The format of checkpoints: folders that exist only when complete. Writing, checking, setting aside.
 
-In: files that `saving.py` wrote under a temporary name. Out: `<output_dir>/checkpoints/step-00000100/`, synced, marked
-COMPLETE, renamed: a name without COMPLETE is no checkpoint. Next: `retention.py`, `search.py`, `export.py`.
+`saving.py` writes the files under a temporary name; `commit` adds the COMPLETE marker and renames the folder.
+`search.py` finds checkpoints, `retention.py` deletes old ones, `export.py` converts them.
 
     step-00000100/
-        zero/                            DeepSpeed's shards of weights and optimiser state, one set a rank
-        model_config/                    the model's config and the tokenizer, as an export needs them
+        zero/                            the engine's shards of weights and optimizer state, one set per rank
+        model_config/                    the model's config and the tokenizer, for exports
         state.json                       step, world size, data fingerprint, config, versions
         language_vectors.safetensors     ShifCon only
         xmixup.safetensors               X-Mixup only
-        reference.safetensors            a few tokens and their logits: every export is checked against them
+        reference.safetensors            a few tokens and their logits, to check exports against
         COMPLETE                         name, size and SHA-256 of every file; written last
 
 No random state is saved: random streams derive from (seed, step, rank).
@@ -22,7 +22,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,39 +33,103 @@ from training.errors import ConfigError
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
 REFERENCE_FILE = "reference.safetensors"
+ALL_CONTENT = (0, 1)
 _NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file of a checkpoint must be."""
+    """Size and checksum of a checkpoint's file."""
 
     bytes: int
     sha256: str
 
 
 def checkpoint_root(output_dir: Path) -> Path:
-    """Where a run's checkpoints lie."""
+    """The folder of a run's checkpoints."""
     return output_dir / "checkpoints"
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps."""
+    """The folder of the checkpoint after `step` steps."""
     return checkpoint_root(output_dir) / f"step-{step:08d}"
 
 
 def incomplete_path(output_dir: Path, step: int) -> Path:
-    """Temporary name that a checkpoint has while it is written."""
+    """The temporary name of a checkpoint while it is written."""
     return atomic.incomplete_path(checkpoint_path(output_dir, step))
 
 
 def universal_path(output_dir: Path, step: int) -> Path:
-    """What a checkpoint is converted to while another number of ranks loads it."""
+    """The folder that a checkpoint is converted into while another number of ranks loads it."""
     return checkpoint_root(output_dir) / f".universal-step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The number of finished steps of a checkpoint, from its folder's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def step_folders(output_dir: Path) -> list[Path]:
+    """A run's checkpoints, complete or not, the newest last; folders of other names are ignored."""
+    return sorted(path for path in checkpoint_root(output_dir).glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def complete(output_dir: Path) -> Iterator[Path]:
+    """A run's complete checkpoints, the newest first; their content is not read."""
+    return (path for path in reversed(step_folders(output_dir)) if defect(path) is None)
+
+
+def defect(path: Path, content: tuple[int, int] | None = None) -> str | None:
+    """Why a checkpoint must not be used; None where nothing is wrong.
+
+    Args:
+        content: None: the names and sizes of all files. (share, shares): also the checksums, of every `shares`-th file
+            from number `share`, so that ranks can divide the reading among them. Checksums must be right before
+            anything is loaded, because the engine's files are pickles.
+    """
+    if not (path / MARKER).is_file():
+        return f"no {MARKER} marker"
+    files = files_of(path)
+    if files is None:
+        return f"its {MARKER} marker is torn"
+    share, shares = content or ALL_CONTENT
+    for name in sorted(files)[share::shares]:
+        try:
+            if (reason := _file_defect(path, name, files[name], checksum=content is not None)) is not None:
+                return reason
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def _file_defect(path: Path, name: str, record: FileRecord, checksum: bool) -> str | None:
+    file = path / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != record.bytes:
+        return f"{name} has {size} bytes instead of {record.bytes}"
+    if checksum and _record(file) != record:
+        return f"{name} is not what was saved: its checksum differs"
+    return None
+
+
+def files_of(path: Path) -> dict[str, FileRecord] | None:
+    """The files that a checkpoint's marker lists; None where the marker is missing or torn."""
+    try:
+        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+        return {name: FileRecord(int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _record(file: Path) -> FileRecord:
+    with file.open("rb") as content:
+        return FileRecord(file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
+
+
 def begin(output_dir: Path, step: int) -> Path:
-    """Rank 0: an empty temporary folder for the checkpoint of `step`."""
+    """On the leading rank of a disk: an empty temporary folder for the checkpoint of `step`."""
     path = incomplete_path(output_dir, step)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
@@ -73,15 +137,18 @@ def begin(output_dir: Path, step: int) -> Path:
 
 
 def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord]) -> Path:
-    """Rank 0, after every rank has written: mark COMPLETE, rename.
+    """On the leading rank of a disk, after every rank has written: add the marker and rename.
 
-    What had the name before (torn, or of before a roll-back) is set aside until all disks are known to have theirs.
+    A folder that has the name already (incomplete, or from before a roll-back) is set aside until every disk has its
+    part (`resolve_replaced`).
 
-    `written` are the files that ranks have written and synced, by their name in the checkpoint; others that lie
-    there are read to record them.
+    Args:
+        written: the files that ranks have written and synced, by their name in the checkpoint. Other files in the
+            folder are read to record them.
 
     Raises:
-        ConfigError: a file that a rank has written is not seen from here; OSError: the disk's own errors.
+        ConfigError: a file that a rank has written cannot be seen from here.
+        OSError: the disk's own errors.
     """
     temporary, final = incomplete_path(output_dir, step), checkpoint_path(output_dir, step)
     if unseen := sorted(name for name in written if not (temporary / name).is_file()):
@@ -103,9 +170,9 @@ def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord]) -> Pa
 
 
 def abandon(output_dir: Path, step: int, committed: bool) -> None:
-    """Rank 0, where the checkpoint of `step` did not become complete on every disk: what was there before is again.
+    """On the leading rank of a disk, where the checkpoint of `step` failed on some disk: restore what was before.
 
-    `committed` says whether it became so on this one.
+    `committed` says whether it was complete on this disk.
     """
     shutil.rmtree(incomplete_path(output_dir, step), ignore_errors=True)
     if committed:  # a part of a checkpoint that other disks lack
@@ -113,11 +180,20 @@ def abandon(output_dir: Path, step: int, committed: bool) -> None:
     resolve_replaced(output_dir)
 
 
-def clear_leftovers(output_dir: Path) -> None:
-    """Rank 0, at a run's start: what earlier starts were killed over is deleted, or put back where nothing replaced it.
+def resolve_replaced(output_dir: Path) -> None:
+    """Delete what `commit` set aside, or put it back where nothing has taken its place."""
+    for path in checkpoint_root(output_dir).glob(".replaced-step-*"):
+        try:
+            atomic.recover(path.with_name(path.name.removeprefix(".replaced-")))
+        except OSError as error:
+            log.warning("%s stays: %s", path, error)
 
-    Nobody writes there then: this start's ranks wait, those of an earlier one die with their launcher and converters
-    with their rank, and a rank that is lost to its job cannot complete anything without the others.
+
+def clear_leftovers(output_dir: Path) -> None:
+    """At a run's start: delete what killed starts left behind, or put it back where nothing replaced it.
+
+    No other process writes there: this start's ranks wait; the ranks and converters of an earlier start end with their
+    launcher; and a rank that has lost its job cannot complete a checkpoint without the others.
     """
     resolve_replaced(output_dir)
     for pattern in (".incomplete-step-*", ".universal-step-*"):
@@ -126,129 +202,11 @@ def clear_leftovers(output_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def resolve_replaced(output_dir: Path) -> None:
-    """Rank 0: what was set aside by `commit` is deleted, or put back where nothing has come in its place."""
-    for path in checkpoint_root(output_dir).glob(".replaced-step-*"):
-        try:
-            atomic.recover(path.with_name(path.name.removeprefix(".replaced-")))
-        except OSError as error:
-            log.warning("%s stays: %s", path, error)
-
-
-def files_of(path: Path) -> dict[str, FileRecord] | None:
-    """What a checkpoint's marker says of its files; None where the marker is missing or torn."""
-    try:
-        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
-        return {name: FileRecord(int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None where it is complete; content is not read (see `damage`)."""
-    if not (path / MARKER).is_file():
-        return f"no {MARKER} marker"
-    files = files_of(path)
-    if files is None:
-        return f"its {MARKER} marker is torn"
-    for name, record in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if (size := file.stat().st_size) != record.bytes:
-            return f"{name} has {size} bytes instead of {record.bytes}"
-    return None
-
-
-def fault(path: Path) -> str | None:
-    """Why nothing of a checkpoint may be loaded, or None where it is complete and its content what was saved."""
-    return problem(path) or damage(path)
-
-
-def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """Why a complete checkpoint's content cannot be trusted, or None: reads files `share`, `share + shares`, ...
-
-    Comes before anything of it is loaded: DeepSpeed's files are pickles.
-    """
-    files = files_of(path) or {}
-    for name in sorted(files)[share::shares]:
-        try:
-            found = _record(path / name)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if found != files[name]:
-            return f"{name} is not what was saved: its checksum differs"
-    return None
-
-
-def latest(output_dir: Path, refuse: Callable[[Path], str | None] = problem) -> Path | None:
-    """The newest complete checkpoint; says why newer ones were passed over.
-
-    `refuse` gives the reason why a checkpoint cannot be used, or None.
-    """
-    for path in reversed(step_folders(output_dir)):
-        reason = refuse(path)
-        if reason is None:
-            return path
-        log.warning("%s is passed over: %s", path, reason)
-    return None
-
-
-def find(resume: str, output_dir: Path, refuse: Callable[[Path], str | None] = problem) -> Path | None:
-    """The checkpoint that `--resume` asks for; None starts from the beginning.
-
-    Args:
-        resume: "auto" (the run's newest complete one, if any), "never", or a path to a checkpoint or a run.
-        refuse: the reason why a checkpoint cannot be used, or None; as `latest`.
-
-    Raises:
-        ConfigError: "never" where checkpoints exist, or a path that holds no complete checkpoint.
-    """
-    if resume == "auto":
-        return latest(output_dir, refuse)
-    if resume == "never":
-        if (existing := latest(output_dir, refuse)) is not None:
-            raise ConfigError(
-                f"{existing}: --resume never, but this run folder holds a checkpoint; "
-                "take another output_dir, remove the folder, or use --resume auto"
-            )
-        return None
-    return at(Path(resume), refuse)
-
-
-def at(path: Path, refuse: Callable[[Path], str | None] = problem) -> Path:
-    """A checkpoint's own folder, or a run's newest complete one. Raises ConfigError where there is none."""
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder; give a checkpoint's or a run's")
-    if checkpoint_root(path).is_dir():
-        if (found := latest(path, refuse)) is None:
-            raise ConfigError(f"{path}: this run has no complete checkpoint")
-        return found
-    if (reason := refuse(path)) is not None:
-        raise ConfigError(f"{path}: not a complete checkpoint: {reason}")
-    return path
-
-
 def set_aside_newer(output_dir: Path, step: int) -> None:
-    """Rank 0, on resuming from an older checkpoint: the newer ones are another branch, which `auto` must not take."""
+    """After resuming from step `step`: rename newer checkpoints, which belong to another branch, out of the way."""
     for path in step_folders(output_dir):
         if path > checkpoint_path(output_dir, step):
             aside = path.with_name(f"set-aside-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             log.warning("%s is newer than the checkpoint resumed from; kept as %s", path, aside.name)
-
-
-def step_folders(output_dir: Path) -> list[Path]:
-    """A run's checkpoints, complete or torn, the newest last; what a person has put beside them is not ours."""
-    return sorted(path for path in checkpoint_root(output_dir).glob("step-*") if _NAME.fullmatch(path.name))
-
-
-def step_of(path: Path) -> int:
-    """Finished steps of a checkpoint, by its folder's name."""
-    return int(path.name.removeprefix("step-"))
-
-
-def _record(file: Path) -> FileRecord:
-    with file.open("rb") as content:
-        return FileRecord(file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())

@@ -1,9 +1,7 @@
-"""Where checkpoints lie: in the run's folder, which all nodes share, or on each node's own disk.
+"""The disks that hold a run's checkpoints: the run's folder, which all nodes share, and each node's own disk.
 
-In: a run's config, on every rank. Out: a Disk. Next: `saving.py` writes to it, `fit.py` looks there for what to go on
-from.
-
-On node-local disks each node holds its own ranks' shards, so a run goes on with the same ranks on the same nodes only.
+On node-local disks each node holds the shards of its own ranks, so such a checkpoint can be loaded by the same ranks on
+the same nodes only.
 """
 
 from __future__ import annotations
@@ -13,17 +11,18 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import CheckpointConfig, RunConfig
+from training.config import RunConfig
 from training.distributed import barrier, gather_objects, rank, world_size
+from training.engine.saved_files import needs_shared_disk
 from training.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """The folder whose `checkpoints` this rank writes to, and with whom it shares it."""
+    """A folder whose `checkpoints` this rank writes to, and the ranks that see the same folder."""
 
     home: Path
-    ranks: frozenset[int]  # that see this folder
+    ranks: frozenset[int]
 
     @property
     def shared(self) -> bool:
@@ -35,31 +34,37 @@ class Disk:
         """Whether this rank begins and completes the checkpoints on it."""
         return rank() == min(self.ranks)
 
-
-def own_homes(config: RunConfig, disk: Disk) -> list[Path]:
-    """Of the run's folder and its disk for checkpoints, those whose checkpoints this rank looks after."""
-    homes = {config.output_dir: rank() == 0, disk.home: disk.leader}
-    return [home for home, mine in homes.items() if mine]
-
-
-def shared_disk(config: RunConfig) -> Disk:
-    """The run's own folder."""
-    return Disk(config.output_dir, frozenset(range(world_size())))
+    @property
+    def share(self) -> tuple[int, int]:
+        """This rank's number among those that see the disk, and how many they are."""
+        return sorted(self.ranks).index(rank()), len(self.ranks)
 
 
-def checkpoint_disk(config: RunConfig) -> Disk:
-    """Where the run's checkpoints lie, seen by trying; every rank calls it.
+def shared_disk(home: Path) -> Disk:
+    """A folder that all ranks see, such as the run's own."""
+    return Disk(home, frozenset(range(world_size())))
+
+
+def led_by_this_rank(disks: tuple[Disk, ...]) -> list[Path]:
+    """The folders whose checkpoints this rank manages."""
+    return [disk.home for disk in disks if disk.leader]
+
+
+def checkpoint_disks(config: RunConfig) -> tuple[Disk, ...]:
+    """The run's folder, and `checkpoint.local_dir` if it is set, which then takes the checkpoints before the last step.
+
+    Every rank calls it: which ranks share a folder is found out by writing files.
 
     Raises:
         ConfigError: `checkpoint.local_dir` names a variable that is not set, or a folder that cannot be written.
     """
-    settings: CheckpointConfig = config.checkpoint
-    if settings.local_dir is None:
-        return shared_disk(config)
-    home, problem = Path(os.path.expanduser(os.path.expandvars(settings.local_dir))), None
+    own, local_dir = shared_disk(config.output_dir), config.checkpoint.local_dir
+    if local_dir is None:
+        return (own,)
+    home, problem = Path(os.path.expanduser(os.path.expandvars(local_dir))), None
     token = home / f".rank-{rank()}-{uuid.uuid4().hex}"
     if "$" in str(home):
-        problem = f"checkpoint.local_dir: {settings.local_dir}: names a variable that is not set on rank {rank()}"
+        problem = f"checkpoint.local_dir: {local_dir}: names a variable that is not set on rank {rank()}"
     else:
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -72,6 +77,6 @@ def checkpoint_disk(config: RunConfig) -> Disk:
     seen = frozenset(number for number, (name, _) in enumerate(told) if (home / name).exists())
     barrier()  # all have looked
     token.unlink()
-    if config.zero_stage != 3 and len(seen) < world_size():
-        raise ConfigError(f"checkpoint.local_dir: {home} is not shared by all ranks, which needs zero_stage=3")
-    return Disk(home, seen)
+    if len(seen) < world_size() and (reason := needs_shared_disk(config.zero_stage)) is not None:
+        raise ConfigError(f"checkpoint.local_dir: {home} is not shared by all ranks, {reason}")
+    return own, Disk(home, seen)

@@ -22,7 +22,7 @@ from data_pipeline.atomic import atomic_folder, recover
 from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.xmixup.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
-from training.checkpoints.checkpoint import MARKER, fault
+from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, defect
 from training.checkpoints.export_text import GENERATION_FILE, fixed_response_language, set_text_files
 from training.checkpoints.run_state import RunState
 from training.config import RunConfig
@@ -104,7 +104,7 @@ def _write_checked(checkpoint: Path, output: Path) -> CheckResult:
     """Write the export of `checkpoint` into the folder `output`, with the result of its check."""
     from training.checkpoints.export_check import check_export
 
-    if (reason := fault(checkpoint)) is not None:  # its content too: DeepSpeed's files are pickles
+    if (reason := defect(checkpoint, ALL_CONTENT)) is not None:
         raise ConfigError(f"{checkpoint}: not a complete checkpoint: {reason}")
     state = RunState.read(checkpoint)
     config = validate(state.config, str(checkpoint / "state.json"))

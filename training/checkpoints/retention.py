@@ -28,9 +28,7 @@ def retain(output_dir: Path, step: int, config: CheckpointConfig) -> None:
     # A run that was resumed from an earlier step saves below what lies there already, which is not its to drop.
     newest = checkpoint.checkpoint_path(output_dir, step)
     try:
-        complete = [
-            path for path in checkpoint.step_folders(output_dir) if path <= newest and checkpoint.problem(path) is None
-        ]
+        complete = [path for path in checkpoint.complete(output_dir) if path <= newest]
     except OSError as error:
         log.warning("old checkpoints stay: %s", error)
         return

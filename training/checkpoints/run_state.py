@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.engine.saved_files import FIXED_KEYS as ENGINE_KEYS
 from training.errors import ConfigError
 
 STATE_FILE = "state.json"
@@ -26,7 +27,7 @@ FREE_KEYS = (
 # Keys that the saved weights and moments were made by: with others there is nothing to load them into.
 FIXED_KEYS = (
     "model.init", "model.lora.rank", "model.lora.targets", "model.lora.use_dora", "tokenizer.train", "data.task.kind",
-    "data.task.labels", "objective.name", "precision", "zero_stage",
+    "data.task.labels", "objective.name", *ENGINE_KEYS,
 )  # fmt: skip
 # The same of what an objective saves beside them.
 FIXED_KEYS_OF = {"shifcon": ("objective.layers", "data.languages", "data.dominant")}

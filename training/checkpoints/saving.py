@@ -126,7 +126,7 @@ class Saver:
         self._step: int | None = None
         self._writer: FileWriter | None = None
         self._began = 0.0
-        self._disk = shared_disk(run.config)
+        self._disk = shared_disk(run.config.output_dir)
         self._failures = 0
         self._warned = False  # of a metric in `checkpoint.best` that there is not
         self.saved_step = 0  # of the last complete checkpoint, or of the one that the run went on from or back to

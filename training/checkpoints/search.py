@@ -1,73 +1,132 @@
-"""Which checkpoint a run goes on from, or back to: the newest that is whole, on whatever disks.
-
-In: a run file and `--resume`, on every rank. Out: a checkpoint, the same on all, its content verified. Next:
-`resume.py` loads it at a start, `trainer.py` at a roll-back.
-"""
+"""Finds the checkpoint that a run resumes from or rolls back to: the newest usable one, on whatever disks."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from training.checkpoints import checkpoint
-from training.checkpoints.disks import Disk, checkpoint_disk
+from training.checkpoints.checkpoint import checkpoint_root, defect, step_folders, step_of
+from training.checkpoints.disks import Disk, shared_disk
 from training.checkpoints.run_state import RunState
 from training.config import RunConfig
 from training.distributed import gather_objects, rank, world_size
-from training.engine.state import shard_of
+from training.engine.saved_files import shard_of
 from training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def find_start(config: RunConfig, resume: str) -> Path | None:
-    """The checkpoint to go on from, wherever the run keeps them; every rank calls it.
+def find_checkpoint(resume: str, disks: Sequence[Disk], *, content: bool = True) -> Path | None:
+    """The checkpoint that `--resume` names; None: start from the beginning. Every rank calls it and gets the same one.
+
+    Args:
+        resume: "auto" (the newest usable one, if any), "never", or the path of a checkpoint or of a run.
+        disks: where the run keeps checkpoints; the first is its own folder. "never" and paths look at no other.
+        content: compare the files with their checksums, each rank a share of them, and pass over what is damaged;
+            without it only names and sizes are compared.
 
     Raises:
-        ConfigError: as `checkpoint.find`, or a checkpoint on node-local disks of which this start's ranks lack a part.
+        ConfigError: "never" although the run's folder holds a checkpoint; a path without a usable one; or the newest
+            checkpoint lies on node-local disks, but not every rank's part of it on that rank's node.
     """
-    if config.checkpoint.local_dir is None or resume != "auto":
-        return find_checkpoint(resume, config.output_dir)
-    return find_newest(config, checkpoint_disk(config))
+    if resume == "auto":
+        return _newest(disks, content)
+    if resume == "never":
+        if (existing := _newest(disks[:1], content)) is not None:
+            raise ConfigError(
+                f"{existing}: --resume never, but this run folder holds a checkpoint; "
+                "take another output_dir, remove the folder, or use --resume auto"
+            )
+        return None
+    return checkpoint_at(Path(resume), content=content)
+
+
+def checkpoint_at(path: Path, *, content: bool = True) -> Path:
+    """The checkpoint at `path`, or the newest usable one of the run at `path`; every rank calls it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    is_folder, is_run = gather_objects((path.is_dir(), checkpoint_root(path).is_dir()))[0]
+    if not is_folder:
+        raise ConfigError(f"{path}: no such folder; give a checkpoint's or a run's")
+    disk = shared_disk(path)
+    if is_run:
+        if (found := _newest([disk], content)) is None:
+            raise ConfigError(f"{path}: this run has no complete checkpoint")
+        return found
+    if (reason := _defect(path, disk, content)) is not None:
+        raise ConfigError(f"{path}: not a complete checkpoint: {reason}")
+    return path
 
 
 def newest_seen(config: RunConfig) -> Path | None:
-    """The newest complete checkpoint that can be seen without ranks, its content not read: for a look at a run."""
+    """The newest complete checkpoint that one process can see, its content not read; for commands that only look."""
     homes = [config.output_dir]
     if config.checkpoint.local_dir is not None:
         homes.append(Path(os.path.expandvars(config.checkpoint.local_dir)))
-    found = [path for home in homes if (path := checkpoint.latest(home)) is not None]
-    return max(found, key=checkpoint.step_of, default=None)
+    return find_checkpoint("auto", [shared_disk(home) for home in homes], content=False)
 
 
-def find_newest(config: RunConfig, disk: Disk) -> Path | None:
-    """The newest checkpoint, in the run's folder or on the disks where it keeps them; every rank calls it.
-
-    Raises:
-        ConfigError: as `find_on_all_disks`, of what is newer than the newest in the run's folder.
-    """
-    found = find_checkpoint("auto", config.output_dir)
-    if disk.home == config.output_dir:
-        return found
-    than = checkpoint.step_of(found) if found is not None else -1
-    local = find_checkpoint("auto", disk.home) if disk.shared else find_on_all_disks(disk, than)
-    both = [path for path in (found, local) if path is not None]
-    return max(both, key=checkpoint.step_of, default=None)
-
-
-def find_on_all_disks(disk: Disk, newer_than: int) -> Path | None:
-    """The newest checkpoint of which every rank has its part on its own node's disk, verified; None where none is
-    whole of those after more than `newer_than` steps.
-
-    Raises:
-        ConfigError: there are some, but not for these ranks on these nodes.
-    """
-    refused: set[str] = set()
+def _newest(disks: Sequence[Disk], content: bool) -> Path | None:
+    searches = [_DiskSearch(disk) for disk in disks]
     while True:
-        there = [path for path in checkpoint.step_folders(disk.home) if checkpoint.step_of(path) > newer_than]
-        complete = [path for path in there if path.name not in refused and checkpoint.problem(path) is None]
+        found: tuple[Path, _DiskSearch] | None = None
+        for search in searches:
+            if (path := search.newest(step_of(found[0]) if found else -1)) is not None:
+                found = path, search
+        if found is None:
+            return None
+        path, search = found
+        reason = _defect(path, search.disk, content)
+        if reason is None:
+            return path
+        search.pass_over(path, reason)
+
+
+def _defect(path: Path, disk: Disk, content: bool) -> str | None:
+    """`defect` by all ranks together, the first reason that one of them has."""
+    mine = defect(path, disk.share) if content else defect(path) if rank() == 0 else None
+    return next(filter(None, gather_objects(mine)), None)
+
+
+class _DiskSearch:
+    """The newest usable checkpoint of one disk, again after some were passed over."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self._passed_over: set[str] = set()
+
+    def pass_over(self, path: Path, reason: str) -> None:
+        self._passed_over.add(path.name)
+        if rank() == 0:
+            log.warning("%s is passed over: %s", path, reason)
+
+    def newest(self, newer_than: int) -> Path | None:
+        """The newest complete one after more than `newer_than` steps; every rank calls it.
+
+        Raises:
+            ConfigError: on a node-local disk there are some, but none for these ranks on these nodes.
+        """
+        if not self.disk.shared:
+            return self._newest_of_all_nodes(newer_than)
+        name = gather_objects(next((path.name for path in self._complete(newer_than)), None) if rank() == 0 else None)[
+            0
+        ]
+        return None if name is None else checkpoint_root(self.disk.home) / name
+
+    def _complete(self, newer_than: int) -> Iterator[Path]:
+        for path in reversed(step_folders(self.disk.home)):
+            if step_of(path) > newer_than and path.name not in self._passed_over:
+                if (reason := defect(path)) is None:
+                    yield path
+                else:
+                    self.pass_over(path, reason)
+
+    def _newest_of_all_nodes(self, newer_than: int) -> Path | None:
+        complete = list(self._complete(newer_than))
         mine = {path.name for path in complete if (path / shard_of(rank())).is_file()}
         told = gather_objects((mine, bool(complete)))
         common = set.intersection(*(names for names, _ in told))
@@ -75,56 +134,16 @@ def find_on_all_disks(disk: Disk, newer_than: int) -> Path | None:
             if any(some for _, some in told):
                 lacking = next((number for number, (names, _) in enumerate(told) if not names), 0)
                 raise ConfigError(
-                    f"checkpoint.local_dir: {disk.home}: rank {lacking} finds no part of its own on its node: with "
-                    "node-local checkpoints a run goes on with the same ranks on the same nodes; anything "
-                    "else needs a shared folder"
+                    f"checkpoint.local_dir: {self.disk.home}: rank {lacking} finds no part of its own on its node: "
+                    "node-local checkpoints can only be resumed with the same ranks on the same nodes; for anything "
+                    "else, keep checkpoints in a shared folder"
                 )
             return None
-        path = checkpoint.checkpoint_root(disk.home) / max(common)
+        path = checkpoint_root(self.disk.home) / max(common)
         saved_on = RunState.read(path).world_size
         if saved_on != world_size():
             raise ConfigError(
                 f"{path}: saved on {saved_on} ranks, on node-local disks; another number of ranks "
                 f"({world_size()} here) needs checkpoints in a shared folder"
             )
-        neighbours = sorted(disk.ranks)
-        damage = checkpoint.damage(path, neighbours.index(rank()), len(neighbours))
-        if not any(reasons := gather_objects(damage)):
-            return path
-        if rank() == 0:
-            log.warning("%s is passed over: %s", path, next(filter(None, reasons)))
-        refused.add(path.name)
-
-
-def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from, its content verified; every rank calls it and gets the same answer.
-
-    Rank 0 looks; all ranks read a share of the files each, and what one of them finds damaged is passed over.
-
-    Raises:
-        ConfigError: as `checkpoint.find`.
-    """
-    refused: dict[Path, str] = {}
-
-    def refuse(path: Path) -> str | None:
-        return checkpoint.problem(path) or refused.get(path)
-
-    while True:
-        answer = gather_objects(_look(resume, output_dir, refuse) if rank() == 0 else None)[0]
-        if isinstance(answer, ConfigError):
-            raise answer
-        if answer is None:
-            return None
-        reasons = gather_objects(checkpoint.damage(answer, rank(), world_size()))
-        reason = next(filter(None, reasons), None)
-        if reason is None:
-            return Path(answer)
-        refused[answer] = reason
-
-
-def _look(resume: str, output_dir: Path, refuse: Callable[[Path], str | None]) -> Path | ConfigError | None:
-    """What rank 0 finds, its error as a value: the other ranks wait for an answer."""
-    try:
-        return checkpoint.find(resume, output_dir, refuse)
-    except ConfigError as error:
-        return error
+        return path

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.sources.paths import without_patterns
+from training.engine.saved_files import TAG
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -62,7 +63,6 @@ finally:
     if _without_mlflow:
         del sys.modules["mlflow"]
 
-TAG = "zero"  # DeepSpeed's name for a checkpoint: the folder below ours
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
 
@@ -133,11 +133,6 @@ def _copied(state: Any) -> Any:
     if type(state) in (list, tuple):  # and no torch.Size, which is one of numbers
         return type(state)(map(_copied, state))
     return state
-
-
-def shard_of(rank: int) -> str:
-    """The file that holds a rank's part of the weights under ZeRO-3, by its name in a checkpoint."""
-    return f"{TAG}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
 
 
 def take_state(engine: Any, directory: Path) -> list[tuple[Path, Any]]:

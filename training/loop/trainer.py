@@ -22,10 +22,10 @@ from data_pipeline.tasks.batches import TaskBatch
 from data_pipeline.tasks.reader import TaskStep
 from training.assembly import Run
 from training.checkpoints import checkpoint
-from training.checkpoints.disks import checkpoint_disk, own_homes, shared_disk
+from training.checkpoints.disks import checkpoint_disks, led_by_this_rank
 from training.checkpoints.run_state import RunState
 from training.checkpoints.saving import Saver, run_state
-from training.checkpoints.search import find_newest
+from training.checkpoints.search import find_checkpoint
 from training.config import RunConfig
 from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine.engine import NonFiniteUpdate
@@ -80,7 +80,7 @@ class Trainer:
         self.tracker = tracker  # rank 0 only
         self.stop = stop or StopRequest()
         self.saver = Saver(run)
-        self.disk = checkpoint_disk(run.config)
+        self.disks = checkpoint_disks(run.config)
         self.guard = Guard(run.config.guard)
         self.stragglers = StragglerMonitor(run.config.watchdog.straggler_every, run.engine.device)
         self.totals = RunTotals(run.config.data.languages)
@@ -207,7 +207,7 @@ class Trainer:
         heartbeat.phase("copying a checkpoint")
         state = run_state(self.run, step, self.data_offset, metrics, self.guard.state(), self.totals.state())
         # The last one goes where all nodes and the export see it.
-        self.saver.begin(step, state, self.disk if step < self.config.max_steps else shared_disk(self.config))
+        self.saver.begin(step, state, self.disks[-1] if step < self.config.max_steps else self.disks[0])
 
     def restore(self, path: Path, universal: Path | None = None) -> int:
         """Load a checkpoint, or what was made of it for this number of ranks; the number of finished steps."""
@@ -324,12 +324,12 @@ class Trainer:
     def _roll_back(self, failed: int) -> int:
         """Restore the last checkpoint and skip the data up to step `failed` (from 1); the finished steps."""
         self._settle()
-        found = find_newest(self.config, self.disk)
+        found = find_checkpoint("auto", self.disks)
         if found is None:
             raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
         events, offset = self.guard.events, self.data_offset
         start = self.restore(found)
-        for home in own_homes(self.config, self.disk):  # one that was passed over is of the branch that is left
+        for home in led_by_this_rank(self.disks):  # one that was passed over is of the branch that is left
             checkpoint.set_aside_newer(home, start)
         self.guard.events, self.data_offset = events, offset + failed - start
         if self.tracker is not None:

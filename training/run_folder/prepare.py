@@ -29,7 +29,7 @@ from data_pipeline.atomic import atomic_folder, write_text
 from data_pipeline.order.order import row_at
 from data_pipeline.records import BadRow, stable_hash
 from data_pipeline.sources.index import DataIndex, build_index
-from training.checkpoints.checkpoint import checkpoint_root
+from training.checkpoints.checkpoint import step_folders
 from training.checks.pairs import refuse_unpaired
 from training.config import RunConfig
 from training.errors import ConfigError
@@ -273,7 +273,7 @@ def _is_kept(path: Path, made_from: Mapping[str, Any]) -> bool:
 
 
 def _has_checkpoints(output_dir: Path) -> bool:
-    return any(checkpoint_root(output_dir).glob("step-*"))
+    return bool(step_folders(output_dir))
 
 
 def _made_by_key(path: Path, make: Callable[[Path], None]) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from training.checkpoints.checkpoint import MARKER, step_folders
+from training.checkpoints.checkpoint import complete
 from training.launch.logs import logs_folder, read_event, read_lines
 from training.run_folder.lock import LOCK_FILE, SILENT_SECONDS, Holder, holder_of
 from training.tracking.run_record import RECORD_NAME, read_events, run_folders
@@ -97,12 +97,12 @@ def run_status(run: Path) -> RunStatus | None:
     rate = None
     if len(told.times) > 1:
         rate = (told.times[-1] - told.times[0]) / (len(told.times) - 1) / 1000
-    checkpoints = [path for path in step_folders(run) if (path / MARKER).is_file()]
+    checkpoint = next(complete(run), None)
     left = rate * (told.total - told.step) if state == "running" and rate is not None and told.total else None
     return RunStatus(
         str(run), state, holder.host if holder else None, holder.pid if holder else None,
         holder.job or None if holder else None, holder.since if holder else None, told.step, told.total, rate, left,
-        str(checkpoints[-1]) if checkpoints else None, _updated(record, logs), error if state == "failed" else None,
+        str(checkpoint) if checkpoint else None, _updated(record, logs), error if state == "failed" else None,
     )  # fmt: skip
 
 
