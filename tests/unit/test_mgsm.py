@@ -1,4 +1,4 @@
-"""MGSM from label files to results: a scripted generator behind the real template, and one real tiny model."""
+"""MGSM from label files to results, with a scripted generator behind the real template and one tiny real model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ScriptedGenerator:
         return answers
 
 
-def test_read_problems_bom_crlf_and_odd_characters(tmp_path: Path) -> None:
+def test_problems_with_bom_crlf_and_unusual_characters_are_read(tmp_path: Path) -> None:
     file = tmp_path / "mgsm_en.tsv"
     file.write_bytes('\ufeff"a\u2028b"\t18\r\nc\t114,200\r\nd\t-8.0'.encode())
     problems = read_problems(file)
@@ -99,7 +99,7 @@ def test_read_problems_bom_crlf_and_odd_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n\r\n", "\n \n\n"])
-def test_blank_lines_at_the_end_of_a_file_are_no_problems(tmp_path: Path, end: str) -> None:
+def test_trailing_blank_lines_are_not_problems(tmp_path: Path, end: str) -> None:
     (tmp_path / "mgsm_en.tsv").write_text(f"a\t1\nb\t2{end}", newline="")
     assert [problem.gold for problem in read_problems(tmp_path / "mgsm_en.tsv")] == ["1", "2"]
 
@@ -127,7 +127,7 @@ def test_malformed_lines_are_named(tmp_path: Path, content: bytes, message: str)
     assert "\n" not in str(caught.value)
 
 
-def test_evaluation_keeps_outputs_and_describes_itself(tmp_path: Path, data: Path, chat: Chat) -> None:
+def test_an_evaluation_keeps_its_outputs_and_describes_the_run(tmp_path: Path, data: Path, chat: Chat) -> None:
     generator = ScriptedGenerator(chat, tmp_path / "model")
     results = evaluate_mgsm(generator, chat, data, tmp_path / "out")
     assert results == json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def test_evaluation_keeps_outputs_and_describes_itself(tmp_path: Path, data: Pat
     assert run["versions"]["torch"] == torch.__version__
 
 
-def test_languages_limit_and_response_language(tmp_path: Path, data: Path, chat: Chat) -> None:
+def test_languages_limit_and_response_language_are_applied(tmp_path: Path, data: Path, chat: Chat) -> None:
     generator = ScriptedGenerator(chat, tmp_path / "model")
     results = evaluate_mgsm(generator, chat, data, tmp_path / "out", languages=["de"], response_language="en", limit=1)
     assert [(prompt.language, prompt.response_language) for prompt in generator.prompts] == [("de", "en")]
@@ -183,7 +183,9 @@ def test_languages_limit_and_response_language(tmp_path: Path, data: Path, chat:
         evaluate_mgsm(generator, chat, tmp_path / "out", tmp_path / "other")
 
 
-def test_a_crash_keeps_finished_languages_and_the_run_is_taken_up(tmp_path: Path, data: Path, chat: Chat) -> None:
+def test_finished_languages_survive_a_crash_and_the_evaluation_continues(
+    tmp_path: Path, data: Path, chat: Chat
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model", dies_at="de"), chat, data, out)
@@ -199,7 +201,7 @@ def test_a_crash_keeps_finished_languages_and_the_run_is_taken_up(tmp_path: Path
     assert results == whole
 
 
-def test_another_evaluations_folder_is_refused(tmp_path: Path, data: Path, chat: Chat) -> None:
+def test_the_folder_of_another_evaluation_is_refused(tmp_path: Path, data: Path, chat: Chat) -> None:
     generator, out = ScriptedGenerator(chat, tmp_path / "model"), tmp_path / "out"
     evaluate_mgsm(generator, chat, data, out)
     with pytest.raises(EvalError, match=r"another protocol\.max_new_tokens; name a new folder"):
@@ -215,7 +217,7 @@ def test_another_evaluations_folder_is_refused(tmp_path: Path, data: Path, chat:
         evaluate_mgsm(unnamed, chat, data, tmp_path / "unnamed")
 
 
-def test_scoring_kept_outputs_gives_the_same(tmp_path: Path, data: Path, chat: Chat) -> None:
+def test_scoring_kept_outputs_gives_the_same_results(tmp_path: Path, data: Path, chat: Chat) -> None:
     out = tmp_path / "out"
     results = evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model"), chat, data, out)
     assert score_mgsm(out, data) == results
@@ -224,7 +226,7 @@ def test_scoring_kept_outputs_gives_the_same(tmp_path: Path, data: Path, chat: C
     assert one["languages"] == {"bn": results["languages"]["bn"]}
 
 
-def test_scoring_outputs_made_elsewhere(tmp_path: Path, data: Path) -> None:
+def test_outputs_of_other_programs_are_scored(tmp_path: Path, data: Path) -> None:
     file = tmp_path / "mgsm_de.jsonl"
     file.write_text('{"output": "18"}\n', encoding="utf-8")
     results = score_mgsm(file, data)
@@ -255,7 +257,7 @@ def test_malformed_predictions_are_named(tmp_path: Path, data: Path, lines: list
     assert message in str(caught.value)
 
 
-def test_table_marks_languages_without_a_vector(tmp_path: Path, data: Path, chat: Chat) -> None:
+def test_the_table_marks_languages_without_a_vector(tmp_path: Path, data: Path, chat: Chat) -> None:
     shifcon = evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model"), chat, data, tmp_path / "out")
     plain = json.loads(json.dumps(shifcon))
     plain["run"]["model"]["objective"] = "sft"  # a model without vectors has nothing to be marked
@@ -307,7 +309,7 @@ def test_every_partial_number_is_marked(tmp_path: Path, data: Path, chat: Chat) 
     assert mgsm_table({"": scored}).endswith("* 1 of 2 problems: de, en\n* means lack languages: no predictions: bn")
 
 
-def test_the_published_mean_is_whole_without_telugu(tmp_path: Path) -> None:
+def test_partial_telugu_leaves_the_published_mean_complete(tmp_path: Path) -> None:
     labels, predictions = tmp_path / "labels", tmp_path / "predictions"
     for folder in (labels, predictions):
         folder.mkdir()
@@ -321,7 +323,9 @@ def test_the_published_mean_is_whole_without_telugu(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in mgsm_table({"": results}).split("\n") if "%*" in line] == ["te", "mean all"]
 
 
-def test_a_real_model(tmp_path: Path, data: Path, tokenizer: PreTrainedTokenizerFast, chat: Chat) -> None:
+def test_a_tiny_real_model_is_evaluated_with_its_shift(
+    tmp_path: Path, data: Path, tokenizer: PreTrainedTokenizerFast, chat: Chat
+) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -1,4 +1,4 @@
-"""Numbers in answers: every rule against a table of outputs, quirks included."""
+"""Every rule that extracts numbers from answers, on a table of outputs, quirks included."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("output", "gold", "language", "last", "flexible", "needed"), TABLE)
-def test_table_of_rules(output: str, gold: str, language: str, last: bool, flexible: bool, needed: bool) -> None:
+def test_every_rule_judges_the_table_of_outputs(
+    output: str, gold: str, language: str, last: bool, flexible: bool, needed: bool
+) -> None:
     framed = [f"She has 5 and 3.\n#### {output}"] if any(char.isdigit() for char in output) else []
     for text in [output, *framed]:
         judged = {name: rule.right(rule.extract(text, language), gold) for name, rule in RULES.items()}
@@ -113,18 +115,18 @@ def test_table_of_rules(output: str, gold: str, language: str, last: bool, flexi
         ("$18/day", "en", "18"),
     ],
 )
-def test_robust_value(text: str, language: str, value: str) -> None:
+def test_the_robust_rule_extracts_the_value(text: str, language: str, value: str) -> None:
     found = robust(text, language)
     assert found is not None
     assert Fraction(found) == Fraction(value)
 
 
 @pytest.mark.parametrize("text", ["", "no number", "3/0", "####", "9" * 5000])
-def test_robust_finds_none(text: str) -> None:
+def test_the_robust_rule_returns_none_without_a_number(text: str) -> None:
     assert robust(text) is None
 
 
-def test_robust_is_exact_beyond_floats_and_decimal_contexts() -> None:
+def test_the_robust_rule_is_exact_beyond_float_precision() -> None:
     digits = "-" + "1234567890" * 5
     assert robust(digits) == Decimal(digits)
     third = robust("1/3")
@@ -132,7 +134,7 @@ def test_robust_is_exact_beyond_floats_and_decimal_contexts() -> None:
     assert not RULES["robust"].right(third, "0.333")
 
 
-def test_last_number_keeps_the_quirks_of_the_published_scorer() -> None:
+def test_the_last_number_rule_keeps_the_published_scorers_quirks() -> None:
     assert last_number("1,2") == 12  # commas between digits go, whatever they part
     assert last_number("1,234,567 eggs") == 1234567
     assert last_number("from -5") == 5
@@ -161,11 +163,11 @@ def test_last_number_keeps_the_quirks_of_the_published_scorer() -> None:
         ("The answer is 18.", "xx", "18"),
     ],
 )
-def test_lm_eval_strict(text: str, language: str, found: str | None) -> None:
+def test_the_lm_eval_strict_rule_finds_the_phrase(text: str, language: str, found: str | None) -> None:
     assert lm_eval_strict(text, language) == found
 
 
-def test_lm_eval_flexible_compares_strings() -> None:
+def test_the_lm_eval_flexible_rule_compares_strings() -> None:
     assert lm_eval_flexible("18. And so on...") == ""
     assert lm_eval_flexible("70 000") == "000"
     assert not RULES["lm_eval_flexible"].right("000", "0")
@@ -177,11 +179,11 @@ def test_lm_eval_flexible_compares_strings() -> None:
     ("text", "value"),
     [("18", "18"), ("8.0", "8"), ("-3", "-3"), ("114,200", "114200"), ("1,234.5", "1234.5")],
 )
-def test_gold_number(text: str, value: str) -> None:
+def test_gold_numbers_are_parsed(text: str, value: str) -> None:
     assert gold_number(text) == Decimal(value)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,2", "NaN", "1_000", "১৮", "1/2", " 18"])
-def test_gold_that_is_no_number(text: str) -> None:
+def test_gold_without_a_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a number"):
         gold_number(text)

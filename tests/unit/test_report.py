@@ -1,4 +1,4 @@
-"""The text table: aligned, every cell in its column, absent scores shown as such."""
+"""The text table is aligned, with every cell in its column and absent scores as dashes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from evals.report import Accuracy, accuracy_table
 
 
-def test_table_is_aligned() -> None:
+def test_the_table_is_aligned() -> None:
     table = accuracy_table(
         [
             ("en", [Accuracy(0.5, 0.43849, 0.5615), Accuracy(1.0, 0.985, 1.0)]),
@@ -27,6 +27,6 @@ def test_table_is_aligned() -> None:
     )
 
 
-def test_row_of_another_width_is_refused() -> None:
+def test_a_row_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match="row 'en' has 1 cells for 2 columns"):
         accuracy_table([("en", [None])], ["a", "b"])

@@ -1,4 +1,4 @@
-"""Answers of QA tasks: numbers that XTREME's own two scripts gave, and a slow count of shared words."""
+"""Scores of QA answers equal those of XTREME's two scripts and of a slow count of shared words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("language", "predicted", "gold", "exact_match", "f1"), MEASURED)
-def test_answers_score_as_in_xtreme_s_scripts(
+def test_answer_scores_equal_those_of_xtremes_scripts(
     language: str | None, predicted: str, gold: str, exact_match: float, f1: float
 ) -> None:
     normalise = mlqa_words(language) if language else squad_words
@@ -64,7 +64,7 @@ def f1_slowly(predicted: str, gold: str) -> float:
     return 2 * same / (len(ours) + len(theirs)) if same else 0.0
 
 
-def test_many_questions_against_a_slow_count() -> None:
+def test_scores_of_many_questions_equal_a_slow_count() -> None:
     rng = random.Random(11)
     words = ["the", "A", "an,", "cat", "Cat.", "dog", "dog-house", "1,000", "(b)", "ab", "of"]
 
@@ -83,7 +83,7 @@ def test_many_questions_against_a_slow_count() -> None:
     assert 0 < exact < 400
 
 
-def test_the_best_gold_answer_counts_for_each_metric() -> None:
+def test_each_metric_takes_the_best_gold_answer() -> None:
     gold = [("q", ["red cat", "cat red dog", "fish"])]
     assert answer_scores(gold, {"q": "cat red"}, squad_words) == {"exact_match": 0, "f1": 100}
     assert answer_scores(gold, {"q": "Fish!"}, squad_words) == {"exact_match": 100, "f1": 100}

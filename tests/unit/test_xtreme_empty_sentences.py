@@ -1,4 +1,4 @@
-"""Empty sentences of taggers' files keep their places from XTREME's files to a score against XTREME's own."""
+"""Empty sentences in tagging files keep their places, from XTREME's files to the score."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EncoderPre
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("task", GOLD)
-def test_our_predictions_are_scored_against_xtremes_own_file(
+def test_predictions_with_empty_sentences_match_xtremes_own_file(
     tmp_path: Path, predictors: dict[str, Any], task: str, layout: str, line_end: str
 ) -> None:
     one, two = GOLD[task]
@@ -87,7 +87,7 @@ def test_our_predictions_are_scored_against_xtremes_own_file(
     assert score_file(task, "de", rewritten, gold)["f1"] == xtremes_f1(rewritten, gold) == 100
 
 
-def test_training_rows_have_words(tmp_path: Path) -> None:
+def test_empty_sentences_are_left_out_of_training_rows(tmp_path: Path) -> None:
     write(tmp_path / "data/panx/train-en.tsv", "Ulm\tB-LOC\n\n\nlives\tO\n")
     tagged(tmp_path / "data/panx/test-de.tsv", [[("Ulm", "B-LOC")]])
     counts = prepare_task("panx", tmp_path / "data", tmp_path / "rows")
@@ -96,14 +96,14 @@ def test_training_rows_have_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", ["-DOCSTART- -X- O O\n\n", "-DOCSTART-\tO\n\n", "-DOCSTART-\n"])
-def test_the_start_of_a_document_is_no_sentence(tmp_path: Path, header: str) -> None:
+def test_a_document_header_is_not_a_sentence(tmp_path: Path, header: str) -> None:
     write(tmp_path / "data/panx/test-de.tsv", f"{header}Ulm\tB-LOC\n\n{header}lebt\tO\n")
     counts = prepare_task("panx", tmp_path / "data", tmp_path / "rows")
     assert [row["words"] for row in jsonl(tmp_path / "rows/test/de.jsonl")] == [["Ulm"], ["lebt"]]
     assert counts["skipped"] == {}
 
 
-def test_erased_labels_stay_erased_beside_empty_sentences(tmp_path: Path) -> None:
+def test_erased_labels_are_detected_beside_empty_sentences(tmp_path: Path) -> None:
     write(tmp_path / "data/panx/test-de.tsv", "Ulm\n\n\nlebt\n")
     prepare_task("panx", tmp_path / "data", tmp_path / "rows", allow_unlabelled_test=True)
     records = read_records(tmp_path / "rows/test/de.jsonl", TASKS["panx"])

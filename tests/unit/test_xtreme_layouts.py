@@ -1,4 +1,4 @@
-"""Each layout of XTREME's files gives the same canonical rows, and what is erased or not there is said."""
+"""Each layout of XTREME's files gives the same canonical rows; erased labels and missing files are reported."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,7 @@ EXPECTED = [  # task, split, language, first row without id and group, rows
 
 
 @pytest.mark.parametrize(("task", "split", "language", "row", "n_rows"), EXPECTED)
-def test_download_layout(
+def test_the_download_layout_gives_the_canonical_rows(
     tmp_path: Path, task: str, split: str, language: str, row: dict[str, Any], n_rows: int
 ) -> None:
     write_download(tmp_path / "data", erased=False)
@@ -110,7 +110,7 @@ def test_download_layout(
 
 
 @pytest.mark.parametrize("task", ["xnli", "panx", "udpos", "xquad", "mlqa", "tydiqa"])
-def test_erased_test_labels(tmp_path: Path, task: str) -> None:
+def test_erased_test_labels_are_refused_unless_allowed(tmp_path: Path, task: str) -> None:
     write_download(tmp_path / "data", erased=True)
     language = "fi" if task == "tydiqa" else "de"
     refused = failure(task, "test", language, tmp_path / "data")
@@ -124,7 +124,7 @@ def test_erased_test_labels(tmp_path: Path, task: str) -> None:
         assert not row.get("answers")
 
 
-def test_placeholders_are_no_labels(tmp_path: Path) -> None:
+def test_placeholder_labels_count_as_erased(tmp_path: Path) -> None:
     """XTREME's own processors read erased files as all "neutral", "0" or "O"."""
     by_csv_writer(tmp_path / "d/xnli/test-de.tsv", [(f"a{n}", "b", "neutral") for n in range(10)])
     tagged(tmp_path / "d/panx/test-de.tsv", [[("Anna", "O"), ("lebt", "O")]] * 10)
@@ -134,7 +134,7 @@ def test_placeholders_are_no_labels(tmp_path: Path) -> None:
     assert len(rows("xnli", "test", "de", tmp_path / "d")) == 9
 
 
-def test_some_labels_only(tmp_path: Path) -> None:
+def test_a_file_with_only_some_labels_is_refused(tmp_path: Path) -> None:
     file = tsv(tmp_path / "d/xnli/test-de.tsv", [("a", "b", "neutral"), ("a", "b")])
     for allowed in (False, True):
         assert f"{file}:2: has no label" in failure("xnli", "test", "de", tmp_path / "d", allow_unlabelled_test=allowed)
@@ -144,7 +144,7 @@ def test_some_labels_only(tmp_path: Path) -> None:
     assert "question 5733be: the id is there twice" in failure("mlqa", "test", "de", tmp_path / "d")
 
 
-def test_groups(tmp_path: Path) -> None:
+def test_rows_of_one_item_share_their_group(tmp_path: Path) -> None:
     """What is parallel by line or id has one group in all languages, what is not has not."""
     for language in ("de", "en"):
         by_csv_writer(tmp_path / f"d/xnli/dev-{language}.tsv", PAIRS)
@@ -163,12 +163,12 @@ def test_groups(tmp_path: Path) -> None:
     assert groups("tydiqa", "train", "en") != groups("tydiqa", "train", "fi")
 
 
-def test_one_tasks_flat_folder(tmp_path: Path) -> None:
+def test_a_folder_of_one_task_alone_is_read(tmp_path: Path) -> None:
     squad(tmp_path / "d/xquad.de.json", SQUAD)
     assert [row["question"] for row in rows("xquad", "test", "de", tmp_path / "d")] == ["Wo liegt Ulm?"]
 
 
-def test_tatoeba(tmp_path: Path) -> None:
+def test_tatoeba_files_give_sentences_and_pairs(tmp_path: Path) -> None:
     source, english = ["Zwei.", "Hallo! ", "Eins.", "Hallo?"], ["Two.", "Hello.", "One.", "Hello."]
     write(tmp_path / "laser/tatoeba.deu-eng.deu", "\n".join(source) + "\n")
     write(tmp_path / "laser/tatoeba.deu-eng.eng", "\r\n".join(english) + "\r\n")
@@ -188,7 +188,7 @@ def test_tatoeba(tmp_path: Path) -> None:
         tatoeba_pairs(tmp_path / "laser", "de")
 
 
-def test_bucc(tmp_path: Path) -> None:
+def test_bucc_files_give_sentences_and_gold_pairs(tmp_path: Path) -> None:
     write_download(tmp_path / "data", erased=True)
     found = rows("bucc2018", "dev", "de", tmp_path / "data")
     assert [(row["id"], row["language"], row["text"]) for row in found] == [
@@ -223,7 +223,7 @@ CONLLU = """# sent_id = a-1
 """
 
 
-def test_conllu(tmp_path: Path) -> None:
+def test_conllu_files_give_words_and_tags(tmp_path: Path) -> None:
     write(tmp_path / "d/UD_B/de_b-ud-dev.conllu", "\ufeff" + CONLLU.replace("\n", "\r\n") + "\r\n\r\n")
     write(tmp_path / "d/UD_A/de_a-ud-dev.conllu", "1\tNein\tnein\tINTJ\t_\t_\t0\troot\t_\t_\n")
     write(tmp_path / "d/UD_B/en_b-ud-dev.conllu", CONLLU)
@@ -243,7 +243,7 @@ def test_conllu(tmp_path: Path) -> None:
         ("1\tx\tx\tNOUN", "1: 4 columns; CoNLL-U has ten"),
     ],
 )
-def test_bad_conllu(tmp_path: Path, line: str, expected: str) -> None:
+def test_bad_conllu_lines_are_named(tmp_path: Path, line: str, expected: str) -> None:
     file = write(tmp_path / "d/de_a-ud-dev.conllu", line + "\n")
     assert f"{file}:{expected}" in failure("udpos", "dev", "de", tmp_path / "d")
 
@@ -270,7 +270,7 @@ def hub_answers(text: str, start: int) -> dict[str, Any]:
     return {"text": [text], "answer_start": [start]}
 
 
-def test_hub(tmp_path: Path) -> None:
+def test_hub_datasets_give_the_canonical_rows(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     a, b, label = PAIRS[0]
     xnli_rows = [{"language": code, "sentence1": a, "sentence2": b, "gold_label": label} for code in ("de", "en", "de")]
@@ -311,7 +311,7 @@ def test_hub(tmp_path: Path) -> None:
         assert f"the layout hub has no {split} split" in failure(task, split, language, folder, "hub")
 
 
-def test_bad_hub_rows(tmp_path: Path) -> None:
+def test_bad_hub_rows_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     parquet(folder, "udpos.German", "test", [{"tokens": ["Im"], "pos_tags": [3]}])  # numbers that nothing names
     assert "udpos.German[test]:1: label '3' is none of udpos's" in failure("udpos", "test", "de", folder, "hub")
@@ -324,7 +324,7 @@ def test_bad_hub_rows(tmp_path: Path) -> None:
     assert "question 1: answer 'Bonn' is not near character 0" in failure("mlqa", "test", "de", folder, "hub")
 
 
-def test_authors_layout(tmp_path: Path) -> None:
+def test_the_authors_layout_gives_the_canonical_rows(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     xnli(folder / "xnli/XNLI-1.0/xnli.test.tsv", [("de", label, a, b) for a, b, label in PAIRS])
     tsv(folder / "xnli/XNLI-MT-1.0/multinli/multinli.train.en.tsv", [("premise", "hypo", "label"), *PAIRS])
@@ -348,7 +348,7 @@ def test_authors_layout(tmp_path: Path) -> None:
     assert "the layout xmixup has no dev split for 'el'" in failure("xquad", "dev", "el", folder, "xmixup")
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+def test_missing_and_ambiguous_files_and_unknown_names_are_refused(tmp_path: Path) -> None:
     write_download(tmp_path / "data", erased=False)
     xnli(tmp_path / "data/xnli/XNLI-1.0/xnli.test.tsv", [("de", "neutral", "a", "b")])
     assert failure("xnli", "test", "de", tmp_path / "data") == (

@@ -1,4 +1,4 @@
-"""XTREME's text formats, line by line: quotes, line ends, marks, erased labels, and every bad line by its number."""
+"""XTREME's text formats: quotes, line ends, byte order marks, erased labels, and bad lines named by number."""
 
 import csv
 from pathlib import Path
@@ -52,20 +52,20 @@ def message(file: Path, reader: object, *arguments: object) -> str:
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("last", ["", "END", "ENDEND"])
-def test_line_ends_and_marks_say_nothing(tmp_path: Path, end: str, mark: str, last: str) -> None:
+def test_line_ends_and_byte_order_marks_are_ignored(tmp_path: Path, end: str, mark: str, last: str) -> None:
     lines = end.join("\t".join(row) for row in TEXTS)
     file = write(tmp_path / "dev-en.tsv", mark + lines + last.replace("END", end))
     assert pairs(file) == stripped(TEXTS)
 
 
-def test_a_lone_quote_swallows_no_line(tmp_path: Path) -> None:
+def test_an_unbalanced_quote_does_not_join_lines(tmp_path: Path) -> None:
     rows = [('"The start of a quote', "that goes on", "neutral"), ("and on", 'and ends here"', "entailment")] * 3
     assert pairs(tsv(tmp_path / "a.tsv", rows)) == rows
     with open(tmp_path / "a.tsv", encoding="utf-8", newline="") as stream:
         assert len(list(csv.reader(stream, delimiter="\t"))) < len(rows)  # what the csv module makes of it
 
 
-def test_quotes_of_a_csv_writer_are_undone(tmp_path: Path) -> None:
+def test_quoting_of_a_csv_writer_is_removed(tmp_path: Path) -> None:
     written = by_csv_writer(tmp_path / "a.tsv", TEXTS)
     assert b'""hi""' in written.read_bytes()
     assert pairs(written) == stripped(TEXTS)
@@ -73,7 +73,7 @@ def test_quotes_of_a_csv_writer_are_undone(tmp_path: Path) -> None:
     assert pairs(by_csv_writer(tmp_path / "b.tsv", plain)) == plain
 
 
-def test_one_raw_field_shows_that_no_csv_writer_wrote(tmp_path: Path) -> None:
+def test_one_unquoted_field_means_that_no_csv_writer_quoted_the_file(tmp_path: Path) -> None:
     rows = [('"He ""said"" so"', "b", "neutral"), ('"all of it"', "b", "neutral")]
     assert pairs(tsv(tmp_path / "a.tsv", rows)) == rows
     assert pairs(tsv(tmp_path / "b.tsv", rows[:1])) == [('He "said" so', "b", "neutral")]
@@ -94,7 +94,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
     assert "FILE: cannot be read" in message(tmp_path / "none.tsv", read_pairs, XNLI, TEXTS_LABEL)
 
 
-def test_headers_are_told_from_data(tmp_path: Path) -> None:
+def test_header_lines_are_recognised(tmp_path: Path) -> None:
     rows = [("a", "b", "contradictory"), ("c", "d", "neutral")]
     for header in ([], [("premise", "hypo", "label")]):
         found = list(read_pairs(tsv(tmp_path / "a.tsv", [*header, *rows]), XNLI, TEXTS_LABEL_HEADER))
@@ -106,7 +106,7 @@ def test_headers_are_told_from_data(tmp_path: Path) -> None:
     assert (pair.name, pair.text_a, pair.text_b, pair.label) == ("7", "a", "b", "1")
 
 
-def test_bad_lines_of_the_bucket_come_empty_and_keep_their_place(tmp_path: Path) -> None:
+def test_bad_lines_of_the_bucket_become_empty_and_keep_their_place(tmp_path: Path) -> None:
     rows = [("a", "b", "x", "y", "0"), ("a", "b", "x", "y", "a sentence"), ("a", "b"), ("c", "d", "z", "w", "1")]
     found = list(read_pairs(tsv(tmp_path / "a.tsv", rows), PAWSX, TRANSLATED))
     assert [(pair.index, pair.text_a, pair.original) for pair in found] == [
@@ -117,7 +117,7 @@ def test_bad_lines_of_the_bucket_come_empty_and_keep_their_place(tmp_path: Path)
     ]
 
 
-def test_xnli_by_language(tmp_path: Path) -> None:
+def test_xnli_lines_of_one_language_are_read(tmp_path: Path) -> None:
     rows = [("en", "neutral", "a", "b"), ("de", "neutral", "ä", 'ein "'), ("en", "contradictory", "c", "d")]
     file = xnli(tmp_path / "xnli.dev.tsv", rows)
     found = list(read_xnli(file, XNLI, "en"))
@@ -138,7 +138,7 @@ SENTENCES = [[("Anna", "B-PER"), ("lebt", "O")], [('"', "O"), ("Ulm", "B-LOC")]]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])  # one blank line at the end, no blank line, no line end
-def test_tagged_sentences(tmp_path: Path, cut: int) -> None:
+def test_sentences_and_tags_are_read_in_order(tmp_path: Path, cut: int) -> None:
     file = tagged(tmp_path / "a.tsv", SENTENCES)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - cut])
@@ -152,14 +152,14 @@ def test_tagged_sentences(tmp_path: Path, cut: int) -> None:
     assert [(s.words, s.tags) for s in read_tagged(file, PANX)] == [(s.words, s.tags) for s in found]
 
 
-def test_words_that_are_not_there_keep_their_tags(tmp_path: Path) -> None:
+def test_empty_words_keep_their_tags(tmp_path: Path) -> None:
     file = tagged(tmp_path / "a.tsv", [[("", "O"), ("\u00a0", "B-LOC"), ("x", "O")]])
     (sentence,) = read_tagged(file, PANX)
     assert sentence.words == (NO_WORD, NO_WORD, "x")
     assert sentence.tags == ("O", "B-LOC", "O")
 
 
-def test_erased_tags_and_empty_sentences(tmp_path: Path) -> None:
+def test_erased_tags_and_empty_sentences_are_read(tmp_path: Path) -> None:
     file = write(tmp_path / "a.tsv", "Anna\nlebt\n\n\nUlm\n")
     found = list(read_tagged(file, PANX))
     assert [(s.index, s.words, s.tags) for s in found] == [
@@ -180,7 +180,7 @@ def test_bad_tags_are_named(tmp_path: Path) -> None:
         assert expected in message(write(tmp_path / "a.tsv", text), read_tagged, PANX)
 
 
-def test_soft_tags_come_in_the_tasks_order(tmp_path: Path) -> None:
+def test_soft_tags_are_in_the_tasks_label_order(tmp_path: Path) -> None:
     order = tuple(reversed(PANX.labels))
     labels = write(tmp_path / "labels.txt", "\n".join(order) + "\n\n")
     soft = ["0.004", "0.5", "0.5", "0", "0", "0", "0"]  # sums to 1.004: printed with few digits
@@ -211,7 +211,7 @@ def test_bad_soft_tags_are_named(tmp_path: Path) -> None:
         assert expected in message(file, read_soft, PANX, tmp_path / "labels.txt")
 
 
-def test_texts_with_an_empty_line(tmp_path: Path) -> None:
+def test_only_trailing_lines_of_texts_may_be_empty(tmp_path: Path) -> None:
     assert read_texts(write(tmp_path / "a", "\ufeffeins \r\nzwei\r\n\r\n")) == ["eins", "zwei"]
     assert message(write(tmp_path / "a", "eins\n\nzwei\n"), read_texts) == "FILE:2: empty; each line is one sentence"
 
@@ -219,7 +219,7 @@ def test_texts_with_an_empty_line(tmp_path: Path) -> None:
 CONTEXT = "Ulm liegt an der Donau 🙂 in Ulm."
 
 
-def test_questions(tmp_path: Path) -> None:
+def test_questions_and_answers_are_read(tmp_path: Path) -> None:
     qas = [question("q1", "Wo?", ("an der Donau", 10), ("Ulm", 28)), question("q2", "Was?", ("", 0))]
     file = squad(tmp_path / "a.json", (CONTEXT, qas), ("Zwei", [question("q1", "Wie?", ("Zwei", 0))]))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -234,7 +234,7 @@ def test_questions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [11, -1, 500])
-def test_answers_that_moved(tmp_path: Path, start: int) -> None:
+def test_answers_that_are_not_at_their_place_are_marked_as_misplaced(tmp_path: Path, start: int) -> None:
     qas = [question("q1", "Wo?", ("Ulm", 0)), question("q2", "Wo?", ("an der Donau", start), ("Ulm", 28))]
     file = squad(tmp_path / "a.json", (CONTEXT, qas))
     whole, moved = read_gold(file)

@@ -1,4 +1,4 @@
-"""Taggers' chunk F1 against a definition in other words and against numbers that seqeval gave; F1 of sets."""
+"""Chunk F1 equals a second implementation of its definition and values of seqeval; F1 of sets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sentences(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("gold", "predicted", "f1", "precision", "recall", "newer"), MEASURED)
-def test_tags_score_as_in_both_versions_of_seqeval(
+def test_tagging_scores_equal_those_of_both_seqeval_versions(
     gold: str, predicted: str, f1: float, precision: float, recall: float, newer: float
 ) -> None:
     scores = tagging_scores(sentences(gold), sentences(predicted))
@@ -100,7 +100,7 @@ def entities_by_definition(tags: list[list[str]]) -> set[tuple[int, int, int, st
     [(TASKS["udpos"].labels, parts_of_speech_by_definition), (TASKS["panx"].labels, entities_by_definition)],
     ids=["udpos", "panx"],
 )
-def test_chunk_f1_is_the_definition_s(labels: tuple[str, ...], define) -> None:
+def test_chunk_f1_equals_its_definition(labels: tuple[str, ...], define) -> None:
     rng = random.Random(5)
     for _ in range(300):
         few = rng.sample(labels, 4)  # so that equal tags meet
@@ -121,18 +121,18 @@ def test_chunks_do_not_cross_sentences() -> None:
     }  # fmt: skip
 
 
-def test_letters_of_other_schemes_are_known() -> None:
+def test_tags_of_other_schemes_are_read() -> None:
     tags = [["S-A", "B-A", "E-A", "E-A", "I-A", ".", "S", "E"]]
     assert tag_chunks(tags) == {("A", 0, 0), ("A", 1, 2), ("A", 3, 3), ("A", 4, 4), ("S", 6, 6), ("E", 7, 7)}
 
 
-def test_sets() -> None:
+def test_set_f1_precision_and_recall() -> None:
     assert set_f1({1, 2, 3, 4}, {3, 4, 5}) == pytest.approx({"f1": 400 / 7, "precision": 200 / 3, "recall": 50})
     for gold, predicted in (({1}, set()), (set(), {1}), ({1}, {2}), (set(), set())):
         assert set_f1(gold, predicted) == {"f1": 0, "precision": 0, "recall": 0}
 
 
-def test_accuracy() -> None:
+def test_accuracy_is_the_share_of_equal_labels() -> None:
     assert accuracy("aabb", "abbb") == 75
     with pytest.raises(ValueError, match="no labels"):
         accuracy([], [])
@@ -141,6 +141,6 @@ def test_accuracy() -> None:
 
 
 @pytest.mark.parametrize("predicted", [[["X"]], [["X"], ["X"]], [["X", "X", "X"], ["X"]]])
-def test_sentences_of_other_lengths_are_refused(predicted: list[list[str]]) -> None:
+def test_sentences_of_different_lengths_are_refused(predicted: list[list[str]]) -> None:
     with pytest.raises(ValueError, match="other lengths"):
         tagging_scores([["X", "X"], ["X"]], predicted)

@@ -1,4 +1,4 @@
-"""Predictions of a tiny model, in batches and windows, against the same model run on one text after the other."""
+"""Predictions in batches and windows equal those of the same tiny model run on single texts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plain(model: Any, hf: Any, *texts: str, length: int = 24) -> Any:
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
-def test_labels_are_those_of_one_text_at_a_time_in_the_rows_order(
+def test_batched_labels_equal_those_of_single_texts_in_row_order(
     tmp_path: Path, family: Any, batch_tokens: int
 ) -> None:
     predictor = EncoderPredictor.open(export(tmp_path, "classification", CLASSES, family=family), "fp32", batch_tokens)
@@ -86,7 +86,7 @@ def mixed_logits(predictor: EncoderPredictor, target: tuple[str, ...], source: t
         return predictor.model(**inputs).logits
 
 
-def test_both_sides_logits_are_averaged_where_a_row_has_its_translation(tmp_path: Path) -> None:
+def test_logits_of_both_sides_are_averaged_for_rows_with_a_translation(tmp_path: Path) -> None:
     folder = export(tmp_path, "classification", CLASSES, mixup_layer=1)
     predictor = EncoderPredictor.open(folder, "fp32", batch_tokens=200)
     translated, bare = pairs(17, back=True), pairs(5, seed=1)
@@ -116,7 +116,7 @@ def test_a_row_of_the_dominant_language_is_its_own_source(tmp_path: Path) -> Non
     assert predictor.predict(rows).mixed == 12
 
 
-def test_mixing_that_is_not_possible_is_refused_by_name(tmp_path: Path) -> None:
+def test_impossible_mixing_is_refused_with_the_language(tmp_path: Path) -> None:
     mixing = EncoderPredictor.open(export(tmp_path / "a", "classification", CLASSES, mixup_layer=0), "fp32")
     rows = [*pairs(2, back=True), *pairs(1, language="sw")]
     with pytest.raises(EvalError, match=r"rows.jsonl:1: mixup is 'on', but this row of language 'sw' has no transl"):
@@ -127,7 +127,7 @@ def test_mixing_that_is_not_possible_is_refused_by_name(tmp_path: Path) -> None:
     assert never.predict(rows).mixed == 0
 
 
-def test_a_model_of_no_task_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_task_is_refused(tmp_path: Path) -> None:
     folder = export(tmp_path, "classification", CLASSES)
     (folder / "crosslift.json").unlink()
     with pytest.raises(EvalError, match=r"crosslift\.json: not there, or of no task"):
@@ -183,7 +183,7 @@ def test_every_word_of_a_long_sentence_is_tagged_in_the_window_with_most_context
     assert n_windows[0] == 1
 
 
-def test_tag_probabilities_are_those_of_the_pooled_logits(tmp_path: Path) -> None:
+def test_tag_probabilities_are_the_softmax_of_the_pooled_logits(tmp_path: Path) -> None:
     predictor = EncoderPredictor.open(export(tmp_path, "tagging", TAGS, length=60), "fp32")
     sentence = ("The", "old", "bridge", "in", "Budapest")
     logits = tag_logits(predictor, sentence, 0, 5, "mean")
@@ -192,7 +192,7 @@ def test_tag_probabilities_are_those_of_the_pooled_logits(tmp_path: Path) -> Non
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_mixed_taggers_tags_are_the_target_sides(tmp_path: Path) -> None:
+def test_a_mixed_tagger_takes_the_tags_of_the_target_side(tmp_path: Path) -> None:
     predictor = EncoderPredictor.open(export(tmp_path, "tagging", TAGS, length=60, mixup_layer=1), "fp32")
     rng = np.random.default_rng(5)
     rows = [record(number, "de", words(rng, 4), words(rng, 6)) for number in range(6)]
@@ -229,7 +229,7 @@ def questions(n: int, seed: int = 0, back: bool = False) -> list[TaskRecord]:
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
-def test_answers_are_the_contexts_own_characters(tmp_path: Path, family: Any) -> None:
+def test_answers_are_substrings_of_the_context(tmp_path: Path, family: Any) -> None:
     folder = export(tmp_path, "qa", family=family, length=60, doc_stride=16, max_question_length=20)
     predictor = EncoderPredictor.open(folder, "fp32", batch_tokens=200)
     rows = questions(12)
@@ -277,7 +277,7 @@ def test_an_answer_keeps_its_decomposed_accents(make: Any) -> None:
     assert {place for place, char in enumerate(context) if not char.isspace()} <= set(covered)
 
 
-def test_gold_answers_make_no_difference(tmp_path: Path) -> None:
+def test_gold_answers_do_not_change_predictions(tmp_path: Path) -> None:
     folder = export(tmp_path, "qa", length=60, doc_stride=16, max_question_length=20, mixup_layer=1)
     predictor = EncoderPredictor.open(folder, "fp32")
     rows = questions(8, back=True)
@@ -298,7 +298,7 @@ def test_gold_answers_make_no_difference(tmp_path: Path) -> None:
 # --- files
 
 
-def test_written_predictions_are_read_by_the_scorer(tmp_path: Path) -> None:
+def test_the_scorer_reads_written_predictions(tmp_path: Path) -> None:
     labels = ["neutral", "entailment", "neutral"]
     write_predictions(tmp_path / "c.tsv", "classification", pairs(3), labels)
     assert read_labels(tmp_path / "c.tsv", CLASSES) == labels
@@ -315,7 +315,7 @@ def test_written_predictions_are_read_by_the_scorer(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_questions_with_one_id_are_refused(tmp_path: Path) -> None:
+def test_questions_that_share_an_id_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"q\.json: 2 questions share 1 ids"):
         write_predictions(tmp_path / "q.json", "qa", [*questions(1), *questions(1)], ["a", "b"])
     assert not (tmp_path / "q.json").exists()

@@ -1,4 +1,4 @@
-"""`prepare_task` writes all or nothing, keeps what is the same, refuses what is another's; and a teacher's rows."""
+"""`prepare_task` writes everything or nothing, keeps an output of the same inputs, and refuses other folders."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def refused(*arguments: Any, **options: Any) -> str:
     return str(error.value)
 
 
-def test_files_and_counts(data: Path, tmp_path: Path) -> None:
+def test_prepare_writes_files_and_counts(data: Path, tmp_path: Path) -> None:
     counts = prepare_task("xnli", data, tmp_path / "deep/output")
     others = [language for language in TASKS["xnli"].languages if language not in ("de", "en")]
     assert counts == {
@@ -61,7 +61,7 @@ def test_files_and_counts(data: Path, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["output"]
 
 
-def test_the_same_is_kept_and_another_refused(data: Path, tmp_path: Path) -> None:
+def test_an_output_of_the_same_inputs_is_kept_and_another_one_refused(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     first = prepare_task("xnli", data, output)
     before = files(output)
@@ -92,7 +92,7 @@ def test_the_same_is_kept_and_another_refused(data: Path, tmp_path: Path) -> Non
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "output"]
 
 
-def test_what_is_not_ours_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_files_of_others_are_not_touched(data: Path, tmp_path: Path) -> None:
     write(tmp_path / "output/thesis.txt", "mine")
     for remake in (False, True):
         assert "output: is there, and no prepared task; name a new folder" in refused(
@@ -106,7 +106,9 @@ def test_what_is_not_ours_is_left_alone(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_failure_leaves_what_was(data: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_output_as_it_was(
+    data: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "output"
     if before:
         prepare_task("xnli", data, output)
@@ -126,7 +128,7 @@ def test_a_failure_leaves_what_was(data: Path, tmp_path: Path, before: bool, mon
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "output"][: 1 + before]
 
 
-def test_languages_and_splits(data: Path, tmp_path: Path) -> None:
+def test_languages_and_splits_can_be_chosen(data: Path, tmp_path: Path) -> None:
     number = iter(range(100))
 
     def prepared(**options: Any) -> dict[str, dict[str, int]]:
@@ -155,7 +157,7 @@ def test_languages_and_splits(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
-def test_erased_test_labels(data: Path, tmp_path: Path) -> None:
+def test_erased_test_labels_are_refused_unless_allowed(data: Path, tmp_path: Path) -> None:
     tsv(data / "xnli/test-de.tsv", [pair[:2] for pair in PAIRS])
     assert "the test labels of xnli are erased" in refused("xnli", data, tmp_path / "output")
     counts = prepare_task("xnli", data, tmp_path / "output", allow_unlabelled_test=True)
@@ -164,7 +166,7 @@ def test_erased_test_labels(data: Path, tmp_path: Path) -> None:
     assert all("label" in row for row in jsonl(tmp_path / "output/dev/de.jsonl"))
 
 
-def test_empty_items(data: Path, tmp_path: Path) -> None:
+def test_empty_items_are_left_out_refused_or_kept_by_split_and_task(data: Path, tmp_path: Path) -> None:
     tsv(data / "xnli/train-en.tsv", [*PAIRS, ("", "x", "neutral")])
     assert prepare_task("xnli", data, tmp_path / "a")["skipped"] == {"train": {"en": {"empty text": 1}}}
     file = tsv(data / "xnli/dev-de.tsv", [*PAIRS, ("", "x", "neutral")])
@@ -220,7 +222,7 @@ def test_unanswerable_questions_are_left_out_and_counted(tmp_path: Path) -> None
     )
 
 
-def test_a_test_file_without_any_answer_is_an_erased_one(tmp_path: Path) -> None:
+def test_a_test_file_without_answers_counts_as_erased(tmp_path: Path) -> None:
     squad(tmp_path / "data/xquad/xquad.de.json", ("Ulm.", [question("1", "Wo?"), question("2", "Wer?", ("", 0))]))
     assert "the test labels of xquad are erased" in refused("xquad", tmp_path / "data", tmp_path / "output")
     counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", allow_unlabelled_test=True)
@@ -248,7 +250,7 @@ def test_every_task_can_be_prepared(tmp_path: Path) -> None:
             assert list(counts["train"]) == (["en"] if task in ("xquad", "mlqa") else [])
 
 
-def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "data/xquad.de.json", '{"data": [{"paragraphs": [{"context": "a\\ud83d", "qas": [{"id": "q",'
           ' "question": "b", "answers": [{"text": "a", "answer_start": 0}]}]}]}]}')  # fmt: skip
     assert refused("xquad", tmp_path / "data", tmp_path / "output") == (

@@ -1,4 +1,4 @@
-"""Tatoeba retrieval against one sentence at a time and a loop over all pairs."""
+"""Tatoeba retrieval equals encoding single sentences and a loop over all pairs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def slow_vector(encoder: SentenceEncoder, text: str, layer: int, specials: bool)
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("specials", [False, True])
-def test_vectors_are_mean_states_that_leave_the_layer(
+def test_sentence_vectors_are_mean_states_after_the_layer(
     model: Path, layer: int, specials: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evals.xtreme.retrieval.BATCH_TOKENS", 60)  # several batches
@@ -54,7 +54,7 @@ def test_vectors_are_mean_states_that_leave_the_layer(
     np.testing.assert_allclose(encoder.encode(texts), np.stack(expected), atol=1e-5)
 
 
-def test_the_layer_is_xtremes_unless_said(model: Path) -> None:
+def test_the_default_layer_is_xtremes(model: Path) -> None:
     assert SentenceEncoder.open(model).layer == 1  # 3 layers: the same depth as 7 of 12
 
     class States:
@@ -68,7 +68,7 @@ def test_the_layer_is_xtremes_unless_said(model: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_the_nearest_is_that_of_a_loop(chunk: int) -> None:
+def test_nearest_sentences_equal_those_of_a_loop(chunk: int) -> None:
     rng = np.random.default_rng(0)
     queries, candidates = (rng.normal(size=(n, 5)).astype(np.float32) for n in (11, 7))
     candidates[4] = candidates[2]  # of equal ones the first
@@ -93,7 +93,7 @@ def laser(folder: Path, language: str, source: list[str], english: list[str]) ->
     (folder / f"tatoeba.{code}-eng.eng").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
 
 
-def test_predictions_and_scores_of_a_folder(model: Path, tmp_path: Path) -> None:
+def test_a_folder_gives_predictions_and_scores(model: Path, tmp_path: Path) -> None:
     english = list(dict.fromkeys(sentences(15, 1)))
     other = list(dict.fromkeys(sentences(12, 2)))
     laser(tmp_path / "tatoeba", "de", english, english)  # a "translation" that is the same is found
@@ -116,7 +116,7 @@ def test_predictions_and_scores_of_a_folder(model: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "results.json").read_bytes())["layer"] == results["layer"] == 1
 
 
-def test_xtremes_own_files_give_predictions_and_no_scores(model: Path, tmp_path: Path) -> None:
+def test_files_without_gold_give_predictions_but_no_scores(model: Path, tmp_path: Path) -> None:
     english = sorted(set(sentences(9, 3)))
     (tmp_path / "tatoeba").mkdir()
     for side in ("de", "en"):
@@ -128,7 +128,7 @@ def test_xtremes_own_files_give_predictions_and_no_scores(model: Path, tmp_path:
     assert read_indices(tmp_path / "out" / "predictions" / "tatoeba" / "test-de.tsv") == list(range(len(english)))
 
 
-def test_a_sentence_without_tokens_is_named_and_ends_nothing(
+def test_a_sentence_without_tokens_is_named_and_the_run_continues(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     english = sorted(set(sentences(9, 4)))
@@ -153,7 +153,7 @@ def test_a_sentence_without_tokens_is_named_and_ends_nothing(
     assert f"de: {folder / 'tatoeba.deu-eng.deu'}:3: '' has no tokens" in capsys.readouterr().err
 
 
-def test_languages_that_are_not_there_are_named_as_missing(
+def test_absent_languages_are_reported_as_missing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     english = sorted(set(sentences(5, 5)))
@@ -180,7 +180,7 @@ def test_languages_that_are_not_there_are_named_as_missing(
     assert "not asked for" not in out
 
 
-def test_a_file_that_cannot_be_read_is_named_before_anything_is_computed(model: Path, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_before_anything_is_computed(model: Path, tmp_path: Path) -> None:
     english = sorted(set(sentences(5, 6)))
     laser(tmp_path / "tatoeba", "de", english, english)
     laser(tmp_path / "tatoeba", "sw", english[1:], english)
@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_read_is_named_before_anything_is_computed(model: 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_differs_by_rounding_alone_goes_by_order() -> None:
+def test_ties_up_to_rounding_are_broken_by_order() -> None:
     queries = np.array([[1.0, 0.0]], np.float32)
     for short, first in ((2e-7, 0), (1e-4, 1)):
         candidates = np.array([[1 - short, 0.0], [1.0, 0.0]], np.float32)
@@ -197,7 +197,7 @@ def test_what_differs_by_rounding_alone_goes_by_order() -> None:
         assert nearest(queries, candidates) == [first]
 
 
-def test_a_sentence_without_tokens_is_nearest_to_nothing() -> None:
+def test_a_sentence_without_tokens_has_no_nearest_sentence() -> None:
     """Zeros are no vector: below every cosine, though some of these are negative."""
     candidates = np.array([[0.0, 0.0], [-1.0, 0.0]], np.float32)
     assert nearest(np.array([[1.0, 0.0]], np.float32), candidates) == [1]

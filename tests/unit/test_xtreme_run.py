@@ -1,4 +1,4 @@
-"""`crosslift xtreme run` with a stand-in for training: what is composed, selected, predicted, scored, taken up."""
+"""`crosslift xtreme run` with a stand-in for training: composing, selecting, predicting, scoring, continuing."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Tracked:
         self.artifacts.append(path.name)
 
 
-def test_the_checkpoint_that_is_best_on_dev_answers_the_test_rows(
+def test_the_best_checkpoint_on_dev_predicts_the_test_rows(
     data: Path, tmp_path: Path, models: dict[int, Path], stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, tracked = tmp_path / "run", Tracked()
@@ -189,7 +189,7 @@ def test_the_checkpoint_that_is_best_on_dev_answers_the_test_rows(
     assert (output / "table.txt").read_text() in out
 
 
-def test_the_run_file_is_the_methods_on_the_rows_there_are(data: Path, tmp_path: Path, stage: Stage) -> None:
+def test_the_run_file_has_the_methods_settings_and_the_existing_rows(data: Path, tmp_path: Path, stage: Stage) -> None:
     run_xtreme(make(data, tmp_path / "run", nproc=2), Tracked())
     config = load_config(tmp_path / "run" / "run.yaml")
     assert isinstance(config.objective, XMixupConfig)
@@ -201,7 +201,7 @@ def test_the_run_file_is_the_methods_on_the_rows_there_are(data: Path, tmp_path:
     assert (tracking.uri, tracking.parent, tracking.run_name) == ("sqlite:///1.db", "p1", "run-training")
 
 
-def test_a_second_call_goes_on_where_the_first_stopped(
+def test_a_second_call_continues_where_the_first_stopped(
     data: Path, tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make(data, tmp_path / "run")
@@ -233,7 +233,7 @@ def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: S
     assert tracked.followed[1][1]["method"] == "x-mixup"
 
 
-def test_a_run_file_that_training_refused_may_be_mended(data: Path, tmp_path: Path, stage: Stage) -> None:
+def test_a_run_file_that_training_refused_can_be_corrected(data: Path, tmp_path: Path, stage: Stage) -> None:
     stage.refuses = True
     with pytest.raises(EvalError, match="ended with status 2"):
         run_xtreme(make(data, tmp_path / "run", overrides=("optimizer.learning_rat=1",)))
@@ -242,7 +242,7 @@ def test_a_run_file_that_training_refused_may_be_mended(data: Path, tmp_path: Pa
     assert load_config(tmp_path / "run" / "run.yaml").optimizer.learning_rate == 5e-6
 
 
-def test_a_model_of_ones_own_needs_its_path(data: Path, tmp_path: Path, stage: Stage) -> None:
+def test_an_own_model_needs_its_path(data: Path, tmp_path: Path, stage: Stage) -> None:
     run = XtremeRun(CONFIG, "xnli", "own", "x-mixup", data, tmp_path / "run")
     with pytest.raises(EvalError, match=r"xtreme\.yaml: no section gives model\.path; add model\.path=DIR"):
         run_xtreme(run)
@@ -251,7 +251,7 @@ def test_a_model_of_ones_own_needs_its_path(data: Path, tmp_path: Path, stage: S
     assert load_config(tmp_path / "run" / "run.yaml").model.path == "encoder"
 
 
-def test_columns_that_no_training_row_fills_are_left_out(data: Path, tmp_path: Path, stage: Stage) -> None:
+def test_columns_that_are_empty_in_all_training_rows_are_left_out(data: Path, tmp_path: Path, stage: Stage) -> None:
     """A source that maps a column which none of its rows has is refused, as a typo would be."""
     for method, more in (("zero-shot", {"mixup": "off"}), ("translate-train", {}), ("x-mixup", {})):
         run_xtreme(make(data, tmp_path / method, method, **more))
@@ -264,7 +264,7 @@ def test_columns_that_no_training_row_fills_are_left_out(data: Path, tmp_path: P
         )  # fmt: skip
 
 
-def test_zero_shot_sees_no_dev_rows_but_english_ones(data: Path, tmp_path: Path, stage: Stage) -> None:
+def test_zero_shot_selects_on_english_dev_rows_only(data: Path, tmp_path: Path, stage: Stage) -> None:
     results = run_xtreme(make(data, tmp_path / "run", "zero-shot", mixup="off"))
     assert results["selection"]["languages"] == ["en"]
     assert load_config(tmp_path / "run" / "run.yaml").data.languages == ("en",)
@@ -273,7 +273,7 @@ def test_zero_shot_sees_no_dev_rows_but_english_ones(data: Path, tmp_path: Path,
     assert wider["selection"]["languages"] == ["de", "en"]
 
 
-def test_without_dev_rows_the_last_checkpoint_is_taken(
+def test_the_last_checkpoint_is_used_without_dev_rows(
     data: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(data / "dev")
@@ -282,7 +282,7 @@ def test_without_dev_rows_the_last_checkpoint_is_taken(
     assert "the last checkpoint is taken" in capsys.readouterr().err
 
 
-def test_a_baseline_tells_by_how_much_the_gap_was_cut(
+def test_the_gap_reduction_is_reported_against_a_baseline(
     data: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_xtreme(make(data, tmp_path / "base", "zero-shot", mixup="off"))
@@ -301,7 +301,7 @@ def test_a_baseline_tells_by_how_much_the_gap_was_cut(
     assert not stage.calls  # known before hours of training
 
 
-def test_unlabelled_test_rows_give_predictions_and_no_scores(
+def test_unlabelled_test_rows_give_predictions_but_no_scores(
     data: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in (data / "test").iterdir():
@@ -325,7 +325,7 @@ def options_of(*command: str) -> set[str]:
     return {option for parameter in found.params for option in parameter.opts}
 
 
-def test_refusals_name_only_options_that_their_command_has() -> None:
+def test_error_messages_name_only_options_of_their_command() -> None:
     """Each message of the modules that one command alone uses, and of those that several do."""
     root = CONFIG.parents[1]
     run, prepare = options_of("xtreme", "run"), options_of("xtreme", "prepare")
@@ -345,7 +345,7 @@ def test_refusals_name_only_options_that_their_command_has() -> None:
             assert [text for text in refusals if not options_named(text) <= options] == [], file.name
 
 
-def test_files_as_xtreme_has_them_are_prepared_first(tmp_path: Path, stage: Stage) -> None:
+def test_xtremes_own_files_are_prepared_first(tmp_path: Path, stage: Stage) -> None:
     rng = np.random.default_rng(0)
     source = tmp_path / "raw" / "xnli"
     source.mkdir(parents=True)
@@ -375,13 +375,15 @@ def test_files_as_xtreme_has_them_are_prepared_first(tmp_path: Path, stage: Stag
         run_xtreme(make(tmp_path / "run" / "data", tmp_path / "more", translations=tmp_path))
 
 
-def test_a_training_that_fails_ends_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_training_ends_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evals.xtreme.run.COMMAND", ["false"])
     with pytest.raises(EvalError, match="crosslift train ended with status 1; its messages are above"):
         run_xtreme(make(data, tmp_path / "run"))
 
 
-def test_what_a_method_cannot_learn_from_is_named_before_training(data: Path, tmp_path: Path, stage: Stage) -> None:
+def test_rows_that_a_method_cannot_learn_from_are_refused_before_training(
+    data: Path, tmp_path: Path, stage: Stage
+) -> None:
     write_rows(data / "train" / "de.jsonl", "de", 30, 0, back=False)
     with pytest.raises(EvalError, match=r"no back-translations .* set objective.source_schedule=null"):
         run_xtreme(make(data, tmp_path / "a"))
@@ -402,7 +404,7 @@ def tagged(file: Path, language: str, **labels: Any) -> None:
     file.write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
-def test_a_taggers_translations_need_a_teacher(tmp_path: Path, models: dict[int, Path], monkeypatch: Any) -> None:
+def test_translations_for_a_tagger_need_a_teacher(tmp_path: Path, models: dict[int, Path], monkeypatch: Any) -> None:
     folder = tmp_path / "panx"
     for split in ("train", "dev", "test"):
         tagged(folder / split / "en.jsonl", "en", tags=["O", "B-LOC"])

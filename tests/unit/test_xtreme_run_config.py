@@ -67,7 +67,7 @@ def test_every_combination_is_a_valid_run_file_with_the_papers_settings(task: st
     assert (objective.max_ratio, objective.entropy) == (0.5, "true")
 
 
-def test_every_method_of_the_file_is_in_that_test() -> None:
+def test_every_method_of_the_file_is_in_the_test_of_combinations() -> None:
     sections = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     assert set(sections["methods"]) == {*METHODS, *ABLATIONS}
     assert set(sections["models"]) == {*MODELS, "own"}
@@ -77,7 +77,7 @@ def test_every_method_of_the_file_is_in_that_test() -> None:
         assert (plan.train, plan.select) == (("dominant",) * 2 if method == "zero-shot" else ("all",) * 2)
 
 
-def test_the_written_file_is_read_by_train(tmp_path: Path) -> None:
+def test_train_reads_the_written_run_file(tmp_path: Path) -> None:
     plan = read_plan(CONFIG, "panx", "xlm-r-large", "x-mixup", ["objective.layer=7"])
     values = compose(plan, tmp_path, tmp_path / "run", {"en": "train/en.jsonl"}, 100)
     file = tmp_path / "run.yaml"
@@ -92,7 +92,7 @@ def test_the_written_file_is_read_by_train(tmp_path: Path) -> None:
     ("epochs", "rows", "slots", "expected"),
     [(4, 64, 64, 4), (4, 65, 64, 5), (2, 33, 32, 3), (0.5, 64, 64, 1), (1, 1, 64, 1), (1.5, 100, 10, 15)],
 )
-def test_steps_read_every_row_so_many_times(epochs: float, rows: int, slots: int, expected: int) -> None:
+def test_max_steps_cover_the_rows_for_the_given_epochs(epochs: float, rows: int, slots: int, expected: int) -> None:
     steps = steps_of(epochs, rows, slots)
     assert steps == expected
     assert (steps - 1) * slots < epochs * rows <= steps * slots
@@ -100,13 +100,13 @@ def test_steps_read_every_row_so_many_times(epochs: float, rows: int, slots: int
 
 @pytest.mark.parametrize("rows", [64, 500, 6400, 6464, 99_999])
 @pytest.mark.parametrize("kept", [1, 3, 8])
-def test_no_checkpoint_that_is_to_be_scored_is_dropped(rows: int, kept: int) -> None:
+def test_every_checkpoint_to_be_scored_is_kept(rows: int, kept: int) -> None:
     config = composed("xnli", "mbert", "zero-shot", f"checkpoints={kept}", rows=rows)
     saved = {step for step in range(1, config.max_steps + 1) if step % config.checkpoint.every == 0}
     assert len({*saved, config.max_steps}) <= config.checkpoint.keep == kept
 
 
-def test_overrides_come_last_and_derived_keys_keep_what_is_given() -> None:
+def test_overrides_are_applied_last_and_derived_keys_keep_given_values() -> None:
     config = composed(
         "xquad", "mbert", "x-mixup", "epochs=1", "data.slots_per_step=16", "objective.layer=2",
         "tracking.experiment=qa", "checkpoint.every=50",
@@ -146,7 +146,7 @@ def test_values_are_read_as_in_a_run_file(tmp_path: Path) -> None:
     assert found["optimizer"] == {"eps": 1e-7}
 
 
-def test_later_sections_win_and_conditions_reach_into_each_other(tmp_path: Path) -> None:
+def test_later_sections_override_earlier_ones_and_conditions_nest(tmp_path: Path) -> None:
     file = sections(tmp_path)
     assert read_plan(file, "panx", "m", "b").values == {
         "seed": 4, "data": {"dominant": "en", "slots_per_step": 8, "sequence_length": 9}, "model": {"path": "p"},
@@ -192,14 +192,14 @@ def test_mistakes_in_overrides_are_named(override: str, message: str) -> None:
         read_plan(CONFIG, "xnli", "mbert", "x-mixup", [override])
 
 
-def test_tasks_without_training_and_unknown_ones_are_refused() -> None:
+def test_unknown_tasks_and_tasks_without_training_are_refused() -> None:
     with pytest.raises(DataError, match="'tatoeba' is not trained for"):
         read_plan(CONFIG, "tatoeba", "mbert", "x-mixup")
     with pytest.raises(DataError, match="none of XTREME's"):
         read_plan(CONFIG, "xnl", "mbert", "x-mixup")
 
 
-def test_published_rows_are_complete_and_the_papers() -> None:
+def test_published_rows_are_complete_and_equal_the_papers() -> None:
     assert all(len(row) == len(TASK_ORDER) for rows in PUBLISHED.values() for row in rows.values())
     assert set(TASK_ORDER) == set(FINE_TUNED)
     assert published_score("xlm-r-large", "x-mixup", "xnli") == {"accuracy": 85.3}

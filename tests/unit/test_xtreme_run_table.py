@@ -24,7 +24,7 @@ def test_the_gap_is_the_dominant_language_minus_the_mean_of_the_others() -> None
     assert transfer_gap({"en": LANGUAGES["en"]}, "en", METRICS) is None
 
 
-def test_the_reduction_is_relative_to_a_gap_that_is_there() -> None:
+def test_the_reduction_is_relative_to_a_positive_gap() -> None:
     assert gap_reduction({"f1": 6.0, "exact_match": 12.0}, {"f1": 10.0, "exact_match": 10.0}) == {
         "f1": pytest.approx(40.0), "exact_match": pytest.approx(-20.0),
     }  # fmt: skip
@@ -57,7 +57,7 @@ def test_the_table_has_languages_mean_published_row_and_gap() -> None:
     assert len(run_table(TASKS["tydiqa"], bare, "fr").splitlines()) == 7
 
 
-def test_another_runs_scores_are_read_or_refused(tmp_path: Path) -> None:
+def test_scores_of_another_run_are_read_or_refused(tmp_path: Path) -> None:
     task = TASKS["tydiqa"]
     with pytest.raises(EvalError, match=r"scores\.json: No such file or directory; --baseline is the output folder"):
         read_scores(tmp_path, task)
@@ -75,7 +75,7 @@ def test_another_runs_scores_are_read_or_refused(tmp_path: Path) -> None:
     assert read_scores(tmp_path, task)["partial"] is True
 
 
-def test_a_gap_beside_a_partial_baseline_is_marked_too() -> None:
+def test_a_gap_against_a_partial_baseline_is_marked() -> None:
     whole = TaskScores(LANGUAGES, {"exact_match": 160 / 3, "f1": 206 / 3}, 61.0, {})
     baseline = {"output": "o", "model": "m", "method": "z", "partial": True, "gap": {"exact_match": 50.0, "f1": 34.0}}
     told = summary(TASKS["tydiqa"], whole, "en", "own", "x-mixup", baseline)

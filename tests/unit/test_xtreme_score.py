@@ -1,4 +1,4 @@
-"""Folders of predictions and labels: a whole small benchmark as XTREME's scorer judged it, gaps, and every refusal."""
+"""Scores of folders: a small complete benchmark as XTREME's scorer scores it, missing languages, and every refusal."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def some(whole: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_average_is_that_of_xtreme_s_scorer(whole: Path) -> None:
+def test_every_average_equals_that_of_xtremes_scorer(whole: Path) -> None:
     scores = scores_of(whole)
     assert list(scores.tasks) == list(TASKS)
     for name, task in scores.tasks.items():
@@ -146,13 +146,13 @@ def test_every_average_is_that_of_xtreme_s_scorer(whole: Path) -> None:
     assert scores.tasks["bucc2018"].languages["ru"]["f1"] == 88.88888888888889
 
 
-def test_languages_are_added_in_the_scorer_s_order() -> None:
+def test_languages_are_added_in_the_scorers_order() -> None:
     for name, order in _ADDED_IN_ORDER.items():
         assert sorted(order.split()) == sorted(TASKS[name].languages) or name == "tatoeba"
     assert set(TASKS["tatoeba"].languages) <= set(_ADDED_IN_ORDER["tatoeba"].split())
 
 
-def test_json_is_plain_data(whole: Path) -> None:
+def test_scores_are_written_as_plain_json(whole: Path) -> None:
     data = scores_of(whole).to_json()
     assert json.loads(json.dumps(data)) == data
     assert list(data) == ["tasks", "groups", "all_task", "missing", "partial"]
@@ -164,7 +164,7 @@ def test_json_is_plain_data(whole: Path) -> None:
     }  # fmt: skip
 
 
-def test_one_file(whole: Path) -> None:
+def test_a_single_file_is_scored(whole: Path) -> None:
     files = [whole / side / "mlqa" / "test-ar.json" for side in ("predictions", "labels")]
     assert score_file("mlqa", "ar", *files) == scores_of(whole, tasks=["mlqa"]).tasks["mlqa"].languages["ar"]
     with pytest.raises(EvalError, match="mlqa has no language 'sw'; it has ar, de, en"):
@@ -173,7 +173,7 @@ def test_one_file(whole: Path) -> None:
         score_file("xlni", "de", *files)
 
 
-def test_only_mlqa_knows_articles_of_the_language(tmp_path: Path) -> None:
+def test_only_mlqa_removes_articles_of_each_language(tmp_path: Path) -> None:
     question = {"id": "a", "answers": [{"text": "Haus"}]}
     gold = write(tmp_path / "gold.json", squad(question, context="Das Haus."))
     ours = write(tmp_path / "ours.json", '{"a": "das Haus"}')
@@ -181,7 +181,7 @@ def test_only_mlqa_knows_articles_of_the_language(tmp_path: Path) -> None:
     assert score_file("xquad", "de", ours, gold) == pytest.approx({"exact_match": 0, "f1": 200 / 3})
 
 
-def test_gaps_are_named_and_averages_called_partial(some: Path) -> None:
+def test_missing_languages_are_named_and_averages_marked_as_partial(some: Path) -> None:
     (some / "labels/udpos/test-yo.tsv").unlink()
     (some / "predictions/udpos/test-af.tsv").unlink()
     scores = scores_of(some)
@@ -198,14 +198,14 @@ def test_gaps_are_named_and_averages_called_partial(some: Path) -> None:
     assert scores.all_task == pytest.approx(sum(task.score for task in scores.tasks.values()) / 4)
 
 
-def test_a_language_missing_makes_its_group_and_all_partial(whole: Path, tmp_path: Path) -> None:
+def test_a_missing_language_makes_its_group_and_the_total_partial(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "copy")
     (tmp_path / "copy/predictions/xquad/test-el.json").unlink()
     scores = scores_of(tmp_path / "copy")
     assert (scores.missing, scores.partial) == ((), ("qa", "all_task"))
 
 
-def test_only_the_tasks_and_languages_asked_for(whole: Path) -> None:
+def test_only_requested_tasks_and_languages_are_scored(whole: Path) -> None:
     scores = scores_of(whole, tasks=["pawsx", "mlqa"], languages=["de", "ko"])
     assert {name: list(task.languages) for name, task in scores.tasks.items()} == {
         "pawsx": ["de", "ko"],
@@ -216,7 +216,7 @@ def test_only_the_tasks_and_languages_asked_for(whole: Path) -> None:
     assert "xnli" in scores.missing
 
 
-def test_table(some: Path) -> None:
+def test_the_table_shows_scores_means_and_notes(some: Path) -> None:
     for language in ("fr", "ru"):
         (some / f"predictions/bucc2018/test-{language}.tsv").unlink()
     scores = scores_of(some, tasks=["mlqa", "bucc2018"], languages=["de", "zh", "en"])
@@ -239,14 +239,14 @@ def test_table(some: Path) -> None:
     )
 
 
-def test_a_whole_table_has_no_marks(whole: Path) -> None:
+def test_a_complete_table_has_no_marks(whole: Path) -> None:
     table = score_table(scores_of(whole))
     assert "*" not in table
     assert table.endswith("retrieval       70.43\nall_task        66.17")
 
 
 @pytest.mark.parametrize("task", ["pawsx", "udpos", "mlqa", "bucc2018"])
-def test_line_ends_and_byte_order_marks_do_not_count(some: Path, task: str) -> None:
+def test_line_ends_and_byte_order_marks_do_not_change_scores(some: Path, task: str) -> None:
     before = scores_of(some, tasks=[task]).to_json()
     for file in some.glob(f"*/{task}/*"):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
@@ -254,18 +254,18 @@ def test_line_ends_and_byte_order_marks_do_not_count(some: Path, task: str) -> N
 
 
 @pytest.mark.parametrize(("ending", "other"), [("", "\n"), ("\n\n\n", "\n"), ("\n \n", "")])
-def test_blank_lines_at_the_end_of_tags_do_not_count(tmp_path: Path, ending: str, other: str) -> None:
+def test_trailing_blank_lines_of_tags_do_not_change_scores(tmp_path: Path, ending: str, other: str) -> None:
     ours = write(tmp_path / "ours.tsv", "NOUN\nVERB\n\nX" + ending)
     gold = write(tmp_path / "gold.tsv", "NOUN\nVERB\n\nX" + other)
     assert score_file("udpos", "de", ours, gold)["f1"] == 100
 
 
-def test_a_blank_line_too_many_within_stands_in_both(tmp_path: Path) -> None:
+def test_empty_sentences_count_if_both_files_have_them(tmp_path: Path) -> None:
     file = write(tmp_path / "tags.tsv", "\nX\n\n\nX\nNOUN\n")
     assert score_file("udpos", "de", file, file)["token_accuracy"] == 100
 
 
-def test_questions_may_come_without_the_outer_object(some: Path) -> None:
+def test_questions_without_the_outer_object_are_read(some: Path) -> None:
     file = some / "labels/mlqa/test-de.json"
     before = scores_of(some).to_json()
     file.write_text(json.dumps(json.loads(file.read_text())["data"]))
@@ -311,11 +311,11 @@ def squad(*questions: dict, context: str = "In Paris.") -> str:
         ("udpos", "X\n\n" * 21, 21, "all tags of 21 sentences are 'X'"),
     ],
 )
-def test_labels_that_are_all_the_same_are_erased_ones(refusal, task: str, gold: str, n: int, what: str) -> None:
+def test_gold_labels_that_are_all_the_same_count_as_erased(refusal, task: str, gold: str, n: int, what: str) -> None:
     assert refusal(task, "de", gold, gold) == f"gold/{task}/test-de.tsv: {what}; {ERASED}"
 
 
-def test_a_model_may_predict_one_label_throughout(tmp_path: Path) -> None:
+def test_predictions_may_be_all_the_same(tmp_path: Path) -> None:
     ours = write(tmp_path / "ours.tsv", "0\n" * 20)
     gold = write(tmp_path / "gold.tsv", "0\n" * 19 + "1\n")
     assert score_file("pawsx", "de", ours, gold) == {"accuracy": 95.0}
@@ -323,7 +323,7 @@ def test_a_model_may_predict_one_label_throughout(tmp_path: Path) -> None:
     assert score_file("pawsx", "de", few, few) == {"accuracy": 100.0}
 
 
-def test_files_that_lost_their_label_column(refusal) -> None:
+def test_files_without_their_label_column_are_refused(refusal) -> None:
     assert refusal("xnli", "de", "neutral\n", "Ein Satz.\tNoch einer, der viel weiter geht.\n") == (
         "gold/xnli/test-de.tsv:1: 'Ein Satz.\\tNoch einer, der viel weit... is none of"
         f" contradiction, entailment, neutral ({ERASED})"
@@ -337,7 +337,7 @@ def test_files_that_lost_their_label_column(refusal) -> None:
     )
 
 
-def test_another_number_of_lines(refusal) -> None:
+def test_a_different_number_of_lines_is_refused(refusal) -> None:
     assert refusal("pawsx", "de", "0\n1\n", "0\n1\n1\n") == (
         "ours/pawsx/test-de.tsv: 2 labels, but gold/pawsx/test-de.tsv has 3; both files need one for each test item"
     )
@@ -349,14 +349,14 @@ def test_another_number_of_lines(refusal) -> None:
     )
 
 
-def test_sentences_of_another_length(refusal) -> None:
+def test_sentences_of_a_different_length_are_refused(refusal) -> None:
     assert refusal("udpos", "de", "X\n\nX\nVERB\n\nX\n", "X\n\nX\nVERB\nX\n\nX\n") == (
         "ours/udpos/test-de.tsv:3: a sentence of 2 tags has 3 in gold/udpos/test-de.tsv:3 (here 4 tags in 3 sentences,"
         " there 5 tags in 3 sentences); both files need the same sentences"
     )
 
 
-def test_labels_outside_the_set(refusal) -> None:
+def test_labels_outside_the_tasks_set_are_refused(refusal) -> None:
     assert refusal("xnli", "de", "neutral\nmaybe\n", "neutral\nneutral\n") == (
         "ours/xnli/test-de.tsv:2: 'maybe' is none of contradiction, entailment, neutral"
     )
@@ -365,7 +365,7 @@ def test_labels_outside_the_set(refusal) -> None:
     assert "gold/udpos/test-de.tsv:1: 'CONJ' is none of ADJ" in refusal("udpos", "de", "ADJ\n", "CONJ\n")
 
 
-def test_questions_that_are_not_the_same(refusal) -> None:
+def test_different_sets_of_questions_are_refused(refusal) -> None:
     second = {**QUESTION, "id": "b"}
     assert refusal("xquad", "de", '{"b": "Paris"}', squad(QUESTION, second)) == (
         "ours/xquad/test-de.json: no answer to 1 of the 2 questions in gold/xquad/test-de.json, such as 'a';"
@@ -376,7 +376,7 @@ def test_questions_that_are_not_the_same(refusal) -> None:
     )
 
 
-def test_gold_answers_and_their_contexts(refusal) -> None:
+def test_gold_answers_must_exist_and_be_in_their_context(refusal) -> None:
     ours = '{"a": "Paris"}'
     assert refusal("tydiqa", "fi", ours, squad(QUESTION, context="In London.")) == (
         "gold/tydiqa/test-fi.json: the answer to 'a', 'Paris', is not in its context"
@@ -396,12 +396,12 @@ def test_gold_answers_and_their_contexts(refusal) -> None:
         (squad({**QUESTION, "answers": [{"text": 7}]}), "TypeError"),
     ],
 )
-def test_json_of_another_shape(refusal, gold: str, why: str) -> None:
+def test_json_of_another_shape_is_refused(refusal, gold: str, why: str) -> None:
     shape = "gold/mlqa/test-de.json: not SQuAD's JSON (data > paragraphs > context, qas > id, answers > text): "
     assert refusal("mlqa", "de", '{"a": "Paris"}', gold).startswith(shape + why)
 
 
-def test_predictions_that_are_no_answers(refusal) -> None:
+def test_predictions_that_are_not_answers_are_refused(refusal) -> None:
     assert refusal("mlqa", "de", '["Paris"]', squad(QUESTION)) == (
         "ours/mlqa/test-de.json: not a JSON object; predictions are {question id: answer}"
     )
@@ -410,11 +410,11 @@ def test_predictions_that_are_no_answers(refusal) -> None:
     )
 
 
-def test_no_question(refusal) -> None:
+def test_a_file_without_questions_is_refused(refusal) -> None:
     assert refusal("mlqa", "de", "{}", '{"data": []}') == "gold/mlqa/test-de.json: holds no question"
 
 
-def test_broken_files(refusal) -> None:
+def test_broken_files_are_refused(refusal) -> None:
     assert refusal("mlqa", "de", '{\n"a": "Paris",\n', squad(QUESTION)).startswith(
         "ours/mlqa/test-de.json:3: not JSON: "
     )
@@ -430,7 +430,7 @@ def test_broken_files(refusal) -> None:
             assert refusal(task, "de", nothing, "") == f"ours/{name}: is empty"
 
 
-def test_lines_of_retrieval(refusal) -> None:
+def test_bad_lines_of_retrieval_files_are_refused(refusal) -> None:
     assert refusal("bucc2018", "de", "de-1\ten-1\nde-2 en-2\n", "de-1\ten-1\n") == (
         "ours/bucc2018/test-de.tsv:2: 'de-2 en-2' is not SOURCE-ID<tab>ENGLISH-ID"
     )
@@ -442,7 +442,7 @@ def test_lines_of_retrieval(refusal) -> None:
         )
 
 
-def test_files_that_the_task_does_not_have(some: Path) -> None:
+def test_files_that_the_task_does_not_have_are_refused(some: Path) -> None:
     file = write(some / "predictions/pawsx/test-sw.tsv", "0\n")
     with pytest.raises(EvalError, match=r"test-sw\.tsv: pawsx has files test-XX\.tsv with XX one of de, en, es"):
         scores_of(some)
@@ -456,7 +456,7 @@ def test_files_that_the_task_does_not_have(some: Path) -> None:
     assert len(scores_of(some).tasks) == 4
 
 
-def test_folders_and_names(some: Path) -> None:
+def test_missing_folders_and_unknown_names_are_refused(some: Path) -> None:
     with pytest.raises(EvalError, match="nowhere: no such folder"):
         score_directory(some / "nowhere", some / "labels")
     with pytest.raises(EvalError, match="nowhere: no such folder"):

@@ -1,4 +1,4 @@
-"""Span decoding against a loop over every pair of positions of every window."""
+"""Span decoding equals a loop over every pair of positions of every window."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def slow_best(windows: list[ScoredWindow], n_best: int, max_tokens: int) -> tupl
 @pytest.mark.parametrize("n_best", [3, 6, 20])
 @pytest.mark.parametrize("max_tokens", [1, 3, 30])
 @pytest.mark.parametrize("ranges", [[(0, 20)], [(0, 9), (4, 13), (8, 17), (12, 20)], [(0, 10), (10, 20)]])
-def test_the_best_span_is_that_of_an_exhaustive_search(
+def test_the_best_span_equals_that_of_an_exhaustive_search(
     ranges: list[tuple[int, int]], n_best: int, max_tokens: int
 ) -> None:
     rng = np.random.default_rng(n_best * 100 + max_tokens)
@@ -84,7 +84,7 @@ def test_the_best_span_is_that_of_an_exhaustive_search(
     assert compared >= 10
 
 
-def test_only_tokens_of_the_context_make_an_answer() -> None:
+def test_only_tokens_of_the_context_form_an_answer() -> None:
     one = window(0, 20)
     start, end = np.zeros(len(one), np.float32), np.zeros(len(one), np.float32)
     start[[0, 1, 2, 3, len(one) - 1]] = 50.0  # <s>, the question and </s> are surest
@@ -93,7 +93,7 @@ def test_only_tokens_of_the_context_make_an_answer() -> None:
     assert best_span(CONTEXT, [ScoredWindow(one, start, end)]).text == "Budapest wurde 1949"
 
 
-def test_where_no_candidates_make_a_span_any_pair_will_do() -> None:
+def test_any_pair_is_allowed_if_the_candidates_form_no_span() -> None:
     one = window(0, 20)
     start, end = np.zeros(len(one), np.float32), np.zeros(len(one), np.float32)
     start[QUESTION + 15 : QUESTION + 18] = 9.0
@@ -103,7 +103,7 @@ def test_where_no_candidates_make_a_span_any_pair_will_do() -> None:
     assert found.score == 9.0
 
 
-def test_equal_scores_take_the_first_window_and_white_space_is_no_part() -> None:
+def test_ties_take_the_first_window_and_answers_exclude_outer_white_space() -> None:
     context = "ab  cd"
     arrays = np.zeros(3, np.int32)
     characters = np.array([(-1, -1), (0, 3), (3, 6)], np.int32)  # a tokenizer that counts spaces in
@@ -119,7 +119,7 @@ def test_equal_scores_take_the_first_window_and_white_space_is_no_part() -> None
     assert best_span(context, [ScoredWindow(one, start, end)]).first == 4
 
 
-def test_tokens_without_characters_make_no_answer() -> None:
+def test_tokens_without_characters_form_no_answer() -> None:
     arrays = np.zeros(3, np.int32)
     characters = np.array([(-1, -1), (0, 0), (0, 5)], np.int32)
     one = EncodedSide(

@@ -1,4 +1,4 @@
-"""Soft labels: the teacher's probabilities in the task's order of labels, rows as they were."""
+"""Soft labels are the teacher's probabilities in the task's label order; other fields are unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def write_rows(file: Path, n: int, **more: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def test_rows_get_the_teachers_probabilities_and_keep_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_get_the_teachers_probabilities_and_keep_their_other_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("evals.xtreme.teacher.CHUNK", 4)
     predictor = EncoderPredictor.open(export(tmp_path / "model", "tagging", TAGS[::-1]), "fp32")  # another order
     rows = write_rows(tmp_path / "mt" / "zh.jsonl", 10, tags=None, back_words=["old", "bridge"])
@@ -58,7 +60,7 @@ def test_rows_get_the_teachers_probabilities_and_keep_the_rest(tmp_path: Path, m
         assert record.back is not None
 
 
-def test_what_is_no_tagger_of_the_task_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_tagger_of_the_task_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "zh.jsonl", 1)
     tagger = EncoderPredictor.open(export(tmp_path / "tagger", "tagging", TAGS), "fp32")
     classifier = EncoderPredictor.open(export(tmp_path / "classifier", "classification", TAGS), "fp32")

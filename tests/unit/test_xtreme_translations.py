@@ -1,4 +1,4 @@
-"""Translations share their original's group, lie in `back_*`, and are refused where they do not fit."""
+"""Translations share the group of their original, fill `back_*`, and are refused if they do not match."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def write_authors_xnli(folder: Path) -> None:
     tsv(base / "translate-test/test.de.tsv", [("Five.", "Six.", "neutral")])
 
 
-def test_authors_xnli(tmp_path: Path) -> None:
+def test_the_authors_xnli_translations_are_matched(tmp_path: Path) -> None:
     write_authors_xnli(tmp_path / "data")
     counts, rows = prepared("xnli", tmp_path / "data", languages=["de", "fr"])
     english = [("xnli-train-0", "One.", "Two.", "neutral"), ("xnli-train-2", '"Three"', "Four.", "contradiction")]
@@ -109,7 +109,7 @@ def test_authors_xnli(tmp_path: Path) -> None:
         ("translate-test/test.de.tsv", [("Five.", "Six.", "neutral")] * 2, "has 2: nothing goes with {0}:2"),
     ],
 )
-def test_pairs_that_do_not_fit(tmp_path: Path, file: str, rows: Rows, expected: str) -> None:
+def test_pairs_that_do_not_match_are_refused(tmp_path: Path, file: str, rows: Rows, expected: str) -> None:
     write_authors_xnli(tmp_path / "data")
     tsv(tmp_path / "data/xnli" / file, rows)  # type: ignore[arg-type]
     message = refused("xnli", tmp_path / "data", languages=["de"])
@@ -131,7 +131,7 @@ def write_authors_pawsx(folder: Path, back_ids: tuple[int, int] = (7, 9)) -> Non
     tsv(base / "translate-test/test-de-en-translated.tsv", [("x!", "y!", 1), ("z!", "w!", 0)])
 
 
-def test_authors_pawsx(tmp_path: Path) -> None:
+def test_the_authors_pawsx_translations_are_matched(tmp_path: Path) -> None:
     write_authors_pawsx(tmp_path / "data")
     counts, rows = prepared("pawsx", tmp_path / "data", languages=["de"])
     assert (counts["train"], counts["skipped"]) == ({"en": 2, "de": 2}, {})
@@ -141,7 +141,7 @@ def test_authors_pawsx(tmp_path: Path) -> None:
     assert [row["back_text_b"] for row in rows["test/de"]] == ["y!", "w!"]
 
 
-def test_ids_that_differ(tmp_path: Path) -> None:
+def test_different_ids_are_refused(tmp_path: Path) -> None:
     write_authors_pawsx(tmp_path / "data", back_ids=(7, 8))
     base = tmp_path / "data/pawsx"
     assert refused("pawsx", tmp_path / "data", languages=["de"]).startswith(
@@ -158,7 +158,7 @@ def write_authors_panx(folder: Path) -> None:
     tagged(base / "translate-test-token/de.txt", [[("Ann",), ("!",)]])
 
 
-def test_authors_tags(tmp_path: Path) -> None:
+def test_the_authors_tagging_translations_are_matched(tmp_path: Path) -> None:
     write_authors_panx(tmp_path / "data")
     counts, rows = prepared("panx", tmp_path / "data", languages=["de"], splits={"train": "train", "test": "test"})
     first, second = rows["train/de"]
@@ -172,7 +172,7 @@ def test_authors_tags(tmp_path: Path) -> None:
     assert rows["test/de"][0]["back_words"] == ["Ann", "!"]
 
 
-def test_blank_lines_at_the_end_are_no_sentences(tmp_path: Path) -> None:
+def test_trailing_blank_lines_are_not_sentences(tmp_path: Path) -> None:
     write_authors_panx(tmp_path / "data")
     for name in ("en/train.tsv", "translate-train-logits/de.txt", "translate-train-en-token/de.txt"):
         file = tmp_path / "data/panx" / name
@@ -181,7 +181,7 @@ def test_blank_lines_at_the_end_are_no_sentences(tmp_path: Path) -> None:
     assert (counts["train"], len(rows["train/de"])) == ({"en": 2, "de": 2}, 2)
 
 
-def test_sentences_that_do_not_fit(tmp_path: Path) -> None:
+def test_sentences_that_do_not_match_are_refused(tmp_path: Path) -> None:
     write_authors_panx(tmp_path / "data")
     base = tmp_path / "data/panx"
     tagged(base / "translate-train-logits/de.txt", [[("Anna", SOFT[1])]])
@@ -206,7 +206,7 @@ def write_authors_qa(folder: Path) -> None:
     squad(folder / "xquad/translate-test/xquad.translate.test.de-en.json", ("Ulm is there.", [english]))
 
 
-def test_authors_questions(tmp_path: Path) -> None:
+def test_the_authors_questions_are_matched(tmp_path: Path) -> None:
     write_authors_qa(tmp_path / "data")
     counts, rows = prepared("xquad", tmp_path / "data", languages=["de"], splits={"train": "train", "test": "test"})
     assert (counts["train"], counts["skipped"]) == (
@@ -221,7 +221,7 @@ def test_authors_questions(tmp_path: Path) -> None:
     assert (row["back_question"], row["back_context"]) == ("Where is Ulm?", "Ulm is there.")
 
 
-def test_back_answers(tmp_path: Path) -> None:
+def test_answers_of_back_translations_are_read(tmp_path: Path) -> None:
     write_authors_qa(tmp_path / "data")
     back = question("q1", "Where is it?", ("the Danube", 10))
     file = tmp_path / "data/squad/translate-train-en/squad.translate.train.en-de-en.json"
@@ -230,7 +230,7 @@ def test_back_answers(tmp_path: Path) -> None:
     assert rows["train/de"][0]["back_answers"] == [{"text": "the Danube", "answer_start": 10}]
 
 
-def test_questions_that_do_not_fit(tmp_path: Path) -> None:
+def test_questions_that_do_not_match_are_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"languages": ["de"], "splits": {"train": "train", "test": "test"}}
     write_authors_qa(tmp_path / "data")
     file = squad(
@@ -260,7 +260,7 @@ def write_tydiqa(folder: Path, english: list[str], german: list[str]) -> None:
     squad(folder / "mt/TyDiQA-GoldP/translate-train/tydiqa.translate.train.en-fi.json", (GERMAN_CONTEXT, qas))
 
 
-def test_ids_that_repeat_are_matched_by_place(tmp_path: Path) -> None:
+def test_repeated_ids_are_matched_by_place(tmp_path: Path) -> None:
     """XTREME's script cuts TyDiQA's training ids to their last number."""
     options: dict[str, Any] = {"languages": ["fi"], "splits": {"train": "train"}, "translations": tmp_path / "mt"}
     options["layout"] = "download"
@@ -313,7 +313,7 @@ def test_the_buckets_pairs_are_matched_by_text(tmp_path: Path) -> None:
     assert [row["back_text_a"] for row in rows["test/de"]] == ["E0", "E1", "E2"]
 
 
-def test_a_bucket_of_other_originals(tmp_path: Path) -> None:
+def test_a_bucket_with_other_originals_is_refused(tmp_path: Path) -> None:
     write_bucket(tmp_path, extra=9)
     message = refused("xnli", tmp_path / "data", languages=["de"], translations=tmp_path / "mt")
     file = tmp_path / "mt/XNLI/translate-train/en-de-translated.tsv"
@@ -328,7 +328,7 @@ def test_a_bucket_of_other_originals(tmp_path: Path) -> None:
     assert message.startswith(f"{file}:1: translates another text than {tmp_path}/data/xnli/test-de.tsv has there")
 
 
-def test_the_buckets_questions(tmp_path: Path) -> None:
+def test_the_buckets_questions_are_matched(tmp_path: Path) -> None:
     squad(tmp_path / "data/squad/train-v1.1.json", (CONTEXT, [Q1, Q2]))
     squad(tmp_path / "data/mlqa/MLQA_V1/test/test-context-de-question-de.json", (GERMAN_CONTEXT, [D1]))
     squad(tmp_path / "mt/SQuAD/translate-train/squad.translate.train.en-de.json", (GERMAN_CONTEXT, [D1, D2]))
@@ -344,7 +344,7 @@ def test_the_buckets_questions(tmp_path: Path) -> None:
     assert rows["test/de"][0]["back_context"] == CONTEXT
 
 
-def test_translations_of_nothing(tmp_path: Path) -> None:
+def test_folders_without_matching_translations_are_refused(tmp_path: Path) -> None:
     write_bucket(tmp_path, extra=0)
     write(tmp_path / "other/README", "")
     message = refused("xnli", tmp_path / "data", languages=["de"], translations=tmp_path / "other")
