@@ -222,7 +222,7 @@ def xtreme_run(
     from evals.xtreme.run import run_xtreme
     from evals.xtreme.run_file import XtremeRun
     from training.run_folder.lock import held
-    from training.tracking.tracker import run_of_runs
+    from training.tracking.tracker import parent_run
 
     run = XtremeRun(
         config, task, model, method, data_dir, output, translations=translations, layout=layout,
@@ -230,7 +230,7 @@ def xtreme_run(
         unlabelled=unlabelled, max_bad_rows=max_bad_rows,
     )  # fmt: skip
     with held(output):
-        run_xtreme(run, run_of_runs)
+        run_xtreme(run, parent_run)
 
 
 @app.command()
@@ -256,9 +256,9 @@ def ui(
     ] = True,
 ) -> None:
     """Open the runs in MLflow. Example: crosslift ui runs --port 5001"""
-    from training.tracking.ui import serve_ui, window_at_hand
+    from training.tracking.ui import has_display, serve_ui
 
-    raise SystemExit(serve_ui(runs, port, host, open_browser and window_at_hand()))
+    raise SystemExit(serve_ui(runs, port, host, open_browser and has_display()))
 
 
 def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from training.loop.resume import permitted, schedule_change
 from training.objectives.config import ShifConConfig, XMixupConfig
 from training.run_folder.lock import make_folder, running_in
 from training.run_folder.prepare import Prepared, architecture, look, sample_rows
-from training.tracking.tracker import target_of
+from training.tracking.config import tracking_target
 
 COUNTED_STEPS = 64
 
@@ -83,7 +83,9 @@ def check_run(
         yield "one sample a language, its labels checked:"
         yield from _samples(data, config, 1)
         tracking = config.tracking
-        yield str(target_of(tracking, config.output_dir)) if tracking.enabled else "MLflow: off (tracking.enabled)"
+        yield (
+            str(tracking_target(tracking, config.output_dir)) if tracking.enabled else "MLflow: off (tracking.enabled)"
+        )
         yield from _start(config, prepared, accept_changes)
 
 

@@ -30,7 +30,7 @@ from training.objectives.config import (
     XMixupConfig,
     refuse,
 )
-from training.tracking.tracker import TrackingConfig
+from training.tracking.config import TrackingConfig
 
 
 class LoraSettings(Section):

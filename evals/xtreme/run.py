@@ -55,7 +55,7 @@ class ScoreTracker(Protocol):
 
 
 # Follows a run of runs: (its folder, the run file's `tracking` section, params) -> what takes scores, and that section
-# for the training run inside. `training.tracking.tracker.run_of_runs` is one.
+# for the training run inside. `training.tracking.tracker.parent_run` is one.
 Follow = Callable[
     [Path, Mapping[str, Any], Mapping[str, Any]], AbstractContextManager[tuple[ScoreTracker, Mapping[str, Any]]]
 ]

@@ -1,6 +1,6 @@
-"""MLflow slow, silent, failing, full: every metric arrives once, with step and time; no step waits; ends are bounded.
+"""MLflow slow, silent, failing or full: every metric arrives once, with step and time; no step waits for it.
 
-A real server stands behind a proxy that misbehaves on demand.
+A real server runs behind a proxy that fails on demand.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from typing import Any
 import pytest
 from test_mlflow_server import ROOT, Server, free_port, wait_for
 
+from training.tracking.config import TrackingConfig
+from training.tracking.mlflow_feed import sync_record
 from training.tracking.mlflow_store import default_store, open_client
 from training.tracking.run_record import RECORD_NAME, read_events
-from training.tracking.tracker import Tracker, TrackingConfig, sync_record
+from training.tracking.tracker import Tracker
 
-LONGEST_LOG = 0.5  # seconds that a training step may ever wait for the tracker; the machine may be busy
+LONGEST_LOG = 0.5  # seconds that a step may wait for the tracker, on a busy machine
 
 
 class Proxy:
-    """Passes requests on to a real server, or does what `mode` says instead."""
+    """Forwards requests to a real server, or fails as `mode` says."""
 
     def __init__(self, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self.behave()
+        self.recover()
         self.requests = 0
         proxy = self
 
@@ -51,7 +53,7 @@ class Proxy:
                     time.sleep(3)
                     return
                 if mode.isdigit():
-                    self._send(int(mode), b'{"message": "it does not go"}')
+                    self._send(int(mode), b'{"message": "failed"}')
                     return
                 if mode == "slow":
                     time.sleep(0.3)
@@ -78,14 +80,14 @@ class Proxy:
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def behave(self) -> None:
-        """From now on requests are passed on, and waited for as a run does it: the machine may be busy."""
+    def recover(self) -> None:
+        """From now on forward requests, with the timeout of a run: the machine may be busy."""
         self.mode = "pass"
         self._monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
-    def misbehave(self, mode: str) -> None:
-        """`mode`: silent, lost (done, but the answer never comes), slow, 500, 507."""
-        self._monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # less than the silence
+    def fail(self, mode: str) -> None:
+        """`mode`: silent, lost (executed, but never answered), slow, 500, 507."""
+        self._monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # shorter than the silence
         self.mode = mode
 
     def close(self) -> None:
@@ -136,23 +138,23 @@ def stored(uri: str, experiment: str) -> list[tuple[int, float, int]]:
 
 
 def recorded(folder: Path) -> list[tuple[int, float, int]]:
-    """The same, by the record."""
+    """The same from the record."""
     events = [event for _, event in read_events(folder / RECORD_NAME) if event["kind"] == "metrics"]
     return sorted((event["step"], event["values"]["loss"], event["time"]) for event in events)
 
 
 @pytest.mark.parametrize("mode", ["silent", "lost", "slow", "500", "507"])
-def test_a_server_that_misbehaves_for_a_while(
+def test_after_a_temporary_failure_the_server_has_everything_once(
     server: Server, proxy: Proxy, tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = Logged(tmp_path / "run", proxy.uri, mode)
     run.steps(range(20))
     wait_for(lambda: len(stored(server.store, mode)) == 20 if proxy.requests > 3 else False)
     before = proxy.requests
-    proxy.misbehave(mode)
+    proxy.fail(mode)
     run.steps(range(20, 120), pause=0.02)
     wait_for(lambda: proxy.requests > before + 1)
-    proxy.behave()
+    proxy.recover()
     run.steps(range(120, 140))
     began = time.monotonic()
     run.tracker.finish("FINISHED")
@@ -164,11 +166,11 @@ def test_a_server_that_misbehaves_for_a_while(
 
 
 @pytest.mark.parametrize("mode", ["silent", "500"])
-def test_an_end_while_the_server_is_away_is_bounded_and_caught_up_later(
+def test_the_end_of_a_run_does_not_wait_for_an_unreachable_server_and_is_synced_later(
     server: Server, proxy: Proxy, tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     name, folder = f"end {mode}", tmp_path / "run"
-    proxy.misbehave(mode)
+    proxy.fail(mode)
     run = Logged(folder, proxy.uri, name)
     run.steps(range(30))
     began = time.monotonic()
@@ -176,14 +178,16 @@ def test_an_end_while_the_server_is_away_is_bounded_and_caught_up_later(
     assert time.monotonic() - began < 5
     assert run.longest < LONGEST_LOG
     assert "have not reached MLflow" in capfd.readouterr().err
-    proxy.behave()
+    proxy.recover()
     assert sync_record(folder).left == 0
     assert stored(server.store, name) == recorded(folder)
     assert [step for step, *_ in recorded(folder)] == list(range(30))
 
 
-def test_a_full_disk_under_the_store(small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    shutil.copy(made_store(tmp_path), small_disk / "mlflow.db")
+def test_a_full_disk_of_the_store_loses_nothing(
+    small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(created_store(tmp_path), small_disk / "mlflow.db")
     filler = small_disk / "filler"
     run = Logged(tmp_path / "run", default_store(small_disk), "full store")
     run.steps(range(10))
@@ -199,8 +203,10 @@ def test_a_full_disk_under_the_store(small_disk: Path, tmp_path: Path, capfd: py
     assert len(recorded(tmp_path / "run")) == 2020
 
 
-def test_a_full_disk_under_the_record(small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    store = default_store(made_store(tmp_path).parent)
+def test_a_full_disk_of_the_record_loses_nothing(
+    small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = default_store(created_store(tmp_path).parent)
     run = Logged(small_disk / "run", store, "full record")
     run.steps(range(10))
     wait_for(lambda: (small_disk / "run" / "tracking.json").exists())
@@ -215,13 +221,14 @@ def test_a_full_disk_under_the_record(small_disk: Path, tmp_path: Path, capfd: p
     assert run.longest < LONGEST_LOG
     assert [step for step, *_ in recorded(small_disk / "run")] == list(range(410))
     assert stored(store, "full record") == recorded(small_disk / "run")
-    assert "waits in memory" in capfd.readouterr().err
+    assert "are kept in memory" in capfd.readouterr().err
 
 
 SWEEP = """
 import sys, time
 from pathlib import Path
-from training.tracking.tracker import Tracker, TrackingConfig
+from training.tracking.config import TrackingConfig
+from training.tracking.tracker import Tracker
 folder, uri = Path(sys.argv[1]), sys.argv[2]
 tracker = Tracker(folder, TrackingConfig(uri=uri, experiment="sweep", sync_seconds=0.05))
 tracker.start({"name": folder.name}, {}, None)
@@ -237,8 +244,8 @@ print(longest)
 
 
 @pytest.mark.parametrize("where", ["server", "sqlite"])
-def test_three_runs_of_a_sweep_at_once(server: Server, tmp_path: Path, where: str) -> None:
-    """One store and one folder for all of them; the SQLite store is not even there when they start."""
+def test_three_concurrent_runs_of_a_sweep(server: Server, tmp_path: Path, where: str) -> None:
+    """They share a store and a folder; the SQLite store does not exist when they start."""
     sweep = tmp_path / "sweep"
     uri = server.uri if where == "server" else default_store(sweep)
     sweep.mkdir()
@@ -265,34 +272,34 @@ def test_three_runs_of_a_sweep_at_once(server: Server, tmp_path: Path, where: st
         assert run.info.status == "FINISHED"
 
 
-def test_a_store_whose_maker_is_killed_is_made_by_the_next(tmp_path: Path) -> None:
+def test_a_store_whose_creation_was_killed_is_created_by_the_next_process(tmp_path: Path) -> None:
     store = default_store(tmp_path)
     program = f"from training.tracking.mlflow_store import open_client; open_client({store!r})"
-    maker = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    creator = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     unfinished = tmp_path / ".incomplete-mlflow.db"
     wait_for(lambda: unfinished.exists() and unfinished.stat().st_size > 100_000)
-    maker.kill()
-    maker.wait()
+    creator.kill()
+    creator.wait()
     assert not (tmp_path / "mlflow.db").exists()
     assert [each.name for each in open_client(store).search_experiments()] == ["Default"]
 
 
-def test_a_store_is_made_by_one_at_a_time(tmp_path: Path) -> None:
-    """Two at it would rename what the other has half made: whoever comes second waits, and finds it there."""
-    import mlflow.tracking  # noqa: F401 -- not in the three seconds
+def test_a_store_is_created_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """The second process waits, and finds the store."""
+    import mlflow.tracking  # noqa: F401 -- its import must not be part of the three seconds
 
     with (tmp_path / ".mlflow.db.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        maker = threading.Thread(target=open_client, args=(default_store(tmp_path),), daemon=True)
-        maker.start()
-        maker.join(3)
-        assert maker.is_alive()
+        creator = threading.Thread(target=open_client, args=(default_store(tmp_path),), daemon=True)
+        creator.start()
+        creator.join(3)
+        assert creator.is_alive()
         assert [path.name for path in tmp_path.iterdir()] == [".mlflow.db.lock"]
-    maker.join(60)
+    creator.join(60)
     assert (tmp_path / "mlflow.db").exists()
 
 
-def made_store(folder: Path) -> Path:
+def created_store(folder: Path) -> Path:
     """An empty MLflow database."""
     place = folder / "store"
     place.mkdir()

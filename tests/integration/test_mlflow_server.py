@@ -1,4 +1,4 @@
-"""A real MLflow server that comes, dies and comes back beside a run: nothing lost, nothing twice, nothing waits."""
+"""A real MLflow server that is killed and restarted during a run: nothing is lost or sent twice, no step waits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from typing import Any
 import pytest
 import waiting
 
+from training.tracking.config import TrackingConfig
+from training.tracking.mlflow_feed import sync_record
 from training.tracking.mlflow_store import QUIET, default_store, open_client, server_answers
 from training.tracking.run_record import RECORD_NAME
-from training.tracking.tracker import Tracker, TrackingConfig, sync_record
+from training.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
-wait_for = partial(waiting.wait_for, seconds=90, every=0.1)  # a server takes its time to come up
+wait_for = partial(waiting.wait_for, seconds=90, every=0.1)  # a server starts slowly
 
 
 class Server:
-    """`mlflow server` on one port and one SQLite store, which can be killed and started again."""
+    """`mlflow server` on one port and one SQLite store; it can be killed and restarted."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.port, self.uri = folder, port, f"http://127.0.0.1:{port}"
@@ -40,7 +42,7 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
-            # Its own process group: the server has a child that must die with it.
+            # Its own process group: the server has a child process that must end with it.
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         wait_for(lambda: server_answers(self.uri, 1.0))
 
@@ -89,7 +91,7 @@ def losses(server: Server) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in client.get_metric_history(found.info.run_id, "loss"))
 
 
-def test_a_server_killed_in_mid_run_gets_everything_once(
+def test_a_server_killed_during_a_run_has_everything_once(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.start()
@@ -121,7 +123,7 @@ def test_a_server_killed_in_mid_run_gets_everything_once(
     assert [line.split(": ")[0] for line in err.splitlines()] == ["crosslift"] * len(err.splitlines())
     assert "is back and has everything" in err
 
-    # A job that resumes from step 38 goes on with the same run.
+    # A job that resumes from step 38 continues the same run.
     tracker = tracker_for(server, folder, resumed_step=38)
     for step in (39, 40, 41):
         tracker.log(step, {"loss": float(step)})
@@ -130,7 +132,7 @@ def test_a_server_killed_in_mid_run_gets_everything_once(
     assert losses(server) == [(step, float(step)) for step in range(1, 42)]
 
 
-def test_a_run_whose_server_was_never_there_is_caught_up_by_sync(
+def test_a_run_whose_server_was_never_reachable_is_synced_later(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -153,7 +155,7 @@ def test_a_run_whose_server_was_never_there_is_caught_up_by_sync(
     assert sync_record(folder).fed == 0
 
 
-def test_the_page_shows_local_runs_and_catches_up_a_server_that_answers(server: Server, tmp_path: Path) -> None:
+def test_ui_shows_local_runs_and_syncs_a_server_that_responds(server: Server, tmp_path: Path) -> None:
     """`crosslift ui`: three run folders, one of which has a server of its own."""
     runs = tmp_path / "runs"
     for name in ("a", "deep/b"):
@@ -187,7 +189,7 @@ def test_the_page_shows_local_runs_and_catches_up_a_server_that_answers(server: 
     finally:
         page.terminate()
         page.wait(30)
-    wait_for(lambda: not server_answers(address, 1.0))  # its server went with it
+    wait_for(lambda: not server_answers(address, 1.0))  # its server ended with it
     assert losses(server) == [(1, 2.0)]
     ids = {run.info.experiment_id for run in found}
     assert f"{address}/#/experiments/{ids.pop()}/runs?workflowType=machine_learning  (crosslift: 2 runs)" in said

@@ -1,4 +1,4 @@
-"""A whole run with secrets around it: none of them lies in the run folder, in MLflow's store, or in what is printed."""
+"""A whole run with secrets in its environment: none of them is in the run folder, in MLflow's store, or printed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from training.tracking.mlflow_feed import sync_record
 from training.tracking.mlflow_store import default_store
-from training.tracking.tracker import sync_record
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {

@@ -222,20 +222,20 @@ def test_a_metric_that_every_checkpoint_has_is_taken(values: Values, best: str) 
 @pytest.mark.parametrize(
     ("uri", "line"),
     [
-        ("htp://host", "'htp://host': MLflow takes no such address; write http://HOST:PORT or sqlite:.*"),
-        ("htp://me:hush@host", "'htp://host': MLflow takes .*"),
-        ("http://", "'http://': lacks a part; write http://HOST:PORT"),
+        ("htp://host", "'htp://host': MLflow does not support such an address; write http://HOST:PORT or sqlite:.*"),
+        ("htp://me:hush@host", "'htp://host': MLflow does not .*"),
+        ("http://", "'http://': incomplete; write http://HOST:PORT"),
         ("http://host:99999", "'http://host:99999': Port out of range 0-65535"),
-        ("mlruns", "'mlruns': MLflow writes to plain folders no more; write .*"),
-        ("file:///a/mlruns", "'file:///a/mlruns': MLflow writes to plain folders no more; .*"),
+        ("mlruns", "'mlruns': MLflow no longer writes to plain folders; write .*"),
+        ("file:///a/mlruns", "'file:///a/mlruns': MLflow no longer writes to plain folders; .*"),
         ("sqlite://", "'sqlite://': names no file; write sqlite:////absolute/path/mlflow.db"),
-        ("postgresql://host", "'postgresql://host': lacks a part; write postgresql://USER@HOST:PORT/DATABASE"),
-        ("", "'': MLflow writes .*"),
-        ("sqlite:////a?b/mlflow.db", r"'sqlite:////a\?b/mlflow.db': what follows \? are options .*; write .* as %3F"),
-        ("sqlite:////a/b?c", r"'sqlite:////a/b\?c': what follows \? are options .*"),
+        ("postgresql://host", "'postgresql://host': incomplete; write postgresql://USER@HOST:PORT/DATABASE"),
+        ("", "'': MLflow no longer writes .*"),
+        ("sqlite:////a?b/mlflow.db", r"'sqlite:////a\?b/mlflow.db': options such as .* follow a \?; write %3F for .*"),
+        ("sqlite:////a/b?c", r"'sqlite:////a/b\?c': options such as .* follow a \?.*"),
     ],
 )
-def test_a_tracking_address_that_mlflow_takes_not_is_refused(values: Values, uri: str, line: str) -> None:
+def test_a_tracking_address_that_mlflow_does_not_support_is_refused(values: Values, uri: str, line: str) -> None:
     (found,) = mistakes(changed(values, "tracking.uri", uri))
     assert re.fullmatch(f"tracking.uri: {line}", found), found
 

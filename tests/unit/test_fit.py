@@ -21,7 +21,7 @@ from training.errors import ConfigError, ExportCheckFailed, NotExported
 from training.launch.stop import StoppedOnRequest, StopRequest
 from training.run_file import resolved, validate
 from training.tracking.plots import draw_plots
-from training.tracking.run_record import RunRecord, number, read_events
+from training.tracking.run_record import RunRecord, json_number, read_events
 
 STOPPED = StoppedOnRequest("stopped by SIGUSR1 after 4 of 12 steps; all of it is saved")
 
@@ -154,7 +154,7 @@ def test_a_run_whose_export_failed_does_not_end_as_finished_in_its_record_and_in
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    from training.tracking.tracker import sync_record
+    from training.tracking.mlflow_feed import sync_record
 
     monkeypatch.setattr(conclusion, "export_newest", raises(error))
     with pytest.raises(expected) as raised:
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_a_mark_in_the_plot(
     record = RunRecord(config.output_dir)
     for step, loss in enumerate((3.0, 2.5, math.nan, 2.0, 1.5), start=1):
         values = {f"train/loss/{language}": loss for language in ("en", "sw")}
-        record.append("metrics", step=step, values={name: number(value) for name, value in values.items()})
+        record.append("metrics", step=step, values={name: json_number(value) for name, value in values.items()})
     record.close()
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))

@@ -1,4 +1,4 @@
-"""Scores of a run's model reach the run's MLflow page, from whichever process, and never twice."""
+"""Scores of a run's model are added to the run's MLflow page, from any process, and once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from evals.commands import _tracked
 from evals.mgsm.numbers import HEADLINE
 from evals.score_report import score_metrics, write_score_files
 from training.errors import ConfigError
+from training.tracking.config import TrackingConfig
+from training.tracking.mlflow_feed import sync_record
 from training.tracking.mlflow_store import default_store, open_client
 from training.tracking.run_record import RECORD_NAME, SCORES_NAME, read_events
 from training.tracking.scores import run_of, track_scores
-from training.tracking.tracker import Tracker, TrackingConfig, sync_record
+from training.tracking.tracker import Tracker
 
 METRICS = {"accuracy/en": 0.5, "n/en": 10.0, "accuracy/sw": 0.25, "n/sw": 10.0}
 
@@ -31,7 +33,7 @@ def export_in(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with its own store; MLflow takes seconds to make one."""
+    """A finished run with its own store, which MLflow takes seconds to create."""
     run = tmp_path_factory.mktemp("runs") / "a"
     tracker = Tracker(run, TrackingConfig(sync_seconds=0.05))
     tracker.start({}, {}, None)
@@ -43,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, finished: Path) -> Path:
-    """A copy of its folder, in which the store is to be filled anew."""
+    """A copy of its folder whose store has to be filled again."""
     shutil.copytree(
         finished, tmp_path / "a", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "tracking.json")
     )
@@ -63,7 +65,7 @@ def page(run: Path) -> tuple[Any, Any]:
     return client, found
 
 
-def test_scores_and_files_are_on_the_page_of_the_run_that_made_the_model(run: Path, tmp_path: Path) -> None:
+def test_scores_and_files_are_on_the_page_of_the_run_that_exported_the_model(run: Path, tmp_path: Path) -> None:
     table = tmp_path / "elsewhere" / "table.txt"
     table.parent.mkdir()
     table.write_text("en 50 %")
@@ -94,7 +96,7 @@ def test_scores_survive_the_loss_of_the_store(run: Path) -> None:
     assert page(run)[1].data.metrics["validation/mgsm/accuracy/sw"] == 0.25
 
 
-def test_a_run_that_is_training_keeps_its_record_to_itself(tmp_path: Path) -> None:
+def test_scores_do_not_change_the_record_of_a_run_that_is_training(tmp_path: Path) -> None:
     """A record has one writer: scores of an earlier checkpoint go into a file of their own."""
     tracker = Tracker(tmp_path, TrackingConfig(enabled=False))
     tracker.start({}, {}, None)
@@ -109,7 +111,7 @@ def test_a_run_that_is_training_keeps_its_record_to_itself(tmp_path: Path) -> No
     assert event["values"]["score/mgsm/n/en"] == 10.0
 
 
-def test_a_store_that_is_away_costs_no_score(tmp_path: Path) -> None:
+def test_an_unreachable_store_loses_no_score(tmp_path: Path) -> None:
     run = tmp_path / "a"
     tracker = Tracker(run, TrackingConfig(uri="http://127.0.0.1:9", sync_seconds=0.05))
     tracker.start({}, {}, None)
@@ -120,12 +122,12 @@ def test_a_store_that_is_away_costs_no_score(tmp_path: Path) -> None:
     assert (run / SCORES_NAME).is_file()
 
 
-def test_models_of_no_run_are_told_apart(tmp_path: Path) -> None:
+def test_the_run_of_a_model_is_the_one_that_exported_it(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RECORD_NAME).touch()
     assert run_of(export_in(tmp_path / "run" / "model")) == tmp_path / "run"
     assert run_of(export_in(tmp_path / "alone")) is None
-    (tmp_path / "run" / "initial_model").mkdir()  # it lies in the folder, but the run did not make it
+    (tmp_path / "run" / "initial_model").mkdir()  # in the run's folder, but not exported by the run
     assert run_of(tmp_path / "run" / "initial_model") is None
     assert track_scores(tmp_path / "alone", "mgsm", METRICS, []) is None
     with pytest.raises(ConfigError, match="holds no run"):
@@ -144,7 +146,7 @@ def results(languages: dict[str, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_an_evaluation_gives_accuracy_and_n_by_language_a_table_and_a_plot(tmp_path: Path) -> None:
+def test_an_evaluation_has_accuracy_and_n_by_language_a_table_and_a_plot(tmp_path: Path) -> None:
     found = results({"en": 250, "বাংলা": 2})
     assert score_metrics(found) == {
         "accuracy/en": 0.5, "n/en": 250.0, "accuracy/বাংলা": 0.5, "n/বাংলা": 2.0, "accuracy/mean_all": 0.5,
@@ -154,7 +156,7 @@ def test_an_evaluation_gives_accuracy_and_n_by_language_a_table_and_a_plot(tmp_p
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_passes_its_scores_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_tracks_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taken: list[Any] = []
 
     def track(*given: Any) -> str:
@@ -170,7 +172,7 @@ def test_eval_passes_its_scores_on(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "scores: there\n"
 
 
-def test_the_quickstart_passes_the_scores_of_each_model_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quickstart_tracks_the_scores_of_each_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
     described = {"task": "mgsm", "model": {"path": "", "objective": "sft"}}
     monkeypatch.setattr(quickstart, "open_model", lambda path: (None, None))

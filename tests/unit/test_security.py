@@ -318,13 +318,13 @@ def test_no_password_of_an_address_is_written_down(corpus: Path, tmp_path: Path)
 def test_a_login_reaches_the_run_inside_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from training.tracking.tracker import run_of_runs
+    from training.tracking.tracker import parent_run
 
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "")  # so that what the call sets is taken away again
         monkeypatch.delenv(name)
     section = {"enabled": False, "uri": "http://me:hunter%402@127.0.0.1:9"}
-    with run_of_runs(tmp_path / "run", section, {}) as (_, inside):
+    with parent_run(tmp_path / "run", section, {}) as (_, inside):
         assert inside["uri"] == "http://127.0.0.1:9"
         assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me"
         assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "hunter@2"
@@ -332,7 +332,7 @@ def test_a_login_reaches_the_run_inside_by_the_environment(tmp_path: Path, monke
     database = {"enabled": False, "uri": "postgresql://me:hunter2@host/db"}
     with (
         pytest.raises(ConfigError, match=r"^tracking\.uri: holds a password") as error,
-        run_of_runs(tmp_path / "other", database, {}),
+        parent_run(tmp_path / "other", database, {}),
     ):
         pass
     assert "hunter2" not in one_line(error)
@@ -344,6 +344,7 @@ def test_mlflows_page_is_for_this_machine_unless_told_otherwise(
 ) -> None:
     from training.tracking import tracker as tracking
     from training.tracking import ui
+    from training.tracking.config import TrackingConfig
 
     started: list[list[str]] = []
 
@@ -356,7 +357,7 @@ def test_mlflows_page_is_for_this_machine_unless_told_otherwise(
 
         wait = poll
 
-    tracker = tracking.Tracker(tmp_path / "run", tracking.TrackingConfig(enabled=False))
+    tracker = tracking.Tracker(tmp_path / "run", TrackingConfig(enabled=False))
     tracker.start({}, {}, None)
     tracker.finish("FINISHED")
     monkeypatch.setattr(ui.subprocess, "Popen", Server)

@@ -1,4 +1,4 @@
-"""The record survives what kills a run; MLflow gets all of it once; nothing of MLflow reaches the loop."""
+"""The record survives a killed run; MLflow gets all of it once; MLflow never delays the training loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from training.checks.metric_names import metric_names
 from training.errors import ConfigError
 from training.objectives.config import ContrastiveConfig, ShifConConfig
 from training.provenance import git_state, source_tags, versions
-from training.tracking.mlflow_feed import STATE_NAME, RecordFeeder
+from training.tracking.config import TrackingConfig, tracking_target
+from training.tracking.mlflow_feed import STATE_NAME, RecordFeeder, sync_record
 from training.tracking.mlflow_store import (
     MAX_KEY,
     MAX_PARAM,
@@ -35,10 +36,9 @@ from training.tracking.mlflow_store import (
     mlflow_key,
     on_shared_disk,
     open_client,
-    without_password,
 )
-from training.tracking.run_record import RECORD_NAME, RunRecord, flatten, number, read_events
-from training.tracking.tracker import Tracker, TrackingConfig, sync_record, target_of
+from training.tracking.run_record import RECORD_NAME, RunRecord, flatten, json_number, read_events
+from training.tracking.tracker import Tracker
 from training.tracking.ui import _serve, serve_ui
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; MLflow takes seconds to make one."""
+    """An empty MLflow database, which MLflow takes seconds to create."""
     folder = tmp_path_factory.mktemp("store")
     open_client(default_store(folder)).search_experiments()
     return folder / "mlflow.db"
@@ -83,7 +83,7 @@ def history(folder: Path, name: str) -> list[tuple[int, float]]:
 # --- the record ---------------------------------------------------------------------------------------------
 
 
-def test_a_torn_last_line_is_cut_off_and_a_whole_one_is_kept(tmp_path: Path) -> None:
+def test_a_cut_off_last_line_is_removed_and_a_complete_one_is_kept(tmp_path: Path) -> None:
     record = RunRecord(tmp_path)
     record.append("metrics", step=1, values={"loss": 1.0})
     record.close()
@@ -99,7 +99,7 @@ def test_a_torn_last_line_is_cut_off_and_a_whole_one_is_kept(tmp_path: Path) -> 
     assert [event["step"] for _, event in read_events(path)] == [1, 7, 8]
 
 
-def test_a_killed_process_loses_no_line_it_logged(tmp_path: Path) -> None:
+def test_a_killed_process_loses_no_logged_line(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from training.tracking.tracker import *\n"
         "t = Tracker(Path(sys.argv[1]), TrackingConfig(enabled=False)); t.start({}, {}, None)\n"
@@ -115,7 +115,7 @@ def test_a_killed_process_loses_no_line_it_logged(tmp_path: Path) -> None:
     assert steps[: len(said)] == said
 
 
-def test_damaged_lines_are_told_from_good_ones(tmp_path: Path) -> None:
+def test_damaged_lines_are_recognised(tmp_path: Path) -> None:
     good = '{"time": 1, "kind": "metrics", "step": 3, "values": {}}\n'
     bad = ['{"time": 1, "kind"\n', "\0\0\0\n", '{"time": 1, "kind": "metrics"}\n', '{"kind": []}\n', "7\n"]
     (tmp_path / RECORD_NAME).write_text(good + "".join(bad) + good)
@@ -124,16 +124,16 @@ def test_damaged_lines_are_told_from_good_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1])
-def test_every_value_comes_back_from_strict_json(tmp_path: Path, value: float) -> None:
+def test_every_value_survives_strict_json(tmp_path: Path, value: float) -> None:
     record = RunRecord(tmp_path)
-    record.append("metrics", step=0, values={"x": number(value)})
+    record.append("metrics", step=0, values={"x": json_number(value)})
     line = (tmp_path / RECORD_NAME).read_text()
     assert not any(word in line.replace('"NaN"', "").replace('Infinity"', "") for word in ("NaN", "Infinity"))
     back = float(json.loads(line)["values"]["x"])
     assert back == value or (math.isnan(back) and math.isnan(value))
 
 
-def test_lines_wait_for_a_full_disk_and_it_is_said_once(
+def test_lines_are_queued_while_the_disk_is_full_and_it_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = RunRecord(tmp_path)
@@ -152,10 +152,10 @@ def test_lines_wait_for_a_full_disk_and_it_is_said_once(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_what_a_full_disk_never_takes_is_counted(
+def test_lines_that_a_full_disk_never_accepts_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.tracking.run_record.MOST_WAITING", 200)  # two or three such lines
+    monkeypatch.setattr("training.tracking.run_record.MAX_QUEUED_BYTES", 200)  # two or three such lines
     record = RunRecord(tmp_path)
 
     def full(fd: int, data: bytes) -> int:
@@ -174,13 +174,13 @@ def test_what_a_full_disk_never_takes_is_counted(
     assert f"{6 - len(kept)} lines are lost" in said[1]
 
 
-def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         RunRecord(tmp_path / "file")
 
 
-def test_nested_config_becomes_dotted_names() -> None:
+def test_a_nested_config_becomes_dotted_names() -> None:
     config = {"data": {"languages": ["en", "zh"], "size": None}, "deepspeed": {}, "steps": 3}
     assert flatten(config) == {
         "data.languages": '["en", "zh"]',
@@ -194,7 +194,7 @@ def test_nested_config_becomes_dotted_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["train/loss/zh", "a//b", "/a", "../a", "a/../b", "a,b", "损失", "", ".", "x" * 400])
-def test_mlflow_takes_every_cleaned_name(name: str) -> None:
+def test_mlflow_accepts_every_cleaned_name(name: str) -> None:
     from mlflow.utils.validation import _validate_metric_name
 
     key = mlflow_key(name)
@@ -204,20 +204,14 @@ def test_mlflow_takes_every_cleaned_name(name: str) -> None:
         assert key == name
 
 
-def test_no_password_is_written_down() -> None:
-    assert without_password("http://me:secret@host:5000/x") == "http://host:5000/x"
-    assert without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"
-    assert without_password("sqlite:////a/b c/mlflow.db") == "sqlite:////a/b c/mlflow.db"
-
-
-def test_artifacts_lie_beside_the_database(tmp_path: Path) -> None:
+def test_artifacts_are_beside_the_database(tmp_path: Path) -> None:
     assert artifact_root(tmp_path, default_store(tmp_path / "a b")) == (tmp_path / "a b/mlartifacts").as_uri()
     assert artifact_root(tmp_path, "https://host") is None
 
 
 @pytest.mark.parametrize("name", ["a?b", "a?b=c", "100%", "%41", "a#b", "[v1] a*{b}?#é"])
-def test_the_store_lies_in_the_run_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
-    """`?` begins the options of an address: the database was made outside the run folder, under half its name."""
+def test_the_store_is_in_the_run_folder_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """`?` begins the options of an address: unescaped, the database would be outside the run folder."""
     from sqlalchemy import make_url
 
     folder = tmp_path / name
@@ -231,12 +225,14 @@ def test_the_store_lies_in_the_run_folder_whatever_that_is_called(tmp_path: Path
     assert checked_address(address) == address
 
 
-def test_a_new_store_lies_there_too(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that is made under another name until it is whole, and the one that is opened."""
+def test_a_new_store_is_in_the_run_folder_whatever_its_name(
+    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both while it is created under a temporary name and when it is opened."""
     folder = tmp_path / "a?b%41#c"
     folder.mkdir()
     shutil.copy(migrated, folder / ".incomplete-mlflow.db")
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # MLflow would take seconds to make the tables
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # MLflow would take seconds to create the tables
     open_client(default_store(folder)).create_experiment("mine")
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert {"mlflow.db"} == {path.name for path in folder.glob("*.db")}
@@ -244,12 +240,12 @@ def test_a_new_store_lies_there_too(tmp_path: Path, migrated: Path, monkeypatch:
         assert store.execute("select name from experiments where name = 'mine'").fetchall() == [("mine",)]
 
 
-def test_the_server_of_ui_leaves_no_folder_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_of_ui_leaves_no_misread_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a?b"
     folder.mkdir()
 
     class Server:
-        """MLflow's, as far as it makes the folder of its store."""
+        """MLflow's server, which creates the folder of its store."""
 
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             Path(command[command.index("--backend-store-uri") + 1].removeprefix("sqlite:///")).parent.mkdir()
@@ -266,7 +262,7 @@ def test_the_server_of_ui_leaves_no_folder_either(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_network_disks_are_known(tmp_path: Path) -> None:
+def test_network_disks_are_recognised(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     lines = [
         "tmp /shared\\040disk/own tmpfs rw 0 0",
@@ -284,7 +280,7 @@ def test_a_network_disk_gets_a_record_and_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("training.tracking.target.on_shared_disk", lambda folder: True)
+    monkeypatch.setattr("training.tracking.config.on_shared_disk", lambda folder: True)
     tracker = tracked(tmp_path)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
@@ -292,14 +288,14 @@ def test_a_network_disk_gets_a_record_and_no_store(
     assert [path.name for path in tmp_path.iterdir()] == [RECORD_NAME]
 
 
-def test_config_mistakes_are_refused() -> None:
-    with pytest.raises(ValidationError, match="takes no such address"):
+def test_invalid_config_is_refused() -> None:
+    with pytest.raises(ValidationError, match="does not support such an address"):
         TrackingConfig(uri="localhost:5000")
     with pytest.raises(ValidationError, match="extra"):
         TrackingConfig(url="http://x")  # type: ignore[call-arg]
 
 
-def test_importing_and_making_a_tracker_imports_neither_mlflow_nor_torch(tmp_path: Path) -> None:
+def test_creating_a_tracker_imports_neither_mlflow_nor_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from training.tracking.tracker import *\n"
         f"Tracker(Path({str(tmp_path)!r}), TrackingConfig())\n"
@@ -312,10 +308,10 @@ def test_importing_and_making_a_tracker_imports_neither_mlflow_nor_torch(tmp_pat
 # --- into the store -----------------------------------------------------------------------------------------
 
 
-def test_only_one_thread_at_a_time_imports_mlflow(run: Path) -> None:
-    """Parts of it imported by two at once break it for the process, so a feeder asks for the whole first."""
+def test_mlflow_is_imported_by_one_thread_at_a_time(run: Path) -> None:
+    """Two threads that import parts of it break it for the process, so a feeder imports all of it first."""
     tracker = tracked(run)
-    tracker.finish("FINISHED")  # the next feeder knows its run, and looks it up instead of making one
+    tracker.finish("FINISHED")  # the next feeder knows its run, and does not create one
     code = f"""if True:
         import sys
         from pathlib import Path
@@ -336,11 +332,13 @@ def test_only_one_thread_at_a_time_imports_mlflow(run: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-def test_a_run_arrives_whole(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_arrives_completely(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # as a strict server has it
     params = {f"p{i}": i for i in range(150)} | {"long": "x" * 7000}
     tracker = tracked(run, params=params)
-    tracker.log(0, {f"train/loss/l{i}": float(i) for i in range(2500)})  # more than one log_batch takes
+    tracker.log(0, {f"train/loss/l{i}": float(i) for i in range(2500)})  # more than one log_batch accepts
     tracker.log(1, {"x": math.nan, "y": math.inf, "a,b": 1.0})
     (run / "plots").mkdir()
     (run / "plots" / "areas.txt").write_text("seen")
@@ -374,10 +372,10 @@ def test_a_run_arrives_whole(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     result = sync_record(run)
     assert (result.fed, result.left, result.refused, result.error) == (0, 0, {}, None)
     out, err = capfd.readouterr()
-    assert (out, err) == ("", "")  # nothing to say, so nothing is said
+    assert (out, err) == ("", "")  # nothing to report
 
 
-def test_a_resume_goes_on_with_the_same_run_and_feeds_only_what_differs(run: Path) -> None:
+def test_a_resume_continues_the_same_run_and_sends_only_what_differs(run: Path) -> None:
     tracker = tracked(run, params={"lr": 1, "seed": 0})
     for step in range(1, 6):
         tracker.log(step, {"loss": float(step), "nan": math.nan})
@@ -400,7 +398,7 @@ def test_a_resume_goes_on_with_the_same_run_and_feeds_only_what_differs(run: Pat
     assert len({e["id"] for _, e in read_events(run / RECORD_NAME) if e["kind"] == "start"}) == 1
 
 
-def test_a_run_that_waits_for_its_next_job_is_scheduled_and_runs_again(run: Path) -> None:
+def test_a_run_that_waits_for_its_next_job_is_scheduled_and_then_running_again(run: Path) -> None:
     tracker = tracked(run)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("SCHEDULED")
@@ -417,8 +415,8 @@ def test_a_run_that_waits_for_its_next_job_is_scheduled_and_runs_again(run: Path
     assert history(run, "loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_an_interrupted_replay_is_not_fed_twice(run: Path) -> None:
-    """A feeder that begins in the middle of a replay still knows what was recorded before the resume."""
+def test_an_interrupted_replay_is_not_sent_twice(run: Path) -> None:
+    """A feeder that starts in the middle of a replay still finds what was recorded before the resume."""
     first = tracked(run, enabled=False)
     for step in range(1, 5):
         first.log(step, {"loss": float(step)})
@@ -433,7 +431,7 @@ def test_an_interrupted_replay_is_not_fed_twice(run: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "garbage", "cursor behind the end"])
-def test_a_lost_tracking_file_doubles_nothing(run: Path, damage: str) -> None:
+def test_after_the_loss_of_tracking_json_nothing_is_sent_twice(run: Path, damage: str) -> None:
     tracker = tracked(run)
     tracker.log(1, {"loss": 1.0, "bad": math.nan})
     tracker.finish("FINISHED")
@@ -449,11 +447,11 @@ def test_a_lost_tracking_file_doubles_nothing(run: Path, damage: str) -> None:
     tracked(run, resumed_step=1, enabled=False).log(2, {"loss": 2.0})
     result = sync_record(run)
     assert (result.left, result.error, result.refused) == (0, None, {})
-    assert history(run, "loss") == [(1, 1.0), (2, 2.0)]  # `stored` holds that there is one run
+    assert history(run, "loss") == [(1, 1.0), (2, 2.0)]  # `stored` asserts that there is one run
     assert len(history(run, "bad")) == 1
 
 
-def test_a_store_that_was_deleted_is_filled_again(run: Path, migrated: Path) -> None:
+def test_a_deleted_store_is_filled_again(run: Path, migrated: Path) -> None:
     tracker = tracked(run)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
@@ -462,7 +460,7 @@ def test_a_store_that_was_deleted_is_filled_again(run: Path, migrated: Path) -> 
     assert history(run, "loss") == [(1, 1.0)]
 
 
-def test_a_run_deleted_in_mlflow_stays_so_until_it_goes_on(run: Path) -> None:
+def test_a_run_deleted_in_mlflow_is_restored_only_when_it_resumes(run: Path) -> None:
     tracker = tracked(run)
     tracker.finish("FAILED")
     client, found = stored(run)
@@ -475,7 +473,7 @@ def test_a_run_deleted_in_mlflow_stays_so_until_it_goes_on(run: Path) -> None:
     assert history(run, "loss") == [(1, 1.0)]
 
 
-def test_what_mlflow_refuses_does_not_block_the_rest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_refused_by_mlflow_do_not_block_the_rest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = tracked(run, enabled=False)
     tracker.log(1, {"loss": 1.0})
     with (run / RECORD_NAME).open("a") as file:
@@ -492,7 +490,7 @@ def test_what_mlflow_refuses_does_not_block_the_rest(run: Path, capsys: pytest.C
     assert "4 items" in capsys.readouterr().err
 
 
-def test_one_artifact_that_fails_holds_up_neither_metrics_nor_the_next(
+def test_an_artifact_that_fails_blocks_neither_metrics_nor_the_next_artifact(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = tracked(run, enabled=False)
@@ -522,7 +520,7 @@ def test_one_artifact_that_fails_holds_up_neither_metrics_nor_the_next(
     assert [f.path for f in client.list_artifacts(found.info.run_id)] == ["first", "second"]
 
 
-def test_two_stores_keep_their_own_places(run: Path, tmp_path: Path, migrated: Path) -> None:
+def test_each_store_has_its_own_cursor(run: Path, tmp_path: Path, migrated: Path) -> None:
     tracker = tracked(run)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
@@ -533,10 +531,10 @@ def test_two_stores_keep_their_own_places(run: Path, tmp_path: Path, migrated: P
     assert history(tmp_path, "loss") == [(1, 1.0)]
 
 
-# --- nothing of MLflow reaches the loop ---------------------------------------------------------------------
+# --- MLflow never delays the training loop ---------------------------------------------------------------------
 
 
-def test_a_server_that_never_answers_holds_up_nothing(
+def test_a_server_that_never_responds_delays_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -562,7 +560,7 @@ def test_a_server_that_never_answers_holds_up_nothing(
     assert err.count("\n") == 2
 
 
-def test_log_costs_less_than_a_millisecond(tmp_path: Path) -> None:
+def test_log_takes_less_than_a_millisecond(tmp_path: Path) -> None:
     tracker = tracked(tmp_path, enabled=False)
     metrics = {f"train/loss/{i}": float(i) for i in range(50)}
     began = time.process_time()
@@ -574,7 +572,7 @@ def test_log_costs_less_than_a_millisecond(tmp_path: Path) -> None:
 # --- how a run looks in MLflow ---------------------------------------------------------------------------------
 
 
-def test_an_experiment_is_one_of_model_training(run: Path) -> None:
+def test_an_experiment_has_the_kind_of_model_training(run: Path) -> None:
     """Without the tag, MLflow 3 opens an experiment as an application's, with traces and without runs."""
     tracked(run).finish("FINISHED")
     client, found = stored(run)
@@ -583,15 +581,15 @@ def test_an_experiment_is_one_of_model_training(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "genai_development"])
-def test_an_experiment_of_older_runs_gets_its_kind_and_keeps_one_that_it_has(run: Path, kind: str | None) -> None:
+def test_an_existing_experiment_gets_the_kind_unless_it_has_one(run: Path, kind: str | None) -> None:
     client = open_client(default_store(run))
     number = client.create_experiment("crosslift", tags={"mlflow.experimentKind": kind} if kind else None)
     tracked(run).finish("FINISHED")
     assert client.get_experiment(number).tags["mlflow.experimentKind"] == (kind or "custom_model_development")
 
 
-def test_the_loss_is_charted_first_and_no_hash_is(run: Path) -> None:
-    """MLflow's charts stand in the order of what is before the last slash."""
+def test_the_loss_is_charted_first_and_the_hash_is_not_sent(run: Path) -> None:
+    """MLflow sorts charts by the part before the last slash."""
     metrics = (
         "data/overlong", "data/step_fingerprint", "eval/loss", "eval/loss/sw", "guard/skipped", "memory/host_peak_gib",
         "score/mgsm/accuracy/sw", "shift/norm/sw", "train/loss", "train/loss/sw", "train/learning_rate",
@@ -607,7 +605,7 @@ def test_the_loss_is_charted_first_and_no_hash_is(run: Path) -> None:
     assert not [name for name in sent if "fingerprint" in name]
 
 
-def test_nothing_that_a_run_measures_is_charted_before_its_loss() -> None:
+def test_no_metric_of_a_run_is_charted_before_its_loss() -> None:
     objective = ShifConConfig(name="shifcon", layers=(1, 3), contrastive=ContrastiveConfig(weight=0.1, scale=10))
     names = metric_names(objective, ["en", "sw"], swapped_prompts=True)
     names += ["shift/norm/sw", "guard/skipped", "ranks/slowest", "score/mgsm/n/sw"]
@@ -616,13 +614,13 @@ def test_nothing_that_a_run_measures_is_charted_before_its_loss() -> None:
 
 
 @pytest.mark.parametrize("names", [("বাংলা", "বিংলি"), ("हिन्दी", "ไทย"), ("中文", "日本語"), ("a,b", "a b")])
-def test_languages_of_any_script_stay_apart_in_mlflow(names: tuple[str, str]) -> None:
+def test_languages_of_any_script_have_different_names_in_mlflow(names: tuple[str, str]) -> None:
     first, second = (mlflow_key(f"train/loss/{name}") for name in names)
     assert first != second
     assert "__" not in first + second
 
 
-def test_who_started_a_run_and_from_what_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_run_file_and_commit_are_tags(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/src/training/__main__.py", "configs/mine.yaml", "model.path=x.yaml"])
     monkeypatch.setattr("getpass.getuser", lambda: "kim")
     tracker = Tracker(run, TrackingConfig())
@@ -634,7 +632,7 @@ def test_who_started_a_run_and_from_what_is_told(run: Path, monkeypatch: pytest.
     assert tags["mlflow.source.git.commit"] == "abc"
 
 
-def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_name_is_given_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def nameless() -> str:
         raise KeyError("getpwuid(): uid not found: 1234")
 
@@ -642,9 +640,7 @@ def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> N
     assert source_tags()["mlflow.user"] == str(os.getuid())
 
 
-def test_a_deleted_experiment_is_named_with_the_remedy_and_taken_when_restored(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_deleted_experiment_is_reported_and_used_once_restored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     client = open_client(default_store(run))
     number = client.create_experiment("gone fishing")
     client.delete_experiment(number)
@@ -666,10 +662,10 @@ def test_a_deleted_experiment_is_named_with_the_remedy_and_taken_when_restored(
     assert "'gone fishing' is deleted" in capsys.readouterr().err
 
 
-# --- where a run goes ---------------------------------------------------------------------------------------
+# --- store and experiment ---------------------------------------------------------------------------------------
 
 
-def test_the_environment_names_store_and_experiment(
+def test_store_and_experiment_from_the_environment(
     run: Path, tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -692,17 +688,17 @@ def test_the_environment_names_store_and_experiment(
     assert len(client.search_runs([found.info.experiment_id])) == 1
 
 
-def test_the_run_file_wins_over_the_environment(
+def test_the_run_file_takes_precedence_over_the_environment(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush77@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the team")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "3")
     config = TrackingConfig(uri=default_store(run), experiment="mine")
-    assert str(target_of(config, run)) == (
+    assert str(tracking_target(config, run)) == (
         f"MLflow: {default_store(run)} (run file), experiment 'mine' (run file); MLFLOW_EXPERIMENT_ID is not read"
     )
-    assert str(target_of(TrackingConfig(), run)).startswith("MLflow: http://127.0.0.1:9 (MLFLOW_TRACKING_URI)")
+    assert str(tracking_target(TrackingConfig(), run)).startswith("MLflow: http://127.0.0.1:9 (MLFLOW_TRACKING_URI)")
     off = Tracker(run, TrackingConfig(enabled=False))
     off.start({}, {}, None)
     off.finish("FINISHED")
@@ -711,15 +707,15 @@ def test_the_run_file_wins_over_the_environment(
 
 
 @pytest.mark.parametrize("value", ["localhost:5000", "./mlruns", "htp://host"])
-def test_a_variable_that_is_no_address_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_a_variable_with_an_invalid_address_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
     with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI: .*; write http://.*; or unset the variable$"):
         tracked(run)
     assert not (run / RECORD_NAME).exists()
-    Tracker(run, TrackingConfig(enabled=False)).start({}, {}, None)  # nothing is fed, so it does not matter
+    Tracker(run, TrackingConfig(enabled=False)).start({}, {}, None)  # nothing is sent, so it does not matter
 
 
-def test_no_test_sees_the_variables_of_the_developers_shell() -> None:
+def test_tests_do_not_see_mlflow_variables_of_the_shell() -> None:
     code = "import conftest, os; print([name for name in os.environ if name.startswith('MLFLOW_')])"
     shell = {"MLFLOW_TRACKING_URI": "http://x", "MLFLOW_EXPERIMENT_NAME": "x", "PYTHONPATH": f"{ROOT}/tests:{ROOT}"}
     done = subprocess.run(
@@ -728,10 +724,10 @@ def test_no_test_sees_the_variables_of_the_developers_shell() -> None:
     assert done.stdout.strip() == "[]"
 
 
-# --- the page, and what a run was made with -----------------------------------------------------------------
+# --- crosslift ui, versions and git state -----------------------------------------------------------------
 
 
-def test_the_page_needs_runs_and_a_free_port(tmp_path: Path) -> None:
+def test_ui_needs_runs_and_a_free_port(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=RECORD_NAME):
         serve_ui(tmp_path)
     with pytest.raises(ConfigError, match="holds no run"):
@@ -744,7 +740,7 @@ def test_the_page_needs_runs_and_a_free_port(tmp_path: Path) -> None:
             serve_ui(tmp_path, port=taken.getsockname()[1])
 
 
-def test_git_state_tells_clean_from_dirty_and_is_absent_elsewhere(tmp_path: Path) -> None:
+def test_git_state_is_clean_dirty_or_absent(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {}
 
     def git(*arguments: str) -> None:
@@ -765,7 +761,7 @@ def test_git_state_tells_clean_from_dirty_and_is_absent_elsewhere(tmp_path: Path
     assert git_state(tmp_path / "package") == {}
 
 
-def test_versions_name_what_is_installed() -> None:
+def test_versions_are_those_installed() -> None:
     import transformers
 
     found = versions()

@@ -126,7 +126,7 @@ def make(data: Path, output: Path, method: str = "x-mixup", **more: Any) -> Xtre
 
 
 class Tracked:
-    """Stands for `training.tracking.tracker.run_of_runs` and the tracker that it gives."""
+    """Stands for `training.tracking.tracker.parent_run` and the tracker that it gives."""
 
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}

@@ -12,8 +12,8 @@ from training.config import RunConfig
 from training.errors import ConfigError
 from training.objectives.config import ShifConConfig, XMixupConfig
 from training.run_folder.prepare import Prepared, architecture
+from training.tracking.config import tracking_target
 from training.tracking.mlflow_store import missing_folder
-from training.tracking.tracker import target_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,9 +32,9 @@ def check_start(config: RunConfig) -> None:
         deepspeed_settings(config, 1)
     if not config.tracking.enabled:
         return
-    target = target_of(config.tracking, config.output_dir)
-    if target.named and target.uri and (folder := missing_folder(target.uri)) is not None:
-        said = "tracking.uri" if config.tracking.uri is not None else target.uri_from
+    target = tracking_target(config.tracking, config.output_dir)
+    if not target.is_default and target.uri and (folder := missing_folder(target.uri)) is not None:
+        said = "tracking.uri" if config.tracking.uri is not None else target.uri_source
         raise ConfigError(f"{said}: {target.uri}: there is no folder {folder}; make it, or name another place")
 
 

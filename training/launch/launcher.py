@@ -33,7 +33,7 @@ from training.launch.watchdog import Watchdog, find_culprit, report_culprit
 from training.messages import print_message
 from training.run_file import load_config
 from training.run_folder.lock import held, refuse_other
-from training.tracking.tracker import target_of
+from training.tracking.config import tracking_target
 
 POLL_S = 0.1
 FAILURE_GRACE_S = 10.0  # for the other ranks to notice a failure and end
@@ -63,7 +63,7 @@ def launch(
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
     settings: RunConfig = load_config(config, overrides)
     allocation_end()
-    target_of(settings.tracking, settings.output_dir)
+    tracking_target(settings.tracking, settings.output_dir)
     place = place or NodePlace()
     port = place.address()[1]
     with ExitStack() as stack:

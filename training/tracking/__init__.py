@@ -1,1 +1,1 @@
-"""The run's record and what is made of it: MLflow, scores, plots."""
+"""Experiment tracking: the run's record, MLflow fed from it, scores, plots."""

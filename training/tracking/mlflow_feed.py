@@ -1,17 +1,15 @@
-"""From the run's record to an MLflow store: what has not arrived yet, in order, in batches, at any time.
+"""Sends a run's record to an MLflow store: in order, in batches, each event once.
 
-In: `record.jsonl` (`run_record.py`). Out: one MLflow run a record, in any number of stores; how far each
-store has got lies in `tracking.json` beside the record. Next: `tracking/tracker.py` feeds a live run from a thread,
-and `crosslift ui` feeds finished ones.
+One record becomes one MLflow run, in any number of stores. How much of the record each store has is kept in
+`tracking.json` beside it. `tracker.py` feeds a running run from a thread, `crosslift ui` feeds finished ones.
 
-Everything here may be interrupted anywhere and done again: the MLflow run is found by its tag, events carry
-the time of the record, and a store keeps a metric with the same name, step, time and value once.
+Everything here may be interrupted at any point and repeated: the MLflow run is found by its tag, events carry the time
+of the record, and a store keeps a metric with the same name, step, time and value once.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,73 +17,78 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import write_text
+from data_pipeline.secrets import without_login
+from training.errors import ConfigError
+from training.tracking.mlflow_runs import find_or_create_run, link_run, run_exists
 from training.tracking.mlflow_store import (
-    EXPERIMENT_KIND,
     MAX_METRICS,
     MAX_PARAM,
     MAX_TAG,
-    StoreError,
-    artifact_root,
-    cut,
+    default_store,
+    error_line,
     metric_name,
     mlflow_key,
     open_client,
-    reason,
-    without_password,
+    truncate,
 )
-from training.tracking.run_record import PARAMS_NAME, RECORD_NAME, SCORES_NAME, on_a_line, read_events, read_starts
+from training.tracking.run_record import (
+    PARAMS_NAME,
+    RECORD_NAME,
+    SCORES_NAME,
+    is_line_start,
+    read_events,
+    read_starts,
+)
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment, Metric, Param, RunTag
+    from mlflow.entities import Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
 STATE_NAME = "tracking.json"
-RECORD_TAG = "crosslift.record"  # holds the record's id; finds the run again when tracking.json is gone
-PARENT_RECORD_TAG = "crosslift.parent_record"  # of a run inside another one: the other's record's id
 
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """How far a store has got with a record."""
+    """How much of a record a store has."""
 
     uri: str
     run_id: str  # empty: no run there yet
-    fed: int  # lines that arrived by this call
-    left: int  # lines and artifacts that have still to arrive
-    refused: dict[str, int]  # what will never arrive (damaged, invalid or deleted), and how often
+    fed: int  # lines sent by this call
+    left: int  # lines and artifacts still to be sent
+    refused: dict[str, int]  # what cannot be sent (damaged, invalid or deleted), and how often
     error: str | None  # why something is left
 
 
 @dataclass
 class _StoreState:
-    """What one store has: kept in tracking.json, so that nothing is fed twice."""
+    """What one store has; kept in tracking.json, so that nothing is sent twice."""
 
-    run_id: str = ""  # none yet
-    cursor: int = 0  # bytes of the record that have arrived
-    scores: int = 0  # and of scores.jsonl
+    run_id: str = ""  # empty: none yet
+    cursor: int = 0  # bytes of the record that were sent
+    scores: int = 0  # bytes of scores.jsonl that were sent
     pending: list[list[str]] = field(default_factory=list)  # artifacts still to be uploaded: [path, folder]
 
 
 class RecordFeeder:
-    """Feeds one record into one store. Not thread-safe; imports mlflow at the first `feed`."""
+    """Feeds one record to one store. Not thread-safe; imports mlflow at the first `feed`."""
 
     def __init__(self, output_dir: Path, uri: str) -> None:
         self._output_dir = output_dir.resolve()
         self._record = self._output_dir / RECORD_NAME
         self._scores = self._output_dir / SCORES_NAME
         self._uri = uri
-        self._store = without_password(uri)
+        self._store = without_login(uri)
         self._state = _read_states(self._output_dir).get(self._store, _StoreState())
         self._opened = False
-        self._unlinked: dict[str, Any] | None = None  # the record's first start, until `_link` is done with it
+        self._unlinked: dict[str, Any] | None = None  # the record's first start, until the run is linked
         self._metrics: list[Metric] = []
         self._params: list[Param] = []
         self._tags: list[RunTag] = []
         self._known_params: dict[str, str] = {}
         self._replayed: dict[int, dict[str, Any]] = {}  # step -> values recorded before the last resume
-        self._taken = 0
+        self._taken = 0  # lines converted, but not sent yet
         self.experiment_id = ""  # in the store; empty: not known yet
-        self.fed = 0  # lines that arrived
+        self.fed = 0  # lines sent
         self.refused: Counter[str] = Counter()  # see SyncResult
 
     @property
@@ -98,7 +101,7 @@ class RecordFeeder:
         return open_client(self._uri)
 
     def left(self) -> int:
-        """Lines and artifacts that have still to arrive."""
+        """Number of lines and artifacts still to be sent."""
         if not self._record.exists():
             return 0
         lines = sum(1 for _ in read_events(self._record, self._state.cursor))
@@ -107,53 +110,56 @@ class RecordFeeder:
         return lines + len(self._state.pending)
 
     def feed(self) -> None:
-        """Feeds all the record holds. What MLflow raises is raised; the next call goes on from there."""
+        """Send everything that the record holds. Passes on MLflow's errors; the next call continues there."""
         try:
             if not self._opened and not self._open():
                 return
-            arrived = self._state.cursor
+            sent = self._state.cursor
             for end, event in read_events(self._record, self._state.cursor):
                 if len(self._metrics) + len(event.get("values", ())) > MAX_METRICS:
-                    self._flush(arrived)
-                self._take(event, arrived)
-                arrived = end
+                    self._flush(sent)
+                self._take(event, sent)
+                sent = end
                 self._taken += 1
-            self._flush(arrived)
+            self._flush(sent)
             self._feed_scores()
-            self._link()
+            if self._unlinked is not None:
+                self.experiment_id = link_run(self._client, self._state.run_id, self._unlinked)
+                self._unlinked = None
             self._upload()
         except Exception:
-            # Whatever the store holds now is found out anew; what was not yet sent is read again.
+            # The next call looks up what the store has, and reads again what was not sent.
             self._opened, self._taken = False, 0
             self._metrics, self._params, self._tags = [], [], []
             self._state = _read_states(self._output_dir).get(self._store, _StoreState())
             raise
 
     def _feed_scores(self) -> None:
-        """What was added to the run by others than its own process; there is little of it."""
+        """Send what other processes have added to the run in scores.jsonl."""
         if not self._scores.exists():
             return
-        arrived = self._state.scores
-        for end, event in read_events(self._scores, arrived):
+        sent = self._state.scores
+        for end, event in read_events(self._scores, sent):
             if event["kind"] in ("metrics", "artifact"):
-                self._take(event, arrived)
+                self._take(event, sent)
             self._taken += 1
-            arrived = end
+            sent = end
         self._send_taken()
-        if arrived != self._state.scores:
-            self._state.scores = arrived
+        if sent != self._state.scores:
+            self._state.scores = sent
             self._save()
 
     def _open(self) -> bool:
-        """Finds or creates the MLflow run and works out what it already has. False: nothing recorded yet."""
+        """Find or create the MLflow run and determine what it already has. False: nothing is recorded yet."""
         _, first = next(read_starts(self._record), (0, None))
         if first is None:
             return False
-        _ = self._client  # mlflow as a whole, before anything below imports a part of it: see `open_client`
-        if not on_a_line(self._record, self._state.cursor):  # a power cut took lines that were fed: begin again
+        client = self._client  # imports mlflow as a whole, before parts of it are imported: see `open_client`
+        if not is_line_start(self._record, self._state.cursor):  # a power cut has removed lines that were sent
             self._state.cursor = 0
-        if not self._state.run_id or not self._run_exists(self._state.run_id):
-            self._state = _StoreState(self._find_or_create_run(first))
+        known = self._state.run_id
+        if not known or not run_exists(client, known, self.left() > 0, self._uri):
+            self._state = _StoreState(find_or_create_run(client, first, self._output_dir, self._uri))
             self._save()
         self._unlinked = first
         self._known_params = {}
@@ -165,83 +171,8 @@ class RecordFeeder:
         self._opened = True
         return True
 
-    def _run_exists(self, run_id: str) -> bool:
-        """True if the store has the run. One deleted there is restored only if there is news for it."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-        if run.info.lifecycle_stage == "deleted" and self.left():
-            self._refuse_deleted(self._client.get_experiment(run.info.experiment_id))
-            self._client.restore_run(run_id)
-        return True
-
-    def _find_or_create_run(self, first: dict[str, Any]) -> str:
-        experiment_id = self._find_or_create_experiment(first["experiment"])
-        if found := self._runs_tagged(RECORD_TAG, first["id"], experiment_id):
-            return found[0]
-        tags = {RECORD_TAG: first["id"]}
-        if parent := first.get("parent"):
-            tags[PARENT_RECORD_TAG] = parent
-        run = self._client.create_run(experiment_id, first["time"], tags, run_name=first["run_name"])
-        return str(run.info.run_id)
-
-    def _find_or_create_experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            tags = dict([EXPERIMENT_KIND])
-            try:
-                return str(self._client.create_experiment(name, artifact_root(self._output_dir, self._uri), tags))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            experiment = self._client.get_experiment_by_name(name)  # another run was quicker
-            assert experiment is not None
-        self._refuse_deleted(experiment)
-        return str(experiment.experiment_id)
-
-    def _refuse_deleted(self, experiment: Experiment) -> None:
-        """Raises StoreError for an experiment that was deleted: its name is taken, and no run can be seen in it."""
-        if experiment.lifecycle_stage == "deleted":
-            store, number = shlex.quote(self._store), experiment.experiment_id
-            raise StoreError(
-                f"the experiment {experiment.name!r} is deleted there: restore it (MLFLOW_TRACKING_URI={store} "
-                f"mlflow experiments restore -x {number}), or name another (tracking.experiment)"
-            )
-
-    def _runs_tagged(self, tag: str, record_id: str, experiment_id: str) -> list[str]:
-        runs = self._client.search_runs([experiment_id], f"tags.`{tag}` = '{record_id}'")
-        return [str(run.info.run_id) for run in runs]
-
-    def _link(self) -> None:
-        """Says of which kind the experiment is, if nobody has; nests this run under the one that it is part of, and
-        under this one those that are part of it.
-
-        A run's tags are there before it looks for its parent, and before the parent looks for it: whichever comes
-        second finds the other, though the first may have ended by then.
-        """
-        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-        if (first := self._unlinked) is None:
-            return
-        mine = self._state.run_id
-        experiment_id = self.experiment_id = self._client.get_run(mine).info.experiment_id
-        if EXPERIMENT_KIND[0] not in self._client.get_experiment(experiment_id).tags:
-            self._client.set_experiment_tag(experiment_id, *EXPERIMENT_KIND)
-        for inner in self._runs_tagged(PARENT_RECORD_TAG, first["id"], experiment_id):
-            self._client.set_tag(inner, MLFLOW_PARENT_RUN_ID, mine)
-        if (parent := first.get("parent")) and (found := self._runs_tagged(RECORD_TAG, parent, experiment_id)):
-            self._client.set_tag(mine, MLFLOW_PARENT_RUN_ID, found[0])
-        self._unlinked = None
-
     def _expect_replay(self, start: dict[str, Any], before: int) -> None:
-        """After a resume the steps behind the checkpoint come again: looks up what was recorded for them."""
+        """After a resume, the steps behind the checkpoint are recorded again: look up their earlier values."""
         resumed_step = start.get("resumed_step") or 0
         self._replayed = {}
         for _, event in read_events(self._record, stop=before):
@@ -249,7 +180,7 @@ class RecordFeeder:
                 self._replayed.setdefault(event["step"], {}).update(event["values"])
 
     def _take(self, event: dict[str, Any], offset: int) -> None:
-        """Turns one event, which begins at `offset`, into what the store is to be told."""
+        """Convert one event, which begins at `offset`, for the store."""
         from mlflow.entities import Metric, RunTag
 
         kind = event["kind"]
@@ -261,16 +192,17 @@ class RecordFeeder:
         elif kind == "params":
             self._take_params(event["values"])
         elif kind == "tags":
-            self._tags += [RunTag(mlflow_key(k), cut(v, MAX_TAG, PARAMS_NAME)) for k, v in event["values"].items()]
+            values = event["values"].items()
+            self._tags += [RunTag(mlflow_key(name), truncate(value, MAX_TAG, PARAMS_NAME)) for name, value in values]
         elif kind == "artifact":
             self._state.pending.append([event["path"], event["folder"]])
-        elif kind == "start" and offset > 0:  # a resume: the run is alive again
+        elif kind == "start" and offset > 0:  # a resume
             self._flush(offset)
             self._client.update_run(self._state.run_id, "RUNNING")
             self._expect_replay(event, before=offset)
         elif kind == "finish":
             self._flush(offset)
-            if event["status"] == "SCHEDULED":  # waits for its next job: it has no end yet
+            if event["status"] == "SCHEDULED":  # waits for its next job, so it has no end time yet
                 self._client.update_run(self._state.run_id, "SCHEDULED")
             else:
                 self._client.set_terminated(self._state.run_id, event["status"], event["time"])
@@ -278,21 +210,21 @@ class RecordFeeder:
             self.refused[f"a damaged line of {RECORD_NAME}"] += 1
 
     def _take_params(self, values: dict[str, str]) -> None:
-        """MLflow's params never change: what a resume changed is told by the tag `resumed.<name>`."""
+        """MLflow's params cannot change: a value that a resume changed becomes the tag `resumed.<name>`."""
         from mlflow.entities import Param, RunTag
 
         for name, value in values.items():
             if name not in self._known_params:
-                self._params.append(Param(mlflow_key(name), cut(value, MAX_PARAM, PARAMS_NAME)))
+                self._params.append(Param(mlflow_key(name), truncate(value, MAX_PARAM, PARAMS_NAME)))
             elif self._known_params[name] != value:
-                self._tags.append(RunTag(mlflow_key(f"resumed.{name}"), cut(value, MAX_TAG, PARAMS_NAME)))
+                self._tags.append(RunTag(mlflow_key(f"resumed.{name}"), truncate(value, MAX_TAG, PARAMS_NAME)))
         self._known_params.update(values)
 
-    def _flush(self, arrived: int) -> None:
-        """Sends what was taken and notes that the record's first `arrived` bytes have arrived."""
+    def _flush(self, cursor: int) -> None:
+        """Send what was taken and note that the first `cursor` bytes of the record were sent."""
         self._send_taken()
-        if arrived != self._state.cursor:
-            self._state.cursor = arrived
+        if cursor != self._state.cursor:
+            self._state.cursor = cursor
             self._save()
 
     def _send_taken(self) -> None:
@@ -303,9 +235,7 @@ class RecordFeeder:
         self.fed, self._taken = self.fed + self._taken, 0
 
     def _send(self, kind: str, items: list[Any]) -> None:
-        """Sends items, in requests as large as MLflow takes. Those it refuses are searched for by halving and
-        left out, so that they do not block the rest.
-        """
+        """Send items. If MLflow refuses a batch, the invalid items are found by bisection and left out."""
         from mlflow.exceptions import MlflowException
 
         batch: dict[str, Any] = {kind: items}
@@ -315,7 +245,7 @@ class RecordFeeder:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             if self._client.get_run(self._state.run_id).info.lifecycle_stage == "deleted":
-                raise  # nothing is wrong with the values: the next round restores the run
+                raise  # the values are valid: the next round restores the run
             if len(items) == 1:
                 self.refused[f"{kind}: {items[0].key}"] += 1
                 return
@@ -324,7 +254,7 @@ class RecordFeeder:
             self._send(kind, items[half:])
 
     def _upload(self) -> None:
-        """Uploads pending artifacts. One that fails goes to the end of the queue, behind the others."""
+        """Upload pending artifacts. One that fails moves to the end of the queue."""
         while self._state.pending:
             name, folder = self._state.pending.pop(0)
             path = (self._output_dir / name).resolve()
@@ -342,28 +272,34 @@ class RecordFeeder:
                 self._save()
 
     def _save(self) -> None:
-        """Writes tracking.json whole or not at all; other stores' entries are kept."""
+        """Write tracking.json; the entries of other stores are kept."""
         states = _read_states(self._output_dir) | {self._store: self._state}
         text = json.dumps({"stores": {store: vars(state) for store, state in states.items()}}, indent=1)
         write_text(self._output_dir / STATE_NAME, text)
 
 
-def sync_record(output_dir: Path, uri: str) -> SyncResult:
-    """Feeds the store at `uri` what it does not have yet of the record in `output_dir`. Idempotent.
+def sync_record(output_dir: Path, uri: str | None = None) -> SyncResult:
+    """Send the rest of a run's record to the store at `uri`, by default the store that the run itself used.
 
-    A store that is away, or an artifact it would not take, is no exception: `error` and `left` tell.
+    May be repeated. An unreachable store is not an exception: the result says what is left and why.
+
+    Raises:
+        ConfigError: the folder has no record.
     """
+    starts = list(read_starts(output_dir / RECORD_NAME))
+    if not starts:
+        raise ConfigError(f"{output_dir}: holds no run: {RECORD_NAME} is missing or empty")
+    uri = uri or starts[-1][1].get("uri") or default_store(output_dir)
     feeder, error = RecordFeeder(output_dir, uri), None
     try:
         feeder.feed()
-    except Exception as trouble:
-        error = reason(trouble)
-    store, refused = without_password(uri), dict(feeder.refused)
-    return SyncResult(store, feeder.run_id, feeder.fed, feeder.left(), refused, error)
+    except Exception as failure:
+        error = error_line(failure)
+    return SyncResult(without_login(uri), feeder.run_id, feeder.fed, feeder.left(), dict(feeder.refused), error)
 
 
 def _read_states(output_dir: Path) -> dict[str, _StoreState]:
-    """What tracking.json holds; nothing if it is missing or damaged: all of it can be found out again."""
+    """The content of tracking.json; nothing if it is missing or damaged: all of it can be determined again."""
     try:
         stores = json.loads((output_dir / STATE_NAME).read_text(encoding="utf-8"))["stores"]
         return {uri: _StoreState(**state) for uri, state in stores.items()}

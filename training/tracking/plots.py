@@ -1,7 +1,4 @@
-"""Plots of a run, drawn from its own record: loss per language, contrastive loss, restoration error.
-
-In: `record.jsonl`. Out: PNG files under `<output_dir>/plots`, uploaded to MLflow. Next: people.
-"""
+"""Plots of a run's record: loss per language, contrastive loss, restoration error; PNG files, uploaded to MLflow."""
 
 from __future__ import annotations
 
@@ -23,18 +20,18 @@ PLOTS = {
     "eval_loss": ("Held-out loss", "nats per label token", ("eval/loss/",)),
     "swapped_prompts": ("Held-out loss behind another item's prompt", "nats per label token", ("eval/loss_swapped/",)),
     "contrastive": ("Contrastive loss", "nats per pair", ("train/contrastive",)),
-    "restoration_error": ("What the shift back leaves", "share of the shift", ("shift/restoration_error/",)),
+    "restoration_error": ("Restoration error of the shift back", "share of the shift", ("shift/restoration_error/",)),
     "shift_norm": ("Length of the shift", "share of the states' length", ("shift/norm/",)),
 }
 
 
 def draw_plots(output_dir: Path) -> list[Path]:
-    """Draw every plot that the record has metrics for; the files."""
+    """Draw every plot for which the record has metrics, below `<output_dir>/plots`; the files."""
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for _, event in read_events(output_dir / RECORD_NAME):
         if event["kind"] == "metrics":
             for name, value in event["values"].items():
-                curves[name][event["step"]] = float(value)  # a step done again after a resume replaces the lost one
+                curves[name][event["step"]] = float(value)  # a step repeated after a resume replaces the lost one
     folder = output_dir / "plots"
     folder.mkdir(exist_ok=True)
     files = []
@@ -48,7 +45,7 @@ def draw_plots(output_dir: Path) -> list[Path]:
 
 
 def _draw(curves: Mapping[str, Mapping[int, float]], title: str, axis: str, file: Path) -> None:
-    """One plot: curves by name, such as a language's, each a value by step."""
+    """Draw one plot. `curves`: by name, such as a language; each maps steps to values."""
     from matplotlib.figure import Figure
 
     text = PlotText.of(curves)
@@ -68,7 +65,7 @@ def _draw(curves: Mapping[str, Mapping[int, float]], title: str, axis: str, file
 
 
 def _mark_not_finite(axes: Axes, curves: Iterable[Mapping[int, float]]) -> None:
-    """A cross at the lower edge for each step with a value that is not finite, where its curve has a gap."""
+    """Draw a cross at the lower edge for each step with a NaN or infinite value, where its curve has a gap."""
     steps = sorted({step for curve in curves for step, value in curve.items() if not math.isfinite(value)})
     if steps:
         edge = axes.get_xaxis_transform()

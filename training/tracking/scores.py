@@ -1,7 +1,7 @@
-"""Scores of a run's model on the run's MLflow page: `scores.jsonl` beside the run's record.
+"""Scores of a run's model, added to the run's MLflow page through `scores.jsonl` beside the run's record.
 
-In: a model of a run, its scores, and files about them. Out: events as in `record.jsonl`, in a file of their own: a
-record has one writer, and a run may be training while a checkpoint of it is scored. Next: `mlflow_feed.py` sends them.
+The events are as in `record.jsonl`, but in a file of their own: a record has one writer, and a run may be training
+while a checkpoint of it is evaluated. `mlflow_feed.py` sends them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from typing import Any
 
 from modeling.export_info import EXPORT_FILE, ExportInfo
 from training.errors import ConfigError
-from training.tracking.mlflow_feed import STATE_NAME
+from training.tracking.mlflow_feed import STATE_NAME, sync_record
 from training.tracking.mlflow_store import default_store
-from training.tracking.run_record import RECORD_NAME, SCORES_NAME, number, read_events, read_starts
-from training.tracking.tracker import sync_record
+from training.tracking.run_record import RECORD_NAME, SCORES_NAME, json_number, read_events, read_starts
 
-FOLDER = "scores"  # in the run's folder, and among its artifacts
+FOLDER = "scores"  # in the run's folder and among its artifacts
 
 
 def run_of(model: Path) -> Path | None:
-    """The folder of the run that exported a model: the nearest around it with a record. None: there is none."""
+    """The folder of the run that exported a model: the nearest parent folder with a record; None if there is none."""
     model = model.resolve()
     if not (model / EXPORT_FILE).is_file():
         return None
@@ -36,21 +35,25 @@ def run_of(model: Path) -> Path | None:
 def track_scores(
     model: Path, name: str, metrics: Mapping[str, float], files: Sequence[Path], run: Path | None = None
 ) -> str | None:
-    """Adds scores to the page of the run that exported `model`, or of `run`; a line about it. None: of no run.
+    """Add scores to the page of the run that exported `model`, or of `run`.
 
     Args:
-        name: of the test, such as mgsm; a metric `accuracy/sw` becomes `score/NAME/accuracy/sw`, at the model's step.
-        files: tables and plots. They are copied into the run's folder.
+        name: of the evaluation, such as mgsm; a metric `accuracy/sw` becomes `score/NAME/accuracy/sw`, at the model's
+            step.
+        files: tables and plots; they are copied into the run's folder.
+
+    Returns:
+        A line for the user; None if no run exported the model.
 
     Raises:
-        ConfigError: `run` is none, or its folder cannot be written. Never for MLflow: what it lacks is sent later.
+        ConfigError: `run` is not a run's folder, or cannot be written. Never for MLflow: what it lacks is sent later.
     """
     if run is not None and not (run / RECORD_NAME).is_file():
         raise ConfigError(f"{run}: holds no run: {RECORD_NAME} is missing")
     if (run := run or run_of(model)) is None:
         return None
     step = ExportInfo.read(model).step or 0 if (model / EXPORT_FILE).is_file() else 0
-    values = {f"score/{name}/{metric}": number(value) for metric, value in metrics.items()}
+    values = {f"score/{name}/{metric}": json_number(value) for metric, value in metrics.items()}
     events: list[dict[str, Any]] = [{"kind": "metrics", "step": step, "values": values}]
     try:
         folder = run / FOLDER / name
@@ -66,7 +69,7 @@ def track_scores(
 
 
 def _append(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the events behind one another, but not scores that are there already: two points would be drawn."""
+    """Append the events, except scores equal to the last ones: they would be drawn as two points."""
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         known = [(event["step"], event["values"]) for _, event in read_events(path) if event["kind"] == "metrics"]
@@ -80,7 +83,7 @@ def _append(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _sent(run: Path) -> str:
-    """Feeds the store that the run itself used; the line about it."""
+    """Send the scores to the store that the run itself used; the line for the user."""
     starts = list(read_starts(run / RECORD_NAME))
     own = starts[-1][1].get("uri") if starts else None
     if own is None and not _has_store(run):  # tracking was off, or the folder is on a network disk
@@ -93,7 +96,7 @@ def _sent(run: Path) -> str:
 
 
 def _has_store(run: Path) -> bool:
-    """Has the store in the run's folder got the run?"""
+    """Whether the run is in the store in its folder."""
     try:
         return default_store(run) in json.loads((run / STATE_NAME).read_text(encoding="utf-8"))["stores"]
     except (OSError, ValueError, KeyError):

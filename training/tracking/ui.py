@@ -1,8 +1,4 @@
-"""MLflow's page on the runs below a folder: `crosslift ui`.
-
-In: run folders with their records. Out: `mlflow.db` built from the records, and MLflow's own server on it, opened at
-the list of runs. Next: people.
-"""
+"""`crosslift ui`: MLflow's server for the runs below a folder, on a store built from their records."""
 
 from __future__ import annotations
 
@@ -19,23 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import ConfigError
-from training.tracking.mlflow_feed import SyncResult
+from training.tracking.mlflow_feed import SyncResult, sync_record
 from training.tracking.mlflow_store import (
     QUIET,
+    combined_runs_page,
     default_store,
     open_client,
     remove_misread,
-    runs_of_all,
     runs_page,
     server_answers,
 )
 from training.tracking.run_record import RECORD_NAME, read_starts, run_folders
-from training.tracking.tracker import sync_record
 
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """A list of runs at a server, of one experiment or of several."""
+    """A server's list of runs, of one experiment or of several."""
 
     address: str
     experiment: str
@@ -46,12 +41,16 @@ class _Page:
 
 
 def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_browser: bool = False) -> int:
-    """Shows all runs below a folder: builds `mlflow.db` there from the records and serves MLflow's page.
+    """Show all runs below a folder: build `mlflow.db` there from the records and run MLflow's server on it.
 
-    A run whose own server answers is caught up there instead, and its page there is named; where that is so of every
-    run, nothing is served. The page that is opened is the list of the runs, of all their experiments. Returns the
-    server's exit status when it ends.
-    Raises ConfigError if the folder has no records or the port is taken.
+    A run with a server of its own that responds is synced to that one instead, and its page there is printed; if this
+    holds for every run, no server is started. The page that opens lists the runs of all experiments.
+
+    Returns:
+        The server's exit status, when it ends.
+
+    Raises:
+        ConfigError: the folder has no records, or the port is in use.
     """
     folders = sorted(run_folders(runs_dir))
     if not folders:
@@ -71,15 +70,15 @@ def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_bro
     for page in elsewhere:
         print(page, flush=True)
     here = _pages([result for result in shown if result.uri == store], f"http://{host}:{port}")
-    if elsewhere and not here:  # a server of our own would have nothing to show
+    if elsewhere and not here:  # the own server would have nothing to show
         if open_browser:
             webbrowser.open(elsewhere[0].address)
         return 0
     return _serve(store, runs_dir, port, host, here, open_browser)
 
 
-def window_at_hand() -> bool:
-    """True where a person at a terminal has a graphical display; over ssh a browser would take the terminal."""
+def has_display() -> bool:
+    """Whether stdout is a terminal with a graphical display; over ssh a text browser would occupy the terminal."""
     graphical = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     return sys.stdout.isatty() and bool(graphical)
 
@@ -89,8 +88,7 @@ def _last_written(folder: Path) -> float:
 
 
 def _synced(folder: Path, store: str) -> SyncResult | None:
-    """Syncs one run for the page: with its own server where that answers, else with the folder's store. None: the
-    record is empty."""
+    """Sync one run with its own server if that responds, else with the folder's store; None for an empty record."""
     starts = list(read_starts(folder / RECORD_NAME))
     if not starts:
         return None
@@ -100,7 +98,7 @@ def _synced(folder: Path, store: str) -> SyncResult | None:
 
 def _line(folder: Path, result: SyncResult | None, store: str) -> str:
     if result is None:
-        return f"{folder}: empty record, left out"
+        return f"{folder}: empty record, skipped"
     where = "" if result.uri == store else f" at {result.uri}"
     line = f"{folder}: {result.fed} new lines{where}"
     if result.refused:
@@ -109,7 +107,7 @@ def _line(folder: Path, result: SyncResult | None, store: str) -> str:
 
 
 def _pages(results: Sequence[SyncResult], server: str | None) -> list[_Page]:
-    """The run lists that have these runs, in their order; `server` None: each at its own store's."""
+    """The lists that contain these runs, in their order, at `server` or (None) at each run's own one."""
     found: Counter[tuple[str, str, str]] = Counter()
     for result in results:
         client = open_client(result.uri)
@@ -117,17 +115,17 @@ def _pages(results: Sequence[SyncResult], server: str | None) -> list[_Page]:
         found[server or result.uri, str(experiment.experiment_id), experiment.name] += 1
     pages = [_Page(runs_page(at, number), name, runs) for (at, number, name), runs in found.items()]
     if server is not None and len(pages) > 1:
-        together = runs_of_all(server, [number for _, number, _ in found])
+        together = combined_runs_page(server, [number for _, number, _ in found])
         pages.insert(0, _Page(together, f"{len(pages)} experiments", found.total()))
     return pages
 
 
 def _serve(store: str, runs_dir: Path, port: int, host: str, pages: Sequence[_Page], open_browser: bool) -> int:
-    """Runs MLflow's server until it ends or we are told to end."""
+    """Run MLflow's server until it ends or this process is asked to end."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
     command += ["--artifacts-destination", str(runs_dir.resolve() / "mlartifacts")]
     command += ["--host", host, "--port", str(port)]
-    # The page needs none of MLflow's job runners, which would be five more processes.
+    # Without MLflow's job runners, five processes that the page does not need.
     environment = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
     server = subprocess.Popen(command, env=environment)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
@@ -143,5 +141,5 @@ def _serve(store: str, runs_dir: Path, port: int, host: str, pages: Sequence[_Pa
             if open_browser and pages:
                 webbrowser.open(pages[0].address)
         return server.wait()
-    except KeyboardInterrupt:  # the server got it too
+    except KeyboardInterrupt:  # the server received it too
         return server.wait()
