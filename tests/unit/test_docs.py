@@ -96,6 +96,10 @@ def doc_commands(text: str) -> Iterator[str]:
     yield from INLINE_CODE.findall(CODE_BLOCK.sub("", text))
 
 
+def test_the_readme_has_at_most_150_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 @pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
 def test_files_that_a_document_names_exist(doc: Path) -> None:
     text = doc.read_text()
