@@ -1,7 +1,7 @@
-"""A run that faults are done to, and what its record says of it: the handle that `faults.py` works with.
+"""A training run into which `faults.py` injects faults, and the evaluation of its record.
 
-In: a run folder and changes to its run file. Out: a process to watch, kill, stop and start again; a judgement of every
-start of it against an undisturbed run. Next: `faults.py`.
+`DisturbedRun` starts, kills, stops and restarts `crosslift train` on a run folder. `judge` compares the record of every
+start with the record of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.ranks import SOURCE
 from data_pipeline.toy_problems.corpus import LANGUAGES
 
 RANKS = 2
-PATIENCE = 240.0  # seconds for anything to happen
+PATIENCE = 240.0  # seconds to wait for any event
 
 
 def run_values(data: Path, output: Path) -> dict[str, Any]:
-    """A small ShifCon run of many short steps; every second one is saved."""
+    """A small ShifCon run of many short steps, with a checkpoint at every second step."""
     return {
         "data_dir": str(data), "output_dir": str(output), "seed": 5, "max_steps": 400,
         "model": {"init": {
@@ -63,7 +63,7 @@ def run_values(data: Path, output: Path) -> dict[str, Any]:
 class Start:
     """What one process of a run recorded."""
 
-    resumed: int  # steps done before it
+    resumed: int  # steps done before this start
     metrics: dict[int, dict[str, Any]]  # by step, 1-based
 
     @property
@@ -75,7 +75,7 @@ class Start:
 class Judgement:
     """One start against the undisturbed run."""
 
-    samples: bool  # none lost, none repeated: every step's data are its own, and no step is left out
+    samples: bool  # no sample lost or repeated: every step read its own data, and no step is missing
     losses: bool  # equal to the last digit
 
     @property
@@ -84,14 +84,14 @@ class Judgement:
 
 
 def starts(output: Path) -> list[Start]:
-    """What the record says, one entry a process."""
+    """The starts in the record, one entry per process."""
     found: list[Start] = []
     record = output / "record.jsonl"
     for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
         try:
             event = json.loads(line)
         except ValueError:
-            continue  # the last line is being written, or was torn by a kill and will be mended
+            continue  # the last line is being written, or was cut off by a kill and will be repaired
         if event["kind"] == "start":
             found.append(Start(event["resumed_step"] or 0, {}))
         elif event["kind"] == "metrics":
@@ -132,7 +132,7 @@ class DisturbedRun:
         self._said_before = 0
 
     def start(self) -> None:
-        """Start, or go on."""
+        """Start or resume the run."""
         self._said_before = self._log.stat().st_size if self._log.exists() else 0
         command = [sys.executable, "crosslift.py", "train", str(self.config), "--nproc", str(RANKS)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -141,7 +141,7 @@ class DisturbedRun:
 
     @property
     def said(self) -> str:
-        """What this start has said so far."""
+        """The output of this start so far."""
         return self._log.read_bytes()[self._said_before :].decode(errors="replace")
 
     @property
@@ -150,7 +150,7 @@ class DisturbedRun:
 
     @property
     def last_step(self) -> int:
-        """The last step that is recorded, by whatever process."""
+        """The last recorded step, of any process."""
         return max((each.last for each in starts(self.output)), default=0)
 
     def ranks(self) -> list[psutil.Process]:
@@ -161,7 +161,7 @@ class DisturbedRun:
         return sorted(found, key=lambda each: int(each.environ()["RANK"]))
 
     def wait_until(self, what: Callable[[], bool], pause: float = 0.02) -> bool:
-        """Whether it came true while the process ran. Raises TimeoutError."""
+        """Whether the condition became true while the process ran. Raises TimeoutError."""
         deadline = time.monotonic() + PATIENCE
         while not what():
             if not self.running:
@@ -172,7 +172,7 @@ class DisturbedRun:
         return True
 
     def wait_for_steps(self, n: int) -> bool:
-        """Until this process has done `n` steps; False where it ended before."""
+        """Wait until this process has done `n` steps; False if it ended before."""
         begun = len(starts(self.output)) if self.running else 0
 
         def moved() -> bool:
@@ -182,7 +182,7 @@ class DisturbedRun:
         return self.wait_until(moved)
 
     def kill(self, chance: random.Random) -> None:
-        """-9 to one rank, or to all processes at once, as when a node dies."""
+        """SIGKILL to one rank, or to all processes at once, as when a node dies."""
         assert self._process is not None
         ranks = self.ranks()
         if chance.random() < 0.5 or not ranks:
@@ -192,7 +192,7 @@ class DisturbedRun:
             chance.choice(ranks).kill()
 
     def signal(self, number: signal.Signals) -> None:
-        """To the launcher."""
+        """Send a signal to the launcher."""
         assert self._process is not None
         self._process.send_signal(number)
 
@@ -202,7 +202,7 @@ class DisturbedRun:
         return self._process.wait(PATIENCE)
 
     def finish(self) -> int:
-        """Go on to the end; the exit status."""
+        """Resume the run to its end; the exit status."""
         if not self.running:
             self.start()
         return self.wait()

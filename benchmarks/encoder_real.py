@@ -1,16 +1,17 @@
-"""The encoder's whole way on real text: trained from scratch, fine-tuned, and scored on three tasks of XTREME.
+"""An encoder on real text: trained from scratch, fine-tuned, and scored on three tasks of XTREME.
 
-In: a folder with `ud/` (CoNLL-U), `tatoeba/` (LASER's pairs) and `xquad/` (xquad.XX.json). Out: runs, and with `--json`
-what was measured. `python -m benchmarks.encoder_real --data DIR --output runs/encoder-real [--json FILE]`
+    python -m benchmarks.encoder_real --data DIR --output runs/encoder-real [--json FILE]
 
-So small a model, trained for minutes, scores low: the pipeline is what is shown. Every step is a command that people
-have; a second call goes on where the first stopped.
+DIR holds `ud/` (CoNLL-U), `tatoeba/` (LASER's pairs) and `xquad/` (xquad.XX.json). The scores of so small a model are
+low; the benchmark shows that the pipeline works. Every step is a `crosslift` command. A second call continues where the
+first one stopped.
 
-- text: UD's dev sentences, Tatoeba's sentences of both sides unpaired, XQuAD's paragraphs kept for training
-- UDPOS: tagging learned on English dev (the treebanks' train files are not there), tested on every language's test
-- Tatoeba: retrieval by the untrained and the trained encoder
-- XQuAD: paragraphs are cut in four, three to train on and one to test on, in all languages alike. Its translations
-  are people's and parallel, answers marked: zero-shot learns from English, X-Mixup from pairs, for as many steps.
+- text: UD's dev sentences, Tatoeba's sentences of both sides unpaired, XQuAD's training paragraphs
+- UDPOS: tagging, trained on English dev (the treebanks' train files are not used), tested on every language's test
+- Tatoeba: retrieval with the untrained and the trained encoder
+- XQuAD: three quarters of the paragraphs are for training and one for the test, the same in all languages. Its
+  translations are human, parallel and have marked answers: zero-shot trains on English, X-Mixup on pairs, for the same
+  number of steps.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from benchmarks.ranks import SOURCE, machine
 from data_pipeline.records import stable_hash
 from data_pipeline.xtreme.prepare import prepare_task
 
-TEST_SHARE = 4  # one paragraph in so many
+TEST_SHARE = 4  # one paragraph in this many is for the test
 CONFIGS = SOURCE / "configs"
 SMALL = ("precision=fp32", "data.workers=1", "checkpoints=2")
 
 
 def crosslift(*arguments: object) -> None:
-    """One command; its failure ends all."""
+    """Run one command; its failure ends the benchmark."""
     print(f"\n--- crosslift {' '.join(map(str, arguments))}", flush=True)
     subprocess.run([sys.executable, str(SOURCE / "crosslift.py"), *map(str, arguments)], check=True)
 
@@ -48,7 +49,7 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def in_test(row: Mapping[str, Any], english: Mapping[str, str]) -> bool:
-    """By the English paragraph of the row's item, so that a paragraph is on one side in every language."""
+    """Decided by the English paragraph of the row's item, so a paragraph is in one split in all languages."""
     return stable_hash("xquad paragraph", english[row["group"]]) % TEST_SHARE == 0
 
 
@@ -61,7 +62,7 @@ def write_xquad(prepared: Path, folder: Path) -> None:
 
 
 def write_text(ud: Path, tatoeba: Path, xquad: Path, folder: Path) -> dict[str, int]:
-    """`<language>.jsonl` of sentences and paragraphs, each once; how many, by language."""
+    """Write `<language>.jsonl` of distinct sentences and paragraphs; their number by language."""
     texts: dict[str, dict[str, None]] = {}
     for file in sorted((ud / "dev").glob("*.jsonl")):
         texts.setdefault(file.stem, {}).update(dict.fromkeys(row["text"] for row in rows(file)))
@@ -79,7 +80,7 @@ def write_text(ud: Path, tatoeba: Path, xquad: Path, folder: Path) -> dict[str, 
 
 
 def prepare(data: Path, output: Path) -> dict[str, int]:
-    """Every file that the runs read, made once; rows of text by language."""
+    """Make every file that the runs read, once; rows of text by language."""
     for task, splits in (
         ("udpos", {"train": "dev", "test": "test"}), ("tatoeba", None), ("xquad", None),
     ):  # fmt: skip

@@ -1,10 +1,10 @@
-"""What a run survives, counted: kills, full disks, damaged checkpoints, servers and files that go away, stopped ranks.
+"""Fault injection: kills, full disks, damaged checkpoints, unreachable servers and files, stopped ranks.
 
 `python -m benchmarks.faults [--kills N] [--each N] [--only NAME ...] [--json FILE] [--work DIR]`
 
-After every fault: did the run go on, or stop with the right message; was a sample lost or repeated; were the losses
-those of the undisturbed run, to the last digit. A full disk needs root (a small file system of its own). Takes about
-twenty minutes on two cores.
+After every fault: did the run continue, or stop with the right message; was a sample lost or repeated; do the losses
+equal those of the undisturbed run to the last digit? A full disk needs root (it mounts a small file system). Takes
+about twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FAULTS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One fault and what came of it."""
+    """One fault and its outcome."""
 
     fault: str
-    as_expected: bool  # went on, or stopped with the right message
+    as_expected: bool  # continued, or stopped with the right message
     samples: bool
     losses: bool
     note: str
@@ -68,7 +68,7 @@ class Faults:
         return DisturbedRun(self.work / name, self.data, max_steps=self.max_steps, **changes)
 
     def kills(self, n: int) -> list[Outcome]:
-        """-9 at a random moment of training."""
+        """SIGKILL at a random moment of training."""
 
         def strike(run: DisturbedRun) -> str:
             time.sleep(self.chance.uniform(0, 1.5))
@@ -78,11 +78,11 @@ class Faults:
         return self._struck("kill -9 in training", n, strike, lambda run, status: status != 0)
 
     def saving_kills(self, n: int) -> list[Outcome]:
-        """-9 while a checkpoint is being written, not the run's first; those that came too late are not counted."""
+        """SIGKILL while a checkpoint other than the first is written; kills that came too late are not counted."""
 
         def strike(run: DisturbedRun) -> str:
             root = checkpoint.checkpoint_root(run.output)
-            run.wait_until(lambda: any(root.glob("step-*/COMPLETE")))  # else nothing would be resumed
+            run.wait_until(lambda: any(root.glob("step-*/COMPLETE")))  # otherwise there is nothing to resume
             time.sleep(self.chance.uniform(0, 1.5))
             run.wait_until(lambda: not any(root.glob(".incomplete-*")), pause=0.001)
             run.wait_until(lambda: any(root.glob(".incomplete-*")), pause=0.001)
@@ -110,7 +110,7 @@ class Faults:
         )
 
     def damaged(self, fault: str, n: int, damage: Callable[[Path], None]) -> list[Outcome]:
-        """A file of the newest checkpoint is damaged while the run is stopped: that checkpoint is passed over."""
+        """Damage a file of the newest checkpoint while the run is stopped: that checkpoint is passed over."""
         spoilt: Path | None = None
 
         def strike(run: DisturbedRun) -> str:
@@ -146,7 +146,7 @@ class Faults:
         return self.damaged("a checkpoint's file truncated", n, cut)
 
     def full_disk(self, n: int) -> list[Outcome]:
-        """The disk of the checkpoints is full for a while: the run says so and goes on; what was saved stays."""
+        """Fill the disk of the checkpoints for a while: the run reports it and continues; saved checkpoints stay."""
         run = self.run("full-disk")
         root = checkpoint.checkpoint_root(run.output)
         root.mkdir(parents=True)
@@ -164,7 +164,7 @@ class Faults:
                         while True:
                             filler.write(bytes(1 << 16))
                     except OSError:
-                        pass  # full, as it should be
+                        pass  # full, as intended
                 told = run.wait_until(lambda number=number: run.said.count("not saved") >= number)
                 (root / "filler").unlink()
                 complete = next(checkpoint.complete(run.output), None)
@@ -176,7 +176,7 @@ class Faults:
             subprocess.run(["umount", str(root)], check=True)
 
     def source_away(self, n: int) -> list[Outcome]:
-        """A source file is moved away for some seconds: the run waits for it."""
+        """Move a source file away for some seconds: the run waits for it."""
         run = self.run("source-away")
         run.start()
         outcomes = []
@@ -194,7 +194,7 @@ class Faults:
         return self._one_run("source file unreadable for a while", run, run.wait(), outcomes)
 
     def mlflow_away(self, n: int) -> list[Outcome]:
-        """MLflow's server is killed and started again: it has every step in the end."""
+        """Kill MLflow's server and start it again: in the end it has every step."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -248,12 +248,12 @@ class Faults:
         expected: Callable[[DisturbedRun, int], bool],
         counted: Callable[[DisturbedRun], bool] = lambda run: True,
     ) -> list[Outcome]:
-        """`n` faults that each end the process, which is then started again; each judged by how it goes on."""
+        """`n` faults that each end the process, which is then restarted; each is judged by how the run continues."""
         outcomes: list[Outcome] = []
         name = fault.split(" (")[0].replace(" ", "-").replace("'", "")
         runs = tries = 0
         run = self.run(f"{name}-0")
-        pending: tuple[bool, int, str] | None = None  # of the last strike: as expected, last step, note
+        pending: tuple[bool, int, str] | None = None  # of the last fault: as expected, last step, note
         while tries < 3 * n:
             begun = len(starts(run.output))
             run.start()
@@ -263,7 +263,7 @@ class Faults:
                 pending = None
             if len(outcomes) >= n:
                 break
-            if not alive or not run.running:  # it came to its end
+            if not alive or not run.running:  # it reached its end
                 runs += 1
                 run = self.run(f"{name}-{runs}")
                 continue
@@ -282,7 +282,7 @@ class Faults:
         return Outcome(fault, as_expected, found.samples, found.losses, note)
 
     def _with_the_end(self, outcomes: list[Outcome], run: DisturbedRun, status: int) -> list[Outcome]:
-        """The last one also answers for the run's end: its weights are those of the undisturbed run."""
+        """The last outcome also covers the run's end: its weights equal those of the undisturbed run."""
         end = self._end(run, status)
         last = outcomes[-1]
         outcomes[-1] = Outcome(last.fault, last.as_expected and not status, last.samples and end.samples,
@@ -290,7 +290,7 @@ class Faults:
         return outcomes
 
     def _one_run(self, fault: str, run: DisturbedRun, status: int, fine: list[bool]) -> list[Outcome]:
-        """Faults that end no process, all done to one run."""
+        """Faults that end no process, all injected into one run."""
         end = self._end(run, status)
         return [Outcome(fault, each and not status, end.samples, end.losses, f"exit status {status}") for each in fine]
 
@@ -319,7 +319,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def write_report(file: Path, outcomes: list[Outcome]) -> None:
-    """All outcomes; of kinds that were not counted this time, those that the file has from before."""
+    """Write all outcomes; kinds that were not counted this time keep their outcomes in the file."""
     counted = {each.fault for each in outcomes}
     before = json.loads(file.read_text(encoding="utf-8"))["outcomes"] if file.exists() else []
     rows = [row for row in before if row["fault"] not in counted] + [asdict(each) for each in outcomes]
@@ -347,7 +347,7 @@ def main() -> int:
                 print(f"{'ok ' if each.good else 'BAD'} {each.fault}: {each.note}", flush=True)
             outcomes += found
             seconds = time.monotonic() - started
-            if options.json:  # after each kind: what is counted is kept
+            if options.json:  # after each kind, so that counted faults are kept
                 write_report(options.json, outcomes)
     print(f"\n{table(outcomes)}\n\n{seconds / 60:.1f} minutes")
     return 0 if all(each.good for each in outcomes) else 1

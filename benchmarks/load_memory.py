@@ -3,12 +3,13 @@
     python -m benchmarks.load_memory --json FILE
 
 The launcher writes a random Llama (bf16, safetensors in shards of about 500 MB) to a temporary folder, one shard at a
-time; then the ranks make the architecture sharded and stream the weights in, as `training.assembly` does. The limit
-is a rank's shard of the weights plus twice the largest file. No optimiser is made.
+time; then the ranks create the sharded architecture and stream the weights in, as `training.assembly` does. The limit
+is a rank's shard of the weights plus twice the largest file. There is no optimiser.
 
-What counts is anonymous (and shared) memory over what the imports left: it cannot be given back. Safetensors files
-are mapped, so the reading rank also shows file pages (RssFile), which the kernel drops when memory is short; they
-are reported beside it. Memory is sampled every few milliseconds, and its high-water mark (VmHWM) is the kernel's.
+The limit applies to anonymous (and shared) memory above the level after the imports, which the kernel cannot reclaim.
+Safetensors files are mapped, so the reading rank also has file pages (RssFile), which the kernel drops when memory is
+short; they are reported separately. Memory is sampled every few milliseconds; the high-water mark (VmHWM) is the
+kernel's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ STATUS_KEYS = ("VmHWM", "VmRSS", "RssAnon", "RssFile", "RssShmem")
 
 
 def write_model(folder: Path, size: str) -> None:
-    """config.json and random weights; no more than one shard is held at a time."""
+    """Write config.json and random weights, with at most one shard in memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -82,7 +83,7 @@ def memory() -> dict[str, int]:
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Fills in the highest value of each kind seen inside, by a thread that looks every few milliseconds."""
+    """Record the highest value of each kind inside the block, sampled by a thread every few milliseconds."""
     peak = dict.fromkeys((*STATUS_KEYS, "unreclaimable"), 0)
     done = threading.Event()
 
@@ -93,7 +94,7 @@ def peak_memory() -> Iterator[dict[str, int]]:
             peak["samples"] = peak.get("samples", 0) + 1
             done.wait(SAMPLE_SECONDS)
 
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -129,7 +130,7 @@ def run_config(folder: Path) -> Any:
 
 
 def rank_main(folder: Path) -> None:
-    """One rank: load as `training.assembly.assemble` does; rank 0 keeps every rank's figures."""
+    """One rank: load as `training.assembly.assemble` does; rank 0 writes every rank's figures."""
     from transformers import LlamaForCausalLM  # noqa: F401  an import, so part of the baseline
 
     from training.assembly import starting_model
@@ -165,7 +166,7 @@ def rank_main(folder: Path) -> None:
 
 
 def check_weights(model: Any, folder: Path) -> None:
-    """The first and last parameters and one between hold what the files hold."""
+    """Check that the first, the last and a middle parameter equal the files' values."""
     import torch
     from safetensors import safe_open
 

@@ -1,14 +1,14 @@
-"""What `training.checks.memory` and `training.checks.activations` say, against what a run on the CPU really takes.
+"""Memory estimates of `training.checks.memory` and `training.checks.activations` against measurements on the CPU.
 
     python -m benchmarks.memory_estimate --json FILE
 
 1. Weights, gradients, optimiser: ranks train two steps of a Llama of 6M parameters under every ZeRO stage, in fp32 and
    bf16; between the second step's backward and its update each rank's tensors are measured.
-2. Activations: models of Llama's, Qwen3's and XLM-R's shapes run forward and backward; what autograd saves and the
-   most that is allocated at any moment (PyTorch's MemTracker), checkpointing on and off.
+2. Activations: models of Llama's, Qwen3's and XLM-R's shapes run forward and backward; measured are the tensors that
+   autograd saves and the peak allocation (PyTorch's MemTracker), with and without gradient checkpointing.
 
-The measurements are used by `tests/distributed/test_memory.py` and `tests/unit/test_activations.py` too. Not measured:
-a GPU, so neither flash-attention's kernels nor the allocator.
+`tests/distributed/test_memory.py` and `tests/unit/test_activations.py` use the same measurements. Not measured: GPUs,
+so neither flash-attention's kernels nor the CUDA allocator.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True},
     "xlm-roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 300},
 }
-# By what they are in the estimate, in any stage.
+# By their names in the estimate, in any stage.
 NAMES = {
     "weights": ("weights, sharded", "weights, whole"),
     "master": ("master weights, fp32",),
@@ -55,13 +55,13 @@ NAMES = {
 def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
     """Bytes between a second step's backward and its update, by what holds them.
 
-    `all` is of all float tensors but those with an id in `before`; `gathered` counts whole weights, not bytes.
+    `all` covers all float tensors except those with an id in `before`; `gathered` counts elements of gathered weights.
     """
     from training.loop.trainer import Trainer
 
     trainer = Trainer(run, tracker=None)
     first = run.loader.load(0)
-    trainer.train_step(0, first, trainer.agree(first))  # afterwards the moments are there, and the trace of modules
+    trainer.train_step(0, first, trainer.agree(first))  # afterwards the moments and the trace of modules exist
     batch = run.loader.load(1)
     totals = trainer.agree(batch).totals
     gathered = watch_gathered(run)
@@ -87,7 +87,7 @@ def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
 
 
 def watch_gathered(run: Run) -> Callable[[], int]:
-    """Elements of weights that are whole at the most, looked at around every module; 0 without ZeRO-3."""
+    """Largest number of gathered weight elements, sampled around every module; 0 without ZeRO-3."""
     if run.config.zero_stage < 3:
         return lambda: 0
     coordinator: Any = run.engine._optimizer.parameter_offload.get_param_coordinator()
@@ -97,7 +97,7 @@ def watch_gathered(run: Run) -> Callable[[], int]:
         seen.append(coordinator._PartitionedParameterCoordinator__n_available_params)
 
     for module in run.engine.module.modules():
-        module.register_forward_pre_hook(look)  # behind the engine's, which fetch
+        module.register_forward_pre_hook(look)  # after the engine's hooks, which gather
         module.register_full_backward_pre_hook(look)
     return lambda: max(seen)
 
@@ -168,7 +168,7 @@ def step_peak(model: Any, forward: Callable[[], Tensor]) -> int:
 
 
 def measure_activations() -> list[dict[str, Any]]:
-    """Counted without data, saved by autograd, allocated; one row a model, format and checkpointing."""
+    """Bytes counted without data, saved by autograd, and allocated: one row a model, precision and checkpointing."""
     from transformers import AutoConfig
 
     from benchmarks.step_time import run_values
@@ -229,7 +229,7 @@ def run_config(folder: Path, stage: int, precision: str) -> RunConfig:
 
 
 def rank_main(folder: Path) -> None:
-    """One rank: every stage and format; rank 0 keeps its figures beside the estimate."""
+    """One rank: every stage and precision; rank 0 writes its figures beside the estimate."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from training.assembly import assemble
@@ -239,7 +239,7 @@ def rank_main(folder: Path) -> None:
     from training.engine.engine import process_group
     from training.run_folder.prepare import prepare
 
-    warnings.simplefilter("ignore")  # PyTorch's about what DeepSpeed calls
+    warnings.simplefilter("ignore")  # warnings of PyTorch about DeepSpeed's calls
     with process_group(timeout_minutes=10):
         rows = []
         for stage in (1, 2, 3):

@@ -1,10 +1,10 @@
-"""What X-Mixup costs: its forward and backward on pairs, against two plain ones on each side's texts.
+"""Cost of X-Mixup: forward and backward on pairs, against two plain passes over the texts of both sides.
 
-In: nothing. Out: a table, and JSON with `--json`. `python -m benchmarks.mixup_step [--json FILE]`
+    python -m benchmarks.mixup_step [--json FILE]
 
 One process, fp32. A pair is a target and its source. Plain: fine-tuning's forward and backward on the targets, then
 on the sources, whose gradients add up. X-Mixup: one forward and backward on both, mixed at one layer, with both
-task losses and the consistency. Rounds are interleaved, in turning order, on the same texts.
+task losses and the consistency. Rounds are interleaved, in alternating order, on the same texts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMIT = 1.15
 
 @dataclass
 class PlainEngine:
-    """What an objective asks of an engine, without DeepSpeed: both sides of the ratio run on the same terms."""
+    """The part of an engine that objectives use, without DeepSpeed, for both sides of the ratio."""
 
     module: torch.nn.Module
 
@@ -43,7 +43,7 @@ class PlainEngine:
 
 
 def texts(rows: int, n_pairs: int, seed: int) -> TaskBatch:
-    """Random token ids of lengths from half the row to all of it; `rows` is twice `n_pairs`, or unpaired."""
+    """Random token ids, with lengths from half a row to a whole one; `rows` is twice `n_pairs`, or unpaired."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(TOKENS // 2, TOKENS + 1, (rows,), generator=generator)
     lengths[0] = TOKENS
@@ -99,7 +99,7 @@ def measure(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 def backward(terms: Any) -> None:
-    """Of the weighted mean of every term."""
+    """Backward pass of the weighted mean of every term."""
     sum(term.weight * term.sum / PAIRS for term in terms.terms.values()).backward()
 
 

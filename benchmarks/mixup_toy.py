@@ -1,15 +1,15 @@
-"""Zero-shot transfer, translate-train and X-Mixup on a small labelled task of our own, five seeds each.
+"""Zero-shot transfer, translate-train and X-Mixup on a small generated task, five seeds each.
 
-In: nothing. Out: a table with intervals, and JSON with `--json`. `python -m benchmarks.mixup_toy [--json FILE]`
+    python -m benchmarks.mixup_toy [--json FILE]
 
-The task is `data_pipeline/toy_problems/labelled.py`: which of seven kinds of word problem a text is, in ten languages.
-One encoder is trained from scratch by masked language modelling, mostly on English. From it every method is fine-tuned
-with each seed, for equally many steps of equally many samples (X-Mixup reads a sample's source besides). A seed decides
-the head's first weights, the order of samples and which sources are back-translations. The last checkpoint is taken.
+The task (`data_pipeline/toy_problems/labelled.py`) is to classify word problems in ten languages into seven kinds. One
+encoder is trained from scratch by masked language modelling, mostly on English. Every method is fine-tuned from it with
+each seed, for the same number of steps and samples (X-Mixup also reads each sample's source). The seed sets the initial
+weights of the head, the order of samples and which sources are back-translations. The last checkpoint is used.
 
-Intervals are over seeds (Student's t), methods are compared seed by seed: they tell how far another seed would bring
-other numbers with this data set and this encoder. X-Mixup answers twice: from a test's text alone, and mixed with its
-translation into English, which `back_text_a` holds. A second call goes on where the first stopped.
+Intervals are over seeds (Student's t), and methods are compared seed by seed: they show how much the numbers vary with
+the seed, for this data set and this encoder. X-Mixup predicts twice: from a test text alone, and mixed with its
+translation into English (`back_text_a`). A second call continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TESTS = {"test_seen": "known situations, new wording and numbers", "test_unseen"
 OTHERS = [language for language in LANGUAGES if language != DOMINANT]
 SIZES = LabelledSizes(n_train=560, n_dev=70, n_test_seen=210, n_test_unseen=210)
 XMIXUP: dict[str, Any] = {"name": "xmixup", "layer": 2, "alpha": 0.4, "source_schedule": 40}
-# method -> languages of the training rows, objective, how the export answers
+# method -> languages of the training rows, objective, mixing modes of the prediction
 METHODS: dict[str, tuple[Sequence[str], dict[str, Any], MixupMode]] = {
     "zero-shot": ([DOMINANT], {"name": "finetune"}, "off"),
     "translate-train": (LANGUAGES, {"name": "finetune"}, "off"),
@@ -48,7 +48,7 @@ Scores = dict[str, dict[str, float]]  # test -> language -> accuracy, per cent
 
 
 def encoder_values(output: Path) -> dict[str, Any]:
-    """`configs/encoder-mlm.yaml` at the size of the toy problems."""
+    """`configs/encoder-mlm.yaml`, scaled to the toy problems."""
     values: dict[str, Any] = yaml.safe_load((SOURCE / "configs" / "encoder-mlm.yaml").read_text(encoding="utf-8"))
     values |= {"data_dir": str((output / "data" / "text").resolve()), "output_dir": str((output / "encoder").resolve())}
     values["tokenizer"]["train"] |= {"vocab_size": 3000, "character_coverage": 1.0}
@@ -87,7 +87,7 @@ def run_folder(output: Path, method: str, seed: int) -> Path:
 
 
 def train(values: Mapping[str, Any], nproc: int) -> None:
-    """`crosslift train` of a run file beside the run's folder, unless its export is there."""
+    """Run `crosslift train` on a run file beside the run folder, unless its export exists."""
     folder = Path(values["output_dir"])
     if (folder / "model").is_dir():
         return
@@ -100,7 +100,7 @@ def train(values: Mapping[str, Any], nproc: int) -> None:
 
 
 def accuracies(model: Path, data: Path, mixup: MixupMode) -> Scores:
-    """Of every test and language; English, which has no translation, answers alone."""
+    """Accuracies by test and language; English, which has no translation, is predicted unmixed."""
     predictor = EncoderPredictor.open(model)
     found: Scores = {}
     for test in TESTS:
@@ -117,7 +117,7 @@ def mean_of_others(scores: Mapping[str, float]) -> float:
 
 
 def summaries(by_seed: Mapping[str, Sequence[Scores]], test: str) -> dict[str, Any]:
-    """English, the others' mean, their gap, and what each method adds to the baselines: (mean, low, high) each."""
+    """English, the others' mean, their gap, and the difference to each baseline: (mean, low, high) each."""
 
     def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
         return clustered_mean([[value] for value in values])

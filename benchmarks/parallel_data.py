@@ -1,6 +1,6 @@
 """Generated parallel data of realistic lengths: samples of about 60 to 200 tokens in five languages.
 
-In: a folder. Out: `<language>.jsonl` in it, the same items in every language. Next: `step_time.py`.
+`write_data` writes `<language>.jsonl` files with the same items in every language, for `step_time.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUESTION_WORDS, ANSWER_WORDS = (35, 110), (20, 80)  # about one token a word
 
 
 def write_data(folder: Path) -> None:
-    """`<language>.jsonl`: the same items, word for word, in words of each language's own."""
+    """Write `<language>.jsonl`: the same items, word for word, in each language's own words."""
     folder.mkdir(parents=True)
     for language, (consonants, vowels) in LETTERS.items():
         chance = random.Random(language)

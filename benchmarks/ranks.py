@@ -1,8 +1,4 @@
-"""What the benchmarks share: ranks on this machine, and what the machine is.
-
-In: a module to run and how many ranks. Out: an exit status; facts that a figure is worth nothing without.
-Next: every other file here.
-"""
+"""Shared by the benchmarks: starting ranks on this machine, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -24,21 +20,21 @@ SOURCE = Path(__file__).resolve().parent.parent
 
 
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
-    """What a benchmark takes that starts itself again as ranks: `rank_folder` is given to a rank alone."""
+    """Add the options of a benchmark that starts itself as ranks; only ranks get `rank_folder`."""
     parser.add_argument("--nproc", type=int, default=2, help="ranks (on GPUs: at most as many as there are)")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
 
 
 def usable_ranks(wanted: int) -> int:
-    """No more than there are GPUs, where there are any."""
+    """The number of ranks, limited to the number of GPUs if there are any."""
     from training.distributed import visible_gpus
 
     return min(wanted, visible_gpus() or wanted)
 
 
 def run_ranks(module: str, arguments: Sequence[str], nproc: int) -> None:
-    """`python -m MODULE ARGUMENTS` as `nproc` ranks; the first that fails ends all, and raises ChildFailedError."""
+    """Run `python -m MODULE ARGUMENTS` as `nproc` ranks; a failure ends all and raises ChildFailedError."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))

@@ -1,12 +1,12 @@
-"""What a checkpoint costs: steps without one, with one written while they run, and with one written before they run.
+"""Cost of a checkpoint: steps without one, with one written in the background, and with one written before them.
 
     python -m benchmarks.saving --json FILE
 
-One run under ZeRO-3 trains on through rounds of three blocks of steps, in turning order. A block with a checkpoint
-begins it and ends when it is complete. Two figures a checkpoint: how long training stood still for it, in `begin` and
-`settle`; and by how much its block was longer than the round's block without one, which also counts the cores and the
-disk that a thread in the background takes from the steps. Wall clock of the slowest rank. The disk is that of the
-temporary folder (TMPDIR), and `written_gb_per_second` is of a plain file of one rank's size, written and synced there.
+One run under ZeRO-3 trains through rounds of three blocks of steps, in rotating order. A block with a checkpoint starts
+the checkpoint and ends when it is complete. Two figures a checkpoint: how long training waited for it, in `begin` and
+`settle`; and how much longer its block took than the round's block without one, which includes the CPU and disk time
+that the background thread takes from the steps. Wall clock of the slowest rank. The disk is that of the temporary
+folder (TMPDIR); `written_gb_per_second` is the speed of writing and syncing a plain file of one rank's size there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLOCKS = ("none", "background", "foreground")
 
 
 class Timed:
-    """A trainer whose time inside the saver is counted."""
+    """A trainer that measures its time inside the saver."""
 
     def __init__(self, config: Any) -> None:
         from training.assembly import assemble
@@ -43,7 +43,7 @@ class Timed:
         self.stood_still = 0.0
 
     def block(self, kind: str, n_steps: int) -> None:
-        """Steps of the loop (`Trainer._train_from`), with a checkpoint of this kind begun before them."""
+        """Run steps of the loop (`Trainer._train_from`) after starting a checkpoint of this kind."""
         trainer, self.stood_still = self.trainer, 0.0
         if kind != "none":
             background = kind == "background"
@@ -65,7 +65,7 @@ class Timed:
 
 
 def measure(config: Any, rounds: int, n_steps: int) -> dict[str, Any]:
-    """Seconds of every block and of standing still in it; the same on every rank."""
+    """Seconds of every block and of waiting in it; the same on every rank."""
     from benchmarks.ranks import all_max
     from training.checkpoints import checkpoint
 
@@ -89,7 +89,7 @@ def measure(config: Any, rounds: int, n_steps: int) -> dict[str, Any]:
 
 
 def summary(measured: dict[str, Any]) -> dict[str, Any]:
-    """Medians over rounds; `cost` is paired by round, so that a noisy machine slows both alike."""
+    """Medians over rounds; `cost` is paired by round, so noise of the machine affects both sides."""
     blocks = measured["blocks"]
     rows = {}
     for kind in BLOCKS[1:]:
@@ -139,7 +139,7 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def rank_main(folder: Path, options: argparse.Namespace) -> None:
-    """One rank; rank 0 keeps the figures."""
+    """One rank; rank 0 writes the figures."""
     import torch
 
     from training.distributed import rank

@@ -2,11 +2,11 @@
 
     python -m benchmarks.step_time --json FILE
 
-All three train the same model from the same weights on the same batches of generated parallel data. Each round is
-one step of each, in turning order, so that a noisy machine slows all three alike; ratios are taken within a round.
-Two clocks: the wall clock of the slowest rank, and the CPU time that all ranks used, which other programs on the
-machine disturb less (on GPUs it says little). The refresh of the language vectors is timed by itself, at the default
-`refresh_every` and `probe_items`, and added to one-pass in equal shares; three-pass gets its vectors for nothing.
+All three train the same model from the same weights on the same batches of generated parallel data. Each round is one
+step of each, in rotating order, so noise of the machine affects all three; ratios are computed within a round. Two
+clocks: the wall clock of the slowest rank, and the CPU time of all ranks, which other programs disturb less (on GPUs it
+means little). The refresh of the language vectors is timed separately, at the default `refresh_every` and
+`probe_items`, and its share is added to every one-pass step; three-pass gets its vectors at no cost.
 CPU: gloo, fp32; GPU: NCCL, bf16, one rank a GPU.
 """
 
@@ -39,7 +39,7 @@ AREAS = {"0.1M": [1, 2], "5M": [2, 4], "20M": [4, 7]}
 
 
 def run_values(folder: Path, size: str, slots: int, on_gpu: bool) -> dict[str, Any]:
-    """The run file of the one-pass run; the other two take everything but the objective from it."""
+    """The run file of the one-pass run; the other two differ only in the objective."""
     columns = {"id": "id", "prompt": "question", "completion": "answer"}
     model = {**SIZES[size], "num_key_value_heads": SIZES[size]["num_attention_heads"]}
     return {
@@ -70,7 +70,7 @@ def run_values(folder: Path, size: str, slots: int, on_gpu: bool) -> dict[str, A
 
 
 def build_trainers(config: Any) -> dict[str, Any]:
-    """One Trainer an objective: three models and engines, one data side."""
+    """One Trainer per objective: three models and engines that share the data."""
     from benchmarks.three_pass import ThreePassShifCon
     from modeling.loading import build_model, load_weights, resolve_directory
     from training.assembly import Run, _probe, assemble_data
@@ -99,7 +99,7 @@ def build_trainers(config: Any) -> dict[str, Any]:
             gradient_checkpointing=False, construction=construction.context(),
         )  # fmt: skip
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
-        objective = make(model)  # its hooks come before the engine's, as in training.assembly
+        objective = make(model)  # its hooks are installed before the engine's, as in training.assembly
         engine = Engine(model, config, settings, nproc)
         trainers[name] = Trainer(
             Run(config, data, data.loader(config, rank(), nproc), objective, engine, None, directory), None
@@ -108,7 +108,7 @@ def build_trainers(config: Any) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
-    """Seconds until the slowest rank is done, all starting together; seconds of CPU that all ranks used."""
+    """Seconds until the slowest rank is done, with a common start; CPU seconds of all ranks."""
     import torch
 
     from training.distributed import all_sum, barrier
@@ -123,7 +123,7 @@ def timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
 
 
 def measure(config: Any, rounds: int) -> dict[str, Any]:
-    """Times of every round, and what was in the batches; the same on every rank."""
+    """Times of every round and contents of the batches; the same on every rank."""
     from training.assembly import build_planner, tokens_per_byte
     from training.distributed import all_sum
     from training.objectives.config import SFTConfig
@@ -131,7 +131,7 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
     trainers = build_trainers(config)
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run
     device, packer, loader = one_pass.engine.device, one_pass.data.packer, one_pass.loader
-    # A plain SFT run has the same rows but no contrast sets to keep whole: how its ranks would be loaded.
+    # A plain SFT run has the same rows but no contrast sets: how its samples would be balanced over ranks.
     plain = config.model_copy(update={"objective": SFTConfig(name="sft")})
     free = build_planner(plain, one_pass.data.index, tokens_per_byte(plain, one_pass.data.reader))
     loaders = {"contrast sets": loader, "single samples": copy(loader)}
@@ -177,12 +177,12 @@ def _step(trainer: Any, number: int, batch: Any) -> None:
 
 
 def _grid(batch: Any) -> int:
-    """Tokens that a rank's forward passes run over, padding included."""
+    """Tokens of a rank's forward passes, padding included."""
     return sum(each.input_ids.numel() for each in batch.micro_batches)
 
 
 def summary(measured: dict[str, Any], clock: str) -> dict[str, Any]:
-    """Medians, and ratios paired by round with the refresh in one-pass's time."""
+    """Medians, and ratios paired by round, with the refresh included in the time of one-pass."""
     seconds, rounds = measured[clock], measured["rounds"]
     share = seconds["refresh"] / measured["refresh_every"]
     whole = {**seconds, "one-pass": [each + share for each in seconds["one-pass"]]}
@@ -214,7 +214,7 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 
 def table(size: str, measured: dict[str, Any]) -> str:
-    """Markdown: one table a clock."""
+    """Markdown, one table per clock."""
     grids = [each["grid_tokens_of_busiest_rank"] for each in measured["rounds"]]
     sets, single = (sum(each[key] for each in grids) for key in ("contrast sets", "single samples"))
     lines = [
@@ -245,7 +245,7 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def rank_main(folder: Path, options: argparse.Namespace) -> None:
-    """One rank: every size in turn; rank 0 keeps the figures."""
+    """One rank: every size in turn; rank 0 writes the figures."""
     import torch
 
     from training.distributed import rank

@@ -1,15 +1,14 @@
-"""Three-pass ShifCon, the yardstick of `step_time.py`: a step as the authors' public code runs it.
+"""Three-pass ShifCon, the baseline of `step_time.py`: a step as the authors' public code runs it.
 
-Three full forward passes: the English texts of the pairs, their translations, and the SFT batch. The first two
-run unshifted on bare text (no template), through the LM head at every position, for logits nobody reads. The
-contrastive loss takes sentence means at every layer of the area: L2-normalised, the translations recentred onto
-the English batch mean, candidates from the whole batch. The third pass is the shifted SFT pass of `ShifCon`.
+Three full forward passes: the English texts of the pairs, their translations, and the SFT batch. The first two run
+unshifted on raw text (no template), through the LM head at every position, although their logits are not used. The
+contrastive loss uses sentence means at every layer of the area: L2-normalised, with the translations moved onto the
+English batch mean, and candidates from the whole batch. The third pass is the shifted SFT pass of `ShifCon`.
 
-Generous to the yardstick: texts are packed like ours instead of padded, only label positions meet the LM head in
-the SFT pass, states are pooled by hooks instead of kept by `output_hidden_states`, language vectors are taken as
-given, and pairs are those of our plan (the authors' run had 12 pairs to 14 SFT samples).
+Simplifications in favour of the baseline: texts are packed like ours instead of padded, only label positions pass the
+LM head in the SFT pass, states are pooled by hooks instead of kept by `output_hidden_states`, language vectors are
+given, and pairs are those of our plan (the authors' run had 12 pairs and 14 SFT samples).
 
-In: the micro-batches of `ShifCon`. Out: LossTerms. Next: `step_time.py`.
 Shapes: T tokens, S segments, P pairs, H hidden.
 """
 
@@ -34,7 +33,7 @@ from training.objectives.decoders import LossTerms, ShifCon, SupervisedFineTunin
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """One side of a micro-batch's pairs, packed; `segments` (P,) finds pair i's text."""
+    """One side of a micro-batch's pairs, packed; `segments` (P,) is the segment of each pair's text."""
 
     batch: MicroBatch
     segments: Tensor
@@ -46,10 +45,10 @@ class Texts:
 
 
 class ThreePassShifCon(ShifCon):
-    """Give each step's RankStep to `prepare` before it is trained on."""
+    """Three-pass ShifCon; call `prepare` with each RankStep before training on it."""
 
     def prepare(self, step: RankStep, packer: Packer, device: torch.device) -> int:
-        """Packs both sides' texts, which the authors' loader would do; the tokens that they add to the step."""
+        """Pack the texts of both sides, as the authors' loader would; returns the tokens that they add to the step."""
         self._texts: dict[int, tuple[Texts, Texts]] = {}
         for micro_batch in step.micro_batches:
             english, translated = pair_texts(micro_batch, packer, device)
@@ -104,7 +103,7 @@ def pair_texts(batch: MicroBatch, packer: Packer, device: torch.device) -> tuple
 
 
 def _bare(sample: TokenizedSample, name: str) -> TokenizedSample:
-    """The user's words without a template, behind the sequence's first token."""
+    """The user's words without a template, after the sequence's first token."""
     input_ids = np.concatenate([sample.input_ids[:1], sample.input_ids[sample.content]])
     content = np.ones(len(input_ids), dtype=np.bool_)
     content[0] = False
