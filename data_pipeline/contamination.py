@@ -1,7 +1,4 @@
-"""Held-out texts that are also in training, where their item has another id (or none): contamination.
-
-In: a DataIndex. Out: pairs of rows. Next: `training/checks/data_report.py` counts and names them.
-"""
+"""Contamination: held-out texts that are also in training, under another id (or without one)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ def contaminated_rows(index: DataIndex) -> list[tuple[int, int]]:
     """(held-out row, training row) for every held-out row whose text is also in training, in any language.
 
     A row's text is its `user_text`; texts are compared by `records.normalized`. Of several training rows, the first is
-    given. One pass over the index's hashes: no text is read.
+    given. One pass over the index's hashes; no text is read.
     """
     held = np.flatnonzero(index.heldout & ~index.bad)
     texts = np.unique(index.normalized[held])

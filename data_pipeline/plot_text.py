@@ -1,8 +1,4 @@
-"""Text of any script in plots: fonts that have its glyphs, and a romanised form where none is installed.
-
-In: texts, such as languages' names. Out: PlotText. Next: `training/tracking/plots.py`, `evals/score_report.py`,
-`evals/representation_plots.py`.
-"""
+"""Text of any script in plots: fonts that have its glyphs, and a romanised form if none is installed."""
 
 from __future__ import annotations
 
@@ -12,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic and more
+DEFAULT_FONT = "DejaVu Sans"  # part of matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic and more
 
 
 @dataclass(frozen=True, slots=True)
 class PlotText:
-    """How some texts can be drawn on this machine."""
+    """How given texts can be drawn on this machine."""
 
     families: tuple[str, ...]  # fonts, in matplotlib's order of preference
     without_glyphs: frozenset[str]  # characters that no installed font has
@@ -60,7 +56,7 @@ def _glyphs_of_default() -> frozenset[str]:
 
 @cache
 def _installed_fonts() -> dict[str, frozenset[str]]:
-    """Characters by family, of each plain font on this machine. Takes milliseconds a font."""
+    """Characters of each plain font family on this machine. Takes milliseconds a font."""
     from matplotlib import font_manager
 
     known = {entry.fname for entry in font_manager.fontManager.ttflist}

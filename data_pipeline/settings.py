@@ -1,7 +1,4 @@
-"""What all sections of run files and site files have in common, and the types of their paths.
-
-In: nothing. Out: `Section`, and types of fields. Next: the rooms' own config models.
-"""
+"""Base class of the sections of run files and site files, and the types of their paths."""
 
 from __future__ import annotations
 
@@ -25,13 +22,13 @@ def _expanded(value: Any) -> Any:
     return expanded(str(value)) if isinstance(value, str | Path) else value
 
 
-# A path, or the text of a glob, an address or a hub name, in which `~` and variables are filled in.
+# A path, or the text of a glob, an address or a hub name, in which `~` and variables are expanded.
 RunPath = Annotated[Path, BeforeValidator(_expanded)]
 PathText = Annotated[str, AfterValidator(expanded)]
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of all that is no section and no list."""
+    """(dotted path, value) of everything that is neither a section nor a list."""
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(each, f"{path}.{key}".lstrip("."))

@@ -1,10 +1,8 @@
-"""YAML as people write it: what run files, overrides and site files mean by a value, and how values are written back.
-
-In: text. Out: plain values. Next: `training/run_file.py`, `slurm/site.py`, `evals/xtreme/run_config.py`.
+"""YAML values of run files, overrides and site files, read and written.
 
 PyYAML reads YAML 1.1, in which `1e6` is text, `no` (Norwegian) is false, 12:30:00 is a number and 2026-01-31 a date.
-Here, as in YAML 1.2: `1e6` and `1e-5` are numbers, only `true` and `false` are booleans, and times and dates are text.
-Underscores in numbers (`1_000`) are read as YAML 1.1 does. A number with a leading zero (`007`) is text.
+Here, as in YAML 1.2, `1e6` and `1e-5` are numbers, only `true` and `false` are booleans, and times and dates are text.
+Underscores in numbers (`1_000`) are read as in YAML 1.1. A number with a leading zero (`007`) is text.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import Any
 
 import yaml
 
-# (tag, plain scalars that have it, their first characters)
+# (tag, its plain scalars, their first characters)
 _SCALARS = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
@@ -34,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that either version of YAML would read as something else."""
+    """Quotes text that either version of YAML would read as something else."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -65,10 +63,10 @@ def read_yaml(text: str) -> Any:
 
 
 def compose_yaml(text: str) -> yaml.Node | None:
-    """The document as nodes, with lines and with keys that are there twice. Raises yaml.YAMLError."""
+    """The document as nodes, with line numbers and repeated keys. Raises yaml.YAMLError."""
     return yaml.compose(text, _Loader)
 
 
 def write_yaml(values: Any) -> str:
-    """Plain values as text that `read_yaml` reads back as they are; keys keep their order."""
+    """Plain values as text that `read_yaml` reads back unchanged; keys keep their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,11 +1,11 @@
-"""The toy corpus: items drawn from the structures, rendered in ten languages, split so that nothing leaks.
+"""The toy corpus: word problems drawn from the structures, rendered in ten languages, in splits without leakage.
 
-In: `STRUCTURES` and the phrasings. Out: JSONL files a split and language, and the test splits in MGSM's layout.
-Next: `crosslift quickstart` trains and scores on them.
+`write_corpus` writes JSONL files a split and language, and the test splits in MGSM's layout; `crosslift quickstart`
+trains and scores on them.
 
 An item is a situation with its numbers and a name. Whatever the language or phrasing, a (structure, numbers)
-combination belongs to exactly one of `base`, `finetune` and `test_seen`; held-out structures are in
-`test_unseen` alone. So `test_seen` asks known situations about new numbers, `test_unseen` new situations.
+combination belongs to exactly one of `base`, `finetune` and `test_seen`; held-out structures are in `test_unseen`
+alone. So `test_seen` has known situations with new numbers, and `test_unseen` has new situations.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SHARES: Mapping[Split, int] = {"base": 60, "finetune": 25, "test_seen": 15}  # p
 
 @dataclass(frozen=True, slots=True)
 class ToyItem:
-    """One problem, in no language yet. `numbers` holds drawn and computed ones, `result` among them."""
+    """One problem, independent of language. `numbers` holds drawn and computed ones, `result` among them."""
 
     structure: Structure
     numbers: Mapping[str, int]
-    name: int  # index into each language's names; 0 where the structure names nobody
+    name: int  # index into each language's names; 0 if the structure names nobody
 
     @property
     def id(self) -> str:
@@ -45,7 +45,7 @@ class ToyItem:
 
 @dataclass(frozen=True, slots=True)
 class CorpusSizes:
-    """Rows a language and split."""
+    """Number of rows of each language and split."""
 
     english_base: int = 8000
     other_base: int = 120
@@ -72,7 +72,7 @@ def render(item: ToyItem, language: str, phrasing: int) -> tuple[str, str]:
 
 
 def split_of(structure: Structure, numbers: Mapping[str, int], seed: int) -> Split:
-    """The one split that this combination may occur in."""
+    """The only split in which this combination may occur."""
     if structure.held_out:
         return "test_unseen"
     stated = [numbers[key] for key in structure.operation.placeholders]

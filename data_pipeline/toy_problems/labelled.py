@@ -1,20 +1,20 @@
-"""A labelled task at toy scale, parallel in ten languages: which kind of problem is this?
+"""A labelled toy task, parallel in ten languages: classify the kind of a word problem.
 
-In: `STRUCTURES` and the phrasings. Out: canonical JSONL rows, for comparing zero-shot transfer, translate-train and
-X-Mixup (arXiv 2205.04182). Next: pretraining on `text/`, then training and scoring on the other folders.
+`write_labelled_task` writes canonical JSONL rows for comparing zero-shot transfer, translate-train and X-Mixup
+(arXiv 2205.04182).
 
     text/<language>.jsonl         unlabelled sentences; more of them in some languages than in others
-    train/<language>.jsonl        English as written, the other languages as translated from it
+    train/<language>.jsonl        English originals; the other languages are translated from them
     dev/, test_seen/<language>.jsonl   known situations, with new numbers and in a new wording
-    test_unseen/<language>.jsonl  situations that no label was ever given for
+    test_unseen/<language>.jsonl  situations without any labelled training example
 
-An item is in the same place of the same file of every language, under the same `group`. What a person wrote is in
-one of its structure's three wordings, what was translated is in one too (see `wordings`), with words missing (see
-`drop_words`). `back_text_a`, in every language but English, is the text translated into English: of a translation in
-`train`, which makes it a round trip, and of a person's text elsewhere.
+An item is at the same place of the same file of every language, with the same `group`. An original is in one of its
+structure's three wordings, and so is a translation (see `wordings`), which also lacks words (see `drop_words`).
+`back_text_a`, in every language but English, is the text translated into English: of a translation in `train`, which
+makes it a round trip, and of an original elsewhere.
 
 A (structure, numbers) combination belongs to one folder, in all languages and wordings. Situations of `test_unseen`
-are met in `text`, without labels and with other numbers, as an encoder meets most words before it is fine-tuned.
+occur in `text`, without labels and with other numbers, as an encoder sees most words before fine-tuning.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
         "fruit_bought", "class_size", "pages_day", "tulips_planted", "bus_boarding", "savings_months", "weekend_walk",
         "farm_animals", "fish_caught", "problems_solved", "dishes_washed", "tickets_sold", "shells_found",
     ),
-    # something goes away; what stays?
+    # something is removed; what remains?
     "remainder": (
         "apples_eaten", "bus_leaving", "balloons_burst", "chapters_left", "eggs_broken", "money_spent", "birds_flown",
         "candles_out", "cars_parked", "stamps_given", "water_used",
     ),
-    # equal groups of things, counted together
+    # equal groups, counted together
     "groups": (
         "pencil_boxes", "chair_rows", "orange_bags", "book_shelves", "rose_bouquets", "cookie_trays", "wedding_tables",
     ),
-    # an amount for each day, hour or ticket, taken many times
+    # an amount for each day, hour or ticket, multiplied
     "repeated": ("pages_week", "wages_earned", "ticket_cost", "daily_run"),
-    # a whole is parted equally; how much is a part, or how many parts?
+    # a whole is divided equally; how large is a part, or how many parts?
     "share": ("rice_sacks", "rope_pieces", "ribbon_gifts", "prize_shared", "crate_weight"),
     # an amount spread evenly over time; how much for each hour or day, or for how long?
     "rate": ("hike_days", "hourly_pay", "cyclist_speed", "tent_savings"),
@@ -64,7 +64,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 LABELS = tuple(CLASSES)
-# The held-out structures, and one of each class that has none among them.
+# The held-out structures, and one structure of each class without a held-out one.
 UNSEEN = frozenset({structure.id for structure in STRUCTURES if structure.held_out} | {"daily_run", "hike_days"})
 
 Split = Literal["text", "train", "dev", "test_seen", "test_unseen"]
@@ -92,10 +92,10 @@ class LabelledSizes:
 
 
 def write_labelled_task(folder: Path, sizes: LabelledSizes, seed: int) -> None:
-    """Write the whole task, whose every byte follows from `sizes` and `seed`; `folder` appears when it is complete.
+    """Write the whole task, a pure function of `sizes` and `seed`; `folder` appears when it is complete.
 
     Raises:
-        DataError: `folder` exists, a size is more than there is, a language is unknown, or `noise` is not in [0, 1).
+        DataError: `folder` exists, a size exceeds the supply, a language is unknown, or `noise` is not in [0, 1).
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; give a new folder")
@@ -118,9 +118,9 @@ def label_of(structure: Structure) -> str:
 
 
 def labelled_items(split: Split, n: int, seed: int) -> list[ToyItem]:
-    """The first `n` items of a labelled split: classes take turns, and in a class its structures.
+    """The first `n` items of a labelled split, alternating over classes and, in a class, over structures.
 
-    So class counts differ by one at most. Raises DataError when a class has too few items for that.
+    So class counts differ by at most one. Raises DataError if a class has too few items.
     """
     by_class = [
         _in_turns([_items(structure, split, seed) for structure in STRUCTURES if structure.id in members])
@@ -133,11 +133,11 @@ def labelled_items(split: Split, n: int, seed: int) -> list[ToyItem]:
 
 
 def wordings(item: ToyItem, split: Split, seed: int) -> tuple[int, int]:
-    """(people's, translations'): which of the three phrasings that every language has each of them uses for an item.
+    """(originals', translations'): the wording, of the three in every language, that each of them has for an item.
 
-    One phrasing of each seen structure, the same in all languages, is kept for `dev` and `test_seen`, which thus
-    need more than known sentences with other numbers; there, translations use it too, since a test translated into a
-    phrasing of `train` would be easier in English than an English test. Elsewhere the two differ.
+    One wording of each seen structure, the same in all languages, is reserved for `dev` and `test_seen`, so these need
+    more than known sentences with other numbers. There, translations use it too, because a test translated into a
+    wording of `train` would be easier in English than an English test. Elsewhere the two differ.
     """
     kept = stable_hash(seed, "kept wording", item.structure.id) % PHRASINGS
     if split in ("dev", "test_seen"):
@@ -150,8 +150,8 @@ def wordings(item: ToyItem, split: Split, seed: int) -> tuple[int, int]:
 def drop_words(text: str, language: str, share: float, *key: object) -> str:
     """`text` without some of its words, each dropped with probability `share`, decided by `key` and its position.
 
-    A word is what stands between spaces; with a digit in it, it stays. In Chinese, Japanese and Thai it is a single
-    letter with its marks (Latin letters, as in km, stay), dropped half as often, since a word has about two of them.
+    Words are separated by spaces; a word with a digit is kept. In Chinese, Japanese and Thai a word is a single letter
+    with its marks (Latin letters, as in km, are kept), dropped half as often, because a word has about two letters.
     """
     if language in UNSPACED:
         units, glue, share = _letters(text), "", share / 2
@@ -171,7 +171,7 @@ def _may_go(unit: str, language: str) -> bool:
 
 
 def _letters(text: str) -> list[str]:
-    """Each character together with the marks above or below it."""
+    """Each character with its combining marks."""
     units: list[str] = []
     for character in text:
         if units and unicodedata.category(character).startswith("M"):
@@ -197,7 +197,7 @@ def _labelled_row(item: ToyItem, split: Split, language: str, noise: float, seed
 
 
 def _text_rows(counts: Mapping[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Every item in all its phrasings, structures taking turns; a language with fewer sentences has the first ones."""
+    """Every item in all wordings, alternating over structures; a language with fewer sentences has the first ones."""
     columns = []
     for structure in STRUCTURES:
         sentences = [(item, wording) for item in _items(structure, "text", seed) for wording in range(PHRASINGS)]
@@ -225,7 +225,7 @@ def _items(structure: Structure, split: Split, seed: int) -> list[ToyItem]:
 
 
 def _numbers(structure: Structure, split: Split, seed: int) -> list[dict[str, int]]:
-    """The split's share of a structure's number sets, which are shuffled and cut so that no split goes without."""
+    """The split's share of a structure's number sets, which are shuffled and cut so that every split gets some."""
 
     def place(numbers: Mapping[str, int]) -> int:
         return stable_hash(seed, "numbers", structure.id, *(numbers[key] for key in structure.operation.placeholders))
@@ -240,7 +240,7 @@ def _numbers(structure: Structure, split: Split, seed: int) -> list[dict[str, in
 
 
 def _in_turns(columns: Iterable[Sequence[T]]) -> list[T]:
-    """The first of each, then the second of each, and so on."""
+    """The first element of each, then the second of each, and so on."""
     return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]
 
 

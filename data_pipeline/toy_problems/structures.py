@@ -1,10 +1,10 @@
-"""The situations behind the toy word problems: which numbers each one draws and how its answer is worked out.
+"""The situations of the toy word problems: the numbers that each one draws and the computation of its answer.
 
-In: nothing. Out: `STRUCTURES`, 40 seen and 12 held-out situations over seven operations. Next: the phrasings of
-each language name the situations by `Structure.id`, and the corpus builder fills them with drawn numbers.
+`STRUCTURES` has 40 seen and 12 held-out situations over seven operations. The phrasings of each language refer to
+`Structure.id`.
 
-Every number that counts a noun in the text lies in 5..20, where one plural form serves in all ten languages (the
-Russian genitive plural among them). Dividends reach 81 and stand only before units that do not inflect (kg, km, m,
+Every number that counts a noun in the text is in 5..20, where one plural form is correct in all ten languages (the
+Russian genitive plural included). Dividends reach 81 and occur only before units that do not inflect (kg, km, m,
 euros).
 """
 
@@ -15,7 +15,7 @@ from itertools import product
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A calculation: the numbers to draw, those computed from them in order, and the working to be written out."""
+    """A calculation: the numbers to draw, those computed from them in order, and the written working."""
 
     ranges: Mapping[str, tuple[int, int]]
     """Inclusive range of each drawn number."""
@@ -72,7 +72,7 @@ MULTIPLY_SUBTRACT = Operation(
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """One situation. `named`: its phrasings have {name} for a person; `held_out`: never shown in training."""
+    """One situation. `named`: its phrasings have {name} for a person; `held_out`: never in training."""
 
     id: str
     operation: Operation

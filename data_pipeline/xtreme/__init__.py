@@ -1,6 +1,6 @@
-"""XTREME's data: what each task is (`tasks.py`), and its files read as task rows.
+"""XTREME's data: the tasks (`tasks.py`), and readers of its files that give task rows.
 
-In: a folder as XTREME's download script leaves it, the hub's dataset, plain CoNLL-U, or the X-Mixup authors' folder;
-and machine translations, theirs or those of XTREME's bucket. Out: JSON lines with the columns that
-`data_pipeline.tasks` reads (`prepare.prepare_task`). Next: `training`, `evals.xtreme`.
+The files may be in the layout of XTREME's download script, the hub dataset, plain CoNLL-U or the X-Mixup authors'
+folder, with machine translations from those authors or from XTREME's bucket. `prepare.prepare_task` writes JSON lines
+with the columns that `data_pipeline.tasks` reads.
 """

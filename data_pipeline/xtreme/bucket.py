@@ -1,12 +1,12 @@
-"""XTREME's own machine translations, as they lie in its public bucket `xtreme_translations`.
+"""XTREME's machine translations, in the layout of its public bucket `xtreme_translations`.
 
-In: that folder (XNLI, PAWSX, SQuAD, XQuAD, MLQA, TyDiQA-GoldP). Out: the source of each training translation and of
-each test set translated into English. Next: `translations.py`.
+The bucket has XNLI, PAWSX, SQuAD, XQuAD, MLQA and TyDiQA-GoldP: translated training sets, and test sets translated
+into English. No training set is translated back.
 
-Pairs have five columns since google-research/xtreme#37: the original's two texts, the translation's two and the label;
-the lines are in an order of their own, so a line is matched by its original. Columns and names as read by TensorFlow
+Pairs have five columns since google-research/xtreme#37: the two texts of the original, the two of the translation, and
+the label. The lines have their own order, so a line is matched by its original. Columns and names follow TensorFlow
 Datasets (`xtreme_xnli`, `xtreme_pawsx`, `xquad`, `tydi_qa`) and the Model Garden (`XtremeXnliProcessor`); those of MLQA
-and of TyDiQA's test set are by analogy. The bucket translates no training set back.
+and of TyDiQA's test set are assumed by analogy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FOLDERS = {"xnli": "XNLI", "pawsx": "PAWSX", "xquad": "XQuAD", "mlqa": "MLQA", "
 
 
 def training_translation(task: XtremeTask, language: str, folder: Path) -> Source | None:
-    """The English training items in another language."""
+    """The source of the English training items in another language."""
     if task.kind == "classification":
         file = folder / FOLDERS[task.name] / "translate-train" / f"en-{language}-translated.tsv"
         return Source((file,), partial(read_pairs, file, task, TRANSLATED), by="text")
@@ -35,7 +35,7 @@ def training_translation(task: XtremeTask, language: str, folder: Path) -> Sourc
 
 
 def back_translation(task: XtremeTask, split: Split, language: str, folder: Path) -> Source | None:
-    """The test items in English."""
+    """The source of the test items in English."""
     if split != "test" or task.name not in FOLDERS:
         return None
     home = folder / FOLDERS[task.name] / "translate-test"

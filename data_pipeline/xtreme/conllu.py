@@ -1,11 +1,10 @@
-"""Universal Dependencies' own files (`en_ewt-ud-dev.conllu`) as the task udpos.
+"""Universal Dependencies files (`en_ewt-ud-dev.conllu`) as sentences of the task udpos.
 
-In: a folder, flat or one folder a treebank. Out: a sentence for each, with its syntactic words and universal tags.
-Next: `layouts.py`.
+The folder is flat or has one folder a treebank. Each sentence has its syntactic words and universal tags.
 
-Lines of multiword tokens ("4-5 im") and empty nodes ("8.1") are left out, as in the hub's version; XTREME's download
-script instead puts "im" in the place of its parts, so it has fewer words. A language's treebanks follow one another in
-the order of their names, as there. Format: universaldependencies.org/format.html.
+Lines of multiword tokens ("4-5 im") and empty nodes ("8.1") are left out, as in the hub's version. XTREME's download
+script instead writes "im" in place of its parts, so it has fewer words. The treebanks of a language are read in the
+order of their names, as there. Format: universaldependencies.org/format.html.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from data_pipeline.xtreme.lines import text_lines
 from data_pipeline.xtreme.tasks import XtremeTask
 
 N_COLUMNS = 10
-WITHHELD = "_"  # the form of a word whose treebank may not be given away
+WITHHELD = "_"  # the form of a word whose treebank must not be distributed
 
 
 def source(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Source | None:
-    """The treebanks of a language; None for another task. Their language codes are XTREME's."""
+    """The treebanks of a language; None for another task. Language codes are XTREME's."""
     if task.name != "udpos":
         return None
     folder = data_dir / task.name if (data_dir / task.name).is_dir() else data_dir
@@ -34,9 +33,9 @@ def source(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Sou
 
 
 def read_conllu(files: tuple[Path, ...], task: XtremeTask) -> Iterator[Sentence]:
-    """Every sentence. One with all words but at most one withheld comes empty.
+    """Every sentence. A sentence whose words are all withheld, except at most one, is empty.
 
-    Raises DataError naming file and line: not ten columns, ids out of order, or a tag that is none of the task's.
+    Raises DataError with file and line: not ten columns, ids out of order, or a tag that the task does not have.
     """
     index = count()
     for file in files:

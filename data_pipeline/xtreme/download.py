@@ -1,11 +1,11 @@
-"""The layout that XTREME's download script leaves: a folder a task, labels in English only, test labels erased.
+"""The layout of XTREME's download script: a folder a task, English training labels only, test labels erased.
 
-In: that folder, or one task's files in a flat folder (`xquad.de.json`, `tatoeba.deu-eng.deu`). Out: the source of each
-split and language. Next: `layouts.py`.
+Also reads the files of one task in a flat folder (`xquad.de.json`, `tatoeba.deu-eng.deu`).
 
-Facts: google-research/xtreme, `scripts/download_data.sh` and `utils_preprocess.py`. XQuAD and MLQA train on SQuAD v1.1;
-XQuAD's dev is SQuAD's (its English test questions are among them). TyDiQA's dev is the test; it has no other. Test
-labels are left out (pairs, tags) or blank (answers); to have them, put the dataset authors' files under the same names.
+Based on google-research/xtreme, `scripts/download_data.sh` and `utils_preprocess.py`. XQuAD and MLQA train on SQuAD
+v1.1; XQuAD's dev is SQuAD's (its English test questions are among them). TyDiQA's dev is the test; it has no other.
+Test labels are missing (pairs, tags) or blank (answers); to have them, put the dataset authors' files under the same
+names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_pipeline.xtreme.tasks import XtremeTask
 
 
 def source(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Source | None:
-    """What holds a split of a language; None where XTREME has none. The files need not be there."""
+    """The source of a split of a language; None if XTREME has no such split. The files need not exist."""
     if task.name == "tatoeba":
         return retrieval.tatoeba_source(task, split, language, data_dir)
     if task.name == "bucc2018":

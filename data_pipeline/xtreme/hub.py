@@ -1,11 +1,10 @@
-"""The benchmark as the dataset `google/xtreme` of the Hugging Face hub: one Parquet configuration a task and language.
+"""The hub dataset `google/xtreme`: one Parquet configuration for each task and language.
 
-In: the dataset's name, or a folder with a folder of Parquet files for each configuration. Out: the source of each split
-and language. Next: `layouts.py`.
+`data_dir` is the dataset's name, or a folder with one folder of Parquet files for each configuration.
 
-Configurations and columns as in the dataset's former script (huggingface/datasets, `datasets/xtreme/xtreme.py`). It has
-test labels, but no training data for XNLI. Its script stripped contexts and answers and left the offsets as they were
-(TensorFlow Datasets found 25 % of TyDiQA moved by that), so an answer is looked for at the nearest place.
+Configurations and columns follow the dataset's former script (huggingface/datasets, `datasets/xtreme/xtreme.py`). It
+has test labels, but no training data for XNLI. The script stripped contexts and answers and left the offsets unchanged
+(TensorFlow Datasets found that this moved 25 % of TyDiQA's answers), so an answer is searched at the nearest place.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ TYDIQA_NAMES = {
     "ar": "arabic", "bn": "bengali", "en": "english", "fi": "finnish", "id": "indonesian", "ko": "korean",
     "ru": "russian", "sw": "swahili", "te": "telugu",
 }  # fmt: skip
-MOVED_AT_MOST = 1000  # characters of white space that a context may have lost
+MOVED_AT_MOST = 1000  # characters of white space that stripping may have removed
 
 
 def source(task: XtremeTask, split: Split, language: str, data_dir: Path | str) -> Source | None:
-    """What holds a split of a language; None where the hub has none. A folder's files need not be there."""
+    """The source of a split of a language; None if the hub has no such split. A folder's files need not exist."""
     place = _place(task, split, language)
     if place is None:
         return None
@@ -55,7 +54,7 @@ def source(task: XtremeTask, split: Split, language: str, data_dir: Path | str) 
 
 
 def hub_bucc_gold(data_dir: Path | str, language: str, split: Split) -> set[tuple[str, str]]:
-    """{(source id, English id)} of BUCC. The hub has the gold pairs' sentences only, so nothing can be mined there."""
+    """BUCC's {(source id, English id)}. The hub has only the sentences of gold pairs, so nothing can be mined."""
     dataset = _load(str(data_dir), f"bucc18.{language}", "validation" if split == "dev" else "test")
     return set(zip(dataset["source_lang"], dataset["target_lang"], strict=True))  # so these columns are named
 
@@ -108,7 +107,7 @@ def _items(path: str, config: str, split: str, task: XtremeTask, language: str) 
 
 
 def _is_of(task: XtremeTask, language: str, row: dict[str, Any]) -> bool:
-    """XNLI and TyDiQA have one configuration for all languages."""
+    """Whether a row is of the language: XNLI and TyDiQA have one configuration for all languages."""
     if task.name == "xnli":
         return bool(row["language"] == language)
     return task.name != "tydiqa" or str(row["id"]).startswith(f"{TYDIQA_NAMES[language]}-")
@@ -138,7 +137,7 @@ def _item(task: XtremeTask, language: str, dataset: Dataset, row: dict[str, Any]
 
 
 def _names(values: Sequence[Any], dataset: Dataset, column: str) -> list[str]:
-    """Tags as text: those of a ClassLabel column are numbers, which its features name."""
+    """Tags as text: the tags of a ClassLabel column are numbers, and its features hold their names."""
     feature = getattr(dataset.features[column], "feature", None)
     names = getattr(feature, "names", None)
     return [names[value] if names is not None else str(value) for value in values]
@@ -158,7 +157,7 @@ def _entries(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _answers(row: dict[str, Any], place: str) -> tuple[tuple[tuple[str, int], ...], str | None]:
-    """Answers, each at the nearest place of its text, and what is wrong with the first that is nowhere near."""
+    """Answers, each at the nearest place of its text, and the reason for the first one that is not found."""
     found, misplaced = [], None
     for answer in _entries(row):
         text, start = answer["text"], answer["answer_start"]

@@ -1,7 +1,7 @@
-"""What XTREME's files hold, whatever their layout: sentence pairs, tagged sentences, questions, plain lines.
+"""The items of XTREME's files in any layout: sentence pairs, tagged sentences, questions, plain lines.
 
-In: nothing. Out: the items that every reader yields, `Source` (files and how to read them), and the canonical row of
-an item: JSON lines with the columns that `data_pipeline.tasks` reads. Next: `layouts.py`, which picks the reader.
+Every reader yields these items. `Source` names files and how to read them; `to_row` gives the canonical row of an item,
+with the columns that `data_pipeline.tasks` reads.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from data_pipeline.xtreme.tasks import XtremeTask
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
-DOMINANT = "en"  # the one language in which XTREME gives training labels
-NO_WORD = "\ufffd"  # stands for a word that is empty or white space, so that its tag keeps its place
-SAME_LABELS = 10  # from so many test items on, one label for all of them is a placeholder
+DOMINANT = "en"  # the only language with training labels in XTREME
+NO_WORD = "\ufffd"  # replaces an empty or blank word, so that its tag keeps its place
+SAME_LABELS = 10  # from this many test items on, a single label for all of them is a placeholder
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A pair of sentences. `original`: the texts that these translate, where the file gives them."""
+    """A pair of sentences. `original`: the texts that these translate, if the file has them."""
 
-    place: str  # "file:line", for messages to people
-    index: int  # among the file's items, from 0: what translations have in common
+    place: str  # "file:line", for messages
+    index: int  # place among the file's items, from 0; the same in translations
     text_a: str
     text_b: str
     label: str | None = None
@@ -44,7 +44,7 @@ class Pair:
 class Sentence:
     """Words with tags, or with a teacher's probabilities in the order of the task's labels.
 
-    One without words is a blank line too many, or `withheld`: its words are in no file.
+    A sentence without words is an extra blank line, or `withheld`: its words are in no file.
     """
 
     place: str
@@ -64,8 +64,8 @@ class Sentence:
 class Question:
     """A question on a context. `answers`: (text, its character offset in the context).
 
-    `misplaced`: what is wrong with an answer that is left out, as it is not where the file says. `unanswerable`: the
-    file says that there is no answer (SQuAD 2.0), not that it was erased.
+    `misplaced`: the reason why an answer is left out, because it is not where the file says. `unanswerable`: the file
+    says that there is no answer (SQuAD 2.0), as opposed to an erased one.
     """
 
     place: str
@@ -84,7 +84,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A sentence of a retrieval task. `translation`: its partner, where the files tell."""
+    """A sentence of a retrieval task. `translation`: its partner, if the files have it."""
 
     place: str
     index: int
@@ -103,10 +103,10 @@ Item = Pair | Sentence | Question | Line
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one task, split and language. Each call of `read` goes through them from the start.
+    """The files of one task, split and language. Each call of `read` starts from the beginning.
 
-    `by`: how a file of translations is matched with what it translates. `identity`: what tells one state of a hub
-    dataset from another, where there are no files to look at.
+    `by`: how the lines of a translation file find their originals. `identity`: identifies the state of a hub dataset,
+    which has no files to compare.
     """
 
     files: tuple[Path, ...]
@@ -125,10 +125,10 @@ class Source:
 def to_row(
     task: XtremeTask, split: Split, language: str, item: Item, group: str | None = None, back: Item | None = None
 ) -> Row:
-    """The canonical row of an item. `back`: its version in the dominant language, by machine translation.
+    """The canonical row of an item. `back`: its machine translation into the dominant language.
 
-    Ids: a question's own; else task, split and place in the file. Rows that are parallel by construction share the
-    `group`: pairs by their line, questions by their id. Tagged sentences and TyDiQA are not parallel.
+    Ids are a question's own id, otherwise task, split and place in the file. Parallel rows share the `group`: pairs by
+    their line, questions by their id. Tagged sentences and TyDiQA are not parallel.
     """
     head: Row = {"id": item_id(task, split, language, item), "group": group or group_of(task, split, language, item)}
     if isinstance(item, Line):
@@ -163,7 +163,7 @@ def group_of(task: XtremeTask, split: Split, language: str, item: Item) -> str:
 
 
 def is_empty(item: Item) -> bool:
-    """No text where there must be some."""
+    """Whether a text that must not be empty is empty."""
     if isinstance(item, Pair):
         return not (item.text_a and item.text_b)
     if isinstance(item, Sentence):
@@ -172,15 +172,16 @@ def is_empty(item: Item) -> bool:
 
 
 def is_left_out(item: Item) -> bool:
-    """A question to which nothing can be told right or wrong: unanswerable, or with misplaced answers alone."""
+    """Whether a question cannot be scored: it is unanswerable, or all its answers are misplaced."""
     return isinstance(item, Question) and (item.unanswerable or (item.misplaced is not None and not item.answers))
 
 
 def checked_test(task: XtremeTask, items: Iterable[Item], where: str, allow_unlabelled: bool) -> list[Item]:
-    """The test items, without labels if those were erased and the caller allows it.
+    """The test items; without labels if these were erased and the caller allows it.
 
-    Erased are labels that are not there, and one and the same label for all of at least ten items: readers of XTREME's
-    erased files put such a placeholder there. Raises DataError: erased and not allowed, or there for some only.
+    Labels count as erased if they are missing, or if all of at least ten items have the same label: readers of XTREME's
+    erased files write such a placeholder. Raises DataError: labels are erased and this is not allowed, or only some
+    exist.
     """
     found = list(items)
     if task.name == "bucc2018":  # its gold pairs are a file of their own

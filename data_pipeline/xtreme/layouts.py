@@ -1,7 +1,6 @@
-"""Where the files of XTREME lie: which layout a folder has, and one reader for all of them.
+"""The layouts of XTREME's files: detection, and one reader for all of them.
 
-In: a task, a split, a language and a folder (or the hub's name). Out: canonical rows, or the source that has them.
-Next: `prepare.py`, which writes them, and `evals.xtreme`.
+`read_rows` gives the canonical rows of a split; `find_source` gives the source that has them.
 
 Layouts: `download` (XTREME's script; also one task's files in a flat folder), `xmixup` (the X-Mixup authors'), `conllu`
 (Universal Dependencies' files), `hub` (google/xtreme, or a folder of its Parquet files).
@@ -40,8 +39,8 @@ def read_rows(
     """The canonical rows of a split of one language, in the files' order, without translations.
 
     Raises:
-        DataError: no such task, language, layout or file; a line that is not as the format says; erased test labels,
-            unless they are allowed to be.
+        DataError: no such task, language, layout or file; a line that violates the format; erased test labels, unless
+            they are allowed.
     """
     found = xtreme_task(task)
     if language not in found.languages:
@@ -58,12 +57,12 @@ def read_rows(
 
 
 def find_source(task: XtremeTask, split: Split, language: str, data_dir: Path | str, layout: str) -> Source | None:
-    """What holds a split of a language in a layout, whether or not its files are there; None: the layout has none."""
+    """The source of a split of a language, whether or not its files exist; None: the layout has no such split."""
     return SOURCES[layout](task, split, language, Path(data_dir))
 
 
 def read_items(task: XtremeTask, split: Split, source: Source, allow_unlabelled_test: bool) -> Iterator[Item]:
-    """The items of people's own files. Raises DataError: labels are missing where there must be some."""
+    """The items of original files (no translations). Raises DataError if required labels are missing."""
     items: Iterable[Item] = source.read()
     if split == "test":
         items = checked_test(task, items, source.name, allow_unlabelled_test)
@@ -77,10 +76,10 @@ def read_items(task: XtremeTask, split: Split, source: Source, allow_unlabelled_
 
 
 def detect_layout(task: XtremeTask, data_dir: Path | str, layout: str = "auto") -> str:
-    """The layout, checked, or for "auto" the one whose files are there.
+    """The given layout, checked, or for "auto" the one whose files exist.
 
     Raises:
-        DataError: no such layout or folder; no files of the task, or those of several layouts.
+        DataError: no such layout or folder; no files of the task, or files of several layouts.
     """
     if layout != "auto":
         if layout not in SOURCES:
@@ -103,7 +102,7 @@ def detect_layout(task: XtremeTask, data_dir: Path | str, layout: str = "auto") 
 
 
 def _there(task: XtremeTask, layout: str, data_dir: Path | str) -> bool:
-    """Whether a layout has test or dev files of the task; those of training are the same in several."""
+    """Whether a layout has test or dev files of the task; training files are the same in several layouts."""
     for split in ("test", "dev", "train") if layout == "conllu" else ("test", "dev"):
         for language in task.languages:
             source = find_source(task, split, language, data_dir, layout)
@@ -122,9 +121,9 @@ def _examples(task: XtremeTask, data_dir: Path | str) -> Iterator[str]:
 
 
 def tatoeba_pairs(data_dir: Path | str, language: str, layout: str = "auto") -> retrieval.TatoebaPairs:
-    """Source sentences, English ones sorted, and for each of these the number of its source sentence.
+    """Source sentences, sorted English sentences, and for each of these the number of its source sentence.
 
-    Gold is None for XTREME's own files, which came sorted. Raises DataError.
+    Gold is None for XTREME's own files, which are sorted. Raises DataError.
     """
     task = xtreme_task("tatoeba")
     if detect_layout(task, data_dir, layout) != "hub":
@@ -134,7 +133,7 @@ def tatoeba_pairs(data_dir: Path | str, language: str, layout: str = "auto") -> 
 
 
 def bucc_gold(data_dir: Path | str, language: str, split: Split = "test", layout: str = "auto") -> set[tuple[str, str]]:
-    """{(source id, English id)}, what BUCC's predictions are compared with. Raises DataError."""
+    """The gold pairs {(source id, English id)} of BUCC. Raises DataError."""
     if layout == "hub":
         return hub.hub_bucc_gold(data_dir, language, split)
     return retrieval.bucc_gold(Path(data_dir), language, split)

@@ -1,11 +1,9 @@
-"""Text files read line by line: sentence pairs in tab-separated columns, tagged words, one sentence a line.
+"""Readers of XTREME's text formats: tab-separated sentence pairs, tagged words, one sentence a line.
 
-In: a file of any of XTREME's text formats. Out: its items, or a DataError naming file and line. Next: the layouts
-(`download.py`, `xmixup.py`, `bucket.py`), which know the files.
-
-A byte order mark, CR LF and blank lines at the end are tolerated everywhere. A line is never joined with the next: a
-lone quote is text. XTREME's script writes pairs with a CSV writer, which quotes fields and doubles their quotes; where
-a whole file is so written, that is undone (xTune's authors tell to switch it off, so there are files of both kinds).
+A DataError names file and line. Byte order marks, CR LF and trailing blank lines are accepted everywhere. A line is
+never joined with the next: an unbalanced quote is text. XTREME's script writes pairs with a CSV writer, which quotes
+fields and doubles their quotes; if a whole file is written in this way, the quoting is removed (xTune's authors advise
+to switch it off, so both kinds of files exist).
 """
 
 from __future__ import annotations
@@ -21,22 +19,22 @@ from data_pipeline.xtreme.items import NO_WORD, Pair, Sentence
 from data_pipeline.xtreme.tasks import XtremeTask
 
 OTHER_NAMES = {"contradictory": "contradiction"}  # the label's name in XNLI's training files
-DOCUMENT_START = "-DOCSTART-"  # with a blank line after it, in CoNLL's files: no sentence
-SUM_TOLERANCE = 0.01  # of a teacher's printed probabilities
+DOCUMENT_START = "-DOCSTART-"  # followed by a blank line in CoNLL's files; not a sentence
+SUM_TOLERANCE = 0.01  # tolerance for a teacher's printed probabilities
 
 
 class Columns(NamedTuple):
-    """Where a file of pairs has what; column numbers from 0."""
+    """The columns of a file of pairs; column numbers from 0."""
 
     text_a: int
     text_b: int
     label: int | None
-    counts: tuple[int, ...]  # how many columns a line may have; without the label's, the labels are erased
+    counts: tuple[int, ...]  # allowed numbers of columns; without the label column, the labels are erased
     meaning: str  # for messages
     header: bool = False
     name: int | None = None
     original: tuple[int, int] | None = None
-    lenient: bool = False  # a bad line comes as an empty pair, for whoever counts what is left out
+    lenient: bool = False  # a bad line becomes an empty pair, which the caller counts
 
 
 TEXTS_LABEL = Columns(0, 1, 2, (2, 3), "text, text, label")
@@ -46,7 +44,7 @@ TRANSLATED = Columns(2, 3, 4, (4, 5), "original, original, text, text, label", o
 
 
 def text_lines(file: Path, whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line; blank lines at the end only of the `whole` file.
+    """(number from 1, text) of every line; trailing blank lines only of the `whole` file.
 
     Raises DataError: the file cannot be read, or a line is not UTF-8.
     """
@@ -72,9 +70,9 @@ def text_lines(file: Path, whole: bool = False) -> Iterator[tuple[int, str]]:
 
 
 def read_texts(file: Path, empty: bool = False, least: int = 0) -> list[str]:
-    """One sentence a line. Raises DataError: an empty line within, unless `empty` says that there may be some.
+    """One sentence a line. Raises DataError for an empty line inside the file, unless `empty` allows such lines.
 
-    Those at the end then count as far as they are needed to make `least`.
+    With `empty`, trailing empty lines count as far as they are needed to reach `least`.
     """
     found: list[str] = []
     for number, text in text_lines(file, whole=empty):
@@ -87,7 +85,7 @@ def read_texts(file: Path, empty: bool = False, least: int = 0) -> list[str]:
 
 
 def read_pairs(file: Path, task: XtremeTask, columns: Columns) -> Iterator[Pair]:
-    """Every line of a file of pairs as it is, empty texts included. Raises DataError for the first bad line."""
+    """Every line of a file of pairs unchanged, empty texts included. Raises DataError for the first bad line."""
     quoted = _written_as_csv(file)
     index = count()
     for number, line in text_lines(file):
@@ -116,7 +114,7 @@ def read_pairs(file: Path, task: XtremeTask, columns: Columns) -> Iterator[Pair]
 
 
 def read_xnli(file: Path, task: XtremeTask, language: str, codes: Path | None = None) -> Iterator[Pair]:
-    """The pairs of one language in XNLI's own `xnli.dev.tsv`, which holds all, with a header line.
+    """The pairs of one language in XNLI's own `xnli.dev.tsv`, which holds all languages and has a header line.
 
     `codes`: the file whose languages count, line by line, if `file` is its translation.
     """
@@ -162,9 +160,9 @@ def _same_lines(
 
 
 def read_tagged(file: Path, task: XtremeTask) -> Iterator[Sentence]:
-    """Lines of WORD<tab>TAG, a blank line after each sentence; WORD alone where the labels are erased.
+    """Lines of WORD<tab>TAG, with a blank line after each sentence; WORD alone if the labels are erased.
 
-    Blank lines that end no sentence make an empty one, which keeps its place beside translations and in predictions.
+    An extra blank line is an empty sentence, which keeps its place in translations and predictions.
     """
     for start, index, lines in _chunks(file):
         tagged = [line for line in lines if line[1] is not None]
@@ -179,9 +177,9 @@ def read_tagged(file: Path, task: XtremeTask) -> Iterator[Sentence]:
 
 
 def read_words(file: Path) -> Iterator[Sentence]:
-    """The words of a file as `read_tagged` reads it; what stands beside them says nothing.
+    """The words of a file in the format of `read_tagged`; the second column is ignored.
 
-    Here blank lines at the end, too, are empty sentences: translations may have come out empty.
+    Trailing blank lines are empty sentences here too: translations may be empty.
     """
     for start, index, lines in _chunks(file, whole=True):
         yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines))
@@ -190,7 +188,8 @@ def read_words(file: Path) -> Iterator[Sentence]:
 def read_soft(file: Path, task: XtremeTask, labels: Path) -> Iterator[Sentence]:
     """Lines of WORD<tab>P;P;... with a probability for each label, in the order of the file `labels`.
 
-    They come out in the task's order and sum to one. Raises DataError: another number of values, or no probabilities.
+    The result is in the task's label order and sums to one. Raises DataError: a wrong number of values, or values that
+    are no probabilities.
     """
     order = _label_order(labels, task)
     places = [order.index(label) for label in task.labels]
@@ -250,9 +249,10 @@ def _label(fields: list[str], columns: Columns, task: XtremeTask) -> str | None:
 
 
 def _written_as_csv(file: Path) -> bool:
-    """Whether a CSV writer wrote the file: each field with a quote in it is quoted, and the quotes are doubled.
+    """Whether a CSV writer wrote the file: each field that contains a quote is quoted, with doubled quotes.
 
-    A field is quoted only for what is in it, so a text that is merely between quotes shows that none did.
+    A CSV writer quotes a field only because of its content, so a text that is merely between quotes shows that none
+    wrote the file.
     """
     found = False
     for _, line in text_lines(file):
@@ -271,7 +271,7 @@ def _quoted(field: str) -> bool:
 
 
 def _label_order(file: Path, task: XtremeTask) -> tuple[str, ...]:
-    """The labels a teacher's file goes by, one a line; the task's own order if there is no such file."""
+    """The label order of a teacher's file, one label a line; the task's order if there is no such file."""
     if not file.is_file():
         return task.labels
     order = tuple(text.strip() for _, text in text_lines(file) if text.strip())

@@ -1,9 +1,8 @@
-"""A task of XTREME as JSON lines that training and evaluation read: one file a split and language.
+"""Write a task of XTREME as JSON lines for training and evaluation: one file a split and language.
 
-In: the files of any layout, and machine translations beside them. Out: `<output>/{train,dev,test}/<language>.jsonl` and
-`prepared.json`, which says from what they were made. Next: `data.sources` of a run file, `evals.xtreme`.
-
-The folder is written under another name and renamed, so it is whole or not there.
+Reads files of any layout and machine translations of them. Writes `<output>/{train,dev,test}/<language>.jsonl` and
+`prepared.json`, which describes the inputs. The folder is written under another name and renamed, so it is complete or
+absent.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from data_pipeline.xtreme.layouts import detect_layout, find_source, read_items
 from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
 
 STAMP = "prepared.json"
-VERSION = 2  # one more where the same files give other rows
+VERSION = 2  # raise it if the same files now give other rows
 Counts = dict[str, Any]
 KEPT_EMPTY = "empty sentence (row kept for its place)"
 UNANSWERABLE, MISPLACED = "unanswerable question", "answer not where the file says"
@@ -44,7 +43,7 @@ UNANSWERABLE, MISPLACED = "unanswerable question", "answer not where the file sa
 
 @dataclass(frozen=True)
 class _Part:
-    """One output file: people's own items, or (training) a translation of the English ones."""
+    """One output file: original items, or (training) a translation of the English ones."""
 
     split: Split  # of the output
     read: Split  # of the layout
@@ -78,26 +77,26 @@ def prepare_task(
     """Write the canonical rows of a task to the folder `output`.
 
     Train holds the labelled items of `train_languages` (XTREME trains on English only, whatever `languages` says) and,
-    for the other `languages`, their machine translations: those of the folder `translations` (the X-Mixup authors' or
-    the bucket's layout; with the layout xmixup `data_dir` itself). Dev and test rows get the English version that lies
-    there. An `output` made of the same files with the same options is kept.
+    for the other `languages`, their machine translations: those in the folder `translations` (the X-Mixup authors' or
+    the bucket's layout; with the layout xmixup in `data_dir` itself). Dev and test rows get their English version if
+    the folder has one. An `output` made from the same files with the same options is kept.
 
     Args:
-        languages: those of dev, test and translations; by default all that are there.
-        splits: {split to write: split to read}, as {"train": "dev", "test": "test"} for treebanks without train files.
-        allow_unlabelled_test: erased test labels are no error; the rows come without.
-        remake: replace an `output` that was made of other files or with other options.
-        max_bad_rows: questions of a file with answers that are not where it says: so many lose these answers, or are
-            left out where they have no others, and are counted; one more is an error.
-        remedy: what to do about an `output` that was made otherwise, in the words of the command that is used.
+        languages: languages of dev, test and translations; default: all that exist.
+        splits: {split to write: split to read}, such as {"train": "dev", "test": "test"} for treebanks without train.
+        allow_unlabelled_test: erased test labels are no error; the rows have no labels.
+        remake: replace an `output` that was made from other files or with other options.
+        max_bad_rows: how many questions of a file may have answers that are not where it says. Such questions lose
+            these answers, or are left out if they have no others, and are counted.
+        remedy: advice for an `output` that was made otherwise, in terms of the calling command.
 
     Returns:
         {"train": {language: rows}, "dev": ..., "test": ..., "skipped": {split: {language: {reason: count}}},
         "missing": {split: [languages without files]}, "layout": its name}.
 
     Raises:
-        DataError: no such task, language, layout or file, or one that is not as its format says; erased test labels;
-            translations that do not fit their originals; an `output` that is another's.
+        DataError: no such task, language, layout or file, or one that violates its format; erased test labels;
+            translations that do not match their originals; an `output` that holds something else.
     """
     found = xtreme_task(task)
     layout = detect_layout(found, data_dir, layout)
@@ -152,12 +151,12 @@ def _plan(
     root: Path | None,
     train_languages: tuple[str, ...],
 ) -> _Plan:
-    """What is to be written. Raises DataError: a language or a split that was asked for by name has no file.
+    """The files to write. Raises DataError: a language or a split that was requested by name has no file.
 
-    A split that was not named may be missing whole, but not in some of the languages that were.
+    A split that was not requested by name may be missing completely, but not in some of the requested languages only.
     """
     for language in (*(languages or ()), *train_languages):
-        # a retrieval task has no English rows of its own, and no training
+        # a retrieval task has no English rows and no training
         if language not in task.languages and (language != DOMINANT or task.kind != "retrieval"):
             raise DataError(f"{task.name}: language {language!r} is none of its: {', '.join(task.languages)}")
     plan = _Plan()
@@ -232,17 +231,17 @@ def _rows(
 
 
 def _is_usable(item: Item, part: _Part, lost: Counter[str], max_bad_rows: int) -> bool:
-    """Whether an item becomes a row; `lost` counts it where not, or where it becomes less."""
+    """Whether an item becomes a row; `lost` counts items that do not, or that lose a part."""
     if is_empty(item):
         if part.split == "train" or (isinstance(item, Sentence) and item.withheld):
             lost[mt.EMPTY] += 1
             return False
-        if isinstance(item, Sentence):  # a blank line too many: scorers count it, so predictions need it
+        if isinstance(item, Sentence):  # an extra blank line: scorers count it, so predictions need it
             lost[KEPT_EMPTY] += 1
             return True
         raise DataError(f"{item.place}: {mt.EMPTY}; each {part.read} item must have some")
     if isinstance(item, Question):
-        if item.unanswerable:  # XTREME's tasks ask none, so training on none would only cost
+        if item.unanswerable:  # XTREME's tests have no unanswerable questions, so training on them would only cost time
             lost[UNANSWERABLE] += 1
             return False
         if item.misplaced is not None:
@@ -268,7 +267,7 @@ def _write_rows(file: Path, rows: Iterable[Row]) -> int:
 
 
 def _identities(parts: Iterable[_Part]) -> dict[str, str]:
-    """{what a file is read for: hash of its content}, wherever it lies, or a hub dataset's fingerprint."""
+    """{role of a file: hash of its content}, independent of its place, or a hub dataset's fingerprint."""
     found: dict[str, str] = {}
     hashes: dict[Path, str] = {}
     for part in parts:
@@ -286,7 +285,7 @@ def _identities(parts: Iterable[_Part]) -> dict[str, str]:
 
 
 def _kept(output: Path, made_from: dict[str, Any], remake: bool, remedy: str) -> Counts | None:
-    """The counts of a folder that is what would be made. Raises DataError: it is there and is something else."""
+    """The counts of an existing output of the same inputs. Raises DataError if it holds something else."""
     if not output.exists():
         return None
     try:

@@ -1,10 +1,9 @@
-"""Sentence retrieval: Tatoeba's pairs and BUCC's two sides with their gold pairs.
+"""Sentence retrieval: Tatoeba's pairs, and the two sides of BUCC with their gold pairs.
 
-In: XTREME's files (`tatoeba/de-en.de`, `bucc2018/de-en.dev.de`), LASER's (`tatoeba.deu-eng.deu`) or the hub's. Out:
-sentences, and what the scorer compares predictions with. Next: `layouts.py`, `evals.xtreme`.
+Reads XTREME's files (`tatoeba/de-en.de`, `bucc2018/de-en.dev.de`), LASER's (`tatoeba.deu-eng.deu`) or the hub's.
 
-XTREME sorts Tatoeba's English sentences by code points and asks for each the number (from 0) of its source sentence; so
-gold is the order that sorts LASER's English side. Its own files come sorted: gold cannot be had from them.
+XTREME sorts Tatoeba's English sentences by code points and asks, for each, for the number (from 0) of its source
+sentence. So gold is the order that sorts LASER's English side. XTREME's own files are sorted already and hold no gold.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from data_pipeline.xtreme.tasks import TATOEBA_CODES, XtremeTask
 
 
 class TatoebaPairs(NamedTuple):
-    """`gold[i]`: the number of the source line that translates `english[i]`; None where the files do not tell."""
+    """`gold[i]`: the number of the source line that translates `english[i]`; None if the files do not show it."""
 
     source: list[str]
     english: list[str]
@@ -33,7 +32,7 @@ class TatoebaPairs(NamedTuple):
 
 
 def tatoeba_files(data_dir: Path, language: str) -> tuple[Path, Path]:
-    """(source, English): LASER's files if they are there, for only they tell the gold; else those of XTREME."""
+    """(source, English): LASER's files if they exist, because only they show the gold; otherwise XTREME's."""
     folder = data_dir / "tatoeba" if (data_dir / "tatoeba").is_dir() else data_dir
     code = TATOEBA_CODES.get(language, language)
     laser = folder / f"tatoeba.{code}-eng.{code}", folder / f"tatoeba.{code}-eng.eng"
@@ -43,7 +42,7 @@ def tatoeba_files(data_dir: Path, language: str) -> tuple[Path, Path]:
 
 
 def tatoeba_pairs(data_dir: Path, language: str) -> TatoebaPairs:
-    """Source sentences in their order, English ones sorted, and gold; a line may be empty.
+    """Source sentences in their order, English sentences sorted, and gold; a line may be empty.
 
     Raises DataError: unequal lengths.
     """
@@ -55,7 +54,7 @@ def tatoeba_pairs(data_dir: Path, language: str) -> TatoebaPairs:
 
 
 def sorted_pairs(source: list[str], english: list[str]) -> TatoebaPairs:
-    """The task of parallel sides. Equal English sentences keep their order."""
+    """The task made from parallel sides. Equal English sentences keep their order."""
     gold = sorted(range(len(english)), key=lambda line: english[line])
     return TatoebaPairs(source, [english[line] for line in gold], gold)
 
@@ -85,7 +84,7 @@ def bucc_source(task: XtremeTask, split: Split, language: str, data_dir: Path) -
 
 
 def bucc_gold(data_dir: Path, language: str, split: Split = "dev") -> set[tuple[str, str]]:
-    """{(source id, English id)}. Raises DataError: no such file (XTREME takes the test's away), or a bad line."""
+    """{(source id, English id)}. Raises DataError: no such file (XTREME removes the test's), or a bad line."""
     file = _bucc_file(Path(data_dir), language, split, "gold")
     if not file.is_file():
         raise DataError(

@@ -1,7 +1,4 @@
-"""Questions in SQuAD's JSON, the format of all of XTREME's question answering.
-
-In: a file. Out: its questions, with answers that stand in the context where the file says. Next: the layouts.
-"""
+"""Questions in SQuAD's JSON format, which all question answering tasks of XTREME use."""
 
 from __future__ import annotations
 
@@ -17,11 +14,12 @@ from data_pipeline.xtreme.items import Question
 
 
 def read_gold(file: Path) -> Iterator[Question]:
-    """Every question of a file that people annotated.
+    """Every question of an annotated file.
 
-    Ids that are given twice get "#2", "#3" (XTREME's download script cuts TyDiQA's training ids so that they repeat).
-    An answer without text is an erased one; without any entry, or with SQuAD 2.0's `is_impossible`, there is none. One
-    that is not where the file says is left out, and the question says so. Raises DataError: not SQuAD's JSON.
+    Repeated ids get "#2", "#3" (XTREME's download script cuts TyDiQA's training ids so that they repeat). An answer
+    without text is an erased one. A question without any answer entry, or with SQuAD 2.0's `is_impossible`, has no
+    answer. An answer that is not where the file says is left out, and the question is marked. Raises DataError: not
+    SQuAD's JSON.
     """
     seen: Counter[str] = Counter()
     for index, (question, raw) in enumerate(_questions(file)):
@@ -41,7 +39,7 @@ def read_gold(file: Path) -> Iterator[Question]:
 
 
 def read_translated(file: Path) -> Iterator[Question]:
-    """Every question of a machine-translated file: only those answers that stand where the file says, so maybe none."""
+    """Every question of a machine-translated file, with only the answers that are where the file says."""
     seen: Counter[str] = Counter()
     for index, (question, raw) in enumerate(_questions(file)):
         kept = tuple(

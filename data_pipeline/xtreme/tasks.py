@@ -1,6 +1,5 @@
-"""What XTREME's nine tasks are: kind, languages, labels, metrics.
+"""XTREME's nine tasks: kind, languages, labels, metrics.
 
-In: nothing. Out: TASKS, the one table that readers, training, prediction and scoring share.
 Source: Hu et al. 2020 (arXiv 2003.11080), table 1, and the benchmark's own scorer. Languages are ISO 639-1 codes.
 """
 
@@ -16,10 +15,10 @@ Kind = Literal["classification", "tagging", "qa", "retrieval"]
 
 @dataclass(frozen=True, slots=True)
 class XtremeTask:
-    """One task. `metrics` are those that make up its score, in the scorer's order; a QA score is their mean."""
+    """One task. `metrics` make up its score, in the scorer's order; a QA score is their mean."""
 
     name: str
-    kind: Kind  # also the group that its score counts for
+    kind: Kind  # also the group to which its score belongs
     languages: tuple[str, ...]
     metrics: tuple[str, ...]
     labels: tuple[str, ...] = ()
@@ -55,7 +54,7 @@ TASKS: dict[str, XtremeTask] = {
     )
 }  # fmt: skip
 
-# File names of Tatoeba carry ISO 639-3 codes.
+# Tatoeba's file names have ISO 639-3 codes.
 TATOEBA_CODES = {
     "af": "afr", "ar": "ara", "bg": "bul", "bn": "ben", "de": "deu", "el": "ell", "es": "spa", "et": "est",
     "eu": "eus", "fa": "pes", "fi": "fin", "fr": "fra", "he": "heb", "hi": "hin", "hu": "hun", "id": "ind",
@@ -66,7 +65,7 @@ TATOEBA_CODES = {
 
 
 def xtreme_task(name: str) -> XtremeTask:
-    """The task of that name; DataError naming the nine if it is none of them."""
+    """The task of that name; DataError naming all nine if there is no such task."""
     if name not in TASKS:
         raise DataError(f"task {name!r} is none of XTREME's: {', '.join(TASKS)}")
     return TASKS[name]

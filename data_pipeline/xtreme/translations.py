@@ -1,10 +1,8 @@
-"""Machine translations beside labelled items: training items in other languages, and any item back in English.
+"""Match machine translations with labelled items: training items in other languages, any item back in English.
 
-In: the sources of both sides. Out: canonical rows. A training translation has the `group` of its English original, so
-that readers find the pair; an English version lies in the `back_*` fields. Next: `prepare.py`.
-
-Files that do not fit together are refused, with both names and the first place that differs. What a translation lost
-(an answer that is no longer in the context, a text that came out empty) is left out and counted.
+A training translation has the `group` of its English original, so that readers find the pair; an English version is in
+the `back_*` fields. Files that do not match are refused, with both names and the first difference. What a translation
+lost (an answer that is no longer in the context, an empty text) is left out and counted.
 """
 
 from __future__ import annotations
@@ -34,19 +32,19 @@ from data_pipeline.xtreme.squad import repeated_id
 from data_pipeline.xtreme.tasks import XtremeTask
 
 T = TypeVar("T")
-MATCHED_SHARE = 0.9  # of translations, those whose original must be found for the files to belong together
+MATCHED_SHARE = 0.9  # share of translations whose original must be found for the files to belong together
 LOST_ANSWER, EMPTY, NO_ORIGINAL = "answer not in the context", "empty text", "no such English original"
 LOST_BACK = "back-translation missing or empty (row kept)"
 
 
 def training_translation(task: XtremeTask, language: str, folder: Path) -> Source | None:
-    """The translated training items that are there: the X-Mixup authors' before the bucket's. None: neither."""
+    """The existing translated training items: the X-Mixup authors' before the bucket's. None: neither."""
     found = (layout.training_translation(task, language, folder) for layout in (xmixup, bucket))
     return next((source for source in found if source is not None and source.exists()), None)
 
 
 def back_translation(task: XtremeTask, split: Split, language: str, folder: Path) -> Source | None:
-    """The English version of a split's items that is there. None: there is none, or the items are English."""
+    """The existing English version of a split's items. None: there is none, or the items are English."""
     if language == DOMINANT:
         return None
     found = (layout.back_translation(task, split, language, folder) for layout in (xmixup, bucket))
@@ -56,7 +54,7 @@ def back_translation(task: XtremeTask, split: Split, language: str, folder: Path
 def translated_rows(
     task: XtremeTask, language: str, english: Source, translated: Source, back: Source | None, lost: Counter[str]
 ) -> Iterator[Row]:
-    """The training rows of a translation. `lost` counts what is left out. Raises DataError: the files do not fit."""
+    """The training rows of a translation. `lost` counts what is left out. Raises DataError: files do not match."""
     items: Iterator[tuple[str | None, Item]]
     if translated.by == "place":
         items = ((group_of(task, "train", DOMINANT, one), other) for one, other in _in_place(english, translated))
@@ -76,9 +74,9 @@ def translated_rows(
 def with_versions(
     split: Split, items: Iterable[Item], gold: Source, back: Source | None, lost: Counter[str]
 ) -> Iterator[tuple[Item, Item | None]]:
-    """The `items`, which `gold` gave, each with its English version if `back` has one.
+    """The `items` of `gold`, each with its English version if `back` has one.
 
-    Raises DataError: the files do not fit.
+    Raises DataError: the files do not match.
     """
     for item, version in _together(items, _versions(split, gold, back)):
         yield item, None if is_empty(item) else _usable(version, back, lost)
@@ -87,7 +85,7 @@ def with_versions(
 def _together(items: Iterable[T], versions: Iterator[Item | None]) -> Iterator[tuple[T, Item | None]]:
     for item in items:
         yield item, next(versions, None)
-    next(versions, None)  # so that it looks whether its files end together
+    next(versions, None)  # so that it checks whether its files end together
 
 
 def _versions(split: Split, items: Source, back: Source | None) -> Iterator[Item | None]:
@@ -107,7 +105,7 @@ def _usable(version: Item | None, back: Source | None, lost: Counter[str]) -> It
 
 
 def _in_place(first: Source, second: Source) -> Iterator[tuple[Item, Item]]:
-    """Item by item together; labels and the files' own ids, where both sides have them, must be the same."""
+    """Items by place; labels and the files' own ids, where both sides have them, must be equal."""
     left, right = first.read(), second.read()
     n_items = n_other = 0
     differs: Pair | None = None
@@ -135,7 +133,7 @@ def _in_place(first: Source, second: Source) -> Iterator[tuple[Item, Item]]:
 
 
 def _is_blank_line(item: Item) -> bool:
-    """A sentence that is nothing but a blank line: at the end of a file there may be more of them."""
+    """Whether a sentence is only a blank line: at the end of a file there may be more of them."""
     return isinstance(item, Sentence) and is_empty(item)
 
 
@@ -149,7 +147,7 @@ def _check_same(one: Pair, other: Pair) -> None:
 
 
 def _by_text(task: XtremeTask, english: Source, translated: Source) -> Iterator[tuple[str | None, Item]]:
-    """(group of the original, item); None where the original's texts and label are not among the English items."""
+    """(group of the original, item); None if the original's texts and label are not among the English items."""
     places: defaultdict[int, deque[int]] = defaultdict(deque)
     for item in english.read():
         if isinstance(item, Pair):
@@ -166,7 +164,7 @@ def _by_text(task: XtremeTask, english: Source, translated: Source) -> Iterator[
             first = first or item
             yield None, item
             continue
-        index = found.popleft() if len(found) > 1 else found[0]  # a pair that is there twice is translated twice
+        index = found.popleft() if len(found) > 1 else found[0]  # a repeated pair is translated twice
         yield group_of(task, "train", DOMINANT, Pair("", index, "", "")), item
     if first is not None and n_found < MATCHED_SHARE * n_items:
         raise DataError(
@@ -182,9 +180,9 @@ def _by_id(task: XtremeTask, english: Source, translated: Source) -> Iterator[tu
 
 
 def _partners(source: Source, other: Source, every: bool) -> list[Question | None]:
-    """For each question of `source` that of `other` with its id; by their places if a file gives an id twice.
+    """For each question of `source`, the question of `other` with its id; by place if a file repeats an id.
 
-    `every`: one without a partner is an error; else only if none has one.
+    `every`: a question without a partner is an error; otherwise only if none has one.
     """
     questions, others = _questions(source), _questions(other)
     repeated = repeated_id(questions) or repeated_id(others)
@@ -218,5 +216,5 @@ def _questions(source: Source) -> list[Question]:
 
 
 def _key(*texts: str) -> int:
-    """Equal for texts that differ in white space or in quotes, which the files' writers treat in several ways."""
+    """Equal for texts that differ only in white space or quotes, which writers of these files treat differently."""
     return hash(tuple("".join(text.replace('"', "").split()) for text in texts))

@@ -1,10 +1,8 @@
-"""The layout of the X-Mixup authors: labelled files of each dataset's own authors, and translations beside them.
+"""The layout of the X-Mixup authors: labelled files of each dataset's authors, and translations beside them.
 
-In: their `data` folder (github.com/yhy1117/X-Mixup, `xmixup/data/datasets`; the translations were not published). Out:
-the source of each split and language, of each training translation and of each version translated into English.
-Next: `layouts.py`, `translations.py`.
+Based on their `data` folder (github.com/yhy1117/X-Mixup, `xmixup/data/datasets`; the translations were not published).
 
-Translations of a file are matched with it by place, those of questions by id. A teacher's soft tags are in the order of
+Translations of a file are matched by place, those of questions by id. A teacher's soft tags are in the order of
 `labels.txt`. XQuAD's dev is MLQA's; TyDiQA's dev is also its test.
 """
 
@@ -29,7 +27,7 @@ from data_pipeline.xtreme.tasks import TASKS, XtremeTask
 
 
 def source(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Source | None:
-    """What people wrote or annotated: in training English only. None where the authors have none."""
+    """The original items: in training English only. None if the authors have none."""
     folder = data_dir / task.name
     if task.kind == "retrieval" or (split == "train" and language != DOMINANT):
         return None
@@ -66,7 +64,7 @@ def training_translation(task: XtremeTask, language: str, data_dir: Path) -> Sou
 
 
 def back_translation(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Source | None:
-    """A split's items (in training: the translated ones) in English again."""
+    """A split's items (in training: the translated ones) translated back into English."""
     folder = data_dir / task.name
     if task.kind == "qa":
         return _back_questions(task, split, language, data_dir)
@@ -84,7 +82,7 @@ def back_translation(task: XtremeTask, split: Split, language: str, data_dir: Pa
     if task.name != "xnli":
         return None
     if split == "dev":
-        # its own column of languages may say "en" everywhere
+        # its own language column may be "en" everywhere
         file, gold = folder / "translate-dev" / "xnli.dev.tsv", folder / "XNLI-1.0" / "xnli.dev.tsv"
         return Source((file,), partial(read_xnli, file, task, language, gold))
     file = folder / "translate-train-en" / f"multinli.train.{language}-en.tsv"
@@ -98,7 +96,7 @@ def _xnli_train(task: XtremeTask, language: str, folder: Path) -> Source:
 
 def _gold_questions(task: XtremeTask, split: Split, language: str, data_dir: Path) -> Path | None:
     if task.name == "tydiqa":
-        # their reader takes the English questions from the folder of translations
+        # their reader takes the English questions from the translations folder
         if split == "train":
             return data_dir / "tydiqa" / "translate-train" / _train_name(task, "en-en")
         return data_dir / "tydiqa" / "dev" / f"tydiqa.{language}.dev.json"
