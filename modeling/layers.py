@@ -13,6 +13,7 @@ Shapes: B rows, T tokens, H hidden, S segments.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -106,6 +107,13 @@ def state_hook(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor | Non
     if layer == len(layers):
         return layers[-1].register_forward_hook(leaving)
     return layers[layer].register_forward_pre_hook(entering, with_kwargs=True)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, tensors keep their number formats; also on devices that have no autocast, such as meta."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def membership(ids_BT: Tensor, number: int) -> Tensor:

@@ -22,12 +22,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
 from modeling.export_info import RUN_EXPORT
+from modeling.transformers_internals import no_init_weights, supports_attention
 from modeling.weights.initial_model import write_initial_model
 from modeling.weights.untrusted import read_config
 from modeling.weights.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
@@ -67,8 +67,8 @@ def resolve_attention(
     if name == "flash_attention_2" and not flash:
         raise ModelError("attention: flash_attention_2 needs flash-attn and an NVIDIA GPU; use auto or sdpa")
     runs = {
-        "flash_attention_2": flash and (config is None or chosen._supports_flash_attn),
-        "sdpa": config is None or chosen._supports_sdpa,
+        "flash_attention_2": flash and (config is None or supports_attention(chosen, "flash_attention_2")),
+        "sdpa": config is None or supports_attention(chosen, "sdpa"),
         "eager": True,
     }
     if name == "auto":

@@ -15,10 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils.generic import maybe_autocast
 
 from modeling.errors import ModelError
-from modeling.layers import membership, state_hook
+from modeling.layers import membership, state_hook, without_autocast
 
 
 class ContentPooling:
@@ -80,7 +79,7 @@ class ContentPooling:
             return
         if len(self._pooled) == len(self._handles):
             raise ModelError("a second forward pass inside one content-pooling batch: open a batch for each")
-        with maybe_autocast(hidden_BTH.device.type, enabled=False):
+        with without_autocast(hidden_BTH.device):
             self._pooled.append(self._members_SN @ hidden_BTH.flatten(0, 1).float() / self._sizes_S1)
 
 
@@ -105,7 +104,7 @@ def contrastive_loss(
     states_KSH = torch.stack(list(pooled))
     if len(pairs) == 0:
         return states_KSH.sum() * 0.0
-    with maybe_autocast(states_KSH.device.type, enabled=False):
+    with without_autocast(states_KSH.device):
         dominant_KPH, other_KPH = F.normalize(states_KSH.float(), dim=-1)[:, pairs].unbind(dim=2)
         logits_KPP = scale * dominant_KPH @ other_KPH.mT
     shared_text = (content[:, None, :, None] == content[None, :, None, :]).flatten(2).any(dim=2)

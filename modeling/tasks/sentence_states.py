@@ -27,6 +27,7 @@ from modeling.architectures import Architecture, model_class
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers, hidden_size, position_limit, state_hook
 from modeling.loading import load_config, named, quiet, resolve_directory
+from modeling.transformers_internals import supports_attention
 from modeling.weights.untrusted import read_tokenizer
 from modeling.weights.weight_files import stored_tensors
 from modeling.xmixup.consistency import representations
@@ -175,7 +176,7 @@ def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         loaded: Any = AutoModel.from_pretrained(
             directory, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=True, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="sdpa" if model_class(config, architecture)._supports_sdpa else "eager",
+            attn_implementation="sdpa" if supports_attention(model_class(config, architecture), "sdpa") else "eager",
         )  # fmt: skip
     model, report = loaded
     parts = {name for name, _ in model.named_children()} - {"pooler"}

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling.errors import ModelError
+from modeling.transformers_internals import forget_attention
 from modeling.weights.weight_files import one_line
 
 
@@ -21,7 +22,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{directory}: {_explained(error)}") from error
-    config._attn_implementation = None  # transformers would fetch and run the kernel that a config.json names
+    forget_attention(config)
     return config
 
 

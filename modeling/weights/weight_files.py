@@ -12,10 +12,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
+
 from modeling.errors import ModelError
 
 SAMPLE_BYTES = 256  # of each end of a tensor, read by directory_hash
-MAX_HEADER_BYTES = 100_000_000
 LFS_POINTER = b"version https://git-lfs"
 # Files of weights that are not read, and what wrote them.
 OTHER_WEIGHTS = {
@@ -123,22 +125,18 @@ def other_weights(directory: Path) -> str:
 def _read_header(file: Path) -> list[StoredTensor]:
     try:
         refuse_stub(file)
+        header = parse_local_safetensors_file_metadata(file)
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError("no safetensors header")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        base = 8 + length
+            data = 8 + int.from_bytes(stream.read(8), "little")  # behind the header and its length
         tensors = [
-            StoredTensor(file, key, entry["dtype"], tuple(entry["shape"]), base + begin, base + end)
-            for key, entry in header.items()
-            for begin, end in [entry["data_offsets"]]
+            StoredTensor(file, key, info.dtype, tuple(info.shape), data + begin, data + end)
+            for key, info in header.tensors.items()
+            for begin, end in [info.data_offsets]
         ]
         size = file.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorsParsingError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: not a readable safetensors file ({one_line(error)}); copy it again") from error
-    end = max((tensor.stop for tensor in tensors), default=base)
+    end = max((tensor.stop for tensor in tensors), default=data)
     if size != end:
         raise ModelError(
             f"{file}: {size} bytes long where its header asks for {end}: cut off or damaged; copy it again"

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from modeling.errors import ModelError
+from modeling.transformers_internals import obsolete_weights, renamed_weights
 from modeling.weights.weight_files import StoredTensor
 
 # stored by old releases, computed by new ones
@@ -122,19 +121,13 @@ def _renamed(
     may_hold: Iterable[str],
 ) -> dict[str, StoredTensor]:
     """Stored tensors under the model's names; those that have no place, or need conversion, are put into `match`."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    old = [*(model._keys_to_ignore_on_load_unexpected or ()), *may_hold]
+    old = [*obsolete_weights(model), *may_hold]
     found: dict[str, StoredTensor] = {}
-    for key, tensor in stored.items():
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, converter = key, None
-        if converter is not None:
+    for key, name, needs_conversion in renamed_weights(model, stored, state):
+        if needs_conversion:
             match.converted.append(key)
         elif name in state and name not in found:
-            found[name] = tensor
+            found[name] = stored[key]
         elif not any(re.search(pattern, name) for pattern in old):
             match.unexpected.append(key)
     return found

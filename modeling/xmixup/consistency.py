@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from modeling.layers import without_autocast
+
 
 def content_mask(input_ids_RT: Tensor, attention_mask_RT: Tensor, special_ids: Iterable[int]) -> Tensor:
     """(R, T) bool: valid tokens other than the given special ones (start, separators, end)."""
@@ -29,7 +31,7 @@ def representations(hidden_RTH: Tensor, content_RT: Tensor | None = None) -> Ten
     if content_RT is None:
         return hidden_RTH[:, 0].float()
     weights = content_RT.float()
-    with torch.autocast(hidden_RTH.device.type, enabled=False):
+    with without_autocast(hidden_RTH.device):
         sums = (weights.unsqueeze(1) @ hidden_RTH.float()).squeeze(1)
     return sums / weights.sum(dim=1, keepdim=True).clamp(min=1)
 

@@ -28,10 +28,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import maybe_autocast
 
 from modeling.errors import ModelError
-from modeling.layers import decoder_layers
+from modeling.layers import decoder_layers, without_autocast
 from modeling.weights.weight_files import directory_hash
 from modeling.xmixup.cross_attention import EntropyName, attention_weights, pair_entropy, scaled_scores, wide
 from modeling.xmixup.mixup_state import MIXUP_FILE, RATIO_MODULE, MixupState, is_mixup_weight
@@ -248,7 +247,7 @@ class CrossLingualMixup:
             projected.unflatten(-1, (-1, size)).transpose(1, 2)  # (n, heads, T, head size)
             for projected in (attention.query(target_nTH), attention.key(source_nTH), attention.value(source_nTH))
         )
-        with maybe_autocast(target_nTH.device.type, enabled=False):
+        with without_autocast(target_nTH.device):
             scores = scaled_scores(query, key)
             over_source = attention_weights(scores, source_valid)
             lam_n = self._lam(scores, over_source, target_valid, source_valid)

@@ -11,6 +11,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -50,10 +52,9 @@ def llama(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def encoder(made: type[PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = XLMRobertaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    return made(config).eval()
+    config = BertConfig if made is BertForSequenceClassification else XLMRobertaConfig
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
+    return made(config(**sizes, num_hidden_layers=1, num_attention_heads=2)).eval()
 
 
 def adapted(targets: list[str] | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -167,6 +168,7 @@ def test_the_adapter_directory_opens_in_peft_and_gives_the_same_logits(tmp_path:
     [
         (XLMRobertaForTokenClassification, "token-classification"),
         (XLMRobertaForSequenceClassification, "sequence-classification"),
+        (BertForSequenceClassification, "sequence-classification"),  # its head reads a pooler, which is trained too
         (XLMRobertaForMaskedLM, "masked-lm"),
     ],
 )

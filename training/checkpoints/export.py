@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from training.checkpoints.export_check import CheckResult
 
 log = logging.getLogger(__name__)
-SHARD_BYTES = 5 * 10**9
 
 
 def export_checkpoint(checkpoint: Path, output: Path) -> Path:
@@ -109,7 +108,7 @@ def _write_checked(checkpoint: Path, output: Path) -> CheckResult:
     state = RunState.read(checkpoint)
     config = validate(state.config, str(checkpoint / "state.json"))
     _write(checkpoint, config, state, output)
-    result = check_export(checkpoint, config, _weights(checkpoint, config, state), output)
+    result = check_export(checkpoint, config, _expected_weights(checkpoint, config, state), output)
     description = json.loads((output / EXPORT_FILE).read_text(encoding="utf-8"))
     _write_json(output / EXPORT_FILE, {**description, "check": result.to_json()})
     if result.difference is not None and result.passed:
@@ -121,11 +120,17 @@ def _write_checked(checkpoint: Path, output: Path) -> CheckResult:
 
 
 def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
+    from modeling.adapters import save_adapter
     from modeling.loading import directory_hash
     from modeling.weights.untrusted import read_config, read_tokenizer
+    from modeling.weights.weight_writing import write_weights
     from training.engine.engine import DTYPES
 
-    _write_weights(_weights(checkpoint, config, state, adapter=output / ADAPTER_FOLDER), output)
+    planned, adapted = _planned(checkpoint, config), _adapted(checkpoint, config, state)
+    if adapted is not None:
+        base = state.base or {}
+        save_adapter(adapted, output / ADAPTER_FOLDER, config.model.path or base["directory"], base["hash"])
+    write_weights(_weights(checkpoint, planned, adapted), planned, output)
     model_config = read_config(checkpoint / "model_config")
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
@@ -149,44 +154,53 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _weights(
-    checkpoint: Path, config: RunConfig, state: RunState, adapter: Path | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the plain model, adapters merged, in the export's number format, one at a time.
-
-    With `adapter`, adapters are also written to that directory, unmerged.
-    """
+def _planned(checkpoint: Path, config: RunConfig) -> dict[str, torch.Tensor]:
+    """The export's weights by name on the meta device, in its number format; a tied weight has one name."""
     import torch
 
-    from modeling.adapters import save_adapter
     from modeling.architectures import auto_class
     from modeling.weights.untrusted import read_config
     from training.engine.engine import DTYPES
-    from training.engine.state import consolidated
 
     with torch.device("meta"):
-        model_config = read_config(checkpoint / "model_config")
-        tied = auto_class(architecture(config)).from_config(model_config).all_tied_weights_keys
-    weights: Iterable[tuple[str, torch.Tensor]] = consolidated(checkpoint, tied)
-    if config.model.lora is not None:
-        adapted = _adapted(checkpoint, config, state)
-        if adapter is not None:
-            base = state.base or {}
-            save_adapter(adapted, adapter, config.model.path or base["directory"], base["hash"])
-        merged = adapted.merge_and_unload()
-        weights = ((name, tensor) for name, tensor in merged.state_dict().items() if name not in tied)
+        model = auto_class(architecture(config)).from_config(read_config(checkpoint / "model_config"))
+    tied = model.all_tied_weights_keys
+    return {
+        name: tensor.to(DTYPES[config.precision]) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def _weights(
+    checkpoint: Path, planned: Mapping[str, torch.Tensor], adapted: PeftModel | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the plain model, in the number formats and the order of `planned`; merges `adapted`."""
+    from training.engine.state import consolidated
+
+    weights: Iterable[tuple[str, torch.Tensor]]
+    if adapted is None:
+        weights = consolidated(checkpoint, planned)
+    else:
+        merged = adapted.merge_and_unload().state_dict()
+        weights = ((name, merged[name]) for name in planned)
     for name, tensor in weights:
-        if not is_mixup_weight(name):  # no part of the plain model; in a file of its own
-            yield name, tensor.to(DTYPES[config.precision]) if tensor.is_floating_point() else tensor
+        if not is_mixup_weight(name):  # not part of the plain model; in a file of its own
+            yield name, tensor.to(planned[name].dtype) if name in planned else tensor
 
 
-def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel:
-    """The base model of a LoRA run with the adapters of a checkpoint."""
+def _expected_weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the export must hold, made from the checkpoint again."""
+    yield from _weights(checkpoint, _planned(checkpoint, config), _adapted(checkpoint, config, state))
+
+
+def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel | None:
+    """The base model of a LoRA run with the adapters of a checkpoint; None for a run of all weights."""
     from modeling.adapters import adapted_model
     from training.engine.state import consolidated
 
-    lora = config.model.lora
-    assert lora is not None
+    if (lora := config.model.lora) is None:
+        return None
     base = _base(checkpoint, state.base or {}, config)
     trained = {name: tensor for name, tensor in consolidated(checkpoint) if not is_mixup_weight(name)}
     return adapted_model(base, architecture(config), lora, trained)
@@ -221,35 +235,3 @@ def _description(config: RunConfig, step: int) -> dict[str, Any]:
         "response_language": fixed_response_language(config),
         "shift_first_token": not isinstance(objective, ShifConConfig) or objective.shift_first_token,
     }
-
-
-def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], output: Path) -> None:
-    """Safetensors shards and their index; never more than one shard in memory."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    n_bytes = total = 0
-
-    def flush() -> None:
-        nonlocal shard, n_bytes
-        save_file(shard, output / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard, n_bytes = {}, 0
-
-    for name, tensor in weights:
-        size = tensor.numel() * tensor.element_size()
-        if shard and n_bytes + size > SHARD_BYTES:
-            flush()
-        shard[name] = tensor
-        n_bytes, total = n_bytes + size, total + size
-    flush()
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-    for number, name in enumerate(names):
-        (output / f"part-{number}.safetensors").rename(output / name)

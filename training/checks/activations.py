@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_pipeline.packing import MicroBatch
 from modeling.adapters import add_adapters
@@ -271,11 +272,11 @@ def _stand_in(kernel: Kernel) -> Iterator[None]:
             output = _FusedAttention.apply(query, key, value, mask)
         return output.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(STAND_IN, attend)
+    ALL_ATTENTION_FUNCTIONS[STAND_IN] = attend
     try:
         yield
     finally:
-        AttentionInterface._global_mapping.pop(STAND_IN, None)
+        del ALL_ATTENTION_FUNCTIONS[STAND_IN]
 
 
 def _by_formula(n_layers: int, hidden: int, vocabulary: int, dtype: torch.dtype, shape: BatchShape) -> Activations:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,11 @@ def to_universal(checkpoint: Path, output: Path) -> None:
         main(settings)
 
 
-def consolidated(directory: Path, tied: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+def consolidated(directory: Path, first: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """(name, whole fp32 tensor) of a checkpoint, without starting ranks.
 
-    Tensors are put together one at a time. Names in `tied` are left out: each is another name of a weight that is
-    given, as in a Hugging Face file.
+    Tensors are put together one at a time. Names in `first` come first, in that order. A tied weight is given once, by
+    the first of its names.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -199,8 +199,9 @@ def consolidated(directory: Path, tied: Container[str] = ()) -> Iterator[tuple[s
         with weights_only(), _quiet():
             parts = get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=TAG, lazy_mode=True)
         seen: set[int] = set()
-        for name, part in parts.items():
-            if name not in tied and id(part) not in seen:
+        for name in (*(name for name in first if name in parts), *parts):
+            part = parts[name]
+            if id(part) not in seen:
                 seen.add(id(part))
                 with weights_only():
                     whole = part.contiguous()
