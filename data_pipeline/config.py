@@ -1,7 +1,6 @@
-"""What a run file says about its data sources.
+"""The `data.sources` section of a run file.
 
-In: the `data.sources` section of the run file. Out: frozen, checked models. Next: `sources.py`, which opens
-what they name. Nothing heavy is imported here, so that a run file is read at once.
+Nothing heavy is imported here, so that a run file loads at once.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ PLACEHOLDER = "{language}"
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a run file: `below` with `above` on top, section by section; lists are replaced."""
+    """Merge two sets of run file values, section by section; `above` overrides `below`, lists are replaced."""
     result = dict(below)
     for key, value in above.items():
         inner = result.get(key)
@@ -26,16 +25,16 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 TaskKind = Literal["classification", "tagging", "qa", "text"]
-Overlong = Literal["error", "drop", "truncate"]  # what becomes of a sample that is too long
+Overlong = Literal["error", "drop", "truncate"]  # what happens to a sample that is too long
 
-# The columns of each kind of task: those that it cannot do without, and those that it may have.
+# The columns of each kind of task: required and optional ones.
 TASK_COLUMNS: dict[TaskKind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "classification": (("text_a",), ("text_b", "label", "back_text_a", "back_text_b")),
     "tagging": (("words",), ("tags", "soft_tags", "back_words")),
     "qa": (("question", "context"), ("answers", "back_question", "back_context", "back_answers")),
     "text": (("text",), ()),
 }
-# Columns that say nothing without others.
+# Columns that need others.
 NEEDED_WITH = {
     "back_text_b": ("back_text_a", "text_b"),
     "back_question": ("back_context",),
@@ -43,7 +42,7 @@ NEEDED_WITH = {
     "back_answers": ("back_context",),
 }
 CHAT_COLUMNS = ("prompt", "completion", "messages", "system", "response_language")
-# What a row says in its own language: without it, it has no translation in the wide layout.
+# The text of a row: in the wide layout, a language without it has no translation of the row.
 TEXT_COLUMNS = ("prompt", "completion", "messages", "text_a", "text_b", "words", "question", "context", "text")
 # Some files of a source may lack these: English text has no back-translation, a translation no gold tags.
 OPTIONAL_COLUMNS = frozenset(
@@ -53,18 +52,18 @@ OPTIONAL_COLUMNS = frozenset(
 
 
 class ColumnMap(Section):
-    """Which column of a row holds what. In the wide layout names hold "{language}": "question_{language}".
+    """The columns of a row. In the wide layout, names contain "{language}": "question_{language}".
 
-    The columns are those of a conversation, or those of one kind of task. `back_*` hold the row's text translated
-    into the dominant language.
+    The columns are those of a conversation, or those of one kind of task. `back_*` hold the row's text translated into
+    the dominant language.
     """
 
-    id: str | None = Field(None, description='The row\'s name; without it "<file stem>:<row>".')
+    id: str | None = Field(None, description='The row\'s name; default: "<file stem>:<row>".')
     group: str | None = Field(
         None,
-        description="The item: rows with the same value in other languages, in whatever file or source, are"
-        " its translations; values are compared in Unicode's form NFC. Without it the id column; without that every row"
-        " is an item of its own.",
+        description="The item: rows with the same value in other languages, in any file or source, are its"
+        " translations; values are compared in Unicode form NFC. Default: the id column; without one, every row is an"
+        " item of its own.",
     )
     language: str | None = Field(None, description="The language of the prompt, a code of data.languages.")
     response_language: str | None = Field(None, description="The language of the answer.")
@@ -73,25 +72,25 @@ class ColumnMap(Section):
     messages: str | None = Field(
         None,
         description="A list of {role, content} or {from, value} (in CSV and TSV: as JSON) instead of prompt and"
-        " completion. An assistant's `weight: 0` is read and not learned; keys that change what is written or learned"
-        " and are not supported (tool_calls, reasoning_content, ...) make the row unusable; others are metadata.",
+        " completion. An assistant turn with `weight: 0` is read but not learned; unsupported keys (tool_calls,"
+        " reasoning_content, ...) make the row unusable; others are metadata.",
     )
-    system: str | None = Field(None, description="A system message, where the cell is not empty.")
+    system: str | None = Field(None, description="A system message, if the cell is not empty.")
     text_a: str | None = Field(None, description="Classification: the text, or the first of two.")
-    text_b: str | None = Field(None, description="Classification: the second text, where texts come in pairs.")
+    text_b: str | None = Field(None, description="Classification: the second text of a pair.")
     label: str | None = Field(None, description="Classification: the label, one of task.labels.")
     back_text_a: str | None = Field(None, description="The first text, translated.")
     back_text_b: str | None = Field(None, description="The second text, translated.")
     words: str | None = Field(
-        None, description="Tagging: the sentence's words, a list (in CSV and TSV, as all lists: as JSON)."
+        None, description="Tagging: the sentence's words, a list (as JSON in CSV and TSV, like all lists)."
     )
-    tags: str | None = Field(None, description="Tagging: a tag a word, each one of task.labels.")
+    tags: str | None = Field(None, description="Tagging: one tag per word, each one of task.labels.")
     soft_tags: str | None = Field(
-        None, description="Tagging: a list of probabilities a word, one a label; they come before tags in training."
+        None, description="Tagging: for each word one probability per label; training prefers them to tags."
     )
     back_words: str | None = Field(None, description="The sentence, translated, as words.")
     question: str | None = Field(None, description="Question answering: the question.")
-    context: str | None = Field(None, description="Question answering: the text that holds the answer.")
+    context: str | None = Field(None, description="Question answering: the text that contains the answer.")
     answers: str | None = Field(
         None,
         description="Question answering: a list of {text, answer_start}, the start counted in characters of the"
@@ -104,7 +103,7 @@ class ColumnMap(Section):
 
     @property
     def kind(self) -> TaskKind | Literal["chat"]:
-        """Which kind of data these columns are."""
+        """The kind of data of these columns."""
         if self.text_a is not None:
             return "classification"
         if self.words is not None:
@@ -148,7 +147,7 @@ class ColumnMap(Section):
         return self
 
     def named(self) -> dict[str, str]:
-        """The columns that are mapped: {what: column name}."""
+        """The mapped columns: {role: column name}."""
         return {what: column for what, column in self if column is not None}
 
     def in_language(self, language: str) -> ColumnMap:
@@ -159,7 +158,7 @@ class ColumnMap(Section):
 class SourceConfig(Section):
     """One source: files or a hub dataset with one column map. Long layout unless `languages` is given."""
 
-    name: str = Field(min_length=1, description="For messages, statistics and fingerprints; unique in a run.")
+    name: str = Field(min_length=1, description="Name in messages, statistics and fingerprints; unique in a run.")
     files: PathText | tuple[PathText, ...] | None = Field(
         None,
         description='Paths, globs or fsspec addresses; relative ones, and "{data_dir}", are under data_dir.',
@@ -168,19 +167,19 @@ class SourceConfig(Section):
     hub_config: str | None = Field(None, description="The hub dataset's configuration.")
     split: str = Field("train", description="The hub dataset's split.")
     format: Literal["auto", "jsonl", "parquet", "csv", "tsv"] = Field(
-        "auto", description="Of the files; auto goes by each file's suffix."
+        "auto", description="Format of the files; auto: by each file's suffix."
     )
     quoting: Literal["none"] | None = Field(
         None,
-        description='CSV and TSV: "none" takes quotes as characters like others, as most corpora in TSV mean them;'
-        " by default a field in quotes is what is between them.",
+        description='CSV and TSV: "none" reads quotes as ordinary characters, as most corpora in TSV use them;'
+        " by default quotes enclose a field.",
     )
     languages: tuple[str, ...] | None = Field(
         None, description="Wide layout: each row is an item and gives one sample for each of these languages."
     )
-    language: str | None = Field(None, description="The language, where no column says it.")
+    language: str | None = Field(None, description="The language, if no column holds it.")
     response_language: str | None = Field(
-        None, description="The answer's language, where no column says it; without it, the prompt's."
+        None, description="The answer's language, if no column holds it; default: the prompt's."
     )
     columns: ColumnMap
 

@@ -1,8 +1,4 @@
-"""Cells: the values of one row, asked for by column, each checked to be what it must be.
-
-In: a row from `formats.py` or `tables.py`. Out: text, names and lists, or BadRow with the file, the line and the
-reason. Next: `sources.py` and `tasks/rows.py`, which make Records of them.
-"""
+"""The values of one row, requested by column and checked for their type."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from data_pipeline.sources.formats import Row
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """One row and where it came from."""
+    """One row and its origin."""
 
     row: Row
     origin: str  # "file.jsonl:17"
@@ -25,11 +21,11 @@ class Cells:
         return BadRow(self.origin, reason)
 
     def has(self, column: str | None) -> bool:
-        """Whether a column is mapped, is in the row and is not empty there."""
+        """Whether a column is mapped, exists in the row and is not empty."""
         return column is not None and not blank(self.row.get(column))
 
     def value(self, column: str) -> Any:
-        """What the cell holds. Raises BadRow where the row has no such field."""
+        """The cell's value. Raises BadRow if the row has no such field."""
         if column not in self.row:
             raise self.bad(f"no field {column!r}; the row has {', '.join(map(repr, self.row))}")
         return self.row[column]
@@ -38,18 +34,18 @@ class Cells:
         return self.checked(self.value(column), repr(column))
 
     def given(self, column: str | None) -> str | None:
-        """The text of a column that may be unmapped, or empty in this row."""
+        """The text of a column that may be unmapped or empty in this row."""
         return self.text(column) if column is not None and self.has(column) else None
 
     def name(self, column: str | None) -> str | None:
-        """An id, a group or a label: text or an integer. None where the column is not mapped."""
+        """An id, a group or a label: text or an integer. None if the column is not mapped."""
         if column is None:
             return None
         value = self.value(column)
         return str(value) if type(value) is int else self.checked(value, repr(column))
 
     def listed(self, column: str) -> Any:
-        """A list or another nested value; CSV and TSV, which have none, hold it as JSON. Raises BadRow."""
+        """A list or another nested value; CSV and TSV hold it as JSON. Raises BadRow."""
         value = self.value(column)
         if isinstance(value, str):
             try:

@@ -1,11 +1,10 @@
-"""Formats: a shard (one file or hub split) is scanned once from end to end and then read at any row.
+"""Text formats: a shard (one file) is scanned once from end to end and then read at any row.
 
-In: an address. Out: rows as dicts, each with its Place; a row that cannot be parsed comes as BadRow. Here are
-the text formats, in `tables.py` Parquet and the hub. Next: `sources.py`, which opens a SourceConfig as shards
-and turns rows into Records.
+Rows are dicts with their Place; a row that cannot be parsed is a BadRow. `tables.py` has Parquet files and hub
+datasets.
 
-Scan and random access meet in the same parser, so both see the same row. No shard keeps an open file or a
-file position: reading is safe in threads, after a fork and when pickled. No file is in memory whole.
+Scan and random access use the same parser, so both see the same row. A shard keeps neither an open file nor a file
+position: reading is safe in threads, after a fork and when pickled. No file is held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BOM = "\ufeff"
 _QUOTED_FIELD = re.compile(rb'(^|\t)"')
-FIELD_LIMIT = 1 << 24  # characters of one CSV field: bounds what an unclosed quote can swallow
+FIELD_LIMIT = 1 << 24  # characters of one CSV field: limits what an unclosed quote can swallow
 
 Row = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """Where a row is: a number for people (its line; in tables its row; from 1) and two for the shard."""
+    """A row's place: a number for people (its line, in tables its row; from 1) and two for the shard."""
 
     number: int
     offset: int  # text: the row's first byte; Parquet: the batch; hub: the row
@@ -50,13 +49,13 @@ class Place(NamedTuple):
 class Shard(ABC):
     """One file or hub split."""
 
-    address: str  # what opens it, and what messages call it
-    name: str  # the same wherever the data directory lies: part of ids, groups and fingerprints
-    identity: str  # cheap to get, and another one once the content may be: size and times
+    address: str  # its address, also used in messages
+    name: str  # independent of the data directory's place; part of ids, groups and fingerprints
+    identity: str  # size and times: changes when the content may have changed
 
     @abstractmethod
     def columns(self) -> list[str]:
-        """The columns it has; in JSONL those of its first good row. Empty: no such row."""
+        """The shard's columns; for JSONL those of its first good row. Empty: no such row."""
 
     @abstractmethod
     def scan(self, digest: _Hash) -> Iterator[tuple[Place, Row | BadRow]]:
@@ -127,10 +126,10 @@ class JsonLines(TextShard):
 
 
 class _Lines:
-    """Decoded lines for the CSV parser, which keeps the bytes of the record in hand.
+    """Decoded lines for the CSV parser, which keeps the bytes of the current record.
 
-    After an error only the record's first line is given up and the others are handed out again, so that a
-    stray quote does not swallow the rows after it.
+    After an error only the record's first line is dropped and the others are parsed again, so that an unbalanced quote
+    does not swallow the following rows.
     """
 
     def __init__(self, file: IO[bytes], at_start: bool) -> None:
@@ -145,7 +144,7 @@ class _Lines:
     def __next__(self) -> str:
         line = self.again.popleft() if self.again else next(self.file)
         self.taken.append(line)
-        text = line.decode(errors="surrogateescape")  # RecordReader refuses what was not UTF-8
+        text = line.decode(errors="surrogateescape")  # RecordReader refuses text that was not UTF-8
         if self.at_start:
             text, self.at_start = text.removeprefix(BOM), False
         return text
@@ -159,7 +158,8 @@ class _Lines:
 class Delimited(TextShard):
     """CSV or TSV with a header line. Blank lines are skipped.
 
-    With `quoting` a field in quotes may hold delimiters and line breaks; without it a quote is a character like others.
+    With `quoting`, a field in quotes may contain delimiters and line breaks; without it, a quote is an ordinary
+    character.
     """
 
     delimiter: str
@@ -242,7 +242,7 @@ class Delimited(TextShard):
 
 
 def _reason(error: str, quoting: bool) -> str:
-    """What the csv module's message means for the file."""
+    """The csv module's error message, in terms of the file."""
     if "field limit" in error:
         unclosed = "; is a quote not closed, or meant as a character (quoting: none)?" if quoting else ""
         return f"a field is longer than {FIELD_LIMIT:,} characters{unclosed}"
@@ -255,7 +255,7 @@ def _reason(error: str, quoting: bool) -> str:
 
 
 def _other_encoding(header: list[str]) -> str | None:
-    """The encoding that a header line shows, where it is none of UTF-8's supersets and subsets."""
+    """The encoding that a header line suggests, if it is not UTF-8 or a subset or superset of it."""
     text = "".join(header).encode(errors="surrogateescape")
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "is UTF-16"
@@ -263,7 +263,7 @@ def _other_encoding(header: list[str]) -> str | None:
 
 
 class _Digesting(io.RawIOBase):
-    """Hashes what passes through it."""
+    """Hashes everything that passes through it."""
 
     def __init__(self, source: IO[bytes], digest: _Hash) -> None:
         self.source = source

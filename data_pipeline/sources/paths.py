@@ -1,7 +1,4 @@
-"""Paths as people write them: `~`, `$VAR` and `${VAR}`, characters with a meaning in globs, folders to be written.
-
-In: text of a run file, a site file or a command line. Out: paths. Next: `settings.py`, `sources.py`, `crosslift.py`.
-"""
+"""Paths written by users: `~`, `$VAR` and `${VAR}`, glob characters in names, folders to be created."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ class PathError(ValueError):
 
 
 def expanded(text: str) -> str:
-    """`text` with its `~` and environment variables filled in; a name that exists is taken as it is.
+    """`text` with its `~` and environment variables expanded; a name that exists is used as it is.
 
     Raises:
-        PathError: a variable that is not set, or a user that is not known.
+        PathError: an unset variable or an unknown user.
     """
     if ("$" not in text and not text.startswith("~")) or os.path.lexists(text):
         return text
@@ -48,7 +45,7 @@ def expanded(text: str) -> str:
 
 
 def expanded_path(path: Path, name: str) -> Path:
-    """A path of the command line; `name` of its option, for the message. Raises PathError."""
+    """An expanded path of the command line; `name` is its option, for the message. Raises PathError."""
     try:
         return Path(expanded(str(path)))
     except PathError as error:
@@ -56,9 +53,9 @@ def expanded_path(path: Path, name: str) -> Path:
 
 
 def literal_folders(pattern: str, exists: Callable[[str], bool] = os.path.lexists) -> str:
-    """A glob in which the folders that exist by these very names, brackets and all, stand for themselves.
+    """A glob in which existing folders with brackets or other glob characters in their names match literally.
 
-    `pattern`: a path with `/`; `exists`: whether a path is there.
+    `pattern`: a path with `/`; `exists`: whether a path exists.
     """
     parts = pattern.split("/")
     for number in range(len(parts), 0, -1):
@@ -70,7 +67,7 @@ def literal_folders(pattern: str, exists: Callable[[str], bool] = os.path.lexist
 
 @contextmanager
 def without_patterns(folder: Path) -> Iterator[Path]:
-    """A folder by a name that no glob reads as a pattern, for libraries that look for files in it with one."""
+    """A name for the folder that no glob reads as a pattern, for libraries that search files in it with one."""
     if not MAGIC.search(str(folder)):
         yield folder
         return
@@ -81,13 +78,13 @@ def without_patterns(folder: Path) -> Iterator[Path]:
 
 
 def check_folder(path: Path, name: str) -> None:
-    """That `path` is a folder, or that one can be made there; nothing is made.
+    """Check that `path` is a folder, or that one can be created there; nothing is created.
 
     Args:
-        name: of the key or option, for the message.
+        name: the key or option, for the message.
 
     Raises:
-        PathError: a file is in its place or above it, or the folder above it cannot be written.
+        PathError: a file is at that path or above it, or the folder above it is not writable.
     """
     above = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
     if not above.is_dir():

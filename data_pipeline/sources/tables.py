@@ -1,8 +1,4 @@
-"""Tables: Parquet files and Hugging Face datasets as shards.
-
-In: an address or a dataset's name. Out: rows as dicts, each with its Place, from memory-mapped Arrow files.
-Next: `sources.py`.
-"""
+"""Parquet files and Hugging Face datasets as shards: rows from memory-mapped Arrow files."""
 
 from __future__ import annotations
 
@@ -26,13 +22,15 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-BATCH = 256  # rows that are decoded at once
+BATCH = 256  # rows decoded at once
 
 
 @dataclass(frozen=True)
 class Parquet(Shard):
-    """A Parquet file. Its wanted columns are copied once, uncompressed, to an Arrow file and memory-mapped:
-    a shuffled order would otherwise decompress a whole row group for each row."""
+    """A Parquet file, whose wanted columns are copied once, uncompressed, to a memory-mapped Arrow file.
+
+    Without the copy, a shuffled order would decompress a whole row group for each row.
+    """
 
     wanted: tuple[str, ...]
     copy_dir: str
@@ -71,7 +69,7 @@ class Parquet(Shard):
             return [self._rows(batch.slice(row, 1), before + row)[0] for row in range(batch.num_rows)]
 
     def copy(self) -> Path:
-        """The Arrow copy, made if it is not there; other processes may be making it at the same time."""
+        """The Arrow copy, made if it does not exist; other processes may be making it at the same time."""
         key = hashlib.sha256("\0".join((self.address, self.identity, *self.wanted)).encode()).hexdigest()[:32]
         path = Path(self.copy_dir, f"{key}.arrow")
         if not path.exists():
@@ -84,7 +82,7 @@ class Parquet(Shard):
 
     def _write_arrow(self, path: Path) -> None:
         with open_binary(self.address) as file:
-            # both, or a row group's whole column would be read at once
+            # both options, otherwise a row group's whole column is read at once
             table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
             # dictionary-encoded columns (pandas' categoricals) change dictionaries between batches
             schema = pa.schema(
@@ -126,7 +124,7 @@ class HubSplit(Shard):
 
 
 def load_hub(path: str, config: str | None, split: str) -> Dataset:
-    """The split, from the hub, its local cache or a local directory (of files, or by `save_to_disk`).
+    """The split, from the hub, its local cache or a local folder (of files, or written by `save_to_disk`).
 
     Raises DataError.
     """
