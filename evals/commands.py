@@ -216,7 +216,7 @@ def xtreme_retrieve(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Tatoeba by nearest sentences. Example: crosslift xtreme retrieve M --data-dir tatoeba --output runs/retrieval"""
-    from evals.report import by_reason
+    from evals.results import by_reason
     from evals.xtreme.retrieval import SentenceEncoder, retrieve_tatoeba
     from evals.xtreme.score import score_table
 

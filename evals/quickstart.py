@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import console
 from data_pipeline.atomic import write_text
 from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
 from evals.errors import EvalError
 from evals.mgsm.mgsm import evaluate_mgsm, find_files, read_predictions, read_problems
 from evals.mgsm.numbers import HEADLINE
 from evals.opening import open_model
-from evals.report import Accuracy, accuracy_table
 from evals.score_report import TrackScores, score_metrics, write_score_files
-from evals.statistics import clustered_mean, wilson_interval
+from evals.statistics import Accuracy, clustered_mean, wilson_interval
 
 SOURCE = Path(__file__).resolve().parents[1]
 DOMINANT = "en"
@@ -112,7 +112,8 @@ def table(correct: Mapping[str, Correct]) -> str:
     """Language by model, each with its interval; the last row is the mean without English."""
     rows = [(language, [_accuracy(correct[model][language]) for model in MODELS]) for language in LANGUAGES]
     rows.append((f"mean but {DOMINANT}", [_mean(correct[model]) for model in MODELS]))
-    return accuracy_table(rows, list(MODELS.values()))
+    header = ["language", *MODELS.values()]
+    return console.table(header, [(name, *cells) for name, cells in rows], text=range(len(header)))
 
 
 def _train(config: str, output: Path, data: Path, seed: int, ranks: int, start: Path | None = None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_pipeline.console import table
 from evals.errors import EvalError
 from evals.parallel_texts import ParallelTexts
 from evals.results import described_versions
@@ -150,15 +151,15 @@ def representation_table(report: RepresentationReport) -> str:
     curves = [model.mean(measure) for model in report.models.values() for measure in heads]
     depth = max(map(len, curves))
     padded = [[*curve, *[None] * (depth - len(curve))] for curve in curves]
-    by_layer = [["layer", *columns]]
-    by_layer += [[str(layer), *map(_cell, values)] for layer, values in enumerate(zip(*padded, strict=True))]
-    by_language = [["language", "sentences", *columns]]
+    by_layer = [[str(layer), *map(_cell, values)] for layer, values in enumerate(zip(*padded, strict=True))]
+    by_language = []
     for language, number in report.sentences.items():
         found = [model.curves[measure][language] for model in report.models.values() for measure in heads]
         cell = f"{number}{'*' * (language in report.partial)}"
         by_language.append([language, cell, *(_cell(_mean(curve, partial=True)) for curve in found)])
     lines = [f"States of sentences against their translations in {report.dominant!r}, pooling {report.pooling!r}", ""]
-    lines += ["Mean over languages", *_aligned(by_layer), "", "Mean over layers", *_aligned(by_language)]
+    lines += ["Mean over languages", table(["layer", *columns], by_layer, text=()), "", "Mean over layers"]
+    lines += [table(["language", "sentences", *columns], by_language)]
     if report.partial:
         lines.append(f"* the first {report.limit} sentences; the files may hold more")
     if report.few:
@@ -274,9 +275,3 @@ def _mean(values: Iterable[float | None], partial: bool) -> float | None:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -95,3 +95,11 @@ def _difference(before: Any, now: Any) -> str:
     key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
     rest = _difference(before.get(key), now.get(key))
     return f"{key}.{rest}" if rest else str(key)
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Languages grouped by the reason why they are missing: "no predictions: de, fr; no labels: sw"."""
+    languages: dict[str, list[str]] = {}
+    for language, reason in reasons.items():
+        languages.setdefault(reason, []).append(language)
+    return "; ".join(f"{reason}: {', '.join(names)}" for reason, names in languages.items())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.console import table
 from data_pipeline.loader import RankStep, SampleReader
 from data_pipeline.order.plan import assign
 from data_pipeline.packing import MicroBatch, Packer
@@ -147,9 +148,11 @@ def _contents(batch: MicroBatch | TaskBatch) -> tuple[list[str], list[int]]:
 
 def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     index = prepared.index
-    yield f"{'language':<10}{'training rows':>15}{'held out':>10}"
-    for number, language in enumerate(index.languages):
-        yield f"{language:<10}{len(index.rows(number)):>15,}{len(index.rows(number, heldout=True)):>10,}"
+    rows = [
+        (language, f"{len(index.rows(number)):,}", f"{len(index.rows(number, heldout=True)):,}")
+        for number, language in enumerate(index.languages)
+    ]
+    yield from table(["language", "training rows", "held out"], rows).splitlines()
     if index.bad_rows:
         origin, reason = index.bad_rows[0]
         yield f"unusable rows: {len(index.bad_rows)}, such as {origin}: {reason}"

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_pipeline.console import table
 from evals.mgsm.numbers import HEADLINE
-from evals.report import Accuracy, accuracy_table, by_reason
+from evals.results import by_reason
+from evals.statistics import Accuracy
 
 UNSHIFTED = "\u2020"  # a dagger, as the star marks what is partial
 
@@ -40,7 +42,8 @@ def mgsm_table(results: Mapping[str, Mapping[str, Any]], rules: Sequence[str] = 
     for name, result in results.items():
         of_whom = f"{name}: " if len(results) > 1 else ""
         notes += [f"* {of_whom}{note}" for note in _notes(result, languages)]
-    return accuracy_table(rows, headers, notes)
+    header = ["language", *headers]
+    return table(header, [(name, *cells) for name, cells in rows], text=range(len(header)), notes=notes)
 
 
 def _shifts(result: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from data_pipeline.console import table
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.xtreme.published import published_score
@@ -86,8 +87,7 @@ def read_scores(output: Path, task: XtremeTask) -> dict[str, Any]:
 def run_table(task: XtremeTask, told: Mapping[str, Any], dominant: str) -> str:
     """One line a language, one column a metric; then the mean, the published row and the gap."""
     metrics = list(dict.fromkeys([*task.metrics, *told["average"]]))
-    rows = [["language", *(_HEADS.get(metric, metric) for metric in metrics)]]
-    rows += [_row(language, metrics, scores) for language, scores in told["languages"].items()]
+    rows = [_row(language, metrics, scores) for language, scores in told["languages"].items()]
     star = "*" * told["partial"]
     rows.append(_row("mean" + star, metrics, told["average"]))
     if told["published"]:
@@ -106,9 +106,7 @@ def run_table(task: XtremeTask, told: Mapping[str, Any], dominant: str) -> str:
                 *(f"{cut[metric]:.1f} %" if cut.get(metric) is not None else "-" for metric in metrics),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = [table(["language", *(_HEADS.get(metric, metric) for metric in metrics)], rows)]
     if told["partial"]:
         lines.append(f"* without {', '.join(told['missing'])}: the published mean is over all of the task's languages")
     if before and before["partial"] and before["gap"]:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.console import table
 from data_pipeline.xtreme.tasks import TASKS, XtremeTask, xtreme_task
 from evals.errors import EvalError
-from evals.report import by_reason
+from evals.results import by_reason
 from evals.xtreme.answers import answer_scores, mlqa_words, squad_words
 from evals.xtreme.label_files import (
     TaggedSentence,
@@ -142,16 +143,14 @@ def score_table(scores: XtremeScores) -> str:
     columns = [(name, metric) for name in scores.tasks for metric in TASKS[name].metrics]
     heads = [f"{name} {_SHORT[metric]}" if len(TASKS[name].metrics) > 1 else name for name, metric in columns]
     used = sorted({language for task in scores.tasks.values() for language in task.languages})
-    rows = [["", *heads]]
+    rows = []
     for language in used:
         found = [scores.tasks[name].languages.get(language, {}).get(metric) for name, metric in columns]
         rows.append([language, *("-" if value is None else f"{value:.2f}" for value in found)])
     means = [scores.tasks[name].average[metric] for name, metric in columns]
     stars = ["*" * scores.tasks[name].partial for name, _ in columns]
     rows.append(["mean", *(f"{value:.2f}{star}" for value, star in zip(means, stars, strict=True))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = [table(["", *heads], rows)]
     totals = {**{name: task.score for name, task in scores.tasks.items()}, **scores.groups, ALL_TASKS: scores.all_task}
     partial = {*scores.partial, *(name for name, task in scores.tasks.items() if task.partial)}
     width = max(map(len, totals))

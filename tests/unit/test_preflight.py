@@ -119,7 +119,7 @@ def test_the_summary_is_one_line_for_one_node_and_a_table_for_several() -> None:
     (alone,) = summary(two[:1], [Measurement(1000.0, None, None)], 0.1)
     assert alone.startswith("preflight: 1 rank on n0, cpu")
     assert "all-reduce" not in alone
-    head, names, *rows = summary(four(), EVEN, 1.0)
+    head, names, _, *rows = summary(four(), EVEN, 1.0)
     assert head.startswith("preflight: 4 ranks on 2 nodes, cpu")
     assert names.split() == ["node", "host", "ranks", "disk,", "GiB", "GiB/s", "clock,", "s"]
     assert [row.split() for row in rows] == [

@@ -1,4 +1,4 @@
-"""Intervals and paired tests equal published examples and values computed by hand."""
+"""Intervals equal published examples and values computed by hand; how an accuracy is shown."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from evals.statistics import clustered_mean, paired_difference, wilson_interval
+from evals.statistics import Accuracy, clustered_mean, wilson_interval
 
 
-def table(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
-    correct_a = [True] * (both + only_a) + [False] * (only_b + neither)
-    correct_b = [True] * both + [False] * only_a + [True] * only_b + [False] * neither
-    return correct_a, correct_b
+def test_an_accuracy_is_shown_with_its_interval_and_marked_where_partial() -> None:
+    assert str(Accuracy(0.5, 0.43849, 0.5615)) == "50.0 % [43.8, 56.1]"
+    assert str(Accuracy(1.0, 0.985, 1.0, partial=True)) == "100.0 %* [98.5, 100.0]"
+    assert str(Accuracy(0.262)) == "26.2 %"
 
 
 @pytest.mark.parametrize(
@@ -40,43 +40,6 @@ def test_wilson_intervals_follow_the_formula_at_other_confidences() -> None:
 def test_impossible_counts_are_refused(correct: int, n: int) -> None:
     with pytest.raises(ValueError, match=r"k \(|at least one item|must"):
         wilson_interval(correct, n)
-
-
-@pytest.mark.parametrize(
-    ("counts", "low", "high"),
-    [  # method 10 in Newcombe (1998), Statistics in Medicine 17:2635; here b and c change places
-        ((36, 2, 12, 0), 0.0569, 0.3404),
-        ((20, 2, 12, 16), 0.0562, 0.3292),
-        ((54, 0, 0, 0), -0.0664, 0.0664),
-    ],
-)
-def test_paired_intervals_equal_published_ones(counts: tuple[int, int, int, int], low: float, high: float) -> None:
-    found = paired_difference(*table(*counts))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_a_paired_difference_is_b_minus_a() -> None:
-    found = paired_difference(*table(20, 2, 12, 16))
-    assert (found.n, found.both, found.only_a, found.only_b, found.neither) == (50, 20, 2, 12, 16)
-    assert found.difference == pytest.approx(0.2)
-    turned = paired_difference(*reversed(table(20, 2, 12, 16)))
-    assert (turned.difference, turned.low, turned.high) == pytest.approx((-found.difference, -found.high, -found.low))
-    assert turned.p_value == pytest.approx(found.p_value)
-
-
-def test_the_mcnemar_test_is_exact() -> None:
-    # 2 * (C(14,0) + C(14,1) + C(14,2)) / 2**14, by hand
-    assert paired_difference(*table(20, 2, 12, 16)).p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14)
-    assert paired_difference(*table(0, 0, 5, 100)).p_value == pytest.approx(2 / 2**5)
-    assert paired_difference(*table(30, 4, 4, 2)).p_value == 1.0
-    assert paired_difference(*table(30, 0, 0, 20)).p_value == 1.0
-
-
-def test_a_paired_difference_needs_the_same_items() -> None:
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        paired_difference([True], [True, False])
-    with pytest.raises(ValueError, match="at least one item"):
-        paired_difference([], [])
 
 
 def test_the_clustered_mean_has_students_interval_over_item_means() -> None:

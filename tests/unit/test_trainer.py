@@ -24,7 +24,7 @@ from training.engine.engine import NonFiniteUpdate
 from training.errors import CheckpointFailed, NonFiniteStep
 from training.launch.stop import StoppedOnRequest
 from training.loop.guard import Verdict
-from training.loop.progress import Progress
+from training.loop.progress import TrainingProgress
 from training.loop.step_sums import StepRead, StepSums
 from training.loop.trainer import Agreed, Trainer
 from training.objectives.decoders import LossTerms
@@ -313,7 +313,7 @@ def run_steps(made: Trainer, at: int, what: RankStep | Exception) -> None:
     run.objective.before_step, run.heldout = lambda engine, step: {}, None
     made.train_step = lambda step, batch, agreed: {"train/loss": 1.0}  # type: ignore[method-assign]
     made._first_step, made.stop._reason = False, None
-    made._train_from(0, Progress(0, made.config.max_steps, shown=False))
+    made._train_from(0, TrainingProgress(0, made.config.max_steps, shown=False))
 
 
 @pytest.mark.parametrize("every", [4, 100])

@@ -38,17 +38,17 @@ def test_the_table_has_languages_mean_published_row_and_gap() -> None:
                 "partial": False}  # fmt: skip
     told = summary(TASKS["tydiqa"], scores, "en", "xlm-r-large", "x-mixup", baseline)
     assert run_table(TASKS["tydiqa"], told, "en").splitlines() == [
-        "language        EM      f1",
+        "language            EM      f1",
         "--------------  ------  ------",
-        "en              70.00   80.00",
-        "de              50.00   70.00",
-        "sw              40.00   56.00",
-        "mean*           53.33   68.67",
-        "published       52.80   69.00",
-        "difference*     +0.53   -0.33",
+        "en               70.00   80.00",
+        "de               50.00   70.00",
+        "sw               40.00   56.00",
+        "mean*            53.33   68.67",
+        "published        52.80   69.00",
+        "difference*      +0.53   -0.33",
         "gap*            +25.00  +17.00",
-        "baseline's gap  +50.00  +0.00",
-        "gap cut by*     50.0 %  -",
+        "baseline's gap  +50.00   +0.00",
+        "gap cut by*     50.0 %       -",
         "* without ar: the published mean is over all of the task's languages",
         "gap: en minus the mean of the others, in points",
     ]

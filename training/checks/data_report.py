@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.console import table
 from data_pipeline.contamination import contaminated_rows
 from data_pipeline.loader import SampleReader, overlong_error
 from data_pipeline.order.order import order_key, places_at
@@ -49,20 +50,22 @@ def mixture_table(config: RunConfig, data: DataParts, looked_at: int | None = LO
     languages, index, settings = config.data.languages, data.index, config.data
     slots = data.planner.slots_by_language(config.max_steps)
     windowed = settings.task is not None and settings.task.kind in WINDOWED  # no row is too long
-    over = "" if windowed else f"   over {settings.sequence_length} tokens"
     yield f"in {config.max_steps:,} steps of {settings.slots_per_step:,} slots:"
-    yield f"{'language':<10}{'rows':>11}{'slots':>13}{'epochs':>10}{'share':>9}{over}"
+    header = ["language", "rows", "slots", "epochs", "share", f"over {settings.sequence_length} tokens"]
+    table_rows: list[list[str]] = []
     warnings: list[str] = []
     too_long: list[str] = []
     for number, language in enumerate(languages):
         rows, share = len(index.rows(number)), slots[number] / max(sum(slots), 1)
         epochs = slots[number] / rows if rows else 0.0
         lengths = None if windowed else _lengths(config, data.reader, number, looked_at)
-        measured = "" if lengths is None else f"   {_measured(lengths)}"
-        yield f"{language:<10}{rows:>11,}{slots[number]:>13,}{epochs:>10.2f}{share:>9.1%}{measured}"
+        table_rows.append([language, f"{rows:,}", f"{slots[number]:,}", f"{epochs:.2f}", f"{share:.1%}"])
+        if lengths is not None:
+            table_rows[-1].append(_measured(lengths))
         warnings += _repeats(language, rows, epochs, slots[number] / config.max_steps)
         if lengths is not None and lengths.share > MOST_OVERLONG:
             too_long.append(f"{language} {lengths.share:.1%}")
+    yield from table(header[:5] if windowed else header, table_rows, text=(0, 5)).splitlines()
     yield from warnings
     if too_long:
         done, other = "left out, their slots stay empty", ", or set data.overlong=truncate"

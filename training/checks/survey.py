@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
+from data_pipeline.console import Progress
 from data_pipeline.loader import SampleReader
 from data_pipeline.records import BadRow, DataError
 from data_pipeline.tasks.reader import TaskReader
 from training.config import RunConfig
-from training.launch.logs import terminal
 
 CHUNK = 64  # rows that a thread reads at once
 NAMED = 3  # rows that are named of each kind
@@ -36,11 +35,10 @@ def survey(config: RunConfig, reader: SampleReader | TaskReader) -> Iterator[str
     chunks = [rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK)]
     with ThreadPoolExecutor(config.data.workers, thread_name_prefix="survey") as pool:
         read = pool.map(lambda chunk: reader.readable(chunk).bad, chunks)
-        shown = tqdm(
-            read, total=len(chunks), unit=f"x{CHUNK} rows", desc="reading all rows", leave=False, dynamic_ncols=True,
-            file=terminal(), disable=not terminal().isatty(),
-        )  # fmt: skip
-        bad += [row for found in shown for row in found]
+        with Progress("reading all rows", len(rows), "rows") as progress:
+            for chunk, found in zip(chunks, read, strict=True):
+                bad += found
+                progress.advance(len(chunk))
     yield f"all rows: {len(rows) + len(index.bad_rows):,} read, {len(bad):,} of them unusable"
     yield from by_reason(bad)
     refuse_bad_rows(bad, config)

@@ -20,16 +20,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_pipeline.atomic import write_text
+from data_pipeline.console import TERMINAL, print_line
 from data_pipeline.secrets import Redactor
 from training.errors import ConfigError
 from training.launch.heartbeat import heartbeat
 
-TERMINAL = "CROSSLIFT_TERMINAL"  # environment variable: the launcher's stderr as a file descriptor of the rank
 PACKAGES = ("training", "modeling", "data_pipeline")
 MERGE_INTERVAL_S = 1.0
 OFFSETS_FILE = "merged.json"
@@ -63,15 +62,6 @@ def rank_log(output_dir: Path, rank: int) -> Path:
 def events_part(output_dir: Path, writer: str) -> Path:
     """One writer's part of `events.jsonl`."""
     return logs_folder(output_dir) / "parts" / f"{writer}.jsonl"
-
-
-@cache
-def terminal() -> TextIO:
-    """The stream for the user: the launcher's stderr, or this process's own."""
-    descriptor = os.environ.get(TERMINAL)
-    if descriptor is None:
-        return sys.stderr
-    return os.fdopen(int(descriptor), "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
 
 
 def event_line(rank: int | None, level: str, step: int, message: str) -> str:
@@ -145,16 +135,18 @@ class _EventsHandler(logging.Handler):
         self._file.write(event_line(self._rank, record.levelname, heartbeat.step, text))
 
 
-class _TerminalHandler(logging.StreamHandler):
+class _TerminalHandler(logging.Handler):
     """Prints rank 0's messages, and the warnings of all ranks."""
 
     def __init__(self, rank: int, redactor: Redactor) -> None:
-        super().__init__(terminal())
+        super().__init__(logging.INFO if rank == 0 else logging.WARNING)
         self._redactor = redactor
-        self.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
-    def format(self, record: logging.LogRecord) -> str:
-        return self._redactor.redact(super().format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print_line(self._redactor.redact(self.format(record)))
+        except Exception:
+            self.handleError(record)
 
 
 def log_to_terminal(rank: int) -> None:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from data_pipeline.console import table
+
 MAX_CLOCK_OFFSET_S = 5.0
 SLOW_SHARE = 0.5  # of the median bandwidth
 LOW_DISK_GIB = 1.0
@@ -101,17 +103,16 @@ def summary(reports: Sequence[RankReport], measurements: Sequence[Measurement], 
         lines[0] += f", all-reduce {rate:.2f} GiB/s"
     if len(nodes) == 1:
         return lines
-    lines.append(f"{'node':>4}  {'host':<24} {'ranks':<11} {'disk, GiB':>10} {'GiB/s':>7} {'clock, s':>9}")
+    rows = []
     for node in nodes:
         here = [(report, each) for report, each in zip(reports, measurements, strict=True) if report.node == node]
         report, each = here[0]
         numbers = f"{report.rank}-{here[-1][0].rank}" if len(here) > 1 else str(report.rank)
         disk = "-" if report.disk_gib is None else f"{report.disk_gib:,.0f}"
-        lines.append(
-            f"{node:>4}  {report.host:<24} {numbers:<11} {disk:>10} {each.exchange or 0:>7.2f} "
-            f"{each.clock - measurements[0].clock:>+9.2f}"
-        )
-    return lines
+        clock = f"{each.clock - measurements[0].clock:+.2f}"
+        rows.append([node, report.host, numbers, disk, f"{each.exchange or 0:.2f}", clock])
+    header = ["node", "host", "ranks", "disk, GiB", "GiB/s", "clock, s"]
+    return [*lines, *table(header, rows, text=(1, 2)).splitlines()]
 
 
 def missing_ranks(joined: Sequence[int], world_size: int, ranks_per_node: int) -> str:

@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from data_pipeline.console import TERMINAL
 from data_pipeline.secrets import Redactor
 from training.launch.heartbeat import HEARTBEAT_DIR, LAUNCHER_PID, STARTING, read_heartbeat
-from training.launch.logs import TERMINAL, Appender, event_line, events_part, rank_log
+from training.launch.logs import Appender, event_line, events_part, rank_log
 from training.messages import PREFIX
 
 DRAIN_TIMEOUT_S = 2.0  # a process that a rank left behind may keep the pipe open

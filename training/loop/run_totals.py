@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.console import table
 from data_pipeline.loader import OUTCOMES, no_slots
 from data_pipeline.records import BadRow, DataError
 from training.distributed import rank
@@ -90,17 +91,15 @@ class RunTotals:
     def table(self) -> Iterator[str]:
         """The realised mixture, a line a language, for people; then what was lost, where anything was."""
         yield f"read in {self.steps:,} steps; slots left empty are not refilled:"
-        yield (
-            f"{'language':<10}{'filled slots':>14}{'share':>9}{'label tokens':>14}{'share':>9}{'cut to fit':>12}"
-            f"{'too long':>10}{'unusable':>10}"
-        )
+        header = ["language", "filled slots", "share", "label tokens", "share", "cut to fit", "too long", "unusable"]
+        rows = []
         shares, label_shares = _shares(self.slots[0]), _shares(self.labels)
         for number, language in enumerate(self.languages):
             filled, truncated, overlong, unusable = self.slots[:, number].tolist()
-            yield (
-                f"{language:<10}{filled:>14,}{shares[number]:>9.1%}{self.labels[number]:>14,}{label_shares[number]:>9.1%}"
-                f"{truncated:>12,}{overlong:>10,}{unusable:>10,}"
-            )
+            labels = f"{self.labels[number]:,}", f"{label_shares[number]:.1%}"
+            lost = (f"{count:,}" for count in (truncated, overlong, unusable))
+            rows.append([language, f"{filled:,}", f"{shares[number]:.1%}", *labels, *lost])
+        yield from table(header, rows).splitlines()
         of_run = dict(zip(OUTCOMES, self.slots.sum(axis=1).tolist(), strict=True))
         if empty := of_run["overlong"] + of_run["unusable"]:
             planned = empty + of_run["filled"]

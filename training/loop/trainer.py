@@ -34,7 +34,7 @@ from training.errors import CheckpointFailed, NonFiniteStep
 from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
 from training.loop.guard import Guard, Verdict, list_samples, shown
-from training.loop.progress import Progress
+from training.loop.progress import TrainingProgress
 from training.loop.run_totals import RunTotals
 from training.loop.step_sums import StepRead, StepSums, memory
 from training.loop.straggler import StragglerMonitor
@@ -95,19 +95,18 @@ class Trainer:
             StoppedOnRequest: after a checkpoint, on every rank at the same step.
         """
         warm_up(self.run)
-        progress = Progress(start, self.config.max_steps, shown=rank() == 0)
-        while start < self.config.max_steps:
-            try:
-                self._train_from(start, progress)
-                break
-            except RollBack as failed:
-                start = self._roll_back(failed.step)
-        progress.close()
+        with TrainingProgress(start, self.config.max_steps, shown=rank() == 0) as progress:
+            while start < self.config.max_steps:
+                try:
+                    self._train_from(start, progress)
+                    break
+                except RollBack as failed:
+                    start = self._roll_back(failed.step)
         if rank() == 0:
             for line in self.totals.table():
                 log.info("%s", line)
 
-    def _train_from(self, start: int, progress: Progress) -> None:
+    def _train_from(self, start: int, progress: TrainingProgress) -> None:
         """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
         config, run, offset = self.config, self.run, self.data_offset
         reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)

@@ -1,0 +1,187 @@
+"""What commands show people: aligned tables, and progress as a bar at a terminal or as lines elsewhere. Drawn by rich.
+
+It lies in the lowest room because scans of data show progress too, and so that `training`, `evals` and `slurm` can use
+it. rich is imported inside the functions: `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
+from io import StringIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+TERMINAL = "CROSSLIFT_TERMINAL"  # environment variable: the launcher's stderr as a file descriptor of the rank
+MARK = "*"  # behind a number, for a note below the table
+REFRESH_S = 0.1  # least time between two drawings of a bar
+LINE_INTERVAL_S = 15.0  # least time between two lines
+_BLANK = "\ue000"  # a space that rich does not strip; a character of no script
+_WIDE = 100_000  # columns: no table is wrapped or cut
+
+log = logging.getLogger(__name__)
+_bars: list[RichProgress] = []  # that are drawn now
+
+
+def terminal() -> TextIO:
+    """The stream for the user: the launcher's stderr, or this process's own."""
+    descriptor = os.environ.get(TERMINAL)
+    return sys.stderr if descriptor is None else _stream(int(descriptor))
+
+
+@cache
+def _stream(descriptor: int) -> TextIO:
+    return os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], *, text: Collection[int] = (0,), notes: Sequence[str] = ()
+) -> str:
+    """Lines of aligned columns under a header, by the width of the characters at a terminal; no colours, never wrapped.
+
+    Args:
+        rows: one cell per column; None is shown as "-". A number may end with a star (MARK).
+        text: the columns that hold text, aligned left; the others hold numbers, aligned right.
+        notes: lines below the table.
+
+    Raises:
+        ValueError: a row has another number of cells than there are columns.
+    """
+    from rich.console import Console
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for number in range(len(header)):
+        drawn.add_column(justify="left" if number in text else "right", no_wrap=True)
+    drawn.add_row(*map(Text, header))
+    drawn.add_row(*(Rule(characters="-", style="") for _ in header))
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"row {row[0]!r} has {len(row)} cells for {len(header)} columns")
+    columns = [["-" if cell is None else str(cell) for cell in column] for column in zip(*rows, strict=True)]
+    for number, column in enumerate(columns):
+        if number not in text and any(cell.endswith(MARK) for cell in column):  # digits below digits
+            columns[number] = [cell if cell.endswith(MARK) else cell + _BLANK for cell in column]
+    for cells in zip(*columns, strict=True):
+        drawn.add_row(*map(Text, cells))
+    page = StringIO()
+    Console(file=page, width=_WIDE, color_system=None, force_terminal=False).print(drawn)
+    return "\n".join([*(line.replace(_BLANK, " ").rstrip() for line in page.getvalue().splitlines()), *notes])
+
+
+def print_line(line: str) -> None:
+    """Print a line on the user's terminal, above a bar that is drawn there."""
+    if _bars:
+        from rich.text import Text
+
+        _bars[-1].console.print(Text(line), soft_wrap=True)
+    else:
+        print(line, file=terminal(), flush=True)
+
+
+class Progress:
+    """Progress of one long task, shown on the user's terminal.
+
+    At a terminal it is a bar. Elsewhere it is a line every now and then, in the log where messages are logged (a rank's
+    process), else on stderr; a task that is quickly done writes none.
+    """
+
+    def __init__(self, what: str, total: int | None, unit: str, *, start: int = 0, shown: bool = True) -> None:
+        """
+        Args:
+            what: such as "training".
+            total: None where it is not known.
+            unit: what is counted, in the plural.
+            start: what was done before.
+            shown: False: nothing is shown, such as on all ranks but the first.
+        """
+        self.what, self.total, self.unit, self.done = what, total, unit, start
+        self._shown = shown
+        self._bar = _bar(unit) if shown and not _bars and terminal().isatty() else None
+        self._drawn = self._told = time.monotonic()
+        if self._bar is not None:
+            self._task = self._bar.add_task(what, total=total, completed=start, details="")
+            self._bar.start()
+            _bars.append(self._bar)
+
+    @property
+    def is_bar(self) -> bool:
+        """Whether a bar is drawn; else lines are written."""
+        return self._bar is not None
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more are done."""
+        self.update(self.done + n)
+
+    def update(self, done: int, details: str = "") -> None:
+        """`done` are done, which may be fewer than before; `details` stand beside the bar."""
+        self.done, now = done, time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, details=details)
+            if now - self._drawn >= REFRESH_S or done == self.total:
+                self._drawn = now
+                self._draw(self._bar.refresh)
+        elif self._shown and now - self._told >= LINE_INTERVAL_S:
+            self._told = now
+            self._say(details)
+
+    def _say(self, details: str) -> None:
+        of = "" if self.total is None else f" of {self.total:,}"
+        line = f"{self.what}: {self.done:,}{of} {self.unit}{f'  {details}' if details else ''}"
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", line)
+        else:
+            print_line(line)
+
+    def close(self) -> None:
+        """End the bar; it stays on the terminal."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            _bars.remove(bar)
+            self._draw(bar.stop)
+        self._shown = False
+
+    def _draw(self, draw: Callable[[], None]) -> None:
+        try:
+            draw()
+        except OSError:  # the terminal is gone, which must not end the task
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _bar(unit: str) -> RichProgress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text("" if not task.speed else f"{task.speed:.3g} {unit}/s")
+
+    return RichProgress(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(), Rate(),
+        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[details]}", markup=False),
+        console=Console(file=terminal(), force_terminal=True), auto_refresh=False, redirect_stdout=False,
+        redirect_stderr=False,
+    )  # fmt: skip
