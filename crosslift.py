@@ -10,19 +10,16 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from data_pipeline.sources.paths import check_folder, expanded_path
 from evals.commands import add_commands as add_evaluation
 from evals.commands import xtreme_app
-from slurm.commands import LocalRun, Rooms, add_commands
-
-if TYPE_CHECKING:
-    from slurm.spec import JobSettings
+from slurm.commands import add_commands as add_slurm_commands
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -31,7 +28,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show a run's data and its order.")
 app.add_typer(data_app, name="data")
 
-NOT_QUEUED = ("submit", "status", "logs", "cancel", "ui")  # run on the login node only
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="run file, YAML")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override keys of CONFIG")]
 Output = Annotated[Path, typer.Option("--output", help="folder to create; must not exist")]
@@ -261,70 +257,10 @@ def ui(
     raise SystemExit(serve_ui(runs, port, host, open_browser and has_display()))
 
 
-def _load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    from training.run_file import load_config, refuse_logins, resolved
-
-    settings = load_config(config, overrides)
-    refuse_logins(settings, config)
-    return resolved(settings)
-
-
-def _check_values(values: dict[str, Any], job: JobSettings, accept_changes: bool) -> Iterator[str]:
-    from training.prefetch import use_variables
-
-    use_variables(job.environment)  # model and data as the job sees them, HF_HUB_OFFLINE included
-    from training.check import check_run
-    from training.run_file import validate
-
-    memory = job.gpu_memory_gib if job.gpus else None  # ranks on CPUs share the memory of the node
-    yield from check_run(
-        validate(values, "run file"), nodes=job.nodes, gpus_per_node=job.gpus, nproc_per_node=job.ranks,
-        gpu_memory_gib=memory, accept_changes=accept_changes,
-    )  # fmt: skip
-
-
-def _files_read(values: dict[str, Any]) -> list[Path]:
-    from training.checks.inputs import paths_read
-
-    return paths_read(values)
-
-
-def _progress_of(run: Path) -> str | None:
-    """The last step in a run's record, for `crosslift status`; None without a record."""
-    from training.tracking.run_record import RECORD_NAME, read_events
-
-    record, step, total = run / RECORD_NAME, 0, "?"
-    if not record.is_file():
-        return None
-    for _, event in read_events(record):
-        if event["kind"] == "metrics":
-            step = event["step"]
-        elif event["kind"] == "params":
-            total = event["values"].get("max_steps", total)
-    return f"step {step} of {total}"
-
-
-def _local_runs(folder: Path) -> Sequence[LocalRun]:
-    from training.run_folder.status import local_runs
-
-    return local_runs(folder)
-
-
-def _commands() -> list[str]:
-    """Commands that `--then` may queue behind a run."""
-    return [name for name in typer.main.get_command(app).commands if name not in NOT_QUEUED]  # type: ignore[attr-defined]
-
-
 def _track_scores(model: Path, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> str | None:
     from training.tracking.scores import track_scores
 
     return track_scores(model, name, metrics, files)
-
-
-def _git_state() -> dict[str, str]:
-    from training.provenance import git_state
-
-    return git_state()
 
 
 def _with_expanded_paths(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -359,7 +295,7 @@ def _expand_paths_in(group: typer.Typer) -> None:
 
 
 add_evaluation(app, _track_scores)
-add_commands(app, Rooms(_load_values, _check_values, _files_read, _progress_of, _local_runs, _commands, _git_state))
+add_slurm_commands(app)
 _expand_paths_in(app)
 
 

@@ -1,7 +1,7 @@
-"""Slurm: from a checked run file to jobs that end by themselves only when the run is done.
+"""Slurm: submits a checked run file as a job that saves, requeues itself and resumes until the run is finished.
 
-`spec.py` (what a job is) and `site.py` (what a site always wants) -> `render.py` (the batch script, pure) ->
-`submit.py` (freeze, sbatch, note down). On the nodes runs `node.py`, which needs the standard library alone.
-`jobs.py` asks Slurm about jobs and stops them; `client.py` is the only file that calls Slurm's programs;
-`commands.py` is the command line. No other room is imported: `crosslift.py` hands over what belongs to one.
+`spec.py` (what a job is) and `site.py` (a site's defaults) -> `request.py` (what to submit) -> `render.py` (the batch
+script, a pure function) -> `submit.py` (freeze the source, sbatch, write down). `node.py` runs on the nodes and needs
+only the standard library. `jobs.py` queries and stops jobs; `client.py` is the only file that runs Slurm's programs;
+`commands.py` is the command line.
 """

@@ -1,8 +1,6 @@
-"""Slurm's programs: the only file that starts sbatch, squeue, scontrol, sacct and scancel.
+"""Slurm's programs: the only file that runs sbatch, squeue, scontrol, sacct and scancel.
 
-In: arguments. Out: what they printed, in this package's own words. Next: `submit.py`, `jobs.py`.
-
-What differs between Slurm's versions and sites is met here: job numbers with and without `--parsable`'s form,
+It handles the differences between Slurm's versions and sites: job numbers with and without `--parsable`'s form,
 warnings around them, jobs that Slurm has forgotten, clusters without accounting.
 """
 
@@ -18,23 +16,23 @@ from dataclasses import dataclass
 from slurm.errors import SlurmError
 from slurm.spec import FOREIGN
 
-SECONDS = 60.0  # for one answer
+TIMEOUT_S = 60.0  # of one call
 PLAIN_NUMBER = re.compile(r"(\d+)(?:;([\w.-]+))?")
 SENTENCE = re.compile(r"Submitted batch job (\d+)(?: on cluster ([\w.-]+))?")
-# What sbatch would read from the shell although the script rests on its own; besides, whatever a script's options say.
-SCRIPTS_OWN = re.compile(
+# Variables that would override options on which the script relies; those that a script sets are added to them.
+RESERVED_VARIABLES = re.compile(
     r"SBATCH_(ARRAY_INX|CHDIR|DEPENDENCY|ERROR|EXPORT|GPUS.*|INPUT|JOB_NAME|MEM_.*|NO_REQUEUE|OPEN_MODE|OUTPUT|REQUEUE"
     r"|SIGNAL|WAIT.*|CPUS_PER_.*)"
 )
-RENAMED = {"TIME": "TIMELIMIT"}  # variables with another name than the option
-CHECKPOINT_FIRST = ("--batch", "--signal=ALRM")  # what the batch script of a training waits for; see `render.py`
-ENDED = ("Invalid job id", "already completing or completed")
-KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+RENAMED = {"TIME": "TIMELIMIT"}  # variables whose name differs from the option's
+CHECKPOINT_FIRST = ("--batch", "--signal=ALRM")  # handled by the batch script of a training; see `render.py`
+HAS_ENDED = ("Invalid job id", "already completing or completed")
+KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True, slots=True)
 class JobId:
-    """A job's number, such as 12, or 12_3 for an element of an array; and its cluster where there are several."""
+    """A job's number, such as 12, or 12_3 for an element of an array; and its cluster if there are several."""
 
     number: str
     cluster: str | None = None
@@ -45,7 +43,7 @@ class JobId:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What Slurm knows of a job or of an element of an array."""
+    """Slurm's state of a job or of an element of an array."""
 
     job: str
     state: str
@@ -57,26 +55,29 @@ class JobState:
 
 
 def submit(script: str, options: Collection[str] = (), cluster: str | None = None) -> JobId:
-    """`sbatch SCRIPT`, to a cluster of several where one is named.
+    """Run `sbatch SCRIPT`.
 
-    `options` are the names of those that the script sets. sbatch would rather go by a variable of the shell.
+    Args:
+        options: names of the options that the script sets; variables of the shell for them, which sbatch would
+            prefer, are removed.
+        cluster: one of several clusters.
 
     Raises:
-        SlurmError: it was refused, with Slurm's reason; or there is no sbatch.
+        SlurmError: the job was refused, with Slurm's reason; or there is no sbatch.
     """
     upper = (option.upper().replace("-", "_") for option in options)
-    said = {f"SBATCH_{RENAMED.get(name, name)}" for name in upper}
-    # A job that is submitted from within another one must not take over that one's shape.
+    overridden = {f"SBATCH_{RENAMED.get(name, name)}" for name in upper}
+    # A job that is submitted from within another one must not inherit its variables.
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not (name.startswith(("SLURM_", *FOREIGN)) and name not in KEPT)
-        and not SCRIPTS_OWN.fullmatch(name)
-        and name not in said
+        if not (name.startswith(("SLURM_", *FOREIGN)) and name not in KEPT_VARIABLES)
+        and not RESERVED_VARIABLES.fullmatch(name)
+        and name not in overridden
     }
     answer = _call(sbatch_command(script, cluster), clean)
     if answer.returncode != 0:
-        raise SlurmError(f"sbatch refused the job: {_reason(answer.stderr) or 'it gave no reason'}")
+        raise SlurmError(f"sbatch refused the job: {_reason(answer.stderr) or 'no reason given'}")
     return job_id(answer.stdout)
 
 
@@ -86,34 +87,34 @@ def sbatch_command(script: str, cluster: str | None = None) -> list[str]:
 
 
 def job_id(output: str) -> JobId:
-    """The number in what sbatch printed: `12`, `12;cluster` or the older sentence, among warnings."""
+    """The job number in sbatch's output: `12`, `12;cluster` or the older sentence, among warnings."""
     found = []
     for line in map(str.strip, output.splitlines()):
         if match := PLAIN_NUMBER.fullmatch(line) or SENTENCE.fullmatch(line.rstrip(".")):
             found.append(JobId(match[1], match[2]))
     if len(set(found)) != 1:
-        said = " | ".join(output.splitlines()) or "nothing"
-        raise SlurmError(f"sbatch gave no job number, but {said!r}; look with squeue whether the job is queued")
+        printed = " | ".join(output.splitlines()) or "nothing"
+        raise SlurmError(f"sbatch printed no job number, but {printed!r}; check with squeue whether the job is queued")
     return found[0]
 
 
 def queued(jobs: Sequence[JobId]) -> list[JobState]:
-    """Those of the jobs that are not at an end: pending, running, completing; each element of an array by itself."""
+    """States of those jobs that have not ended: pending, running, completing; elements of arrays one by one."""
     found = []
     for cluster, numbers in _by_cluster(jobs):
         answer = _call(["squeue", "--noheader", "--array", *_cluster(cluster), f"--jobs={','.join(numbers)}",
                         "--format=%i|%T|%r|%M|%N"])  # fmt: skip
-        if answer.returncode != 0 and "Invalid job id" not in answer.stderr:  # that one: forgotten, hence not queued
+        if answer.returncode != 0 and "Invalid job id" not in answer.stderr:  # Slurm has forgotten the job: not queued
             raise SlurmError(f"squeue: {_reason(answer.stderr)}")
         for line in answer.stdout.splitlines():
-            if line.count("|") == 4:  # a cluster's headline has none
+            if line.count("|") == 4:  # not the headline of a cluster
                 job, state, reason, elapsed, nodes = line.split("|")
                 found.append(JobState(job, state, _known(reason), _known(elapsed), _known(nodes)))
     return found
 
 
 def past(job: JobId) -> list[JobState]:
-    """What is known of a job that is no longer queued: from accounting, else from the controller's memory."""
+    """States of a job that is no longer queued: from accounting, else from the controller's memory."""
     return _from_accounting(job) or _from_controller(job)
 
 
@@ -122,7 +123,7 @@ def _from_accounting(job: JobId) -> list[JobState]:
         return []
     answer = _call(["sacct", "--noheader", "--parsable2", "--allocations", *_cluster(job.cluster), "--jobs", job.number,
                     "--format=JobID,State,Elapsed,NodeList,ExitCode,Restarts"])  # fmt: skip
-    if answer.returncode != 0 and "Restarts" in answer.stderr:  # a field that older versions do not know
+    if answer.returncode != 0 and "Restarts" in answer.stderr:  # a field that older versions lack
         answer = _call(["sacct", "--noheader", "--parsable2", "--allocations", *_cluster(job.cluster), "--jobs",
                         job.number, "--format=JobID,State,Elapsed,NodeList,ExitCode"])  # fmt: skip
     found = []
@@ -140,7 +141,7 @@ def _from_controller(job: JobId) -> list[JobState]:
     answer = _call(["scontrol", "show", *_cluster(job.cluster), "job", job.number])
     found = []
     for text in re.split(r"(?m)^(?=JobId=)", answer.stdout if answer.returncode == 0 else ""):
-        # The first line holds the job's name, which may say anything; all others are Slurm's.
+        # The first line contains the job's name, which may be any text; the others are Slurm's own.
         first, _, rest = text.partition("\n")
         state = re.search(r"(?m)^ *JobState=(\S+) Reason=(\S+)", rest)
         if not first.startswith("JobId=") or state is None:
@@ -163,17 +164,17 @@ def _field(text: str, name: str) -> str | None:
 
 
 def output_file(job: JobId) -> str | None:
-    """Where Slurm writes a job's output, as far as the controller still knows the job."""
+    """Slurm's output file of a job; None if the controller has forgotten the job."""
     answer = _call(["scontrol", "show", *_cluster(job.cluster), "job", job.number])
     found = re.search(r"(?m)^ *StdOut=(.*)$", answer.stdout) if answer.returncode == 0 else None
     return found[1] if found else None
 
 
 def cancel(jobs: Sequence[JobId], *options: str) -> None:
-    """`scancel`, with options such as CHECKPOINT_FIRST; jobs that have ended meanwhile are no error."""
+    """Run `scancel` with options such as CHECKPOINT_FIRST; jobs that have ended meanwhile are no error."""
     for cluster, numbers in _by_cluster(jobs):
         answer = _call(["scancel", *options, *_cluster(cluster), *numbers])
-        if answer.returncode != 0 and not any(each in answer.stderr for each in ENDED):
+        if answer.returncode != 0 and not any(each in answer.stderr for each in HAS_ENDED):
             raise SlurmError(f"scancel: {_reason(answer.stderr)}")
 
 
@@ -191,21 +192,21 @@ def _known(value: str) -> str | None:
 
 
 def _reason(stderr: str) -> str:
-    """The telling part of Slurm's messages, on one line."""
+    """Slurm's messages without their prefixes, on one line."""
     lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line).strip() for line in stderr.splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if line))
 
 
 def _call(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """One program's answer."""
+    """Run one program."""
     try:
         return subprocess.run(
-            command, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS,
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT_S,
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmError(f"{command[0]}: not found on PATH; is this a login node of a Slurm cluster?") from None
     except PermissionError:
-        raise SlurmError(f"{command[0]}: must not be run here") from None
+        raise SlurmError(f"{command[0]}: no permission to run it") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]}: no answer in {SECONDS:.0f} s; is Slurm's controller away?") from None
+        raise SlurmError(f"{command[0]}: no answer in {TIMEOUT_S:.0f} s; is Slurm's controller down?") from None

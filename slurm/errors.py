@@ -1,7 +1,4 @@
-"""The error that a user of Slurm can mend, and pydantic's mistakes in one line each.
-
-In: nothing. Out: `SlurmError`. Next: every file of `slurm` raises it; `crosslift.py` prints it.
-"""
+"""The error of this package, and pydantic's validation errors in one line each."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ class SlurmError(Exception):
 
 
 def mistakes(error: ValidationError, model: type[BaseModel], origins: Mapping[str, str]) -> SlurmError:
-    """Every mistake in a line of its own; `origins` says where a key was given: a file's name, or the option."""
+    """One line per mistake. `origins`: where each key was given, a file's name or the option."""
     return SlurmError("\n".join(_line(item, model, origins) for item in error.errors()))
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """What a wrong name may have meant, or all that there is."""
+    """A hint: the most similar known name, or all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
 
@@ -32,7 +29,7 @@ def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> s
     assert isinstance(item, dict)
     place = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "lax-", "json-"))]
     message = item["msg"].removeprefix("Value error, ")
-    if not place and (key := message.partition(": ")[0]) in origins:  # found when the keys were looked at together
+    if not place and (key := message.partition(": ")[0]) in origins:  # found when the keys were validated together
         place, message = [key], message.partition(": ")[2]
     origin = origins.get(place[0]) if place else None
     # An option names itself; a file's key comes after the file.
@@ -49,7 +46,7 @@ def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> s
 
 
 def _known(model: type[BaseModel], place: list[str]) -> list[str]:
-    """Keys of the section that `place` leads to."""
+    """Keys of the section at `place`."""
     for name in place:
         for each in (
             model.model_fields[name].annotation,

@@ -1,7 +1,4 @@
-"""The jobs of a run: `<output_dir>/slurm/jobs.jsonl`, one line a submitted job, and who may add to it.
-
-In: a run's folder. Out: its jobs, oldest first. Next: `submit.py` adds, `jobs.py` asks Slurm about them.
-"""
+"""The jobs of a run: `<output_dir>/slurm/jobs.jsonl`, one line per submitted job, and the lock for writing to it."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class SubmittedJob:
     submission: str  # folder below slurm/
     cluster: str | None = None
     elements: int = 1
-    array: bool = False  # be it of one element
+    array: bool = False  # an array may have a single element
     time: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     @property
@@ -43,17 +40,17 @@ class SubmittedJob:
 
     @property
     def trains(self) -> bool:
-        """Is it the run itself, rather than what comes after it?"""
+        """Whether it is the run itself, not a command that follows it."""
         return self.what == "train"
 
 
 def slurm_folder(run: Path) -> Path:
-    """Everything that Slurm's part of a run writes."""
+    """The folder of all files that this package writes for a run."""
     return run / FOLDER
 
 
 def read_jobs(run: Path) -> list[SubmittedJob]:
-    """A run's jobs, oldest first; none where nothing was submitted.
+    """A run's jobs, oldest first; none if nothing was submitted.
 
     Raises:
         SlurmError: the file is damaged.
@@ -71,7 +68,7 @@ def read_jobs(run: Path) -> list[SubmittedJob]:
 
 
 def add_jobs(run: Path, jobs: Sequence[SubmittedJob]) -> None:
-    """Append; the lines are on the disk when this returns."""
+    """Append jobs; the lines are synced to disk."""
     folder = slurm_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(job), ensure_ascii=False) + "\n" for job in jobs)
@@ -82,11 +79,11 @@ def add_jobs(run: Path, jobs: Sequence[SubmittedJob]) -> None:
 
 
 @contextmanager
-def one_submission(run: Path) -> Iterator[None]:
-    """Inside, no other process submits this run.
+def submission_lock(run: Path) -> Iterator[None]:
+    """Prevent other processes from submitting this run at the same time.
 
     Raises:
-        SlurmError: another one is at it, or the folder cannot be written.
+        SlurmError: another process is submitting it, or the folder cannot be written.
     """
     folder = slurm_folder(run)
     try:
@@ -98,8 +95,8 @@ def one_submission(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SlurmError(f"{run}: another crosslift submit is at work on this run; wait for it") from None
-        except OSError:  # a disk without locks: then nothing but care helps
+            raise SlurmError(f"{run}: another crosslift submit is submitting this run; wait for it") from None
+        except OSError:  # a disk without locks: submit unprotected
             pass
         yield
     finally:

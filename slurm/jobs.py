@@ -1,7 +1,4 @@
-"""A run's jobs: what Slurm says of them, what they printed, and their end.
-
-In: a run's folder, or a job's number. Out: JobReports, lines of logs. Next: `commands.py` prints them.
-"""
+"""A run's jobs: their state in Slurm, their output, and their cancellation."""
 
 from __future__ import annotations
 
@@ -15,19 +12,20 @@ from slurm.client import JobId, JobState
 from slurm.errors import SlurmError
 from slurm.history import FOLDER, NAME, SubmittedJob, read_jobs
 from slurm.spec import JOB
+from training.tracking.run_record import RECORD_NAME, read_events
 
-FOLLOW_SECONDS = 0.5
-ASK_SECONDS = 15.0  # between two questions to Slurm while a log is followed
+FOLLOW_INTERVAL_S = 0.5
+QUERY_INTERVAL_S = 15.0  # between two queries of Slurm while a log is followed
 FORGOTTEN = "UNKNOWN"
 
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """A job, or an element of an array, as it stands."""
+    """The state of a job, or of an element of an array."""
 
     job: str
     what: str  # "train", or a crosslift command
-    state: str  # Slurm's; UNKNOWN where Slurm has forgotten the job
+    state: str  # Slurm's; UNKNOWN if Slurm has forgotten the job
     reason: str | None
     elapsed: str | None
     nodes: str | None
@@ -38,7 +36,7 @@ class JobReport:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a command was pointed at."""
+    """The run and jobs that a command refers to."""
 
     run: Path  # the run's folder, or a sweep's
     jobs: tuple[SubmittedJob, ...]  # of the newest submission
@@ -60,20 +58,33 @@ def find(text: str) -> Target:
             )
         return Target(run, tuple(job for job in jobs if job.submission == jobs[-1].submission))
     output = client.output_file(JobId(text))
-    home = Path(output).parents[2] if output and len(Path(output).parents) > 2 else None
-    jobs = [job for job in read_jobs(home) if job.job == text.partition("_")[0]] if home else []
-    if home is None or not jobs:
-        raise SlurmError(f"{text}: Slurm knows no such job of a run; give the run's folder")
-    whole = jobs[-1]
-    if whole.job == text:
-        return Target(home, (whole,))
-    return Target(element_folders(home).get(text, home), (whole.element(text),))
+    folder = Path(output).parents[2] if output and len(Path(output).parents) > 2 else None
+    jobs = [job for job in read_jobs(folder) if job.job == text.partition("_")[0]] if folder else []
+    if folder is None or not jobs:
+        raise SlurmError(f"{text}: Slurm has no such job of a run; give the run's folder")
+    job = jobs[-1]
+    if job.job == text:
+        return Target(folder, (job,))
+    return Target(element_folders(folder).get(text, folder), (job.element(text),))
 
 
 def element_folders(sweep: Path) -> dict[str, Path]:
-    """The runs of a sweep: their folders, by the number of their jobs such as 12_3; none where it is a single run."""
-    homes = [file.parents[1] for file in sorted(sweep.glob(f"*/{FOLDER}/{NAME}"))]
-    return {job.job: home for home in homes for job in read_jobs(home) if job.trains}
+    """Folders of a sweep's runs by the number of their jobs, such as 12_3; none for a single run."""
+    folders = [file.parents[1] for file in sorted(sweep.glob(f"*/{FOLDER}/{NAME}"))]
+    return {job.job: folder for folder in folders for job in read_jobs(folder) if job.trains}
+
+
+def progress(run: Path) -> str | None:
+    """The last step in a run's record, such as "step 120 of 1500"; None without a record."""
+    record, step, total = run / RECORD_NAME, 0, "?"
+    if not record.is_file():
+        return None
+    for _, event in read_events(record):
+        if event["kind"] == "metrics":
+            step = event["step"]
+        elif event["kind"] == "params":
+            total = event["values"].get("max_steps", total)
+    return f"step {step} of {total}"
 
 
 def report(target: Target) -> list[JobReport]:
@@ -81,33 +92,33 @@ def report(target: Target) -> list[JobReport]:
     active = client.queued([job.id for job in target.jobs])
     found = []
     for job in target.jobs:
-        states = [each for each in active if belongs(each, job)]
+        states = [each for each in active if belongs_to(each, job)]
         known = {each.job for each in states}
         if len(states) < job.elements:  # the others have ended
-            past = [each for each in client.past(job.id) if each.job not in known and belongs(each, job)]
+            past = [each for each in client.past(job.id) if each.job not in known and belongs_to(each, job)]
             states = [*past, *states]
         found += [_report(job, state) for state in states or [JobState(job.job, FORGOTTEN)]]
     return found
 
 
-def belongs(state: JobState, job: SubmittedJob) -> bool:
-    """Is it the job's own state, or that of one of its elements?"""
+def belongs_to(state: JobState, job: SubmittedJob) -> bool:
+    """Whether it is the state of the job itself or of one of its elements."""
     return state.job == job.job or state.job.startswith(f"{job.job}_")
 
 
 def _report(job: SubmittedJob, state: JobState) -> JobReport:
     return JobReport(
-        state.job, job.what, state.state, state.reason, state.elapsed, state.nodes, state.restarts, state.exit,
-        job.output.replace("%A_%a", state.job),
+        job=state.job, what=job.what, state=state.state, reason=state.reason, elapsed=state.elapsed, nodes=state.nodes,
+        restarts=state.restarts, exit=state.exit, output=job.output.replace("%A_%a", state.job),
     )  # fmt: skip
 
 
 def cancel(target: Target) -> tuple[list[str], list[str]]:
-    """End what is pending or running of these jobs: numbers of those that ended, and of those that save first."""
+    """Cancel these jobs: numbers of those that were ended at once, and of those that save a checkpoint first."""
     at_once: list[JobId] = []
     saving: list[JobId] = []
-    for job in reversed(target.jobs):  # what waits for a job goes first, or it would be cancelled by Slurm in between
-        states = [each for each in client.queued([job.id]) if belongs(each, job)]
+    for job in reversed(target.jobs):  # dependent jobs first, or Slurm would cancel them in between
+        states = [each for each in client.queued([job.id]) if belongs_to(each, job)]
         running = [JobId(each.job, job.cluster) for each in states if job.trains and each.state == "RUNNING"]
         saving += running
         if running:
@@ -120,50 +131,48 @@ def cancel(target: Target) -> tuple[list[str], list[str]]:
 
 
 def log_file(target: Target, rank: int | None) -> Path:
-    """A rank's log, or what the newest job of the run itself printed.
+    """The log of a rank, or the output of the run's newest job.
 
     Raises:
-        SlurmError: it is not there (yet), or an array's element has to be chosen.
+        SlurmError: it does not exist (yet), or an element of an array must be chosen.
     """
-    job = next(job for job in target.jobs)
+    job = target.jobs[0]
     if job.array:
         raise SlurmError(f"job {job.job} is an array of {job.elements} runs; give one run's folder, or {job.job}_0")
-    if rank is None:
-        return Path(job.output)
-    return rank_file(target.run, rank)
+    return Path(job.output) if rank is None else rank_file(target.run, rank)
 
 
 def rank_file(run: Path, rank: int) -> Path:
-    """One rank's log.
+    """The log of one rank.
 
     Raises:
-        SlurmError: it is not there (yet).
+        SlurmError: it does not exist (yet).
     """
     file = run / "logs" / f"rank-{rank:05d}.log"
     if not file.is_file():
-        there = sorted(int(each.stem.rpartition("-")[2]) for each in file.parent.glob("rank-*.log"))
-        known = f"ranks with a log: 0 to {there[-1]}" if there else "no rank has a log yet"
-        raise SlurmError(f"--rank {rank}: {file} is not there; {known}")
+        ranks = sorted(int(each.stem.rpartition("-")[2]) for each in file.parent.glob("rank-*.log"))
+        known = f"ranks with a log: 0 to {ranks[-1]}" if ranks else "no rank has a log yet"
+        raise SlurmError(f"--rank {rank}: {file} does not exist; {known}")
     return file
 
 
 def read_log(file: Path, target: Target, follow: bool) -> Iterator[str]:
-    """The text of a log in pieces; with `follow`, what comes after it, until the job is over.
+    """The text of a log in pieces; with `follow`, also what is appended until the job has ended.
 
     Raises:
-        SlurmError: without `follow`, where there is no log yet.
+        SlurmError: without `follow`, if there is no log yet.
     """
     if not follow and not file.is_file():
         states = ", ".join(f"job {each.job} is {each.state.lower()}" for each in report(target))
-        raise SlurmError(f"{file}: not there yet; {states}")
+        raise SlurmError(f"{file}: does not exist yet; {states}")
     job = [job.id for job in target.jobs[:1]]
-    yield from follow_file(file, (lambda: not client.queued(job)) if follow else None, ASK_SECONDS)
+    yield from follow_file(file, (lambda: not client.queued(job)) if follow else None, QUERY_INTERVAL_S)
 
 
-def follow_file(file: Path, ended: Callable[[], bool] | None, ask_seconds: float) -> Iterator[str]:
-    """The text of a file in pieces, and what comes after it until `ended`, which is asked every `ask_seconds`; None:
-    only what is there."""
-    position, asked, over = 0, time.monotonic(), ended is None
+def follow_file(file: Path, has_ended: Callable[[], bool] | None, query_interval: float) -> Iterator[str]:
+    """The text of a file in pieces, and what is appended until `has_ended`, which is called every `query_interval`
+    seconds; None: only the present content."""
+    position, queried, ended = 0, time.monotonic(), has_ended is None
     while True:
         if file.is_file():
             with file.open(encoding="utf-8", errors="replace", newline="") as log:
@@ -171,9 +180,9 @@ def follow_file(file: Path, ended: Callable[[], bool] | None, ask_seconds: float
                 while piece := log.read(1 << 16):
                     yield piece
                 position = log.tell()
-        if over or ended is None:
+        if ended or has_ended is None:
             return
-        time.sleep(FOLLOW_SECONDS)
-        if time.monotonic() - asked > ask_seconds:
-            asked = time.monotonic()
-            over = ended()  # then what is left is read once more
+        time.sleep(FOLLOW_INTERVAL_S)
+        if time.monotonic() - queried > query_interval:
+            queried = time.monotonic()
+            ended = has_ended()  # the rest is read once more

@@ -1,12 +1,11 @@
-"""The program that a job starts once on each node: looks whether the node can run the work, then starts it.
+"""The program that a job runs once per node: checks the node, then starts the launcher or another crosslift command.
 
-In: what the batch script says. Out: an exit status for srun. Next: `python -m training.launch`, which starts this
-node's ranks, or another crosslift command. The standard library alone is needed: what is missing on a node shall be
-said in a line that names the node, not in a trace-back of an import.
+It imports only the standard library, so that a package that is missing on a node is reported in one line with the
+node's name, not by a traceback.
 
-It stays the launcher's parent: srun must see 0, not 75, from a node that stopped on request. `--kill-on-bad-exit`
-would kill the nodes that are a moment later, and srun's own status would say so. Node 0 writes the true status into
-the outcome file, which the batch script reads on the same machine.
+It stays the launcher's parent, because srun must get 0, not 75, from a node that stopped on request:
+`--kill-on-bad-exit` would kill the nodes that take a moment longer. Node 0 writes the real status into the outcome
+file, which the batch script reads on the same machine.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import signal
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-if __name__ == "__main__":  # before all else: one that came now would end this program with a status of its own
+if __name__ == "__main__":  # first of all: a signal that arrives now would end this program with a wrong status
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 # ruff: noqa: E402
@@ -34,22 +33,22 @@ from pathlib import Path
 STOPPED, USER_ERROR = 75, 2
 OLDEST_PYTHON = (3, 11)
 NEEDED = ("torch", "deepspeed", "transformers", "pydantic", "yaml", "typer")
-OTHERS_SPEAK_SECONDS = 5  # a node that cannot work ends so late: srun then kills the others, which may have a say too
+OTHER_NODES_S = 5  # a node with problems waits so long: when it ends, srun kills the others, which may have some too
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check this node, set what belongs to it, run the work; srun's status of this node."""
+    """Check and prepare this node, run the work; this node's status for srun."""
     options = _options(arguments)
     node = Node(options)
     if problems := node.problems():
-        for number in STOP_SIGNALS:  # srun's, when another node was first to end: the status stays what a user can mend
+        for number in STOP_SIGNALS:  # srun's, when another node ends first: keep the status of a user error
             signal.signal(number, lambda *_: os._exit(USER_ERROR))
         for problem in problems:
             print(f"crosslift: node {node.name}: {problem}", file=sys.stderr, flush=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if options.nodes > 1:
-            time.sleep(OTHERS_SPEAK_SECONDS)
+            time.sleep(OTHER_NODES_S)
         return USER_ERROR
     print(f"crosslift: node {node.name}: {', '.join(node.prepare())}", flush=True)
     status = Work(node.command()).run()
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Node:
-    """What is to be known of this node before anything runs on it."""
+    """This node: its problems, its environment, its command."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -70,7 +69,7 @@ class Node:
         self.name = host if slurms in (None, host, host.partition(".")[0]) else f"{slurms} ({host})"
 
     def problems(self) -> list[str]:
-        """One line for each reason why this node cannot run the work."""
+        """One line per reason why this node cannot run the work."""
         options, found = self.options, []
         if sys.version_info < OLDEST_PYTHON:
             found.append(f"{sys.executable} is Python {sys.version.split()[0]}; 3.11 or newer is needed")
@@ -93,31 +92,31 @@ class Node:
         return found
 
     def prepare(self) -> list[str]:
-        """Set this node's variables, none of them where the user has; what was set, for people."""
-        said = []
-        # Compiled DeepSpeed ops: nodes differ in GPUs and compilers, and two that build in one folder wait for ever.
-        # The folder beside it is `training.engine.ops.prebuilt`, which a program without imports cannot ask.
+        """Set this node's environment variables, except those that the user has set; what was set, for the log."""
+        done = []
+        # Compiled ops: nodes differ in GPUs and compilers, and two that build in the same folder block each other.
+        # `prebuilt` is the folder of `training.engine.ops.prebuilt`, which this program cannot import.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         extensions = cache / "crosslift" / "torch_extensions" / socket.gethostname()
-        said.append(_default("TORCH_EXTENSIONS_DIR", str(extensions)))
+        done.append(_set_default("TORCH_EXTENSIONS_DIR", str(extensions)))
         if os.environ["TORCH_EXTENSIONS_DIR"] == str(extensions):
-            said += _take_over(extensions.with_name("prebuilt"), extensions)
+            done += _copy_prebuilt(extensions.with_name("prebuilt"), extensions)
         cores = len(os.sched_getaffinity(0))
         granted = int(os.environ.get("SLURM_CPUS_ON_NODE", cores))
         ranks = self.options.nproc or 1
-        said.append(_default("OMP_NUM_THREADS", str(max(min(cores, granted) // ranks, 1))))
+        done.append(_set_default("OMP_NUM_THREADS", str(max(min(cores, granted) // ranks, 1))))
         if granted < ranks:
-            said.append(f"only {granted} CPU cores for {ranks} ranks (cpus_per_task gives more)")
+            done.append(f"only {granted} CPU cores for {ranks} ranks (cpus_per_task gives more)")
         if self.options.nodes > 1:
             interface = interface_to_others(self.rank)
             for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-                said.append(_default(name, interface) if interface else f"{name} left open: no route found")
+                done.append(_set_default(name, interface) if interface else f"{name} not set: no route found")
         path = [str(self.options.code), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        return said
+        return done
 
     def command(self) -> list[str]:
-        """What this node runs."""
+        """The command line that this node runs."""
         options = self.options
         if options.command:
             return [sys.executable, str(options.code / "crosslift.py"), *options.arguments]
@@ -129,36 +128,35 @@ class Node:
 
 
 class Work:
-    """The launcher or command, and the signals that come for it."""
+    """The process of the launcher or command, and the signals for it."""
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
-        self._asked: signal.Signals | None = None
+        self._forwarded: signal.Signals | None = None
 
     def run(self) -> int:
-        """Its exit status; 128 + n for signal n, but 75 where a stop's own signal came before it could listen."""
-        # Waited for, not handled: a handler may miss the moment between two calls, and none is left when Python ends.
+        """Run it; its exit status: 128 + n for signal n, but 75 if a stop signal came before its handler."""
+        # Signals are awaited, not handled: a handler could miss one between two calls, and none runs at Python's exit.
         awaited = {*STOP_SIGNALS, signal.SIGCHLD}
         signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 
-        def listen() -> None:
+        def unblock() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
 
-        process = subprocess.Popen(self.command, preexec_fn=listen)
+        process = subprocess.Popen(self.command, preexec_fn=unblock)
         while (status := process.poll()) is None:
             number = signal.Signals(signal.sigwait(awaited))
             if number != signal.SIGCHLD:
-                # Slurm signals every process of a step; whoever signals this one alone means the launcher. Twice does
-                # no harm.
-                self._asked = number
+                # Slurm signals every process of a step, others perhaps this one only. Twice is harmless.
+                self._forwarded = number
                 process.send_signal(number)
         if status < 0:
-            return STOPPED if self._asked is not None and -status in STOP_SIGNALS else 128 - status
+            return STOPPED if self._forwarded is not None and -status in STOP_SIGNALS else 128 - status
         return status
 
 
 def reachable(host: str) -> str:
-    """The first node's name where this node can resolve it, else the address from which srun reached this node."""
+    """The first node's name if this node can resolve it, else the address from which srun reached this node."""
     try:
         socket.getaddrinfo(host, None)
         return host
@@ -168,10 +166,10 @@ def reachable(host: str) -> str:
 
 
 def interface_to_others(rank: int) -> str | None:
-    """The network interface that leads to the other nodes.
+    """The network interface of the route to the other nodes.
 
-    srun runs on node 0, and the others were started from its address: their route to it is what is looked for, and
-    on node 0 the interface that has this address.
+    srun runs on node 0 and has started the others from its address: on them it is the interface of the route to this
+    address, on node 0 the interface with this address.
     """
     address = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if not address:
@@ -181,7 +179,7 @@ def interface_to_others(rank: int) -> str | None:
 
 
 def _source_address(target: str) -> str | None:
-    """This machine's address on the route to `target`; nothing is sent."""
+    """This machine's address on the route to `target`. Sends nothing."""
     family = socket.AF_INET6 if ":" in target else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -192,7 +190,7 @@ def _source_address(target: str) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface that has an address."""
+    """Name of the interface with an address."""
     if ":" in address:
         wanted = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
         try:
@@ -211,12 +209,12 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def _take_over(prebuilt: Path, extensions: Path) -> list[str]:
-    """Ops that `crosslift prefetch --build-ops` built, where this node has none or older ones; what was copied.
+def _copy_prebuilt(prebuilt: Path, extensions: Path) -> list[str]:
+    """Copy the ops that `crosslift prefetch --build-ops` built, if this node has none or older ones.
 
-    Times are kept: where compiler, flags and sources are the same here, nothing is built again.
+    Times are kept: if compiler, flags and sources are the same here, nothing is built again.
     """
-    said = []
+    done = []
     for built in sorted(prebuilt.glob("*/*.so")):
         op, here = built.parent.name, extensions / built.parent.name
         mine = here / built.name
@@ -228,13 +226,13 @@ def _take_over(prebuilt: Path, extensions: Path) -> list[str]:
                 copy = shutil.copytree(built.parent, Path(unfinished, op), ignore=shutil.ignore_patterns("lock"))
                 shutil.rmtree(here, ignore_errors=True)
                 copy.rename(here)
-            said.append(f"{op} as built before")
+            done.append(f"{op} as built before")
         except OSError as error:
-            said.append(f"{op} will be built here, as it cannot be copied: {error.strerror}")
-    return said
+            done.append(f"{op} will be built here, as it cannot be copied: {error.strerror}")
+    return done
 
 
-def _default(name: str, value: str) -> str:
+def _set_default(name: str, value: str) -> str:
     if os.environ.setdefault(name, value) == value:
         return f"{name}={value}"
     return f"{name} kept"
@@ -248,14 +246,14 @@ def _same_folder(path: Path) -> bool:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One node of a job.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Runs one node of a job.", allow_abbrev=False)
     parser.add_argument("--code", type=Path, required=True, help="the frozen source")
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--outcome", type=Path, help="file for the status of a stopped run")
-    parser.add_argument("--chdir", type=Path, required=True, help="folder that relative paths begin at")
-    parser.add_argument("--readable", type=Path, action="append", default=[], help="must be readable here")
+    parser.add_argument("--outcome", type=Path, help="file to write the status of a stopped run to")
+    parser.add_argument("--chdir", type=Path, required=True, help="folder to which relative paths refer")
+    parser.add_argument("--readable", type=Path, action="append", default=[], help="path that must be readable here")
     parser.add_argument("--host", default="localhost", help="name of the first node")
-    parser.add_argument("--port", type=int, default=0, help="free port there")
+    parser.add_argument("--port", type=int, default=0, help="free port of the first node")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--nproc", type=int, default=0, help="ranks on this node")
     parser.add_argument("--command", action="store_true", help="arguments are a crosslift command, not a run file")

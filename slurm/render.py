@@ -1,9 +1,7 @@
-"""A job's batch script: readable text, a pure function of its spec.
+"""The batch script of a job, a pure function of its spec.
 
-In: JobSpec. Out: the text that `sbatch` gets. Next: `submit.py`.
-
-Two grammars meet here. Lines that begin with `#SBATCH` are read by sbatch, which knows quotes and backslashes but
-expands nothing; all others are bash's. Each value is quoted for whoever reads it.
+Lines that begin with `#SBATCH` are read by sbatch, which handles quotes and backslashes but expands nothing; all
+others are read by bash. Each value is quoted for its reader.
 """
 
 from __future__ import annotations
@@ -12,14 +10,14 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from slurm.node import OTHERS_SPEAK_SECONDS
+from slurm.node import OTHER_NODES_S
 from slurm.spec import FOREIGN, Element, JobSpec
 
 PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,=-]+")
-# Free ports are looked for from here on: below those that Linux gives to outgoing connections.
+# The range in which a free port is searched, below those that Linux uses for outgoing connections.
 FIRST_PORT, PORTS = 20000, 12000
-IDLE_REQUEUES = 2  # in a row that may bring no new step
-PROBE_SECONDS = 60  # in which every node of a failed step must answer
+IDLE_REQUEUES = 2  # consecutive requeues without a new step
+PROBE_TIMEOUT_S = 60  # for every node of a failed step to respond
 
 
 def render(spec: JobSpec) -> str:
@@ -45,10 +43,10 @@ def sbatch_quoted(value: str) -> str:
 
 
 def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
-    """Options of sbatch: (name, value), without a value for a switch."""
+    """Options of sbatch as (name, value); the value of a switch is None."""
     chosen = spec.settings
     yield "job-name", spec.name
-    yield "nodes", str(chosen.nodes if spec.kind == "train" else 1)  # a command other than training runs on one
+    yield "nodes", str(chosen.nodes if spec.kind == "train" else 1)  # other commands than training run on one node
     yield "ntasks-per-node", "1"  # a launcher, which starts the node's ranks
     if gpus := gpus_of(spec):
         yield "gpus-per-node", gpus
@@ -64,13 +62,13 @@ def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
     if spec.after:
         kind = "aftercorr" if spec.elementwise else "afterok"
         yield "dependency", ",".join(f"{kind}:{job}" for job in spec.after)
-        yield "kill-on-invalid-dep", "yes"  # instead of waiting for ever for a job that failed
+        yield "kill-on-invalid-dep", "yes"  # instead of waiting forever for a job that failed
     yield "chdir", str(spec.chdir)
     yield "output", slurm_file(spec)
-    yield "open-mode", "append"  # a requeued job goes on in the same file
+    yield "open-mode", "append"  # a requeued job continues the same file
     if spec.kind == "train":
         yield "requeue", None
-        yield "signal", f"USR1@{chosen.grace}"  # to the steps; without B:, which would be this script alone
+        yield "signal", f"USR1@{chosen.grace}"  # to the steps; with B: it would go to this script only
     for name, option in chosen.sbatch.items():
         if option is True:
             yield name, None
@@ -79,13 +77,13 @@ def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
 
 
 def slurm_file(spec: JobSpec) -> str:
-    """The output file's pattern, with `%` doubled where it is a letter of the folder's name."""
+    """The pattern of the output file; a `%` in the folder's name is doubled."""
     path = spec.output()
     return f"{str(path.parent).replace('%', '%%')}/{path.name}"
 
 
 def gpus_of(spec: JobSpec) -> str | None:
-    """GPUs of each node as Slurm's [TYPE:]NUMBER; a command other than training uses one. None: no GPU."""
+    """GPUs of each node as Slurm's [TYPE:]NUMBER, one for other commands than training; None for no GPU."""
     settings = spec.settings
     if not settings.gpus:
         return None
@@ -95,7 +93,7 @@ def gpus_of(spec: JobSpec) -> str | None:
 
 def _headline(spec: JobSpec) -> str:
     if spec.kind == "command":
-        return f"crosslift {spec.elements[0].arguments[0]}"  # its other words could end the comment
+        return f"crosslift {spec.elements[0].arguments[0]}"  # its other words might end the comment
     elements = f"{len(spec.elements)} runs, each on " if spec.array else ""
     nodes = f"{spec.settings.nodes} node{'s' if spec.settings.nodes > 1 else ''}"
     return f"Training: {elements}{nodes} with {spec.settings.ranks} rank{'s' if spec.settings.ranks > 1 else ''} each"
@@ -104,7 +102,7 @@ def _headline(spec: JobSpec) -> str:
 def _setup(spec: JobSpec) -> Iterator[str]:
     if spec.settings.setup:
         yield ""
-        yield "# The site's and the user's setup lines; one that fails ends the job."
+        yield "# Setup lines of the site and the user; one that fails ends the job."
         yield "set -e -o pipefail"
         yield """trap 'echo "crosslift: setup: this line failed on $(hostname): $BASH_COMMAND" >&2; exit 2' ERR"""
         yield from spec.settings.setup
@@ -115,7 +113,7 @@ def _setup(spec: JobSpec) -> Iterator[str]:
 
 def _values(spec: JobSpec) -> Iterator[str]:
     yield ""
-    yield "# What runs, and where."
+    yield "# What to run, and where."
     yield f"python={shlex.quote(spec.python)}"
     yield f"code={shlex.quote(str(spec.code))}"
     if spec.kind == "train":
@@ -142,34 +140,34 @@ def _element(element: Element) -> list[str]:
 
 
 _UNSET = "\n".join([
-    "# What the submitting shell may have from another job, launcher or MPI; the lines below may set it anew.",
+    "# Variables of another job, launcher or MPI in the submitting shell; the lines below may set some again.",
     "unset " + " ".join(f'"${{!{prefix}@}}"' for prefix in FOREIGN),
 ])  # fmt: skip
 
 _MEETING = f"""
-# As many nodes as the job really has: while it was pending, somebody may have given it another number.
+# The number of nodes may have been changed while the job was pending.
 nodes=$SLURM_JOB_NUM_NODES
-# Where the nodes meet: on the first one, where this script runs, at a port that nobody listens on.
+# The nodes meet at a free port of the first one, on which this script runs.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))
 while (: > "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 1)); done"""
 
 _DEADLINE = """
-# An element of an array has a number of its own; that of the last one alone would mean the whole array.
+# The number of an array's element. SLURM_JOB_ID of the last element is the number of the whole array.
 job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-# When the time limit ends the job, in seconds since 1970; ranks stop in time even if Slurm's signal is lost.
+# The end of the time limit in seconds since 1970: ranks stop in time even if Slurm's signal is lost.
 end=${SLURM_JOB_END_TIME:-$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$job" --format=%e 2> /dev/null)}
 case "$end" in '' | *[!0-9]*) ;; *) export CROSSLIFT_DEADLINE=$end ;; esac"""
 
 
 def _work(spec: JobSpec) -> list[str]:
-    """The step, which is the node's program on each node, and what comes of its end."""
+    """The job step, which runs `node.py` on each node, and the handling of its end."""
     if spec.kind == "command":
         return ["", _step(spec)]
     return [
         _MEETING, _DEADLINE, _STEP_BEGINS, f"{_step(spec)} &", _WAIT,
-        _END.format(max_requeues=spec.settings.max_requeues, probe=_every_node(spec), probe_seconds=PROBE_SECONDS,
+        _END.format(max_requeues=spec.settings.max_requeues, probe=_every_node(spec), probe_seconds=PROBE_TIMEOUT_S,
                     idle_requeues=IDLE_REQUEUES),
     ]  # fmt: skip
 
@@ -178,7 +176,7 @@ def _step(spec: JobSpec) -> str:
     settings = spec.settings
     words = ["srun", _every_node(spec), "--kill-on-bad-exit=1", "--export=ALL"]
     if settings.cpus_per_task:
-        words.append(f"--cpus-per-task={settings.cpus_per_task}")  # since Slurm 22.05 a step does not take it over
+        words.append(f"--cpus-per-task={settings.cpus_per_task}")  # since Slurm 22.05 a step does not inherit it
     if gpus := gpus_of(spec):
         words.append(f"--gpus-per-node={gpus}")
     if spec.kind == "train":
@@ -204,11 +202,11 @@ def _every_node(spec: JobSpec) -> str:
 
 
 _STEP_BEGINS = r"""
-# This shell outlives the signals that end a job, to see how its step ended. Slurm signals the step's processes itself.
-# ALRM is `crosslift cancel`, for this shell alone: plain scancel gives ranks KillWait to save, and a TERM that reaches
-# srun has them killed at once. (A shell cannot trap HUP where slurmd was started with nohup.)
+# This shell survives the signals that end a job, to handle the end of its step. Slurm itself signals the step's
+# processes. ALRM comes from `crosslift cancel`, to this shell only: plain scancel gives ranks KillWait to save, and a
+# TERM that reaches srun kills them at once. (A shell cannot trap HUP if slurmd was started with nohup.)
 rm -f "$outcome"
-# The last step in the run's record: how far it has ever come.
+# The last step in the run's record.
 last_step() {
   sed -n 's/^.*"kind": "metrics", "step": \([0-9]*\),.*$/\1/p' "$run/record.jsonl" 2> /dev/null | sort -n | tail -n 1
 }
@@ -219,13 +217,13 @@ trap 'ended=1 interrupted=1' TERM
 trap 'stop' USR1 USR2
 trap 'ended=1 cancelled=1; stop' ALRM"""
 
-# Each node looks for its own interpreter first: Slurm's own message about a missing one does not help. The first node
-# that ends with an error has the others killed: it waits until they have said what they lack, and all end alike.
+# Each node looks for its interpreter first, since Slurm's message about a missing one does not name it. The first node
+# that ends with an error makes srun kill the others: it waits until they have printed what they lack.
 _PROGRAM = f"""bash -c '
     command -v "$1" > /dev/null && exec "$@"
     trap "exit 2" TERM
     echo "crosslift: node $SLURMD_NODENAME ($(hostname)): $1: no such python" >&2
-    sleep {OTHERS_SPEAK_SECONDS}
+    sleep {OTHER_NODES_S}
     exit 2' bash "$python" -u "$code/slurm/node.py\""""
 
 _WAIT = """step=$!
@@ -240,10 +238,10 @@ while :; do
 done"""
 
 _END = """
-# 75: stopped on request, all that was done is saved. Then the job goes on by itself, unless whoever ended it (TERM
-# here) meant that: a user's scancel, or Slurm, which requeues by itself. A time limit is nobody's wish.
-# 3: training is finished and its export kept, but the export did not pass its check; to go on would not mend it.
-# A dead node ends the step long before Slurm calls it dead (SlurmdTimeout); then, too, the job goes on elsewhere.
+# 75: stopped on request after a checkpoint. The job then requeues itself, unless it was ended on purpose (TERM here):
+# by a user's scancel, or by Slurm, which requeues it itself. A time limit is not on purpose.
+# 3: training is finished and its export kept, but the export failed its check; another start would not correct that.
+# A dead node ends the step long before Slurm marks it as down (SlurmdTimeout); then too the job continues elsewhere.
 again=
 if [ "$(cat "$outcome" 2> /dev/null)" = 75 ]; then
   status=75
@@ -252,36 +250,36 @@ if [ "$(cat "$outcome" 2> /dev/null)" = 75 ]; then
   elif scontrol show job "$job" | grep -q '^ *JobState=.* Reason=TimeLimit'; then
     again='stopped at its time limit'
   else
-    echo "crosslift: job $job was ended from outside; it does not requeue itself"
+    echo "crosslift: job $job was ended by a user or by Slurm; it does not requeue itself"
   fi
 elif [ -z "$ended" ] && [ "$status" != 0 ] && [ "$status" != 2 ] && [ "$status" != 3 ]; then
   if ! timeout -k 5 {probe_seconds} srun {probe} true && [ -z "$ended" ]; then again='lost a node'; fi
 fi
 if [ -n "$again" ]; then
   restarts=${{SLURM_RESTART_COUNT:-0}}
-  # Starts in a row that have brought no new step: whatever stops them would stop the next one too.
+  # Consecutive starts without a new step: the next one would be stopped as well.
   starts=0
   if [ "$(last_step)" = "$before" ]; then starts=$(($(cat "$idle" 2> /dev/null || echo 0) + 1)); fi
   echo "$starts" > "$idle"
   if [ "$restarts" -ge {max_requeues} ]; then
-    echo "crosslift: job $job $again, {max_requeues} requeues (max_requeues) are used up; the same command goes on" >&2
+    echo "crosslift: job $job $again, all {max_requeues} requeues (max_requeues) are used; the same command resumes" >&2
   elif [ "$starts" -gt {idle_requeues} ]; then
-    echo "crosslift: job $job $again; {idle_requeues} requeues have brought no new step (still at ${{before:-0}}), so \
-it is not requeued: see above what stops it; the same command goes on" >&2
+    echo "crosslift: job $job $again; {idle_requeues} requeues made no new step (still at ${{before:-0}}), so \
+it is not requeued: see above what stops it; the same command resumes" >&2
   elif scontrol requeue "$job"; then
     echo "crosslift: job $job $again and is requeued ($((restarts + 1)) of at most {max_requeues})"
   else
-    echo "crosslift: job $job $again, but cannot be requeued here; the same command goes on" >&2
+    echo "crosslift: job $job $again, but cannot be requeued here; the same command resumes" >&2
   fi
 fi
-if [ -n "$cancelled" ] && [ "$status" != 0 ]; then scancel "$job"; fi  # so that Slurm calls it that, and not failed
+if [ -n "$cancelled" ] && [ "$status" != 0 ]; then scancel "$job"; fi  # Slurm shows it as cancelled, not as failed
 rm -f "$outcome"
 if [ -z "$again" ]; then rm -f "$idle"; fi
 exit "$status\""""
 
 
 def _container(spec: JobSpec) -> list[str]:
-    """Words before the node's program: options of srun, or the container's own program."""
+    """Words before `node.py`'s command: options of srun, or the container's program."""
     container = spec.settings.container
     if container is None:
         return []

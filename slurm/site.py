@@ -1,10 +1,7 @@
-"""A site's defaults: `~/.config/crosslift/slurm.yaml`, then the project's `slurm.yaml`, then the command line.
+"""Settings of jobs: `~/.config/crosslift/slurm.yaml`, then the project's `slurm.yaml`, then the command line.
 
-In: up to two YAML files and options. Out: JobSettings, with every mistake named by its file or option.
-Next: `submit.py`.
-
-The later one wins key by key; `container`, `environment` and `sbatch` are merged by their own keys, and null takes a
-default away.
+A later one overrides key by key; `container`, `environment` and `sbatch` are merged by their own keys, and null
+removes a default. Every mistake is reported with its file or option.
 """
 
 from __future__ import annotations
@@ -26,23 +23,23 @@ PROJECT_FILE = Path("slurm.yaml")
 
 
 def user_file() -> Path:
-    """The user's own defaults."""
+    """The file of the user's defaults."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "crosslift" / "slurm.yaml"
 
 
 def load_settings(options: Mapping[str, Any], files: tuple[Path, ...] | None = None) -> JobSettings:
-    """Defaults of `files` (those of the user and the project, as far as they exist), with `options` above them.
+    """Merge the defaults of `files` (by default those of the user and the project) with `options`.
 
     Args:
         options: by key of JobSettings; None: not given.
 
     Raises:
-        SlurmError: a line for every mistake, with its file and key, or its option.
+        SlurmError: one line per mistake, with its file and key, or its option.
     """
     found = [file for file in (user_file(), PROJECT_FILE) if file.is_file()] if files is None else files
     layers = [(str(file), _read(file)) for file in found]
     for origin, layer in layers:
-        # Each file alone: what is wrong in it must not be hidden by what comes above it.
+        # Each file by itself: a mistake in it must not be hidden by a later file.
         _validated(layer, dict.fromkeys(layer, origin))
     given = {key: value for key, value in options.items() if value is not None}
     values: dict[str, Any] = {}
@@ -57,7 +54,7 @@ def load_settings(options: Mapping[str, Any], files: tuple[Path, ...] | None = N
 
 
 def _validated(values: dict[str, Any], origins: Mapping[str, str]) -> JobSettings:
-    """Settings without what is null: not given, or taken away."""
+    """Validate the settings without null values, which are not given or removed."""
     plain = {
         key: {name: each for name, each in value.items() if each is not None}
         if key in MERGED and isinstance(value, dict)

@@ -1,10 +1,7 @@
-"""What a job is: the settings that a site or a user chooses, and the spec that the batch script is rendered from.
+"""What a job is: `JobSettings`, which a site or a user chooses, and `JobSpec`, from which the batch script is rendered.
 
-In: plain values from files and options. Out: `JobSettings` and `JobSpec`, frozen and checked. Next: `site.py` merges
-settings, `render.py` writes the script.
-
-Everything here ends up in a batch script. Values may hold spaces, quotes, `$(...)` and any letters: they are quoted.
-What no quoting can carry (line breaks, other control characters) is refused here, by name.
+All values end up in a batch script. They may contain spaces, quotes, `$(...)` and any letters, because they are quoted.
+What cannot be quoted (line breaks and other control characters) is refused here, by name.
 """
 
 from __future__ import annotations
@@ -26,14 +23,14 @@ MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NOT_IN_SCRIPTS = "and job scripts are files; set it in the shell that submits, from which jobs inherit it"
-# Beginnings of the names of variables that belong to another job's, launcher's or MPI's processes: what the submitting
-# shell has of them would tell the job's ranks of another allocation's deadline, rank or address.
+# Prefixes of variables that belong to the processes of another job, launcher or MPI. If the submitting shell has some,
+# the job's ranks would take over another allocation's deadline, rank or address.
 FOREIGN = (
     "CROSSLIFT_", "SRUN_", "SALLOC_", "PMI", "OMPI_", "PRTE_", "HYDI_", "MPI_LOCAL", "MV2_COMM_", "TORCHELASTIC_",
     "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_",
 )  # fmt: skip
 JOB = re.compile(r"\d+(_\d+)?")
-# Options of sbatch that the rest of the job rests on, and the key to use instead where there is one.
+# Options of sbatch that crosslift sets itself, and the key to use instead, if there is one.
 OWN_OPTIONS = {
     "nodes": "nodes", "ntasks-per-node": "nproc_per_node", "ntasks": "nproc_per_node", "gpus-per-node": "gpus_per_node",
     "time": "time", "partition": "partition", "account": "account", "qos": "qos", "cpus-per-task": "cpus_per_task",
@@ -44,7 +41,7 @@ OWN_OPTIONS = {
 
 
 def printable(text: str) -> str:
-    """The text, if it is one line of printable characters."""
+    """The text itself, if it is one line of printable characters."""
     if not text:
         raise ValueError("must not be empty")
     if bad := [each for each in text if not each.isprintable()]:
@@ -55,7 +52,7 @@ def printable(text: str) -> str:
 def _path(path: Path) -> Path:
     printable(str(path))
     if "\\" in str(path):
-        raise ValueError(f"{str(path)!r} holds a backslash, with which Slurm fills no job number into file names")
+        raise ValueError(f"{str(path)!r} holds a backslash, with which Slurm puts no job number into file names")
     return path
 
 
@@ -67,7 +64,7 @@ def _time(value: object) -> object:
 
 
 def _gpus(value: object) -> object:
-    """[TYPE:]NUMBER, as Slurm reads it."""
+    """Validate [TYPE:]NUMBER, as Slurm reads it."""
     found = GPUS.fullmatch(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
     if found is None:
         raise ValueError(f"{value!r}: must be a number of GPUs, or TYPE:NUMBER such as a100:4")
@@ -85,12 +82,12 @@ def _line(text: str) -> str:
 
 
 def _lines(value: object) -> object:
-    """A block of text is as many lines."""
+    """Split a block of text into lines."""
     return tuple(value.splitlines()) if isinstance(value, str) else value
 
 
 def seconds(time: str) -> int | None:
-    """Seconds of a time limit as Slurm writes it; None: no limit, which is also what Slurm takes a limit of 0 for."""
+    """Seconds of a time limit as Slurm writes it; None for no limit, which 0 also means to Slurm."""
     if NO_LIMIT.fullmatch(time):
         return None
     days, dash, rest = time.rpartition("-")
@@ -105,57 +102,64 @@ def seconds(time: str) -> int | None:
 
 
 Word = Annotated[str, AfterValidator(printable)]
-PathWord = Annotated[PathText, AfterValidator(printable)]  # filled in where the job is submitted: scripts quote it
+PathWord = Annotated[PathText, AfterValidator(printable)]  # expanded on submission, because scripts quote it
 Line = Annotated[str, AfterValidator(_line)]
 PlainPath = Annotated[Path, AfterValidator(_path)]
 
 
 class Container(Section):
-    """An image that everything on a node runs in."""
+    """A container image in which everything on a node runs."""
 
     image: PathWord = Field(description="file or address of the image")
-    mounts: tuple[PathWord, ...] = Field((), description="SOURCE:TARGET, as the container's program takes them")
+    mounts: tuple[PathWord, ...] = Field((), description="SOURCE:TARGET, as the container's program expects them")
     command: Annotated[
         tuple[Word, ...], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)
-    ] = Field(("apptainer", "exec", "--nv"), description="what starts it; `srun`: Slurm's own options (pyxis)")
+    ] = Field(("apptainer", "exec", "--nv"), description="program that starts it; `srun`: Slurm's own options (pyxis)")
 
 
 class JobSettings(Section):
-    """What a site, a project or a command line says about jobs."""
+    """Settings of jobs from a site, a project or the command line."""
 
     partition: Word | None = Field(None, description="Slurm's partition")
-    account: Word | None = Field(None, description="who pays")
-    qos: Word | None = Field(None, description="quality of service")
+    account: Word | None = Field(None, description="Slurm's account")
+    qos: Word | None = Field(None, description="Slurm's quality of service")
     time: Annotated[str, BeforeValidator(_time)] | None = Field(
-        None, description="limit of one job, such as 12:00:00; 0 or UNLIMITED: none"
+        None, description="time limit of one job, such as 12:00:00; 0 or UNLIMITED: none"
     )
     nodes: int = Field(1, ge=1, description="nodes of a job")
     gpus_per_node: Annotated[str, BeforeValidator(_gpus)] | None = Field(
         None, description="GPUs of each node, such as 8, or with Slurm's name of their type a100:8; 0: ranks on CPUs"
     )
-    nproc_per_node: int | None = Field(None, ge=1, description="ranks a node; by default its GPUs, or 1")
-    cpus_per_task: int | None = Field(None, ge=1, description="CPU cores a node: Slurm's task is a node's launcher")
-    mem: Annotated[str, AfterValidator(_memory)] | None = Field(None, description="memory a node, such as 500G")
-    setup: Annotated[tuple[Line, ...], BeforeValidator(_lines)] = Field((), description="shell lines before all else")
-    python: PathWord | None = Field(None, description="interpreter on the nodes; by default the one that submits")
-    container: Container | None = Field(None, description="image that the node's program runs in")
-    environment: dict[str, PathText] = Field({}, description="variables for the job; no secrets, they are written down")
-    gpu_memory_gib: float | None = Field(
-        None, gt=0, description="memory of a GPU, which the run's need is compared with"
+    nproc_per_node: int | None = Field(
+        None, ge=1, description="ranks of each node; by default its number of GPUs, or 1"
     )
+    cpus_per_task: int | None = Field(
+        None, ge=1, description="CPU cores of each node: Slurm's task is a node's launcher"
+    )
+    mem: Annotated[str, AfterValidator(_memory)] | None = Field(None, description="memory of each node, such as 500G")
+    setup: Annotated[tuple[Line, ...], BeforeValidator(_lines)] = Field((), description="shell lines that run first")
+    python: PathWord | None = Field(
+        None, description="Python interpreter on the nodes; by default the one that submits"
+    )
+    container: Container | None = Field(None, description="container in which everything on a node runs")
+    environment: dict[str, PathText] = Field(
+        {}, description="environment variables of the job; no secrets: they are written to files"
+    )
+    gpu_memory_gib: float | None = Field(None, gt=0, description="memory of a GPU, compared with what the run needs")
     grace_seconds: int | None = Field(
-        None, ge=1, le=65535, description="before the limit: when ranks are told to stop; by default 300 or a quarter"
-    )
-    max_requeues: int = Field(20, ge=0, description="how often a stopped job goes on by itself")
+        None, ge=1, le=65535,
+        description="seconds before the time limit at which ranks are told to stop; by default 300, or a quarter of it",
+    )  # fmt: skip
+    max_requeues: int = Field(20, ge=0, description="how often a stopped job requeues itself")
     sbatch: Plain[dict[str, str | int | bool]] = Field(
-        {}, description="more options of sbatch, such as constraint: a100"
+        {}, description="further options of sbatch, such as constraint: a100"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSettings:
         for name in self.environment:
             if not VARIABLE.fullmatch(name):
-                raise ValueError(f"environment: {name!r} is no name of a variable")
+                raise ValueError(f"environment: {name!r} is not a valid name of a variable")
             if is_secret_name(name):
                 raise ValueError(f"environment: {name} looks secret, {NOT_IN_SCRIPTS}")
             if without_login(self.environment[name]) != self.environment[name]:
@@ -167,7 +171,9 @@ class JobSettings(Section):
                 instead = OWN_OPTIONS[name]
                 raise ValueError(f"sbatch: {name} is crosslift's own" + (f"; use {instead}" if instead else ""))
             if not OPTION.fullmatch(name):
-                raise ValueError(f"sbatch: {name!r} is no option; write it as sbatch does, such as constraint: a100")
+                raise ValueError(
+                    f"sbatch: {name!r} is not an option; write it as sbatch does, such as constraint: a100"
+                )
             if isinstance(value, str) and not value.isprintable():
                 raise ValueError(f"sbatch: {name}: {value!r} is not one line without control characters")
         if self.gpus and (self.nproc_per_node or 0) > self.gpus:
@@ -178,7 +184,7 @@ class JobSettings(Section):
 
     @property
     def time_limit(self) -> int | None:
-        """Seconds of a job's time limit; None: not given, or none."""
+        """Seconds of a job's time limit; None if it is not given or unlimited."""
         return seconds(self.time) if self.time else None
 
     @property
@@ -189,7 +195,7 @@ class JobSettings(Section):
 
     @property
     def ranks(self) -> int:
-        """Ranks a node."""
+        """Ranks of each node."""
         return self.nproc_per_node or self.gpus or 1
 
     @property
@@ -199,11 +205,11 @@ class JobSettings(Section):
 
 
 class Element(Section):
-    """One piece of work: the only one of a job, or an element of its array."""
+    """The work of a job, or of one element of its array."""
 
     run_dir: PlainPath = Field(description="the run's folder, absolute")
     arguments: tuple[str, ...] = Field(min_length=1, description="train: [CONFIG]; command: words of a crosslift line")
-    readable: tuple[Path, ...] = Field((), description="what each node must be able to read")
+    readable: tuple[Path, ...] = Field((), description="files and folders that each node must be able to read")
 
     @model_validator(mode="after")
     def _arguments_are_text(self) -> Element:
@@ -214,19 +220,19 @@ class Element(Section):
 
 
 class JobSpec(Section):
-    """One job, ready to be rendered."""
+    """One job, from which a batch script is rendered."""
 
-    name: Word = Field(description="shown by squeue")
-    stem: str = Field(pattern=r"[a-z0-9-]+", description="first part of the names of its files")
+    name: Word = Field(description="name in squeue")
+    stem: str = Field(pattern=r"[a-z0-9-]+", description="first part of its files' names")
     kind: Literal["train", "command"] = Field(description="ranks of a run on all nodes, or one process on one")
     settings: JobSettings
-    folder: PlainPath = Field(description="of the submission: script and Slurm's output files lie here")
+    folder: PlainPath = Field(description="folder of the submission, with script and Slurm's output files")
     code: PlainPath = Field(description="the frozen source")
-    chdir: PlainPath = Field(description="where relative paths of the run file begin")
+    chdir: PlainPath = Field(description="folder to which relative paths of the run file refer")
     python: Word = Field(description="interpreter on the nodes")
     elements: tuple[Element, ...] = Field(min_length=1)
-    array: bool = Field(False, description="a job array of the elements")
-    array_limit: int | None = Field(None, ge=1, description="elements that run at a time")
+    array: bool = Field(False, description="whether it is a job array of the elements")
+    array_limit: int | None = Field(None, ge=1, description="elements that run at the same time")
     after: tuple[Annotated[str, AfterValidator(printable)], ...] = Field((), description="jobs that must succeed first")
     elementwise: bool = Field(False, description="element i waits for element i of the jobs before")
 
@@ -243,9 +249,9 @@ class JobSpec(Section):
 
     @property
     def script(self) -> Path:
-        """The batch script's place."""
+        """Path of the batch script."""
         return self.folder / f"{self.stem}.sh"
 
     def output(self, job: str | None = None) -> Path:
-        """Slurm's output file of a job, or the pattern that Slurm fills in."""
+        """Slurm's output file of a job, or (None) the pattern for it."""
         return self.folder / f"{self.stem}-{job or ('%A_%a' if self.array else '%j')}.out"

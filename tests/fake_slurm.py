@@ -1,8 +1,8 @@
-"""Slurm's programs as files on PATH that do what a test says, for what a real cluster cannot show at will.
+"""A fake Slurm: programs on PATH with output chosen by the test, for cases that a cluster does not produce.
 
-Each writes its arguments down and prints what stands in `NAME.out` and `NAME.err`, with the status in `NAME.status`.
-`srun` starts what it is given, as the only node, unless a test gives it a status; `sbatch` numbers jobs from 12 on, and
-runs the script where `runs_jobs` is set. To be read without any room of the project.
+Each records its arguments and prints the content of `NAME.out` and `NAME.err`, with the status in `NAME.status`.
+`srun` runs its command as the only node, unless a test sets a status; `sbatch` numbers jobs from 12 on, and runs the
+script if `runs_jobs` is set. It imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NAMES = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sacct")
 
 
 class FakeSlurm:
-    """A folder of such programs; `path` goes in front of PATH."""
+    """A folder of such programs; `path` is to be put in front of PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,21 +69,21 @@ class FakeSlurm:
         return f"{self.path}{os.pathsep}{os.environ['PATH']}"
 
     def says(self, name: str, out: str, err: str = "", status: int = 0) -> None:
-        """What a program answers from now on."""
+        """Set the output of a program."""
         for kind, text in (("out", out), ("err", err), ("status", str(status))):
             self.set(name, kind, text)
 
     def set(self, name: str, kind: str, text: str) -> None:
-        """A single file of a program: out, err, status; srun's probe, outcome, waits; sbatch's runs_jobs."""
+        """Set one file of a program: out, err, status; srun's probe, outcome, waits; sbatch's runs_jobs."""
         (self.folder / f"{name}.{kind}").write_text(text)
 
     def calls(self, name: str) -> list[list[str]]:
-        """Its arguments, call by call."""
+        """The arguments of each call of a program."""
         file = self.folder / f"{name}.calls"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def environment(self) -> dict[str, str]:
-        """What srun's step got."""
+        """Environment of srun's step."""
         found: dict[str, str] = json.loads((self.folder / "srun.environment").read_text())
         return found
 

@@ -167,7 +167,7 @@ def test_runs_below_a_folder_are_all_told(tmp_path: Path) -> None:
 
 def test_cancel_says_how_a_local_run_is_ended(tmp_path: Path) -> None:
     record(tmp_path, 1, None)
-    assert "is no Slurm job; `kill -TERM` the pid" in str(command("cancel", str(tmp_path)).exception)
+    assert "is not a Slurm job; `kill -TERM` the pid" in str(command("cancel", str(tmp_path)).exception)
 
 
 def test_logs_of_a_local_run(tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_logs_of_a_local_run(tmp_path: Path) -> None:
 
 
 def test_logs_are_followed_to_the_runs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.jobs.FOLLOW_SECONDS", 0.05)
-    monkeypatch.setattr("slurm.commands.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("slurm.jobs.FOLLOW_INTERVAL_S", 0.05)
+    monkeypatch.setattr("slurm.commands.POLL_S", 0.1)
     record(tmp_path, 1, None)
     logs.make_logs_folder(tmp_path)
     file = logs.logs_folder(tmp_path) / "run.log"

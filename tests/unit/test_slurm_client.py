@@ -1,4 +1,4 @@
-"""Slurm's answers, old and new: job numbers, queues, accounting, the controller's memory; and no answer at all."""
+"""Output of Slurm's programs, old and new: job numbers, queues, accounting, the controller; and no answer at all."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
         ("Welcome to partition 7\nSubmitted batch job 12\nUse squeue 99\n", JobId("12")),
     ],
 )
-def test_the_number_is_found_among_what_sbatch_prints(output: str, expected: JobId) -> None:
+def test_the_job_number_is_found_in_sbatchs_output(output: str, expected: JobId) -> None:
     assert client.job_id(output) == expected
 
 
 @pytest.mark.parametrize("output", ["", "thank you\n", "12\n13\n", "job 12 queued\n"])
-def test_no_or_two_numbers_are_an_error_that_says_what_was_printed(output: str) -> None:
-    with pytest.raises(SlurmError, match=r"sbatch gave no job number, but .* look with squeue") as refused:
+def test_no_or_two_job_numbers_are_an_error_with_the_output(output: str) -> None:
+    with pytest.raises(SlurmError, match=r"sbatch printed no job number, but .* check with squeue") as refused:
         client.job_id(output)
     assert "\n" not in str(refused.value)
 
 
-def test_a_refusal_gives_slurms_reason_in_one_line(slurm: FakeSlurm) -> None:
+def test_a_refused_job_has_slurms_reason_in_one_line(slurm: FakeSlurm) -> None:
     reasons = ("invalid partition specified: x", "Batch job submission failed: Invalid partition name specified")
     slurm.says("sbatch", "", "".join(f"sbatch: error: {reason}\n" for reason in reasons), 1)
     with pytest.raises(SlurmError) as refused:
@@ -50,13 +50,15 @@ def test_a_refusal_gives_slurms_reason_in_one_line(slurm: FakeSlurm) -> None:
     assert str(refused.value) == f"sbatch refused the job: {'; '.join(reasons)}"
 
 
-def test_without_sbatch_the_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_sbatch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match=r"^sbatch: not found on PATH; is this a login node of a Slurm cluster"):
         client.submit("script.sh")
 
 
-def test_a_job_within_a_job_does_not_take_over_its_shape(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_submitted_within_a_job_does_not_inherit_its_variables(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (slurm.path / "sbatch").write_text("#!/bin/sh\nenv > " + str(slurm.folder / "seen") + "\necho 12\n")
     for name in (
         "SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_NO_REQUEUE", "SBATCH_EXPORT", "SBATCH_ERROR", "SBATCH_INPUT",
@@ -72,7 +74,7 @@ def test_a_job_within_a_job_does_not_take_over_its_shape(slurm: FakeSlurm, monke
     assert {name for name, value in seen.items() if value == "8"} == {"SLURM_CONF", "SBATCH_RESERVATION", "HF_TOKEN"}
 
 
-def test_what_is_queued(slurm: FakeSlurm) -> None:
+def test_states_of_queued_jobs(slurm: FakeSlurm) -> None:
     slurm.says("squeue", "12_0|RUNNING|None|1:02|n[1-2]\n12_1|PENDING|JobArrayTaskLimit|0:00|\n")
     assert (
         client.queued([JobId("12"), JobId("13", "fast")])
@@ -87,7 +89,7 @@ def test_what_is_queued(slurm: FakeSlurm) -> None:
     assert "--clusters=fast" in calls[1]
 
 
-def test_a_forgotten_job_is_not_queued_but_no_answer_is_an_error(slurm: FakeSlurm) -> None:
+def test_a_forgotten_job_is_not_queued_but_a_missing_answer_is_an_error(slurm: FakeSlurm) -> None:
     slurm.says("squeue", "", "slurm_load_jobs error: Invalid job id specified\n", 1)
     assert client.queued([JobId("12")]) == []
     slurm.says("squeue", "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", 1)
@@ -97,12 +99,12 @@ def test_a_forgotten_job_is_not_queued_but_no_answer_is_an_error(slurm: FakeSlur
 
 def test_a_program_that_hangs_is_named(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm.path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(client, "SECONDS", 0.2)
-    with pytest.raises(SlurmError, match=r"^squeue: no answer in 0 s; is Slurm's controller away"):
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
+    with pytest.raises(SlurmError, match=r"^squeue: no answer in 0 s; is Slurm's controller down"):
         client.queued([JobId("12")])
 
 
-def test_the_past_from_accounting(slurm: FakeSlurm) -> None:
+def test_states_of_ended_jobs_from_accounting(slurm: FakeSlurm) -> None:
     slurm.says("sacct", "12_0|COMPLETED|00:01:02|n[1-2]|0:0|1\n12_1|CANCELLED by 1000|00:00:09|n2|0:15|0\n")
     assert client.past(JobId("12")) == [
         JobState("12_0", "COMPLETED", None, "00:01:02", "n[1-2]", 1, "0:0"),
@@ -111,7 +113,7 @@ def test_the_past_from_accounting(slurm: FakeSlurm) -> None:
     assert slurm.calls("scontrol") == []
 
 
-def test_older_accounting_knows_no_restarts(slurm: FakeSlurm) -> None:
+def test_older_accounting_has_no_restarts(slurm: FakeSlurm) -> None:
     (slurm.path / "sacct").write_text(
         "#!/bin/sh\n"
         'case "$*" in *Restarts*) echo "sacct: error: Invalid field requested: \\"Restarts\\"" >&2; exit 1;; esac\n'
@@ -133,8 +135,8 @@ OLD = """JobId=12 JobName=a JobState=FAILED Reason=x
 NEW = OLD.replace("JobId=12 ", "JobId=14 ArrayJobId=12 ArrayTaskId=1 ").replace("=n[1-2]", "=(null)")
 
 
-def test_the_past_from_the_controller_where_there_is_no_accounting(slurm: FakeSlurm) -> None:
-    """The job's name and folder are the user's; they must not pass for Slurm's words."""
+def test_states_of_ended_jobs_from_the_controller_without_accounting(slurm: FakeSlurm) -> None:
+    """The job's name and folder are the user's; they must not be parsed as fields."""
     slurm.says("scontrol", OLD + "\n" + NEW)
     assert client.past(JobId("12")) == [
         JobState("12", "COMPLETED", None, "00:01:02", "n[1-2]", 2, "0:0"),
@@ -143,7 +145,7 @@ def test_the_past_from_the_controller_where_there_is_no_accounting(slurm: FakeSl
     assert client.output_file(JobId("12")) == "/a b/train-12.out"
 
 
-def test_a_job_that_nobody_remembers(slurm: FakeSlurm) -> None:
+def test_a_job_that_slurm_has_forgotten(slurm: FakeSlurm) -> None:
     slurm.says("scontrol", "", "slurm_load_jobs error: Invalid job id specified\n", 1)
     assert client.past(JobId("12")) == []
     assert client.output_file(JobId("12")) is None
@@ -151,7 +153,7 @@ def test_a_job_that_nobody_remembers(slurm: FakeSlurm) -> None:
     assert client.past(JobId("12")) == []
 
 
-def test_cancelling_what_has_ended_is_no_error(slurm: FakeSlurm) -> None:
+def test_cancelling_an_ended_job_is_no_error(slurm: FakeSlurm) -> None:
     client.cancel([JobId("12"), JobId("13")])
     assert slurm.calls("scancel") == [["12", "13"]]
     for reason in ("Invalid job id specified", "Job/step already completing or completed"):

@@ -1,4 +1,4 @@
-"""The program on each node: what it finds missing, what it sets, which signals it passes on, what srun sees."""
+"""node.py: problems of a node, environment variables, forwarded signals, the status for srun."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ sys.exit(int(os.environ.get("STATUS", "0")))
 
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
-    """A source folder whose launcher is a stand-in."""
+    """A source folder with a fake launcher."""
     folder = tmp_path / "code"
     (folder / "training" / "launch").mkdir(parents=True)
     (folder / "training" / "__init__.py").touch()
@@ -71,7 +71,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
 
 
 def launched(process: subprocess.Popen[str]) -> str:
-    """The launcher's first line, which comes when it listens to signals."""
+    """The launcher's first line, printed when its signal handlers are installed."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("launched"):
@@ -79,7 +79,7 @@ def launched(process: subprocess.Popen[str]) -> str:
     raise AssertionError("never launched")
 
 
-def test_it_needs_nothing_but_the_standard_library() -> None:
+def test_it_imports_only_the_standard_library() -> None:
     alone = [sys.executable, "-I", "-S", SOURCE / "slurm" / "node.py", "--help"]
     done = subprocess.run(alone, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -90,32 +90,32 @@ def test_one_node_needs_no_rendezvous(start: Start) -> None:
     assert (status, lines[1:]) == (0, ["launched config.yaml --nproc 2"])
 
 
-def test_several_nodes_meet_at_the_first(start: Start) -> None:
+def test_several_nodes_have_the_first_one_as_rendezvous(start: Start) -> None:
     options = ("--nodes", "2", "--host", "localhost", "--port", "21000")
     _, lines = ended(start("config.yaml", options=options, SLURM_NODEID="1"))
     assert lines[1] == "launched config.yaml --nproc 2 --nodes 2 --node-rank 1 --rendezvous localhost:21000"
 
 
-def test_a_name_that_does_not_resolve_here_gives_way_to_srun_s_address(start: Start) -> None:
+def test_a_name_that_does_not_resolve_is_replaced_by_sruns_address(start: Start) -> None:
     options = ("--nodes", "2", "--host", "no-such-host.invalid", "--port", "21000")
     _, lines = ended(start("config.yaml", options=options, SLURM_NODEID="1", SLURM_LAUNCH_NODE_IPADDR="127.0.0.1"))
     assert lines[1].endswith("--rendezvous 127.0.0.1:21000")
 
 
-def test_another_command_than_training(start: Start) -> None:
+def test_other_commands_than_training(start: Start) -> None:
     status, lines = ended(start("eval", "a b", options=("--command",), STATUS="75"))
     assert (status, lines[1]) == (75, "launched eval a b")
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
-def test_srun_sees_the_launchers_status(start: Start, tmp_path: Path, status: int) -> None:
+def test_srun_gets_the_launchers_status(start: Start, tmp_path: Path, status: int) -> None:
     assert ended(start("config.yaml", STATUS=str(status)))[0] == status
     assert not (tmp_path / "outcome").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_stopped_on_request_is_no_bad_exit_and_node_0_notes_it(start: Start, tmp_path: Path, rank: int) -> None:
-    """--kill-on-bad-exit would kill the nodes that save a moment longer."""
+def test_a_stop_on_request_is_status_0_for_srun_and_node_0_records_it(start: Start, tmp_path: Path, rank: int) -> None:
+    """--kill-on-bad-exit would kill the nodes that take a moment longer to save."""
     assert ended(start("config.yaml", STATUS="75", SLURM_NODEID=str(rank)))[0] == 0
     assert (tmp_path / "outcome").exists() == (rank == 0)
     if rank == 0:
@@ -123,7 +123,7 @@ def test_stopped_on_request_is_no_bad_exit_and_node_0_notes_it(start: Start, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
-def test_it_outlives_stop_signals_and_passes_them_on(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+def test_it_survives_stop_signals_and_forwards_them(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     process = start("config.yaml", "--waits")
     launched(process)
     process.send_signal(number)
@@ -132,8 +132,8 @@ def test_it_outlives_stop_signals_and_passes_them_on(start: Start, tmp_path: Pat
     assert (tmp_path / "outcome").read_text() == "75"
 
 
-def test_a_stop_before_the_launcher_listens_is_a_stop(start: Start, tmp_path: Path) -> None:
-    """Nothing was begun, nothing is lost: the job goes on later."""
+def test_a_stop_signal_before_the_launchers_handlers_counts_as_a_stop(start: Start, tmp_path: Path) -> None:
+    """Nothing was started, nothing is lost: the job resumes later."""
     process = start("config.yaml", "--waits", "--deaf")
     launched(process)
     process.send_signal(signal.SIGUSR1)
@@ -151,14 +151,16 @@ sys.addaudithook(hook)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_stop_while_the_program_itself_begins_is_a_stop(start: Start, tmp_path: Path, number: signal.Signals) -> None:
-    """It comes with the program's first imports."""
+def test_a_stop_signal_while_the_program_starts_counts_as_a_stop(
+    start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The signal arrives during its first imports."""
     (tmp_path / "sitecustomize.py").write_text(FIRST_MOMENT.format(name=number.name))
     assert ended(start("config.yaml", "--waits", PYTHONPATH=str(tmp_path)))[0] == 0
     assert (tmp_path / "outcome").read_text() == "75"
 
 
-def test_a_launcher_that_was_killed_is_a_failure(start: Start, tmp_path: Path) -> None:
+def test_a_killed_launcher_is_a_failure(start: Start, tmp_path: Path) -> None:
     process = start("config.yaml", "--waits")
     launched(process)
     (child,) = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -167,7 +169,7 @@ def test_a_launcher_that_was_killed_is_a_failure(start: Start, tmp_path: Path) -
     assert not (tmp_path / "outcome").exists()
 
 
-def test_each_thing_that_is_missing_is_a_line_with_the_nodes_name(start: Start, tmp_path: Path, code: Path) -> None:
+def test_each_problem_is_one_line_with_the_nodes_name(start: Start, tmp_path: Path, code: Path) -> None:
     (code / "training" / "launch" / "__main__.py").unlink()
     (tmp_path / "run").rmdir()
     options = ("--readable", "/not/there", "--chdir", "/proc")
@@ -182,28 +184,26 @@ def test_each_thing_that_is_missing_is_a_line_with_the_nodes_name(start: Start, 
     ]
 
 
-def test_a_node_that_cannot_work_leaves_others_time_to_say_so_too(start: Start) -> None:
-    """And is killed by srun, as the first to end makes it do, with the status of its own finding."""
+def test_a_node_with_problems_gives_the_others_time_to_report_theirs(start: Start) -> None:
+    """When srun kills it, because another node ended first, it keeps the status of a user error."""
     process = start("config.yaml", options=("--readable", "/not/there", "--nodes", "2"))
     assert process.stdout is not None
     assert "cannot read /not/there" in process.stdout.readline()
     status = Path(f"/proc/{process.pid}/status")
-    wait_for(lambda: "SigBlk:\t0000000000000000\n" in status.read_text())  # srun's signal will not be left waiting
+    wait_for(lambda: "SigBlk:\t0000000000000000\n" in status.read_text())  # srun's signal is no longer blocked
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert ended(process) == (2, [])
 
 
-def test_an_environment_without_crosslifts_packages_is_named(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_are_named(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "NEEDED", ("json", "no_such_package", "another_one"))
     options = node._options(["--code", ".", "--run", str(tmp_path), "--chdir", os.getcwd(), "--", "x"])
     (first, *_) = node.Node(options).problems()
     assert first.startswith(f"{sys.executable} lacks no_such_package, another_one; ")
 
 
-def test_a_nodes_variables_are_set_and_said(start: Start, tmp_path: Path) -> None:
+def test_a_nodes_variables_are_set_and_printed(start: Start, tmp_path: Path) -> None:
     options = ("--nodes", "2", "--host", "localhost", "--port", "1")
     _, lines = ended(
         start("config.yaml", options=options, SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", SLURM_CPUS_ON_NODE="1")
@@ -216,9 +216,7 @@ def test_a_nodes_variables_are_set_and_said(start: Start, tmp_path: Path) -> Non
     )
 
 
-def test_ops_that_were_built_before_the_job_are_taken_over(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prebuilt_ops_are_copied(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built, mine = prebuilt() / "cpu_adam", prebuilt().with_name(socket.gethostname()) / "cpu_adam"
     built.mkdir(parents=True)
@@ -227,7 +225,7 @@ def test_ops_that_were_built_before_the_job_are_taken_over(
         os.utime(built / name, (1e9, 1e9))
     assert "cpu_adam as built before" in ended(start("config.yaml"))[1][0]
     assert sorted(path.name for path in mine.iterdir()) == [".ninja_log", "cpu_adam.so"]
-    assert {path.stat().st_mtime for path in mine.iterdir()} == {1e9}  # ninja would build anew what is not
+    assert {path.stat().st_mtime for path in mine.iterdir()} == {1e9}  # else ninja would build again
     assert "cpu_adam" not in ended(start("config.yaml"))[1][0]
     (built / "cpu_adam.so").write_text("built again")
     os.utime(built / "cpu_adam.so", (2e9, 2e9))
@@ -236,7 +234,7 @@ def test_ops_that_were_built_before_the_job_are_taken_over(
     assert "cpu_adam" not in ended(start("config.yaml", TORCH_EXTENSIONS_DIR=str(tmp_path / "own")))[1][0]
 
 
-def test_the_users_variables_are_kept(start: Start) -> None:
+def test_variables_of_the_user_are_kept(start: Start) -> None:
     options = ("--nodes", "2", "--host", "localhost", "--port", "1")
     chosen = {"NCCL_SOCKET_IFNAME": "ib0", "TORCH_EXTENSIONS_DIR": "/mine", "OMP_NUM_THREADS": "7"}
     _, lines = ended(start("config.yaml", options=options, SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", **chosen))
@@ -245,23 +243,23 @@ def test_the_users_variables_are_kept(start: Start) -> None:
     assert "GLOO_SOCKET_IFNAME=lo" in lines[0]
 
 
-def test_the_interface_of_the_route() -> None:
+def test_the_interface_with_an_address() -> None:
     assert node.interface_of("127.0.0.1") == "lo"
-    assert node.interface_of("203.0.113.7") is None  # nobody's address
+    assert node.interface_of("203.0.113.7") is None  # an address that no interface has
     address = node._source_address("203.0.113.7")
-    if address is not None:  # a machine with a way out: the interface that has this address
+    if address is not None:  # a machine with a default route: the interface with this address
         assert node.interface_of(address) in [name for _, name in socket.if_nameindex()]
         assert node.interface_of(address) != "lo"
 
 
-def test_without_srun_there_is_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_srun_there_is_no_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_LAUNCH_NODE_IPADDR", raising=False)
     assert node.interface_to_others(0) is None
     monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     assert [node.interface_to_others(rank) for rank in (0, 1)] == ["lo", "lo"]
 
 
-def test_signals_that_come_twice_do_no_harm(start: Start) -> None:
+def test_repeated_signals_are_harmless(start: Start) -> None:
     process = start("config.yaml", "--waits")
     launched(process)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The batch script: what it says, and what it does when bash runs it with stand-ins for Slurm's programs."""
+"""The batch script: its text, and its behaviour when bash runs it with a fake Slurm."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_the_options_of_a_run(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_cpu_ranks_ask_for_no_gpus(tmp_path: Path) -> None:
+def test_cpu_ranks_request_no_gpus(tmp_path: Path) -> None:
     script = render(make_spec(tmp_path))
     assert "--gpus" not in script
     assert '--nodes="$nodes" --nproc=2' in script
 
 
-def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
-    """A step does not take over the job's --cpus-per-task since Slurm 22.05."""
+def test_gpus_and_cores_are_also_options_of_srun(tmp_path: Path) -> None:
+    """Since Slurm 22.05 a step does not inherit the job's --cpus-per-task."""
     script = render(make_spec(tmp_path, settings=JobSettings(nodes=2, gpus_per_node=4, cpus_per_task=16)))
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert line == (
@@ -69,7 +69,7 @@ def test_gpus_and_cores_are_said_again_to_srun(tmp_path: Path) -> None:
     assert "--nproc=4" in script
 
 
-def test_typed_gpus_reach_sbatch_and_srun_and_a_command_gets_one_of_them(tmp_path: Path) -> None:
+def test_typed_gpus_are_options_of_sbatch_and_srun_and_a_command_gets_one(tmp_path: Path) -> None:
     settings = JobSettings(nodes=2, gpus_per_node="a100:4")
     script = render(make_spec(tmp_path, settings=settings))
     assert "--gpus-per-node=a100:4" in options(script)
@@ -80,13 +80,13 @@ def test_typed_gpus_reach_sbatch_and_srun_and_a_command_gets_one_of_them(tmp_pat
 
 
 @pytest.mark.parametrize("time", ["0", "0:00", "UNLIMITED", "infinite"])
-def test_without_a_time_limit_the_signal_keeps_its_default_notice(tmp_path: Path, time: str) -> None:
+def test_without_a_time_limit_the_signal_has_the_default_grace_period(tmp_path: Path, time: str) -> None:
     chosen = options(render(make_spec(tmp_path, settings=JobSettings(gpus_per_node=0, time=time))))
     assert f"--time={time}" in chosen
     assert "--signal=USR1@300" in chosen
 
 
-def test_an_array_of_runs(tmp_path: Path) -> None:
+def test_the_options_of_an_array(tmp_path: Path) -> None:
     elements = tuple(Element(run_dir=tmp_path / name, arguments=(f"{name}.yaml",)) for name in ("a", "b b"))
     script = render(make_spec(tmp_path, elements=elements, array=True, array_limit=1))
     assert "--array=0-1%1" in options(script)
@@ -115,7 +115,7 @@ def test_a_command_has_one_node_and_is_not_requeued(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_container_is_around_the_nodes_program(tmp_path: Path, container: Container, expected: list[str]) -> None:
+def test_node_py_runs_in_the_container(tmp_path: Path, container: Container, expected: list[str]) -> None:
     script = render(make_spec(tmp_path, settings=JobSettings(gpus_per_node=0, container=container)))
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
     words = shlex.split(line.removesuffix("\\"))
@@ -128,8 +128,8 @@ HOSTILE = 'it\'s "a" $(touch canary) `touch canary`; touch canary & ü %j #x'
 @pytest.mark.parametrize("kind", ["train", "command"])
 @pytest.mark.parametrize("array", [False, True])
 @pytest.mark.parametrize("text", [HOSTILE, "-rf", "'\n touch canary\n#", "a\\b", "$HOME", "!x", "{a,b}", "~", "*"])
-def test_any_value_leaves_a_valid_script(tmp_path: Path, text: str, kind: Any, array: bool) -> None:
-    """Texts with line breaks are possible in arguments only."""
+def test_any_value_gives_a_valid_script(tmp_path: Path, text: str, kind: Any, array: bool) -> None:
+    """Only arguments may contain line breaks."""
     plain = text if text.isprintable() and "\\" not in text else "plain"
     settings = JobSettings(gpus_per_node=0, partition=plain, setup=("true",), environment={"VALUE": text})
     element = Element(run_dir=tmp_path / plain, arguments=("eval", text))
@@ -145,7 +145,7 @@ def test_values_are_quoted_as_sbatch_reads_them() -> None:
     assert sbatch_quoted('a "b" \\c $(d) #e') == '"a \\"b\\" \\\\c $(d) #e"'
 
 
-def test_a_percent_sign_of_a_folder_is_no_pattern(tmp_path: Path) -> None:
+def test_a_percent_sign_in_a_folder_name_is_not_a_pattern(tmp_path: Path) -> None:
     folder = tmp_path / "100%j"
     assert f"--output={tmp_path}/100%%j/train-%j.out" in options(render(make_spec(folder)))
 
@@ -160,7 +160,7 @@ def slurm(tmp_path: Path) -> FakeSlurm:
 
 @pytest.fixture
 def run_script(tmp_path: Path, slurm: FakeSlurm) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a spec's script as Slurm would."""
+    """Run the script of a spec as Slurm would."""
 
     def start(spec: JobSpec, **variables: str) -> subprocess.Popen[str]:
         spec.folder.mkdir(exist_ok=True, parents=True)
@@ -185,7 +185,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def requeued(slurm: FakeSlurm) -> list[str]:
-    """Numbers that `scontrol requeue` got."""
+    """Job numbers passed to `scontrol requeue`."""
     return [call[1] for call in slurm.calls("scontrol") if call[0] == "requeue"]
 
 
@@ -194,7 +194,7 @@ def step_ends(slurm: FakeSlurm, status: int, outcome: str = "") -> None:
     slurm.set("srun", "outcome", outcome)
 
 
-def test_a_step_that_ends_well(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+def test_a_successful_step_ends_the_job(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
     step_ends(slurm, 0)
     assert end(run_script(make_spec(tmp_path / "s"))) == (0, "")
     assert requeued(slurm) == []
@@ -203,10 +203,10 @@ def test_a_step_that_ends_well(tmp_path: Path, slurm: FakeSlurm, run_script: Run
 @pytest.mark.parametrize(
     ("array", "number"), [({}, "12"), ({"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0")]
 )
-def test_stopped_after_a_checkpoint_it_requeues_itself(
+def test_a_job_stopped_after_a_checkpoint_requeues_itself(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, array: dict[str, str], number: str
 ) -> None:
-    """The last element of an array has the array's own number: with that, all would be requeued."""
+    """SLURM_JOB_ID of the last element is the array's number, with which all elements would be requeued."""
     step_ends(slurm, 0, "75")
     status, said = end(run_script(make_spec(tmp_path / "s"), **array))
     assert (status, requeued(slurm)) == (75, [number])
@@ -214,25 +214,25 @@ def test_stopped_after_a_checkpoint_it_requeues_itself(
     assert not list((tmp_path / "s").glob("outcome-*"))
 
 
-def test_requeues_are_bounded(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+def test_the_number_of_requeues_is_limited(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
     step_ends(slurm, 0, "75")
     spec = make_spec(tmp_path / "s", settings=JobSettings(gpus_per_node=0, max_requeues=3))
     status, said = end(run_script(spec, SLURM_RESTART_COUNT="3"))
     assert (status, requeued(slurm)) == (75, [])
-    assert "3 requeues (max_requeues) are used up; the same command goes on" in said
+    assert "all 3 requeues (max_requeues) are used; the same command resumes" in said
     end(run_script(spec, SLURM_RESTART_COUNT="2"))
     assert requeued(slurm) == ["12"]
 
 
 def record_step(spec: JobSpec, step: int) -> None:
-    """As a run records a step's metrics."""
+    """Record a step's metrics as a run does."""
     record = RunRecord(spec.elements[0].run_dir)
     record.append("metrics", step=step, values={"train/loss": 1.0})
     record.close()
 
 
 @pytest.mark.parametrize("lost_node", [False, True])
-def test_a_third_start_without_a_new_step_is_not_requeued(
+def test_after_three_starts_without_a_new_step_a_job_is_not_requeued(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, lost_node: bool
 ) -> None:
     step_ends(slurm, *((1, "") if lost_node else (0, "75")))
@@ -243,13 +243,13 @@ def test_a_third_start_without_a_new_step_is_not_requeued(
     assert requeued(slurm) == ["12", "12"]
     status, said = end(run_script(spec, SLURM_RESTART_COUNT="2"))
     assert (status, requeued(slurm)) == (1 if lost_node else 75, ["12", "12"])
-    assert "2 requeues have brought no new step (still at 0), so it is not requeued" in said
+    assert "2 requeues made no new step (still at 0), so it is not requeued" in said
 
 
-def test_a_start_that_brings_a_new_step_is_requeued_and_the_count_begins_anew(
+def test_a_new_step_resets_the_count_of_requeues_without_one(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
 ) -> None:
-    """The step counts as new where the run has never come so far: one repeated from a checkpoint does not."""
+    """A step is new if the run has never reached it; one repeated after a checkpoint is not."""
     spec = make_spec(tmp_path / "s")
     spec.folder.mkdir()
     record_step(spec, 9)
@@ -271,7 +271,7 @@ def test_a_start_that_brings_a_new_step_is_requeued_and_the_count_begins_anew(
 
 
 @pytest.mark.parametrize(("status", "again"), [(1, []), (2, []), (137, [])])
-def test_a_failure_is_not_repeated(
+def test_a_failed_job_is_not_requeued(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, status: int, again: list[str]
 ) -> None:
     step_ends(slurm, status)
@@ -280,7 +280,7 @@ def test_a_failure_is_not_repeated(
 
 
 @pytest.mark.parametrize(("status", "again"), [(1, ["12"]), (143, ["12"]), (4, ["12"]), (3, []), (2, []), (0, [])])
-def test_a_step_that_lost_a_node_goes_on(
+def test_a_job_that_lost_a_node_is_requeued(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, status: int, again: list[str]
 ) -> None:
     step_ends(slurm, status)
@@ -290,7 +290,7 @@ def test_a_step_that_lost_a_node_goes_on(
     assert ("lost a node and is requeued" in said) == bool(again)
 
 
-def test_a_job_that_was_given_another_number_of_nodes_runs_on_these(
+def test_a_job_runs_on_the_number_of_nodes_that_it_was_given_while_pending(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
 ) -> None:
     """`scontrol update NumTasks=1 NumNodes=1-1` of a pending job that was submitted for two."""
@@ -302,10 +302,10 @@ def test_a_job_that_was_given_another_number_of_nodes_runs_on_these(
 
 
 @pytest.mark.parametrize(("reason", "again"), [("None", []), ("TimeLimit", ["12"])])
-def test_ended_from_outside_only_a_time_limit_is_requeued(
+def test_after_a_term_only_a_time_limit_is_requeued(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, reason: str, again: list[str]
 ) -> None:
-    """scancel, or a requeue that is Slurm's own: nothing to do for the script."""
+    """After scancel, or a requeue by Slurm itself, the script does nothing."""
     step_ends(slurm, 0, "75")
     slurm.says(
         "scontrol", f"JobId=12 JobName=x JobState=Y Reason=TimeLimit\n   JobState=COMPLETING Reason={reason} X=y\n"
@@ -315,20 +315,22 @@ def test_ended_from_outside_only_a_time_limit_is_requeued(
     wait_for(lambda: slurm.calls("srun"), seconds=30)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
-    assert process.poll() is None, "the script did not outlive the signal"
+    assert process.poll() is None, "the script did not survive the signal"
     slurm.set("srun", "waits", "")
     assert end(process)[0] == 75
     assert requeued(slurm) == again
 
 
-def test_a_signal_to_the_script_reaches_the_step(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
-    """Slurm's own goes to the step; this is for `scancel --batch --signal=USR1` and sites that set `B:`."""
+def test_a_signal_to_the_script_is_forwarded_to_the_step(
+    tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
+) -> None:
+    """Slurm signals the step itself; this is for `scancel --batch --signal=USR1` and sites that set `B:`."""
     step_ends(slurm, 0)
     slurm.set("srun", "waits", "yes")
     process = run_script(make_spec(tmp_path / "s"))
     wait_for(lambda: (slurm.folder / "srun.environment").exists(), seconds=30)
     process.send_signal(signal.SIGUSR1)
-    assert end(process)[0] == 128 + signal.SIGUSR1  # the stand-in has no handler
+    assert end(process)[0] == 128 + signal.SIGUSR1  # the fake srun has no handler
 
 
 SAVES = """#!/bin/bash
@@ -339,17 +341,17 @@ for ((i = 0; i < 500; i++)); do sleep 0.02; done
 """
 
 
-def test_cancelled_it_waits_for_the_checkpoint_and_does_not_requeue(
+def test_a_cancelled_job_waits_for_its_checkpoint_and_does_not_requeue(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript
 ) -> None:
-    """`crosslift cancel` is ALRM, for the script alone. Slurm would call a job failed that ends with 75 by itself."""
+    """`crosslift cancel` sends ALRM to the script only. Slurm would show a job as failed that just ends with 75."""
     spec, started = make_spec(tmp_path / "s"), tmp_path / "started"
     (slurm.path / "srun").write_text(SAVES.format(outcome=spec.folder / f"outcome-{JOB}", started=started))
     process = run_script(spec)
     wait_for(started.exists, seconds=30)
     process.send_signal(signal.SIGALRM)
     status, said = end(process)
-    assert (status, said) == (75, "crosslift: job 12 was ended from outside; it does not requeue itself\n")
+    assert (status, said) == (75, "crosslift: job 12 was ended by a user or by Slurm; it does not requeue itself\n")
     assert requeued(slurm) == []
     assert slurm.calls("scancel") == [["12"]]
 
@@ -363,7 +365,7 @@ def test_cancelled_it_waits_for_the_checkpoint_and_does_not_requeue(
         ({}, "", None),
     ],
 )
-def test_the_end_of_the_allocation(
+def test_the_deadline_is_the_end_of_the_allocation(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, variables: dict[str, str], squeue: str, expected: Any
 ) -> None:
     step_ends(slurm, 0)
@@ -388,10 +390,10 @@ def test_variables_of_another_job_or_launcher_do_not_reach_the_ranks(
     assert end(run_script(spec, **FOREIGN_VARIABLES, KEPT="yes", PMIX_GOOD="no"))[0] == 0
     found = slurm.environment()
     assert sorted(set(found) & {*FOREIGN_VARIABLES, "PMIX_GOOD"}) == []
-    assert (found["KEPT"], found["PMI_FANOUT"], found["OMPI_MCA_btl"]) == ("yes", "2", "tcp")  # the site's own stay
+    assert (found["KEPT"], found["PMI_FANOUT"], found["OMPI_MCA_btl"]) == ("yes", "2", "tcp")  # the site's own are kept
 
 
-def test_a_taken_port_is_passed_over(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+def test_a_port_in_use_is_skipped(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
     step_ends(slurm, 0)
     slurm.says("scontrol", "first\nsecond\n")
     wanted = FIRST_PORT + JOB % PORTS
@@ -421,7 +423,7 @@ def test_setup_lines_come_first_and_one_that_fails_ends_the_job(
 
 
 @pytest.mark.parametrize("array", [False, True])
-def test_hostile_values_arrive_byte_for_byte_and_nothing_is_executed(
+def test_hostile_values_are_passed_on_unchanged_and_not_executed(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, array: bool
 ) -> None:
     folder = tmp_path / HOSTILE
@@ -456,8 +458,8 @@ def test_a_missing_interpreter_names_the_node(tmp_path: Path, slurm: FakeSlurm, 
     assert said == f"crosslift: node n7 ({socket.gethostname()}): /not/there: no such python\n"
 
 
-def test_the_nodes_program_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
-    """Script, node's program and launcher in a chain; the launcher is a stand-in that says what it got."""
+def test_node_py_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
+    """The script runs node.py, which runs a fake launcher that prints its arguments."""
     spec = make_spec(tmp_path / "s", (HOSTILE,), code=tmp_path / "code")
     (tmp_path / "code" / "training" / "launch").mkdir(parents=True)
     (tmp_path / "code" / "slurm").symlink_to(Path(__file__).resolve().parents[2] / "slurm")

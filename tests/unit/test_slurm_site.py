@@ -1,4 +1,4 @@
-"""Site defaults: three layers, every mistake in one line that names its file and key; values no script can carry."""
+"""Settings of jobs: three layers, every mistake in one line with file and key, values that no script can contain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slurm.spec import Container, Element, JobSettings, JobSpec, seconds
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_later_layer_wins_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_later_layers_override_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
     user = site.user_file()
@@ -31,20 +31,20 @@ def test_the_later_layer_wins_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert found.sbatch == {"constraint": "a100"}
 
 
-def test_another_image_keeps_the_sites_mounts_and_program(tmp_path: Path) -> None:
+def test_another_image_keeps_the_mounts_and_program_of_the_site(tmp_path: Path) -> None:
     file = tmp_path / "slurm.yaml"
     file.write_text("container: {image: a.sif, mounts: ['/scratch:/scratch'], command: singularity exec}\n")
     found = load_settings({"container": {"image": "b.sif"}}, (file,)).container
     assert found == Container(image="b.sif", mounts=("/scratch:/scratch",), command=("singularity", "exec"))
 
 
-def test_without_files_there_are_plain_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_files_the_defaults_apply(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert load_settings({}) == JobSettings()
 
 
-def test_the_example_is_a_valid_file() -> None:
+def test_the_example_file_is_valid() -> None:
     found = load_settings({}, (ROOT / "configs" / "slurm-site.example.yaml",))
     assert (found.time, found.ranks, found.grace) == ("24:00:00", 8, 300)
     assert "constraint" in found.sbatch
@@ -66,10 +66,10 @@ MISTAKES = [
      "login, and job scripts are files; set it in the shell that submits, from which jobs inherit it"),
     ("environment: {PROXY: 'https://hush@h'}", "environment: PROXY holds an address with a login, and job scripts are "
      "files; set it in the shell that submits, from which jobs inherit it"),
-    ("environment: {1A: x}", "environment: '1A' is no name of a variable"),
+    ("environment: {1A: x}", "environment: '1A' is not a valid name of a variable"),
     ("sbatch: {nodes: 2}", "sbatch: nodes is crosslift's own; use nodes"),
     ("sbatch: {output: x}", "sbatch: output is crosslift's own"),
-    ("sbatch: {'a b': x}", "sbatch: 'a b' is no option; write it as sbatch does, such as constraint: a100"),
+    ("sbatch: {'a b': x}", "sbatch: 'a b' is not an option; write it as sbatch does, such as constraint: a100"),
     ('sbatch: {constraint: "a\\nb"}', "sbatch: constraint: 'a\\nb' is not one line without control characters"),
     ("gpus_per_node: a100", "gpus_per_node: 'a100': must be a number of GPUs, or TYPE:NUMBER such as a100:4"),
     ("gpus_per_node: -1", "gpus_per_node: -1: must be a number of GPUs, or TYPE:NUMBER such as a100:4"),
@@ -82,7 +82,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("text", "message"), MISTAKES)
-def test_a_mistake_is_a_line_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mistake_is_one_line_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "slurm.yaml"
     file.write_text(text)
     with pytest.raises(SlurmError) as refused:
@@ -91,7 +91,7 @@ def test_a_mistake_is_a_line_with_file_and_key(tmp_path: Path, text: str, messag
     assert refused.value.exit_status == 2
 
 
-def test_what_only_sounds_secret_is_no_matter(tmp_path: Path) -> None:
+def test_values_that_only_resemble_secrets_are_accepted(tmp_path: Path) -> None:
     plain = {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_TOKEN_PATH": "/a",
@@ -101,7 +101,7 @@ def test_what_only_sounds_secret_is_no_matter(tmp_path: Path) -> None:
     assert JobSettings(environment=plain).environment == plain
 
 
-def test_times_and_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+def test_times_and_numbers_are_read_as_written(tmp_path: Path) -> None:
     file = tmp_path / "slurm.yaml"
     file.write_text("time: 12:00:00\nmax_requeues: 1e1\ngpu_memory_gib: 8e1\nsbatch: {constraint: no}\n")
     with pytest.raises(SlurmError, match="sbatch: constraint is the text 'no'; write true or false"):
@@ -116,7 +116,7 @@ def test_times_and_numbers_are_read_as_people_write_them(tmp_path: Path) -> None
         load_settings({}, (file,))
 
 
-def test_paths_are_filled_in_where_the_job_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_in_paths_are_expanded_on_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("SCRATCH", "/scratch/ada")
     monkeypatch.delenv("NOWHERE", raising=False)
@@ -145,14 +145,14 @@ def test_two_mistakes_are_two_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_a_mistake_of_an_option_names_the_option() -> None:
+def test_a_mistake_in_an_option_names_the_option() -> None:
     with pytest.raises(SlurmError, match=r"^--time: 'soon': must be minutes"):
         load_settings({"time": "soon"}, ())
     with pytest.raises(SlurmError, match=r"^--cpus-per-task: input should be greater"):
         load_settings({"cpus_per_task": 0}, ())
 
 
-def test_damaged_yaml_is_named_by_its_line(tmp_path: Path) -> None:
+def test_invalid_yaml_is_reported_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "slurm.yaml"
     file.write_text("a: 1\nb: [\n")
     with pytest.raises(SlurmError, match=rf"^{file}:3: not valid YAML: "):
@@ -171,7 +171,7 @@ def test_time_limits_as_slurm_reads_them(time: str, expected: int | None) -> Non
 
 
 @pytest.mark.parametrize("text", ["time: 0", "time: UNLIMITED", 'time: "0"'])
-def test_a_job_without_a_time_limit_has_room_for_any_grace(tmp_path: Path, text: str) -> None:
+def test_a_job_without_a_time_limit_may_have_any_grace_period(tmp_path: Path, text: str) -> None:
     file = tmp_path / "slurm.yaml"
     file.write_text(f"{text}\ngrace_seconds: 600\n")
     found = load_settings({}, (file,))
@@ -184,19 +184,19 @@ def test_a_job_without_a_time_limit_has_room_for_any_grace(tmp_path: Path, text:
     [(8, "8", 8), ("8", "8", 8), ("a100:4", "a100:4", 4), ("gpu:h100-80gb:2", "h100-80gb:2", 2), (0, "0", 0),
      ("a100:0", "a100:0", 0), ("08", "8", 8)],
 )  # fmt: skip
-def test_gpus_are_written_as_slurm_writes_them(value: object, written: str, number: int) -> None:
+def test_gpus_are_normalised_to_slurms_notation(value: object, written: str, number: int) -> None:
     found = load_settings({"gpus_per_node": value}, ())
     assert (found.gpus_per_node, found.gpus, found.ranks) == (written, number, number or 1)
 
 
-def test_an_option_replaces_the_sites_type_of_gpu(tmp_path: Path) -> None:
+def test_an_option_overrides_the_gpu_type_of_the_site(tmp_path: Path) -> None:
     file = tmp_path / "slurm.yaml"
     file.write_text("gpus_per_node: a100:4\n")
     assert load_settings({}, (file,)).gpus_per_node == "a100:4"
     assert load_settings({"gpus_per_node": "2"}, (file,)).gpus_per_node == "2"
 
 
-def test_the_warning_comes_in_time_for_short_jobs() -> None:
+def test_short_jobs_have_a_shorter_grace_period() -> None:
     assert JobSettings(time="4").grace == 60
     assert JobSettings(time="1-0").grace == JobSettings().grace == 300
     assert JobSettings(time="4", grace_seconds=30).grace == 30
@@ -216,13 +216,13 @@ def spec(place: Path, **changes: Any) -> JobSpec:
     [
         ({"name": "a\nb"}, r"holds '\\n'"),
         ({"folder": Path("/a\x1bb")}, r"holds '\\x1b'"),
-        ({"folder": Path("/a\\b")}, "holds a backslash, with which Slurm fills no job number into file names"),
+        ({"folder": Path("/a\\b")}, "holds a backslash, with which Slurm puts no job number into file names"),
         ({"chdir": Path("/a\nb")}, r"holds '\\n'"),
         ({"after": ("12; rm",)}, "must be a job's number, such as 1234 or 1234_5"),
         ({"python": "a\nb"}, r"holds '\\n'"),
     ],
 )
-def test_what_no_script_can_carry_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_values_that_no_script_can_contain_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(tmp_path, **changes)
     assert spec(tmp_path).name == "run"

@@ -1,4 +1,4 @@
-"""submit, status, logs, cancel as a user calls them, with stand-ins for Slurm and for the other rooms' checks."""
+"""submit, status, logs and cancel as a user calls them, with a fake Slurm and a fake check of the run file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ import yaml
 from fake_slurm import FakeSlurm
 from typer.testing import CliRunner
 
-from slurm import jobs
-from slurm.commands import Rooms, add_commands
+from slurm import jobs, submit
+from slurm import request as requests
+from slurm.commands import add_commands
 from slurm.errors import SlurmError
-from slurm.freeze import freeze_source
-from slurm.history import one_submission, read_jobs
+from slurm.history import read_jobs, submission_lock
 from slurm.jobs import find, log_file, read_log
-from slurm.sweep import points
+from slurm.request import sweep_points
+from slurm.submit import freeze_source
+from training.tracking.run_record import RunRecord
 
 NAME = 'it\'s "a" $(touch canary) `touch canary`; -x ü %j'
 
 
 class Answer:
-    """What a command left behind; an error of the user's is its text."""
+    """The result of a command; a user error is its text."""
 
     def __init__(self, result: Any) -> None:
         refused = isinstance(result.exception, SlurmError)
@@ -55,7 +57,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 
 class Checked:
-    """Stands in for training's check; says what it was asked."""
+    """Replaces `check_values`; keeps its arguments."""
 
     def __init__(self) -> None:
         self.values: list[dict[str, Any]] = []
@@ -78,21 +80,30 @@ def checked() -> Checked:
 
 
 @pytest.fixture
-def cli(slurm: FakeSlurm, checked: Checked) -> Cli:
+def cli(slurm: FakeSlurm, checked: Checked, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """`crosslift ARGUMENTS` with run files that are plain mappings."""
 
     def load(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
         given = dict(each.partition("=")[::2] for each in overrides)
         return {**yaml.safe_load(config.read_text()), **given}
 
-    def progress(run: Path) -> str | None:
-        return None if list(run.glob("0-*")) else "step 3 of 9"  # a sweep has no record of its own
-
-    rooms = Rooms(load, checked, lambda values: [Path("/data")], progress, lambda run: [], lambda: ["eval", "score"],
-                  lambda: {"commit": "c0ffee", "dirty": "false"})  # fmt: skip
+    monkeypatch.setattr(requests, "load_values", load)
+    monkeypatch.setattr(requests, "check_values", checked)
+    monkeypatch.setattr("training.checks.inputs.paths_read", lambda values: [Path("/data")])
+    monkeypatch.setattr(submit, "git_state", lambda: {"commit": "c0ffee", "dirty": "false"})
     app = typer.Typer(pretty_exceptions_enable=False)
-    add_commands(app, rooms)
+    add_commands(app)
+    for name in ("eval", "score"):
+        app.command(name)(lambda: None)
     return lambda *arguments: Answer(CliRunner().invoke(app, [str(each) for each in arguments]))
+
+
+def record_steps(run: Path, step: int, total: int) -> None:
+    """As a run records its progress."""
+    record = RunRecord(run)
+    record.append("params", values={"max_steps": str(total)})
+    record.append("metrics", step=step, values={"train/loss": 1.0})
+    record.close()
 
 
 def run_file(name: str = "run", **values: Any) -> Path:
@@ -107,7 +118,7 @@ def submitted(folder: Path) -> Path:
     return found
 
 
-def test_submitted_checked_frozen_and_written_down(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+def test_a_run_is_checked_frozen_submitted_and_recorded(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     answer = cli("submit", run_file(text="ü\n'"), "seed=4", "--nodes", 2, "--gpus-per-node", 8, "--offline")
     assert answer.status == 0, answer.error
     run = Path("runs/run").absolute()
@@ -127,7 +138,7 @@ def test_submitted_checked_frozen_and_written_down(cli: Cli, slurm: FakeSlurm, c
 
 
 @pytest.mark.parametrize("accepted", [False, True])
-def test_changes_are_accepted_by_the_check_and_by_the_job(cli: Cli, checked: Checked, accepted: bool) -> None:
+def test_accept_changes_applies_to_the_check_and_to_the_job(cli: Cli, checked: Checked, accepted: bool) -> None:
     options = ["--accept-changes"] if accepted else []
     assert cli("submit", run_file(), "--gpus-per-node", 0, *options).status == 0
     assert checked.accept_changes == accepted
@@ -136,7 +147,7 @@ def test_changes_are_accepted_by_the_check_and_by_the_job(cli: Cli, checked: Che
     assert f"arguments=({words})" in (folder / "train.sh").read_text()
 
 
-def test_offline_jobs_and_their_check_leave_the_hub_alone(cli: Cli, checked: Checked) -> None:
+def test_offline_applies_to_the_job_and_to_its_check(cli: Cli, checked: Checked) -> None:
     Path("slurm.yaml").write_text("environment: {HF_HOME: /work/hf, HF_HUB_OFFLINE: '0'}\n")
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--offline", "--then", "score x").status == 0
     for name in ("train", "then-1"):
@@ -145,14 +156,14 @@ def test_offline_jobs_and_their_check_leave_the_hub_alone(cli: Cli, checked: Che
     assert checked.environment == {"HF_HOME": "/work/hf", "HF_HUB_OFFLINE": "1"}
 
 
-def test_nothing_secret_is_written(cli: Cli) -> None:
+def test_secrets_are_not_written_to_files(cli: Cli) -> None:
     assert cli("submit", run_file(), "--gpus-per-node", 0).status == 0
     for file in Path("runs").rglob("*"):
         if file.is_file():
             assert b"_hush" not in file.read_bytes(), file
 
 
-def test_only_source_is_frozen(tmp_path: Path) -> None:
+def test_only_source_files_are_frozen(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for room in ("training", "modeling", "data_pipeline", "evals", "slurm"):
         (source / room / "__pycache__").mkdir(parents=True)
@@ -171,7 +182,7 @@ def test_only_source_is_frozen(tmp_path: Path) -> None:
 
 
 def test_the_frozen_source_is_complete(cli: Cli) -> None:
-    """It imports on its own: what setuptools would install is there."""
+    """It can be imported by itself: everything that setuptools would install is there."""
     cli("submit", run_file(), "--gpus-per-node", 0)
     code = submitted(Path("runs/run")) / "code"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -189,8 +200,10 @@ def test_the_frozen_source_is_complete(cli: Cli) -> None:
     assert int(phrasings) > 5
 
 
-def test_a_hostile_run_folder_arrives_whole_and_executes_nothing(cli: Cli, slurm: FakeSlurm, tmp_path: Path) -> None:
-    """sbatch runs the script here, and srun the node's program, which then cannot find a launcher for such data."""
+def test_a_hostile_name_of_the_run_folder_is_passed_on_and_not_executed(
+    cli: Cli, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    """The fake sbatch runs the script, and srun runs node.py, which then reports that it cannot read the data."""
     slurm.set("sbatch", "runs_jobs", "yes")
     answer = cli("submit", run_file(NAME), "--gpus-per-node", 0, "--setup", 'export A="$(printf 1)"')
     assert answer.status == 0, answer.error
@@ -207,7 +220,7 @@ def test_a_hostile_run_folder_arrives_whole_and_executes_nothing(cli: Cli, slurm
 
 @pytest.mark.parametrize(("name", "message"), [("a\nb", "output_dir: .*holds '\\\\n'"), ("a\\b", "holds a backslash"),
                                               ("a\x1b[2J", "holds '\\\\x1b'")])  # fmt: skip
-def test_folders_that_slurm_cannot_name_are_refused(cli: Cli, slurm: FakeSlurm, name: str, message: str) -> None:
+def test_folder_names_that_slurm_cannot_handle_are_refused(cli: Cli, slurm: FakeSlurm, name: str, message: str) -> None:
     answer = cli("submit", run_file(name), "--gpus-per-node", 0)
     assert answer.status == 2
     assert re.search(message, answer.error)
@@ -216,7 +229,7 @@ def test_folders_that_slurm_cannot_name_are_refused(cli: Cli, slurm: FakeSlurm, 
     assert not Path("runs").exists()
 
 
-def test_a_run_that_is_queued_is_not_queued_again(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+def test_a_queued_run_is_not_queued_again(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     config = run_file()
     assert cli("submit", config, "--gpus-per-node", 0).status == 0
     slurm.says("squeue", "12|PENDING|Priority|0:00|\n")
@@ -232,16 +245,16 @@ def test_a_run_that_is_queued_is_not_queued_again(cli: Cli, slurm: FakeSlurm, ch
     assert cli("submit", config, "--gpus-per-node", 0).status == 0
 
 
-def test_two_submissions_at_a_time_are_one_too_many(cli: Cli, slurm: FakeSlurm) -> None:
-    with one_submission(Path("runs/run").absolute()):
+def test_two_concurrent_submissions_of_a_run_are_refused(cli: Cli, slurm: FakeSlurm) -> None:
+    with submission_lock(Path("runs/run").absolute()):
         answer = cli("submit", run_file(), "--gpus-per-node", 0)
     assert answer.status == 2
-    assert "another crosslift submit is at work on this run" in answer.error
+    assert "another crosslift submit is submitting this run" in answer.error
     assert slurm.calls("sbatch") == []
 
 
 @pytest.mark.parametrize("failing", ["sbatch refuses", "no sbatch", "no number", "check"])
-def test_after_an_error_nothing_is_left(
+def test_a_failed_submission_leaves_nothing_behind(
     cli: Cli, slurm: FakeSlurm, checked: Checked, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if failing == "sbatch refuses":
@@ -252,7 +265,7 @@ def test_after_an_error_nothing_is_left(
     elif failing == "no number":
         slurm.says("sbatch", "hello\n")
     else:
-        checked.error = SlurmError("data: not there")
+        checked.error = SlurmError("data: does not exist")
     answer = cli("submit", run_file(), "--gpus-per-node", 0)
     assert answer.status == 2
     assert len(answer.error.splitlines()) == 1
@@ -260,7 +273,7 @@ def test_after_an_error_nothing_is_left(
     assert not [path for path in Path("runs").glob("run/slurm/*") if path.is_dir()]
 
 
-def test_when_a_following_job_is_refused_the_first_is_taken_back(cli: Cli, slurm: FakeSlurm) -> None:
+def test_when_a_following_job_is_refused_the_first_is_cancelled(cli: Cli, slurm: FakeSlurm) -> None:
     (slurm.path / "sbatch").write_text(
         f"#!/bin/sh\nif [ -e {slurm.folder}/first ]; then echo 'sbatch: error: full' >&2; exit 1; fi\n"
         f"touch {slurm.folder}/first; echo 12\n"
@@ -271,21 +284,21 @@ def test_when_a_following_job_is_refused_the_first_is_taken_back(cli: Cli, slurm
     assert read_jobs(Path("runs/run")) == []
 
 
-def test_a_chain_waits_for_success_with_the_runs_folder_filled_in(cli: Cli, slurm: FakeSlurm) -> None:
+def test_a_chain_waits_for_success_and_has_the_runs_folder_in_its_commands(cli: Cli, slurm: FakeSlurm) -> None:
     answer = cli("submit", run_file("a b"), "--gpus-per-node", 8, "--after", "7", "--after", "8_1", "--then",
                  "crosslift eval {run}/model --output '{run}/out x'", "--then", "score mgsm")  # fmt: skip
     assert answer.status == 0, answer.error
     run = Path("runs/a b").absolute()
     scripts = [(submitted(run) / f"{name}.sh").read_text() for name in ("train", "then-1", "then-2")]
     assert "#SBATCH --dependency=afterok:7,afterok:8_1\n" in scripts[0]
-    for before, script in zip((12, 13), scripts[1:], strict=True):  # each waits for the one in front of it
+    for before, script in zip((12, 13), scripts[1:], strict=True):  # each waits for the one before
         assert f"#SBATCH --dependency=afterok:{before}\n#SBATCH --kill-on-invalid-dep=yes\n" in script
     assert f"arguments=(eval '{run}/model' --output '{run}/out x')" in scripts[1]
     assert [job.what for job in read_jobs(run)] == ["train", f"eval '{run}/model' --output '{run}/out x'", "score mgsm"]
 
 
-def test_what_follows_goes_to_the_cluster_of_the_run(cli: Cli, slurm: FakeSlurm) -> None:
-    """With several clusters (SBATCH_CLUSTERS) Slurm chooses one for the run; its number means nothing on another."""
+def test_following_commands_use_the_cluster_of_the_run(cli: Cli, slurm: FakeSlurm) -> None:
+    """With several clusters (SBATCH_CLUSTERS) Slurm chooses one for the run; its number is not valid on another."""
     slurm.says("sbatch", "12;c1\n")
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score x").status == 0
     first, second = slurm.calls("sbatch")
@@ -293,7 +306,7 @@ def test_what_follows_goes_to_the_cluster_of_the_run(cli: Cli, slurm: FakeSlurm)
     assert second == ["--parsable", "--clusters=c1", str(submitted(Path("runs/run").absolute()) / "then-1.sh")]
 
 
-def test_a_site_s_own_variables_for_sbatch_count_where_the_script_says_nothing(
+def test_variables_of_sbatch_apply_where_the_script_sets_no_option(
     cli: Cli, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (slurm.path / "sbatch").write_text("#!/bin/sh\nenv > " + str(slurm.folder / "seen") + "\necho 12\n")
@@ -309,7 +322,7 @@ def test_a_site_s_own_variables_for_sbatch_count_where_the_script_says_nothing(
     assert given() == {"SBATCH_PARTITION", "SBATCH_QOS"}
 
 
-def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+def test_a_sweep_is_a_job_array_with_a_folder_per_run(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--array", "x=$(touch canary)",
                  "--then", "eval {run}", "--then", "score all")  # fmt: skip
     assert answer.status == 0, answer.error
@@ -332,7 +345,7 @@ def test_a_sweep(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     assert "job 12_1 of this run is running" in element.error
 
 
-def test_a_sweep_of_one_run_is_an_array_too(cli: Cli, slurm: FakeSlurm) -> None:
+def test_a_sweep_of_one_run_is_an_array(cli: Cli, slurm: FakeSlurm) -> None:
     answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1", "--then", "score all",
                  "--then", "eval {run}")  # fmt: skip
     assert answer.status == 0, answer.error
@@ -356,7 +369,7 @@ def test_a_sweep_of_one_run_is_an_array_too(cli: Cli, slurm: FakeSlurm) -> None:
         (("--array", "a b=1"), "--array 'a b=1': must be key.sub=value,value, such as seed=0,1,2"),
         (("--array", "s=1", "--array", "s=2"), "--array 's=2': s is given twice; put all its values into one"),
         (("--array", "output_dir=a,b"),
-         "--array 'output_dir=a,b': every element gets a folder of its own below output_dir"),
+         "--array 'output_dir=a,b': every element gets its own folder below output_dir"),
         (("--array-limit", "2"), "--array-limit: needs --array"),
         (("--then", "evil x"), "--then 'evil x': must be a crosslift command, one of eval, score"),
         (("--then", "eval 'x"), "--then \"eval 'x\": No closing quotation"),
@@ -367,20 +380,20 @@ def test_a_sweep_of_one_run_is_an_array_too(cli: Cli, slurm: FakeSlurm) -> None:
         (("--setup", "a\nb"), "--setup: 'a\\nb' holds '\\n'; must be one line without control characters"),
     ],
 )  # fmt: skip
-def test_wrong_options_are_one_line_each(cli: Cli, slurm: FakeSlurm, options: tuple[str, ...], message: str) -> None:
+def test_a_wrong_option_is_one_line(cli: Cli, slurm: FakeSlurm, options: tuple[str, ...], message: str) -> None:
     answer = cli("submit", run_file(), "--gpus-per-node", 0, *options)
     assert (answer.status, answer.error) == (2, message)
     assert slurm.calls("sbatch") == []
     assert not Path("runs").exists()
 
 
-def test_gpus_are_never_left_out_by_mistake(cli: Cli) -> None:
+def test_the_number_of_gpus_must_be_given(cli: Cli) -> None:
     assert cli("submit", run_file()).error.startswith("--gpus-per-node: not given, nor in slurm.yaml; 0 means")
     Path("slurm.yaml").write_text("gpus_per_node: 4\n")
     assert cli("submit", run_file()).status == 0
 
 
-def test_a_dry_run_prints_scripts_and_commands_only(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
+def test_a_dry_run_only_prints_scripts_and_commands(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     config = run_file()
     before = sorted(Path().rglob("*"))
     answer = cli("submit", config, "--gpus-per-node", 0, "--dry-run", "--then", "score x")
@@ -394,7 +407,7 @@ def test_a_dry_run_prints_scripts_and_commands_only(cli: Cli, slurm: FakeSlurm, 
     assert slurm.calls("sbatch") == slurm.calls("squeue") == checked.values == []
 
 
-def test_a_sweep_over_two_keys_and_lists_runs_in_a_container(cli: Cli) -> None:
+def test_a_sweep_over_two_keys_and_lists_can_run_in_a_container(cli: Cli) -> None:
     options = ("--container", "/i.sif", "--array", "a=[1,2],{b: 3}", "--array", "seed=1")
     answer = cli("submit", run_file(), "--gpus-per-node", 0, *options)
     assert answer.status == 0, answer.error
@@ -404,12 +417,12 @@ def test_a_sweep_over_two_keys_and_lists_runs_in_a_container(cli: Cli) -> None:
         assert f"--bind {run}/{name}:{run}/{name}" in script
 
 
-def test_values_of_a_sweep_are_split_outside_of_brackets() -> None:
-    assert [point.overrides for point in points(["a=[1,2],{b: 3, c: 4},'x,y'"])] == [
+def test_values_of_a_sweep_are_split_outside_of_brackets_and_quotes() -> None:
+    assert [point.overrides for point in sweep_points(["a=[1,2],{b: 3, c: 4},'x,y'"])] == [
         ("a=[1,2]",), ("a={b: 3, c: 4}",), ("a='x,y'",),
     ]  # fmt: skip
     with pytest.raises(SlurmError, match=r"1001 elements; at most 1000"):
-        points([f"a={','.join(map(str, range(1001)))}"])
+        sweep_points([f"a={','.join(map(str, range(1001)))}"])
 
 
 # --- status, logs, cancel
@@ -418,6 +431,7 @@ def test_values_of_a_sweep_are_split_outside_of_brackets() -> None:
 @pytest.fixture
 def queued(cli: Cli) -> Path:
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score x").status == 0
+    record_steps(Path("runs/run"), 3, 9)
     return Path("runs/run").absolute()
 
 
@@ -440,8 +454,10 @@ def test_status_of_queued_past_and_forgotten_jobs(cli: Cli, slurm: FakeSlurm, qu
     ]
 
 
-def test_status_of_a_sweep_has_each_runs_step(cli: Cli, slurm: FakeSlurm) -> None:
+def test_status_of_a_sweep_shows_the_step_of_each_run(cli: Cli, slurm: FakeSlurm) -> None:
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--then", "score x").status == 0
+    for name in ("0-seed=1", "1-seed=2"):
+        record_steps(Path("runs/run") / name, 3, 9)
     slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
     assert cli("status", "runs/run").out.splitlines() == [
         "job 12_0 (train): running for 1:02 on n1; step 3 of 9",
@@ -457,7 +473,7 @@ def test_status_of_a_sweep_has_each_runs_step(cli: Cli, slurm: FakeSlurm) -> Non
     ]
 
 
-def test_an_element_of_a_sweep_is_found_by_its_number(cli: Cli, slurm: FakeSlurm) -> None:
+def test_an_element_of_a_sweep_is_found_by_its_job_number(cli: Cli, slurm: FakeSlurm) -> None:
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2").status == 0
     slurm.says("scontrol", f"JobId=12\n   StdOut={submitted(Path('runs/run').absolute())}/train-12_1.out\n")
     log = Path("runs/run/1-seed=2/logs/rank-00000.log")
@@ -466,13 +482,13 @@ def test_an_element_of_a_sweep_is_found_by_its_number(cli: Cli, slurm: FakeSlurm
     assert cli("logs", "12_1", "--rank", 0).out == "rank 0 of it\n"
 
 
-def test_a_job_is_found_by_its_number(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+def test_a_run_is_found_by_its_job_number(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
     output = read_jobs(queued)[0].output
     slurm.says("scontrol", f"JobId=12 JobName=run\n   JobState=RUNNING Reason=None X=y\n   StdOut={output}\n")
     slurm.says("squeue", "12|RUNNING|None|1:02|n1\n")
     assert cli("status", "12").out.splitlines()[0] == "job 12 (train): running for 1:02 on n1"
     slurm.says("scontrol", "", "Invalid job id specified", 1)
-    assert cli("status", "12").error == "12: Slurm knows no such job of a run; give the run's folder"
+    assert cli("status", "12").error == "12: Slurm has no such job of a run; give the run's folder"
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel"])
@@ -484,7 +500,7 @@ def test_a_folder_without_jobs_is_refused(cli: Cli, tmp_path: Path, command: str
     )  # fmt: skip
 
 
-def test_a_damaged_list_of_jobs_is_named_by_line(cli: Cli, queued: Path) -> None:
+def test_a_damaged_line_of_jobs_jsonl_is_named(cli: Cli, queued: Path) -> None:
     with (queued / "slurm" / "jobs.jsonl").open("a") as file:
         file.write('{"job": 1}\n')
     assert cli("status", queued).error == f"{queued}/slurm/jobs.jsonl:3: not a line of this file; remove it"
@@ -493,7 +509,7 @@ def test_a_damaged_list_of_jobs_is_named_by_line(cli: Cli, queued: Path) -> None
 def test_logs_of_the_job_and_of_a_rank(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
     slurm.says("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
     output = read_jobs(queued)[0].output
-    assert cli("logs", queued).error == f"{output}: not there yet; job 12 is pending, job 13 is pending"
+    assert cli("logs", queued).error == f"{output}: does not exist yet; job 12 is pending, job 13 is pending"
     Path(output).write_text("ä\nb")
     assert cli("logs", queued).out == "ä\nb"
     assert cli("logs", queued, "--rank", 1).error.endswith("no rank has a log yet")
@@ -504,11 +520,9 @@ def test_logs_of_the_job_and_of_a_rank(cli: Cli, slurm: FakeSlurm, queued: Path)
     assert cli("logs", queued, "--rank", 2).error.endswith("ranks with a log: 0 to 1")
 
 
-def test_a_log_is_followed_until_the_job_is_over(
-    slurm: FakeSlurm, queued: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jobs, "FOLLOW_SECONDS", 0.01)
-    monkeypatch.setattr(jobs, "ASK_SECONDS", 0.0)
+def test_a_log_is_followed_until_the_job_ends(slurm: FakeSlurm, queued: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "FOLLOW_INTERVAL_S", 0.01)
+    monkeypatch.setattr(jobs, "QUERY_INTERVAL_S", 0.0)
     slurm.says("squeue", "12|RUNNING|None|1:02|n1\n")
     target = find(str(queued))
     file = log_file(target, None)
@@ -519,12 +533,12 @@ def test_a_log_is_followed_until_the_job_is_over(
         log.write("two\n")
     assert next(pieces) == "two\n"
     with file.open("a") as log:
-        log.write("last words\n")
+        log.write("last line\n")
     slurm.says("squeue", "")
-    assert list(pieces) == ["last words\n"]
+    assert list(pieces) == ["last line\n"]
 
 
-def test_cancel_ends_what_is_queued_the_last_first(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+def test_cancel_ends_queued_jobs_in_reverse_order(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
     slurm.says("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
     assert cli("cancel", queued).out == "cancelled: job 13, job 12\n"
     assert slurm.calls("scancel") == [["13", "12"]]
@@ -533,7 +547,7 @@ def test_cancel_ends_what_is_queued_the_last_first(cli: Cli, slurm: FakeSlurm, q
     assert len(slurm.calls("scancel")) == 1
 
 
-def test_a_training_that_runs_is_told_to_save_instead(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
+def test_cancel_lets_a_running_training_save_a_checkpoint(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
     slurm.says("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
     assert cli("cancel", queued).out.splitlines() == [
         "cancelled: job 13", "job 12 saves a checkpoint and ends (`scancel 12` does not wait for it)",
@@ -541,8 +555,8 @@ def test_a_training_that_runs_is_told_to_save_instead(cli: Cli, slurm: FakeSlurm
     assert slurm.calls("scancel") == [["13"], ["--batch", "--signal=ALRM", "12"]]
 
 
-def test_of_a_sweep_each_run_is_cancelled_by_its_state(cli: Cli, slurm: FakeSlurm) -> None:
-    """What is pending goes first, or it would start in the place of what ends; a command has nothing to save."""
+def test_each_run_of_a_sweep_is_cancelled_according_to_its_state(cli: Cli, slurm: FakeSlurm) -> None:
+    """Pending runs first, or they would start in place of those that end; a command has nothing to save."""
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2,3", "--then", "eval {run}").status == 0
     slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|RUNNING|None|1:02|n1\n12_2|PENDING|Priority|0:00|\n"
                          "13_0|RUNNING|None|0:01|n1\n")  # fmt: skip
