@@ -1,1 +1,1 @@
-"""Scores: MGSM, answer extraction, statistics, and the quickstart that tells the whole story at toy scale."""
+"""Evaluation: MGSM, XTREME, statistics, representations, and the quickstart at toy scale."""

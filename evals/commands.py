@@ -1,7 +1,6 @@
-"""The commands `generate`, `eval`, `score` and most of `xtreme ...`; `xtreme run` trains too: the front door has it.
+"""The commands `generate`, `eval`, `score` and `xtreme ...`; `xtreme run`, which trains, is in `crosslift.py`.
 
-In: the command line. Out: answers, scores and rows. Heavy imports happen inside commands, so that `--help` answers at
-once.
+Heavy imports happen inside commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTRE
 
 
 def add_commands(app: typer.Typer, track: TrackScores) -> None:
-    """Put the commands into the front door's app; `track` takes the scores of `eval`."""
+    """Add the commands to the app of `crosslift.py`; `track` receives the scores of `eval`."""
     for command in (generate, _tracked(eval, track), score):
         app.command()(command)
     app.add_typer(xtreme_app, name="xtreme")
 
 
 def _tracked(command: Callable[..., dict[str, Any]], track: TrackScores) -> Callable[..., None]:
-    """`eval`, whose scores then go to the page of the run that made the model."""
+    """`eval`, whose scores are then sent to the MLflow page of the run that made the model."""
 
     @functools.wraps(command)
     def tracked(**options: Any) -> None:
@@ -63,14 +62,14 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="above 0: sample; 0: the likeliest token")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="above 0: sample; 0: most likely token")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="sample from so many likeliest tokens")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the samples")] = 0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="sample from this many most likely tokens")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the samples")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="a JSON line an answer")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line per answer")] = False,
 ) -> None:
-    """Answer questions, the shift on. Example: crosslift generate runs/a --language sw --prompt "..." """
+    """Answer questions with the shift on. Example: crosslift generate runs/a --language sw --prompt "..." """
     from evals.errors import EvalError
     from evals.opening import Question, answer, open_model, read_questions, system_message, without_vector
 
@@ -100,7 +99,7 @@ def eval(
     data_dir: Annotated[Path, typer.Option(help="folder with mgsm_XX.tsv")],
     tasks: Annotated[str, typer.Option(help="mgsm")] = "mgsm",
     languages: Annotated[str | None, typer.Option(help="comma-separated; default: all in the folder")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="problems a language")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="problems of each language")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 600,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     template: Annotated[
@@ -165,7 +164,7 @@ def xtreme_prepare(
         str | None, typer.Option(help="split to write=split to read, such as train=dev,test=test")
     ] = None,
     unlabelled: Annotated[bool, typer.Option(help="erased test labels are no error")] = False,
-    remake: Annotated[bool, typer.Option(help="replace an output that was made of something else")] = False,
+    remake: Annotated[bool, typer.Option(help="replace an output made from other files or options")] = False,
     max_bad_rows: Annotated[
         int, typer.Option(min=0, help="questions of a file whose answers are not where it says: left out, counted")
     ] = 0,
@@ -210,7 +209,7 @@ def xtreme_retrieve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="directory or hub name of an encoder")],
     data_dir: Annotated[Path, typer.Option(help="Tatoeba's files")],
     output: Annotated[Path, typer.Option(help="folder for predictions and scores")],
-    layer: Annotated[int | None, typer.Option(min=0, help="whose states are compared; default: the middle one")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="layer whose states are compared; default: XTREME's")] = None,
     languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
     layout: Annotated[str, typer.Option(help="auto, download, hub")] = "auto",
     as_json: Annotated[bool, typer.Option("--json")] = False,
@@ -241,7 +240,7 @@ def xtreme_analyse(
     output: Annotated[Path, typer.Option(help="folder for JSON and plot")],
     dominant: Annotated[str, typer.Option()] = "en",
     languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="sentences a language")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="sentences of each language")] = None,
 ) -> None:
     """CKA and centroids by layer. Example: crosslift xtreme analyse --model a=DIR --texts tatoeba --output OUT"""
     from evals.errors import EvalError
@@ -259,7 +258,7 @@ def xtreme_analyse(
 
 
 def _sampling(temperature: float, top_p: float | None, top_k: int | None, seed: int, num_beams: int) -> Sampling | None:
-    """What the options say of sampling; None: none. Raises EvalError where they contradict each other."""
+    """The sampling options; None: no sampling. Raises EvalError if they contradict each other."""
     from evals.errors import EvalError
 
     if not temperature:
@@ -284,13 +283,13 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def _model_name(path: str) -> str:
-    """What a table calls a model: the run's folder where it is a run's `model`."""
+    """A model's name in tables: its run folder if it is a run's `model`."""
     here = Path(path)
     return here.resolve().parent.name if here.name == "model" else here.name
 
 
 def _progress(total: int, unit: str) -> Callable[[int], object] | None:
-    """A progress bar when a person watches, nothing when piped."""
+    """A progress bar on a terminal, nothing when piped."""
     if not sys.stderr.isatty():
         return None
     from tqdm import tqdm

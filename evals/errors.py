@@ -1,7 +1,4 @@
-"""What evals raises when the user can mend it.
-
-In: nothing. Out: `EvalError`. Next: the command line prints its one line and ends with `exit_status`.
-"""
+"""The exception for mistakes of the user in evaluations."""
 
 from __future__ import annotations
 

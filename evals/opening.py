@@ -1,7 +1,4 @@
-"""Opens a model for generation, and answers prompts with it: `crosslift generate`.
-
-In: an export (or any Hugging Face directory) and questions. Out: answers. Next: `mgsm.py` and people.
-"""
+"""Open a model for generation and answer prompts with it: `crosslift generate`."""
 
 from __future__ import annotations
 
@@ -28,14 +25,14 @@ NEAREST = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt. `language`: a code, NEAREST, or NO_SHIFT (not known, and nothing is to be shifted)."""
+    """One prompt. `language`: a code, NEAREST, or NO_SHIFT (unknown; nothing is shifted)."""
 
-    text: str  # the user's last turn
+    text: str  # last turn of the user
     language: str
     response_language: str | None = None
     origin: str | None = None  # "file.jsonl:17", for messages
     before: tuple[Message, ...] = ()  # a system message, and turns before the last
-    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of its row in a file, kept
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)  # other fields of its row
 
 
 def open_model(
@@ -68,7 +65,7 @@ def open_model(
     else:
         chosen = TemplateConfig(name="chat" if generator.tokenizer.chat_template else "plain")
     trained = TemplateConfig(**own) if own is not None else chosen
-    for each in (chosen, trained):  # a model goes on as it was trained, or as it was asked
+    for each in (chosen, trained):  # a model continues in the format that it was trained or prompted with
         found = next_turn(each, generator.tokenizer)
         generator.stops |= Stops(found.ids, found.patterns)
     return generator, Chat(generator.tokenizer, chosen, generator.info.languages)
@@ -79,8 +76,8 @@ def read_questions(
 ) -> list[Question]:
     """Questions of a JSONL file: `prompt`, or `messages` that end with a user's turn.
 
-    `system`, `language` and `response_language` of a row come before those given. Lines are read as those of training
-    data are. Raises EvalError, or DataError naming the line.
+    A row's own `system`, `language` and `response_language` override the given ones. Lines are read like training data.
+    Raises EvalError, or DataError naming the line.
     """
     shard = JsonLines(str(file), file.name, "")
     questions = []
@@ -101,7 +98,7 @@ def read_questions(
 
 
 def _turns(cells: Cells, system: str | None) -> tuple[Message, ...]:
-    """The conversation of a row, up to the turn that is to be answered; `system` where the row has no such message."""
+    """The conversation of a row, up to the turn to be answered; `system` if the row has no such message."""
     system = cells.given("system") or system
     if not cells.has("messages"):
         return (*system_message(system), Message("user", cells.text("prompt")))
@@ -138,11 +135,11 @@ def answer(
     progress: Callable[[int], object] | None = None,
     sampling: Sampling | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Answers in the order of the questions, each with its languages (None: not known) and whether it was shifted.
+    """Answers in the order of the questions, each with its languages (None: unknown) and whether it was shifted.
 
-    The fields of a question's row are kept, but for those named as the answer's own. A question whose language is
-    NEAREST takes the nearest language vector's (docs/methods.md, section 1.2). Raises EvalError for a language that
-    the model does not have, or that its template needs and nothing tells.
+    The fields of a question's row are kept, except those that the answer fills. A question whose language is NEAREST
+    takes the language of the nearest vector (docs/methods.md, section 1.2). Raises EvalError for a language that the
+    model does not have, or that its template needs and that is unknown.
     """
     for question in questions:
         _check_languages(question, generator.info.languages)
@@ -162,9 +159,9 @@ def answer(
 
 
 def without_vector(generator: ShiftedGenerator, rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The languages whose tokens ran unshifted in these answers, as the model has no vector of them.
+    """The languages whose tokens ran unshifted in these answers, because the model has no vector for them.
 
-    None for a model that shifts nothing, nor for questions that asked for no shift.
+    None for a model that shifts nothing, and for questions that asked for no shift.
     """
     vectors = generator.vectors
     if vectors is None:
@@ -183,10 +180,9 @@ class _Asked:
 
 
 def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Asked:
-    """Two languages apart: the one that the shift takes, and the one with which the template writes the prompt.
+    """Tokenise a question with two languages: the one of the shift, and the one with which the template writes it.
 
-    The shift takes none that is not known. The template, which may name it, then takes the dominant one, or the only
-    one.
+    An unknown language is not shifted. A template that names a language then gets the dominant one, or the only one.
     """
     from modeling.errors import ModelError
     from modeling.generation import Prompt
@@ -215,7 +211,7 @@ def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Aske
 
 
 def _check_languages(question: Question, known: Sequence[str]) -> None:
-    """Raises EvalError for a language that the model does not have; a plain Hugging Face directory tells none."""
+    """Raises EvalError for a language that the model does not have; plain Hugging Face folders list none."""
     if not known:
         return
     if question.language not in (NO_SHIFT, NEAREST, *known):

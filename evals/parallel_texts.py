@@ -1,9 +1,8 @@
-"""Sentences and their translations into the dominant language, from files that people have already.
+"""Sentences and their translations into the dominant language, from the user's files.
 
-In: one file a language: canonical rows (JSON lines; translations share their `group`, or carry their `translation`), or
-one side of LASER's Tatoeba pairs. Out: two lists of sentences a language, line for line translations of each other.
-Each language is parallel to the dominant one on what the two have in common, which may differ from language to
-language. Next: `representations.py` compares models' states of them.
+Reads one file a language: canonical rows (JSON lines; translations share their `group`, or have a `translation`), or
+one side of LASER's Tatoeba pairs. Gives two lists of sentences a language, translations of each other line by line.
+Each language is parallel to the dominant one on the items that the two share, which may differ between languages.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from data_pipeline.xtreme.lines import read_texts
 from data_pipeline.xtreme.tasks import TATOEBA_CODES
 from evals.errors import EvalError
 
-TEXT_FIELDS = ("text_a", "question", "text", "words")  # a row's sentence is the first that it has
+TEXT_FIELDS = ("text_a", "question", "text", "words")  # a row's sentence is the first of these that it has
 TATOEBA = "tatoeba."
 
 
 class ParallelTexts(NamedTuple):
-    """Line i of one side translates line i of the other. No pair comes twice."""
+    """Line i of one side translates line i of the other. Pairs are distinct."""
 
     dominant: list[str]
     language: list[str]
@@ -40,7 +39,7 @@ class _Row(NamedTuple):
 def text_files(folder: Path, languages: Sequence[str] | None = None) -> dict[str, Path]:
     """The files of a folder that `parallel_texts` reads, by language: `XX.jsonl`, else LASER's `tatoeba.XXX-eng.XXX`.
 
-    `languages`: only these, each of which must be there. Raises EvalError if there is nothing to read.
+    `languages`: only these, each of which must exist. Raises EvalError if there is nothing to read.
     """
     found = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
     if not found:
@@ -65,9 +64,9 @@ def text_files(folder: Path, languages: Sequence[str] | None = None) -> dict[str
 def parallel_texts(files: Mapping[str, Path], dominant: str, limit: int | None = None) -> dict[str, ParallelTexts]:
     """The sentences that each language shares with the dominant one, in the latter's order; the first `limit`.
 
-    The dominant language's own file is among `files` unless every row of the others carries its translation. Of a
-    row with two texts the first is taken. A pair that comes again, such as a premise with its next hypothesis, is left
-    out. Raises EvalError or DataError with file and line.
+    The dominant language's own file is among `files`, unless every row of the others has its translation. Of a row with
+    two texts, the first is used. A repeated pair, such as a premise with its next hypothesis, is left out. Raises
+    EvalError or DataError with file and line.
     """
     others = {language: file for language, file in files.items() if language != dominant}
     if not others:

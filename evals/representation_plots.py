@@ -1,10 +1,8 @@
-"""The picture of a `RepresentationReport`: CKA and centroid distance by layer, one colour a model.
-
-In: a report. Out: a matplotlib figure, and with the JSON beside it two files in a folder. Next: people.
+"""Plots of a `RepresentationReport`: CKA and centroid distance by layer, one colour a model.
 
 Bold: the mean over languages. Thin: each language; those of the last model are named at the right edge, at the height
-of their last value. Colours are those of Okabe and Ito, which differ for colour-blind people; models differ in the
-line's pattern too.
+of their last value. Colours are those of Okabe and Ito, which colour-blind people can distinguish; models also differ
+in the line's pattern.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ JSON_FILE = "representations.json"
 PLOT_FILE = "representations.png"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PATTERNS = ("-", "--", "-.", ":")
-NAME_HEIGHT = 0.033  # of a language's name, as a share of the panel's
+NAME_HEIGHT = 0.033  # height of a language's name, as a share of the panel's
 
 
 def write_report(report: RepresentationReport, output: Path, debiased: bool = False) -> tuple[Path, Path]:
-    """The report as `representations.json` and `representations.png` in a folder; each is whole or not there."""
+    """Write the report as `representations.json` and `representations.png`; each file is complete or absent."""
     data, plot = output / JSON_FILE, output / PLOT_FILE
     write_text(data, json.dumps(report.to_json(), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     with atomic_file(plot) as temporary:
@@ -91,7 +89,7 @@ def _gap(value: float | None) -> float:
 
 
 def _range(report: RepresentationReport, measure: str) -> tuple[float, float]:
-    """From 0 up; a debiased CKA may be below."""
+    """From 0 upwards; a debiased CKA may be negative."""
     values = [
         value
         for model in report.models.values()
@@ -105,7 +103,7 @@ def _range(report: RepresentationReport, measure: str) -> tuple[float, float]:
 
 
 def _name_languages(axes: Axes, report: RepresentationReport, measure: str, text: PlotText) -> None:
-    """Names of the last model's curves right of the panel, moved apart where they would overlap."""
+    """Write the names of the last model's curves right of the panel, moved apart where they would overlap."""
     number, model = len(report.models) - 1, list(report.models.values())[-1]
     low, high = axes.get_ylim()
     ends = {language: curve[-1] for language, curve in model.curves[measure].items()}
@@ -121,7 +119,7 @@ def _name_languages(axes: Axes, report: RepresentationReport, measure: str, text
 
 
 def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """The heights, in order, at least `gap` apart and within 0..1 where there is room, moved little."""
+    """The heights, in order, at least `gap` apart and within 0..1 if there is room, moved as little as possible."""
     gap = min(gap, 1 / max(1, len(heights) - 1))
     names = sorted(heights, key=lambda name: heights[name])
     up = _pushed([heights[name] for name in names], gap, -math.inf)
@@ -133,7 +131,7 @@ def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:
 
 
 def _pushed(ascending: list[float], gap: float, lowest: float) -> list[float]:
-    """Each at least `gap` above the one before, the first at least `lowest`."""
+    """Each at least `gap` above the previous one, the first at least `lowest`."""
     placed = []
     for height in ascending:
         placed.append(max(height, lowest))

@@ -1,10 +1,10 @@
-"""How alike a model's states are across languages, layer by layer, before and after training.
+"""Similarity of a model's states across languages, layer by layer, before and after training.
 
-In: models and parallel texts. Out: a `RepresentationReport`: linear CKA and the distance between centroids, of each
-language to the dominant one, on states of sentences that translate each other (docs/methods.md, section 6); as JSON,
-as a table, and drawn by `representation_plots.py`. Next: people, and the command line.
+A `RepresentationReport` holds linear CKA and the distance between centroids of each language and the dominant one, on
+states of translated sentences (docs/methods.md, section 6); as JSON, as a table, and drawn by
+`representation_plots.py`.
 
-Models run plainly: an X-Mixup model unmixed, a ShifCon model unshifted. What changed is in the weights.
+Models run plainly: an X-Mixup model unmixed, a ShifCon model unshifted. The changes are in the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from modeling.tasks.sentence_states import EncodedText, Pooling, SentenceStates
 
-LEAST_SENTENCES = 4  # of which the debiased CKA exists
+LEAST_SENTENCES = 4  # below this number the debiased CKA is undefined
 Curve = tuple[float | None, ...]  # h[0] (the embeddings) to h[number of layers]; None where it is undefined
 
 MEASURES = {
@@ -55,9 +55,9 @@ class ModelRepresentations:
 
 @dataclass(frozen=True, slots=True)
 class RepresentationReport:
-    """Models by label, in order. `sentences`: pairs with the dominant language that each language was compared on.
+    """Models by label, in order. `sentences`: the number of pairs with the dominant language, by language.
 
-    `limit`: the most pairs of a language that were asked for; a language that has so many may have more.
+    `limit`: the maximum number of pairs of a language; a language that reaches it may have more.
     """
 
     dominant: str
@@ -68,12 +68,12 @@ class RepresentationReport:
 
     @property
     def partial(self) -> list[str]:
-        """Languages of which the limit may have left pairs out."""
+        """Languages whose pairs the limit may have cut."""
         return [language for language, number in self.sentences.items() if number == self.limit]
 
     @property
     def few(self) -> list[str]:
-        """Languages with fewer sentences than a model's states have numbers: there plain CKA is much too high."""
+        """Languages with fewer sentences than the width of a model's states, where plain CKA is much too high."""
         widest = max(model.width for model in self.models.values())
         return [language for language, number in self.sentences.items() if number < widest]
 
@@ -116,18 +116,18 @@ def analyse(
     limit: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> RepresentationReport:
-    """Compares each language with the dominant one in every model, one forward pass a sentence.
+    """Compare each language with the dominant one in every model, with one forward pass a sentence.
 
     Args:
         models: label, such as before and after, -> Hugging Face directory or hub name of an encoder or decoder.
         texts: language -> (sentences in the dominant language, their translations), line by line.
-        pooling: "mean" over a sentence's own tokens, or "first", which encoders alone have.
-        max_length: tokens of a sentence; longer ones are cut, and counted.
-        limit: with which `parallel_texts` was called; the report says so.
-        progress: told of n more pairs; there are as many as sentences, times models.
+        pooling: "mean" over a sentence's own tokens, or "first", for encoders only.
+        max_length: tokens of a sentence; longer ones are cut and counted.
+        limit: the limit given to `parallel_texts`, for the report.
+        progress: called with the number of further pairs; in total sentences times models.
 
-    Sums take 24 * (layers + 1) * width^2 bytes on the model's device: 0.6 GB for XLM-R large, 13 GB for a decoder of
-    8B parameters. Raises EvalError for texts that are not parallel, ModelError for a model that does not open.
+    Sums take 24 * (layers + 1) * width^2 bytes on the model's device: 0.6 GB for XLM-R large, 13 GB for a decoder of 8B
+    parameters. Raises EvalError for texts that are not parallel, ModelError for a model that cannot be opened.
     """
     if not models:
         raise EvalError("no model to analyse; give one or more, such as before=DIR and after=DIR")
@@ -145,7 +145,7 @@ def analyse(
 
 
 def representation_table(report: RepresentationReport) -> str:
-    """Two tables: a line a layer, meaned over languages, and a line a language, meaned over layers; then notes."""
+    """Two tables, by layer (mean over languages) and by language (mean over layers), then notes."""
     heads = {"cka": "CKA", "cka_debiased": "debiased", "centroid_distance": "distance"}
     columns = [f"{label} {head}" for label in report.models for head in heads.values()]
     curves = [model.mean(measure) for model in report.models.values() for measure in heads]
@@ -256,7 +256,7 @@ def _measured(
 def _batches(
     pairs: list[tuple[EncodedText, EncodedText]], size: int
 ) -> Iterator[list[tuple[EncodedText, EncodedText]]]:
-    """Pairs of like length together, so that little is padding; their order matters to no sum."""
+    """Pairs grouped by length to reduce padding; their order does not affect the sums."""
     ordered = sorted(pairs, key=lambda pair: -sum(len(side.ids) for side in pair))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
@@ -267,7 +267,7 @@ def _curve(values: Iterable[torch.Tensor]) -> Curve:
 
 
 def _mean(values: Iterable[float | None], partial: bool) -> float | None:
-    """The mean; `partial`: of those that are defined, else undefined where one is."""
+    """The mean; `partial`: over the defined values, otherwise undefined if one value is."""
     given = list(values)
     defined = [value for value in given if value is not None]
     return sum(defined) / len(defined) if defined and (partial or len(defined) == len(given)) else None

@@ -1,7 +1,4 @@
-"""Results that say of themselves what was run, in files that are whole or not there.
-
-In: a generator and texts to keep. Out: plain JSON data and files. Next: `mgsm.py` and every later benchmark.
-"""
+"""Results that describe their own run, in files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ RESULTS_FILE = "results.json"
 
 
 def described_model(generator: ShiftedGenerator) -> dict[str, Any]:
-    """Path, hashes of weights and language vectors, number format; hash None if the model is in no folder."""
+    """Path, hashes of weights and language vectors, number format; hash None if the model is not in a folder."""
     from modeling.export_info import VECTORS_FILE
     from modeling.weights.weight_files import directory_hash
 
@@ -42,7 +39,7 @@ def described_model(generator: ShiftedGenerator) -> dict[str, Any]:
 
 
 def described_versions() -> dict[str, str | None]:
-    """What computed a score; `commit` ends in "-dirty" if files were changed since."""
+    """The software that computed a score; `commit` ends in "-dirty" if files were changed since."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("crosslift", "torch", "transformers", "tokenizers"):
         try:
@@ -61,7 +58,7 @@ def described_versions() -> dict[str, str | None]:
 
 
 def claim(folder: Path, run: Mapping[str, Any]) -> None:
-    """Makes `folder` this run's, or finds that it already is. Raises EvalError if it is another's."""
+    """Mark `folder` as this evaluation's, or check that it already is. Raises EvalError if it is another's."""
     file = folder / RUN_FILE
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):

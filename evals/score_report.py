@@ -1,7 +1,7 @@
-"""What a run's MLflow page gets of an evaluation: metrics, a table and a plot.
+"""Metrics, a table and a plot of an evaluation for the MLflow page of its run.
 
-In: results as `mgsm.evaluate_mgsm` gives them. Out: flat metrics, and files in the evaluation's folder. Next: whoever
-follows scores (`TrackScores`): the front door passes them on to the run that exported the model.
+The metrics and files of `mgsm.evaluate_mgsm`'s results are passed to a `TrackScores` callable, which sends them to the
+run that exported the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TrackScores = Callable[[Path, str, Mapping[str, float], Sequence[Path]], str | N
 
 
 def score_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy (by the headline rule, a share of 1) and number of problems by language, and the means."""
+    """Accuracy (by the headline rule, as a share of 1) and number of problems by language, and the means."""
     rule = results["headline"]
     metrics = {}
     for language, score in results["languages"].items():
@@ -34,7 +34,7 @@ def score_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> list[Path]:
-    """Table and plot beside an evaluation's results.json; all three. Raises EvalError."""
+    """Write table and plot beside an evaluation's results.json; returns all three. Raises EvalError."""
     table, plot = output / TABLE_FILE, output / PLOT_FILE
     counts = ", ".join(f"{language} {_count(score)}" for language, score in results["languages"].items())
     write_text(table, f"{mgsm_table({name: results})}\n\nproblems: {counts}\n")
@@ -46,12 +46,12 @@ def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> li
 
 
 def _count(score: Mapping[str, Any]) -> str:
-    """How many problems, and of how many where not all were asked."""
+    """The number of problems, and of how many if not all were used."""
     return f"{score['n']} of {score['available']}" if score["partial"] else str(score["n"])
 
 
 def _draw(results: Mapping[str, Any], plot: Path, name: str) -> None:
-    """Accuracy and its 95 % interval, a bar a language."""
+    """Plot accuracy with its 95 % interval, one bar a language."""
     from matplotlib.figure import Figure
 
     scores, rule = results["languages"], results["headline"]

@@ -1,11 +1,8 @@
-"""Where an answer says that the answer follows, and where it stops being an answer: one table for all languages.
+"""Markers that introduce the final answer in an output, and the end of the answer: one table for all languages.
 
-In: a model's output, normalised by `numerals.py`. Out: the part that is its own turn, and the places of its answer
-markers. Next: the robust rule of `numbers.py`.
-
-Every language has the same forms, each around its own words: "Answer: 18", "**Answer**: 18", "The answer is 18",
-"Answer - 18", "Answer = 18", and at the start of a line or sentence "Answer 18". "#### 18" and "\\boxed{18}" belong to
-none. All languages' forms count in all texts: models fall back to English, or to the question's language.
+Every language has the same forms, each with its own words: "Answer: 18", "**Answer**: 18", "The answer is 18", "Answer
+- 18", "Answer = 18", and at the start of a line or sentence "Answer 18". "#### 18" and "\\boxed{18}" belong to no
+language. The forms of all languages count in all texts: models fall back to English, or to the question's language.
 """
 
 from __future__ import annotations
@@ -18,9 +15,9 @@ _STYLE = r"[*_`]*"  # Markdown's emphasis
 
 
 class _Words(NamedTuple):
-    """Regular expressions: nouns for "answer", what links them to it ("is"), words that head the next question.
+    """Regular expressions: nouns for "answer", words that link them to it ("is"), words that start the next question.
 
-    `spaced`: words are parted by spaces, so that more words may stand between noun and link.
+    `spaced`: words are separated by spaces, so that further words may stand between noun and link.
     """
 
     answer: str
@@ -51,11 +48,11 @@ _WORDS = {
     "vi": _Words("đáp án|đáp số|câu trả lời", "là", "câu hỏi"),
     "zh": _Words("答案?|解答|回答", "[就应應该該]*(?:是|为|為|等于|等於)", "问题|問題|题目", spaced=False),
 }
-# Before "answer" they announce a solution with its steps, not the answer (MGSM's own exemplars begin so).
+# Before "answer" they introduce a solution with its steps, not the answer (as in MGSM's own exemplars).
 _STEPWISE = re.compile(
     r"(?:step[- ]by[- ]step|schritt[- ]für[- ]schritt|ধাপে ধাপে|దశలవారీగా|пошаговый|ステップごとの)[\s-]*$", re.IGNORECASE
 )
-# How a template heads the turn that follows an answer. A model that goes on past its answer writes one of these.
+# Headers with which templates start the next turn. A model that continues after its answer writes one of these.
 _TURN_HEADER = re.compile(
     r"""^[ \t]*\#{2,4}\ *(?:instruction|input|response|human|user|assistant|question|problem)s?\ *\d*\ *(?::|$)
       | \#{3}\ ?(?:instruction|response)\ ?:
@@ -68,9 +65,9 @@ _TURN_HEADER = re.compile(
 
 
 def own_turn(text: str) -> str:
-    """The output without what follows the header of a next turn, and without headers that it begins with.
+    """The output without the header of a next turn and everything after it, and without leading headers.
 
-    What merely reads as a next question ("Question: ...") ends it only behind a number.
+    Text that only looks like a next question ("Question: ...") ends the answer only after a number.
     """
     while header := _TURN_HEADER.match(text.lstrip()):
         text = text.lstrip()[header.end() :]
@@ -83,7 +80,7 @@ def own_turn(text: str) -> str:
 
 
 def answer_markers(text: str) -> list[re.Match[str]]:
-    """Every marker, in order; one with the group "colon" may also head a whole solution."""
+    """Every marker, in order; one with the group "colon" may also introduce a whole solution."""
     return [found for found in _MARKER.finditer(text) if not _STEPWISE.search(text[: found.start()])]
 
 

@@ -1,11 +1,11 @@
-"""MGSM: grade-school problems in many languages, answered by a model and judged by every rule of numbers.py.
+"""MGSM: grade-school problems in many languages, answered by a model and judged by every rule of `numbers.py`.
 
-In: `mgsm_XX.tsv` files (question TAB gold), a generator, the prompt template. Out: a folder with
-`predictions/mgsm_XX.jsonl`, every raw output with what each rule made of it, and `results.json`, which says of
-itself what was run. `score_mgsm` judges the kept outputs again, by the same rules or by later ones.
+Reads `mgsm_XX.tsv` files (question TAB gold). Writes `predictions/mgsm_XX.jsonl`, every raw output with the result of
+each rule, and `results.json`, which describes the run. `score_mgsm` judges kept outputs again, by the same rules or by
+later ones.
 
-The published protocol (MathOctopus, QAlign): zero-shot, greedy, up to 600 new tokens, the `alpaca` template.
-A folder whose evaluation was cut short is taken up again: finished languages are kept.
+The published protocol (MathOctopus, QAlign): zero-shot, greedy, up to 600 new tokens, the `alpaca` template. An
+interrupted evaluation is continued in its folder: finished languages are kept.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def find_files(directory: str | Path, pattern: str, languages: Sequence[str] | N
 
 
 def read_problems(file: Path) -> list[Problem]:
-    """All problems of a `mgsm_XX.tsv`; BOM, CRLF and blank lines at the end are fine.
+    """All problems of a `mgsm_XX.tsv`; BOM, CRLF and trailing blank lines are accepted.
 
     Raises EvalError naming file and line.
     """
@@ -93,11 +93,11 @@ def evaluate_mgsm(
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """Runs MGSM and returns what it wrote to `output/results.json`.
+    """Run MGSM and return what it wrote to `output/results.json`.
 
-    `languages`: default all that `data_dir` holds; `limit`: the first so many problems of each. Answers are
-    asked for in `response_language`, by default the model's own and without that the question's. `progress(n)` is
-    told of n more answers. Raises EvalError on malformed data, or if `output` holds another evaluation.
+    `languages`: default: all in `data_dir`; `limit`: only the first problems of each language. Answers are requested in
+    `response_language`, by default the model's own, otherwise the question's. `progress(n)` is called with the number
+    of further answers. Raises EvalError for malformed data, or if `output` holds another evaluation.
     """
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}; it must be at least 1")
@@ -144,11 +144,11 @@ def evaluate_mgsm(
 
 
 def score_mgsm(predictions: str | Path, labels: str | Path) -> dict[str, Any]:
-    """Judges kept outputs anew: `predictions` is an evaluation's folder, its predictions, or one file of them.
+    """Judge kept outputs again: `predictions` is an evaluation's folder, its predictions, or one file of them.
 
-    A line needs only `output`; `index` (0-based; default the line's place), `question`, `response_language`,
-    `finished`, `shifted` and `tokens` are used if there. `labels`: the folder of `mgsm_XX.tsv`. Returns what
-    `evaluate_mgsm` does, with `run` None if nothing beside the predictions tells it. Raises EvalError.
+    A line needs only `output`; `index` (0-based; default: the line's place), `question`, `response_language`,
+    `finished`, `shifted` and `tokens` are used if present. `labels`: the folder of `mgsm_XX.tsv`. Returns what
+    `evaluate_mgsm` returns, with `run` None if no file beside the predictions describes it. Raises EvalError.
     """
     path = Path(predictions)
     if path.is_file():
@@ -166,7 +166,7 @@ def score_mgsm(predictions: str | Path, labels: str | Path) -> dict[str, Any]:
 
 
 def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Kept rows, judged anew against `problems`. Raises EvalError naming file and line."""
+    """Kept rows, judged again against `problems`. Raises EvalError naming file and line."""
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(file.read_bytes().removesuffix(b"\n").split(b"\n")):
         try:
@@ -208,7 +208,7 @@ def _row(chat: Chat, index: int, problem: Problem, prompt: Prompt, answer: Gener
 
 
 def _judged(row: dict[str, Any], language: str) -> dict[str, Any]:
-    """The row with what every rule extracts from its output, and whether that is right."""
+    """The row with what every rule extracts from its output, and whether that is correct."""
     written = row.get("response_language") or language
     found = {name: rule.extract(row["output"], written) for name, rule in RULES.items()}
     return {
@@ -219,9 +219,9 @@ def _judged(row: dict[str, Any], language: str) -> dict[str, Any]:
 
 
 def _score(rows: Sequence[Mapping[str, Any]], available: int) -> dict[str, Any]:
-    """One language's scores on `n` of the `available` problems, `partial` if these are more; shares of 1.
+    """One language's scores on `n` of the `available` problems, `partial` if there are more; shares of 1.
 
-    `shifted`: every answer was. None: the predictions do not tell.
+    `shifted`: every answer was shifted. None: the predictions do not show it.
     """
     n = len(rows)
 
@@ -252,8 +252,8 @@ def _summary(
 ) -> dict[str, Any]:
     """Scores by language, and their unweighted means over languages by rule.
 
-    `missing`: languages of the data that are not scored, with the reason. `partial`: the means that lack one of their
-    languages, or some of its problems.
+    `missing`: languages of the data without scores, with the reason. `partial`: the means that lack a language or some
+    of its problems.
     """
     averaged: dict[str, Sequence[str]] = {"all": list(scores)}
     if dominant in scores and len(scores) > 1:

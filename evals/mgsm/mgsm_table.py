@@ -1,7 +1,4 @@
-"""MGSM's results as a table: a line a language, a column a model or rule, what is partial marked and explained.
-
-In: results as `mgsm.py` gives them. Out: text. Next: the command line prints it.
-"""
+"""MGSM's results as a table: one line a language, one column a model or rule, with notes on partial results."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ UNSHIFTED = "\u2020"  # a dagger, as the star marks what is partial
 
 
 def mgsm_table(results: Mapping[str, Mapping[str, Any]], rules: Sequence[str] = (HEADLINE,)) -> str:
-    """Results by name, as `evaluate_mgsm` gives them, side by side: a line a language, then the averages.
+    """Results by name, as `evaluate_mgsm` returns them, side by side: one line a language, then the averages.
 
-    A star marks every number that is of some problems or languages only, with notes below: which, of how many.
+    A star marks every number that covers only some problems or languages; notes below state which.
     """
     columns = [(name, rule) for name in results for rule in rules]
     plain = len(rules) == 1, len(results) == 1
@@ -58,7 +55,7 @@ def _cell(score: Mapping[str, Any] | None, rule: str) -> Accuracy | None:
 
 
 def _mean(result: Mapping[str, Any], average: str, rule: str, languages: Sequence[str]) -> Accuracy | None:
-    """`languages`: those of all results beside it; a mean over fewer does not compare with theirs."""
+    """`languages`: those of all results in the table; a mean over fewer is not comparable."""
     if average not in result["averages"]:
         return None
     lacks = average != "published_ten" and any(language not in result["languages"] for language in languages)

@@ -1,15 +1,15 @@
-"""The number that an answer gives, by four rules side by side.
+"""The number in an answer, by four rules side by side.
 
-In: a model's raw output, the language it is written in, the gold answer as the label file has it. Out: the
-number each rule extracts and whether it is right. Next: `mgsm.py`, which applies every rule of `RULES` to
-every kept output.
+Each rule of `RULES` extracts a number from a raw output, given its language, and compares it with the gold answer.
 
-- `last_number` (headline): the rule of MathOctopus and QAlign, kept with its quirks so that results stand
-  beside published ones: signs are dropped, "no number" counts as 0, tolerance 1e-3.
-- `lm_eval_strict`, `lm_eval_flexible`: lm-evaluation-harness 0.4.13, tasks `mgsm_native_cot_*`, including
-  that it compares strings after deleting all punctuation (so 1.8 is "right" for 18).
-- `robust` (ours): the number after the last answer marker (`answer_markers.py`), else the last; digits of every script,
-  the language's separators, words for powers of ten (`numerals.py`); fractions and decimals exact; no number is wrong.
+- `last_number` (headline): the rule of MathOctopus and QAlign, with its quirks, so that results are comparable with
+  published ones: signs are dropped, "no number" counts as 0, tolerance 1e-3.
+- `lm_eval_strict`, `lm_eval_flexible`: lm-evaluation-harness 0.4.13, tasks `mgsm_native_cot_*`, including the
+comparison
+  of strings after deleting all punctuation (so 1.8 is "right" for 18).
+- `robust` (ours): the number after the last answer marker (`answer_markers.py`), else the last one; digits of every
+  script, the language's separators, words for powers of ten (`numerals.py`); exact fractions and decimals; an answer
+  without a number is wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LM_EVAL_STRICT = {
 }
 _LM_EVAL_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
-_EQUALS = re.compile(r"(?:[\d\s$+\-*/x×÷()%]|[.,](?=\d))*[=≈]")  # the rest of "9 * 2 =", not across sentences
+_EQUALS = re.compile(r"(?:[\d\s$+\-*/x×÷()%]|[.,](?=\d))*[=≈]")  # the rest of "9 * 2 =", within a sentence
 # What may stand between a marker and its number without being a sentence: "$", "(", "x =", "USD".
 _AT_ONCE = re.compile(r"(?:[^\W\d_]{1,12}\s*[=≈]|[A-Z]{2,3}\b|[^\w\n])*")
 _IN_PARENTHESES = re.compile(r"[(（][^()（）\n]*[)）]")
@@ -88,10 +88,10 @@ def robust(text: str, language: str = "en") -> Number | None:
 
 
 def _marked(text: str, marker: re.Match[str], pattern: re.Pattern[str]) -> tuple[str, re.Match[str]] | None:
-    """A text and the number in it that the marker announces; None where its line has none.
+    """A text and the number in it that the marker introduces; None if its line has none.
 
-    It is the first one, or what that is said to equal: "9 * 2 = 18". But "Answer:" with no number before it may head
-    a whole solution: then its last number is meant, unless the first one follows at once.
+    It is the first number, or what that is said to equal: "9 * 2 = 18". But "Answer:" without a number before it may
+    introduce a whole solution: then its last number is meant, unless the first one follows immediately.
     """
     rest = text[marker.end() :].lstrip(" \t\r\n:*_`,、，")
     answer = rest.split("\n", 1)[0]
@@ -112,14 +112,14 @@ def _marked(text: str, marker: re.Match[str], pattern: re.Pattern[str]) -> tuple
 
 
 def gold_number(text: str) -> Decimal:
-    """The value of a gold answer: "18", "8.0", "-3", "114,200". ValueError if it is nothing of the kind."""
+    """The value of a gold answer: "18", "8.0", "-3", "114,200". ValueError if it is not such a number."""
     if not re.fullmatch(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?", text):
         raise ValueError(f"{text!r} is not a number")
     return Decimal(text.replace(",", ""))
 
 
 def _within_tolerance(answer: Number | str | None, gold: str) -> bool:
-    expected = last_number(gold)  # their scorer reads gold and answer alike, so a minus is lost in both
+    expected = last_number(gold)  # their scorer reads gold and answer in the same way, so both lose a minus
     return abs(float(answer or 0) - float(expected or 0)) < _TOLERANCE
 
 
@@ -133,7 +133,7 @@ def _same_value(answer: Number | str | None, gold: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`extract(text, language)` gives what was found or None; `right(found, gold text)` judges it."""
+    """`extract(text, language)` returns what was found or None; `right(found, gold text)` judges it."""
 
     name: str
     extract: Callable[[str, str], Number | str | None]

@@ -1,7 +1,7 @@
 """Numbers as people and models write them: native digits, separators, LaTeX, words for powers of ten.
 
-In: a text and the language it is written in. Out: the text in ASCII digits and marks, a pattern that finds its
-numbers, and their exact values. Next: `numbers.py`, whose robust rule picks the one that is the answer.
+Normalises a text to ASCII digits and marks, and gives a pattern for its numbers and their exact values. The robust rule
+of `numbers.py` uses it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from functools import cache
 
 Number = Decimal | Fraction
 
-_LONGEST = 200  # characters; a longer "number" is a model gone round in circles
+_LONGEST = 200  # characters; a longer "number" is a model in a loop
 _SPACE_GROUPS = {"be", "bg", "cs", "es", "et", "fi", "fr", "hu", "hy", "ka", "kk", "lt", "lv", "nb", "nn"}
 _SPACE_GROUPS |= {"no", "pl", "pt", "ru", "sk", "sq", "sv", "uk", "uz"}
 _DECIMAL_COMMA = {"az", "bs", "ca", "da", "de", "el", "eu", "gl", "hr", "id", "is", "it", "mk", "nl"}
 _DECIMAL_COMMA |= {"ro", "sl", "sr", "tr", "vi"} | _SPACE_GROUPS
-_NO_BREAK = "\u00a0"  # stands for every space that keeps a number together
+_NO_BREAK = "\u00a0"  # replaces every space that groups digits
 _ASCII = dict.fromkeys("\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f", _NO_BREAK)
 _ASCII |= dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-") | dict.fromkeys("\u2044\u2215\uff0f", "/")
 _ASCII |= {"\u066b": ".", "\uff0e": ".", "\u066c": ",", "\uff1d": "=", "\uff03": "#", "\uff0a": "*"}
 _ASCII |= dict.fromkeys("\u2018\u2019\u02bc\u00b4\u2032\uff07", "'") | dict.fromkeys("\uff1a\ufe55\u2236", ":")
-_ASCII |= dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff\u00ad", "")  # no width, no meaning
+_ASCII |= dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff\u00ad", "")  # invisible characters
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -61,13 +61,13 @@ _POWERS: dict[str, dict[str, int]] = {
     # 千克 and 千米 are kilograms and kilometres, 百分 begins a percentage, 兆赫 are megahertz
     "zh": {"百(?!分)": 2, "千(?![克米瓦卡赫帕焦伏])": 3, "[万萬]": 4, "[億亿]": 8, "兆(?![赫字瓦帕比])": 12},
 }  # fmt: skip
-_BEFORE_NUMBER = {"sw"}  # languages that say them first: "elfu 70" is 70,000
+_BEFORE_NUMBER = {"sw"}  # languages that put them first: "elfu 70" is 70,000
 
 
 def normalised(text: str) -> str:
     """ASCII digits and marks for every script's, "$" for any currency, "1/2" for ½, plain text for LaTeX's numbers."""
     text = unicodedata.normalize("NFC", text)
-    text = re.sub("(?<=[０-９])，(?=[０-９]{3})", ",", text)  # elsewhere this comma only parts clauses
+    text = re.sub("(?<=[０-９])，(?=[０-９]{3})", ",", text)  # in other languages this comma only separates clauses
     text = "".join(map(_to_ascii, text))
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
@@ -112,13 +112,13 @@ def value(text: str, match: re.Match[str], language: str) -> Number | None:
 def _multiple(
     text: str, match: re.Match[str], number: re.Pattern[str], powers: re.Pattern[str], language: str
 ) -> tuple[str, int] | None:
-    """What a number and the powers of ten behind it come to, and where that ends; None without any."""
+    """The value of a number with the powers of ten after it, and where that ends; None without any."""
     total, stop, room = Fraction(0), match.start(), 0
     following: re.Match[str] | None = match
     while following is not None and (size := _size(following, language)) is not None:
         words = powers.match(text, following.end())
         power = _power(words[0], language) if words else 0
-        if room:  # 3万 5千: each part below the power of ten before it; behind a space as many digits as that has
+        if room:  # 3万 5千: each part is below the power of ten before it; after a space it has as many digits as that
             apart = text[stop : following.start()] != ""
             if size * 10**power >= 10**room or (apart and not power and len(str(int(size))) != room):
                 break
@@ -136,7 +136,7 @@ def _multiple(
 
 @cache
 def _powers_of(language: str) -> tuple[tuple[re.Pattern[str], int], ...]:
-    """The words that count in a text of that language: its own, English, and those of other scripts than Latin."""
+    """The words that count in a text of that language: its own, English ones, and those of non-Latin scripts."""
     chosen = {**_POWERS, language: _POWERS.get(language, {})}
     order = [language, "en", *(each for each in chosen if each not in (language, "en"))]
     return tuple(
@@ -149,7 +149,7 @@ def _powers_of(language: str) -> tuple[tuple[re.Pattern[str], int], ...]:
 
 @cache
 def _power_pattern(language: str) -> re.Pattern[str]:
-    """One or more of them behind a number: "百万" and "mil millones" are two."""
+    """One or more of them after a number: "百万" and "mil millones" are two."""
     words = "|".join(pattern.pattern for pattern, _ in _powers_of(language))
     return re.compile(rf"(?:[ {_NO_BREAK}]{{0,2}}(?:{words}))+", re.IGNORECASE)
 
@@ -204,13 +204,13 @@ def _negative(before: str) -> bool:
     if not before.endswith("-"):
         return False
     previous = before[:-1].rstrip("$")[-1:]
-    # Letters without case are of scripts that put no space before a number: 答えは-18 is minus eighteen.
+    # Scripts without letter case put no space before a number: 答えは-18 is minus eighteen.
     joined = previous.isdigit() or previous.lower() != previous.upper() or previous in tuple(")]%-")
     return not joined
 
 
 def _plain(token: str, language: str) -> Decimal:
-    """The value of digits with separators, by the language's custom where the digits leave a choice."""
+    """The value of digits with separators, by the language's convention if the digits are ambiguous."""
     token = re.sub(rf"[{_NO_BREAK}' ]", "", token)
     marks = re.sub(r"\d", "", token)
     if not marks:

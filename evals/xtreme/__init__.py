@@ -1,5 +1,1 @@
-"""XTREME: predictions in its file layout, judged as its own scorer judges them.
-
-In: a folder of predictions and one of labels. Out: scores by task and language, their averages, and a table.
-Next: the command line, and comparisons between runs.
-"""
+"""XTREME: predictions in its file layout, scored as its own scorer does, and whole runs."""

@@ -1,10 +1,8 @@
-"""Whether an answer is a gold answer: SQuAD's rule for XQuAD and TyDiQA, MLQA's for MLQA.
+"""Scores of question answering: SQuAD's rule for XQuAD and TyDiQA, MLQA's for MLQA; exact match and F1 over words.
 
-In: predicted answers and gold answers by question. Out: exact match and F1 over words, 0 to 100. Next: `score.py`.
-
-Both rules compare texts after lowering them and deleting punctuation and articles. SQuAD's (version 1.1) knows
-ASCII punctuation and English articles, whatever the language. MLQA's (Lewis et al. 2020, arXiv 1910.07475) knows
-Unicode's punctuation and each language's articles, and takes every Chinese character for a word.
+Both rules compare texts after lowercasing and removing punctuation and articles. SQuAD's (version 1.1) uses ASCII
+punctuation and English articles in all languages. MLQA's (Lewis et al. 2020, arXiv 1910.07475) uses Unicode punctuation
+and each language's articles, and counts every Chinese character as a word.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
-Normalise = Callable[[str], list[str]]  # an answer's words, of what is compared
+Normalise = Callable[[str], list[str]]  # text -> the words to compare
 
 _NO_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ENGLISH_ARTICLES = "a|an|the"
@@ -27,19 +25,19 @@ _ARTICLES = {
     "vi": "của|là|cái|chiếc|những",
 }
 _ARABIC_ARTICLE = "ال"
-_HAN = re.compile("[\u4e00-\u9fa5]")  # the range that MLQA names: no rarer characters, no Japanese kana
+_HAN = re.compile("[\u4e00-\u9fa5]")  # the range in MLQA's script: no rarer characters, no Japanese kana
 
 
 def squad_words(text: str) -> list[str]:
-    """SQuAD 1.1: the answer's words, lowered, without ASCII punctuation and English articles."""
+    """SQuAD 1.1: the answer's words in lower case, without ASCII punctuation and English articles."""
     text = text.lower().translate(_NO_ASCII_PUNCTUATION)
     return re.sub(rf"\b({_ENGLISH_ARTICLES})\b", " ", text).split()
 
 
 def mlqa_words(language: str) -> Normalise:
-    """MLQA's rule for answers in that language, one of its seven.
+    """MLQA's rule for answers in one of its seven languages.
 
-    Its Arabic rule is written to delete the article at the start of words, and deletes its two letters anywhere.
+    Its Arabic rule is meant to delete the article at the start of words, but deletes its two letters anywhere.
     """
 
     def words(text: str) -> list[str]:
@@ -58,17 +56,17 @@ def mlqa_words(language: str) -> Normalise:
 def answer_scores(
     gold: Sequence[tuple[str, Sequence[str]]], predicted: Mapping[str, str], normalise: Normalise
 ) -> dict[str, float]:
-    """`exact_match` and `f1`, 0 to 100, means over questions; of several gold answers the best counts.
+    """`exact_match` and `f1`, 0 to 100, means over questions; the best of several gold answers counts.
 
-    `gold` is (question's id, its answers), at least one of each. Where both sides are empty after normalising,
-    exact match is 1 and F1 is 0, as in the official scripts. KeyError for a question without prediction.
+    `gold` is (question's id, its answers), at least one of each. If both sides are empty after normalising, exact match
+    is 1 and F1 is 0, as in the official scripts. KeyError for a question without prediction.
     """
     exact, f1 = 0, 0.0
     for question, answers in gold:
         words = normalise(predicted[question])
         accepted = [normalise(answer) for answer in answers]
         exact += words in accepted
-        f1 += max(_f1(words, other) for other in accepted)  # one by one: sum() rounds otherwise in some Pythons
+        f1 += max(_f1(words, other) for other in accepted)  # not sum(), which some Python versions round differently
     return {"exact_match": 100.0 * exact / len(gold), "f1": 100.0 * f1 / len(gold)}
 
 

@@ -1,9 +1,8 @@
-"""Files in the layout of XTREME's scorer, read line by line or refused by line.
+"""Readers of files in the layout of XTREME's scorer; a bad line is refused with its number.
 
-In: `test-LANG.tsv` or `.json`, predictions or gold labels. Out: labels, tags by sentence, pairs, questions, answers.
-Next: `score.py`. UTF-8 with or without BOM, LF or CRLF; spaces around a line do not count. Gold files that hold no
-labels are refused: XTREME's download script takes the labels of its test files away (XNLI, PAWS-X, PAN-X and UDPOS
-lose the column, answers become ""), and its readers put one and the same label in their place.
+`test-LANG.tsv` or `.json`, predictions or gold labels: UTF-8 with or without BOM, LF or CRLF; spaces around a line are
+ignored. Gold files without labels are refused: XTREME's download script erases the labels of its test files (XNLI,
+PAWS-X, PAN-X and UDPOS lose the column, answers become ""), and its readers replace them with a single label.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from typing import Any
 from evals.errors import EvalError
 
 ERASED = "XTREME's download script erases test labels; take them from the original data"
-_FEWEST_ERASED = 20  # labels (for taggers: sentences) that are never all the same by chance
+_FEWEST_ERASED = 20  # this many equal labels (taggers: sentences) are no coincidence
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True)
 class TaggedSentence:
-    """Tags of one sentence; `line` is that of the first, 1-based. Two blank lines in a row hold one without tags."""
+    """Tags of one sentence; `line` is its first line, 1-based. Two blank lines in a row hold one without tags."""
 
     line: int
     tags: tuple[str, ...]
@@ -32,7 +31,7 @@ class TaggedSentence:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A gold question: its id and the answers that count, at least one."""
+    """A gold question: its id and the accepted answers, at least one."""
 
     id: str
     answers: tuple[str, ...]
@@ -49,7 +48,7 @@ def read_labels(file: Path, labels: Sequence[str], gold: bool = False) -> list[s
 
 
 def read_tags(file: Path, tags: Sequence[str], gold: bool = False) -> list[TaggedSentence]:
-    """A tag a line, a blank line after a sentence; blank lines at the end do not count. Raises EvalError."""
+    """One tag a line, a blank line after a sentence; trailing blank lines are ignored. Raises EvalError."""
     sentences, first, current = [], 1, []
     for number, line in enumerate([*_lines(file), ""], 1):
         if line:
@@ -69,7 +68,7 @@ def read_tags(file: Path, tags: Sequence[str], gold: bool = False) -> list[Tagge
 
 
 def read_pairs(file: Path) -> set[tuple[str, str]]:
-    """BUCC's mined pairs, SOURCE-ID<tab>ENGLISH-ID a line; one given twice counts once. Raises EvalError."""
+    """BUCC's mined pairs, SOURCE-ID<tab>ENGLISH-ID a line; a repeated one counts once. Raises EvalError."""
     pairs = set()
     for number, line in enumerate(_lines(file), 1):
         source, tab, english = line.partition("\t")
@@ -100,7 +99,7 @@ def read_answers(file: Path) -> dict[str, str]:
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Gold questions of SQuAD's JSON, in its order. Raises EvalError, also for an answer its context does not hold."""
+    """Gold questions of SQuAD's JSON, in order. Raises EvalError, also for an answer that is not in its context."""
     data = _json(file)
     try:
         articles = data["data"] if isinstance(data, dict) else data
@@ -129,7 +128,7 @@ def _question(file: Path, item: dict[str, Any], context: str) -> Question:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines without the spaces around them, among which is a CR."""
+    """Lines without surrounding spaces, including CR."""
     return [line.strip() for line in _text(file).removesuffix("\n").split("\n")]
 
 
@@ -138,7 +137,7 @@ def _json(file: Path) -> Any:
         return json.loads(_text(file))
     except json.JSONDecodeError as error:
         raise EvalError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, endless brackets
         raise EvalError(f"{file}: not JSON that can be read: {error}") from error
 
 

@@ -1,13 +1,10 @@
-"""XTREME's metrics over labels already read: F1 of taggers' chunks, accuracy, F1 of mined pairs.
-
-In: gold and predicted labels of one language. Out: metrics by name, 0 to 100. Next: `score.py`, which reads the
-files; free-text answers are judged in `answers.py`.
+"""XTREME's metrics over labels: F1 over chunks of tags, accuracy, F1 over mined pairs; 0 to 100.
 
 XTREME scored both taggers with seqeval 0.0.12, which cuts a tag sequence into chunks as conlleval does: a tag is a
-letter (B, I, O; also E for end and S for single) and a kind. Parts of speech are bare, so the letter is the tag's
-own first and the kind the whole tag: NOUN NOUN is one chunk, SCONJ SCONJ two. From 1.0 on, seqeval takes a bare tag
-without its first letter for the kind, so CCONJ counts as SCONJ, and X has no kind of its own. Published numbers
-follow 0.0.12.
+letter (B, I, O; also E for end and S for single) and a kind. Parts of speech have no prefix, so the letter is the tag's
+first one and the kind is the whole tag: NOUN NOUN is one chunk, SCONJ SCONJ two. From 1.0 on, seqeval takes the tag
+without its first letter as the kind, so CCONJ counts as SCONJ, and X has no kind of its own. Published numbers follow
+0.0.12.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ Chunk = tuple[str, int, int]  # kind, first and last position
 
 
 def accuracy(gold: Sequence[Hashable], predicted: Sequence[Hashable]) -> float:
-    """Share of equal labels, 0 to 100. ValueError if there are none, or not as many of the one as of the other."""
+    """Share of equal labels, 0 to 100. ValueError if there are none, or if the numbers differ."""
     correct = sum(one == other for one, other in zip(gold, predicted, strict=True))
     if not gold:
         raise ValueError("no labels to score")
@@ -27,7 +24,7 @@ def accuracy(gold: Sequence[Hashable], predicted: Sequence[Hashable]) -> float:
 
 
 def set_f1(gold: Set[Hashable], predicted: Set[Hashable]) -> dict[str, float]:
-    """`f1`, `precision`, `recall`, 0 to 100; what is undefined (nothing gold, nothing predicted) is 0."""
+    """`f1`, `precision`, `recall`, 0 to 100; undefined values (nothing gold, nothing predicted) are 0."""
     correct = len(gold & predicted)
     precision = correct / len(predicted) if predicted else 0.0
     recall = correct / len(gold) if gold else 0.0
@@ -38,9 +35,9 @@ def set_f1(gold: Set[Hashable], predicted: Set[Hashable]) -> dict[str, float]:
 def tagging_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
     """One language's tags, by sentence, 0 to 100.
 
-    `f1`, `precision` and `recall` are XTREME's, by the chunks of seqeval 0.0.12. Beside them, in no official
-    average: `token_accuracy`, and `f1_seqeval_1_2`, the F1 that seqeval 1.2.2 gives in its default mode.
-    ValueError if there are no tags, or the sentences are not as many or not as long.
+    `f1`, `precision` and `recall` are XTREME's, over the chunks of seqeval 0.0.12. In addition, outside the official
+    averages: `token_accuracy`, and `f1_seqeval_1_2`, the F1 of seqeval 1.2.2 in its default mode. ValueError if there
+    are no tags, or if the sentences differ in number or length.
     """
     if list(map(len, gold)) != list(map(len, predicted)):
         raise ValueError("gold and predicted tags are in sentences of other lengths")
@@ -62,10 +59,10 @@ def _newer_kind(tag: str) -> str:
 
 
 def tag_chunks(sentences: Sequence[Sequence[str]], kind: Callable[[str], str] = _kind) -> set[Chunk]:
-    """The chunks of all sentences, laid end to end with an "O" after each.
+    """The chunks of all sentences, concatenated with an "O" after each.
 
-    A chunk may lack a beginning (in seqeval 1.2.2, X after O): it then starts where the last one did. That, and
-    the letter ".", which counts as "O" does, matter for equal numbers only.
+    A chunk may lack a beginning (in seqeval 1.2.2, X after O): it then starts where the last one did. This, and the
+    letter ".", which counts as "O", only serve equality with seqeval's numbers.
     """
     found = set()
     first, letter, name = 0, "O", ""

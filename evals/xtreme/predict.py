@@ -1,11 +1,11 @@
-"""An exported encoder answers task rows: labels, tags and answers, in the layout of XTREME's submissions.
+"""Predictions of an exported encoder for task rows, in the layout of XTREME's submissions.
 
-In: an export (or any directory with its `crosslift.json`) and canonical rows. Out: predictions in the rows' order, and
-`{task}/test-{language}.tsv` (`.json` for question answering), whole or not there. Next: `score.py` reads them.
+Writes `{task}/test-{language}.tsv` (`.json` for question answering), complete or not at all.
 
-A model trained with X-Mixup mixes here too where a row has its translation into the dominant language (`back_*`); a row
-of that language is its own (docs/methods.md, section 2.2): both sides' logits averaged for classification, the target
-side for tags and answers. Texts longer than a window run in several, each word tagged, each answer sought, in all.
+A model trained with X-Mixup mixes rows that have a translation into the dominant language (`back_*`); a row of that
+language is its own source. Classification averages both sides' logits; tagging and question answering take the target
+side (docs/methods.md, section 2.2). Texts longer than a window are read in several; each word is tagged, and the answer
+is searched in all of them.
 
 Shapes: R rows (n targets, then their n sources), T tokens, C classes, W words.
 """
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 MixupMode = Literal["auto", "on", "off"]
 Floats = npt.NDArray[np.float32]
-Logits = tuple[Floats, ...]  # of one side: (C,); (T, C); or start and end, (T,) each
+Logits = tuple[Floats, ...]  # logits of one side: (C,); (T, C); or start and end, (T,) each
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # rows x row length of one forward pass
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What a model says of each record, in their order: a label, a tag a word, or an answer."""
+    """A model's predictions for each record, in order: a label, one tag a word, or an answer."""
 
     values: list[Any]
     mixed: int  # records that X-Mixup mixed with their translation
@@ -51,7 +51,7 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """One window of one record, and its source where the two are mixed."""
+    """One window of one record, and its source if the two are mixed."""
 
     record: int
     target: EncodedSide
@@ -62,7 +62,7 @@ class _Unit:
 
 
 class EncoderPredictor:
-    """A task model that answers records. `mixup` is None where the model does not mix."""
+    """A task model that predicts records. `mixup` is None if the model does not mix."""
 
     def __init__(
         self,
@@ -78,9 +78,9 @@ class EncoderPredictor:
 
     @classmethod
     def open(cls, path: str | Path, dtype: str = "auto", batch_tokens: int | None = None) -> EncoderPredictor:
-        """Opens an export. `dtype`: bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU.
+        """Open an export. `dtype`: bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU.
 
-        Raises EvalError for a model of no task, ModelError for one whose files do not fit together.
+        Raises EvalError for a model without a task, ModelError for files that do not fit together.
         """
         import torch
 
@@ -112,8 +112,8 @@ class EncoderPredictor:
     def predict(self, records: Sequence[TaskRecord], mixup: MixupMode = "auto") -> Predictions:
         """A label, the tags or an answer for each record.
 
-        mixup: "auto" mixes a record where model and record allow it; "on" needs that of every record; "off" never
-        mixes. Raises EvalError for "on" where it is not possible, naming the language.
+        mixup: "auto" mixes a record if model and record allow it; "on" requires that of every record; "off" never
+        mixes. Raises EvalError for "on" if it is impossible, naming the language.
         """
         sources = [self._source(record, mixup) for record in records]
         mixed = sum(source is not None for source in sources)
@@ -126,18 +126,18 @@ class EncoderPredictor:
         return Predictions(self._answers(records, sources), mixed)
 
     def class_logits(self, records: Sequence[TaskRecord], mixup: MixupMode = "auto") -> Floats:
-        """(records, C), the mean of both sides' where a record is mixed; `predict` takes the highest."""
+        """(records, C), the mean of both sides' logits for mixed records; `predict` takes the highest."""
         found = np.zeros((len(records), len(self.labels)), np.float32)
         for unit, target, source in self._run(self._units(records, [self._source(each, mixup) for each in records])):
             found[unit.record] = target[0] if source is None else (target[0] + source[0]) / 2
         return found
 
     def tag_probabilities(self, records: Sequence[TaskRecord]) -> list[Floats]:
-        """(W, C) for each record: what the model gives each of the labels, never mixed."""
+        """(W, C) for each record: the probability of each label, never mixed."""
         return [_softmax(words) for words in self._tags(records, [None] * len(records))]
 
     def _source(self, record: TaskRecord, mode: MixupMode) -> Example | None:
-        """What a record is mixed with; None: it is not."""
+        """The source that a record is mixed with; None: it is not mixed."""
         if not record.example.texts or mode == "off" or (mode == "auto" and self.mixup is None):
             return None
         if self.mixup is None:
@@ -184,7 +184,7 @@ class EncoderPredictor:
         for number, (record, example) in enumerate(zip(records, sources, strict=True)):
             if not record.example.texts:  # a sentence without words
                 continue
-            # Without answers, which no window may be chosen by.
+            # Without answers, because they must not influence the choice of windows.
             windows = self.tokenizer.windows(Example(record.example.texts))
             others = None if example is None else self.tokenizer.windows(Example(example.texts))
             for place, window in enumerate(windows):
@@ -193,7 +193,7 @@ class EncoderPredictor:
         return units
 
     def _run(self, units: Sequence[_Unit]) -> Iterator[tuple[_Unit, Logits, Logits | None]]:
-        """Every unit with its logits and, where it is mixed, its source's: longest first, batches of like units."""
+        """Every unit with its logits and, if mixed, its source's: longest first, in batches of similar units."""
         import torch
 
         for paired in (True, False):
@@ -234,7 +234,7 @@ class EncoderPredictor:
 
 
 def write_predictions(file: Path, kind: str, records: Sequence[TaskRecord], values: Sequence[Any]) -> None:
-    """Predictions in the layout of XTREME's submissions: whole or not there. Raises EvalError."""
+    """Write predictions in the layout of XTREME's submissions, completely or not at all. Raises EvalError."""
     if kind == "classification":
         text = "".join(f"{label}\n" for label in values)
     elif kind == "tagging":
@@ -248,7 +248,7 @@ def write_predictions(file: Path, kind: str, records: Sequence[TaskRecord], valu
 
 
 def _counterpart(of_source: Windows, of_target: Windows, number: int) -> EncodedSide:
-    """The source's window whose middle lies nearest to that of a target's window, both in relation to their texts."""
+    """The source's window whose middle is nearest to that of the target's window, as shares of their texts."""
     wanted = sum(of_target.ranges[number]) / of_target.ranges[-1][1]
     length = of_source.ranges[-1][1]
     return of_source[min(range(len(of_source)), key=lambda at: abs(sum(of_source.ranges[at]) / length - wanted))]

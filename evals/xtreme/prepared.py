@@ -1,7 +1,6 @@
-"""A prepared task's folder as evaluation needs it: rows by language, row counts, gold labels in the scorer's layout.
+"""A prepared task's folder for evaluation: rows by language, row counts, gold labels in the scorer's layout.
 
-In: `{train,dev,test}/<language>.jsonl` of canonical rows (`data_pipeline.xtreme.prepare`). Out: records, and gold files
-that `score.py` compares predictions with. Next: `run.py`, `selection.py`.
+The folder holds `{train,dev,test}/<language>.jsonl` of canonical rows (`data_pipeline.xtreme.prepare`).
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.xtreme.predict import write_predictions
 
-LOOKED_AT = 100  # rows of a file that tell what its rows have
+LOOKED_AT = 100  # rows of a file that are looked at
 
 
 def split_files(folder: Path, split: str, task: XtremeTask) -> dict[str, Path]:
-    """The files of a split by language, in the task's order; none where the split is absent."""
+    """The files of a split by language, in the task's order; none if the split does not exist."""
     files = {language: folder / split / f"{language}.jsonl" for language in task.languages}
     return {language: file for language, file in files.items() if file.is_file() and file.stat().st_size}
 
 
 def read_records(file: Path, task: XtremeTask) -> list[TaskRecord]:
     """All rows of a file. Raises BadRow with file and line."""
-    assert task.kind != "retrieval"  # has no rows of a task
+    assert task.kind != "retrieval"  # not a file of a task
     return list(read_task_file(file, task.kind))
 
 
 def count_rows(file: Path) -> int:
-    """Rows of a file: its lines that are not blank."""
+    """Number of rows of a file: its lines that are not blank."""
     with file.open("rb") as stream:
         return sum(1 for line in stream if not line.isspace())
 
 
 def filled_columns(columns: Mapping[str, str], task: XtremeTask, files: Iterable[Path]) -> dict[str, str]:
-    """`columns` without the optional ones that no row of the files fills, which an index would refuse."""
+    """`columns` without optional ones that are empty in all rows of the files, which an index would refuse."""
     assert task.kind != "retrieval"
     empty = {column for what, column in columns.items() if what in ("group", *TASK_COLUMNS[task.kind][1])}
     for file in files:
@@ -60,9 +59,9 @@ def filled_columns(columns: Mapping[str, str], task: XtremeTask, files: Iterable
 def check_training(
     files: Mapping[str, Path], task: XtremeTask, *, several: bool, wants_back: bool, dominant: str
 ) -> None:
-    """That training files have what the method learns from: labels, items in common, back-translations.
+    """Check that training files have what the method learns from: labels, shared items, back-translations.
 
-    Looks at the first rows of each file. Raises EvalError that names the file and what to do.
+    Reads the first rows of each file. Raises EvalError that names the file and the remedy.
     """
     assert task.kind != "retrieval"
     backs = False
@@ -92,9 +91,9 @@ def check_training(
 
 
 def write_gold(file: Path, task: XtremeTask, records: Sequence[TaskRecord]) -> bool:
-    """Gold labels in the layout of XTREME's scorer; False, and no file, where the rows have none.
+    """Write gold labels in the layout of XTREME's scorer; False, and no file, if the rows have none.
 
-    Raises EvalError where only some have them, and for question ids that come twice.
+    Raises EvalError if only some have them, and for repeated question ids.
     """
     field = {"classification": "label", "tagging": "tags", "qa": "answers"}[task.kind]
     labels: list[Any] = [getattr(record.example, field) for record in records]
@@ -112,7 +111,7 @@ def write_gold(file: Path, task: XtremeTask, records: Sequence[TaskRecord]) -> b
 
 
 def gold_file(folder: Path, task: XtremeTask, language: str) -> Path:
-    """Where the scorer looks for a language's labels or predictions below `folder`."""
+    """The path below `folder` at which the scorer expects a language's labels or predictions."""
     return folder / task.name / f"test-{language}.{'json' if task.kind == 'qa' else 'tsv'}"
 
 

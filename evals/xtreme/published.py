@@ -1,7 +1,6 @@
-"""Published results of X-Mixup's paper, as constants that a run's own scores are put beside.
+"""Published results from X-Mixup's paper, for comparison with a run's own scores.
 
-In: nothing. Out: `published_score`. Next: `run_table.py`.
-Source: Yang et al. 2022 (arXiv 2205.04182), table 1; FILTER's and xTune's rows are quoted there. Means over a task's
+Source: Yang et al. 2022 (arXiv 2205.04182), table 1, which also quotes FILTER's and xTune's rows. Means over a task's
 languages, English included; question answering is (F1, EM).
 """
 
@@ -29,7 +28,7 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[Cell, ...]]] = {
 
 
 def published_score(model: str, method: str, task: str) -> dict[str, float] | None:
-    """Metric -> mean over languages, 0 to 100, under the scorer's names; None where nothing was published."""
+    """Metric -> mean over languages, 0 to 100, under the scorer's names; None if nothing was published."""
     row = PUBLISHED.get(model, {}).get(method)
     cell = row[TASK_ORDER.index(task)] if row is not None and task in TASK_ORDER else None
     if cell is None:

@@ -1,12 +1,11 @@
-"""Sentence retrieval on Tatoeba: whose states are nearest, across languages, without any training.
+"""Sentence retrieval on Tatoeba by nearest states across languages, without any training.
 
-In: any Hugging Face encoder (an export, or a pretrained one) and XTREME's files. Out: `tatoeba/test-XX.tsv`, that is
-for each English sentence the number of the source sentence nearest to it, and scores where gold is known.
-Next: the command line prints `score_table`.
+For an encoder (an export, or a pretrained one), writes `tatoeba/test-XX.tsv`: for each English sentence the number of
+the nearest source sentence; and scores if gold is known.
 
-As XTREME does it: the mean of the states that LEAVE one layer, over a sentence's tokens, and cosine similarity. Its
-layers, counted from 0, are 7 for mBERT and 13 for XLM-R large (`--specific_layer` of its script); that is `h[8]` and
-`h[14]`. It averages over `<s>` and `</s>` too (`specials`); the default here leaves them out.
+As in XTREME: the mean over a sentence's tokens of the states that LEAVE one layer, and cosine similarity. Its layers,
+counted from 0, are 7 for mBERT and 13 for XLM-R large (`--specific_layer` of its script), that is `h[8]` and `h[14]`.
+XTREME averages over `<s>` and `</s>` too (`specials`); the default here leaves them out.
 
 Shapes: N sentences, H hidden.
 """
@@ -34,11 +33,11 @@ if TYPE_CHECKING:
     from modeling.tasks.sentence_states import SentenceStates
 
 Floats = npt.NDArray[np.float32]
-XTREME_LAYERS = {12: 7, 24: 13}  # layers of the model: the one that XTREME's script names
+XTREME_LAYERS = {12: 7, 24: 13}  # number of layers -> the layer that XTREME's script uses
 MAX_TOKENS = 512  # XTREME's; longer sentences are cut
 BATCH_TOKENS = 8192  # rows x row length of one forward pass
 CHUNK = 1024  # queries compared at a time
-ROUNDING = 1e-6  # of an inner product of unit vectors
+ROUNDING = 1e-6  # rounding of an inner product of unit vectors
 
 
 class SentenceEncoder:
@@ -68,7 +67,7 @@ class SentenceEncoder:
         return cls(states, layer, specials)
 
     def encode(self, sentences: Sequence[str]) -> Floats:
-        """(N, H) of length 1 each, zeros for a sentence without a token of its own."""
+        """(N, H) unit vectors, zeros for a sentence without tokens of its own."""
         encoded = self.states.encode_all(sentences)
         some = [number for number, text in enumerate(encoded) if any(text.content)]
         if self.specials:
@@ -83,10 +82,10 @@ class SentenceEncoder:
 
 
 def nearest(queries: Floats, candidates: Floats, chunk: int = CHUNK) -> list[int]:
-    """For each query (N, H) the candidate (M, H) with the largest inner product; of equal ones the first.
+    """For each query (N, H) the candidate (M, H) with the largest inner product; the first of equal ones.
 
-    Equal is what differs by less than rounding does: a product of the same two vectors depends on its place. A
-    candidate of zeros (a sentence without tokens) is never nearest while there is another.
+    Values that differ by less than rounding are equal: the product of two given vectors depends on their place in the
+    batch. A candidate of zeros (a sentence without tokens) is never nearest while there is another.
     """
     found: list[int] = []
     nothing = ~candidates.any(axis=1)
@@ -106,12 +105,12 @@ def retrieve_tatoeba(
     layout: str = "auto",
     progress: Callable[[int], object] | None = None,
 ) -> tuple[dict[str, Any], XtremeScores | None]:
-    """Predictions of every language, and scores where gold is known (XTREME's own files do not tell it).
+    """Predictions of every language, and scores if gold is known (XTREME's own files do not show it).
 
-    Writes `output/{predictions,labels}/tatoeba/` and `output/results.json`; returns what that holds, and the scores.
-    `languages`: default all that `data_dir` holds; the others are named as missing. A sentence without tokens takes
-    part in nothing and is named (`without_tokens`): its own prediction is line 0. `progress(1)` is told of each
-    language. Raises EvalError, DataError, before anything is computed.
+    Writes `output/{predictions,labels}/tatoeba/` and `output/results.json`; returns the latter's content, and the
+    scores. `languages`: default: all in `data_dir`; the others are reported as missing. A sentence without tokens is
+    left out and named (`without_tokens`): its own prediction is line 0. `progress(1)` is called for each language.
+    Raises EvalError or DataError before anything is computed.
     """
     task = xtreme_task("tatoeba")
     layout = detect_layout(task, data_dir, layout)
@@ -160,14 +159,14 @@ def retrieve_tatoeba(
 
 
 def _file(data_dir: Path, layout: str, language: str, english: bool) -> str:
-    """A side's file, for messages."""
+    """The name of a side's file, for messages."""
     if layout == "hub":
         return f"{data_dir} ({'target' if english else 'source'}_sentence)"
     return str(tatoeba_files(data_dir, language)[int(english)])
 
 
 def _absent(data_dir: Path, layout: str) -> dict[str, str]:
-    """Languages whose files are not there, with the reason: which file, where only one of the two is missing."""
+    """Languages without files, with the reason: which file, if only one of the two is missing."""
     absent = {}
     for language in xtreme_task("tatoeba").languages:
         source = find_source(xtreme_task("tatoeba"), "test", language, data_dir, layout)

@@ -1,18 +1,18 @@
 """One task of XTREME from data to score: `crosslift xtreme run`.
 
-In: the names of a task, a model and a method (`configs/xtreme.yaml`), and the task's files. Out: a folder with
+From the names of a task, a model and a method (`configs/xtreme.yaml`) and the task's files, writes a folder with
 
-    data/                   canonical rows (not where `data_dir` holds them already)
+    data/                   canonical rows (unless `data_dir` holds them already)
     run.yaml                the run file, readable by `crosslift train`
     training/               the training run: checkpoints, record
     selection.json, dev/    every checkpoint's score on dev
     model/                  the chosen checkpoint's export
     predictions/{task}/     ready to submit
-    labels/{task}/          gold, where there is some
+    labels/{task}/          gold, if there is some
     scores.json             scores, the published row, the transfer gap
-    table.txt               the table that is printed
+    table.txt               the printed table
 
-Next: people, and `--baseline` of another run. A second call goes on where the first stopped.
+A second call continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from evals.xtreme.selection import Selection, select
 
 COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "crosslift.py")]
 MADE_BY = "made_by.json"
-CHECK_FAILED = 3  # status of `train` and `export`: the export is there, but did not pass its check
+CHECK_FAILED = 3  # status of `train` and `export`: the export exists, but failed its check
 TABLE_FILE = "table.txt"
 
 
 class ScoreTracker(Protocol):
-    """What follows a run's scores, such as `training.tracking.tracker.Tracker`."""
+    """Receives a run's scores, such as `training.tracking.tracker.Tracker`."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -62,10 +62,10 @@ Follow = Callable[
 
 
 def run_xtreme(run: XtremeRun, follow: Follow | None = None) -> dict[str, Any]:
-    """Everything, from files to table; prints as it goes. Returns what it wrote to `scores.json`.
+    """Run everything, from files to table, with printed progress. Returns what it wrote to `scores.json`.
 
-    Raises EvalError, DataError, ModelError, one line each; nothing is followed before the run is known to fit its
-    data and its folder.
+    Raises EvalError, DataError or ModelError, one line each; tracking starts only when the run is known to fit its data
+    and its folder.
     """
     plan = run.plan()
     baseline = read_scores(run.baseline, plan.task) if run.baseline is not None else None
@@ -87,7 +87,7 @@ def run_xtreme(run: XtremeRun, follow: Follow | None = None) -> dict[str, Any]:
 def _from_training_on(
     run: XtremeRun, plan: RunPlan, data: Path, baseline: Mapping[str, Any] | None, tracker: ScoreTracker | None
 ) -> dict[str, Any]:
-    """Steps 2 to 5, once `run.yaml` is there."""
+    """Steps 2 to 5, once `run.yaml` exists."""
     _say(f"2/5  {run.model}, {run.method}: trains by {run.output / RUN_YAML}")
     _train(run)
     _say("3/5  every checkpoint on dev")
@@ -121,7 +121,7 @@ def _from_training_on(
 
 
 def _data(run: XtremeRun, plan: RunPlan) -> Path:
-    """The folder of canonical rows: `data_dir` where it is one, else made of it."""
+    """The folder of canonical rows: `data_dir` if it is one, otherwise made from it."""
     if any((run.data_dir / "test").glob("*.jsonl")):
         if run.translations is not None:
             raise EvalError(f"{run.data_dir}: is prepared already, so --translations cannot be added; prepare it anew")
@@ -143,7 +143,7 @@ def _check_stamp(stamp: Path, task: str) -> None:
 
 
 def _train(run: XtremeRun) -> None:
-    """`crosslift train` as a user would call it; it resumes by itself."""
+    """Run `crosslift train` as a user would; it resumes by itself."""
     ranks = [] if run.nproc is None else ["--nproc", str(run.nproc)]
     _crosslift("train", str(run.output / RUN_YAML), *ranks)
 
@@ -154,9 +154,9 @@ def _export(checkpoint: Path, folder: Path) -> None:
 
 def _crosslift(*arguments: str) -> None:
     _say(f"     crosslift {' '.join(arguments)}")
-    # What it prints is for people who follow the run; this command's own output is the table.
+    # Its output is progress; the result of this command is the table.
     status = subprocess.run([*COMMAND, *arguments], stdout=sys.stderr).returncode
-    if status not in (0, CHECK_FAILED):  # an export that failed its check is kept, and whoever opens it is warned
+    if status not in (0, CHECK_FAILED):  # an export that failed its check is kept, with a warning when it is opened
         raise EvalError(f"crosslift {arguments[0]} ended with status {status}; its messages are above")
 
 
@@ -183,7 +183,7 @@ def _predict(run: XtremeRun, task: XtremeTask, data: Path, step: int) -> tuple[d
 
 
 def _earlier_predictions(folder: Path, stamp: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier call of the same model predicted; what another model did is removed."""
+    """Predictions of an earlier call with the same model; those of another model are removed."""
     try:
         content = json.loads((folder / MADE_BY).read_bytes())
         if {key: content[key] for key in stamp} == dict(stamp):
@@ -200,7 +200,7 @@ def _summary(run: XtremeRun, plan: RunPlan, baseline: Mapping[str, Any] | None) 
 
 
 def _track(tracker: ScoreTracker, run: XtremeRun, chosen: Selection, results: Mapping[str, Any]) -> None:
-    """Scores as metrics: dev by step, the rest at the chosen step."""
+    """Send scores as metrics: dev scores by step, the rest at the chosen step."""
     for step, score in chosen.scores.items():
         tracker.log(step, {"dev/score": score})
     if (told := results["summary"]) is not None:

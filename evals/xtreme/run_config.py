@@ -1,9 +1,6 @@
-"""One run file out of the sections of `configs/xtreme.yaml`: base, kind, model, task and method.
+"""Compose one run file from the sections of `configs/xtreme.yaml`: base, kind, model, task and method.
 
-In: the file, the names of a task, a model and a method, `key.sub=value` overrides, and what training rows there are.
-Out: the values of a run file that `crosslift train` reads, and the plan around it. Next: `run.py`.
-
-Nothing of `training` is imported: what a run file may hold is checked by the command that reads it.
+Nothing of `training` is imported: the command that reads the run file validates it.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from data_pipeline.yaml_values import read_yaml
 from evals.errors import EvalError
 
 SECTIONS = ("base", "kinds", "models", "tasks", "methods")
-CONDITIONS = ("kinds", "models", "tasks")  # what a section may depend on
+CONDITIONS = ("kinds", "models", "tasks")  # conditions that a section may have
 PLAN_KEYS = ("epochs", "checkpoints", "train", "select")
 LANGUAGES = ("dominant", "all")
 
@@ -33,7 +30,7 @@ Which = Literal["dominant", "all"]
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What is around one training: how long, how many checkpoints, which languages. `values`: the run file so far."""
+    """The settings around one training: epochs, checkpoints, languages. `values`: the run file so far."""
 
     task: XtremeTask
     epochs: float
@@ -53,7 +50,7 @@ class RunPlan:
 
 
 def read_plan(config: Path, task: str, model: str, method: str, overrides: Sequence[str] = ()) -> RunPlan:
-    """The sections for one run, put on top of each other. Raises EvalError and, for the task's name, DataError."""
+    """The sections for one run, merged. Raises EvalError, and DataError for the task's name."""
     sections = _read(config)
     found = xtreme_task(task)
     if found.kind == "retrieval":
@@ -72,10 +69,10 @@ def read_plan(config: Path, task: str, model: str, method: str, overrides: Seque
 
 
 def compose(plan: RunPlan, data_dir: Path, output_dir: Path, files: Mapping[str, str], rows: int) -> Values:
-    """The values of a whole run file.
+    """The values of a complete run file.
 
-    files: the training file of each language, as an address or below `data_dir`; `rows`: how many they hold.
-    max_steps, checkpoint.every and checkpoint.keep are left as they are where sections or overrides give them.
+    files: the training file of each language, as an address or below `data_dir`; `rows`: their total number of rows.
+    max_steps, checkpoint.every and checkpoint.keep keep the values of sections or overrides.
     """
     values: Values = {"data_dir": str(data_dir), "output_dir": str(output_dir)}
     data: Values = {"languages": list(files), "task": {"kind": plan.task.kind}}
@@ -93,7 +90,7 @@ def compose(plan: RunPlan, data_dir: Path, output_dir: Path, files: Mapping[str,
 
 
 def steps_of(epochs: float, rows: int, slots_per_step: int) -> int:
-    """Steps that read every row `epochs` times, the last one perhaps some more."""
+    """Number of steps that read every row `epochs` times; the last step may read some more."""
     return max(math.ceil(epochs * rows / slots_per_step), 1)
 
 
@@ -114,7 +111,7 @@ def _read(config: Path) -> Values:
 
 
 def _chain(config: Path, sections: Values, part: str, name: str) -> list[tuple[Values, str]]:
-    """The section of that name, after those that it extends, each with what to call it."""
+    """The section of that name, preceded by those that it extends, each with its name for messages."""
     found: list[tuple[Values, str]] = []
     named: str | None = name
     while named is not None:
@@ -131,7 +128,7 @@ def _chain(config: Path, sections: Values, part: str, name: str) -> list[tuple[V
 
 
 def _put(values: Values, section: Any, names: Mapping[str, str], where: str) -> None:
-    """A section's own keys, then those it has for this kind, this model and this task; in place."""
+    """Merge in place a section's own keys, then those it has for this kind, this model and this task."""
     section = _mapping(section, where)
     own = {key: value for key, value in section.items() if key not in CONDITIONS}
     values.update(merged(values, own))
@@ -163,7 +160,7 @@ def _override(values: Values, text: str) -> None:
 
 
 def _checked_merge(below: Values, above: Values, text: str) -> Values:
-    """`merged`, but a key below a value that is no section is a mistake."""
+    """`merged`, but a key below a value that is not a section is a mistake."""
     for key, value in above.items():
         inner = below.get(key)
         if isinstance(value, dict) and inner is not None and not isinstance(inner, dict):

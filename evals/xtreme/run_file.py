@@ -1,7 +1,4 @@
-"""The run file of one `crosslift xtreme run`: which rows train it, composed, compared with an earlier call's, written.
-
-In: an XtremeRun and the folder of its rows. Out: the values of a run file, and `run.yaml`. Next: `run.py` trains by it.
-"""
+"""The run file of one `crosslift xtreme run`: its training rows, composed, compared with an earlier call's, written."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ RUN_YAML = "run.yaml"
 
 @dataclass(frozen=True, slots=True)
 class XtremeRun:
-    """What to run. `data_dir`: XTREME's files in any layout, or a folder that `crosslift xtreme prepare` wrote."""
+    """The options of a run. `data_dir`: XTREME's files in any layout, or a folder of `crosslift xtreme prepare`."""
 
     config: Path
     task: str
@@ -32,16 +29,16 @@ class XtremeRun:
     output: Path
     translations: Path | None = None
     layout: str = "auto"
-    soft_labels: Path | None = None  # taggers: training rows of `teacher.py`, in place of those of the same language
+    soft_labels: Path | None = None  # taggers: training rows of `teacher.py`, which replace those of the same language
     nproc: int | None = None
     overrides: tuple[str, ...] = ()
     mixup: MixupMode = "auto"
     baseline: Path | None = None  # another run's output
     unlabelled: bool = False  # test labels are erased: predictions only
-    max_bad_rows: int = 0  # questions of a file whose answers are not where it says: left out, counted
+    max_bad_rows: int = 0  # limit of questions per file whose answers are not where it says
 
     def plan(self) -> RunPlan:
-        """Its sections of the config file. Raises EvalError, DataError."""
+        """The run's sections of the config file. Raises EvalError, DataError."""
         return read_plan(self.config, self.task, self.model, self.method, self.overrides)
 
 
@@ -63,9 +60,9 @@ def composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
         source["columns"] = filled_columns(source["columns"], plan.task, files.values())
     values["tracking"]["run_name"] = f"{plan.tracking.get('run_name') or run.output.resolve().name}-training"
     file = run.output / RUN_YAML
-    if file.is_file() and (run.output / "training").is_dir():  # else `crosslift train` refused it: it may be mended
+    if file.is_file() and (run.output / "training").is_dir():  # else it was refused and may be corrected
         before = read_yaml(file.read_text(encoding="utf-8"))
-        now = read_yaml(_as_yaml(values))  # as it would be read again: no tuples
+        now = read_yaml(_as_yaml(values))  # as it would be read from the file: no tuples
         if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):
             raise EvalError(f"{file}: is of a run with another {key}; name a new --output, or run it as it was")
     return values

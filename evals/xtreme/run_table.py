@@ -1,6 +1,4 @@
-"""What a run's scores mean: beside the published row, and as the gap between the dominant language and the others.
-
-In: a task's scores by language. Out: plain data for `scores.json`, and one table. Next: the command line prints it.
+"""A run's scores beside the published row, and the gap between the dominant language and the others.
 
 The transfer gap is the dominant language's score minus the mean of the others' (docs/methods.md, section 5).
 """
@@ -33,7 +31,7 @@ def transfer_gap(languages: Mapping[str, Mapping[str, float]], dominant: str, me
 
 
 def gap_reduction(gap: Metrics, before: Mapping[str, float]) -> dict[str, float | None]:
-    """By how many per cent each gap is smaller than before; None where there was none to make smaller."""
+    """The reduction of each gap in per cent of the earlier one; None if there was no positive gap."""
     return {
         metric: 100 * (before[metric] - value) / before[metric] if before[metric] > 0 else None
         for metric, value in gap.items()
@@ -43,7 +41,7 @@ def gap_reduction(gap: Metrics, before: Mapping[str, float]) -> dict[str, float 
 def summary(
     task: XtremeTask, scores: TaskScores, dominant: str, model: str, method: str, baseline: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Everything that is said about a run's scores. `baseline`: what `read_scores` gave for another run."""
+    """All results of a run, as plain data. `baseline`: what `read_scores` returned for another run."""
     published = published_score(model, method, task.name)
     gap = transfer_gap(scores.languages, dominant, task.metrics)
     before = baseline["gap"] if baseline is not None else None
@@ -69,7 +67,7 @@ def summary(
 
 
 def read_scores(output: Path, task: XtremeTask) -> dict[str, Any]:
-    """Another run's output, to compare with. Raises EvalError: no such scores, or of another task."""
+    """Another run's scores, for comparison. Raises EvalError: no such scores, or of another task."""
     file = output / SCORES_FILE
     try:
         content = json.loads(file.read_bytes())

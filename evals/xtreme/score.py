@@ -1,12 +1,11 @@
-"""A folder of XTREME predictions against a folder of gold labels: every score its own scorer gives, and its averages.
+"""Score a folder of XTREME predictions against a folder of gold labels: all scores and averages of its own scorer.
 
-In: `{task}/test-{language}.tsv` (`.json` for question answering) in both folders. Out: `XtremeScores`, all 0 to 100.
-Next: the command line prints `score_table` or `to_json`, and keeps the latter as `results.json`.
+Files are `{task}/test-{language}.tsv` (`.json` for question answering) in both folders; scores are 0 to 100.
 
-Numbers on complete, well-formed input are those of XTREME's `evaluate.py` (github.com/google-research/xtreme) run
-with the seqeval 0.0.12 that it was published with. Where that script lets faulty input through, this one refuses it:
-questions left out (there they score 0) or unknown, sentences of other lengths, labels outside the task's set, erased
-gold labels. Incomplete input is scored and called so: `missing`, `partial`.
+Numbers on complete, well-formed input equal those of XTREME's `evaluate.py` (github.com/google-research/xtreme) with
+the seqeval 0.0.12 that it was published with. Faulty input that this script accepts is refused here: missing questions
+(which score 0 there) or unknown ones, sentences of other lengths, labels outside the task's set, erased gold labels.
+Incomplete input is scored and marked: `missing`, `partial`.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from evals.xtreme.label_files import (
 from evals.xtreme.metrics import accuracy, set_f1, tagging_scores
 
 ALL_TASKS = "all_task"  # its name in XTREME's scorer
-# The order in which XTREME's scorer adds up languages, where it is not the alphabet's: another order may differ in
-# the last binary digit, and so, at a tie, in a printed one.
+# The order in which XTREME's scorer adds up languages, if not alphabetical: another order may change the last binary
+# digit and so, at a tie, a printed one.
 _NER_ORDER = (
     "ar he vi id jv ms tl eu ml ta te af nl en de el bn hi mr ur fa fr it pt es bg ru ja ka ko th sw yo my zh kk tr et"
     " fi hu"
@@ -52,7 +51,7 @@ _ADDED_IN_ORDER = {
 class TaskScores:
     """One task: metrics by language, their unweighted means over languages, and the task's score, 0 to 100.
 
-    `missing`: each of the task's languages that is not scored, with the reason. Then the means are partial ones.
+    `missing`: each language of the task without a score, with the reason. The means are then partial.
     """
 
     languages: dict[str, dict[str, float]]
@@ -68,10 +67,10 @@ class TaskScores:
 
 @dataclass(frozen=True, slots=True)
 class XtremeScores:
-    """Scores of tasks, means over a group's tasks, and over all. `missing`: tasks of XTREME that are not scored.
+    """Scores of tasks, means over a group's tasks, and over all. `missing`: tasks of XTREME without scores.
 
-    `partial`: the groups, and perhaps "all_task", whose mean lacks a task or a task's language; XTREME's scorer
-    prints no such mean.
+    `partial`: the groups, and possibly "all_task", whose mean lacks a task or a task's language; XTREME's scorer prints
+    no such mean.
     """
 
     tasks: dict[str, TaskScores]
@@ -104,10 +103,10 @@ class XtremeScores:
 def score_directory(
     predictions: Path, labels: Path, tasks: Sequence[str] | None = None, languages: Sequence[str] | None = None
 ) -> XtremeScores:
-    """Scores every task that has predictions, or only `tasks` and `languages`.
+    """Score every task that has predictions, or only `tasks` and `languages`.
 
-    A language without predictions or without labels is left out and named; a task asked for by name must have at
-    least one. Raises EvalError with file and line, DataError for a name that is no task's.
+    A language without predictions or labels is left out and named; a task requested by name must have at least one.
+    Raises EvalError with file and line, DataError for an unknown task name.
     """
     for folder in (predictions, labels):
         if not folder.is_dir():
@@ -128,9 +127,9 @@ def score_directory(
 
 
 def score_file(task: str, language: str, prediction_path: Path, label_path: Path) -> dict[str, float]:
-    """One language's metrics, 0 to 100, those of XTREME's scorer and for taggers `tagging_scores`'s own.
+    """One language's metrics, 0 to 100: those of XTREME's scorer, for taggers also those of `tagging_scores`.
 
-    Raises EvalError with file and line, DataError for a name that is no task's.
+    Raises EvalError with file and line, DataError for an unknown task name.
     """
     kind = xtreme_task(task)
     if language not in kind.languages:

@@ -1,10 +1,8 @@
-"""Which of a run's checkpoints is the model: the one that does best on dev.
+"""Select the checkpoint with the best dev score as the run's model.
 
-In: a training run's folder and dev rows. Out: `model/`, the export of the chosen checkpoint, and `selection.json` with
-the dev score of each. Next: `run.py` predicts with it.
-
-Every kept checkpoint is exported in turn by `crosslift export`, scored by the task's own metric (mean over the dev
-languages that the method may see), and deleted. What was scored is not scored again by a later call.
+Writes `model/`, the export of the chosen checkpoint, and `selection.json` with the dev score of each. Every kept
+checkpoint is exported by `crosslift export`, scored by the task's metric (mean over the dev languages that the method
+may use), and its export deleted. A later call does not repeat scores.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ SELECTION_FILE = "selection.json"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen step, and each step's mean score on these languages' dev rows, 0 to 100; none: the last was taken."""
+    """The chosen step, and each step's mean dev score on these languages, 0 to 100; none: the last step was taken."""
 
     step: int
     languages: tuple[str, ...]
@@ -51,7 +49,7 @@ def checkpoints(training: Path) -> dict[int, Path]:
 def dev_score(
     predictor: EncoderPredictor, task: XtremeTask, files: Mapping[str, Path], folder: Path, mixup: MixupMode
 ) -> float:
-    """The task's score on dev files, mean over languages, 0 to 100. `folder` is left with labels and predictions."""
+    """The task's score on dev files, mean over languages, 0 to 100. Labels and predictions stay in `folder`."""
     for language, file in files.items():
         records = read_records(file, task)
         if not write_gold(gold_file(folder / "labels", task, language), task, records):
@@ -70,9 +68,9 @@ def select(
     export: Callable[[Path, Path], None],
     say: Callable[[str], None],
 ) -> Selection:
-    """Scores every checkpoint not scored yet, leaves the best one's export at `output/model`; of equals the earliest.
+    """Score every checkpoint without a score and keep the best one's export at `output/model`; ties: the earliest.
 
-    `export(checkpoint, folder)` writes a Hugging Face directory. Without dev files the last checkpoint is taken.
+    `export(checkpoint, folder)` writes a Hugging Face directory. Without dev files the last checkpoint is used.
     """
     found = checkpoints(training)
     known = _earlier(output / SELECTION_FILE, list(dev), mixup)

@@ -1,12 +1,9 @@
 """From start and end logits to an answer: the best span over all windows of a context.
 
-In: for each window of a question, its tokens and two logits a token. Out: the answer, in the context's own
-characters. Next: `predict.py` writes it.
-
-The rules of SQuAD 1.1's baselines, which published numbers follow: a span starts at one of the window's `n_best`
-starts and ends at one of its `n_best` ends, is of context tokens only, at most `max_tokens` of them, and starts in the
-window that shows most context around its first token. Its score is the sum of the two logits; that of windows is
-compared as it is. There is always an answer: "no answer" is none.
+The rules of SQuAD 1.1's baselines, which published numbers follow: a span starts at one of the window's `n_best` starts
+and ends at one of its `n_best` ends, contains only context tokens, at most `max_tokens` of them, and starts in the
+window that shows most context around its first token. Its score is the sum of the two logits, compared over windows
+without normalisation. There is always an answer: "no answer" is not possible.
 
 Shapes: T tokens of a window, C tokens of a context.
 """
@@ -46,7 +43,7 @@ class Span:
 
 
 def window_of_each(ranges: Sequence[Range]) -> npt.NDArray[np.int64]:
-    """(C,): for every token (or word), in which of the windows that hold it it has most context.
+    """(C,): for every token (or word), the window, of those that contain it, in which it has most context.
 
     ranges: the windows' (first, stop). Context is the smaller of the distances to the window's two ends, plus a
     hundredth of the window's length; of equal windows, the first.
@@ -67,8 +64,8 @@ def best_span(
 ) -> Span:
     """The answer with the highest score; of equal ones, the first.
 
-    Where no pair of `n_best` starts and ends makes a span, any pair of the right length will do. Only a context
-    without a visible character gives an empty answer.
+    If no pair of `n_best` starts and ends forms a span, any pair of the right length is allowed. Only a context without
+    a visible character gives an empty answer.
     """
     most_context = window_of_each([scored.window.words for scored in windows])
     for candidates in (n_best, None):
@@ -99,7 +96,7 @@ def _best_in(
     starts = _highest(start, n_best) & (most_context[slice(*scored.window.words)] == number)
     length = np.arange(len(places))[None, :] - np.arange(len(places))[:, None] + 1
     allowed = starts[:, None] & _highest(end, n_best)[None, :] & (length >= 1) & (length <= max_tokens)
-    allowed &= last[None, :] > first[:, None]  # tokens that stand for no character make no answer
+    allowed &= last[None, :] > first[:, None]  # tokens without characters form no answer
     if not allowed.any():
         return None
     scores = np.where(allowed, start[:, None] + end[None, :], -np.inf)
@@ -109,7 +106,7 @@ def _best_in(
 
 
 def _highest(logits: Floats, n: int | None) -> npt.NDArray[np.bool_]:
-    """(T,): which are among the n highest; all if n is None."""
+    """(T,): whether each is among the n highest; all if n is None."""
     if n is None or n >= len(logits):
         return np.ones(len(logits), np.bool_)
     chosen = np.zeros(len(logits), np.bool_)

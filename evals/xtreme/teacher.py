@@ -1,10 +1,9 @@
-"""A tagger labels translated sentences for X-Mixup: `crosslift xtreme soft-labels`.
+"""A tagging model labels translated sentences for X-Mixup: `crosslift xtreme soft-labels`.
 
-In: a tagging model (zero-shot, or translate-train) and canonical rows of translated training sentences, tags or not.
-Out: the same rows, in their order, with `soft_tags`: for each word the probability of each of the task's labels, the
-softmax of the word's pooled logits. Next: `crosslift xtreme run --soft-labels DIR`.
+Reads canonical rows of translated training sentences and writes the same rows, in their order, with `soft_tags`: for
+each word the probability of each label, the softmax of the word's pooled logits.
 
-Why (docs/methods.md, section 2.2): a translation has no gold tags; what a teacher gives its words is learned from.
+A translation has no gold tags, so X-Mixup learns from these (docs/methods.md, section 2.2).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
 from evals.xtreme.predict import EncoderPredictor
 
-DIGITS = 5  # of a probability; a word's then still sum to 1 within the 1e-3 that readers ask for
+DIGITS = 5  # digits of a probability; a word's then sum to 1 within the 1e-3 that readers require
 CHUNK = 2048  # rows in memory at a time
 
 
@@ -32,10 +31,11 @@ def soft_labels(
     output: Path,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, int]:
-    """Writes `output/<name of the file>` for each file of translations; rows by file name.
+    """Write `output/<name of the file>` for each file of translations; returns the number of rows by file name.
 
-    `translations`: JSONL files, or folders of them. `progress(n)` is told of n more rows. Raises EvalError for a task
-    or model that tags nothing or other labels, and for an output that would replace its input; BadRow.
+    `translations`: JSONL files, or folders of them. `progress(n)` is called with the number of further rows. Raises
+    EvalError for a task or model that does not tag or has other labels, and for an output that would replace its input;
+    BadRow.
     """
     labels = xtreme_task(task).labels
     if xtreme_task(task).kind != "tagging":
