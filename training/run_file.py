@@ -1,8 +1,4 @@
-"""Reads a run file: YAML, `key.sub=value` overrides, and every mistake in it at once.
-
-In: a YAML file. Out: a RunConfig, or one line for each mistake with its path and, for typos, the nearest valid key.
-Next: `prepare.py`.
-"""
+"""Reads run files: YAML and `key.sub=value` overrides; reports all mistakes at once, typos with the nearest key."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from data_pipeline.secrets import without_login
 from data_pipeline.sources.paths import PathError, check_folder
 from data_pipeline.yaml_values import compose_yaml, read_yaml
+from training.checks.inputs import missing_inputs
 from training.config import RunConfig
 from training.errors import ConfigError
 
@@ -24,8 +21,28 @@ from training.errors import ConfigError
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, apply `key.sub=value` overrides, validate.
 
+    Files and folders that it names and that are missing are reported beside other mistakes; where there are none, it is
+    up to the command whether they must exist (`training.checks.inputs.missing_inputs`).
+
     Raises:
-        ConfigError: with one line for every mistake found, each naming file and key.
+        ConfigError: one line for every mistake, with file and key.
+    """
+    values, mistakes = read_values(path, overrides)
+    try:
+        config = validate(values, str(path))
+        check_folder(config.output_dir, f"{path}: output_dir:")
+    except (ConfigError, PathError) as error:
+        mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join([*mistakes, *(f"{path}: {line}" for line in missing_inputs(values))]))
+    return config
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """A YAML file's mapping with overrides applied, not validated, and a line for every mistake found so far.
+
+    Raises:
+        ConfigError: the file cannot be read, is no valid YAML, or holds no mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -34,24 +51,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        repeated = list(_given_twice(compose_yaml(text)))
+        mistakes = [f"{path}:{repeated}" for repeated in _repeated_keys(compose_yaml(text))]
         values = read_yaml(text)
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f":{place.line + 1}" if place else ""
         raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if repeated:
-        raise ConfigError("\n".join(f"{path}:{mistake}" for mistake in repeated))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
     for override in overrides:
-        _override(values, override)
-    config = validate(values, str(path))
-    try:
-        check_folder(config.output_dir, f"{path}: output_dir:")
-    except PathError as error:
-        raise ConfigError(str(error)) from None
-    return config
+        try:
+            apply_override(values, override)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    return values, mistakes
 
 
 def validate(values: dict[str, Any], origin: str) -> RunConfig:
@@ -117,15 +130,15 @@ def _without_logins(value: Any) -> Any:
     return without_login(value) if isinstance(value, str) else value
 
 
-def _given_twice(node: yaml.Node | None, path: str = "", seen: set[int] | None = None) -> Iterator[str]:
-    """A line for every key that its mapping has already; PyYAML would silently keep the last."""
+def _repeated_keys(node: yaml.Node | None, path: str = "", seen: set[int] | None = None) -> Iterator[str]:
+    """A line for every key that its mapping has twice; PyYAML would silently keep the last."""
     seen = set() if seen is None else seen
     if node is None or id(node) in seen:  # an anchor's content is looked at once
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for number, entry in enumerate(node.value):
-            yield from _given_twice(entry, f"{path}{number}.", seen)
+            yield from _repeated_keys(entry, f"{path}{number}.", seen)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[tuple[str, str], int] = {}
         for key, value in node.value:
@@ -135,10 +148,15 @@ def _given_twice(node: yaml.Node | None, path: str = "", seen: set[int] | None =
             if name in lines:
                 yield f"{line}: {path}{key.value}: given twice (lines {lines[name]} and {line}); keep one"
             lines.setdefault(name, line)
-            yield from _given_twice(value, f"{path}{key.value}.", seen)
+            yield from _repeated_keys(value, f"{path}{key.value}.", seen)
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def apply_override(values: dict[str, Any], text: str) -> None:
+    """Set the key of `key.sub=value` in nested values, in place; sections that are missing are added.
+
+    Raises:
+        ConfigError: not of that form, or a key below a value that is no section.
+    """
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r}: must be key.sub=value, e.g. max_steps=100")

@@ -178,8 +178,23 @@ def data_file(tmp_path: Path, run_file: Callable[..., Path]) -> Path:
 
 
 def test_a_missing_data_dir_is_named(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    assert refused(cli("check", data_file)) == f"data_dir: {tmp_path / 'data'}: no such folder"
+    (tmp_path / "data").mkdir()
     line = refused(cli("check", data_file))
-    assert line == f"source 'problems': no file matches {tmp_path / 'data' / '*.jsonl'}"
+    assert line == f"data.sources.0.files: no file matches {tmp_path / 'data' / '*.jsonl'}"
+
+
+def test_mistakes_of_different_kinds_are_reported_together(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+    """An unknown key, a bad value, a bad override and two missing folders: one line each, exit status 2."""
+    answer = cli("train", data_file, "max_stepz=3", "seed=x", "no equals sign", "model.path=./none", "model.init=null")
+    assert answer.status == 2
+    assert answer.err.removeprefix("crosslift: ").splitlines() == [
+        "override 'no equals sign': must be key.sub=value, e.g. max_steps=100",
+        f"{data_file}: seed: input should be a valid integer, unable to parse string as an integer (found 'x')",
+        f"{data_file}: max_stepz: unknown key; did you mean 'max_steps'?",
+        f"{data_file}: data_dir: {tmp_path / 'data'}: no such folder",
+        f"{data_file}: model.path: ./none: no such folder",
+    ]
 
 
 def test_an_output_dir_that_can_be_none_is_named(cli: Cli, data_file: Path, tmp_path: Path) -> None:

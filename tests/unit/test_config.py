@@ -551,7 +551,10 @@ def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, te
     path.write_text(text)
     with pytest.raises(ConfigError) as refusal:
         load_config(path, ["seed=3"])
-    assert str(refusal.value).splitlines() == [f"{path}:{line}" for line in lines]
+    found = str(refusal.value).splitlines()
+    assert (
+        [line for line in found if "given twice" in line] == found[: len(lines)] == [f"{path}:{line}" for line in lines]
+    )
 
 
 def test_a_key_may_come_again_elsewhere_over_an_anchor_and_as_an_override(tmp_path: Path, values: Values) -> None:
@@ -617,6 +620,30 @@ def test_a_bad_override_is_quoted(tmp_path: Path, run_file: Callable[..., Path],
         load_config(run_file(tmp_path), [override])
     assert str(refusal.value).startswith(f"override {override!r}: ")
     assert message in str(refusal.value)
+
+
+def test_what_is_missing_is_reported_beside_other_mistakes(tmp_path: Path, run_file: Callable[..., Path]) -> None:
+    """Only then: whether a valid run file's inputs must be here is for the command to decide."""
+    (tmp_path / "here.jsonl").touch()
+    file = run_file(tmp_path, data_dir=str(tmp_path), tokenizer={"path": "/none/tokenizer"})
+    files = "data.sources.0.files=[here.jsonl, none-*.jsonl, 's3://bucket/x.jsonl']"
+    assert load_config(file, [files]).tokenizer.path == "/none/tokenizer"
+    with pytest.raises(ConfigError) as refusal:
+        load_config(file, [files, "max_stepz=1", "data.workers=many"])
+    assert str(refusal.value).splitlines()[1:] == [
+        f"{file}: max_stepz: unknown key; did you mean 'max_steps'?",
+        f"{file}: tokenizer.path: /none/tokenizer: no such folder",
+        f"{file}: data.sources.0.files: no file matches {tmp_path / 'none-*.jsonl'}",
+    ]
+    assert str(refusal.value).startswith(f"{file}: data.workers: ")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "org/model"])
+def test_a_name_that_may_be_a_hubs_is_not_missing(tmp_path: Path, run_file: Callable[..., Path], name: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(run_file(tmp_path, model={"path": name}), ["max_stepz=1"])
+    (line,) = str(refusal.value).splitlines()
+    assert "max_stepz" in line
 
 
 def test_an_override_is_validated_like_the_file(tmp_path: Path, run_file: Callable[..., Path]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.checks.inputs import missing_inputs
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.objectives.config import ShifConConfig, XMixupConfig
@@ -24,8 +25,10 @@ def check_start(config: RunConfig) -> None:
     """What the run file and the environment alone tell, with a look at the disk.
 
     Raises:
-        ConfigError: one line; of raw DeepSpeed settings, one a mistake.
+        ConfigError: a line for every mistake of one kind: missing inputs, raw DeepSpeed settings, tracking.
     """
+    if missing := list(missing_inputs(config.model_dump())):
+        raise ConfigError("\n".join(missing))
     if config.deepspeed:  # else nothing of DeepSpeed's can be wrong
         from training.engine.engine import deepspeed_settings
 

@@ -1,28 +1,72 @@
-"""What a run reads from disks, without reading it: every node of a job must find it.
-
-In: a run file's values. Out: files and folders. Next: `crosslift submit`, whose job looks for them on each node.
-"""
+"""The files and folders that a run reads: those that must be seen from every node, and those that are missing."""
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.sources.paths import PathError, expanded, literal_folders
+
 GLOB = frozenset("*?[")
 
 
 def paths_read(values: Mapping[str, Any]) -> list[Path]:
-    """Data, and model and tokenizer where they are folders and no hub names; absolute, each once, as far as there.
+    """The existing inputs of a run, absolute: data, and model and tokenizer where they are folders.
 
-    Of a glob, the folder in front of it. What lies in `data_dir` is meant with it.
+    For a glob, the folder before its first pattern. Paths inside `data_dir` are left out, since it is listed itself.
     """
     data_dir = values["data_dir"] or ""
     names = [data_dir, values["model"]["path"], values["tokenizer"]["path"], *_of_sources(values, data_dir)]
     found = [Path(name).absolute() for name in names if name and Path(name).exists()]
     inside = Path(data_dir).absolute() if data_dir else None
     return list(dict.fromkeys(path for path in found if path == inside or not inside or inside not in path.parents))
+
+
+def missing_inputs(values: Mapping[str, Any]) -> Iterator[str]:
+    """A line for every local input that a run file's values name and that is missing; nothing is fetched.
+
+    Values that are of a wrong type are passed over: other lines report them. A model or tokenizer counts as local if
+    its name cannot be that of a repository on a hub.
+    """
+    data_dir = _text(values.get("data_dir"))
+    if data_dir is not None and not Path(data_dir).is_dir():
+        yield f"data_dir: {data_dir}: no such folder"
+    for section in ("model", "tokenizer"):
+        name = _text(_section(values.get(section)).get("path"))
+        if name is not None and _is_local(name) and not Path(name).exists():
+            yield f"{section}.path: {name}: no such folder"
+    if data_dir is not None and not Path(data_dir).is_dir():
+        return  # its files are missing with it
+    sources = _section(values.get("data")).get("sources")
+    for number, source in enumerate(sources if isinstance(sources, list | tuple) else ()):
+        patterns = _section(source).get("files")
+        for pattern in patterns if isinstance(patterns, list | tuple) else [patterns]:
+            text = _text(pattern)
+            if text is None or "://" in text or ("{data_dir}" in text and data_dir is None):
+                continue
+            address = os.path.join(data_dir or "", text.replace("{data_dir}", data_dir or ""))
+            if not any(os.path.isfile(name) for name in glob.iglob(literal_folders(address), recursive=True)):
+                yield f"data.sources.{number}.files: no file matches {address}"
+
+
+def _text(value: Any) -> str | None:
+    """The path in a value, `~` and variables filled in; None where it is none, or names what is not known here."""
+    try:
+        return expanded(str(value)) if isinstance(value, str | Path) else None
+    except PathError:
+        return None
+
+
+def _section(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can only be a path: a hub's are NAME or OWNER/NAME."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
 def _of_sources(values: Mapping[str, Any], data_dir: str) -> Iterator[str]:
