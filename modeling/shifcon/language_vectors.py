@@ -8,9 +8,6 @@ Shapes: B rows, T tokens, L languages, N layers measured, H hidden.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modeling.errors import ModelError
 from modeling.layers import hidden_size, membership, state_hook
+from modeling.weights.checked_file import CheckedFormat
 
-_FORMAT = "crosslift language vectors 1"
-_TENSORS = ("mean", "state_norm", "tokens")
+_FORMAT = CheckedFormat(
+    "crosslift language vectors 1", ("mean", "state_norm", "tokens"), "language vectors", "estimate them again"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,45 +78,24 @@ class LanguageVectors:
         return self.languages[int(distances.masked_fill(self.tokens == 0, torch.inf).argmin())]
 
     def save(self, path: Path | str) -> None:
-        """Writes one safetensors file: to a temporary name, synced, renamed."""
-        path = Path(path)
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        about = {name: value for name, value in vars(self).items() if name not in tensors}
-        header = json.dumps(about, ensure_ascii=False)
-        metadata = {"format": _FORMAT, "about": header, "sha256": _digest(header, tensors)}
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            file.write(to_bytes(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        """Writes one safetensors file in place."""
+        about = {name: value for name, value in vars(self).items() if name not in _FORMAT.tensors}
+        _FORMAT.save(Path(path), about, {name: getattr(self, name) for name in _FORMAT.tensors})
 
     @classmethod
     def load(cls, path: Path | str) -> LanguageVectors:
-        """Reads what `save` wrote. Raises ModelError if it is missing, torn or not what was saved."""
+        """Reads what `save` wrote.
+
+        Raises:
+            ModelError: the file is missing, damaged or not what was saved.
+        """
+        about, tensors = _FORMAT.load(Path(path))
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ModelError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
-            if _digest(metadata["about"], tensors) != metadata["sha256"]:
-                raise ModelError("its content does not match its checksum")
-            about: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in json.loads(metadata["about"]).items()
-            }
-            return cls(**about, **tensors)
-        except (ModelError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{path}: no usable language vectors: {reason}; estimate them again") from error
-
-
-def _digest(header: str, tensors: dict[str, Tensor]) -> str:
-    content = hashlib.sha256(header.encode())
-    for name in _TENSORS:
-        content.update(tensors[name].numpy().tobytes())
-    return content.hexdigest()
+            lists = {name: tuple(value) for name, value in about.items() if isinstance(value, list)}
+            values: dict[str, Any] = {**about, **lists, **tensors}
+            return cls(**values)
+        except (ModelError, TypeError) as error:
+            raise _FORMAT.unusable(Path(path), error) from error
 
 
 class StateMeans:

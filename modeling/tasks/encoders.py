@@ -27,8 +27,7 @@ from modeling.loading import (
     refuse_not_finite,
     resolve_directory,
 )
-from modeling.weights.initial_model import written_once
-from modeling.weights.weight_files import directory_hash, stored_tensors
+from modeling.weights.weight_files import stored_tensors
 from modeling.weights.weight_match import OLD_BUFFERS, named
 from modeling.xmixup.mixup import encoder_layers
 
@@ -53,26 +52,32 @@ TOKENIZER_FILES = (
 def write_task_start(
     directory_or_name: str | Path, kind: TaskKind, labels: Sequence[str], output: Path, seed: int
 ) -> Path:
-    """Write the pretrained encoder with a fresh task head, and its tokenizer files, to `output`, once.
+    """Writes the pretrained encoder with a new task head, and its tokenizer files.
 
-    Done in plain PyTorch on the CPU, because a model built inside ZeRO-3's context skips initialisation. The
-    encoder keeps every bit; the head depends on its shape and `seed` alone. A model that already is one of this
-    task, with the same labels in the same order, keeps its head. `labels`: the classes or tags, in the order of
-    their ids; none for qa and text. An `output` made from the same things is left as it is.
+    It is made in plain PyTorch on the CPU, because a model built inside ZeRO-3's context skips initialisation. The
+    encoder keeps every bit; the head depends on its shape and `seed` alone. A model that already is one of this task,
+    with the same labels in the same order, keeps its head.
 
-    Raises ModelError for a decoder or an encoder whose layers X-Mixup does not know (with the reason), if
-    anything but head weights is missing, if the checkpoint holds anything the task model has no place for but
-    pretraining heads and a pooler, and when `output` was made from something else.
+    Args:
+        directory_or_name: the pretrained encoder.
+        kind: of the task.
+        labels: the classes or tags in the order of their ids; empty for qa and text.
+        output: the directory. Callers that need it whole or not at all write into a folder that they rename.
+        seed: of the head.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ModelError: a decoder, or an encoder whose layers X-Mixup cannot mix (with the reason); weights other than the
+            head's are missing; or weights have no place in the task model, other than pretraining heads and a pooler.
+            Nothing is written then.
     """
     directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
     config = encoder_config(directory, architecture)
-    made_from = {"weights": directory_hash(directory), "kind": kind, "labels": list(labels), "seed": seed}
-
-    def write(temporary: Path) -> None:
-        _with_head(directory, architecture, config, labels, seed).save_pretrained(temporary)
-        _copy_tokenizer(directory, temporary)
-
-    return written_once(output, made_from, write)
+    _with_head(directory, architecture, config, labels, seed).save_pretrained(output)
+    _copy_tokenizer(directory, output)
+    return output
 
 
 def write_task_config(

@@ -1,54 +1,74 @@
-"""One small safetensors file that is either whole and unchanged, or refused.
-
-In: tensors and a description. Out: a file with a checksum over both, written under a temporary name and renamed.
-Next: `mixup_state.py`.
-"""
+"""The format of small safetensors files with a checksum, which are read whole and unchanged or refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.errors import ModelError
 from modeling.weights.weight_files import one_line
 
 
-def save_checked(path: Path, form: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes `about` (JSON values) and `tensors`; `form` names the kind and version of the file."""
-    header = json.dumps(dict(about), ensure_ascii=False)
-    metadata = {"format": form, "about": header, "sha256": _digest(header, tensors)}
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(to_bytes(dict(tensors), metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+@dataclass(frozen=True, slots=True)
+class CheckedFormat:
+    """A kind of file: tensors, a description in JSON, and a SHA-256 over both.
+
+    Attributes:
+        name: names the kind and its version in the file.
+        tensors: names of the tensors in the file.
+        content: what the file holds, for error messages.
+        remedy: what a user can do about a file that cannot be used.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    content: str
+    remedy: str
+
+    def save(self, path: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Writes a file in place; callers that need it whole after a crash write into a folder that they rename.
+
+        Args:
+            path: the file.
+            about: JSON values.
+            tensors: on the CPU.
+        """
+        header = json.dumps(dict(about), ensure_ascii=False)
+        metadata = {"format": self.name, "about": header, "sha256": _checksum(header, tensors)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+    def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The description and the tensors that `save` wrote.
+
+        Raises:
+            ModelError: the file is missing, damaged, changed or of another format.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != self.name:
+                    raise ModelError(f"its format is {metadata.get('format')!r}, not {self.name!r}")
+                tensors = {name: file.get_tensor(name).clone() for name in self.tensors}
+            if _checksum(metadata["about"], tensors) != metadata["sha256"]:
+                raise ModelError("its content does not match its checksum")
+            return json.loads(metadata["about"]), tensors
+        except (ModelError, SafetensorError, OSError, KeyError, ValueError) as error:
+            raise self.unusable(path, error) from error
+
+    def unusable(self, path: Path, error: Exception) -> ModelError:
+        """An error of one line that names the file, the reason and the remedy."""
+        return ModelError(f"{path}: no usable {self.content}: {one_line(error)}; {self.remedy}")
 
 
-def load_checked(path: Path, form: str, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `save_checked` wrote. Raises ModelError if it is missing, torn, changed or of another form."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != form:
-                raise ModelError(f"its format is {metadata.get('format')!r}, not {form!r}")
-            tensors = {name: file.get_tensor(name).clone() for name in names}
-        if _digest(metadata["about"], tensors) != metadata["sha256"]:
-            raise ModelError("its content does not match its checksum")
-        return json.loads(metadata["about"]), tensors
-    except (ModelError, SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be used: {one_line(error)}; export the model again") from error
-
-
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     content = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         content.update(tensors[name].contiguous().numpy().tobytes())

@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 
 from modeling.errors import ModelError
-from modeling.weights.checked_file import load_checked, save_checked
+from modeling.weights.checked_file import CheckedFormat
 from modeling.xmixup.cross_attention import ENTROPIES, EntropyName
 
 MIXUP_FILE = "xmixup.safetensors"
 RATIO_MODULE = "mixup_ratio"  # the submodule of the mixed layer that holds `w` and `b`
-_FORMAT = "crosslift x-mixup 1"
 _LEARNED = ("w", "b")
+_FORMAT = CheckedFormat("crosslift x-mixup 1", _LEARNED, "X-Mixup state", "export the model again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +49,15 @@ class MixupState:
                 raise ModelError(f"x-mixup: {problem}")
 
     def save(self, path: Path | str) -> None:
-        """Writes one safetensors file: to a temporary name, synced, renamed."""
+        """Writes one safetensors file in place."""
         about = {name: getattr(self, name) for name in ("layer", "lam0", "entropy", "ratio", "model_hash")}
         tensors = {name: torch.tensor([getattr(self, name)], dtype=torch.float64) for name in _LEARNED}
-        save_checked(Path(path), _FORMAT, about, tensors)
+        _FORMAT.save(Path(path), about, tensors)
 
     @classmethod
     def load(cls, path: Path | str) -> MixupState:
         """Reads what `save` wrote. Raises ModelError if it is missing, torn or not what was saved."""
-        about, tensors = load_checked(Path(path), _FORMAT, _LEARNED)
+        about, tensors = _FORMAT.load(Path(path))
         return cls(**about, w=float(tensors["w"]), b=float(tensors["b"]))
 
 

@@ -1,6 +1,7 @@
 """Vectors are plain means, their file is checked, and the restoration error is what the formula says."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -113,6 +114,27 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
         before, after = getattr(vectors, field.name), getattr(loaded, field.name)
         assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
     assert [file.name for file in tmp_path.iterdir()] == ["vectors.safetensors"]
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """As versions before the shared format wrote it, spelled out."""
+    vectors = measured(tiny())
+    tensors = {"mean": vectors.mean, "state_norm": vectors.state_norm, "tokens": vectors.tokens}
+    header = json.dumps({
+        "languages": ["en", "de", "xx", "sw"], "dominant": "en", "layers": [1, 3, 4], "area": [1, 3],
+        "estimator": "mean over tokens, unshifted", "model_hash": "abc",
+    })  # fmt: skip
+    content = hashlib.sha256(header.encode())
+    for tensor in tensors.values():
+        content.update(tensor.numpy().tobytes())
+    metadata = {"format": "crosslift language vectors 1", "about": header, "sha256": content.hexdigest()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    loaded = LanguageVectors.load(tmp_path / "old.safetensors")
+    assert torch.equal(loaded.mean, vectors.mean)
+    assert (loaded.languages, loaded.area, loaded.model_hash) == (NAMES, (1, 3), "abc")
+    vectors.save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        assert file.metadata() == metadata
 
 
 def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:

@@ -292,9 +292,7 @@ def test_attention_names() -> None:
         resolve_attention("spda")
 
 
-def test_initial_model_is_written_once_and_depends_on_config_and_seed(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_initial_model_depends_on_config_and_seed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
@@ -306,13 +304,9 @@ def test_initial_model_is_written_once_and_depends_on_config_and_seed(
     assert abs(float(model.get_input_embeddings().weight.detach().std()) - 0.02) < 0.002
     assert (model.config.vocab_size, model.config.eos_token_id, model.config.pad_token_id) == (32, 1, 2)
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("3 4").input_ids == tokenizer("3 4").input_ids
-    written = (tmp_path / "a" / "model.safetensors").stat().st_mtime_ns
-    write_initial_model(LLAMA, tokenizer, tmp_path / "a", 1)
-    assert (tmp_path / "a" / "model.safetensors").stat().st_mtime_ns == written
-    for config, seed in ((LLAMA, 3), ({**LLAMA, "hidden_size": 64}, 1)):
-        with pytest.raises(ModelError, match="holds another model"):
-            write_initial_model(config, tokenizer, tmp_path / "a", seed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    for name, config, seed in (("d", LLAMA, 3), ("e", {**LLAMA, "hidden_size": 64}, 1)):
+        assert directory_hash(write_initial_model(config, tokenizer, tmp_path / name, seed)) != a
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "e"]
 
 
 def test_initial_config_from_a_file_and_its_mistakes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,5 +1,7 @@
 """X-Mixup's file is whole and what was saved, or refused in one line."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,18 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
         state.save(tmp_path / "state.safetensors")
         assert MixupState.load(tmp_path / "state.safetensors") == state
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """As versions before the shared format wrote it, spelled out."""
+    tensors = {"b": torch.tensor([STATE.b], dtype=torch.float64), "w": torch.tensor([STATE.w], dtype=torch.float64)}
+    header = json.dumps({"layer": 3, "lam0": 0.4, "entropy": "authors", "ratio": "learned", "model_hash": "abc"})
+    content = hashlib.sha256(header.encode())
+    for tensor in tensors.values():
+        content.update(tensor.numpy().tobytes())
+    metadata = {"format": "crosslift x-mixup 1", "about": header, "sha256": content.hexdigest()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    assert MixupState.load(tmp_path / "old.safetensors") == STATE
 
 
 def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def make(tmp_path: Path) -> Any:
     def made(ingredient: str) -> str:
         def write(folder: Path) -> None:
             calls.append(ingredient)
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             (folder / "content").write_text(ingredient)
 
         return (_made_once(tmp_path / "thing", {"from": ingredient}, write) / "content").read_text()
@@ -44,7 +44,7 @@ def test_what_checkpoints_rest_on_is_never_made_anew(make: Any, tmp_path: Path) 
 
 def test_a_torn_making_leaves_no_artefact(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
