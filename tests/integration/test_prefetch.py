@@ -233,7 +233,7 @@ def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"--build-ops: async_io must be compiled, and there is no c\+\+ here; load"):
         list(build_ops(config))
-    assert list(build_ops(config_with({}))) == ["DeepSpeed ops: none is needed"]
+    assert list(build_ops(config_with({}))) == ["DeepSpeed ops: none needed"]
 
 
 def test_a_build_that_was_killed_is_said_instead_of_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_a_build_that_was_killed_is_said_instead_of_waited_for(tmp_path: Path, m
     lock.parent.mkdir(parents=True)
     lock.touch()
     config = config_with({"zero_optimization": {"offload_param": {"device": "nvme"}}})
-    with pytest.raises(ConfigError, match=f"--build-ops: {lock}: another build is under way, or was killed: then remo"):
+    with pytest.raises(ConfigError, match=f"--build-ops: {lock}: another build is running; if it was killed, remo"):
         list(build_ops(config))
 
 

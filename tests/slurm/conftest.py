@@ -1,4 +1,4 @@
-"""The cluster that the tests of this folder share, and runs on it (`slurm_runs.py`)."""
+"""The cluster that the tests of this folder share, and a reference run on it (`slurm_runs.py`)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from slurm_runs import SlurmRun, reference_values
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodeCluster]:
-    """Two real nodes, gone before other files' tests, which must find no cluster.
+    """Two real nodes, stopped before the tests of other files, which must find no cluster.
 
-    Skipped where there is no Slurm, except where CROSSLIFT_REQUIRE_SLURM asks for it.
+    Skipped if there is no Slurm, unless CROSSLIFT_REQUIRE_SLURM is set.
     """
     if reason := missing():
         if os.environ.get("CROSSLIFT_REQUIRE_SLURM"):
@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodeCluster
 
 @pytest.fixture(scope="module")
 def reference(cluster: TwoNodeCluster, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
-    """The run that nothing disturbs, on both nodes, with an evaluation behind it; submitted and finished."""
+    """A finished run without interruptions on both nodes, followed by an evaluation."""
     folder: Path = tmp_path_factory.mktemp("reference")
     run = SlurmRun(cluster, folder, reference_values(folder))
     run.submit_with_evaluation()

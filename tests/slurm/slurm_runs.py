@@ -1,7 +1,6 @@
-"""Runs on the test cluster: a tiny run (`tiny_run.py`) submitted as a user does it, and what its record says.
+"""Runs on the test cluster: a tiny run (`tiny_run.py`) submitted as by a user, its record, and waiting for its state.
 
-Also the means to interrupt it at a known moment. `SlurmRun.repeated()` is the heart: every step that was ever
-recorded, as often as it was done.
+`SlurmRun.repeated()` gives every recorded step, for each time that it was done.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ import crosslift as front_door
 
 STEPS = 36
 TRAINS_WITHIN = 240.0  # seconds, on two cores with much else to do
-# What must be the same whatever happened to the run.
+# Metrics that must not depend on interruptions.
 SAME = ("train/loss", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint", "shift/")
-# What the submitting shell has of another allocation: none of it may reach a job's ranks.
+# Variables of another allocation in the submitting shell; none of them may reach a job's ranks.
 FOREIGN = {"CROSSLIFT_DEADLINE": "1", "PMI_RANK": "7", "OMPI_COMM_WORLD_SIZE": "9", "SALLOC_PARTITION": "elsewhere",
            "SRUN_DEBUG": "3", "RANK": "7", "MASTER_PORT": "1"}  # fmt: skip
 QUESTIONS = ("3 plus 4?\t7", "5 plus 6?\t11")
@@ -41,7 +40,7 @@ def reference_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a command left behind."""
+    """The result of a command."""
 
     returncode: int
     stdout: str
@@ -49,7 +48,7 @@ class Answer:
 
 
 def crosslift(*arguments: object, folder: Path, check: bool = True) -> Answer:
-    """`crosslift ARGUMENTS` in a folder, in this process: what it imports is imported once for all tests."""
+    """Run `crosslift ARGUMENTS` in a folder, in this process, so that imports are shared by all tests."""
     before, sys.argv = sys.argv, ["crosslift", *map(str, arguments)]
     status: object = 0
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, chdir(folder):
@@ -75,7 +74,7 @@ class SlurmRun:
         self.jobs: list[dict[str, Any]] = []
 
     def submit(self, *options: object, nodes: int = 2) -> str:
-        """Queue it; the job's number."""
+        """Submit the run; the job's number."""
         with patch.dict(os.environ, FOREIGN):
             done = crosslift("submit", self.config, "--nodes", nodes, "--gpus-per-node", 0, "--cpus-per-task", 1,
                              "--json", *options, folder=self.folder)  # fmt: skip
@@ -100,7 +99,7 @@ class SlurmRun:
         return str(self.jobs[0]["job"])
 
     def log(self) -> str:
-        """What the newest job printed."""
+        """The output of the newest job."""
         file = Path(self.jobs[0]["output"])
         return file.read_text(errors="replace") if file.is_file() else ""
 
@@ -112,7 +111,7 @@ class SlurmRun:
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def repeated(self) -> dict[int, list[dict[str, float]]]:
-        """What each step gave, each time that it was done."""
+        """The metrics of each step, for each time that it was done."""
         found: dict[int, list[dict[str, float]]] = defaultdict(list)
         for event in self.events("metrics"):
             values = {name: value for name, value in event["values"].items() if name.startswith(SAME)}
@@ -124,24 +123,24 @@ class SlurmRun:
         return max(self.repeated(), default=0)
 
     def starts(self) -> list[int | None]:
-        """The step that each start went on from."""
+        """The step from which each start resumed."""
         return [event["resumed_step"] for event in self.events("start")]
 
     # --- waiting
 
     def train_until(self, step: int) -> None:
-        """Until the running job has recorded a step."""
+        """Wait until the running job has recorded a step."""
         self.cluster.wait_until(
             lambda: self.last_step() >= step or self._ended(), f"step {step}", TRAINS_WITHIN, self.said
         )
         assert self.last_step() >= step, self.said()
 
     def train_on(self, steps: int = 2) -> None:
-        """Until the job has been started and done some more steps than the run had."""
+        """Wait until the job has started and done some more steps than the run had."""
         self.train_until(self.last_step() + steps)
 
-    def goes_on(self) -> None:
-        """The requeued job starts at once, and trains."""
+    def resume(self) -> None:
+        """Let the requeued job start at once and train."""
         starts = len(self.starts())
         self.cluster.hurry(self.job)
         self.cluster.wait_until(lambda: len(self.starts()) > starts or self._ended(), "the next start", TRAINS_WITHIN,
@@ -152,7 +151,7 @@ class SlurmRun:
         self.cluster.wait_for_state(self.job, *states, seconds=TRAINS_WITHIN)
 
     def wait_for_requeue(self, restarts: int) -> None:
-        """Until the job is pending again, after so many restarts."""
+        """Wait until the job is pending again, after `restarts` restarts."""
 
         def requeued() -> bool:
             job = self.cluster.job(self.job)
@@ -165,5 +164,5 @@ class SlurmRun:
         return self.cluster.state(self.job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
     def said(self) -> str:
-        """All that helps when a test fails."""
+        """State and log of the job, for the message of a failed test."""
         return f"{self.cluster.slurm('scontrol', 'show', 'job', self.job)}\n{self.log()[-6000:]}"

@@ -1,9 +1,9 @@
-"""Jobs on a real two-node cluster, with real ZeRO-3 training: how they finish, fail, and outlive interruptions.
+"""Jobs on a real two-node cluster with real training: how they finish, fail, and resume after interruptions.
 
-The second half is a run that nothing kills: one run, ended in every way in which a cluster ends jobs. Whatever
-happened, the record must be that of the run which nothing disturbed (`reference`): each step there, in order, and where
-one was done again after a hard end, with the same values to the last digit. Each test finds the run training and
-leaves it training, so that one job's life is that of many; only the last ends it. The tests rest on their order.
+In the second half one run is interrupted in every way in which a cluster ends jobs. Its record must equal that of an
+uninterrupted run (`reference`): every step is there, in order, and a step that was repeated after a kill has the same
+values to the last digit. Each test finds the run training and leaves it training; the last one ends it. The tests
+depend on their order.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def test_a_run_on_two_nodes_finishes(reference: SlurmRun) -> None:
         assert f"crosslift: node {node} (" in log
 
 
-def test_the_nodes_find_each_other_by_the_route_between_them(reference: SlurmRun) -> None:
-    """Both nodes are this machine: the route is the loop device."""
+def test_the_network_interface_is_that_of_the_route_between_the_nodes(reference: SlurmRun) -> None:
+    """Both nodes are this machine: the interface is the loopback device."""
     assert reference.log().count("NCCL_SOCKET_IFNAME=lo, GLOO_SOCKET_IFNAME=lo") == 2
 
 
@@ -94,8 +94,8 @@ def test_a_sweep_is_an_array_with_a_folder_for_each_run(cluster: TwoNodeCluster,
     assert len(fingerprints - {None}) == 4  # another seed is another order
 
 
-def test_a_setup_line_that_fails_ends_the_job_and_what_waits_for_it(cluster: TwoNodeCluster, tmp_path: Path) -> None:
-    """In a folder whose name Slurm and bash must take letter by letter."""
+def test_a_failing_setup_line_ends_the_job_and_those_that_wait_for_it(cluster: TwoNodeCluster, tmp_path: Path) -> None:
+    """In a folder whose name Slurm and bash must not interpret."""
     folder = tmp_path / 'it\'s "a" $(touch canary) `touch canary`; -x ü %j #x'
     run = SlurmRun(cluster, folder, reference_values(folder))
     run.submit("--setup", "ls /not/there", "--then", "score mgsm --predictions {run} --labels {run}", nodes=1)
@@ -107,7 +107,7 @@ def test_a_setup_line_that_fails_ends_the_job_and_what_waits_for_it(cluster: Two
     assert not list(tmp_path.rglob("canary"))
 
 
-def test_a_node_without_the_interpreter_names_itself(cluster: TwoNodeCluster, tmp_path: Path) -> None:
+def test_a_node_without_the_interpreter_is_named(cluster: TwoNodeCluster, tmp_path: Path) -> None:
     (tmp_path / "slurm.yaml").write_text("python: /not/there/python\n")
     run = SlurmRun(cluster, tmp_path, reference_values(tmp_path))
     run.submit()
@@ -119,7 +119,7 @@ def test_a_node_without_the_interpreter_names_itself(cluster: TwoNodeCluster, tm
 
 
 @pytest.mark.parametrize("option", [("--partition", "nosuch"), ("--nodes", "3")])
-def test_what_slurm_refuses_leaves_nothing_behind(
+def test_a_job_refused_by_slurm_leaves_nothing_behind(
     cluster: TwoNodeCluster, tmp_path: Path, option: tuple[str, ...]
 ) -> None:
     config = write_config(tmp_path / "run.yaml", reference_values(tmp_path))
@@ -132,7 +132,7 @@ def test_what_slurm_refuses_leaves_nothing_behind(
     assert cluster.slurm("squeue", "--noheader", "--format=%j") == ""
 
 
-# --- a run that nothing kills
+# --- one run, interrupted in every way
 
 
 CLOSE = 2e-3  # losses after a change of the number of ranks: fp32 sums in another order, over many steps
@@ -148,7 +148,7 @@ def life(cluster: TwoNodeCluster, reference: SlurmRun, tmp_path_factory: pytest.
 
 
 def same_so_far(life: SlurmRun, reference: SlurmRun) -> None:
-    """No step was lost; none came out otherwise, however often it was done."""
+    """No step is missing, and repeated steps have the same values."""
     done, expected = life.repeated(), reference.repeated()
     assert sorted(done) == list(range(1, life.last_step() + 1))
     for step, times in done.items():
@@ -157,48 +157,48 @@ def same_so_far(life: SlurmRun, reference: SlurmRun) -> None:
 
 
 def lost_steps(life: SlurmRun, before: int) -> int:
-    """How many steps of before the newest start it had to do again."""
+    """Number of steps that the newest start had to repeat."""
     resumed = life.starts()[-1]
     assert resumed is not None
     return before - resumed
 
 
-def test_asked_to_stop_it_saves_and_requeues_itself(life: SlurmRun, reference: SlurmRun) -> None:
+def test_after_a_stop_signal_the_job_saves_and_requeues_itself(life: SlurmRun, reference: SlurmRun) -> None:
     restarts = int(life.cluster.job(life.job)["Restarts"])
     life.cluster.slurm("scancel", "--signal=TERM", life.job)
     life.wait_for_requeue(restarts + 1)
     before = life.last_step()
     assert f"job {life.job} stopped on request and is requeued ({restarts + 1} of at most 20)" in life.log()
-    life.goes_on()
+    life.resume()
     assert lost_steps(life, before) == 0
     same_so_far(life, reference)
 
 
-def test_requeued_by_an_administrator_it_saves_first(life: SlurmRun, reference: SlurmRun) -> None:
+def test_a_job_requeued_by_an_administrator_saves_first(life: SlurmRun, reference: SlurmRun) -> None:
     restarts = int(life.cluster.job(life.job)["Restarts"])
     life.cluster.slurm("scontrol", "requeue", life.job)
-    life.wait_for_requeue(restarts + 1)  # by Slurm alone, not once more by the script
+    life.wait_for_requeue(restarts + 1)  # by Slurm only, not again by the script
     before = life.last_step()
-    life.goes_on()
+    life.resume()
     assert lost_steps(life, before) == 0
     assert int(life.cluster.job(life.job)["Restarts"]) == restarts + 1
     same_so_far(life, reference)
 
 
-def test_a_node_that_is_set_down(life: SlurmRun, reference: SlurmRun) -> None:
+def test_a_job_continues_after_a_node_is_set_down(life: SlurmRun, reference: SlurmRun) -> None:
     restarts = int(life.cluster.job(life.job)["Restarts"])
     life.cluster.slurm("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
     try:
         life.wait_for_requeue(restarts + 1)
         before = life.last_step()
     finally:
-        life.cluster.slurm("scontrol", "update", "NodeName=n2", "State=resume", check=False)  # it may be back
-    life.goes_on()
+        life.cluster.slurm("scontrol", "update", "NodeName=n2", "State=resume", check=False)  # it may be up again
+    life.resume()
     assert 0 <= lost_steps(life, before) <= 2  # a checkpoint every other step
     same_so_far(life, reference)
 
 
-def test_a_node_that_dies(life: SlurmRun, reference: SlurmRun) -> None:
+def test_a_job_continues_after_a_node_dies(life: SlurmRun, reference: SlurmRun) -> None:
     restarts = int(life.cluster.job(life.job)["Restarts"])
     life.cluster.kill_node("n2")
     try:
@@ -206,12 +206,12 @@ def test_a_node_that_dies(life: SlurmRun, reference: SlurmRun) -> None:
         before = life.last_step()
     finally:
         life.cluster.start_node("n2")
-    life.goes_on()
+    life.resume()
     assert 0 <= lost_steps(life, before) <= 3
     same_so_far(life, reference)
 
 
-def test_cancelled_it_stays_cancelled(life: SlurmRun, reference: SlurmRun) -> None:
+def test_a_cancelled_job_saves_and_stays_cancelled(life: SlurmRun, reference: SlurmRun) -> None:
     refused = crosslift("submit", life.config, "--gpus-per-node", 0, folder=life.folder, check=False)
     assert refused.returncode == 2
     assert f"job {life.job} of this run is running" in refused.stderr
@@ -225,8 +225,8 @@ def test_cancelled_it_stays_cancelled(life: SlurmRun, reference: SlurmRun) -> No
     same_so_far(life, reference)
 
 
-def test_it_goes_on_on_one_node_and_again_on_two(life: SlurmRun, reference: SlurmRun) -> None:
-    """On one node although it was submitted for two: the pending job is given another number."""
+def test_a_run_resumes_on_one_node_and_again_on_two(life: SlurmRun, reference: SlurmRun) -> None:
+    """On one node although it was submitted for two: the pending job is given another number of nodes."""
     before = life.last_step()
     assert life.cluster.state(life.job) == "CANCELLED"
     site = life.folder / "slurm.yaml"
@@ -253,8 +253,10 @@ def test_it_goes_on_on_one_node_and_again_on_two(life: SlurmRun, reference: Slur
             assert values["train/loss"] == pytest.approx(expected[step][0]["train/loss"], rel=CLOSE), f"step {step}"
 
 
-def test_the_time_limit_is_met_with_a_checkpoint(cluster: TwoNodeCluster, reference: SlurmRun, tmp_path: Path) -> None:
-    """The limit is cut while it trains; the ranks' own deadline is still far, so Slurm's signal is what stops them."""
+def test_a_checkpoint_is_written_before_the_time_limit(
+    cluster: TwoNodeCluster, reference: SlurmRun, tmp_path: Path
+) -> None:
+    """The limit is reduced during training; the ranks' deadline is far away, so Slurm's signal stops them."""
     (tmp_path / "slurm.yaml").write_text("grace_seconds: 240\n")
     run = SlurmRun(cluster, tmp_path, reference_values(tmp_path, max_steps=10_000))
     run.submit("--time", "60")
@@ -273,7 +275,7 @@ def test_the_time_limit_is_met_with_a_checkpoint(cluster: TwoNodeCluster, refere
     newest = sorted((run.output / "checkpoints").glob("step-*"))[-1]
     assert newest.name == f"step-{run.last_step():08d}"
     assert (newest / "COMPLETE").is_file()
-    for step in steps.keys() & expected.keys():  # the schedule, which rests on max_steps, is another one
+    for step in steps.keys() & expected.keys():  # the learning rate depends on max_steps, which differs
         assert steps[step][0]["data/step_fingerprint"] == expected[step][0]["data/step_fingerprint"]
 
 

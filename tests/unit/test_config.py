@@ -408,9 +408,9 @@ def test_a_raw_deepspeed_key_that_the_loop_fixes_is_refused_with_the_reason(valu
     assert re.fullmatch(r"\(top level\): 'deepspeed\.[\w.]+' is fixed: .+; leave it out", found)
 
 
-def test_values_that_only_a_trainer_fills_in_are_refused(values: Values) -> None:
+def test_values_that_only_a_trainer_replaces_are_refused(values: Values) -> None:
     settings = {"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}
-    said = "is 'auto', which only Hugging Face's Trainer fills in"
+    said = "is 'auto', which only Hugging Face's Trainer replaces"
     assert mistakes(changed(values, "deepspeed", settings)) == [
         f"(top level): 'deepspeed.train_batch_size' {said}: it follows from 'data.slots_per_step'; leave it out",
         f"(top level): 'deepspeed.zero_optimization.reduce_bucket_size' {said}: give a value, or leave it out",

@@ -1,10 +1,7 @@
-"""DeepSpeed's compiled ops: which ones a run's settings need, and building them before the job does.
+"""DeepSpeed's compiled ops: which ones a run's settings need, and building them before the job starts.
 
-In: a RunConfig. Out: names with the reason, and built extensions under TORCH_EXTENSIONS_DIR, by default `prebuilt()`.
-Next: `crosslift prefetch --build-ops`; from there `slurm/node.py` takes them over, where each node would otherwise
-build them while its GPUs wait.
-
-They are compiled for the processor that builds them: build on a node of the kind that runs the job.
+`crosslift prefetch --build-ops` builds them, and `slurm/node.py` copies them to each node, where they would otherwise
+be built while the GPUs wait. They are compiled for the processor that builds them: build on a node of the same kind.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from training.errors import ConfigError
 
 
 def required_ops(config: RunConfig) -> dict[str, str]:
-    """{op: the setting that needs it}; none for settings that PyTorch serves alone, such as the default ones."""
+    """{op: the setting that needs it}; none for settings that PyTorch alone can execute, such as the default ones."""
     zero = config.deepspeed.get("zero_optimization", {})
     device: dict[str, str] = {
         name: (zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")
@@ -40,21 +37,21 @@ def required_ops(config: RunConfig) -> dict[str, str]:
 
 
 def prebuilt() -> Path:
-    """Where ops are built for the nodes of later jobs, unless TORCH_EXTENSIONS_DIR says otherwise."""
+    """The folder in which ops are built for the nodes of later jobs, unless TORCH_EXTENSIONS_DIR is set."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "crosslift" / "torch_extensions" / "prebuilt"
 
 
 def build_ops(config: RunConfig) -> Iterator[str]:
-    """Builds what `required_ops` names; a line for each.
+    """Build the ops that `required_ops` returns; yields a line for each.
 
     Raises:
-        ConfigError: no compiler here, a build that was killed or is under way, or the op does not build, with the
-            compiler's first complaint.
+        ConfigError: there is no compiler, another build is running or was killed, or an op cannot be built, with the
+            compiler's first error.
     """
     needed = required_ops(config)
     if not needed:
-        yield "DeepSpeed ops: none is needed"
+        yield "DeepSpeed ops: none needed"
         return
     compiler = os.environ.get("CXX", "c++")
     for tool in (compiler, "ninja"):
@@ -64,15 +61,15 @@ def build_ops(config: RunConfig) -> Iterator[str]:
                 "has it, or build where the job will run"
             )
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(prebuilt())))
-    for lock in folder.glob("*/lock"):  # torch would wait for it in silence, for ever where its owner was killed
-        raise ConfigError(f"--build-ops: {lock}: another build is under way, or was killed: then remove this file")
+    for lock in folder.glob("*/lock"):  # torch would wait for it without a message, forever if its owner was killed
+        raise ConfigError(f"--build-ops: {lock}: another build is running; if it was killed, remove this file")
     from training.engine.engine import build_op
 
     for name, why in needed.items():
         try:
             yield f"DeepSpeed op {name} ({why}): {build_op(name)}"
-        except Exception as error:  # whatever compilers and DeepSpeed's builders throw
-            complaints = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-            said = " ".join(complaints[0].split())[:300]
+        except Exception as error:  # whatever compilers and DeepSpeed's builders raise
+            errors = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+            first = " ".join(errors[0].split())[:300]
             hint = "; it needs libaio with its headers" if name == "async_io" else ""
-            raise ConfigError(f"--build-ops: {name}, needed by {why}: {said}{hint}") from None
+            raise ConfigError(f"--build-ops: {name}, needed by {why}: {first}{hint}") from None

@@ -1,8 +1,8 @@
-"""The `deepspeed:` section of a run file: what crosslift sets itself, and which raw keys are refused, by name.
+"""DeepSpeed's settings: those that crosslift derives from the run file, and validation of its raw `deepspeed:` section.
 
-One rule: a raw key that has a key of the run file is refused where it contradicts that; a key that DeepSpeed does not
-read is named; what DeepSpeed refuses is a line. No heavy import: the first part is checked when a run file is loaded,
-the rest by `engine.deepspeed_settings`, which passes DeepSpeed's own parser in.
+A raw key that follows from a key of the run file is refused if it contradicts that; a key that DeepSpeed does not read
+is reported by name; each value that DeepSpeed refuses is one line. No heavy imports: contradictions are checked when a
+run file is loaded, the rest by `engine.deepspeed_settings`, which passes DeepSpeed's parser.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 if TYPE_CHECKING:
     from training.config import RunConfig
 
-# Raw keys, with all below them: which key of the run file they follow from.
+# Raw keys, including all below them, and the key of the run file from which they follow.
 FOLLOWS_FROM = {
     "train_batch_size": "data.slots_per_step",
     "train_micro_batch_size_per_gpu": "data.micro_batch_tokens",
@@ -44,21 +44,21 @@ FOLLOWS_FROM = {
     "checkpoint": "checkpoint",
     "datastates_ckpt": "checkpoint",
 }
-# Raw keys, with all below them, that the training loop leaves no choice about: why.
+# Raw keys, including all below them, that the training loop fixes, and why.
 FIXED = {
     "optimizer.type": "the optimizer is AdamW, and 'optimizer' has its settings",
     "zero_optimization.compute_grad_norm": "the guard judges gradients by their norm",
     "gradient_allreduce_op": "losses are scaled for gradients that are averaged over ranks",
-    "managed_gradient_accumulation": "micro-batches vary by step, and the loop says which is the last",
-    "tensor_parallel": "ranks are data-parallel alone",
-    "expert_parallel": "ranks are data-parallel alone",
-    "sequence_parallel_size": "ranks are data-parallel alone",
-    "pipeline": "ranks are data-parallel alone",
-    "hybrid_engine": "it is made for generation in RLHF",
-    "autotuning": "it starts runs of its own",
+    "managed_gradient_accumulation": "the number of micro-batches varies by step, and the loop marks the last one",
+    "tensor_parallel": "ranks are data-parallel only",
+    "expert_parallel": "ranks are data-parallel only",
+    "sequence_parallel_size": "ranks are data-parallel only",
+    "pipeline": "ranks are data-parallel only",
+    "hybrid_engine": "it is meant for generation in RLHF",
+    "autotuning": "it starts its own runs",
 }
-MOST_LISTED = 30  # known keys that a line names
-FREE = {"optimizer.params.torch_adam"}  # below a key of the above, and yet a choice of the user's
+MAX_LISTED = 30  # known keys in a message
+FREE = {"optimizer.params.torch_adam"}  # keys below the above that the user may choose
 
 
 def own_settings(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def own_settings(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, 
                 "betas": list(config.optimizer.betas),
                 "eps": config.optimizer.eps,
                 "weight_decay": config.optimizer.weight_decay,
-                "torch_adam": True,  # needs no compiled op; an offload section may set it to false
+                "torch_adam": True,  # needs no compiled op; may be set to false for offloading
             },
         },
         "steps_per_print": 10**12,
@@ -92,13 +92,13 @@ def own_settings(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, 
 
 
 def contradictions(config: RunConfig) -> Iterator[str]:
-    """A line for each raw key that follows from another key and has another value, and for each `auto`."""
+    """A line for each raw key with another value than the run file implies, and for each `auto`."""
     own = dict(_leaves(own_settings(config, world_size=0, on_gpu=False)))
     for path, value in _leaves(config.deepspeed):
         reason = _reason(path)
         if value == "auto":
             instead = f"it {reason}; leave it out" if reason else "give a value, or leave it out"
-            yield f"'deepspeed.{path}' is 'auto', which only Hugging Face's Trainer fills in: {instead}"
+            yield f"'deepspeed.{path}' is 'auto', which only Hugging Face's Trainer replaces: {instead}"
             continue
         agrees = own[path] == value if path in own else value is False and path.endswith(".enabled")
         if reason is not None and not agrees:
@@ -108,21 +108,22 @@ def contradictions(config: RunConfig) -> Iterator[str]:
 def mistakes(
     settings: dict[str, Any], own: Mapping[str, Any], parse: Callable[[dict[str, Any]], object], version: str
 ) -> Iterator[str]:
-    """A line for each setting that DeepSpeed refuses, does not read, or would take for another type.
+    """A line for each setting that DeepSpeed refuses, does not read, or expects to have another type.
 
     Args:
-        settings: all of them; `own` are those that were there before the raw ones.
+        settings: all settings.
+        own: those that crosslift sets itself.
         parse: DeepSpeed's own parser of its settings.
-        version: of DeepSpeed, for the lines.
+        version: of DeepSpeed, for the messages.
     """
-    reading = _Reading(settings)
+    reading = _RecordedSettings(settings)
     try:
         parse(reading)
     except ValidationError as error:
         yield from (_explain(item, error.title, settings, version) for item in error.errors())
-    except Exception as error:  # an assertion, KeyError, ...: whatever it has against a setting
+    except Exception as error:  # an assertion, KeyError, ...: whatever the parser raises
         text = " ".join(str(error).split()) or type(error).__name__
-        last = next(reversed(reading.asked), None)  # what it was reading
+        last = next(reversed(reading.read_keys), None)  # the key that it read last
         where = f"deepspeed.{last}" if last in settings and last not in own else "deepspeed"
         yield from list(_wrong_types(reading, own, "deepspeed.")) or [
             f"{where}: refused by DeepSpeed {version}: {text}"
@@ -133,7 +134,7 @@ def mistakes(
 
 
 def _reason(path: str) -> str | None:
-    """Why a raw key is no choice, as the rest of a sentence; None where it is one."""
+    """Why a raw key may not be set, as the rest of a sentence; None if it may."""
     if path in FREE:
         return None
     for each in _prefixes(path):
@@ -144,30 +145,30 @@ def _reason(path: str) -> str | None:
     return None
 
 
-class _Reading(dict[str, Any]):
-    """Settings that note which of their keys a reader asks for, and with which default."""
+class _RecordedSettings(dict[str, Any]):
+    """Settings that record which of their keys a parser reads, and with which default."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        super().__init__((k, _Reading(v) if isinstance(v, dict) else v) for k, v in settings.items())
-        self.asked: dict[Any, Any] = {}
+        super().__init__((k, _RecordedSettings(v) if isinstance(v, dict) else v) for k, v in settings.items())
+        self.read_keys: dict[Any, Any] = {}
 
-    def __copy__(self) -> _Reading:
+    def __copy__(self) -> _RecordedSettings:
         return self
 
     def __contains__(self, key: object) -> bool:
-        self.asked.setdefault(key, None)
+        self.read_keys.setdefault(key, None)
         return super().__contains__(key)
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.setdefault(key, None)
+        self.read_keys.setdefault(key, None)
         return super().__getitem__(key)
 
-    def __iter__(self) -> Iterator[str]:  # without it, `**settings` would take the keys unseen
+    def __iter__(self) -> Iterator[str]:  # without it, `**settings` would read the keys unnoticed
         return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.pop(key, None)
-        self.asked[key] = default
+        self.read_keys.pop(key, None)
+        self.read_keys[key] = default
         return super().get(key, default)
 
     def keys(self) -> Any:
@@ -178,9 +179,9 @@ class _Reading(dict[str, Any]):
 
 
 class _Keys(Sequence[str]):
-    """The keys of a `_Reading`, which notes what is looked for among them."""
+    """The keys of a `_RecordedSettings`; lookups among them are recorded."""
 
-    def __init__(self, reading: _Reading) -> None:
+    def __init__(self, reading: _RecordedSettings) -> None:
         self._reading = reading
 
     def __contains__(self, key: object) -> bool:
@@ -196,22 +197,22 @@ class _Keys(Sequence[str]):
         return list(self._reading)[index]
 
 
-def _unread(reading: _Reading, path: str, version: str) -> Iterator[str]:
-    """Lines for the keys that nobody asked for."""
+def _unread(reading: _RecordedSettings, path: str, version: str) -> Iterator[str]:
+    """Lines for the keys that were not read."""
     for key, value in dict.items(reading):
         if path == "deepspeed." and key == "optimizer":
-            continue  # ours, but for one key; its parameters are read by the optimizer itself
-        if key not in reading.asked:
-            yield f"{path}{key}: unknown to DeepSpeed {version}; {_nearest(str(key), map(str, reading.asked))}"
-        elif isinstance(value, _Reading) and value.asked:
+            continue  # crosslift's own but for one key; its parameters are read by the optimizer itself
+        if key not in reading.read_keys:
+            yield f"{path}{key}: unknown to DeepSpeed {version}; {_nearest(str(key), map(str, reading.read_keys))}"
+        elif isinstance(value, _RecordedSettings) and value.read_keys:
             yield from _unread(value, f"{path}{key}.", version)
 
 
-def _wrong_types(reading: _Reading, own: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Lines for values of another type than the default with which they were asked for, or than our own."""
+def _wrong_types(reading: _RecordedSettings, own: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Lines for values whose type differs from the default with which they were read, or from crosslift's own."""
     for key, value in dict.items(reading):
-        default = own.get(key) if reading.asked.get(key) is None else reading.asked[key]
-        if isinstance(value, _Reading) and isinstance(default, dict | None):
+        default = own.get(key) if reading.read_keys.get(key) is None else reading.read_keys[key]
+        if isinstance(value, _RecordedSettings) and isinstance(default, dict | None):
             yield from _wrong_types(value, default or {}, f"{path}{key}.")
             continue
         kind = next((each for each in _TYPES if isinstance(default, each)), None)
@@ -223,7 +224,7 @@ _TYPES: dict[type, str] = {bool: "true or false", Real: "a number", str: "a text
 
 
 def _explain(item: Any, title: str, settings: Mapping[str, Any], version: str) -> str:
-    """The line of one of pydantic's errors, which lack the section's name."""
+    """The line of one of pydantic's errors, which do not contain the section's name."""
     location = item["loc"]
     section = next((f"{name}." for name, value in settings.items() if location and _holds(value, location)), "")
     path = f"deepspeed.{section}{'.'.join(map(str, location))}".rstrip(".")
@@ -242,7 +243,7 @@ def _holds(value: Any, location: Sequence[Any]) -> bool:
 
 
 def _fields(title: str, location: Sequence[Any]) -> Iterator[str]:
-    """The keys that the section has in which a location's last key stands; `title` is its model's name."""
+    """The known keys of the section of a location's last key; `title` is the name of its model."""
     model = next((each for each in _models(BaseModel) if each.__name__ == title), None)
     for part in location[:-1]:
         field = model.model_fields.get(part) if model is not None else None
@@ -263,11 +264,11 @@ def _nearest(key: str, known: Iterator[str]) -> str:
     near = difflib.get_close_matches(key, keys, n=1)
     if near or not keys:
         return f"did you mean {near[0]!r}?" if near else "leave it out"
-    return f"known keys: {', '.join(keys)}" if len(keys) <= MOST_LISTED else "see deepspeed.ai/docs/config-json"
+    return f"known keys: {', '.join(keys)}" if len(keys) <= MAX_LISTED else "see deepspeed.ai/docs/config-json"
 
 
 def _leaves(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of all that is no section, and of empty sections."""
+    """(dotted path, value) of all values that are not sections, and of empty sections."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{path}{key}.")
@@ -276,6 +277,6 @@ def _leaves(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, An
 
 
 def _prefixes(path: str) -> Iterator[str]:
-    """A dotted path and what it is below, the longest first."""
+    """A dotted path and its prefixes, the longest first."""
     parts = path.split(".")
     yield from (".".join(parts[:length]) for length in range(len(parts), 0, -1))
