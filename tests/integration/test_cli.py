@@ -1,4 +1,4 @@
-"""The command line: help at once, one line and status 2 for what a user can mend, and a look at a run's data."""
+"""The command line: fast help, one line and status 2 for mistakes of the user, and commands that show a run's data."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 COMMANDS = list(commands(typer.main.get_command(crosslift.app)))
 
 
-def test_the_walk_finds_commands_at_every_depth() -> None:
+def test_commands_at_every_depth_are_found() -> None:
     assert {(), ("train",), ("check",), ("data",), ("data", "plan"), ("data", "inspect"), ("export",)} <= set(COMMANDS)
 
 
@@ -113,7 +113,7 @@ def test_help_has_an_example_and_answers_at_once(command: tuple[str, ...]) -> No
         ("training.config", {"torch", "transformers", "deepspeed", "mlflow", "datasets"}),
     ],
 )
-def test_what_answers_at_once_imports_nothing_heavy(module: str, heavy: set[str]) -> None:
+def test_help_and_config_import_nothing_heavy(module: str, heavy: set[str]) -> None:
     """Help, and a wrong key in a run file, are told at once: seconds would say what else the machine does."""
     code = f"import {module}, sys; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
@@ -147,7 +147,9 @@ def test_two_mistakes_are_two_lines(cli: Cli, shared_file: Path) -> None:
     ]
 
 
-def test_ctrl_c_ends_a_command_without_a_trace(cli: Cli, shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    cli: Cli, shared_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -157,7 +159,7 @@ def test_ctrl_c_ends_a_command_without_a_trace(cli: Cli, shared_file: Path, monk
     assert "Traceback" not in answer.err
 
 
-def test_a_bad_override_names_itself(cli: Cli, shared_file: Path) -> None:
+def test_a_bad_override_is_named(cli: Cli, shared_file: Path) -> None:
     assert refused(cli("check", shared_file, "max_steps")).startswith("override 'max_steps': must be key.sub=value")
 
 
@@ -197,7 +199,7 @@ def test_mistakes_of_different_kinds_are_reported_together(cli: Cli, data_file: 
     ]
 
 
-def test_an_output_dir_that_can_be_none_is_named(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+def test_an_impossible_output_dir_is_named(cli: Cli, data_file: Path, tmp_path: Path) -> None:
     write_data(tmp_path / "data", row(1), row(1, "de"))
     (tmp_path / "taken").write_text("a file")
     for command in (("check",), ("data", "inspect"), ("train",)):
@@ -217,7 +219,7 @@ def test_a_declared_language_without_rows_is_named(cli: Cli, data_file: Path, tm
     assert line.startswith("language 'de' of data.languages has nothing to train on")
 
 
-def test_a_language_that_is_not_declared_is_named_with_its_line(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+def test_an_undeclared_language_is_named_with_its_line(cli: Cli, data_file: Path, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data", row(1), row(1, "de"), row(2, "fr"))
     line = refused(cli("check", data_file))
     assert line.startswith(f"{folder / 'en.jsonl'}:3: language 'fr' is not declared; data.languages are de, en")
@@ -230,7 +232,7 @@ def test_a_broken_line_is_named_with_file_and_line(cli: Cli, data_file: Path, tm
     assert "max_bad_rows is 0" in line
 
 
-def test_a_missing_column_is_named_with_those_that_are_there(cli: Cli, data_file: Path, tmp_path: Path) -> None:
+def test_a_missing_column_is_named_with_the_existing_ones(cli: Cli, data_file: Path, tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data", json.dumps({"id": "1", "language": "en", "prompt": "a", "answer": "b"}))
     line = refused(cli("check", data_file))
     assert line.startswith(str(folder / "en.jsonl"))
@@ -257,7 +259,7 @@ def test_steps_of_the_plan_are_checked(cli: Cli, shared_file: Path) -> None:
         ("data.heldout_items=40", "heldout_items is 40, but the sources have only 40 items"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_is_trained(
+def test_impossible_runs_are_refused_before_training(
     cli: Cli, tmp_path: Path, run_file: Callable[..., Path], override: str, message: str
 ) -> None:
     assert message in refused(cli("check", run_file(tmp_path), override))
@@ -266,7 +268,7 @@ def test_what_cannot_work_is_told_before_anything_is_trained(
 # --- a look at the data
 
 
-def test_check_says_all_and_ends_with_ready(cli: Cli, shared_file: Path) -> None:
+def test_check_reports_everything_and_ends_with_ready(cli: Cli, shared_file: Path) -> None:
     answer = cli("check", shared_file)
     assert answer.status == 0, answer.err
     lines = answer.out.splitlines()
@@ -284,7 +286,7 @@ def test_check_says_all_and_ends_with_ready(cli: Cli, shared_file: Path) -> None
     assert any(line.startswith("model: ") and "2 layers" in line for line in lines)
 
 
-def test_check_counts_rows_that_are_too_long_and_names_one_where_they_are_an_error(cli: Cli, shared_file: Path) -> None:
+def test_check_counts_overlong_rows_and_names_one_if_they_are_an_error(cli: Cli, shared_file: Path) -> None:
     answer = cli("check", shared_file, "data.sequence_length=60")
     assert answer.status == 0, answer.err
     (said,) = [line for line in answer.out.splitlines() if line.startswith("warning")]
@@ -318,7 +320,7 @@ def test_heldout_items_are_counted(cli: Cli, shared_file: Path) -> None:
     assert len(re.findall(r"^\w\w +35 +5$", answer.out, re.MULTILINE)) == 4
 
 
-def test_plan_prints_a_json_line_a_micro_batch(cli: Cli, shared_file: Path) -> None:
+def test_plan_prints_one_json_line_per_micro_batch(cli: Cli, shared_file: Path) -> None:
     lines = objects(cli("data", "plan", shared_file, "--steps", "2:5", "--world-size", 2))
     assert [set(line) for line in lines] == [{"step", "rank", "micro_batch", "ids", "languages"}] * len(lines)
     places = [(line["step"], line["rank"], line["micro_batch"]) for line in lines]
@@ -349,7 +351,7 @@ def test_the_plan_is_the_same_on_any_number_of_ranks_and_from_any_step(cli: Cli,
     assert other != one
 
 
-def test_the_plan_keeps_to_the_mixture(cli: Cli, shared_file: Path) -> None:
+def test_the_plan_follows_the_mixture(cli: Cli, shared_file: Path) -> None:
     """Three English slots to one Swahili slot; samples are in the language that the line says."""
     mixture = "data.mixture={strategy: explicit, weights: {en: 3, sw: 1}}"
     lines = objects(cli("data", "plan", shared_file, mixture, "--steps", "0:4"))
@@ -360,14 +362,14 @@ def test_a_range_of_no_steps_prints_nothing(cli: Cli, shared_file: Path) -> None
     assert cli("data", "plan", shared_file, "--steps", "3:3") == Answer(0, "", "")
 
 
-def test_nothing_is_printed_beside_the_lines(cli: Cli, shared_file: Path) -> None:
+def test_only_json_lines_are_printed(cli: Cli, shared_file: Path) -> None:
     assert cli("data", "plan", shared_file).err == ""
 
 
 # --- paths, numbers and places on the command line
 
 
-def test_home_and_variables_are_filled_in_where_no_shell_does(
+def test_home_and_variables_are_expanded_in_path_options(
     cli: Cli, run_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -426,7 +428,7 @@ def test_a_gpus_memory_is_a_number_above_0(cli: Cli, shared_file: Path, memory: 
 
 
 @pytest.mark.parametrize("command", ["check", "train", "prefetch"])
-def test_a_store_in_a_folder_that_is_not_there_is_named(
+def test_a_store_in_a_missing_folder_is_named(
     cli: Cli, run_file: Callable[..., Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.prefetch.use_caches", lambda variables: None)  # the hub's libraries are imported
@@ -440,7 +442,7 @@ def test_a_store_in_a_folder_that_is_not_there_is_named(
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
-def test_a_model_that_cannot_be_trained_is_refused_before_any_rank(
+def test_an_untrainable_model_is_refused_before_any_rank_starts(
     cli: Cli, run_file: Callable[..., Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the files that it starts from, or by what is made from `model.init`."""
@@ -473,7 +475,7 @@ def test_tokenizer_is_trained_into_a_new_folder(cli: Cli, shared_file: Path, tmp
     assert line == f"--output {tmp_path / 'tokenizer'}: exists already; give a new folder"
 
 
-def test_export_of_what_is_no_run_is_refused(cli: Cli, tmp_path: Path) -> None:
+def test_export_of_a_folder_that_is_no_run_is_refused(cli: Cli, tmp_path: Path) -> None:
     line = refused(cli("export", tmp_path / "absent", "--output", tmp_path / "model"))
     assert line.startswith(f"{tmp_path / 'absent'}: no such folder")
     (tmp_path / "empty").mkdir()

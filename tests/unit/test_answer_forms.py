@@ -1,4 +1,4 @@
-"""Perfect answers, in every form of every MGSM language: the robust rule finds each, whatever else is on the line."""
+"""The robust rule finds correct answers in every form of every MGSM language, whatever else is on the line."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def forms(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("language", NOUNS)
-def test_a_perfect_answer_is_right_in_every_form_of_every_language(language: str) -> None:
+def test_a_correct_answer_is_found_in_every_form_of_every_language(language: str) -> None:
     wrong = []
     for form in forms(language):
         for number, after in enumerate(AFTERS):
@@ -75,7 +75,7 @@ def test_a_perfect_answer_is_right_in_every_form_of_every_language(language: str
 
 
 @pytest.mark.parametrize("language", NOUNS)
-def test_markers_hold_whatever_language_the_answer_was_asked_in(language: str) -> None:
+def test_markers_of_every_language_count_in_every_language(language: str) -> None:
     """Models answer a Swahili question in English, a Thai one in Chinese."""
     for other in NOUNS:
         for form in forms(other)[::9]:
@@ -111,7 +111,7 @@ def test_markers_hold_whatever_language_the_answer_was_asked_in(language: str) -
         ("Question: How many are 3 and 15?\nAnswer: 18", "18"),
     ],
 )
-def test_what_a_marker_announces_and_whose_turn_it_is(text: str, value: str) -> None:
+def test_the_number_after_a_marker_counts_until_the_next_turn(text: str, value: str) -> None:
     found = robust(text, "en")
     assert found is not None
     assert Fraction(found) == Fraction(value)
@@ -205,7 +205,7 @@ def test_what_a_marker_announces_and_whose_turn_it_is(text: str, value: str) -> 
         (r"3\,万 5", "en", 5),
     ],
 )
-def test_numbers_as_they_are_written(text: str, language: str, value: int | Fraction) -> None:
+def test_numbers_in_native_notations_are_read(text: str, language: str, value: int | Fraction) -> None:
     found = robust(text, language)
     assert found is not None
     assert Fraction(found) == value

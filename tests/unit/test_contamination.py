@@ -1,4 +1,4 @@
-"""contamination.py: held-out texts that are also in training, found by the index's hashes."""
+"""Held-out texts that are also in training are found by the index's hashes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def corpus() -> list[dict[str, Any]]:
     ],
     ids=["as it is", "NFD", "case and white space", "full-width"],
 )
-def test_a_held_out_text_in_training_is_found_however_it_is_written(
+def test_a_held_out_text_in_training_is_found_despite_case_and_spacing(
     tmp_path: Path, columns: dict[str, str], written: Any
 ) -> None:
     held = build(tmp_path, corpus(), columns, heldout_items=10)
@@ -77,7 +77,7 @@ def test_a_held_out_text_in_training_is_found_however_it_is_written(
     assert found, "copies of both languages' texts stand in English"
 
 
-def test_translations_of_a_held_out_item_are_held_out_and_no_contamination(tmp_path: Path) -> None:
+def test_translations_of_a_held_out_item_are_not_contamination(tmp_path: Path) -> None:
     rows = [
         {"id": str(number), "language": language, "question": f"{number}?", "answer": "1"}
         for number in range(20)
@@ -86,7 +86,7 @@ def test_translations_of_a_held_out_item_are_held_out_and_no_contamination(tmp_p
     assert contaminated_rows(build(tmp_path, rows, CHAT | {"id": "id"}, heldout_items=5)) == []
 
 
-def test_unusable_rows_and_runs_without_held_out_items_have_none(tmp_path: Path) -> None:
+def test_unusable_rows_and_runs_without_held_out_items_have_no_contamination(tmp_path: Path) -> None:
     rows = [{**row, "question": "Same?"} for row in corpus()]
     assert contaminated_rows(build(tmp_path, rows, CHAT)) == []
     rows[3]["answer"] = rows[8]["answer"] = ""
@@ -97,7 +97,7 @@ def test_unusable_rows_and_runs_without_held_out_items_have_none(tmp_path: Path)
     assert not bad & {row for pair in found for row in pair}
 
 
-def test_long_data_are_compared_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_data_are_compared_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that repeat one another stand behind the first parts."""
     rows = [{**row, "question": "Same?"} if n > 20 else row for n, row in enumerate(corpus())]
     index = build(tmp_path, rows, CHAT, heldout_items=20)

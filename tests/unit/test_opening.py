@@ -1,4 +1,4 @@
-"""Questions from the command line to the model: how they are read, in which language written, and what is shifted."""
+"""Questions from the command line to the model: reading, language of the template, and language of the shift."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
 
 @pytest.mark.parametrize("response", [None, "sw"])
 @pytest.mark.parametrize(("shifts", "language"), [(False, "auto"), (False, "none"), (True, "none")])
-def test_a_language_that_is_not_known_is_written_as_the_dominant_one(
+def test_an_unknown_language_is_written_as_the_dominant_one(
     tmp_path: Path, asked: list[Prompt], shifts: bool, language: str, response: str | None
 ) -> None:
     """The template names a language, and the shift takes none; the export may say what answers are in."""
@@ -105,7 +105,7 @@ def test_a_language_that_is_not_known_is_written_as_the_dominant_one(
         assert asked[-1].language is None
 
 
-def test_a_language_that_is_given_is_written_and_shifted(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_a_given_language_is_written_and_shifted(tmp_path: Path, asked: list[Prompt]) -> None:
     generator, chat = open_model(str(write_model(tmp_path, shifts=True, template=CUSTOM)))
     ask((generator, chat), Question("3+4?", "sw"), Question("3+4?", "zh", "sw"))
     assert [(prompt.language, prompt.response_language) for prompt in asked] == [("sw", "sw"), ("zh", "sw")]
@@ -115,9 +115,7 @@ def test_a_language_that_is_given_is_written_and_shifted(tmp_path: Path, asked: 
     ]
 
 
-def test_without_a_dominant_language_only_a_template_that_names_one_refuses(
-    tmp_path: Path, asked: list[Prompt]
-) -> None:
+def test_without_a_dominant_language_only_templates_that_name_one_refuse(tmp_path: Path, asked: list[Prompt]) -> None:
     for template, wanted in (({"name": "alpaca"}, "{response_language}"), (CUSTOM, "{language}")):
         opened = open_model(str(write_model(tmp_path / template["name"], template=template, dominant=None)))
         question = Question("3+4?", "auto", origin="questions.jsonl:7")
@@ -139,7 +137,7 @@ def test_a_plain_hugging_face_directory_takes_any_language_or_none(tmp_path: Pat
     assert [chat.decode(prompt.ids) for prompt in asked] == ["3+4?\n", "3+4?\nAnswer in Yoruba:\n", "3+4?\n"]
 
 
-def test_none_shifts_no_token_whatever_the_answers_are_in(tmp_path: Path) -> None:
+def test_language_none_shifts_no_token(tmp_path: Path) -> None:
     opened = open_model(str(write_model(tmp_path, shifts=True, response_language="sw")))
     generator, _ = opened
     none, said, auto = ask(
@@ -154,7 +152,7 @@ def test_none_shifts_no_token_whatever_the_answers_are_in(tmp_path: Path) -> Non
     assert [row["response_language"] for row in (none, said, auto)] == ["sw", "zh", "sw"]
 
 
-def test_auto_goes_by_the_question_not_by_the_template(tmp_path: Path) -> None:
+def test_language_auto_uses_the_question_and_not_the_template(tmp_path: Path) -> None:
     """English template around a Chinese question: its words are nearest to Chinese, prompt and template to English."""
     model = write_model(tmp_path, shifts=True, template={"name": "alpaca"})
     generator, chat = open_model(str(model))
@@ -168,7 +166,7 @@ def test_auto_goes_by_the_question_not_by_the_template(tmp_path: Path) -> None:
     assert (row["language"], row["response_language"], row["shifted"]) == ("zh", "zh", True)
 
 
-def test_languages_that_the_model_does_not_have(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_languages_that_the_model_lacks_are_refused(tmp_path: Path, asked: list[Prompt]) -> None:
     opened = open_model(str(write_model(tmp_path)))
     for question, message in {
         Question("?", "sww"): "language 'sww': the model has en, zh, sw, bn; or say auto or none",
@@ -181,13 +179,13 @@ def test_languages_that_the_model_does_not_have(tmp_path: Path, asked: list[Prom
     assert not asked
 
 
-def test_half_a_surrogate_is_named_by_its_line(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_refused_with_its_line(tmp_path: Path) -> None:
     opened = open_model(str(write_model(tmp_path)))
     with pytest.raises(EvalError, match=r"^q\.jsonl:3: the text is not valid Unicode"):
         ask(opened, Question("\ud800", "sw", origin="q.jsonl:3"))
 
 
-def test_questions_of_a_file(tmp_path: Path) -> None:
+def test_questions_of_a_file_are_read(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     lines = [
         '\ufeff{"prompt": "one\u2028two\x85three"}',
@@ -256,7 +254,7 @@ def test_system_messages_and_earlier_turns_are_written_by_the_template(tmp_path:
         ({"messages": TURNS, "tools": [{"name": "f"}]}, "'tools' beside 'messages'"),
     ],
 )
-def test_a_conversation_that_cannot_be_answered_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_a_conversation_that_cannot_be_answered_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError) as caught:
@@ -277,7 +275,7 @@ def test_a_rows_other_fields_are_kept_with_its_answer(tmp_path: Path, capsys: py
     assert set(first) - {"id", "gold"} == set(second) - {"id", "messages", "n"} | {"prompt"}
 
 
-def test_a_runs_folder_stands_for_its_export(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_a_run_folder_opens_its_export(tmp_path: Path, asked: list[Prompt]) -> None:
     run = tmp_path / "run"
     write_model(run / "model", shifts=True)
     (run / "checkpoints").mkdir()
@@ -294,7 +292,7 @@ def test_a_run_or_checkpoint_without_an_export_names_the_command(tmp_path: Path)
             open_model(str(folder))
 
 
-def test_an_encoder_is_refused_as_it_writes_no_text(tmp_path: Path) -> None:
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
     trained = tiny_task_model.export(tmp_path / "trained", "classification", ("a", "b"))
     plain = tiny_task_model.export(tmp_path / "plain", "classification", ("a", "b"), family="bert")
     (plain / "crosslift.json").unlink()
@@ -308,7 +306,7 @@ def test_an_encoder_is_refused_as_it_writes_no_text(tmp_path: Path) -> None:
         eval_command(str(trained), output=tmp_path / "out", data_dir=tmp_path)
 
 
-def test_sampling_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_options_reach_the_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(write_model(tmp_path))
 
     def answers(**options: Any) -> str:
@@ -329,7 +327,7 @@ def test_sampling_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"temperature": float("inf")}, "--temperature inf: must be a finite number"),
     ],
 )
-def test_options_of_sampling_that_cannot_work(options: dict[str, Any], message: str) -> None:
+def test_impossible_sampling_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(EvalError) as refused:
         generate("nowhere", prompt="a", **options)
     assert str(refused.value).startswith(message)
@@ -347,7 +345,7 @@ def test_options_of_sampling_that_cannot_work(options: dict[str, Any], message: 
         (b'{"prompt": "\xff"}', ":2: not UTF-8 (byte 0xff, number 13 of the line)"),
     ],
 )
-def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+def test_a_line_that_is_not_a_question_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
     with pytest.raises(DataError) as caught:
@@ -355,7 +353,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: bytes, messag
     assert (str(caught.value), caught.value.exit_status) == (f"{file}{message}", 2)
 
 
-def test_files_that_hold_no_question(tmp_path: Path) -> None:
+def test_files_without_questions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text("\n \n")
     for file, message in (("q.jsonl", "q.jsonl: holds no question"), ("x.jsonl", "x.jsonl: cannot be read: No such")):
         with pytest.raises(EvalError, match=message):

@@ -1,4 +1,4 @@
-"""Sentences meet their translations: by group, by the row itself, by line; what does not match is refused."""
+"""Sentences are matched with their translations by group, by row or by line; mismatches are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_groups_join_each_language_on_its_own_subset(tmp_path: Path) -> None:
     assert parallel_texts(text_files(tmp_path, ["en", "de"]), "de")["en"] == (["de 3", "de 1"], ["en 3", "en 1"])
 
 
-def test_the_sentence_of_each_kind_of_row(tmp_path: Path) -> None:
+def test_the_first_text_of_each_kind_of_row_is_its_sentence(tmp_path: Path) -> None:
     def of(prefix: str) -> list[dict[str, Any]]:
         return [
             {"group": "a", "text_a": f"{prefix} premise", "text_b": "one"},
@@ -55,7 +55,7 @@ def test_the_sentence_of_each_kind_of_row(tmp_path: Path) -> None:
     assert translated == ["de premise", "de question?", "de words .", "de sentence"]
 
 
-def test_rows_that_carry_their_translation_need_no_other_file(tmp_path: Path) -> None:
+def test_rows_with_their_translation_need_no_other_file(tmp_path: Path) -> None:
     write(tmp_path / "de.jsonl", rows("de", "1", "2", translation="english"))
     assert parallel_texts(text_files(tmp_path), "en") == {"de": (["english"] * 2, ["de 1", "de 2"])}
     with pytest.raises(EvalError, match=r"de\.jsonl:1: is translated into English; every row needs .* into 'fr'"):
@@ -65,7 +65,7 @@ def test_rows_that_carry_their_translation_need_no_other_file(tmp_path: Path) ->
         parallel_texts(text_files(tmp_path), "en")
 
 
-def test_tatoeba_pairs_by_line(tmp_path: Path) -> None:
+def test_tatoeba_files_are_paired_by_line(tmp_path: Path) -> None:
     for code, lines in {"deu": ["Ja.", "Nein."], "swh": ["Ndiyo."]}.items():
         (tmp_path / f"tatoeba.{code}-eng.{code}").write_text("\n".join(lines) + "\n", encoding="utf-8")
         english = "".join(f"{code} {number}\n" for number, _ in enumerate(lines))
@@ -79,7 +79,7 @@ def test_tatoeba_pairs_by_line(tmp_path: Path) -> None:
         parallel_texts(files, "en")
 
 
-def test_folders_with_nothing_to_compare(tmp_path: Path) -> None:
+def test_folders_without_parallel_texts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"no parallel texts there; files are XX\.jsonl"):
         text_files(tmp_path)
     (tmp_path / "de-en.en").write_text("a\nb\n")  # whose lines are not those of de-en.de

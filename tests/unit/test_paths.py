@@ -1,4 +1,4 @@
-"""Paths as people write them: `~`, variables, characters with a meaning in globs, places below a file."""
+"""Paths with `~`, variables and glob characters, and places below a file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ("plain", "plain"), ("a~b", "a~b"), ("5$", "5$"), ("$(echo x)", "$(echo x)"), ("s3://b/${DISK}", "s3://b//disk"),
     ],
 )  # fmt: skip
-def test_home_and_variables_are_filled_in(text: str, path: str) -> None:
+def test_home_and_variables_are_expanded(text: str, path: str) -> None:
     assert expanded(text) == path
 
 
-def test_a_variable_that_is_not_set_is_named() -> None:
+def test_an_unset_variable_is_named() -> None:
     for text in ("$NOWHERE/a", "a/${NOWHERE}/b"):
         with pytest.raises(PathError, match=r"names the variable NOWHERE, which is not set here") as refused:
             expanded(text)
@@ -41,7 +41,7 @@ def test_a_variable_that_is_not_set_is_named() -> None:
         expanded("~nobody-of-that-name/a")
 
 
-def test_a_file_of_that_very_name_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_file_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "$NOWHERE").touch()
     assert expanded("$NOWHERE") == "$NOWHERE"
@@ -57,7 +57,7 @@ def test_a_folder_with_brackets_is_literal_while_patterns_match(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("address", ["", "file://"])
-def test_so_is_one_within_the_pattern(tmp_path: Path, address: str) -> None:
+def test_a_folder_with_brackets_inside_a_pattern_is_literal(tmp_path: Path, address: str) -> None:
     folder = tmp_path / HOSTILE
     folder.mkdir()
     (folder / "en.jsonl").touch()
@@ -81,7 +81,7 @@ def test_a_place_at_or_below_a_file_is_refused_with_the_file(tmp_path: Path) -> 
     assert not (tmp_path / "a").exists()
 
 
-def test_a_library_that_globs_gets_a_name_without_patterns(tmp_path: Path) -> None:
+def test_libraries_that_glob_get_a_name_without_patterns(tmp_path: Path) -> None:
     """DeepSpeed looks for a checkpoint's files so: below such a folder it found none to export or resume from."""
     folder = tmp_path / HOSTILE
     folder.mkdir()

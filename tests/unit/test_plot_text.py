@@ -1,4 +1,4 @@
-"""No boxes: a text is drawn with fonts that have its glyphs, or in Latin letters."""
+"""Text in plots is drawn with fonts that have its glyphs, or in Latin letters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_script_without_a_font_is_romanised(name: str) -> None:
 
 @pytest.mark.usefixtures("no_fonts")
 @pytest.mark.parametrize("name", ["русский", "Ελληνικά", "العربية", "Türkçe", "עברית"])
-def test_what_matplotlibs_own_font_has_stays_as_it_is(name: str) -> None:
+def test_text_in_matplotlibs_own_font_is_unchanged(name: str) -> None:
     assert PlotText.of([name]).families == (plot_text.DEFAULT_FONT,)
     assert PlotText.of([name])(name) == name
 
@@ -46,7 +46,7 @@ def test_fonts_are_chosen_by_their_glyphs(monkeypatch: pytest.MonkeyPatch) -> No
     assert text("বাংলা").isascii()
 
 
-def test_nothing_is_looked_for_where_all_glyphs_are_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fonts_are_not_searched_if_all_glyphs_are_available(monkeypatch: pytest.MonkeyPatch) -> None:
     def search() -> None:
         raise AssertionError
 
@@ -54,12 +54,12 @@ def test_nothing_is_looked_for_where_all_glyphs_are_at_hand(monkeypatch: pytest.
     assert PlotText.of(["en", "sw", "العربية", "two words"]).without_glyphs == frozenset()
 
 
-def test_the_font_of_last_resort_does_not_count() -> None:
+def test_the_last_resort_font_is_not_used() -> None:
     """It comes with matplotlib and draws a box for every character."""
     assert not [name for name in plot_text._installed_fonts() if "Last Resort" in name]
 
 
-def test_a_runs_plots_have_no_boxes(tmp_path: Path) -> None:
+def test_plots_of_a_run_draw_no_missing_glyphs(tmp_path: Path) -> None:
     """On any machine: matplotlib warns of each glyph that it has not."""
     from training.tracking.plots import draw_plots
     from training.tracking.run_record import RunRecord

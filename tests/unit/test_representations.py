@@ -1,4 +1,4 @@
-"""The report holds what states give when taken one by one; its table, JSON and picture show what it holds."""
+"""The report's measures equal those of single forward passes; its table, JSON and plot show them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def one_by_one(folder: str, texts: list[str], pooling: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first"])
-def test_measures_are_those_of_states_taken_one_by_one(folders: dict[str, str], pooling: str) -> None:
+def test_measures_equal_those_of_single_forward_passes(folders: dict[str, str], pooling: str) -> None:
     seen: list[int] = []
     report = analyse(folders, TEXTS, dominant="en", pooling=pooling, batch_size=7, progress=seen.append)  # type: ignore[arg-type]
     assert sum(seen) == 2 * 2 * 30
@@ -98,7 +98,7 @@ def test_measures_are_those_of_states_taken_one_by_one(folders: dict[str, str], 
                     assert found["cka_debiased"] == pytest.approx(debiased, rel=1e-3, abs=1e-5)
 
 
-def test_same_texts_are_alike_and_a_language_is_itself(folders: dict[str, str]) -> None:
+def test_equal_texts_have_cka_1_and_distance_0(folders: dict[str, str]) -> None:
     own = TEXTS["de"][0]
     report = analyse({"one": folders["before"]}, {"de": (own, own), "sw": (own, own[::-1])}, dominant="en")
     curves = report.models["one"].curves
@@ -146,7 +146,7 @@ def made_up(few: bool = False) -> RepresentationReport:
     )
 
 
-def test_the_table() -> None:
+def test_the_table_shows_layers_languages_and_notes() -> None:
     lines = representation_table(made_up(few=True)).splitlines()
     assert lines[0] == "States of sentences against their translations in 'en', pooling 'mean'"
     heads = ["before CKA", "before debiased", "before distance", "after CKA", "after debiased", "after distance"]
@@ -174,7 +174,7 @@ def test_languages_that_a_limit_may_have_cut_are_marked() -> None:
     assert "*" not in representation_table(report)
 
 
-def test_the_files(tmp_path: Path, folders: dict[str, str]) -> None:
+def test_json_and_plot_are_written(tmp_path: Path, folders: dict[str, str]) -> None:
     report = analyse(folders, TEXTS, dominant="en", pooling="first")
     data, plot = write_report(report, tmp_path / "new")
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["representations.json", "representations.png"]
@@ -194,7 +194,7 @@ def test_the_files(tmp_path: Path, folders: dict[str, str]) -> None:
         write_report(report, tmp_path / "file")
 
 
-def test_the_picture() -> None:
+def test_the_plot_shows_every_curve() -> None:
     figure = draw(made_up(few=True))
     cka, distance = figure.axes
     assert (cka.get_title(), distance.get_title()) == ("Linear CKA", "Distance between centroids")
@@ -221,7 +221,7 @@ def test_the_picture() -> None:
 
 
 @pytest.mark.parametrize("heights", [[0.5] * 12, [0.0, 0.01, 1.0, 0.99, 0.98], [0.2, 0.8], [0.97] * 40, []])
-def test_names_are_apart_in_order_and_inside(heights: list[float]) -> None:
+def test_names_are_separated_ordered_and_inside_the_plot(heights: list[float]) -> None:
     names = {f"{number:02d}": height for number, height in enumerate(heights)}
     placed = _apart(names, 0.03)
     assert placed.keys() == names.keys()

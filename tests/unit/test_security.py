@@ -81,7 +81,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 @pytest.mark.parametrize("load", [LanguageVectors.load, MixupState.load])
-def test_a_pickle_in_place_of_vectors(tmp_path: Path, evil: bytes, canary: Path, load: Any) -> None:
+def test_a_pickle_in_place_of_vectors_is_refused(tmp_path: Path, evil: bytes, canary: Path, load: Any) -> None:
     file = tmp_path / "file.safetensors"
     file.write_bytes(evil)
     with pytest.raises(ModelError) as error:
@@ -90,7 +90,7 @@ def test_a_pickle_in_place_of_vectors(tmp_path: Path, evil: bytes, canary: Path,
     assert not canary.exists()
 
 
-def test_a_pickle_in_place_of_weights(model: Path, evil: bytes, canary: Path) -> None:
+def test_a_pickle_in_place_of_weights_is_refused(model: Path, evil: bytes, canary: Path) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(evil)
     with pytest.raises(ModelError, match="not a readable safetensors file") as error:
@@ -105,7 +105,7 @@ def test_a_pickle_in_place_of_weights(model: Path, evil: bytes, canary: Path) ->
     assert not canary.exists()
 
 
-def test_a_pickle_beside_good_weights_is_not_looked_at(model: Path, evil: bytes, canary: Path) -> None:
+def test_a_pickle_beside_safetensors_is_not_read(model: Path, evil: bytes, canary: Path) -> None:
     import torch
 
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "adapter_model.bin"):
@@ -115,7 +115,7 @@ def test_a_pickle_beside_good_weights_is_not_looked_at(model: Path, evil: bytes,
 
 
 @pytest.mark.parametrize("array", ["language", "by_language", "heldout"])
-def test_pickled_arrays_of_an_index_are_made_anew(tmp_path: Path, corpus: Path, canary: Path, array: str) -> None:
+def test_pickled_arrays_of_an_index_are_rebuilt(tmp_path: Path, corpus: Path, canary: Path, array: str) -> None:
     source = SourceConfig.model_validate(run_values(corpus, tmp_path)["data"]["sources"][0])
     before = build_index([source], LANGUAGES, corpus, tmp_path / "index")
     (file,) = (tmp_path / "index").glob(f"*/{array}.npy")
@@ -140,7 +140,7 @@ def test_a_model_that_needs_its_own_code_is_refused(model: Path, canary: Path) -
     assert not canary.exists()
 
 
-def test_a_known_model_is_opened_without_the_code_that_lies_beside_it(model: Path, canary: Path) -> None:
+def test_a_known_model_is_opened_without_the_code_beside_it(model: Path, canary: Path) -> None:
     import torch
 
     (model / "evil.py").write_text(CODE.format(canary=str(canary)))
@@ -159,7 +159,7 @@ def test_a_kernel_that_a_config_names_is_not_fetched(model: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["auto_map", "tokenizer.json"])
-def test_a_tokenizer_with_code(model: Path, evil: bytes, canary: Path, where: str) -> None:
+def test_a_tokenizer_that_needs_its_own_code_is_refused(model: Path, evil: bytes, canary: Path, where: str) -> None:
     if where == "auto_map":
         (model / "evil.py").write_text(CODE.format(canary=str(canary)))
         config = json.loads((model / "tokenizer_config.json").read_text())
@@ -174,7 +174,7 @@ def test_a_tokenizer_with_code(model: Path, evil: bytes, canary: Path, where: st
     assert not canary.exists()
 
 
-def test_a_chat_template_reaches_no_python(model: Path, canary: Path) -> None:
+def test_a_chat_template_cannot_reach_python_objects(model: Path, canary: Path) -> None:
     tokenizer = read_tokenizer(model)
     tokenizer.chat_template = (
         "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
@@ -208,7 +208,7 @@ def source_of(**values: Any) -> SourceConfig:
     ],
     ids=str,
 )
-def test_pickles_and_scripts_in_place_of_data(
+def test_pickles_and_scripts_in_place_of_data_are_refused(
     tmp_path: Path, evil: bytes, canary: Path, values: dict[str, Any]
 ) -> None:
     data = tmp_path / "data"
@@ -227,7 +227,7 @@ def test_pickles_and_scripts_in_place_of_data(
     assert not canary.exists()
 
 
-def test_a_column_of_pickled_objects_is_bytes_and_no_text(tmp_path: Path, evil: bytes, canary: Path) -> None:
+def test_a_column_of_pickled_objects_is_refused(tmp_path: Path, evil: bytes, canary: Path) -> None:
     rows = {"id": ["1"], "language": ["en"], "question": [evil], "answer": ["yes"]}
     pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows\.parquet:1: ") as error:
@@ -241,7 +241,7 @@ def test_a_column_of_pickled_objects_is_bytes_and_no_text(tmp_path: Path, evil: 
 YAML_CODE = "!!python/object/apply:builtins.open [{canary}, w]"
 
 
-def test_yaml_that_would_make_objects_is_refused(tmp_path: Path, canary: Path) -> None:
+def test_yaml_that_would_create_objects_is_refused(tmp_path: Path, canary: Path) -> None:
     code = YAML_CODE.format(canary=canary)
     file = tmp_path / "run.yaml"
     file.write_text(f"seed: {code}\n")
@@ -258,7 +258,7 @@ def test_yaml_that_would_make_objects_is_refused(tmp_path: Path, canary: Path) -
     assert not canary.exists()
 
 
-def test_names_of_a_run_file_reach_no_shell(tmp_path: Path, corpus: Path, canary: Path) -> None:
+def test_names_in_a_run_file_reach_no_shell(tmp_path: Path, corpus: Path, canary: Path) -> None:
     """Folders are named as in the worst run file."""
     name = f"$(touch {canary.name}); `touch {canary.name}` 'x' \"y\""
     config = validate(run_values(corpus, tmp_path / name), "test")
@@ -303,7 +303,7 @@ def _problems(call: ast.Call) -> list[str]:
 # --- secrets ------------------------------------------------------------------------------------------------------
 
 
-def test_no_password_of_an_address_is_written_down(corpus: Path, tmp_path: Path) -> None:
+def test_no_password_of_an_address_is_written(corpus: Path, tmp_path: Path) -> None:
     values = run_values(corpus, tmp_path / "run", **{"tracking.uri": "https://me:hunter2@host:5000/x"})
     values["data"]["sources"][0]["files"] = ["s3://key:hunter2@bucket/*.jsonl", "filecache::ftp://me:hunter2@host/a"]
     config = validate(values, "test")
@@ -315,7 +315,9 @@ def test_no_password_of_an_address_is_written_down(corpus: Path, tmp_path: Path)
     assert written["data_dir"] == str(corpus)
 
 
-def test_a_login_reaches_the_run_inside_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_login_reaches_the_nested_run_through_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     from training.tracking.tracker import parent_run
@@ -339,7 +341,7 @@ def test_a_login_reaches_the_run_inside_by_the_environment(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(("arguments", "host"), [((), "127.0.0.1"), ((5001, "0.0.0.0"), "0.0.0.0")])
-def test_mlflows_page_is_for_this_machine_unless_told_otherwise(
+def test_mlflows_page_listens_on_this_machine_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], host: str
 ) -> None:
     from training.tracking import tracker as tracking

@@ -1,4 +1,4 @@
-"""The labelled toy task: parallel rows, classes that come out even, nothing leaked, translations as noisy as said."""
+"""The labelled toy task: parallel rows, balanced classes, no leakage, translations with the requested noise."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_structure_has_one_class() -> None:
     assert [label_of(structure) for structure in STRUCTURES if structure.id == "cyclist_speed"] == ["rate"]
 
 
-def test_every_class_has_situations_to_learn_from_and_one_that_is_never_labelled() -> None:
+def test_every_class_has_seen_situations_and_one_held_out() -> None:
     assert 5 <= len(LABELS) <= 8
     for members in CLASSES.values():
         assert len(members) >= 4
@@ -114,7 +114,7 @@ def test_operations_agree_with_classes() -> None:
 # --- the rows
 
 
-def test_files_and_sizes_are_those_asked_for(task: Path) -> None:
+def test_files_and_sizes_are_as_requested(task: Path) -> None:
     files = {str(file.relative_to(task)) for file in task.rglob("*") if file.is_file()}
     assert files == {f"{split}/{language}.jsonl" for split in SPLITS for language in LANGUAGES}
     for language in LANGUAGES:
@@ -139,7 +139,7 @@ def test_rows_are_canonical(task: Path) -> None:
 
 
 @pytest.mark.parametrize("split", LABELLED)
-def test_the_projects_reader_takes_every_row(task: Path, split: Split) -> None:
+def test_the_task_reader_reads_every_row(task: Path, split: Split) -> None:
     for language in LANGUAGES:
         records = list(read_task_file(task / split / f"{language}.jsonl", "classification"))
         for record, row in zip(records, rows(task, split, language), strict=True):
@@ -148,7 +148,7 @@ def test_the_projects_reader_takes_every_row(task: Path, split: Split) -> None:
             assert back == (None if language == "en" else (row["back_text_a"],))
 
 
-def test_the_projects_reader_takes_the_text(task: Path) -> None:
+def test_the_reader_of_text_reads_the_sentences(task: Path) -> None:
     for language in LANGUAGES:
         records = read_task_file(task / "text" / f"{language}.jsonl", "text")
         assert [record.texts[0] for record in records] == [row["text"] for row in rows(task, "text", language)]
@@ -203,7 +203,7 @@ def test_no_combination_of_situation_and_numbers_is_in_two_folders(task: Path) -
     assert not {key: splits for key, splits in where.items() if len(splits) > 1}
 
 
-def test_the_folders_part_all_there_is_between_them() -> None:
+def test_the_folders_divide_all_combinations_between_them() -> None:
     """Not only the rows that small sizes happen to draw."""
     most: dict[Split, int] = {"train": 1100, "dev": 350, "test_seen": 590}
     drawn = {split: {item.id.rsplit("-", 1)[0] for item in labelled_items(split, n, SEED)} for split, n in most.items()}
@@ -235,7 +235,7 @@ def template_of(text: str) -> str:
     return re.sub(r"\b(Anna|Omar|Lina|Tom|Maria|David|Sara|Ivan)\b", "N", re.sub(r"\d+", "#", text))
 
 
-def test_dev_and_seen_tests_are_worded_as_no_training_text_is(noiseless: Path) -> None:
+def test_dev_and_seen_tests_use_wordings_that_are_not_in_training(noiseless: Path) -> None:
     trained = {template_of(row["text_a"]) for row in rows(noiseless, "train", "en")}
     trained |= {template_of(row["back_text_a"]) for row in rows(noiseless, "train", "de")}
     assert len(trained) == 2 * (len(STRUCTURES) - len(UNSEEN)), "two wordings of each situation"
@@ -249,7 +249,7 @@ def test_dev_and_seen_tests_are_worded_as_no_training_text_is(noiseless: Path) -
 # --- translations
 
 
-def test_wordings_are_people_s_and_translations_in_turn() -> None:
+def test_originals_and_translations_share_wordings_only_in_dev_and_seen_tests() -> None:
     for split in LABELLED:
         pairs = defaultdict(set)
         for item in labelled_items(split, 140, SEED):
@@ -274,13 +274,13 @@ def test_without_noise_every_side_is_the_item_in_its_wording(noiseless: Path, sp
                 assert row["back_text_a"] == render(item, "en", translated)[0]
 
 
-def test_a_round_trip_in_training_does_not_come_back_as_it_went(noiseless: Path) -> None:
+def test_a_round_trip_in_training_differs_from_the_original(noiseless: Path) -> None:
     english = {row["group"]: row["text_a"] for row in rows(noiseless, "train", "en")}
     for language in OTHERS:
         assert all(row["back_text_a"] != english[row["group"]] for row in rows(noiseless, "train", language))
 
 
-def test_people_s_texts_lose_nothing(task: Path, noiseless: Path) -> None:
+def test_originals_lose_no_words(task: Path, noiseless: Path) -> None:
     for split in SPLITS:
         for language in LANGUAGES:
             if split == "train" and language != "en":
@@ -294,7 +294,7 @@ def test_people_s_texts_lose_nothing(task: Path, noiseless: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "key"), [("train", "text_a"), ("train", "back_text_a"), ("test_seen", "back_text_a")]
 )
-def test_translations_lose_the_share_of_words_they_should(
+def test_translations_lose_the_requested_share_of_words(
     task: Path, noiseless: Path, language: str, split: str, key: str
 ) -> None:
     """Within four standard deviations of a binomial count; what is left stands in the same order."""
@@ -311,13 +311,13 @@ def test_translations_lose_the_share_of_words_they_should(
     assert (total - kept) / total == pytest.approx(share, abs=bound)
 
 
-def test_translations_into_english_differ_by_the_language_they_come_from(task: Path) -> None:
+def test_translations_into_english_differ_between_languages(task: Path) -> None:
     german, swahili = (rows(task, "train", language) for language in ("de", "sw"))
     differ = sum(a["back_text_a"] != b["back_text_a"] for a, b in zip(german, swahili, strict=True))
     assert differ > len(german) / 2
 
 
-def test_dropping_keeps_numbers_marks_and_units() -> None:
+def test_dropping_words_keeps_numbers_marks_and_units() -> None:
     almost_all = 1 - 1e-9
     assert drop_words("Anna buys 5 pears. How many?", "en", almost_all, "key") == "5"
     assert drop_words("{}টি আপেল".replace("{}", "7"), "bn", almost_all, "key") == "7টি"
@@ -338,7 +338,7 @@ def test_dropping_keeps_numbers_marks_and_units() -> None:
 # --- writing
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(task: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_every_byte(task: Path, tmp_path: Path) -> None:
     write_labelled_task(tmp_path / "again", SIZES, SEED)
     write_labelled_task(tmp_path / "other", SIZES, SEED + 1)
     files = [file.relative_to(task) for file in task.rglob("*") if file.is_file()]
@@ -349,7 +349,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(task: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"], "no temporary folder is left"
 
 
-def test_fewer_are_the_first_of_more(task: Path, tmp_path: Path) -> None:
+def test_a_smaller_size_gives_the_first_items_of_a_larger_one(task: Path, tmp_path: Path) -> None:
     """A smaller size is a part of a larger one, also of the text of a language."""
     write_labelled_task(tmp_path / "small", replace(SIZES, n_train=40, n_text={"en": 100, "th": 30}), SEED)
     for split, language, n in (
@@ -362,7 +362,7 @@ def test_fewer_are_the_first_of_more(task: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "small" / "text").iterdir()) == ["en.jsonl", "th.jsonl"]
 
 
-def test_the_default_sizes_are_there_to_be_had() -> None:
+def test_the_default_sizes_are_available() -> None:
     sizes = LabelledSizes()
     for split in LABELLED:
         n = getattr(sizes, f"n_{split}")
@@ -382,20 +382,20 @@ def test_the_default_sizes_are_there_to_be_had() -> None:
         ({"noise": -0.1}, r"^noise: -0.1 is not"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_mistakes_are_one_line_and_leave_no_folder(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         write_labelled_task(tmp_path / "task", replace(SIZES, **change), SEED)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     with pytest.raises(DataError, match=r"task: exists already; give a new folder$"):
         write_labelled_task(tmp_path / "task", SIZES, SEED)
     assert not list((tmp_path / "task").iterdir())
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 

@@ -1,4 +1,4 @@
-"""The toy corpus: phrasings complete in ten languages, sums that are true, and splits that leak nothing."""
+"""The toy corpus: complete phrasings in ten languages, correct computations, and splits without leakage."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def combination(row: Row) -> tuple[str, ...]:
 # --- the phrasings
 
 
-def test_held_out_situations_ask_for_operations_that_were_learnt() -> None:
+def test_held_out_situations_use_operations_of_seen_ones() -> None:
     assert len({structure.id for structure in STRUCTURES}) == len(STRUCTURES)
     learnt = {structure.operation.working for structure in STRUCTURES if not structure.held_out}
     assert {structure.operation.working for structure in STRUCTURES if structure.held_out} <= learnt
@@ -128,7 +128,7 @@ def test_the_answer_ends_with_the_result(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_names_are_as_many_as_in_english_and_all_different(language: str) -> None:
+def test_every_language_has_as_many_distinct_names_as_english(language: str) -> None:
     names = phrasings(language)["names"]
     assert len(names) == len(set(names)) == len(phrasings("en")["names"]) > 1
 
@@ -146,7 +146,7 @@ def test_everything_is_written_in_the_script_of_the_language(language: str) -> N
             assert language != "ja" or "HIRAGANA" in scripts_of(question), f"not Japanese: {question}"
 
 
-def test_no_language_repeats_another_ones_texts() -> None:
+def test_no_language_repeats_texts_of_another() -> None:
     texts = Counter(
         template for language in LANGUAGES for each in phrasings(language)["structures"].values() for template in each
     )
@@ -170,7 +170,7 @@ def test_rendering_leaves_no_brace_and_states_each_number_once(language: str) ->
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.id)
-def test_every_working_is_true_and_ends_in_the_result(structure: Structure) -> None:
+def test_every_computation_is_correct_and_ends_in_the_result(structure: Structure) -> None:
     """All number sets of a structure: each operand was stated or is the result of the equation before."""
     for numbers in structure.draws():
         _, answer = render(ToyItem(structure, numbers, 0), "en", 0)
@@ -195,13 +195,13 @@ def test_no_structure_draws_the_same_numbers_twice() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_sizes_are_those_asked_for(corpus: Path, split: str) -> None:
+def test_sizes_are_as_requested(corpus: Path, split: str) -> None:
     for language in LANGUAGES:
         asked = getattr(SIZES, split, None) or (SIZES.english_base if language == "en" else SIZES.other_base)
         assert len(rows(corpus, split, language)) == asked
 
 
-def test_rows_are_complete_and_say_what_they_are(corpus: Path) -> None:
+def test_rows_have_all_columns(corpus: Path) -> None:
     for split, language, row in all_rows(corpus):
         assert list(row) == ["id", "language", "structure", "question", "answer", "result"]
         assert row["language"] == language
@@ -235,7 +235,7 @@ def test_no_combination_of_situation_and_numbers_is_in_two_splits(corpus: Path) 
     assert {split for splits in where.values() for split in splits} == set(SPLITS)
 
 
-def test_held_out_structures_are_tested_on_and_nothing_else(corpus: Path) -> None:
+def test_held_out_structures_are_only_in_the_unseen_test(corpus: Path) -> None:
     held_out = {structure.id for structure in STRUCTURES if structure.held_out}
     used: dict[str, set[str]] = {split: set() for split in SPLITS}
     for split, _, row in all_rows(corpus):
@@ -255,7 +255,7 @@ def test_every_phrasing_is_used(corpus: Path) -> None:
         assert min(used[number] for number in range(3)) > SIZES.finetune / 5
 
 
-def test_splits_take_their_shares_of_the_number_sets() -> None:
+def test_splits_get_their_shares_of_the_number_sets() -> None:
     seen = [structure for structure in STRUCTURES if not structure.held_out]
     counts = Counter(split_of(structure, numbers, SEED) for structure in seen for numbers in structure.draws())
     for split, share in SHARES.items():
@@ -263,7 +263,7 @@ def test_splits_take_their_shares_of_the_number_sets() -> None:
     assert set(counts) == set(SHARES)
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(corpus: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_every_byte(corpus: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path / "again", SIZES, SEED)
     write_corpus(tmp_path / "other", SIZES, SEED + 1)
     files = [file.relative_to(corpus) for file in corpus.rglob("*") if file.is_file()]
@@ -283,7 +283,7 @@ def test_tests_are_also_in_the_layout_of_mgsm(corpus: Path, split: str) -> None:
         assert cells == [[row["question"], str(row["result"])] for row in rows(corpus, split, language)]
 
 
-def test_the_default_sizes_are_there_to_be_had() -> None:
+def test_the_default_sizes_are_available() -> None:
     sizes = CorpusSizes()
     asked = dict(zip(SPLITS, (sizes.english_base, sizes.finetune, sizes.test_seen, sizes.test_unseen), strict=True))
     for split, n in asked.items():
@@ -291,7 +291,7 @@ def test_the_default_sizes_are_there_to_be_had() -> None:
     assert sizes.other_base <= sizes.english_base
 
 
-def test_more_than_there_is_is_an_error_of_one_line() -> None:
+def test_a_size_above_the_supply_is_a_one_line_error() -> None:
     with pytest.raises(
         DataError, match=r"^toy corpus: 1000000 items asked of split test_seen, which has \d+$"
     ) as refusal:
@@ -302,6 +302,6 @@ def test_more_than_there_is_is_an_error_of_one_line() -> None:
         items_of("test_seen", most + 1, SEED)
 
 
-def test_fewer_items_are_the_first_of_more() -> None:
+def test_a_smaller_size_gives_the_first_items_of_a_larger_one() -> None:
     """So a smaller size is a part of a larger one."""
     assert items_of("finetune", 50, SEED) == items_of("finetune", 200, SEED)[:50]
