@@ -1,12 +1,8 @@
-"""The heads a model can be opened with: one Hugging Face auto class for each.
-
-In: a model's config and an architecture's name. Out: the class that transformers has for the two.
-Next: `loading.py` builds and fills it; `initial_model.py` and `encoders.py` write directories of it.
-"""
+"""The heads a model can be opened with, and the Hugging Face auto class of each."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,7 +23,6 @@ from modeling.errors import ModelError
 Architecture = Literal[
     "causal-lm", "masked-lm", "sequence-classification", "token-classification", "question-answering"
 ]
-ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
 
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -44,10 +39,11 @@ def auto_class(architecture: Architecture) -> Any:
 
 
 def model_class(config: PreTrainedConfig, architecture: Architecture) -> Any:
-    """The class of a config with this head.
+    """The model class of a config with this head.
 
-    Raises ModelError where transformers has none, and for a causal LM where the config is an encoder's: transformers
-    has such a class for most encoders, which without `is_decoder` attends to the right too.
+    Raises:
+        ModelError: transformers has no such class, or a causal LM is wanted of an encoder's config. transformers has a
+            causal class for most encoders, but without `is_decoder` it attends to later tokens too.
     """
     mapping = _CLASSES[architecture][1]
     if type(config) not in mapping:
@@ -55,5 +51,7 @@ def model_class(config: PreTrainedConfig, architecture: Architecture) -> Any:
         raise ModelError(f"a {config.model_type} model {what}")
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if architecture == "causal-lm" and encoder:
-        raise ModelError(f"a {config.model_type} model is an encoder, not a decoder language model: it writes no text")
+        raise ModelError(
+            f"a {config.model_type} model is an encoder, not a decoder language model: it cannot generate text"
+        )
     return mapping[type(config)]

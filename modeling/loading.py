@@ -28,21 +28,9 @@ from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
 from modeling.export_info import RUN_EXPORT
 from modeling.transformers_internals import no_init_weights, supports_attention
-from modeling.weights.initial_model import write_initial_model
 from modeling.weights.untrusted import read_config
-from modeling.weights.weight_files import StoredTensor, directory_hash, one_line, stored_tensors
+from modeling.weights.weight_files import StoredTensor, one_line, stored_tensors
 from modeling.weights.weight_match import match_weights, named
-
-__all__ = [
-    "build_model",
-    "directory_hash",
-    "load_config",
-    "load_pretrained",
-    "load_weights",
-    "resolve_attention",
-    "resolve_directory",
-    "write_initial_model",
-]
 
 AttentionName = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 ATTENTION: tuple[str, ...] = get_args(AttentionName)

@@ -150,19 +150,3 @@ class CrossCovariance:
         distance = side.off @ side.off
         variation = side.total / self.n - distance
         return bool(variation <= NO_VARIATION * (variation + (centre + side.off).square().sum()))
-
-
-def linear_cka(x_NX: Tensor, y_NY: Tensor, debiased: bool = False) -> Tensor:
-    """`CrossCovariance.linear_cka` of states that are all there."""
-    return _summed(x_NX, y_NY).linear_cka(debiased)
-
-
-def centroid_distance(x_NX: Tensor, y_NX: Tensor) -> CentroidDistance:
-    """`CrossCovariance.centroid_distance` of states that are all there."""
-    return _summed(x_NX, y_NX).centroid_distance()
-
-
-def _summed(x_NX: Tensor, y_NY: Tensor) -> CrossCovariance:
-    covariance = CrossCovariance(x_NX.shape[-1], y_NY.shape[-1], x_NX.device)
-    covariance.add(x_NX, y_NY)
-    return covariance

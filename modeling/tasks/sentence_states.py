@@ -26,10 +26,11 @@ from transformers import (
 from modeling.architectures import Architecture, model_class
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers, hidden_size, position_limit, state_hook
-from modeling.loading import load_config, named, quiet, resolve_directory
+from modeling.loading import load_config, quiet, resolve_directory
 from modeling.transformers_internals import supports_attention
 from modeling.weights.untrusted import read_tokenizer
 from modeling.weights.weight_files import stored_tensors
+from modeling.weights.weight_match import named
 from modeling.xmixup.consistency import representations
 
 Pooling = Literal["mean", "first"]

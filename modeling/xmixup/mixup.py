@@ -33,16 +33,7 @@ from modeling.errors import ModelError
 from modeling.layers import decoder_layers, without_autocast
 from modeling.weights.weight_files import directory_hash
 from modeling.xmixup.cross_attention import EntropyName, attention_weights, pair_entropy, scaled_scores, wide
-from modeling.xmixup.mixup_state import MIXUP_FILE, RATIO_MODULE, MixupState, is_mixup_weight
-
-__all__ = [
-    "MIXUP_FILE",
-    "CrossLingualMixup",
-    "MixupRatio",
-    "MixupState",
-    "encoder_layers",
-    "is_mixup_weight",
-]
+from modeling.xmixup.mixup_state import MIXUP_FILE, RATIO_MODULE, MixupState
 
 MODEL_TYPES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 PRE_LN_TYPES = ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")

@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from modeling.errors import ModelError
-from modeling.loading import directory_hash
-from modeling.xmixup.mixup import MIXUP_FILE, MODEL_TYPES, CrossLingualMixup, encoder_layers, is_mixup_weight
+from modeling.weights.weight_files import directory_hash
+from modeling.xmixup.mixup import MODEL_TYPES, CrossLingualMixup, encoder_layers
+from modeling.xmixup.mixup_state import MIXUP_FILE, is_mixup_weight
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,

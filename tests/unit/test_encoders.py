@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from modeling.errors import ModelError
-from modeling.loading import build_model, load_config, load_pretrained, load_weights, write_initial_model
+from modeling.loading import build_model, load_config, load_pretrained, load_weights
 from modeling.tasks.encoders import TASK_ARCHITECTURES, load_task_model, write_task_start
+from modeling.weights.initial_model import write_initial_model
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from modeling.errors import ModelError
 from modeling.export_info import ExportInfo
 from modeling.generation import Generation, Prompt, Sampling, ShiftedGenerator
-from modeling.loading import directory_hash
 from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.weights.weight_files import directory_hash
 
 LANGUAGES = ("en", "de", "sw", "xx")  # xx has no vector
 AREA = (1, 3)

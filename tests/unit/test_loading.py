@@ -22,13 +22,13 @@ from transformers import (
 from modeling.errors import ModelError
 from modeling.loading import (
     build_model,
-    directory_hash,
     load_pretrained,
     load_weights,
     resolve_attention,
     resolve_directory,
-    write_initial_model,
 )
+from modeling.weights.initial_model import write_initial_model
+from modeling.weights.weight_files import directory_hash
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA = {"model_type": "llama", **SIZES, "num_key_value_heads": 2}
@@ -249,7 +249,6 @@ def test_stops_on_files_that_cannot_be_used(tmp_path: Path) -> None:
     }.items():
         for load in (
             filled,
-            directory_hash,
             lambda path: load_pretrained(path, torch.float32, "sdpa", "cpu"),
         ):
             with pytest.raises(ModelError, match=message) as caught:

@@ -20,8 +20,8 @@ from evals.errors import EvalError
 from evals.opening import Question, answer, open_model, read_questions, without_vector
 from modeling.errors import ModelError
 from modeling.generation import Generation, Prompt, ShiftedGenerator
-from modeling.loading import directory_hash
 from modeling.shifcon.language_vectors import LanguageVectors
+from modeling.weights.weight_files import directory_hash
 
 LANGUAGES = ("en", "zh", "sw", "bn")  # bn has no vector
 AREA = (1, 3)
@@ -296,10 +296,12 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     trained = tiny_task_model.export(tmp_path / "trained", "classification", ("a", "b"))
     plain = tiny_task_model.export(tmp_path / "plain", "classification", ("a", "b"), family="bert")
     (plain / "crosslift.json").unlink()
-    with pytest.raises(ModelError, match=r"an encoder trained for classification: it writes no text$") as refused:
+    with pytest.raises(ModelError, match=r"an encoder trained for classification: it cannot generate text$") as refused:
         generate(str(trained), prompt="a")
     assert refused.value.exit_status == 2
-    with pytest.raises(ModelError, match="a bert model is an encoder, not a decoder language model: it writes no text"):
+    with pytest.raises(
+        ModelError, match="a bert model is an encoder, not a decoder language model: it cannot generate text"
+    ):
         generate(str(plain), prompt="a")
     (tmp_path / "mgsm_en.tsv").write_text("a\t1\n")
     with pytest.raises(ModelError, match=r"an encoder trained for classification"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covariance import centroid_distance, linear_cka
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
@@ -24,7 +25,6 @@ from evals.representations import (
     representation_table,
 )
 from modeling.errors import ModelError
-from modeling.shifcon.subspace import centroid_distance, linear_cka
 
 WORDS = [f"w{number}" for number in range(40)]
 TEXTS = {

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from covariance import centroid_distance, linear_cka
 from torch import Tensor
 
 from modeling.errors import ModelError
 from modeling.shifcon import subspace
-from modeling.shifcon.subspace import CrossCovariance, centroid_distance, linear_cka
+from modeling.shifcon.subspace import CrossCovariance
 
 
 def states(n: int, width: int, seed: int) -> Tensor:

@@ -121,8 +121,8 @@ def _write_checked(checkpoint: Path, output: Path) -> CheckResult:
 
 def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
     from modeling.adapters import save_adapter
-    from modeling.loading import directory_hash
     from modeling.weights.untrusted import read_config, read_tokenizer
+    from modeling.weights.weight_files import directory_hash
     from modeling.weights.weight_writing import write_weights
     from training.engine.engine import DTYPES
 
@@ -208,7 +208,8 @@ def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel 
 
 def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTrainedModel:
     """The model whose weights a LoRA run left frozen. Raises ConfigError where it is gone or another one."""
-    from modeling.loading import directory_hash, load_pretrained
+    from modeling.loading import load_pretrained
+    from modeling.weights.weight_files import directory_hash
     from training.engine.engine import DTYPES
 
     directory = Path(base["directory"])

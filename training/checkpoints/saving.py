@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from modeling.loading import directory_hash
+from modeling.weights.weight_files import directory_hash
 from training.assembly import Run
 from training.checkpoints import checkpoint
 from training.checkpoints.checkpoint import FileRecord

@@ -223,7 +223,7 @@ def _from_scratch(config: RunConfig, tokenizer_dir: str, scratch: Path | None) -
     head: Architecture = "causal-lm" if config.data.task is None else "masked-lm"
 
     def write(path: Path) -> None:
-        from modeling.loading import write_initial_model
+        from modeling.weights.initial_model import write_initial_model
         from modeling.weights.untrusted import read_tokenizer
 
         tokenizer = read_tokenizer(tokenizer_dir)
