@@ -1,4 +1,4 @@
-"""Changes to models: ShifCon's shift, vectors and loss, loading, generation."""
+"""Changes to models: loading, adapters, the shift, mixing, losses and generation."""
 
 import os
 

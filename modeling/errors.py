@@ -1,7 +1,7 @@
-"""What goes wrong with a model, said in one line. In: nothing. Out: ModelError. Next: `layers.py`."""
+"""The error class of this package."""
 
 
 class ModelError(Exception):
-    """A model, or a file of one, that the user can mend: what is wrong, where, and what would be right."""
+    """A mistake of the user in a model or a file of one: what is wrong, where, and what would be right."""
 
     exit_status = 2

@@ -1,7 +1,4 @@
-"""What an export says of itself: `crosslift.json`, beside the weights of a Hugging Face directory.
-
-In: an exported directory. Out: ExportInfo. Next: `generation.py` for decoders, `evals` for encoders.
-"""
+"""Reads `crosslift.json`, the description in an export beside its weights."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ log = logging.getLogger(__name__)
 EXPORT_FILE = "crosslift.json"
 VECTORS_FILE = "language_vectors.safetensors"
 ADAPTER_FOLDER = "adapter"  # the peft adapter directory in the export of a LoRA run
-RUN_EXPORT = "model"  # the folder of a run that its export lies in
+RUN_EXPORT = "model"  # the folder of a run that holds its export
 FORMAT = 1
 OBJECTIVES = ("sft", "shifcon", "mlm", "finetune", "xmixup")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """What `crosslift.json` says of a model; the defaults are a plain Hugging Face directory's."""
+    """The content of `crosslift.json`; the defaults describe a plain Hugging Face directory."""
 
     objective: str = "sft"
     languages: tuple[str, ...] = ()
@@ -33,24 +30,28 @@ class ExportInfo:
     template: dict[str, Any] | None = None
     response_language: str | None = None
     shift_first_token: bool = True
-    step: int | None = None  # optimiser steps it had been trained for
+    step: int | None = None  # optimizer steps of its training
     task: dict[str, Any] | None = None  # an encoder's task: kind, labels, windows
-    sequence_length: int | None = None  # an encoder's longest window in training, tokens
-    check: dict[str, Any] | None = None  # what came of comparing it with its checkpoint; older exports don't say
+    sequence_length: int | None = None  # an encoder's longest window in training, in tokens
+    check: dict[str, Any] | None = None  # result of the comparison with its checkpoint; None in older exports
 
     @property
     def check_failed(self) -> bool:
-        """Whether it was exported although it did not pass its check."""
+        """Whether the export failed its comparison with the checkpoint."""
         return self.check is not None and not self.check["passed"]
 
     def warn_if_check_failed(self, directory: Path) -> None:
-        """One warning; for whoever opens the model."""
+        """Logs a warning if the check failed; called by whatever opens the model."""
         if self.check is not None and self.check_failed:
             log.warning("%s: this export did not pass its check: %s", directory, self.check.get("problem"))
 
     @classmethod
     def read(cls, directory: Path) -> ExportInfo:
-        """Raises ModelError on a file that is not of this format."""
+        """The description in a directory, the defaults where there is none.
+
+        Raises:
+            ModelError: the file is not of this format.
+        """
         file = directory / EXPORT_FILE
         if not file.is_file():
             return cls()
@@ -59,7 +60,7 @@ class ExportInfo:
             if content.pop("format") != FORMAT:
                 raise ModelError(f"{file}: written by another version of crosslift; format {FORMAT} is read here")
             if content["objective"] not in OBJECTIVES:
-                raise ModelError(f"{file}: objective {content['objective']!r} is none of {', '.join(OBJECTIVES)}")
+                raise ModelError(f"{file}: objective {content['objective']!r} is not one of {', '.join(OBJECTIVES)}")
             return cls(**{**content, "languages": tuple(content["languages"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file}: not an export's description ({one_line(error)}); export again") from error

@@ -1,7 +1,4 @@
-"""Only label positions meet the LM head in training, and their losses are taken in fp32, chunk by chunk.
-
-In: a model and the flat positions whose next token is to be predicted. Out: logits of those positions alone,
-and one cross entropy each. Next: `training/objectives/decoders.py` sums and scales them.
+"""Restricts the LM head to label positions in training, and takes their losses in fp32 in chunks.
 
 Shapes: B rows, T tokens, H hidden, N label positions, V vocabulary.
 """
@@ -23,14 +20,18 @@ CHUNK_ELEMENTS = 1 << 24  # fp32 logits that exist at once: 64 MiB
 
 
 class LabelHead:
-    """A hook on the model's output embedding that, inside `select()`, lets only chosen positions through.
+    """A hook on the model's output embedding that, inside `select()`, drops all but the chosen positions.
 
-    The hook touches no parameter, so tied and partitioned heads work; whatever the model does to logits after
-    the head (scaling, capping) it does to the chosen ones. The model's logits become (1, N, V).
+    The hook touches no parameter, so tied and sharded heads work. What the model does to logits after the head
+    (scaling, capping) applies to the chosen ones. The model's logits become (1, N, V).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Installs the hook. Raises ModelError if the model has no output embedding."""
+        """Installs the hook.
+
+        Raises:
+            ModelError: the model has no output embedding.
+        """
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise ModelError(f"{type(model).__name__} has no output embedding: it is no language model")
@@ -40,9 +41,13 @@ class LabelHead:
 
     @contextmanager
     def select(self, positions: Tensor) -> Iterator[None]:
-        """Inside, forward passes give logits of `positions` only: (N,) int64, flat indices into B*T.
+        """Inside, forward passes compute logits of the given positions only.
 
-        N may be 0. Raises ModelError on leaving if no forward pass reached the head.
+        Args:
+            positions: (N,) int64, flat indices into B*T; N may be 0.
+
+        Raises:
+            ModelError: on leaving, if no forward pass reached the head.
         """
         self._positions, self._reached = positions, False
         try:
@@ -53,7 +58,7 @@ class LabelHead:
             raise ModelError("no forward pass called the model's output embedding, so no label was selected")
 
     def remove(self) -> None:
-        """Takes the hook off the model."""
+        """Removes the hook from the model."""
         self._handle.remove()
 
     def _choose(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -67,8 +72,8 @@ class LabelHead:
 def token_losses(logits_NV: Tensor, label_ids_N: Tensor) -> Tensor:
     """(N,) fp32: the cross entropy of each label under its logits, in nats.
 
-    Logits of a lower precision are raised to fp32 a chunk at a time, in the backward pass too (recomputed
-    there), so that fp32 logits of all N x V never exist at once. The chunks change no bit of the result.
+    Logits of a lower precision are converted to fp32 in chunks, and again in the backward pass, so that fp32 logits of
+    all N x V never exist at once. The chunks change no bit of the result.
     """
     rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
     if len(label_ids_N) <= rows:

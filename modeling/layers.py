@@ -1,11 +1,10 @@
-"""Finds the layer stack of any Hugging Face model and reads or changes the state between two layers.
+"""Finds the layer stack of any Hugging Face model, and hooks the hidden state between two layers.
 
-In: a model, bare or inside PEFT, DeepSpeed or another wrapper. Out: hooks at `h[l]`, the hidden state that
-ENTERS layer `l` (0-based; `h[number of layers]` leaves the last one, before the final norm).
-Next: `shifcon/shift.py`, which shifts that state.
+`h[l]` is the hidden state that enters layer `l` (0-based); `h[number of layers]` is the output of the last layer,
+before the final norm. The model may be wrapped by peft, DeepSpeed or another module.
 
-Hooks sit on `layer.__call__`. transformers checkpoints `layer.forward`, so they stay outside the recomputed
-region and run once a forward pass; they touch no parameter, so ZeRO-3 may partition all of them.
+Hooks are placed on `layer.__call__`. transformers checkpoints `layer.forward`, so they stay outside the recomputed
+region and run once per forward pass. They touch no parameter, so ZeRO-3 may shard all of them.
 
 Shapes: B rows, T tokens, H hidden, S segments.
 """
@@ -23,39 +22,39 @@ from transformers import PreTrainedModel
 
 from modeling.errors import ModelError
 
-# What transformers calls a table of positions: BERT and its kin, GPT-2, OPT and BART, OpenAI-GPT.
+# Names of position embeddings in transformers: BERT and its variants, GPT-2, OPT and BART, OpenAI-GPT.
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
 def _backbone(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face module that owns the layers, whatever is wrapped around it."""
+    """The Hugging Face module that owns the layers, inside any wrappers."""
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if pretrained is None:
-        raise ModelError(f"{type(model).__name__} holds no Hugging Face model, so its layers cannot be found")
+        raise ModelError(f"{type(model).__name__} contains no Hugging Face model, so its layers cannot be found")
     return pretrained.get_decoder()
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """How many tokens the model has positions for, None if it does not say; RoBERTa's begin behind the padding's."""
+    """The number of tokens that the model has positions for; None if its config does not say."""
     table = position_table(model)
     if table is None:
         return getattr(_backbone(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
-    # OPT's and RoBERTa's tables begin with rows that are no token's
+    # the first rows of OPT's and RoBERTa's tables are no token's positions
     unused = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
     return int(table.num_embeddings - unused)
 
 
 def position_table(model: nn.Module) -> nn.Embedding | None:
-    """The vectors of a BERT's, GPT-2's or OPT's positions, beyond which it can read nothing; None: computed ones."""
+    """The learned position embeddings, as in BERT, GPT-2 and OPT; None for a model that computes positions."""
     tables = (module for name, module in model.named_modules() if name.rpartition(".")[2] in POSITION_TABLES)
     return next((table for table in tables if isinstance(table, nn.Embedding)), None)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's layers, in order: the outermost list as long as the config's `num_hidden_layers`.
+    """The layers of a decoder or encoder in order: the outermost list of `num_hidden_layers` modules.
 
-    Works for decoders and for encoders. Raises ModelError, naming the class, if there is no such list or
-    more than one.
+    Raises:
+        ModelError: there is no such list, or more than one.
     """
     backbone = _backbone(model)
     number = backbone.config.get_text_config(decoder=True).num_hidden_layers
@@ -80,11 +79,16 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def state_hook(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Calls `fn(hidden_BTH)` on `h[layer]` in every forward pass; what it returns replaces the state.
+    """Calls a function on `h[layer]` in every forward pass.
 
-    `None` leaves the state as it is. Hooks at the same place run in the order of their installation, each
-    seeing what the one before returned. Raises ModelError if `layer` is not in 0..number of layers, or if the
-    model skips layers at random (then the state would sometimes not pass here).
+    Args:
+        model: any model with layers.
+        layer: 0..number of layers.
+        fn: takes the state (B, T, H). What it returns replaces the state; None leaves it as it is. Functions at the
+            same layer run in the order of their installation, each on what the one before returned.
+
+    Raises:
+        ModelError: the layer does not exist, or the model skips layers at random (layerdrop).
     """
     layers = decoder_layers(model)
     if not 0 <= layer <= len(layers):
@@ -117,8 +121,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def membership(ids_BT: Tensor, number: int) -> Tensor:
-    """(number, B*T) bool: which tokens belong to which id of range(number). -1 belongs to none.
+    """(number, B*T) bool: which tokens belong to each id of range(number). -1 belongs to none.
 
-    As a matrix it sums states by id: a matmul, which unlike `index_add` gives the same bits on every run.
+    A matmul with it sums states by id with the same bits on every run, which `index_add` does not.
     """
     return ids_BT.reshape(1, -1) == torch.arange(number, device=ids_BT.device).unsqueeze(1)

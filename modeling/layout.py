@@ -1,9 +1,8 @@
-"""Chooses how samples lie in a batch: packed end to end in rows, or one padded row each.
+"""Chooses the layout of batches: samples packed end to end in rows, or one padded row each.
 
-In: a model's config and attention implementation. Out: `packed` only where a tiny model of the same class,
-given packed rows, shows the logits it gives the samples one by one: some classes ignore restarting position
-ids (BLOOM, OPT, MPT; Falcon until transformers 5.24), and others may come to. Next: `data_pipeline/packing.py`
-lays batches out so.
+Some model classes ignore position ids that restart within a row (BLOOM, OPT, MPT; Falcon before transformers 5.24). So
+`packed` is chosen only if a tiny model of the same class, given packed rows, computes the logits that it computes for
+the samples one by one.
 
 Shapes: T tokens of one sample, V vocabulary.
 """
@@ -23,12 +22,12 @@ from modeling.weights.weight_files import one_line
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # relative, in fp32; samples that see each other are some 50 % off
+TOLERANCE = 1e-4  # relative, in fp32; samples that attend to each other differ by about 50 %
 TOLERANCE_BF16 = 3e-2  # flash-attn has no fp32
 VOCABULARY = 64
 SAMPLE_LENGTHS = (7, 3, 12, 1, 9)
-WINDOW = 5  # shorter than the longer samples, so that sliding windows are met
-EXPERTS = 16  # more than any router chooses
+WINDOW = 5  # shorter than the longer samples, so that sliding windows take effect
+EXPERTS = 16  # more than any router selects per token
 MAX_LAYERS = 8
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -37,13 +36,19 @@ SMALL = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size"), WINDOW),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # none fits a small vocabulary
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # theirs exceed a small vocabulary
 }
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutChoice:
-    """`max_difference`: of packed and single logits, relative to the largest; None if packed did not run."""
+    """A layout and its reason.
+
+    Attributes:
+        layout: packed or padded.
+        max_difference: of packed and single logits, relative to the largest logit; None if packed did not run.
+        reason: for the log.
+    """
 
     layout: Literal["packed", "padded"]
     max_difference: float | None
@@ -53,9 +58,12 @@ class LayoutChoice:
 def choose_layout(config: PreTrainedConfig, attention: str) -> LayoutChoice:
     """Packed if a tiny random model of this class keeps packed samples apart, else padded.
 
-    `attention` is a resolved name (`resolve_attention`). Runs in fp32 on the CPU, in a moment; with
-    flash_attention_2 in bf16 on the GPU. Random state is left as it was. A class that cannot be made small,
-    or fails on packed rows, runs padded: padded batches are exact on every class.
+    The model runs in fp32 on the CPU, with flash_attention_2 in bf16 on the GPU. The random state does not change. A
+    class that cannot be made small, or that fails on packed rows, gets padded batches, which are exact for every class.
+
+    Args:
+        config: of the model to train.
+        attention: a name that `resolve_attention` returned.
     """
     flash = attention == "flash_attention_2"
     tolerance = TOLERANCE_BF16 if flash else TOLERANCE
@@ -63,12 +71,12 @@ def choose_layout(config: PreTrainedConfig, attention: str) -> LayoutChoice:
     try:
         model: nn.Module = tiny_model(config, attention)
         difference = packing_difference(model.to(device=device, dtype=dtype))
-    except Exception as error:  # any class may fail in its own way; padded is then right, and says why
+    except Exception as error:  # each class fails in its own way; padded is then right
         reason = f"a tiny {config.model_type} did not run packed: {one_line(error)}"
         choice = LayoutChoice("padded", None, reason)
     else:
         reason = (
-            f"packed logits of a tiny {config.model_type} are {difference:.1e} off single ones, "
+            f"packed logits of a tiny {config.model_type} differ from single ones by {difference:.1e}; "
             f"{tolerance:.0e} is allowed"
         )
         choice = LayoutChoice("packed" if difference <= tolerance else "padded", difference, reason)
@@ -77,7 +85,7 @@ def choose_layout(config: PreTrainedConfig, attention: str) -> LayoutChoice:
 
 
 def tiny_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """A small random model of the config's class, in eval mode; its attention matters to its logits."""
+    """A small random model of the config's class, in eval mode, whose logits depend clearly on its attention."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
@@ -85,13 +93,13 @@ def tiny_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
         )
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() >= 2:  # the usual 0.02 hides what one token takes from another
+                if parameter.dim() >= 2:  # with the usual 0.02, attention hardly changes the logits
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model.eval()
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with small sizes: every kind of layer once, head size and position encoding as they are."""
+    """The config with small sizes: one layer of each kind; head size and position encoding unchanged."""
     tiny = copy.deepcopy(config)
     text = tiny.get_text_config(decoder=True)
     heads = text.num_attention_heads
@@ -104,13 +112,13 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "hidden_size": 2 * head_size,
     }
     for name, value in small.items():
-        if getattr(text, name, None) is not None:  # a model without windows or experts stays without
+        if getattr(text, name, None) is not None:  # a model without windows or experts gets none
             setattr(text, name, value)
     return tiny
 
 
 def _keep_layers(text: PreTrainedConfig) -> None:
-    """Cuts the layers down to one of each kind, and the config's per-layer lists with them; at least two."""
+    """Reduces the layers to one of each kind, at least two, and the config's per-layer lists with them."""
     number = text.num_hidden_layers
     lists = {name: value for name, value in vars(text).items() if isinstance(value, list)}
     per_layer = {name: value for name, value in lists.items() if len(value) == number}

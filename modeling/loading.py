@@ -1,11 +1,8 @@
-"""From a Hugging Face directory (or hub name) to a model: built, filled, checked.
+"""Builds a model from a Hugging Face directory or hub name, and fills and checks its weights.
 
-In: a directory with `config.json` and safetensors weights, and the architecture wanted (a decoder language
-model unless said otherwise; the heads of `architectures.py`).
-Out: a `PreTrainedModel`; for training its architecture first (`build_model`, under any construction context
-such as ZeRO-3's) and its weights second (`load_weights`, one tensor at a time); for evaluation both at once
-(`load_pretrained`). Every way of loading stops on missing, unexpected or wrongly shaped weights.
-Next: `training/engine/engine.py` partitions and trains it; `generation.py` opens its exports.
+Training builds the architecture first (`build_model`, inside a construction context such as ZeRO-3's) and loads the
+weights second (`load_weights`, one tensor at a time). Evaluation does both at once (`load_pretrained`). Missing,
+unexpected or wrongly shaped weights are an error in each case.
 """
 
 from __future__ import annotations
@@ -37,16 +34,18 @@ ATTENTION: tuple[str, ...] = get_args(AttentionName)
 Write = Callable[[nn.Parameter, Callable[[], Tensor] | None], None]
 
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
-HUB_IGNORED = ("*/*", "consolidated*")  # the same weights again, in other layouts
+HUB_IGNORED = ("*/*", "consolidated*")  # the same weights in other layouts
 
 
 def resolve_attention(
     name: str, config: PreTrainedConfig | None = None, architecture: Architecture = "causal-lm"
 ) -> str:
-    """The attention implementation to ask transformers for.
+    """The name of the attention implementation for transformers.
 
-    `auto`: flash-attn where it runs, else sdpa, else (a `config` whose class has neither, such as BLOOM's)
-    eager. Raises ModelError on a name that is none, or that this machine or class does not run.
+    `auto` is flash-attn where it runs, else sdpa, else eager (for a `config` whose class has neither, such as BLOOM's).
+
+    Raises:
+        ModelError: an unknown name, or one that this machine or the config's class does not support.
     """
     if name not in ATTENTION:
         raise ModelError(f"attention: {name!r} is not one of {', '.join(ATTENTION)}")
@@ -67,9 +66,13 @@ def resolve_attention(
 
 
 def resolve_directory(directory_or_name: str | Path) -> Path:
-    """A local directory as it is, a run's folder as its export, a hub name as the directory it is downloaded to.
+    """The local directory of a model.
 
-    Raises ModelError: no such directory or hub name, or a run or checkpoint that is not exported.
+    Args:
+        directory_or_name: a model directory, a run's folder (its export is taken), or a hub name (downloaded).
+
+    Raises:
+        ModelError: no such directory or hub name, or a run or checkpoint without an export.
     """
     path = Path(directory_or_name)
     if path.is_dir():
@@ -80,12 +83,12 @@ def resolve_directory(directory_or_name: str | Path) -> Path:
         )
     except (OSError, ValueError) as error:  # every hub error is one of the two
         raise ModelError(
-            f"model {str(directory_or_name)!r}: no directory here, and the hub: {one_line(error)}"
+            f"model {str(directory_or_name)!r}: not a local directory, and the hub says: {one_line(error)}"
         ) from error
 
 
 def _exported(directory: Path) -> Path:
-    """The export in a run's folder; any other directory as it is."""
+    """The export in a run's folder; any other directory itself."""
     if (directory / "config.json").is_file():
         return directory
     export = directory / RUN_EXPORT
@@ -100,7 +103,7 @@ def _exported(directory: Path) -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers says nothing but errors: what it would say of a checkpoint is judged by the caller."""
+    """Inside, transformers logs errors only; the caller judges what it would warn of."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -110,7 +113,11 @@ def quiet() -> Iterator[None]:
 
 
 def load_config(directory: Path, architecture: Architecture = "causal-lm") -> PreTrainedConfig:
-    """The config of a model. Raises ModelError where it is absent, unknown, without that head or quantised."""
+    """The config of a model.
+
+    Raises:
+        ModelError: it is missing, of an unknown type, without that head, or of quantised weights.
+    """
     config = read_config(directory)
     try:
         model_class(config, architecture)
@@ -132,10 +139,21 @@ def build_model(
 ) -> PreTrainedModel:
     """The architecture with uninitialised weights, in train mode, to be filled by `load_weights`.
 
-    `construction` wraps the making of the modules: ZeRO-3's caller gives `deepspeed.zero.Init(...)` here, so
-    no rank ever holds the whole model (inside transformers' `prevent_arange_dtype_change`, or rotary
-    frequencies come out in bf16, which is refused here). The KV cache is off: packed rows are only kept apart
-    without it.
+    The KV cache is off, because packed rows are only kept apart without it.
+
+    Args:
+        directory_or_name: see `resolve_directory`.
+        attention: see `resolve_attention`.
+        dtype: of the weights.
+        gradient_checkpointing: recompute layers in the backward pass.
+        construction: the context in which modules are made, such as ZeRO-3's `deepspeed.zero.Init(...)`, so that no
+            rank ever holds the whole model. It must keep rotary frequencies in fp32
+            (`prevent_arange_dtype_change` of transformers).
+        architecture: the head.
+
+    Raises:
+        ModelError: what `resolve_directory`, `load_config` and `resolve_attention` raise; rotary frequencies that are
+            not fp32; gradient checkpointing that the model does not support.
     """
     directory = resolve_directory(directory_or_name)
     config = load_config(directory, architecture)
@@ -144,7 +162,7 @@ def build_model(
         model: PreTrainedModel = auto_class(architecture).from_config(
             config, dtype=dtype, attn_implementation=resolve_attention(attention, config, architecture)
         )
-    model.tie_weights()  # which no_init_weights leaves out
+    model.tie_weights()  # no_init_weights skips it
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     for name, buffer in model.named_buffers():
@@ -158,14 +176,20 @@ def build_model(
 
 
 def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is_reader: bool) -> None:
-    """Fill the model from the directory's safetensors files, one tensor at a time.
+    """Fills the model from the directory's safetensors files, one tensor at a time. Every rank calls this.
 
-    Every rank calls this. `write(parameter, read)` is called once a parameter, for the same parameters in
-    the same order on every rank: `read()` gives the stored tensor on the reader, `read` is None elsewhere;
-    the caller gathers, copies and partitions. Persistent buffers, which ZeRO-3 does not partition, each rank
-    reads itself. Checks of file headers come first, so every rank raises the same ModelError: missing,
-    unexpected, wrongly shaped or quantised weights, named; layouts that need conversion, and how. Then the
-    reader raises one for a weight that is no finite number, with its name and file.
+    Persistent buffers, which ZeRO-3 does not shard, are read by each rank itself.
+
+    Args:
+        model: what `build_model` gave.
+        directory: see `resolve_directory`.
+        write: is called once per parameter, in the same order on every rank, as `write(parameter, read)`. `read()`
+            gives the stored tensor on the reader; on other ranks `read` is None. The caller gathers, copies and shards.
+        is_reader: whether this rank reads the tensors.
+
+    Raises:
+        ModelError: on every rank, from file headers: missing, unexpected, wrongly shaped or quantised weights, or a
+            layout that needs conversion. On the reader: a weight with NaN or infinite values, with its name and file.
     """
     directory = resolve_directory(directory)
     match = match_weights(model, stored_tensors(directory))
@@ -175,7 +199,7 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
         opened: dict[Path, Any] = {}
 
         def read(tensor: StoredTensor) -> Tensor:
-            if tensor.file not in opened:  # one file at a time: what is mapped counts as this process's memory
+            if tensor.file not in opened:  # one file at a time: mapped files count as memory of this process
                 stack.close()
                 opened.clear()
                 opened[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
@@ -192,12 +216,12 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
 
 
 def refuse_not_finite(values: Tensor, name: str) -> None:
-    """Raises ModelError where a tensor holds a NaN or an infinity; `name` says which of which file."""
-    if values.is_meta:  # a look without weights
+    """Raises ModelError if a tensor holds a NaN or an infinity; `name` is its name and file."""
+    if values.is_meta:  # nothing is loaded
         return
     if values.is_floating_point() and values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
         count = int((~torch.isfinite(values)).sum())
-        raise ModelError(f"{name}: {count} of its {values.numel()} values are no finite numbers; copy the model anew")
+        raise ModelError(f"{name}: {count} of its {values.numel()} values are not finite; copy the model again")
 
 
 def load_pretrained(
@@ -207,16 +231,21 @@ def load_pretrained(
     device: str | torch.device,
     architecture: Architecture = "causal-lm",
 ) -> PreTrainedModel:
-    """The whole model on one device, in eval mode, for evaluation; stops on weights that do not fit."""
+    """The whole model on one device, in eval mode.
+
+    Raises:
+        ModelError: what `load_config` and `resolve_attention` raise, and weights that are missing, unexpected, wrongly
+            shaped or not finite.
+    """
     directory = resolve_directory(directory)
     config = load_config(directory, architecture)
-    stored_tensors(directory)  # whole files, safetensors only
+    stored_tensors(directory)  # checks that files are whole and safetensors
     loaded: Any = auto_class(architecture).from_pretrained(
         directory,
         dtype=dtype,
         attn_implementation=resolve_attention(attention, config, architecture),
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they come in the report with the others
+        ignore_mismatched_sizes=True,  # so that the report lists them with the others
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,

@@ -1,8 +1,4 @@
-"""Ends an answer at the header of a next turn, though its end token did not come.
-
-In: token ids and regular expressions that no answer holds (`data_pipeline/text/next_turn.py` makes them of a template).
-Out: a stopping criterion for generation, and answers cut there. Next: `generation.py`.
-"""
+"""Ends an answer at the header of a next turn when the model emits no end token."""
 
 from __future__ import annotations
 
@@ -15,13 +11,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-EVERY = 8  # tokens between two looks, since a look decodes every row; what is generated meanwhile is cut off
-LOOKED_AT = 160  # of a row's last tokens: longer than a header and what comes between two looks
+EVERY = 8  # tokens between two checks, because a check decodes every row; tokens generated in between are cut off
+CHECKED_TOKENS = 160  # at the end of a row: longer than a header and the tokens between two checks
 
 
 @dataclass(frozen=True)
 class Stops:
-    """`ids` end an answer as its end token does; where one of `patterns` matches, the answer ends before it."""
+    """What ends an answer besides its end token.
+
+    Attributes:
+        ids: tokens that end an answer.
+        patterns: regular expressions; an answer ends before the first match.
+            `data_pipeline/text/next_turn.py` makes them from a chat template.
+    """
 
     ids: tuple[int, ...] = ()
     patterns: tuple[str, ...] = ()
@@ -34,7 +36,7 @@ class Stops:
         return re.compile("|".join(self.patterns)) if self.patterns else None
 
     def cut(self, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-        """The tokens of an answer that stand before the first match; None where nothing matches."""
+        """The tokens of an answer before the first match; None if nothing matches."""
         if self.pattern is None or (found := self.pattern.search(_text(ids, tokenizer))) is None:
             return None
         kept = len(_text(ids, tokenizer)[: found.start()].rstrip())
@@ -45,7 +47,7 @@ class Stops:
 
 
 class TextStop(StoppingCriteria):
-    """Ends each row whose generated text, behind `prompt_length` tokens, has a match among its last tokens."""
+    """Ends each row whose generated text, after `prompt_length` tokens, has a match among its last tokens."""
 
     def __init__(self, pattern: re.Pattern[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
         self.pattern, self.tokenizer, self.prompt_length = pattern, tokenizer, prompt_length
@@ -54,7 +56,7 @@ class TextStop(StoppingCriteria):
         """input_ids: (R, T). Returns (R,) bool."""
         if (input_ids.shape[1] - self.prompt_length) % EVERY:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        tails = input_ids[:, self.prompt_length :][:, -LOOKED_AT:].tolist()
+        tails = input_ids[:, self.prompt_length :][:, -CHECKED_TOKENS:].tolist()
         found = [self.pattern.search(_text(tail, self.tokenizer)) is not None for tail in tails]
         return torch.tensor(found, device=input_ids.device)
 

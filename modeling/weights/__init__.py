@@ -1,1 +1,1 @@
-"""Weight files: reading, matching, checking, writing."""
+"""Reading, matching, checking and writing of weight files."""

@@ -1,7 +1,6 @@
-"""Model directories come from strangers: their own code is never run, and asking for it is one clear line.
+"""Reads configs and tokenizers of model directories without running code that they bring along.
 
-In: a directory or hub name. Out: its config or tokenizer, of a class that transformers itself has. Next: `loading.py`
-builds the model; weights are read from safetensors only (`weight_files.py`).
+A model that needs code of its own is refused. Weights are read from safetensors only (`weight_files.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,11 @@ from modeling.weights.weight_files import one_line
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
-    """The directory's config. Raises ModelError where it is absent, of an unknown type, or needs code of its own."""
+    """The directory's config.
+
+    Raises:
+        ModelError: it is missing, of an unknown type, or needs code of its own.
+    """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -27,19 +30,21 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
 
 def read_tokenizer(directory_or_name: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or hub name. Raises ModelError where there is none, or it needs code of its own."""
+    """The tokenizer of a directory or hub name.
+
+    Raises:
+        ModelError: there is none, or it needs code of its own.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory_or_name, local_files_only=local_files_only, trust_remote_code=False
         )
-    except Exception as error:  # each tokenizer class has its own ways to fail on a damaged file
+    except Exception as error:  # each tokenizer class fails on a damaged file in its own way
         raise ModelError(f"{directory_or_name}: no usable tokenizer ({_explained(error)})") from error
     return tokenizer
 
 
 def _explained(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return (
-            "asks for code of its own, which is never run; take a model of a type that transformers has, or convert it"
-        )
+        return "needs code of its own, which is never run; take a model of a type that transformers has, or convert it"
     return one_line(error)

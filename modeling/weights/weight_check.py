@@ -1,8 +1,4 @@
-"""A model directory, looked at before a run: config, files and weights, from headers alone.
-
-In: a directory, the head that it is opened with. Out: the model on the meta device, or a ModelError with a line for
-each kind of mistake. Next: `training/checks/front.py`.
-"""
+"""Checks a model directory before a run: config, files and weights, by their headers alone."""
 
 from __future__ import annotations
 
@@ -30,13 +26,18 @@ TEXT_FILES = ("config.json", "generation_config.json", "tokenizer*", "*.model", 
 def check_directory(
     directory: Path, architecture: Architecture, labels: Sequence[str] | None = None
 ) -> PreTrainedModel:
-    """That a model's files are whole and its weights those of its config; no weight is read.
+    """Checks that a model's files are whole and that its weights fit its config. No weight is read.
 
     Args:
-        labels: of an encoder's task, whose head may be new; None: every weight must be there.
+        directory: of the model.
+        architecture: the head that it is opened with.
+        labels: of an encoder's task, whose head may be missing; None: every weight must be there.
+
+    Returns:
+        The model on the meta device.
 
     Raises:
-        ModelError: a line for each kind of mistake, with the file or directory, and what would be right.
+        ModelError: one line per kind of mistake, with the file or directory, and what would be right.
     """
     for pattern in TEXT_FILES:
         for file in sorted(directory.glob(pattern)):
@@ -56,7 +57,7 @@ def check_directory(
     for file in sorted({tensor.file for tensor in stored.values()}):
         try:
             with safe_open(file, framework="pt"):
-                pass  # its offsets fit its shapes
+                pass  # opening checks that offsets fit shapes
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({one_line(error)}); copy it again") from error
     with torch.device("meta"):
@@ -65,14 +66,14 @@ def check_directory(
     if labels is None:
         match_weights(model, stored).refuse(model, directory)
         return model
-    # a masked language model's head is pretrained, and worth nothing drawn anew
+    # a masked language model's head is pretrained; a random one is useless
     new: Any = (lambda name: False) if architecture == "masked-lm" else (lambda name: in_head(model, name))
     match_weights(model, stored, may_miss=new, may_hold=PRETRAINING_WEIGHTS).refuse(model, directory)
     return model
 
 
 def _check_config(directory: Path) -> None:
-    """What transformers would say of a wrong `config.json` in many words."""
+    """Refuses a wrong `config.json` in one line; transformers' own messages are long."""
     file = directory / "config.json"
     if not file.is_file():
         if (directory / "adapter_config.json").is_file():

@@ -1,8 +1,6 @@
-"""A model directory's safetensors files, known by their headers: names, types, shapes, places.
+"""Reads the headers of a model directory's safetensors files, and hashes its weights.
 
-In: a directory with `model.safetensors`, or shards and their index. Out: `StoredTensor`s and the hash that
-tells one model's weights from another's. No tensor is read whole here.
-Next: `loading.py` fills models from them; `generation.py` checks that vectors belong to the weights.
+A directory holds `model.safetensors`, or shards and their index. No tensor is read whole here.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from modeling.errors import ModelError
 
 SAMPLE_BYTES = 256  # of each end of a tensor, read by directory_hash
 LFS_POINTER = b"version https://git-lfs"
-# Files of weights that are not read, and what wrote them.
+# Formats of weights that are not read.
 OTHER_WEIGHTS = {
     "pytorch_model*.bin*": "pytorch_model.bin",
     "consolidated*.pth": "PyTorch's",
@@ -29,14 +27,14 @@ OTHER_WEIGHTS = {
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
-    """What an error says, as the one line that people get."""
+    """The text of an error as one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: `start`, `stop` are byte offsets in `file`; `dtype` as safetensors names it."""
+    """The place of one tensor: `start` and `stop` are byte offsets in `file`; `dtype` is safetensors' name."""
 
     file: Path
     key: str
@@ -55,7 +53,7 @@ class StoredTensor:
 
 
 def refuse_stub(file: Path) -> None:
-    """Raises ModelError for an empty file, or one that only stands for what git-LFS would fetch."""
+    """Raises ModelError for an empty file or a git-LFS pointer."""
     with file.open("rb") as stream:
         head = stream.read(len(LFS_POINTER))
     if not head:
@@ -65,14 +63,18 @@ def refuse_stub(file: Path) -> None:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every weight of a model directory, from file headers. Raises ModelError on absent or broken files."""
+    """Every weight of a model directory by name, from file headers.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the index does not match the files.
+    """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    places: dict[str, str] = {}  # the file of each weight, as the index has it
+    places: dict[str, str] = {}  # the file of each weight according to the index
     if single.is_file():
         files = [single]
     elif index.is_file():
         places = _weight_map(index)
-        # never outside the directory
+        # only inside the directory
         files = [directory / name for name in sorted({Path(name).name for name in places.values()})]
         if absent := [file.name for file in files if not file.is_file()]:
             raise ModelError(
@@ -103,7 +105,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def other_weights(directory: Path) -> str:
-    """What a directory without usable weights holds instead, and what would be right."""
+    """What a directory without usable weights contains instead, and what would be right."""
     if (directory / "adapter_config.json").is_file():
         return (
             "a LoRA adapter, not a model; merge it once with peft's "
@@ -127,7 +129,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
         refuse_stub(file)
         header = parse_local_safetensors_file_metadata(file)
         with file.open("rb") as stream:
-            data = 8 + int.from_bytes(stream.read(8), "little")  # behind the header and its length
+            data = 8 + int.from_bytes(stream.read(8), "little")  # where tensors begin: after the header and its length
         tensors = [
             StoredTensor(file, key, info.dtype, tuple(info.shape), data + begin, data + end)
             for key, info in header.tensors.items()
@@ -145,9 +147,9 @@ def _read_header(file: Path) -> list[StoredTensor]:
 
 
 def directory_hash(directory: str | Path) -> str:
-    """What tells one model's weights from another's, reading little.
+    """A hash of a model's weights that reads little of them.
 
-    Over every tensor's name, dtype, shape, first and last 256 bytes; the split over shards does not count.
+    It covers every tensor's name, dtype, shape, first and last 256 bytes, and does not depend on the shards.
     """
     digest = hashlib.blake2b(digest_size=16)
     for key, tensor in sorted(stored_tensors(Path(directory)).items()):

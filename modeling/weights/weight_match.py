@@ -1,8 +1,4 @@
-"""Which stored tensor fills which weight of a model, and all that does not fit, in one line a kind.
-
-In: a model, with weights or on the meta device, and the headers of a directory's files. Out: sources of its parameters
-and buffers. No tensor is read whole. Next: `loading.py` fills models; `weight_check.py` looks before a run.
-"""
+"""Matches stored tensors to the weights of a model, and reports every mismatch in one line per kind."""
 
 from __future__ import annotations
 
@@ -24,25 +20,25 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def named(names: Iterable[str], limit: int = 5) -> str:
-    """The names, in order, and how many more there are."""
+    """The first names in sorted order, and the number of others."""
     ordered = sorted(names)
     return ", ".join(ordered[:limit]) + (f" (and {len(ordered) - limit} more)" if len(ordered) > limit else "")
 
 
 @dataclass(slots=True)
 class WeightMatch:
-    """`sources` by the `id` of each parameter and buffer; what does not fit, by kind."""
+    """The stored tensor of each parameter and buffer, by `id`, and the mismatches by kind."""
 
     sources: dict[int, StoredTensor] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)  # names of the model
+    missing: list[str] = field(default_factory=list)  # names in the model
     unexpected: list[str] = field(default_factory=list)  # stored names
     wrong: list[str] = field(default_factory=list)  # "name (F32 [3] stored, [4] wanted) in FILE"
-    quantised: list[str] = field(default_factory=list)  # stored in no format that training reads
+    quantised: list[str] = field(default_factory=list)  # stored in a format that training cannot read
     untied: list[str] = field(default_factory=list)  # "a and b in FILE"
     converted: list[str] = field(default_factory=list)  # stored names, in a layout that needs conversion
 
     def refuse(self, model: PreTrainedModel, directory: Path) -> None:
-        """Raises ModelError, a line for each kind of misfit, if there is any."""
+        """Raises ModelError, one line per kind of mismatch, if there is any."""
         if lines := list(self._lines(model, directory)):
             raise ModelError("\n".join(lines))
 
@@ -78,7 +74,7 @@ class WeightMatch:
 
 
 def _output_weights(model: PreTrainedModel) -> list[str]:
-    """Names of the head's matrix, which many models share with the embeddings."""
+    """Names of the head's matrix, which many models tie to the embeddings."""
     head = model.get_output_embeddings()
     return [name for name, parameter in model.named_parameters() if head is not None and parameter is head.weight]
 
@@ -90,10 +86,12 @@ def match_weights(
     may_miss: Callable[[str], bool] = lambda name: False,
     may_hold: Iterable[str] = (),
 ) -> WeightMatch:
-    """The stored tensors under the model's names, as from_pretrained renames them, and what is left over.
+    """Matches stored tensors to a model's names as `from_pretrained` renames them.
 
     Args:
-        may_miss: of a name of the model: it need not be stored, such as a new head.
+        model: with weights, sharded or not, or on the meta device.
+        stored: what `stored_tensors` gives.
+        may_miss: whether a name of the model need not be stored, such as that of a new head.
         may_hold: patterns of stored names that need no place in the model.
     """
     state = model.state_dict(keep_vars=True)  # tied weights appear under each of their names, as one object
@@ -101,7 +99,7 @@ def match_weights(
     found = _renamed(model, stored, state, match, (*may_hold, *OLD_BUFFERS))
     for name, tensor in found.items():
         target = state[name]
-        shape = tuple(getattr(target, "ds_shape", target.shape))  # ZeRO-3 keeps the whole shape there
+        shape = tuple(getattr(target, "ds_shape", target.shape))  # ZeRO-3 keeps the shape of the whole weight there
         if shape != tensor.shape or (target.is_floating_point() and tensor.dtype not in FLOATS):
             stored_as = f"{tensor.dtype} {list(tensor.shape)} stored, {list(shape)} wanted"
             quantised = shape == tensor.shape or tensor.dtype not in FLOATS
@@ -120,7 +118,7 @@ def _renamed(
     match: WeightMatch,
     may_hold: Iterable[str],
 ) -> dict[str, StoredTensor]:
-    """Stored tensors under the model's names; those that have no place, or need conversion, are put into `match`."""
+    """Stored tensors by the model's names; those without a place, or in need of conversion, are added to `match`."""
     old = [*obsolete_weights(model), *may_hold]
     found: dict[str, StoredTensor] = {}
     for key, name, needs_conversion in renamed_weights(model, stored, state):

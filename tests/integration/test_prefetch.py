@@ -129,7 +129,7 @@ def test_what_was_not_fetched_is_said_before_an_offline_job_is_queued(corpus: Pa
     refused = submit_offline(run_file(tmp_path, corpus), tmp_path, **site_file(tmp_path, tmp_path / "empty"))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
     assert (
-        f"model {MODEL!r}: no directory here, and the hub: Cannot find an appropriate cached snapshot" in refused.stderr
+        f"model {MODEL!r}: not a local directory, and the hub says: Cannot find an appropriate cached snapshot" in refused.stderr
     )
     assert not (tmp_path / "fake" / "sbatch.calls").exists()
 

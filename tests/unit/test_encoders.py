@@ -188,7 +188,7 @@ def test_anything_else_missing_or_unexpected_is_named(tmp_path: Path) -> None:
 def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> None:
     key = "roberta.encoder.layer.1.output.dense.weight"
     source = change_tensors(pretrained(tmp_path / "source"), lambda t: t[key][3, 5].fill_(value))
-    with pytest.raises(ModelError, match=rf"^{source}: {key}: 1 of its 384 values are no finite numbers; copy"):
+    with pytest.raises(ModelError, match=rf"^{source}: {key}: 1 of its 384 values are not finite; copy"):
         write_task_start(source, "tagging", ["a", "b"], tmp_path / "start", 0)
     assert not (tmp_path / "start").exists()
 

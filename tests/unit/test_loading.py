@@ -277,7 +277,7 @@ def test_config_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         build_model(tmp_path, attention="auto", dtype=torch.float32, gradient_checkpointing=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/no-such-model", "not a name"):
-        with pytest.raises(ModelError, match="no directory here, and the hub") as caught:
+        with pytest.raises(ModelError, match="not a local directory, and the hub says") as caught:
             resolve_directory(name)
         assert "\n" not in str(caught.value)
 

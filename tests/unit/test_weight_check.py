@@ -368,7 +368,7 @@ def test_a_weight_that_is_no_number_is_named_with_its_file_when_it_is_read(
     checked(tmp_path / "D", tmp_path)
     tensors(damage)(tmp_path / "D")
     model = build_model(tmp_path / "D", attention="sdpa", dtype=torch.float32, gradient_checkpointing=False)
-    message = rf"{UP}: 1 of its 2048 values are no finite numbers; copy the model anew$"
+    message = rf"{UP}: 1 of its 2048 values are not finite; copy the model again$"
     with pytest.raises(ModelError, match=rf"^{tmp_path}/D/model\.safetensors: {message}"):
         load_weights(model, tmp_path / "D", lambda parameter, read: read() if read else None, is_reader=True)
     with pytest.raises(ModelError, match=rf"^{tmp_path}/D: {message}"):
