@@ -30,7 +30,7 @@ def _backbone(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face module that owns the layers, inside any wrappers."""
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if pretrained is None:
-        raise ModelError(f"{type(model).__name__} contains no Hugging Face model, so its layers cannot be found")
+        raise ModelError(f"{type(model).__name__} holds no Hugging Face model, so its layers cannot be found")
     return pretrained.get_decoder()
 
 

@@ -1,1 +1,1 @@
-"""ShifCon: the shift, language vectors, contrastive loss, subspaces."""
+"""ShifCon: language vectors, shift, contrastive loss, and distances between languages."""

@@ -1,7 +1,7 @@
-"""Language vectors of ShifCon (docs/methods.md, section 1.1): mean states per language and layer.
+"""Language vectors of ShifCon (arXiv 2410.19453, section 3.1): mean hidden states per language and layer.
 
-In: unshifted forward passes over a probe set, their tokens marked with languages. Out: `LanguageVectors`, in
-memory and as one checked safetensors file. Next: `shifcon/shift.py`, which shifts by their differences.
+They are measured in forward passes without the shift over a probe set (`StateMeans`), and saved as one checked
+safetensors file (docs/methods.md, section 1.1).
 
 Shapes: B rows, T tokens, L languages, N layers measured, H hidden.
 """
@@ -29,7 +29,11 @@ _FORMAT = CheckedFormat(
 
 @dataclass(frozen=True, eq=False)
 class LanguageVectors:
-    """Mean states per language. Tensors live on the CPU; a language with `tokens` 0 has no vector."""
+    """Mean states per language, on the CPU. A language with `tokens` 0 has no vector.
+
+    Raises:
+        ModelError: values that are impossible, such as a dominant language without a vector.
+    """
 
     languages: tuple[str, ...]
     dominant: str
@@ -37,9 +41,9 @@ class LanguageVectors:
     area: tuple[int, int]  # (toward, back)
     mean: Tensor  # (L, N, H) fp32
     state_norm: Tensor  # (L, N) fp32, mean length of a token's state
-    tokens: Tensor  # (L,) int64, how many tokens each mean is over
-    estimator: str  # what was averaged, in words
-    model_hash: str  # of the model measured; the vectors fit no other
+    tokens: Tensor  # (L,) int64, the number of tokens of each mean
+    estimator: str  # description of what was averaged
+    model_hash: str  # of the model measured; vectors fit no other model
 
     def __post_init__(self) -> None:
         shape = len(self.languages), len(self.layers)
@@ -63,7 +67,7 @@ class LanguageVectors:
             raise ModelError(f"language vectors: dominant language {self.dominant!r} has no vector")
 
     def has(self, language: str) -> bool:
-        """Whether this language was measured; if not, it runs unshifted."""
+        """Whether this language was measured; one that was not is never shifted."""
         return language in self.languages and bool(self.tokens[self.languages.index(language)] > 0)
 
     def at(self, layer: int) -> Tensor:
@@ -99,15 +103,18 @@ class LanguageVectors:
 
 
 class StateMeans:
-    """Sums states by language at chosen layers, while it is entered:
+    """Sums states by language at chosen layers:
 
         with StateMeans(model, layers, n_languages) as means, torch.no_grad():
             with means.batch(languages): model(...)
 
-    It sees what a LanguageShift made before it has done to the state, so it measures unshifted states
-    only under `shift.disabled()`. Over several ranks: all-reduce `sums`, `norms`, `counts`, then `vectors()`.
+    Its hooks come after those of a LanguageShift that was installed before, so it measures unshifted states only inside
+    `shift.disabled()`. With several ranks, all-reduce `sums`, `norms` and `counts` before `vectors()`.
 
-    sums: (L, N, H) fp64. norms: (L, N) fp64, summed lengths of token states. counts: (L,) int64.
+    Attributes:
+        sums: (L, N, H) fp64.
+        norms: (L, N) fp64, summed lengths of token states.
+        counts: (L,) int64.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int], n_languages: int) -> None:
@@ -129,7 +136,7 @@ class StateMeans:
 
     @contextmanager
     def batch(self, languages: Tensor) -> Iterator[None]:
-        """Inside, forward passes over tokens of these `languages`, (B, T) int64; -1 is not counted."""
+        """Inside, forward passes are summed by `languages`, (B, T) int64; tokens of -1 are left out."""
         members = membership(languages, len(self.counts))
         for name in ("sums", "norms", "counts"):
             setattr(self, name, getattr(self, name).to(languages.device))
@@ -163,7 +170,11 @@ class StateMeans:
         estimator: str = "mean over tokens, unshifted",
         model_hash: str = "",
     ) -> LanguageVectors:
-        """What was summed, as vectors. Raises ModelError if the dominant language had no token."""
+        """The means of what was summed.
+
+        Raises:
+            ModelError: the dominant language had no token.
+        """
         counts = self.counts.cpu()
         return LanguageVectors(
             languages=tuple(languages),
@@ -179,15 +190,19 @@ class StateMeans:
 
 
 def restoration_error(vectors: LanguageVectors, shifted_back_means: Tensor) -> dict[str, float]:
-    """How far from home the shift back leaves each language, as a share of the distance it went.
+    """The distance of each language from its vector after the shift back, relative to the length of the shift.
 
-    `shifted_back_means` (L, H): mean `h[back]` after the shift back, over the tokens the vectors are of. Per
-    language `|mean - v[lang,back]| / |v[lang,back] - v[d,back]|`; the dominant language and those without a
-    vector are left out.
+    Args:
+        vectors: those of the shift.
+        shifted_back_means: (L, H), mean `h[back]` after the shift back, over the tokens of the vectors.
+
+    Returns:
+        Per language `|mean - v[lang,back]| / |v[lang,back] - v[d,back]|`, without the dominant language and those
+        without a vector.
     """
-    home = vectors.at(vectors.area[1]).double()
-    dominant = home[vectors.languages.index(vectors.dominant)]
-    errors = (shifted_back_means.double().cpu() - home).norm(dim=1) / (home - dominant).norm(dim=1)
+    own = vectors.at(vectors.area[1]).double()
+    dominant = own[vectors.languages.index(vectors.dominant)]
+    errors = (shifted_back_means.double().cpu() - own).norm(dim=1) / (own - dominant).norm(dim=1)
     return {
         language: float(error)
         for language, error in zip(vectors.languages, errors, strict=True)

@@ -1,13 +1,11 @@
-"""The shift of ShifCon (docs/methods.md, section 1.2): into the dominant language's subspace and back.
+"""The shift of ShifCon (arXiv 2410.19453, section 3.2): into the dominant language's subspace and back.
 
-In: a model and `LanguageVectors`. Out: the same model, whose layers `toward .. back-1` work on states moved
-onto the dominant language:
+Layers `toward .. back-1` work on states that are moved to the dominant language (docs/methods.md, section 1.2):
 
     h[toward] += v[d, toward] - v[lang, toward]        h[back] += v[lang, back] - v[d, back]
 
-Languages are per token, as indices into the vectors' `languages`; -1 is never shifted, and neither is the
-dominant language or one without a vector: those states keep every bit.
-Next: `contrastive.py`, which pools the shifted states.
+Languages are given per token, as indices into the vectors' `languages`. Tokens of -1, of the dominant language and of
+languages without a vector are not shifted: their states keep every bit.
 
 Shapes: B rows, T tokens, L languages, H hidden.
 """
@@ -30,23 +28,27 @@ from modeling.shifcon.language_vectors import LanguageVectors
 def shift_tables(vectors: LanguageVectors) -> Tensor:
     """(2, L+1, H) fp32: what is added at `toward` and at `back`, for each language.
 
-    The last row, which index -1 reaches, is "no language". Rows that must not move a state hold -0.0, the
-    only number that leaves every float as it is (0.0 would turn -0.0 into 0.0).
+    The last row, at index -1, is "no language". Rows that must not move a state hold -0.0, the only number that leaves
+    every float as it is (0.0 would turn -0.0 into 0.0).
     """
     dominant = vectors.languages.index(vectors.dominant)
     toward, back = (vectors.at(layer) for layer in vectors.area)
     shifts = torch.stack([toward[dominant] - toward, back - back[dominant]])
-    still = vectors.tokens == 0
-    still[dominant] = True
-    shifts[:, still] = -0.0
+    unshifted = vectors.tokens == 0
+    unshifted[dominant] = True
+    shifts[:, unshifted] = -0.0
     return torch.cat([shifts, torch.full_like(shifts[:, :1], -0.0)], dim=1)
 
 
 class LanguageShift:
-    """Shifts every forward pass of `model` inside `batch()`; does nothing outside it or without vectors."""
+    """Shifts every forward pass of a model inside `batch()`; does nothing outside it or without vectors."""
 
     def __init__(self, model: nn.Module, toward: int, back: int) -> None:
-        """Installs the hooks. Raises ModelError unless 0 <= toward < back <= number of layers."""
+        """Installs the hooks.
+
+        Raises:
+            ModelError: not 0 <= toward < back <= number of layers.
+        """
         layers = decoder_layers(model)
         if not 0 <= toward < back <= len(layers):
             raise ModelError(f"layer area [{toward}, {back}): need 0 <= toward < back <= {len(layers)} layers")
@@ -56,32 +58,37 @@ class LanguageShift:
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._languages_BT: Tensor | None = None
         self._response_B: Tensor | None = None
-        self._index_BT: Tensor | None = None  # of the forward pass under way
+        self._index_BT: Tensor | None = None  # of the current forward pass
         self._enabled = True
         self._handles = [
-            # At layer 0 no layer has written to the cache yet, so its length is the number of past tokens.
+            # Before layer 0 no layer has written to the cache, so its length is the number of past tokens.
             layers[0].register_forward_pre_hook(self._locate, with_kwargs=True),
             state_hook(model, toward, lambda hidden: self._shifted(hidden, 0)),
             state_hook(model, back, lambda hidden: self._shifted(hidden, 1)),
         ]
 
     def set_vectors(self, vectors: LanguageVectors | None) -> None:
-        """From now on shift by these. Raises ModelError if they are of another layer area or width."""
+        """Sets the vectors to shift by; None: no shift.
+
+        Raises:
+            ModelError: they are of another layer area or width.
+        """
         if vectors is not None and (vectors.area, vectors.mean.shape[2]) != (self.area, self._hidden_size):
             raise ModelError(
                 f"language vectors of area {vectors.area} and width {vectors.mean.shape[2]} do not fit "
-                f"area {self.area} and width {self._hidden_size}: estimate them anew on this model"
+                f"area {self.area} and width {self._hidden_size}: estimate them again on this model"
             )
         self.vectors = vectors
         self._tables.clear()
 
     @contextmanager
     def batch(self, languages: Tensor, response_languages: Tensor | None = None) -> Iterator[None]:
-        """Inside, each forward pass shifts token [b, t] by `languages[b, t]`, (B, T) int64 on its device.
+        """Inside, each forward pass shifts token [b, t] by its language.
 
-        With a KV cache, `t` counts from the first cached token; tokens past T, generated ones, take
-        `response_languages[b]`, by default the last language of the row. Where a pass has n times B rows
-        (beams, several samples a prompt), each language serves n rows in a row.
+        Args:
+            languages: (B, T) int64 on the model's device. With a KV cache, t counts from the first cached token. If a
+                pass has n times B rows (beams, several samples per prompt), each row of languages serves n rows.
+            response_languages: (B,) int64, for generated tokens (those after T); by default the row's last language.
         """
         before = self._languages_BT, self._response_B
         self._languages_BT, self._response_B = languages, response_languages
@@ -93,7 +100,7 @@ class LanguageShift:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, nothing is shifted: how the vectors themselves are measured."""
+        """Inside, nothing is shifted; vectors are measured so."""
         before, self._enabled = self._enabled, False
         try:
             yield
@@ -101,12 +108,12 @@ class LanguageShift:
             self._enabled = before
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     def shift_norms(self) -> dict[str, float]:
-        """Length of each language's shift at `toward`, relative to the mean length of its states there."""
+        """Length of each language's shift at `toward`, relative to the mean length of its states."""
         if self.vectors is None:
             return {}
         toward = self.vectors.layers.index(self.area[0])
@@ -118,7 +125,7 @@ class LanguageShift:
         }
 
     def _shifted(self, hidden_BTH: Tensor, end: int) -> Tensor | None:
-        """The state moved at `toward` (end 0) or `back` (end 1): one look-up, one addition."""
+        """The state after the shift at `toward` (end 0) or `back` (end 1)."""
         if self._index_BT is None or self.vectors is None:
             return None
         key = hidden_BTH.device, hidden_BTH.dtype
@@ -127,7 +134,7 @@ class LanguageShift:
         return hidden_BTH + self._tables[key][end][self._index_BT]
 
     def _locate(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before layer 0: which language each token of this forward pass has."""
+        """Before layer 0: finds the language of each token of this forward pass."""
         self._index_BT = None
         if self._languages_BT is None or self.vectors is None or not self._enabled:
             return
@@ -139,7 +146,7 @@ class LanguageShift:
         self._index_BT = self._token_languages(self._languages_BT, past, rows, tokens, cache is None)
 
     def _token_languages(self, languages_BT: Tensor, past: int, rows: int, tokens: int, whole: bool) -> Tensor:
-        """(rows, tokens) int64: the languages of columns past .. past+tokens, rows repeated for beams."""
+        """(rows, tokens) int64: the languages of columns past..past+tokens, rows repeated for beams."""
         batch, width = languages_BT.shape
         end = past + tokens
         if rows % batch or (whole and tokens < width):

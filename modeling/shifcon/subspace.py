@@ -1,7 +1,7 @@
-"""How alike two languages' states are: linear CKA of translations, and the distance between centroids.
+"""Similarity of two languages' states: linear CKA of translations, and the distance between centroids.
 
-In: states of two sides, where row i of one side goes with row i of the other (sentences and their translations), all
-at once or batch by batch. Out: numbers in fp64. Next: `evals/representations.py` draws them layer by layer.
+Row i of one side belongs to row i of the other (sentences and their translations). Rows come batch by batch; all
+results are fp64.
 
 Shapes: N rows (pairs), X and Y the widths of the two sides.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from modeling.errors import ModelError
 
 CHUNK_ROWS = 4096  # fp64 copies that exist at once
-# Share of the mean squared length that is still rounding: the same fp32 state, met again and again, varies by less.
+# Share of the mean squared length that counts as rounding: repeated fp32 states vary by less.
 NO_VARIATION = 1e-12
 
 
@@ -28,7 +28,7 @@ class CentroidDistance(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Where the mean lies, seen from the centre (X,), and the sum of squared lengths about the centre (0-d)."""
+    """The mean relative to the centre (X,), and the sum of squared lengths about the centre (0-d)."""
 
     off: Tensor
     total: Tensor
@@ -56,8 +56,8 @@ class _Products:
         plain = (self.ab - n * torch.outer(a.off, b.off)).square().sum()
         if not debiased:
             return plain
-        # The kernels' diagonals, |x_i|^2, cause the bias. The rows of a centred kernel sum to 0, so all other terms of
-        # the estimator come down to sums of the diagonals and of their products.
+        # The diagonals of the kernels, |x_i|^2, cause the bias. The rows of a centred kernel sum to 0, so all other
+        # terms of the estimator reduce to sums of the diagonals and of their products.
         trace_a, trace_b = a.total - n * a.off @ a.off, b.total - n * b.off @ b.off
         return plain - n / (n - 2) * self._centred_lengths(n, a, b) + trace_a * trace_b / ((n - 1) * (n - 2))
 
@@ -85,7 +85,11 @@ class CrossCovariance:
         self._norm = torch.zeros((), dtype=torch.float64, device=device)  # sum of (|x_i| + |y_i|) / 2
 
     def add(self, x_NX: Tensor, y_NY: Tensor) -> None:
-        """Counts N more pairs of rows, of any number format. Raises ModelError if the sides do not fit."""
+        """Adds N pairs of rows of any number format.
+
+        Raises:
+            ModelError: the two sides differ in rows, or their widths are not those of the constructor.
+        """
         widths = self._centre_x.shape[0], self._centre_y.shape[0]
         if x_NX.dim() != 2 or y_NY.dim() != 2 or len(x_NX) != len(y_NY) or (x_NX.shape[1], y_NY.shape[1]) != widths:
             raise ModelError(
@@ -134,11 +138,15 @@ class CrossCovariance:
         return self._xy.dependence(self.n, x, y, debiased) / (of_x * of_y).sqrt()
 
     def centroid_distance(self) -> CentroidDistance:
-        """How far apart the means of the sides are; both sides need one width.
+        """The distance between the means of the two sides; NaN without rows.
 
-        relative: `|mean(x) - mean(y)|` as a share of the mean length of a state, `mean(|x_i| + |y_i|) / 2`, so
-        that layers and models with states of different size compare. cosine: 1 - the cosine between the means.
-        NaN without rows. Raises ModelError for sides of two widths.
+        Returns:
+            relative: `|mean(x) - mean(y)|` as a share of the mean length of a state, `mean(|x_i| + |y_i|) / 2`, which
+                makes layers and models with states of different size comparable.
+            cosine: 1 - the cosine between the means.
+
+        Raises:
+            ModelError: the two sides differ in width.
         """
         if len(self._centre_x) != len(self._centre_y):
             raise ModelError(f"no distance between states of widths {len(self._centre_x)} and {len(self._centre_y)}")
