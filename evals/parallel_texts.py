@@ -88,7 +88,7 @@ def parallel_texts(files: Mapping[str, Path], dominant: str, limit: int | None =
 
 def _own_file(files: Mapping[str, Path], dominant: str, file: Path) -> Path:
     if dominant not in files:
-        raise EvalError(f"{file.with_name(f'{dominant}.jsonl')}: not there; {file.name} is joined with it by `group`")
+        raise EvalError(f"{file.with_name(f'{dominant}.jsonl')}: missing; {file.name} is joined with it by `group`")
     return files[dominant]
 
 
@@ -114,7 +114,9 @@ def _tatoeba(file: Path, dominant: str) -> list[tuple[str, str]]:
     partner = file.with_suffix(".eng")
     english, texts = read_texts(partner), read_texts(file)
     if len(english) != len(texts):
-        raise EvalError(f"{partner}: {len(english)} sentences, but {file} has {len(texts)}; they must be as many")
+        raise EvalError(
+            f"{partner}: {len(english)} sentences, but {file} has {len(texts)}; they must have the same number"
+        )
     return list(zip(english, texts, strict=True))
 
 

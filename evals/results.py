@@ -69,7 +69,7 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
         difference = _difference(before, run)
         raise EvalError(f"{folder}: holds an evaluation with another {difference}; name a new folder")
     if run["model"]["hash"] is None:
-        raise EvalError(f"{folder}: holds an evaluation of a model that nothing identifies; name a new folder")
+        raise EvalError(f"{folder}: holds an evaluation of a model that cannot be identified; name a new folder")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

@@ -97,7 +97,7 @@ def items_of(split: Split, n: int, seed: int) -> list[ToyItem]:
     turns = chain.from_iterable(zip_longest(*columns))
     items = [item for item in turns if item is not None]
     if n > len(items):
-        raise DataError(f"toy corpus: {n} items asked of split {split}, which has {len(items)}")
+        raise DataError(f"toy corpus: {n} items requested from split {split}, which has {len(items)}")
     return items[:n]
 
 

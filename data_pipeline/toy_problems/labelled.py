@@ -128,7 +128,7 @@ def labelled_items(split: Split, n: int, seed: int) -> list[ToyItem]:
     ]
     most = len(LABELS) * min(map(len, by_class))
     if n > most:
-        raise DataError(f"labelled toy task: {n} items asked of {split}, which has {most} in equal classes")
+        raise DataError(f"labelled toy task: {n} items requested from {split}, which has {most} in equal classes")
     return _in_turns(by_class)[:n]
 
 
@@ -206,7 +206,9 @@ def _text_rows(counts: Mapping[str, int], seed: int) -> dict[str, list[dict[str,
     rows = {}
     for language, n in counts.items():
         if n > len(sentences):
-            raise DataError(f"labelled toy task: {n} sentences asked of text/{language}, which has {len(sentences)}")
+            raise DataError(
+                f"labelled toy task: {n} sentences requested from text/{language}, which has {len(sentences)}"
+            )
         rows[language] = [
             {
                 "id": f"{item.id}-{wording}-{language}", "group": f"{item.id}-{wording}", "language": language,
@@ -253,4 +255,4 @@ def _check(sizes: LabelledSizes) -> None:
     texts = [(f"text/{language}", n) for language, n in sizes.n_text.items()]
     for name, n in [(each, getattr(sizes, f"n_{each}")) for each in LABELLED] + texts:
         if n < 0:
-            raise DataError(f"labelled toy task: {n} asked of {name}; give 0 or more")
+            raise DataError(f"labelled toy task: {n} requested of {name}; give 0 or more")

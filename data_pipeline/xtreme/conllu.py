@@ -45,14 +45,16 @@ def read_conllu(files: tuple[Path, ...], task: XtremeTask) -> Iterator[Sentence]
             for number, line in lines:
                 columns = line.split("\t")
                 if len(columns) != N_COLUMNS:
-                    raise DataError(f"{file}:{number}: {len(columns)} columns; CoNLL-U has ten, parted by tabs")
+                    raise DataError(f"{file}:{number}: {len(columns)} columns; CoNLL-U has ten, separated by tabs")
                 id, form, tag = columns[0], columns[1], columns[3]
                 if "-" in id or "." in id:
                     continue
                 if id != str(len(words) + 1):
                     raise DataError(f"{file}:{number}: word {id!r}, but the next one is {len(words) + 1}")
                 if tag not in task.labels:
-                    raise DataError(f"{file}:{number}: tag {tag!r} is none of {task.name}'s: {', '.join(task.labels)}")
+                    raise DataError(
+                        f"{file}:{number}: tag {tag!r} is not one of {task.name}'s: {', '.join(task.labels)}"
+                    )
                 words.append(form if form.strip() else NO_WORD)
                 tags.append(tag)
             withheld = bool(words.count(WITHHELD)) and words.count(WITHHELD) >= len(words) - 1

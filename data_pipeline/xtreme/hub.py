@@ -146,7 +146,7 @@ def _names(values: Sequence[Any], dataset: Dataset, column: str) -> list[str]:
 def _check_labels(labels: Sequence[str], task: XtremeTask, place: str) -> None:
     for label in labels:
         if label not in task.labels:
-            raise DataError(f"{place}: label {label!r} is none of {task.name}'s: {', '.join(task.labels)}")
+            raise DataError(f"{place}: label {label!r} is not one of {task.name}'s: {', '.join(task.labels)}")
 
 
 def _entries(row: dict[str, Any]) -> list[dict[str, Any]]:

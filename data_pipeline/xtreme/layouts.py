@@ -44,7 +44,7 @@ def read_rows(
     """
     found = xtreme_task(task)
     if language not in found.languages:
-        raise DataError(f"{task}: language {language!r} is none of its: {', '.join(found.languages)}")
+        raise DataError(f"{task}: language {language!r} is not one of its languages: {', '.join(found.languages)}")
     layout = detect_layout(found, data_dir, layout)
     source = find_source(found, split, language, data_dir, layout)
     if source is None:
@@ -71,7 +71,7 @@ def read_items(task: XtremeTask, split: Split, source: Source, allow_unlabelled_
         if split != "test" and unlabelled and task.kind != "retrieval":
             raise DataError(f"{item.place}: no label; only test rows may be without")
         if split != "train" and isinstance(item, Question) and repeated_id([item]) is not None:
-            raise DataError(f"{item.place}: the id is there twice; predictions are told apart by it")
+            raise DataError(f"{item.place}: the id is repeated; predictions need unique ids")
         yield item
 
 
@@ -83,7 +83,7 @@ def detect_layout(task: XtremeTask, data_dir: Path | str, layout: str = "auto") 
     """
     if layout != "auto":
         if layout not in SOURCES:
-            raise DataError(f"layout {layout!r} is none of auto, {', '.join(get_args(Layout))}")
+            raise DataError(f"layout {layout!r} is not one of auto, {', '.join(get_args(Layout))}")
         if layout != "hub" and not Path(data_dir).is_dir():
             raise DataError(f"{data_dir}: no such folder")
         return layout

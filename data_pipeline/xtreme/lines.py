@@ -100,7 +100,7 @@ def read_pairs(file: Path, task: XtremeTask, columns: Columns) -> Iterator[Pair]
         if len(fields) not in columns.counts:
             problem = f"{len(fields)} columns; there must be {columns.counts[-1]}: {columns.meaning}"
         elif label is not None and label not in task.labels:
-            problem = f"label {label!r} is none of {task.name}'s: {', '.join(task.labels)}"
+            problem = f"label {label!r} is not one of {task.name}'s: {', '.join(task.labels)}"
         if problem is not None:
             if not columns.lenient:
                 raise DataError(f"{place}: {problem}")
@@ -141,7 +141,7 @@ def _xnli_lines(file: Path, task: XtremeTask) -> Iterator[tuple[str, str, tuple[
         code, text_a, text_b, label = (fields[header.index(name)].strip() for name in wanted)
         label = OTHER_NAMES.get(label, label)
         if label not in task.labels:
-            raise DataError(f"{place}: label {label!r} is none of {task.name}'s: {', '.join(task.labels)}")
+            raise DataError(f"{place}: label {label!r} is not one of {task.name}'s: {', '.join(task.labels)}")
         yield place, code, (text_a, text_b, label)
 
 
@@ -155,7 +155,7 @@ def _same_lines(
     for number, (line, other) in enumerate(zip_longest(lines, others), 2):
         if line is None or other is None:
             longer, shorter = (codes, file) if line is None else (file, codes)
-            raise DataError(f"{shorter}:{number}: not there, but {longer} has it; they must go together line by line")
+            raise DataError(f"{shorter}:{number}: missing, but {longer} has it; they must go together line by line")
         yield line[0], other[1], line[2]
 
 
@@ -171,7 +171,7 @@ def read_tagged(file: Path, task: XtremeTask) -> Iterator[Sentence]:
             raise DataError(f"{file}:{number}: no tag; a line is WORD<tab>TAG, in all lines or in none")
         for number, (_, tag) in enumerate(lines, start):
             if tag is not None and tag not in task.labels:
-                raise DataError(f"{file}:{number}: tag {tag!r} is none of {task.name}'s: {', '.join(task.labels)}")
+                raise DataError(f"{file}:{number}: tag {tag!r} is not one of {task.name}'s: {', '.join(task.labels)}")
         tags = tuple(tag for _, tag in tagged if tag is not None) if tagged else None
         yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines), tags)
 

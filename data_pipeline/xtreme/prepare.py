@@ -138,7 +138,9 @@ def _splits(splits: Mapping[str, str] | None) -> dict[Split, Split] | None:
     named = {name: name for name in SPLITS}
     wrong = [name for pair in splits.items() for name in pair if name not in named]
     if wrong or not splits:
-        raise DataError(f"splits: {wrong[0]!r} is none of {', '.join(SPLITS)}" if wrong else "splits: names no split")
+        raise DataError(
+            f"splits: {wrong[0]!r} is not one of {', '.join(SPLITS)}" if wrong else "splits: names no split"
+        )
     return {named[write]: named[read] for write, read in splits.items()}  # type: ignore[index]  # checked above
 
 
@@ -158,7 +160,9 @@ def _plan(
     for language in (*(languages or ()), *train_languages):
         # a retrieval task has no English rows and no training
         if language not in task.languages and (language != DOMINANT or task.kind != "retrieval"):
-            raise DataError(f"{task.name}: language {language!r} is none of its: {', '.join(task.languages)}")
+            raise DataError(
+                f"{task.name}: language {language!r} is not one of its languages: {', '.join(task.languages)}"
+            )
     plan = _Plan()
     for split, read in (splits or {name: name for name in SPLITS}).items():
         own = train_languages if split == "train" else tuple(languages or task.languages)
@@ -173,7 +177,7 @@ def _plan(
                 continue
             if languages is not None and split != "train" and (there or splits is not None):
                 where = source.name or data_dir
-                raise DataError(f"{where}: not there, and {task.name}'s {read} {language!r} is asked for")
+                raise DataError(f"{where}: missing, and {task.name}'s {read} {language!r} is requested")
             plan.missing.setdefault(split, []).append(language)
         if split == "train" and root is not None:
             _plan_translations(task, plan, read, languages, root, train_languages)
@@ -196,7 +200,7 @@ def _plan_translations(
             plan.missing.setdefault("train", []).append(language)
             continue
         if english is None:
-            raise DataError(f"{translated.name}: translates {task.name}'s English training items, which are not there")
+            raise DataError(f"{translated.name}: translates {task.name}'s English training items, which are missing")
         back = mt.back_translation(task, "train", language, root)
         plan.parts.append(_Part("train", read, language, english, translated, back))
 
@@ -294,7 +298,7 @@ def _kept(output: Path, made_from: dict[str, Any], remake: bool, remedy: str) ->
     except (OSError, ValueError, KeyError, TypeError):
         if output.is_dir() and not any(output.iterdir()):
             return None
-        raise DataError(f"{output}: is there, and no prepared task; name a new folder") from None
+        raise DataError(f"{output}: exists and is not a prepared task; name a new folder") from None
     if before == made_from:
         return dict(counts)
     if remake:
@@ -303,4 +307,4 @@ def _kept(output: Path, made_from: dict[str, Any], remake: bool, remedy: str) ->
     if key == "files":
         files = {**made_from[key], **before[key]}
         key = next(f"content of {each}" for each in files if before[key].get(each) != made_from[key].get(each))
-    raise DataError(f"{output}: was prepared otherwise (it differs in: {key}); {remedy}")
+    raise DataError(f"{output}: was prepared from other files or options (different: {key}); {remedy}")

@@ -88,7 +88,7 @@ def bucc_gold(data_dir: Path, language: str, split: Split = "dev") -> set[tuple[
     file = _bucc_file(Path(data_dir), language, split, "gold")
     if not file.is_file():
         raise DataError(
-            f"{file}: not there, as XTREME's download script leaves it; it is the file"
+            f"{file}: missing, as XTREME's download script leaves it; it is the file"
             f" {language}-en.{'training' if split == 'test' else 'sample'}.gold of BUCC 2018 under this name"
         )
     return {(source, english) for _, source, english in _two_columns(file, "SOURCE-ID<tab>ENGLISH-ID")}
@@ -121,7 +121,9 @@ def _parallel(files: tuple[Path, Path], empty: bool = False) -> tuple[list[str],
         longest = max(len(source), len(english))
         source, english = (read_texts(file, empty, longest) for file in files)
     if len(source) != len(english):
-        raise DataError(f"{files[1]}: {len(english)} sentences, but {files[0]} has {len(source)}; they must be as many")
+        raise DataError(
+            f"{files[1]}: {len(english)} sentences, but {files[0]} has {len(source)}; they must have the same number"
+        )
     return source, english
 
 

@@ -67,5 +67,5 @@ TATOEBA_CODES = {
 def xtreme_task(name: str) -> XtremeTask:
     """The task of that name; DataError naming all nine if there is no such task."""
     if name not in TASKS:
-        raise DataError(f"task {name!r} is none of XTREME's: {', '.join(TASKS)}")
+        raise DataError(f"task {name!r} is not one of XTREME's: {', '.join(TASKS)}")
     return TASKS[name]

@@ -158,7 +158,7 @@ def _text(file: Path) -> str:
 def _check_label(file: Path, number: int, line: str, labels: Sequence[str], gold: bool) -> None:
     if line not in labels:
         hint = f" ({ERASED})" if gold else ""
-        raise EvalError(f"{file}:{number}: {_shown(line)} is none of {', '.join(labels)}{hint}")
+        raise EvalError(f"{file}:{number}: {_shown(line)} is not one of {', '.join(labels)}{hint}")
 
 
 def _shown(value: object) -> str:

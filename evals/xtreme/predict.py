@@ -95,7 +95,7 @@ class EncoderPredictor:
         info = ExportInfo.read(directory)
         info.warn_if_check_failed(directory)
         if info.task is None or info.sequence_length is None or info.task["kind"] == "text":
-            raise EvalError(f"{directory / EXPORT_FILE}: not there, or of no task; give a model trained on one")
+            raise EvalError(f"{directory / EXPORT_FILE}: missing, or of no task; give a model trained on one")
         task = TaskConfig(**info.task)
         on_gpu = torch.cuda.is_available()
         number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32

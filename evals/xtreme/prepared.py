@@ -117,7 +117,7 @@ def gold_file(folder: Path, task: XtremeTask, language: str) -> Path:
 
 def _squad(file: Path, records: Sequence[TaskRecord]) -> dict[str, Any]:
     if len({record.id for record in records}) < len(records):
-        raise EvalError(f"{records[0].origin}: question ids come twice in this file; {file.name} needs one for each")
+        raise EvalError(f"{records[0].origin}: question ids are repeated in this file; {file.name} needs unique ones")
     paragraphs = []
     for record in records:
         question, context = record.example.texts

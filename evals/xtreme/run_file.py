@@ -64,7 +64,7 @@ def composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
         before = read_yaml(file.read_text(encoding="utf-8"))
         now = read_yaml(_as_yaml(values))  # as it would be read from the file: no tuples
         if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):
-            raise EvalError(f"{file}: is of a run with another {key}; name a new --output, or run it as it was")
+            raise EvalError(f"{file}: belongs to a run with another {key}; name a new --output, or use its settings")
     return values
 
 
@@ -89,7 +89,7 @@ def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path
             raise EvalError(f"--soft-labels {run.soft_labels}: holds no <language>.jsonl of {run.task}'s languages")
         files |= labelled
     if plan.dominant not in files:
-        raise EvalError(f"{data / 'train' / plan.dominant}.jsonl: not there, or empty; training needs it")
+        raise EvalError(f"{data / 'train' / plan.dominant}.jsonl: missing, or empty; training needs it")
     order = [plan.dominant, *(language for language in files if language != plan.dominant)]
     return {language: files[language] for language in order[: 1 if plan.train == "dominant" else None]}
 

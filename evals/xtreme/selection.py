@@ -53,7 +53,7 @@ def dev_score(
     for language, file in files.items():
         records = read_records(file, task)
         if not write_gold(gold_file(folder / "labels", task, language), task, records):
-            raise EvalError(f"{file}: no labels; dev rows need them, or leave the file away for the last checkpoint")
+            raise EvalError(f"{file}: no labels; dev rows need them, or remove the file to use the last checkpoint")
         values = predictor.predict(records, mixup).values
         write_predictions(gold_file(folder / "predictions", task, language), task.kind, records, values)
     return score_directory(folder / "predictions", folder / "labels", [task.name], list(files)).tasks[task.name].score

@@ -213,7 +213,7 @@ def test_the_folder_of_another_evaluation_is_refused(tmp_path: Path, data: Path,
         evaluate_mgsm(generator, chat, data, data)
     unnamed = ScriptedGenerator(chat, None)
     evaluate_mgsm(unnamed, chat, data, tmp_path / "unnamed")
-    with pytest.raises(EvalError, match="nothing identifies"):
+    with pytest.raises(EvalError, match="cannot be identified"):
         evaluate_mgsm(unnamed, chat, data, tmp_path / "unnamed")
 
 

@@ -75,7 +75,9 @@ def test_tatoeba_files_are_paired_by_line(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="neither JSON lines nor Tatoeba's pairs with English, so not parallel to 'fr'"):
         parallel_texts(files, "fr")
     (tmp_path / "tatoeba.swh-eng.eng").write_text("one\ntwo\n", encoding="utf-8")
-    with pytest.raises(EvalError, match=r"swh-eng\.eng: 2 sentences, but .*swh-eng\.swh has 1; they must be as many"):
+    with pytest.raises(
+        EvalError, match=r"swh-eng\.eng: 2 sentences, but .*swh-eng\.swh has 1; they must have the same number"
+    ):
         parallel_texts(files, "en")
 
 
@@ -88,7 +90,7 @@ def test_folders_without_parallel_texts_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "de.jsonl", rows("de", "1"))
     with pytest.raises(EvalError, match="no file for 'fr'; there are de"):
         text_files(tmp_path, ["de", "fr"])
-    with pytest.raises(EvalError, match=r"en\.jsonl: not there; de\.jsonl is joined with it by `group`"):
+    with pytest.raises(EvalError, match=r"en\.jsonl: missing; de\.jsonl is joined with it by `group`"):
         parallel_texts(text_files(tmp_path), "en")
     with pytest.raises(EvalError, match="only texts in 'de'"):
         parallel_texts(text_files(tmp_path), "de")

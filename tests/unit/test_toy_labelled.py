@@ -373,11 +373,11 @@ def test_the_default_sizes_are_available() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_dev": 100_000}, r"^labelled toy task: 100000 items asked of dev, which has \d+ in equal classes$"),
-        ({"n_text": {"sw": 10**6}}, r"^labelled toy task: 1000000 sentences asked of text/sw, which has \d+$"),
+        ({"n_dev": 100_000}, r"^labelled toy task: 100000 items requested from dev, which has \d+ in equal classes$"),
+        ({"n_text": {"sw": 10**6}}, r"^labelled toy task: 1000000 sentences requested from text/sw, which has \d+$"),
         ({"n_text": {"xx": 5}}, r"^n_text: no language 'xx' in the toy problems; there are en, de, "),
-        ({"n_train": -1}, r"^labelled toy task: -1 asked of train; give 0 or more$"),
-        ({"n_text": {"sw": -1}}, r"^labelled toy task: -1 asked of text/sw; give 0 or more$"),
+        ({"n_train": -1}, r"^labelled toy task: -1 requested of train; give 0 or more$"),
+        ({"n_text": {"sw": -1}}, r"^labelled toy task: -1 requested of text/sw; give 0 or more$"),
         ({"noise": 1.0}, r"^noise: 1.0 is not a share; give one from 0 to less than 1$"),
         ({"noise": -0.1}, r"^noise: -0.1 is not"),
     ],

@@ -293,7 +293,7 @@ def test_the_default_sizes_are_available() -> None:
 
 def test_a_size_above_the_supply_is_a_one_line_error() -> None:
     with pytest.raises(
-        DataError, match=r"^toy corpus: 1000000 items asked of split test_seen, which has \d+$"
+        DataError, match=r"^toy corpus: 1000000 items requested from split test_seen, which has \d+$"
     ) as refusal:
         items_of("test_seen", 1_000_000, SEED)
     most = int(str(refusal.value).rsplit(" ", 1)[1])

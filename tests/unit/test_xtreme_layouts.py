@@ -141,7 +141,7 @@ def test_a_file_with_only_some_labels_is_refused(tmp_path: Path) -> None:
     file = tsv(tmp_path / "d/xnli/dev-de.tsv", [("a", "b", "neutral"), ("a", "b")])
     assert f"{file}:2: no label; only test rows may be without" in failure("xnli", "dev", "de", tmp_path / "d")
     squad(tmp_path / "d/mlqa/MLQA_V1/test/test-context-de-question-de.json", SQUAD, SQUAD)
-    assert "question 5733be: the id is there twice" in failure("mlqa", "test", "de", tmp_path / "d")
+    assert "question 5733be: the id is repeated" in failure("mlqa", "test", "de", tmp_path / "d")
 
 
 def test_rows_of_one_item_share_their_group(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_bucc_files_give_sentences_and_gold_pairs(tmp_path: Path) -> None:
     ]
     assert len(rows("bucc2018", "test", "de", tmp_path / "data")) == 3  # nothing in it could be erased
     assert bucc_gold(tmp_path / "data", "de", "dev") == {("de-000000002", "en-000000009")}
-    with pytest.raises(DataError, match=r"de-en.test.gold: not there, .* de-en.training.gold of BUCC 2018"):
+    with pytest.raises(DataError, match=r"de-en.test.gold: missing, .* de-en.training.gold of BUCC 2018"):
         bucc_gold(tmp_path / "data", "de", "test")
     write(tmp_path / "data/bucc2018/de-en.dev.gold", "de-000000002\n")
     with pytest.raises(DataError, match=r"dev.gold:1: not two columns; a line is SOURCE-ID<tab>ENGLISH-ID"):
@@ -239,7 +239,7 @@ def test_conllu_files_give_words_and_tags(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ("2\tx\tx\tNOUN\t_\t_\t0\troot\t_\t_", "1: word '2', but the next one is 1"),
-        ("1\tx\tx\tNOMEN\t_\t_\t0\troot\t_\t_", "1: tag 'NOMEN' is none of udpos's"),
+        ("1\tx\tx\tNOMEN\t_\t_\t0\troot\t_\t_", "1: tag 'NOMEN' is not one of udpos's"),
         ("1\tx\tx\tNOUN", "1: 4 columns; CoNLL-U has ten"),
     ],
 )
@@ -314,7 +314,7 @@ def test_hub_datasets_give_the_canonical_rows(tmp_path: Path) -> None:
 def test_bad_hub_rows_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     parquet(folder, "udpos.German", "test", [{"tokens": ["Im"], "pos_tags": [3]}])  # numbers that nothing names
-    assert "udpos.German[test]:1: label '3' is none of udpos's" in failure("udpos", "test", "de", folder, "hub")
+    assert "udpos.German[test]:1: label '3' is not one of udpos's" in failure("udpos", "test", "de", folder, "hub")
     parquet(folder, "PAN-X.de", "test", [{"words": ["Im"], "ner_tags": ["O"]}])
     assert "PAN-X.de[test]: no column 'tokens'; the columns are 'words', 'ner_tags'" in failure(
         "panx", "test", "de", folder, "hub"
@@ -362,6 +362,6 @@ def test_missing_and_ambiguous_files_and_unknown_names_are_refused(tmp_path: Pat
     assert "no such folder; for the dataset google/xtreme give layout hub" in failure(
         "xnli", "test", "de", "google/xtreme"
     )
-    assert "layout 'tfds' is none of auto, download" in failure("xnli", "test", "de", tmp_path, "tfds")
-    assert "xnli: language 'ja' is none of its" in failure("xnli", "test", "ja", tmp_path)
-    assert "task 'xcopa' is none of XTREME's" in failure("xcopa", "test", "et", tmp_path)
+    assert "layout 'tfds' is not one of auto, download" in failure("xnli", "test", "de", tmp_path, "tfds")
+    assert "xnli: language 'ja' is not one of its languages" in failure("xnli", "test", "ja", tmp_path)
+    assert "task 'xcopa' is not one of XTREME's" in failure("xcopa", "test", "et", tmp_path)

@@ -85,7 +85,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
         good + "a\tb\tc\tneutral\n": "FILE:2: 4 columns; there must be 3: text, text, label",
         good + "a\n": "FILE:2: 1 columns",
         good + "\n" + good: "FILE:2: 1 columns",
-        good + "a\tb\tmaybe\n": "FILE:2: label 'maybe' is none of xnli's: contradiction, entailment, neutral",
+        good + "a\tb\tmaybe\n": "FILE:2: label 'maybe' is not one of xnli's: contradiction, entailment, neutral",
     }
     for text, expected in cases.items():
         assert expected in message(write(tmp_path / "a.tsv", text), read_pairs, XNLI, TEXTS_LABEL)
@@ -126,7 +126,7 @@ def test_xnli_lines_of_one_language_are_read(tmp_path: Path) -> None:
     english = xnli(tmp_path / "back.tsv", [("en", label, f"en {a}", b) for _, label, a, b in rows])
     assert [pair.text_a for pair in read_xnli(english, XNLI, "de", file)] == ["en ä"]
     short = xnli(tmp_path / "short.tsv", rows[:2])
-    assert message(short, read_xnli, XNLI, "de", file).startswith("FILE:4: not there, but")
+    assert message(short, read_xnli, XNLI, "de", file).startswith("FILE:4: missing, but")
     text = file.read_text(encoding="utf-8")
     write(file, text.replace("gold_label", "label"))
     assert "FILE:1: no column 'gold_label'" in message(file, read_xnli, XNLI, "en")
@@ -173,7 +173,7 @@ def test_erased_tags_and_empty_sentences_are_read(tmp_path: Path) -> None:
 def test_bad_tags_are_named(tmp_path: Path) -> None:
     cases = {
         "a\tO\nb\n": "FILE:2: no tag",
-        "a\tO\n\nb\tB-MISC\n": "FILE:3: tag 'B-MISC' is none of panx's",
+        "a\tO\n\nb\tB-MISC\n": "FILE:3: tag 'B-MISC' is not one of panx's",
         "a\tO\nb\tc\tO\n": "FILE:2: 3 columns; a line is WORD<tab>TAG",
     }
     for text, expected in cases.items():

@@ -68,9 +68,10 @@ def test_an_output_of_the_same_inputs_is_kept_and_another_one_refused(data: Path
     assert prepare_task("xnli", data, output) == first
     assert files(output) == before
     assert refused("xnli", data, output, languages=["de"]) == (
-        f"{output}: was prepared otherwise (it differs in: languages or splits); name a new --output, or add --remake"
+        f"{output}: was prepared from other files or options (different: languages or splits); "
+        "name a new --output, or add --remake"
     )
-    assert "differs in: allow_unlabelled_test" in refused("xnli", data, output, allow_unlabelled_test=True)
+    assert "different: allow_unlabelled_test" in refused("xnli", data, output, allow_unlabelled_test=True)
     status = (data / "xnli/dev-de.tsv").stat()
     os.utime(data / "xnli/dev-de.tsv", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert prepare_task("xnli", data, output) == first  # touched, and the same
@@ -82,7 +83,7 @@ def test_an_output_of_the_same_inputs_is_kept_and_another_one_refused(data: Path
     for changed in (PAIRS[:1], same_size):
         tsv(data / "xnli/dev-de.tsv", changed)
         os.utime(data / "xnli/dev-de.tsv", ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert "differs in: content of dev/de: dev-de.tsv);" in refused("xnli", data, output)
+        assert "different: content of dev/de: dev-de.tsv);" in refused("xnli", data, output)
     said = refused("xnli", data, output, remedy="name a new --output")
     assert said.endswith("dev-de.tsv); name a new --output")
     tsv(data / "xnli/dev-de.tsv", PAIRS[:1])
@@ -95,11 +96,11 @@ def test_an_output_of_the_same_inputs_is_kept_and_another_one_refused(data: Path
 def test_files_of_others_are_not_touched(data: Path, tmp_path: Path) -> None:
     write(tmp_path / "output/thesis.txt", "mine")
     for remake in (False, True):
-        assert "output: is there, and no prepared task; name a new folder" in refused(
+        assert "output: exists and is not a prepared task; name a new folder" in refused(
             "xnli", data, tmp_path / "output", remake=remake
         )
     write(tmp_path / "output/prepared.json", "{}")
-    assert "no prepared task" in refused("xnli", data, tmp_path / "output", remake=True)
+    assert "is not a prepared task" in refused("xnli", data, tmp_path / "output", remake=True)
     assert (tmp_path / "output/thesis.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert prepare_task("xnli", data, tmp_path / "empty")["test"] == {"de": 2}
@@ -142,18 +143,18 @@ def test_languages_and_splits_can_be_chosen(data: Path, tmp_path: Path) -> None:
     (data / "xnli/test-de.tsv").unlink()
     assert prepared(languages=["de", "en"])["test"] == {}  # not named, and none of it there
     options: dict[str, Any] = {"languages": ["de", "fr"]}
-    assert f"{data}/xnli/dev-fr.tsv: not there, and xnli's dev 'fr' is asked for" in refused(
+    assert f"{data}/xnli/dev-fr.tsv: missing, and xnli's dev 'fr' is requested" in refused(
         "xnli", data, tmp_path / "o", **options
     )
     options = {"splits": {"test": "test"}}
     assert f"{data}: no file of xnli for test (read from test) in the layout download" in refused(
         "xnli", data, tmp_path / "o", **options
     )
-    assert "splits: 'valid' is none of train, dev, test" in refused(
+    assert "splits: 'valid' is not one of train, dev, test" in refused(
         "xnli", data, tmp_path / "o", splits={"valid": "dev"}
     )
     assert refused("xnli", data, tmp_path / "o", splits={}) == "splits: names no split"
-    assert "language 'xx' is none of its" in refused("xnli", data, tmp_path / "o", languages=["xx"])
+    assert "language 'xx' is not one of its languages" in refused("xnli", data, tmp_path / "o", languages=["xx"])
     assert not (tmp_path / "o").exists()
 
 

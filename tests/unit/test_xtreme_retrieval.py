@@ -184,7 +184,7 @@ def test_an_unreadable_file_is_named_before_anything_is_computed(model: Path, tm
     english = sorted(set(sentences(5, 6)))
     laser(tmp_path / "tatoeba", "de", english, english)
     laser(tmp_path / "tatoeba", "sw", english[1:], english)
-    with pytest.raises(DataError, match=r"tatoeba\.swh-eng\.eng: \d+ sentences, but .*they must be as many"):
+    with pytest.raises(DataError, match=r"tatoeba\.swh-eng\.eng: \d+ sentences, but .*they must have the same number"):
         retrieve_tatoeba(SentenceEncoder.open(model, 1, dtype="fp32"), tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

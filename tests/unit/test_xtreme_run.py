@@ -224,7 +224,9 @@ def test_a_second_call_continues_where_the_first_stopped(
 def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: Stage) -> None:
     tracked = Tracked()
     run_xtreme(make(data, tmp_path / "run"), tracked)
-    with pytest.raises(EvalError, match=r"run\.yaml: is of a run with another objective.layer; name a new --output"):
+    with pytest.raises(
+        EvalError, match=r"run\.yaml: belongs to a run with another objective.layer; name a new --output"
+    ):
         run_xtreme(make(data, tmp_path / "run", overrides=("objective.layer=5",)), tracked)
     assert len(tracked.followed) == 1  # that run's record says nothing of this
     run_xtreme(make(data, tmp_path / "run", nproc=4), tracked)  # ranks and stores may differ
@@ -393,7 +395,7 @@ def test_rows_that_a_method_cannot_learn_from_are_refused_before_training(
         with pytest.raises(EvalError, match=r"only 'en', but the method learns from translations; give --translations"):
             run_xtreme(make(data, tmp_path / "c", method))
     (data / "train" / "en.jsonl").unlink()
-    with pytest.raises(EvalError, match=r"en\.jsonl: not there, or empty; training needs it"):
+    with pytest.raises(EvalError, match=r"en\.jsonl: missing, or empty; training needs it"):
         run_xtreme(make(data, tmp_path / "c", "zero-shot"))
     assert stage.calls.count("train") == 1
 

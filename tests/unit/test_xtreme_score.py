@@ -169,7 +169,7 @@ def test_a_single_file_is_scored(whole: Path) -> None:
     assert score_file("mlqa", "ar", *files) == scores_of(whole, tasks=["mlqa"]).tasks["mlqa"].languages["ar"]
     with pytest.raises(EvalError, match="mlqa has no language 'sw'; it has ar, de, en"):
         score_file("mlqa", "sw", *files)
-    with pytest.raises(DataError, match="task 'xlni' is none of XTREME's: xnli"):
+    with pytest.raises(DataError, match="task 'xlni' is not one of XTREME's: xnli"):
         score_file("xlni", "de", *files)
 
 
@@ -325,11 +325,11 @@ def test_predictions_may_be_all_the_same(tmp_path: Path) -> None:
 
 def test_files_without_their_label_column_are_refused(refusal) -> None:
     assert refusal("xnli", "de", "neutral\n", "Ein Satz.\tNoch einer, der viel weiter geht.\n") == (
-        "gold/xnli/test-de.tsv:1: 'Ein Satz.\\tNoch einer, der viel weit... is none of"
+        "gold/xnli/test-de.tsv:1: 'Ein Satz.\\tNoch einer, der viel weit... is not one of"
         f" contradiction, entailment, neutral ({ERASED})"
     )
     assert refusal("panx", "de", "O\n", "Berlin\n") == (
-        f"gold/panx/test-de.tsv:1: 'Berlin' is none of B-LOC, B-ORG, B-PER, I-LOC, I-ORG, I-PER, O ({ERASED})"
+        f"gold/panx/test-de.tsv:1: 'Berlin' is not one of B-LOC, B-ORG, B-PER, I-LOC, I-ORG, I-PER, O ({ERASED})"
     )
     empty = {**QUESTION, "answers": [{"text": "", "answer_start": 0}]}
     assert refusal("xquad", "de", '{"a": ""}', squad(empty)) == (
@@ -358,11 +358,11 @@ def test_sentences_of_a_different_length_are_refused(refusal) -> None:
 
 def test_labels_outside_the_tasks_set_are_refused(refusal) -> None:
     assert refusal("xnli", "de", "neutral\nmaybe\n", "neutral\nneutral\n") == (
-        "ours/xnli/test-de.tsv:2: 'maybe' is none of contradiction, entailment, neutral"
+        "ours/xnli/test-de.tsv:2: 'maybe' is not one of contradiction, entailment, neutral"
     )
-    assert "ours/pawsx/test-de.tsv:2: '' is none of 0, 1" in refusal("pawsx", "de", "0\n\n1\n", "0\n1\n1\n")
-    assert "ours/panx/test-de.tsv:3: 'B-MISC' is none of B-LOC" in refusal("panx", "de", "O\n\nB-MISC\n", "O\n\nO\n")
-    assert "gold/udpos/test-de.tsv:1: 'CONJ' is none of ADJ" in refusal("udpos", "de", "ADJ\n", "CONJ\n")
+    assert "ours/pawsx/test-de.tsv:2: '' is not one of 0, 1" in refusal("pawsx", "de", "0\n\n1\n", "0\n1\n1\n")
+    assert "ours/panx/test-de.tsv:3: 'B-MISC' is not one of B-LOC" in refusal("panx", "de", "O\n\nB-MISC\n", "O\n\nO\n")
+    assert "gold/udpos/test-de.tsv:1: 'CONJ' is not one of ADJ" in refusal("udpos", "de", "ADJ\n", "CONJ\n")
 
 
 def test_different_sets_of_questions_are_refused(refusal) -> None:
@@ -463,7 +463,7 @@ def test_missing_folders_and_unknown_names_are_refused(some: Path) -> None:
         score_directory(some / "predictions", some / "nowhere")
     with pytest.raises(EvalError, match=r"udpos: no predictions with labels in .*; a file is xnli/test-de\.tsv"):
         score_directory(some / "predictions/udpos", some / "labels")
-    with pytest.raises(DataError, match="task 'pos' is none of XTREME's"):
+    with pytest.raises(DataError, match="task 'pos' is not one of XTREME's"):
         scores_of(some, tasks=["pawsx", "pos"])
     with pytest.raises(EvalError, match="predictions/xnli: nothing to score: no predictions: ar, bg"):
         scores_of(some, tasks=["pawsx", "xnli"])

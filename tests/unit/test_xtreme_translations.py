@@ -351,4 +351,4 @@ def test_folders_without_matching_translations_are_refused(tmp_path: Path) -> No
     assert message.startswith(f"{tmp_path}/other: no translation of what is prepared of xnli")
     (tmp_path / "data/xnli/train-en.tsv").unlink()
     message = refused("xnli", tmp_path / "data", languages=["de"], translations=tmp_path / "mt")
-    assert "translates xnli's English training items, which are not there" in message
+    assert "translates xnli's English training items, which are missing" in message
