@@ -124,7 +124,7 @@ def _data(run: XtremeRun, plan: RunPlan) -> Path:
     """The folder of canonical rows: `data_dir` if it is one, otherwise made from it."""
     if any((run.data_dir / "test").glob("*.jsonl")):
         if run.translations is not None:
-            raise EvalError(f"{run.data_dir}: is prepared already, so --translations cannot be added; prepare it anew")
+            raise EvalError(f"{run.data_dir}: is prepared already, so --translations cannot be added; prepare it again")
         _check_stamp(run.data_dir / STAMP, run.task)
         return run.data_dir
     prepare_task(
