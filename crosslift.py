@@ -10,7 +10,7 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,20 +42,9 @@ def train(
     accept_changes: Annotated[bool, typer.Option(help="resume even if data or config changed")] = False,
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
-    from training.checks.front import check_model_files, check_start, check_starting_model
-    from training.distributed import visible_gpus
-    from training.launch.launcher import launch
-    from training.run_file import load_config
-    from training.run_folder.lock import held
-    from training.run_folder.prepare import prepare
+    from training.start import train as train_here
 
-    settings = load_config(config, overrides or [])
-    check_start(settings)
-    check_model_files(settings)
-    options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
-    with held(settings.output_dir):
-        check_starting_model(settings, prepare(settings))  # errors are reported before any rank starts
-        raise SystemExit(launch(config, overrides or [], nproc or visible_gpus() or 1, options))
+    raise SystemExit(train_here(config, overrides or (), nproc, resume, accept_changes))
 
 
 @app.command()
@@ -218,7 +207,6 @@ def xtreme_run(
     from evals.xtreme.run import run_xtreme
     from evals.xtreme.run_file import XtremeRun
     from training.run_folder.lock import held
-    from training.tracking.tracker import parent_run
 
     run = XtremeRun(
         config, task, model, method, data_dir, output, translations=translations, layout=layout,
@@ -226,7 +214,7 @@ def xtreme_run(
         unlabelled=unlabelled, max_bad_rows=max_bad_rows,
     )  # fmt: skip
     with held(output):
-        run_xtreme(run, parent_run)
+        run_xtreme(run)
 
 
 @app.command()
@@ -239,7 +227,7 @@ def quickstart(
     from training.run_folder.lock import held
 
     with held(output):
-        run_quickstart(output, seed, _track_scores)
+        run_quickstart(output, seed)
 
 
 @app.command()
@@ -255,12 +243,6 @@ def ui(
     from training.tracking.ui import has_display, serve_ui
 
     raise SystemExit(serve_ui(runs, port, host, open_browser and has_display()))
-
-
-def _track_scores(model: Path, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> str | None:
-    from training.tracking.scores import track_scores
-
-    return track_scores(model, name, metrics, files)
 
 
 def _with_expanded_paths(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,7 +276,7 @@ def _expand_paths_in(group: typer.Typer) -> None:
         _expand_paths_in(inner.typer_instance)
 
 
-add_evaluation(app, _track_scores)
+add_evaluation(app)
 add_slurm_commands(app)
 _expand_paths_in(app)
 

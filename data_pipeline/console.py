@@ -10,10 +10,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from io import StringIO
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -26,6 +26,7 @@ _BLANK = "\ue000"  # a space that rich does not strip; a character of no script
 _WIDE = 100_000  # columns: no table is wrapped or cut
 
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 _bars: list[RichProgress] = []  # that are drawn now
 
 
@@ -160,6 +161,14 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def track(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
+    """The items, with the progress of whoever takes them."""
+    with Progress(what, len(items), unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
 
 
 def _bar(unit: str) -> RichProgress:

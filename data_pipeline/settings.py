@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -57,3 +57,24 @@ def _no_words(values: Values) -> Values:
 # no text is meant as a boolean.
 Raw = Annotated[Values, AfterValidator(_finite)]
 Plain = Annotated[Values, AfterValidator(_finite), AfterValidator(_no_words)]
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys. A list is one value, unless it is a list of sections."""
+    if isinstance(values, list) and values and all(isinstance(value, Mapping) for value in values):
+        values = dict(enumerate(values))
+    if isinstance(values, Mapping) and values:
+        return {
+            inner: leaf
+            for key, value in values.items()
+            for inner, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: values}
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(before, now) of every dotted key whose value differs, sorted by key; None where a side lacks the key."""
+    old, new = flat(before), flat(now)
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }

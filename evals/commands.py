@@ -5,45 +5,27 @@ Heavy imports happen inside commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from data_pipeline.sources.paths import expanded
 
 if TYPE_CHECKING:
-    from evals.score_report import TrackScores
     from modeling.generation import Sampling
 
 xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTREME: data, runs, retrieval, analysis.")
 
 
-def add_commands(app: typer.Typer, track: TrackScores) -> None:
-    """Add the commands to the app of `crosslift.py`; `track` receives the scores of `eval`."""
-    for command in (generate, _tracked(eval, track), score):
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to the app of `crosslift.py`."""
+    for command in (generate, eval, score):
         app.command()(command)
     app.add_typer(xtreme_app, name="xtreme")
-
-
-def _tracked(command: Callable[..., dict[str, Any]], track: TrackScores) -> Callable[..., None]:
-    """`eval`, whose scores are then sent to the MLflow page of the run that made the model."""
-
-    @functools.wraps(command)
-    def tracked(**options: Any) -> None:
-        from evals.score_report import score_metrics, write_score_files
-
-        results = command(**options)
-        model, name = Path(results["run"]["model"]["path"]), results["run"]["task"]
-        if line := track(model, name, score_metrics(results), write_score_files(results, options["output"], name)):
-            print(line, file=sys.stderr)
-
-    return tracked
 
 
 def generate(
@@ -84,7 +66,7 @@ def generate(
     rows = list(
         answer(
             generator, chat, questions, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size,
-            progress=_progress(len(questions), "answers"), sampling=sampling,
+            sampling=sampling,
         )
     )  # fmt: skip
     for row in rows:
@@ -106,25 +88,24 @@ def eval(
         Literal["alpaca", "model"], typer.Option(help="alpaca: the published protocol; model: the model's own")
     ] = "alpaca",
     as_json: Annotated[bool, typer.Option("--json", help="print results.json instead of the table")] = False,
-) -> dict[str, Any]:
+) -> None:
     """Score a model. Example: crosslift eval runs/a/model --tasks mgsm --data-dir mgsm --output runs/a/mgsm"""
     from evals.errors import EvalError
-    from evals.mgsm.mgsm import evaluate_mgsm, find_files, read_problems
-    from evals.mgsm.mgsm_table import mgsm_table
+    from evals.mgsm.mgsm import MgsmSettings, evaluate_mgsm, find_files, read_problems
+    from evals.mgsm.report import mgsm_table, track_results
     from evals.opening import open_model
 
     if tasks != "mgsm":
         raise EvalError(f"--tasks {tasks}: known tasks: mgsm")
-    chosen = languages.split(",") if languages else None
-    total = sum(len(read_problems(file)[:limit]) for file in find_files(data_dir, ".tsv", chosen).values())
+    settings = MgsmSettings(_listed(languages), limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for file in find_files(data_dir, ".tsv", settings.languages).values():
+        read_problems(file)  # its mistakes are reported before the model is loaded
     generator, chat = open_model(expanded(model), template=None if template == "model" else template)
-    results = evaluate_mgsm(
-        generator, chat, data_dir, output, languages=chosen, limit=limit, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, progress=_progress(total, "problems"),
-    )  # fmt: skip
+    results = evaluate_mgsm(generator, chat, data_dir, output, settings)
     print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({_model_name(model): results}))
     print(f"{output / 'results.json'}; every output: {output / 'predictions'}", file=sys.stderr)
-    return results
+    if line := track_results(results, output, "mgsm"):
+        print(line, file=sys.stderr)
 
 
 def score(
@@ -143,8 +124,8 @@ def score(
         return
     from evals.errors import EvalError
     from evals.mgsm.mgsm import score_mgsm
-    from evals.mgsm.mgsm_table import mgsm_table
     from evals.mgsm.numbers import RULES
+    from evals.mgsm.report import mgsm_table
 
     if task != "mgsm":
         raise EvalError(f"{task}: known tasks: mgsm, xtreme")
@@ -286,12 +267,3 @@ def _model_name(path: str) -> str:
     """A model's name in tables: its run folder if it is a run's `model`."""
     here = Path(path)
     return here.resolve().parent.name if here.name == "model" else here.name
-
-
-def _progress(total: int, unit: str) -> Callable[[int], object] | None:
-    """A progress bar on a terminal, nothing when piped."""
-    if not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=f" {unit}", dynamic_ncols=True).update

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_pipeline.console import Progress
 from data_pipeline.records import BadRow, DataError, Message
 from data_pipeline.sources.cells import Cells
 from data_pipeline.sources.formats import JsonLines
@@ -132,7 +133,6 @@ def answer(
     max_new_tokens: int,
     num_beams: int = 1,
     batch_size: int = 16,
-    progress: Callable[[int], object] | None = None,
     sampling: Sampling | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answers in the order of the questions, each with its languages (None: unknown) and whether it was shifted.
@@ -145,7 +145,8 @@ def answer(
         _check_languages(question, generator.info.languages)
     asked = [_asked(generator, chat, question) for question in questions]
     prompts = [each.prompt for each in asked]
-    answers = generator.generate(prompts, max_new_tokens, num_beams, batch_size, progress, sampling)
+    with Progress("generate", len(prompts), "answers") as progress:
+        answers = generator.generate(prompts, max_new_tokens, num_beams, batch_size, progress.advance, sampling)
     for question, each, generated in zip(questions, asked, answers, strict=True):
         yield {
             **question.fields,

@@ -9,8 +9,6 @@ It claims no more than it measured: see `verdict`.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +19,12 @@ from data_pipeline import console
 from data_pipeline.atomic import write_text
 from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
 from evals.errors import EvalError
-from evals.mgsm.mgsm import evaluate_mgsm, find_files, read_predictions, read_problems
+from evals.mgsm.mgsm import MgsmSettings, evaluate_mgsm, find_files, read_predictions, read_problems
 from evals.mgsm.numbers import HEADLINE
+from evals.mgsm.report import track_results
 from evals.opening import open_model
-from evals.score_report import TrackScores, score_metrics, write_score_files
 from evals.statistics import Accuracy, clustered_mean, wilson_interval
+from training.start import train_to_end
 
 SOURCE = Path(__file__).resolve().parents[1]
 DOMINANT = "en"
@@ -34,7 +33,6 @@ MODELS = {"base": "base", "msft": "MSFT", "shifcon": "ShifCon"}  # run folder: c
 TESTS = {"test_seen": "known situations, new numbers", "test_unseen": "situations never seen in training"}
 LEAST_ENGLISH, LEAST_GAP = 0.50, 0.10  # below these there is no dominance that a method could use
 ANSWER_TOKENS = 40
-CHECK_FAILED = 3  # status of `train`: the export is there, but did not pass its check
 
 Correct = dict[str, list[bool]]  # by language, in the order of the items
 
@@ -51,7 +49,7 @@ class Verdict:
     text: str
 
 
-def run_quickstart(output: Path, seed: int, track: TrackScores | None = None) -> dict[str, Any]:
+def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     """Everything, from corpus to table; prints as it goes. A second call goes on where the first stopped."""
     started = time.monotonic()
     data = output / "data"
@@ -65,7 +63,7 @@ def run_quickstart(output: Path, seed: int, track: TrackScores | None = None) ->
     _say("4/5  ShifCon from the same start, same steps, same label tokens, ZeRO-3 on 2 ranks")
     _train("quickstart-shifcon", output / "shifcon", data, seed, ranks=2, start=start)
     _say("5/5  all three answer held-out problems")
-    correct = {test: {model: _answers(output, model, test, track) for model in MODELS} for test in TESTS}
+    correct = {test: {model: _answers(output, model, test) for model in MODELS} for test in TESTS}
     verdicts = {test: verdict(*correct[test].values()) for test in TESTS}
     for test, title in TESTS.items():
         items = len(correct[test]["base"][DOMINANT])
@@ -121,22 +119,17 @@ def _train(config: str, output: Path, data: Path, seed: int, ranks: int, start: 
     overrides = [f"data_dir={data}", f"output_dir={output}", f"seed={seed}"]
     if start is not None:
         overrides.append(f"model.path={start}")
-    command = ["train", str(SOURCE / "configs" / f"{config}.yaml"), *overrides, "--nproc", str(ranks)]
-    print("     crosslift " + " ".join(command), flush=True)
-    status = subprocess.run([sys.executable, str(SOURCE / "crosslift.py"), *command]).returncode
-    if status not in (0, CHECK_FAILED):  # an export that failed its check is kept, and whoever opens it is warned
-        raise EvalError(f"{config}: training ended with status {status}; its messages are above")
+    file = SOURCE / "configs" / f"{config}.yaml"
+    print(f"     crosslift train {file} {' '.join(overrides)} --nproc {ranks}", flush=True)
+    train_to_end(file, overrides, ranks)
 
 
-def _answers(output: Path, model: str, test: str, track: TrackScores | None) -> Correct:
+def _answers(output: Path, model: str, test: str) -> Correct:
     """Right or wrong by language and item, generated unless it was already; `track` takes the scores."""
     data, scores = output / "data" / f"mgsm_{test}", output / "scores" / model / test
     generator, chat = open_model(str(output / model / "model"))
-    results = evaluate_mgsm(
-        generator, chat, data, scores, languages=LANGUAGES, max_new_tokens=ANSWER_TOKENS, batch_size=100
-    )
-    if track is not None:
-        track(output / model / "model", test, score_metrics(results), write_score_files(results, scores, test))
+    settings = MgsmSettings(LANGUAGES, max_new_tokens=ANSWER_TOKENS, batch_size=100)
+    track_results(evaluate_mgsm(generator, chat, data, scores, settings), scores, test)
     correct: Correct = {}
     for language, file in find_files(data, ".tsv", LANGUAGES).items():
         predictions = scores / "predictions" / f"mgsm_{language}.jsonl"

@@ -10,20 +10,21 @@ Models run plainly: an X-Mixup model unmixed, a ShifCon model unshifted. The cha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_pipeline.console import table
+from data_pipeline.console import Progress, table
 from evals.errors import EvalError
 from evals.parallel_texts import ParallelTexts
-from evals.results import described_versions
+from training.provenance import description
 
 if TYPE_CHECKING:
     import torch
 
     from modeling.tasks.sentence_states import EncodedText, Pooling, SentenceStates
 
+BATCH_SIZE = 32  # pairs
 LEAST_SENTENCES = 4  # below this number the debiased CKA is undefined
 Curve = tuple[float | None, ...]  # h[0] (the embeddings) to h[number of layers]; None where it is undefined
 
@@ -100,7 +101,7 @@ class RepresentationReport:
             "partial": self.partial,
             "measures": MEASURES,
             "models": models,
-            "versions": described_versions(),
+            "versions": description(),
         }
 
 
@@ -111,10 +112,8 @@ def analyse(
     dominant: str,
     pooling: Pooling = "mean",
     max_length: int = 128,
-    batch_size: int = 32,
     dtype: Literal["fp32", "bf16"] = "fp32",
     limit: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> RepresentationReport:
     """Compare each language with the dominant one in every model, with one forward pass a sentence.
 
@@ -124,7 +123,6 @@ def analyse(
         pooling: "mean" over a sentence's own tokens, or "first", for encoders only.
         max_length: tokens of a sentence; longer ones are cut and counted.
         limit: the limit given to `parallel_texts`, for the report.
-        progress: called with the number of further pairs; in total sentences times models.
 
     Sums take 24 * (layers + 1) * width^2 bytes on the model's device: 0.6 GB for XLM-R large, 13 GB for a decoder of 8B
     parameters. Raises EvalError for texts that are not parallel, ModelError for a model that cannot be opened.
@@ -132,16 +130,10 @@ def analyse(
     if not models:
         raise EvalError("no model to analyse; give one or more, such as before=DIR and after=DIR")
     _check(texts, dominant)
-    return RepresentationReport(
-        dominant=dominant,
-        pooling=pooling,
-        sentences={language: len(pair[0]) for language, pair in texts.items()},
-        models={
-            label: _model(path, texts, pooling, max_length, batch_size, dtype, progress)
-            for label, path in models.items()
-        },
-        limit=limit,
-    )
+    sentences = {language: len(pair[0]) for language, pair in texts.items()}
+    with Progress("analyse", len(models) * sum(sentences.values()), "pairs") as progress:
+        found = {label: _model(path, texts, pooling, max_length, dtype, progress) for label, path in models.items()}
+    return RepresentationReport(dominant=dominant, pooling=pooling, sentences=sentences, models=found, limit=limit)
 
 
 def representation_table(report: RepresentationReport) -> str:
@@ -193,9 +185,8 @@ def _model(
     texts: Mapping[str, ParallelTexts | tuple[Sequence[str], Sequence[str]]],
     pooling: Pooling,
     max_length: int,
-    batch_size: int,
     dtype: str,
-    progress: Callable[[int], object] | None,
+    progress: Progress,
 ) -> ModelRepresentations:
     import torch
 
@@ -214,7 +205,7 @@ def _model(
     curves: dict[str, dict[str, Curve]] = {measure: {} for measure in MEASURES}
     for language, (own, translated) in texts.items():
         pairs = list(zip(states.encode(own), states.encode(translated), strict=True))
-        for measure, curve in _measured(states, pairs, batch_size, progress).items():
+        for measure, curve in _measured(states, pairs, progress).items():
             curves[measure][language] = curve
     return ModelRepresentations(
         path=str(path),
@@ -229,21 +220,17 @@ def _model(
 
 
 def _measured(
-    states: SentenceStates,
-    pairs: list[tuple[EncodedText, EncodedText]],
-    batch_size: int,
-    progress: Callable[[int], object] | None,
+    states: SentenceStates, pairs: list[tuple[EncodedText, EncodedText]], progress: Progress
 ) -> dict[str, Curve]:
     """Every measure between the two sides of `pairs`, at every layer."""
     from modeling.shifcon.subspace import CrossCovariance
 
     sums = [CrossCovariance(states.width, states.width, states.model.device) for _ in range(states.layers + 1)]
-    for batch in _batches(pairs, batch_size):
+    for batch in _batches(pairs, BATCH_SIZE):
         own, translated = (states.of(side) for side in zip(*batch, strict=True))
         for layer, covariance in enumerate(sums):
             covariance.add(translated[layer], own[layer])
-        if progress is not None:
-            progress(len(batch))
+        progress.advance(len(batch))
     distances = [covariance.centroid_distance() for covariance in sums]
     return {
         "cka": _curve(covariance.linear_cka() for covariance in sums),

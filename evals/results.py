@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import write_text
+from data_pipeline.settings import difference
 from evals.errors import EvalError
 
 if TYPE_CHECKING:
@@ -38,25 +36,6 @@ def described_model(generator: ShiftedGenerator) -> dict[str, Any]:
     }
 
 
-def described_versions() -> dict[str, str | None]:
-    """The software that computed a score; `commit` ends in "-dirty" if files were changed since."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("crosslift", "torch", "transformers", "tokenizers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-        versions["commit"] = done.stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # an installed copy, or no git
-        versions["commit"] = None
-    return versions
-
-
 def claim(folder: Path, run: Mapping[str, Any]) -> None:
     """Mark `folder` as this evaluation's, or check that it already is. Raises EvalError if it is another's."""
     file = folder / RUN_FILE
@@ -65,9 +44,9 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
             raise EvalError(f"{folder}: not empty, and no evaluation's folder; name a new one")
         write_text(file, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
         return
-    if (before := read_run(folder)) != run:
-        difference = _difference(before, run)
-        raise EvalError(f"{folder}: holds an evaluation with another {difference}; name a new folder")
+    if (before := read_run(folder) or {}) != run:
+        key = next(iter(difference(before, run)))
+        raise EvalError(f"{folder}: holds an evaluation with another {key}; name a new folder")
     if run["model"]["hash"] is None:
         raise EvalError(f"{folder}: holds an evaluation of a model that cannot be identified; name a new folder")
 
@@ -83,15 +62,6 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvalError(f"{file}: describes no evaluation; name a new folder") from error
     return dict(run)
-
-
-def _difference(before: Any, now: Any) -> str:
-    """The first key, such as "protocol.limit", in which two nested dicts differ."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return ""
-    key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
-    rest = _difference(before.get(key), now.get(key))
-    return f"{key}.{rest}" if rest else str(key)
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from training.checkpoints.run_state import RunState
 from training.config import RunConfig
 from training.errors import ExportCheckFailed, NotExported
 from training.launch import logs
-from training.provenance import git_state, versions
+from training.provenance import description
 from training.run_file import resolved
 from training.tracking.run_record import RECORD_NAME, read_events
 from training.tracking.tracker import Tracker
@@ -60,7 +60,7 @@ def conclude(config: RunConfig, last: Path, tracker: Tracker | None) -> None:
 def _end(config: RunConfig, last: Path, tracker: Tracker | None, trouble: str | None) -> None:
     if tracker is None:
         tracker = Tracker(config.output_dir, config.tracking)
-        tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=RunState.read(last).step)
+        tracker.start(resolved(config), description(), resumed_step=RunState.read(last).step)
     tracker.tags({TRAINING_TAG: "finished", EXPORT_TAG: trouble or "passed its check"})
     tracker.finish("FAILED" if trouble else "FINISHED")
 

@@ -5,6 +5,8 @@ In: nothing. Out: exceptions. Next: every file of `training` raises them; `cross
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ConfigError(Exception):
     """One line that names the file, key or argument, what is wrong and what would be right."""
@@ -30,3 +32,11 @@ class NotExported(Exception):
     """Training finished, but no export could be written; the last checkpoint has all of it."""
 
     exit_status = 4
+
+
+class TrainingEnded(Exception):
+    """A training that another command needs ended early; the launcher has printed why."""
+
+    def __init__(self, config: Path, status: int) -> None:
+        super().__init__(f"{config}: training ended with status {status}; its messages are above")
+        self.exit_status = status

@@ -25,7 +25,7 @@ from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
 from training.loop.resume import go_on, permitted, schedule_change
 from training.loop.trainer import Trainer
-from training.provenance import git_state, versions
+from training.provenance import description
 from training.run_file import resolved
 from training.run_folder.date import CONFIG_FILE, with_date
 from training.run_folder.prepare import Prepared, forget_preparation, prepare
@@ -94,7 +94,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         for line in contamination(run.data.index):
             log.warning("%s", line.removeprefix("warning: "))
         _write_resolved(config)
-        tracker.start(resolved(config), {**versions(), **git_state()}, resumed_step=start if found else None)
+        tracker.start(resolved(config), description(), resumed_step=start if found else None)
     status: Status = "FAILED"
     try:
         stop.begin_training()

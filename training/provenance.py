@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 _SOURCE = Path(__file__).resolve().parent.parent
 NOTED = "git.json"  # in a copy of the source, which has no `.git`: the state that it was copied from
-_PACKAGES = ("crosslift", "torch", "deepspeed", "transformers")
+_PACKAGES = ("crosslift", "torch", "deepspeed", "transformers", "tokenizers")
 
 
 def versions() -> dict[str, str]:
@@ -67,3 +67,8 @@ def git_state(source: Path = _SOURCE) -> dict[str, str]:
 def _git(source: Path, *arguments: str) -> str:
     command = ["git", "-C", str(source), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+
+def description() -> dict[str, str]:
+    """What computed a result: versions, and the commit of the source with whether it was changed since."""
+    return {**versions(), **git_state()}

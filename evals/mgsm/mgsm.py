@@ -11,7 +11,7 @@ interrupted evaluation is continued in its folder: finished languages are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +19,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import write_text
+from data_pipeline.console import Progress
 from data_pipeline.records import Message
 from evals.errors import EvalError
 from evals.mgsm.numbers import HEADLINE, RULES, gold_number
-from evals.results import RESULTS_FILE, claim, described_model, described_versions, read_run
+from evals.results import RESULTS_FILE, claim, described_model, read_run
 from evals.statistics import wilson_interval
+from training.provenance import description
 
 if TYPE_CHECKING:
     from data_pipeline.text.chat import Chat
@@ -80,31 +82,36 @@ def read_problems(file: Path) -> list[Problem]:
     return problems
 
 
+@dataclass(frozen=True, slots=True)
+class MgsmSettings:
+    """How MGSM is run."""
+
+    languages: Sequence[str] | None = None  # None: all that the data have
+    response_language: str | None = None  # of the answers; None: the model's own, otherwise the question's
+    limit: int | None = None  # only the first problems of each language
+    max_new_tokens: int = PUBLISHED_NEW_TOKENS
+    batch_size: int = 16
+
+
 def evaluate_mgsm(
     generator: ShiftedGenerator,
     chat: Chat,
     data_dir: str | Path,
     output: str | Path,
-    *,
-    languages: Sequence[str] | None = None,
-    response_language: str | None = None,
-    limit: int | None = None,
-    max_new_tokens: int = PUBLISHED_NEW_TOKENS,
-    batch_size: int = 16,
-    progress: Callable[[int], object] | None = None,
+    settings: MgsmSettings | None = None,
 ) -> dict[str, Any]:
     """Run MGSM and return what it wrote to `output/results.json`.
 
-    `languages`: default: all in `data_dir`; `limit`: only the first problems of each language. Answers are requested in
-    `response_language`, by default the model's own, otherwise the question's. `progress(n)` is called with the number
-    of further answers. Raises EvalError for malformed data, or if `output` holds another evaluation.
+    Raises EvalError for malformed data, or if `output` holds another evaluation.
     """
+    settings = settings or MgsmSettings()
+    limit, max_new_tokens = settings.limit, settings.max_new_tokens
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}; it must be at least 1")
-    files = find_files(data_dir, ".tsv", languages)
+    files = find_files(data_dir, ".tsv", settings.languages)
     found = {language: read_problems(file) for language, file in files.items()}
     problems = {language: every[:limit] for language, every in found.items()}
-    response_language = response_language or generator.info.response_language
+    response_language = settings.response_language or generator.info.response_language
     run = {
         "task": "mgsm",
         "model": described_model(generator),
@@ -117,26 +124,28 @@ def evaluate_mgsm(
             "limit": limit,
         },
         "data": {language: sha256(file.read_bytes()).hexdigest() for language, file in files.items()},
-        "versions": described_versions(),
+        "versions": description(),
     }
     folder = Path(output)
     claim(folder, run)
     scores = {}
-    for language, chosen in problems.items():
-        file = folder / "predictions" / f"mgsm_{language}.jsonl"
-        if file.exists():
-            rows = read_predictions(file, language, chosen)
-            if progress is not None:
-                progress(len(rows))
-        else:
-            asked = [_prompt(chat, problem, language, response_language or language) for problem in chosen]
-            answers = generator.generate(asked, max_new_tokens, batch_size=batch_size, progress=progress)
-            rows = [
-                _judged(_row(chat, *parts), language)
-                for parts in zip(range(len(chosen)), chosen, asked, answers, strict=True)
-            ]
-            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        scores[language] = _score(rows, len(found[language]))
+    with Progress("mgsm", sum(map(len, problems.values())), "problems") as progress:
+        for language, chosen in problems.items():
+            file = folder / "predictions" / f"mgsm_{language}.jsonl"
+            if file.exists():
+                rows = read_predictions(file, language, chosen)
+                progress.advance(len(rows))
+            else:
+                asked = [_prompt(chat, problem, language, response_language or language) for problem in chosen]
+                answers = generator.generate(
+                    asked, max_new_tokens, batch_size=settings.batch_size, progress=progress.advance
+                )
+                rows = [
+                    _judged(_row(chat, *parts), language)
+                    for parts in zip(range(len(chosen)), chosen, asked, answers, strict=True)
+                ]
+                write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            scores[language] = _score(rows, len(found[language]))
     missing = dict.fromkeys(find_files(data_dir, ".tsv").keys() - files.keys(), "not asked for")
     results = {"run": run, **_summary(scores, generator.info.dominant, missing)}
     write_text(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=2) + "\n")

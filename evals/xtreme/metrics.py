@@ -1,18 +1,40 @@
-"""XTREME's metrics over labels: F1 over chunks of tags, accuracy, F1 over mined pairs; 0 to 100.
+"""XTREME's metrics, 0 to 100: F1 over chunks of tags, accuracy, F1 over mined pairs, exact match and F1 of answers.
 
 XTREME scored both taggers with seqeval 0.0.12, which cuts a tag sequence into chunks as conlleval does: a tag is a
 letter (B, I, O; also E for end and S for single) and a kind. Parts of speech have no prefix, so the letter is the tag's
 first one and the kind is the whole tag: NOUN NOUN is one chunk, SCONJ SCONJ two. From 1.0 on, seqeval takes the tag
 without its first letter as the kind, so CCONJ counts as SCONJ, and X has no kind of its own. Published numbers follow
 0.0.12.
+
+Question answering: SQuAD's rule for XQuAD and TyDiQA, MLQA's for MLQA. Both compare texts after lowercasing and
+removing punctuation and articles. SQuAD's (version 1.1) uses ASCII punctuation and English articles in all languages.
+MLQA's (Lewis et al. 2020, arXiv 1910.07475) uses Unicode punctuation and each language's articles, and counts every
+Chinese character as a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence, Set
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from functools import cache
 from itertools import chain
 
 Chunk = tuple[str, int, int]  # kind, first and last position
+Normalise = Callable[[str], list[str]]  # text -> the words to compare
+
+_NO_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ENGLISH_ARTICLES = "a|an|the"
+_ARTICLES = {
+    "de": "ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des",
+    "en": _ENGLISH_ARTICLES,
+    "es": "un|una|unos|unas|el|la|los|las",
+    "vi": "của|là|cái|chiếc|những",
+}
+_ARABIC_ARTICLE = "ال"
+_HAN = re.compile("[\u4e00-\u9fa5]")  # the range in MLQA's script: no rarer characters, no Japanese kana
 
 
 def accuracy(gold: Sequence[Hashable], predicted: Sequence[Hashable]) -> float:
@@ -77,3 +99,58 @@ def tag_chunks(sentences: Sequence[Sequence[str]], kind: Callable[[str], str] = 
             first = position
         letter, name = next_letter, next_name
     return found
+
+
+def squad_words(text: str) -> list[str]:
+    """SQuAD 1.1: the answer's words in lower case, without ASCII punctuation and English articles."""
+    text = text.lower().translate(_NO_ASCII_PUNCTUATION)
+    return re.sub(rf"\b({_ENGLISH_ARTICLES})\b", " ", text).split()
+
+
+def mlqa_words(language: str) -> Normalise:
+    """MLQA's rule for answers in one of its seven languages.
+
+    Its Arabic rule is meant to delete the article at the start of words, but deletes its two letters anywhere.
+    """
+
+    def words(text: str) -> list[str]:
+        text = "".join(char for char in text.lower() if not _is_punctuation(char))
+        if language == "ar":
+            text = text.replace(_ARABIC_ARTICLE, " ")
+        elif language == "zh":
+            text = _HAN.sub(r" \g<0> ", text)
+        elif language in _ARTICLES:
+            text = re.sub(rf"\b({_ARTICLES[language]})\b", " ", text)
+        return text.split()
+
+    return words
+
+
+def answer_scores(
+    gold: Sequence[tuple[str, Sequence[str]]], predicted: Mapping[str, str], normalise: Normalise
+) -> dict[str, float]:
+    """`exact_match` and `f1`, 0 to 100, means over questions; the best of several gold answers counts.
+
+    `gold` is (question's id, its answers), at least one of each. If both sides are empty after normalising, exact match
+    is 1 and F1 is 0, as in the official scripts. KeyError for a question without prediction.
+    """
+    exact, f1 = 0, 0.0
+    for question, answers in gold:
+        words = normalise(predicted[question])
+        accepted = [normalise(answer) for answer in answers]
+        exact += words in accepted
+        f1 += max(_f1(words, other) for other in accepted)  # not sum(), which some Python versions round differently
+    return {"exact_match": 100.0 * exact / len(gold), "f1": 100.0 * f1 / len(gold)}
+
+
+def _f1(words: list[str], gold: list[str]) -> float:
+    same = (Counter(words) & Counter(gold)).total()
+    if not same:
+        return 0.0
+    precision, recall = same / len(words), same / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+@cache
+def _is_punctuation(char: str) -> bool:
+    return char in string.punctuation or unicodedata.category(char).startswith("P")

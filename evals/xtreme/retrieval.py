@@ -13,7 +13,7 @@ Shapes: N sentences, H hidden.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.atomic import write_text
+from data_pipeline.console import track
 from data_pipeline.xtreme.layouts import detect_layout, find_source, tatoeba_pairs
 from data_pipeline.xtreme.retrieval import tatoeba_files
 from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
-from evals.results import RESULTS_FILE, described_versions
+from evals.results import RESULTS_FILE
 from evals.xtreme.score import XtremeScores, score_directory
+from training.provenance import description
 
 if TYPE_CHECKING:
     from modeling.tasks.sentence_states import SentenceStates
@@ -103,13 +105,12 @@ def retrieve_tatoeba(
     *,
     languages: Sequence[str] | None = None,
     layout: str = "auto",
-    progress: Callable[[int], object] | None = None,
 ) -> tuple[dict[str, Any], XtremeScores | None]:
     """Predictions of every language, and scores if gold is known (XTREME's own files do not show it).
 
     Writes `output/{predictions,labels}/tatoeba/` and `output/results.json`; returns the latter's content, and the
     scores. `languages`: default: all in `data_dir`; the others are reported as missing. A sentence without tokens is
-    left out and named (`without_tokens`): its own prediction is line 0. `progress(1)` is called for each language.
+    left out and named (`without_tokens`): its own prediction is line 0.
     Raises EvalError or DataError before anything is computed.
     """
     task = xtreme_task("tatoeba")
@@ -119,7 +120,7 @@ def retrieve_tatoeba(
     missing = {each: absent.get(each, "not asked for") for each in task.languages if each not in chosen}
     pairs_of = {language: tatoeba_pairs(data_dir, language, layout) for language in chosen}
     gold_of, without_tokens = [], {}
-    for language, pairs in pairs_of.items():
+    for language, pairs in track(pairs_of.items(), "tatoeba", "languages"):
         english, source = encoder.encode(pairs.english), encoder.encode(pairs.source)
         without = [
             f"{_file(data_dir, layout, language, is_english)}:{pairs.line(number, is_english)}: {text[:40]!r}"
@@ -135,8 +136,6 @@ def retrieve_tatoeba(
             gold_of.append(language)
         else:
             missing[language] = "no gold: the file's English side is sorted"
-        if progress is not None:
-            progress(1)
     scores = None
     if gold_of:
         scores = score_directory(output / "predictions", output / "labels", ["tatoeba"], gold_of)
@@ -152,7 +151,7 @@ def retrieve_tatoeba(
         "scores": scores and scores.to_json(),
         "missing": missing,
         "without_tokens": without_tokens,
-        "versions": described_versions(),
+        "versions": description(),
     }
     write_text(output / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     return results, scores

@@ -19,73 +19,53 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data_pipeline.atomic import write_text
 from data_pipeline.config import merged
 from data_pipeline.xtreme.prepare import STAMP, prepare_task
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
-from evals.results import described_versions
 from evals.xtreme.predict import EncoderPredictor, write_predictions
 from evals.xtreme.prepared import gold_file, read_records, split_files, write_gold
-from evals.xtreme.run_config import RunPlan
-from evals.xtreme.run_file import RUN_YAML, XtremeRun, composed, write_run_file
+from evals.xtreme.run_file import RUN_YAML, RunPlan, XtremeRun, composed, write_run_file
 from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
 from evals.xtreme.score import score_directory
 from evals.xtreme.selection import Selection, select
+from training.provenance import description
+from training.start import train_to_end
+from training.tracking.tracker import Tracker, parent_run
 
-COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "crosslift.py")]
 MADE_BY = "made_by.json"
-CHECK_FAILED = 3  # status of `train` and `export`: the export exists, but failed its check
 TABLE_FILE = "table.txt"
 
 
-class ScoreTracker(Protocol):
-    """Receives a run's scores, such as `training.tracking.tracker.Tracker`."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def artifact(self, path: Path, folder: str = "") -> None: ...
-
-
-# Follows a run of runs: (its folder, the run file's `tracking` section, params) -> what takes scores, and that section
-# for the training run inside. `training.tracking.tracker.parent_run` is one.
-Follow = Callable[
-    [Path, Mapping[str, Any], Mapping[str, Any]], AbstractContextManager[tuple[ScoreTracker, Mapping[str, Any]]]
-]
-
-
-def run_xtreme(run: XtremeRun, follow: Follow | None = None) -> dict[str, Any]:
+def run_xtreme(run: XtremeRun) -> dict[str, Any]:
     """Run everything, from files to table, with printed progress. Returns what it wrote to `scores.json`.
 
-    Raises EvalError, DataError or ModelError, one line each; tracking starts only when the run is known to fit its data
-    and its folder.
+    Raises EvalError, DataError, ModelError or ConfigError, one line each, and TrainingEnded; tracking starts only when
+    the run is known to fit its data and its folder.
     """
     plan = run.plan()
     baseline = read_scores(run.baseline, plan.task) if run.baseline is not None else None
     _say(f"1/5  rows of {run.task}")
     data = _data(run, plan)
     values = composed(run, plan, data)
-    if follow is None:
-        write_run_file(run, values)
-        return _from_training_on(run, plan, data, baseline, None)
     params = {
         "task": run.task, "model": run.model, "method": run.method, "mixup": run.mixup, "overrides": run.overrides,
         "data_dir": run.data_dir, "translations": run.translations, "soft_labels": run.soft_labels,
     }  # fmt: skip
-    with follow(run.output, plan.tracking, params) as (tracker, inside):
-        write_run_file(run, merged(values, {"tracking": dict(inside)}))
+    with parent_run(run.output, plan.tracking, params) as (tracker, child):
+        write_run_file(run, merged(values, {"tracking": dict(child)}))
         return _from_training_on(run, plan, data, baseline, tracker)
 
 
 def _from_training_on(
-    run: XtremeRun, plan: RunPlan, data: Path, baseline: Mapping[str, Any] | None, tracker: ScoreTracker | None
+    run: XtremeRun, plan: RunPlan, data: Path, baseline: Mapping[str, Any] | None, tracker: Tracker
 ) -> dict[str, Any]:
     """Steps 2 to 5, once `run.yaml` exists."""
     _say(f"2/5  {run.model}, {run.method}: trains by {run.output / RUN_YAML}")
@@ -96,9 +76,7 @@ def _from_training_on(
         dev = {language: file for language, file in dev.items() if language == plan.dominant}
     if not dev:
         _say(f"     {data / 'dev'}: no rows that {run.method} may see; the last checkpoint is taken")
-    chosen = select(
-        run.output / "training", run.output, plan.task, dev, run.mixup, _export, lambda text: _say(f"     {text}")
-    )
+    chosen = select(run.output / "training", run.output, plan.task, dev, run.mixup)
     _say(f"4/5  step {chosen.step} answers the test rows: {run.output / 'predictions' / run.task}")
     predicted, labelled = _predict(run, plan.task, data, chosen.step)
     _say("5/5  scores")
@@ -106,13 +84,12 @@ def _from_training_on(
     table = None if told is None else run_table(plan.task, told, plan.dominant)
     results = {
         "task": run.task, "model": run.model, "method": run.method, "selection": chosen.to_json(),
-        "predicted": predicted, "summary": told, "versions": described_versions(),
+        "predicted": predicted, "summary": told, "versions": description(),
     }  # fmt: skip
     write_text(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     if table is not None:
         write_text(run.output / TABLE_FILE, table + "\n")
-    if tracker is not None:
-        _track(tracker, run, chosen, results)
+    _track(tracker, run, chosen, results)
     if told is None:
         print(f"\n{run.data_dir}: the test rows have no labels, so there are predictions and no scores")
     else:
@@ -143,21 +120,9 @@ def _check_stamp(stamp: Path, task: str) -> None:
 
 
 def _train(run: XtremeRun) -> None:
-    """Run `crosslift train` as a user would; it resumes by itself."""
-    ranks = [] if run.nproc is None else ["--nproc", str(run.nproc)]
-    _crosslift("train", str(run.output / RUN_YAML), *ranks)
-
-
-def _export(checkpoint: Path, folder: Path) -> None:
-    _crosslift("export", str(checkpoint), "--output", str(folder))
-
-
-def _crosslift(*arguments: str) -> None:
-    _say(f"     crosslift {' '.join(arguments)}")
-    # Its output is progress; the result of this command is the table.
-    status = subprocess.run([*COMMAND, *arguments], stdout=sys.stderr).returncode
-    if status not in (0, CHECK_FAILED):  # an export that failed its check is kept, with a warning when it is opened
-        raise EvalError(f"crosslift {arguments[0]} ended with status {status}; its messages are above")
+    """Train, or resume; what it prints goes to stderr, because this command's output is its table."""
+    with redirect_stdout(sys.stderr):
+        train_to_end(run.output / RUN_YAML, nproc=run.nproc)
 
 
 def _predict(run: XtremeRun, task: XtremeTask, data: Path, step: int) -> tuple[dict[str, Any], bool]:
@@ -199,7 +164,7 @@ def _summary(run: XtremeRun, plan: RunPlan, baseline: Mapping[str, Any] | None) 
     return summary(plan.task, scores, plan.dominant, run.model, run.method, baseline)
 
 
-def _track(tracker: ScoreTracker, run: XtremeRun, chosen: Selection, results: Mapping[str, Any]) -> None:
+def _track(tracker: Tracker, run: XtremeRun, chosen: Selection, results: Mapping[str, Any]) -> None:
     """Send scores as metrics: dev scores by step, the rest at the chosen step."""
     for step, score in chosen.scores.items():
         tracker.log(step, {"dev/score": score})

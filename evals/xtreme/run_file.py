@@ -1,20 +1,167 @@
-"""The run file of one `crosslift xtreme run`: its training rows, composed, compared with an earlier call's, written."""
+"""The run file of one `crosslift xtreme run`: composed from the sections of `configs/xtreme.yaml` (base, kind, model,
+task and method), compared with an earlier call's, and written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_pipeline.atomic import write_text
+from data_pipeline.config import merged
+from data_pipeline.records import DataError
+from data_pipeline.settings import difference
+from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
 from data_pipeline.yaml_values import read_yaml, write_yaml
 from evals.errors import EvalError
 from evals.xtreme.predict import MixupMode
 from evals.xtreme.prepared import check_training, count_rows, filled_columns, split_files
-from evals.xtreme.run_config import RunPlan, Values, compose, read_plan
+from training.run_file import apply_override, read_values
 
 RUN_YAML = "run.yaml"
+SECTIONS = ("base", "kinds", "models", "tasks", "methods")
+CONDITIONS = ("kinds", "models", "tasks")  # conditions that a section may have
+PLAN_KEYS = ("epochs", "checkpoints", "train", "select")
+LANGUAGES = ("dominant", "all")
+
+Values = dict[str, Any]
+Which = Literal["dominant", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """The settings around one training: epochs, checkpoints, languages. `values`: the run file so far."""
+
+    task: XtremeTask
+    epochs: float
+    checkpoints: int
+    train: Which
+    select: Which
+    values: Values
+
+    @property
+    def dominant(self) -> str:
+        return str(self.values["data"]["dominant"])
+
+    @property
+    def tracking(self) -> Values:
+        """The run file's `tracking` section."""
+        return dict(self.values.get("tracking") or {})
+
+
+def read_plan(config: Path, task: str, model: str, method: str, overrides: Sequence[str] = ()) -> RunPlan:
+    """The sections for one run, merged. Raises EvalError, and DataError for the task's name."""
+    sections = _read(config)
+    found = xtreme_task(task)
+    if found.kind == "retrieval":
+        raise DataError(f"task {task!r} is not trained for; `crosslift xtreme retrieve` scores a model on it")
+    names = {"kinds": found.kind, "models": model, "tasks": task}
+    values: Values = {}
+    _put(values, sections.get("base") or {}, names, f"{config}: base")
+    for part, name in (*names.items(), ("methods", method)):
+        for section, where in _chain(config, sections, part, name):
+            _put(values, section, names, where)
+    for override in overrides:
+        apply_override(values, override)
+    plan = {key: values.pop(key, None) for key in PLAN_KEYS}
+    _check_plan(config, plan, values)
+    return RunPlan(found, **plan, values=values)
+
+
+def compose(plan: RunPlan, data_dir: Path, output_dir: Path, files: Mapping[str, str], rows: int) -> Values:
+    """The values of a complete run file.
+
+    files: the training file of each language, as an address or below `data_dir`; `rows`: their total number of rows.
+    max_steps, checkpoint.every and checkpoint.keep keep the values of sections or overrides.
+    """
+    values: Values = {"data_dir": str(data_dir), "output_dir": str(output_dir)}
+    data: Values = {"languages": list(files), "task": {"kind": plan.task.kind}}
+    if plan.task.labels:
+        data["task"]["labels"] = list(plan.task.labels)
+    values = merged(merged(values, {"data": data}), plan.values)
+    values["data"]["sources"] = [
+        {**source, "files": list(files.values())} for source in values["data"].get("sources") or []
+    ]
+    values.setdefault("max_steps", steps_of(plan.epochs, rows, values["data"]["slots_per_step"]))
+    kept = {"every": max(math.ceil(values["max_steps"] / plan.checkpoints), 1), "keep": plan.checkpoints}
+    values["checkpoint"] = merged(kept, values.get("checkpoint") or {})
+    values["tracking"] = plan.tracking
+    return values
+
+
+def steps_of(epochs: float, rows: int, slots_per_step: int) -> int:
+    """Number of steps that read every row `epochs` times; the last step may read some more."""
+    return max(math.ceil(epochs * rows / slots_per_step), 1)
+
+
+def _read(config: Path) -> Values:
+    sections, mistakes = read_values(config)
+    if mistakes:
+        raise EvalError("\n".join(mistakes))
+    if "methods" not in sections:
+        raise EvalError(f"{config}: not a file of sections {', '.join(SECTIONS)}; take configs/xtreme.yaml")
+    if unknown := [key for key in sections if key not in SECTIONS]:
+        raise EvalError(f"{config}: {unknown[0]!r} is no section; there are {', '.join(SECTIONS)}")
+    return sections
+
+
+def _chain(config: Path, sections: Values, part: str, name: str) -> list[tuple[Values, str]]:
+    """The section of that name, preceded by those that it extends, each with its name for messages."""
+    found: list[tuple[Values, str]] = []
+    named: str | None = name
+    while named is not None:
+        known = sections.get(part) or {}
+        if named not in known:
+            raise EvalError(f"{config}: {part} has no {named!r}; there are {', '.join(map(str, known)) or 'none'}")
+        where = f"{config}: {part}.{named}"
+        if any(where == earlier for _, earlier in found):
+            raise EvalError(f"{where}: extends itself")
+        section = _mapping(known[named], where)
+        found.append(({key: value for key, value in section.items() if key != "extends"}, where))
+        named = section.get("extends")
+    return found[::-1]
+
+
+def _put(values: Values, section: Any, names: Mapping[str, str], where: str) -> None:
+    """Merge in place a section's own keys, then those it has for this kind, this model and this task."""
+    section = _mapping(section, where)
+    own = {key: value for key, value in section.items() if key not in CONDITIONS}
+    values.update(merged(values, own))
+    for condition in CONDITIONS:
+        inner = _mapping(section.get(condition), f"{where}.{condition}")
+        if names[condition] in inner:
+            _put(values, inner[names[condition]], names, f"{where}.{condition}.{names[condition]}")
+
+
+def _mapping(section: Any, where: str) -> Values:
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise EvalError(f"{where}: holds {section!r}; it must hold keys of a run file")
+    return section
+
+
+def _check_plan(config: Path, plan: Values, values: Values) -> None:
+    for key, least in (("epochs", 0), ("checkpoints", 1)):
+        number = plan[key]
+        whole = key != "checkpoints" or isinstance(number, int)
+        if type(number) not in (int, float) or not whole or not math.isfinite(number) or number < least or number == 0:
+            raise EvalError(f"{config}: {key} is {number!r}; it must be a number above 0")
+    for key in ("train", "select"):
+        if plan[key] not in LANGUAGES:
+            raise EvalError(f"{config}: {key} is {plan[key]!r}; it must be {' or '.join(LANGUAGES)}")
+    if not isinstance(values.get("model"), dict) or not values["model"].get("path"):
+        raise EvalError(f"{config}: no section gives model.path; add model.path=DIR, a pretrained encoder's directory")
+    for path in ("data.dominant", "data.slots_per_step", "objective.name"):
+        section, key = path.split(".")
+        if not isinstance(values.get(section), dict) or values[section].get(key) is None:
+            raise EvalError(f"{config}: no section gives {path}")
+    slots = values["data"]["slots_per_step"]
+    if type(slots) is not int or slots < 1:
+        raise EvalError(f"{config}: data.slots_per_step is {slots!r}; it must be a whole number above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +209,16 @@ def composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
     file = run.output / RUN_YAML
     if file.is_file() and (run.output / "training").is_dir():  # else it was refused and may be corrected
         before = read_yaml(file.read_text(encoding="utf-8"))
-        now = read_yaml(_as_yaml(values))  # as it would be read from the file: no tuples
-        if key := _difference({**before, "tracking": None}, {**now, "tracking": None}):
+        now = read_yaml(write_yaml(values))  # as it would be read from the file: no tuples
+        if keys := difference({**before, "tracking": None}, {**now, "tracking": None}):
+            key = next(iter(keys))
             raise EvalError(f"{file}: belongs to a run with another {key}; name a new --output, or use its settings")
     return values
 
 
 def write_run_file(run: XtremeRun, values: Values) -> None:
     heading = f"# {run.task}, {run.model}, {run.method}; written by `crosslift xtreme run`, read by `crosslift train`\n"
-    write_text(run.output / RUN_YAML, heading + _as_yaml(values))
-
-
-def _as_yaml(values: Values) -> str:
-    return write_yaml(values)
+    write_text(run.output / RUN_YAML, heading + write_yaml(values))
 
 
 def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path]:
@@ -92,14 +236,3 @@ def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path
         raise EvalError(f"{data / 'train' / plan.dominant}.jsonl: missing, or empty; training needs it")
     order = [plan.dominant, *(language for language in files if language != plan.dominant)]
     return {language: files[language] for language in order[: 1 if plan.train == "dominant" else None]}
-
-
-def _difference(before: Any, now: Any) -> str:
-    """The first key, such as "data.slots_per_step", in which two nested dicts differ; empty: none."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return ""
-    for key in {**now, **before}:
-        if before.get(key) != now.get(key):
-            rest = _difference(before.get(key), now.get(key))
-            return f"{key}.{rest}" if rest else str(key)
-    return ""

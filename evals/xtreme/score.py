@@ -19,7 +19,6 @@ from data_pipeline.console import table
 from data_pipeline.xtreme.tasks import TASKS, XtremeTask, xtreme_task
 from evals.errors import EvalError
 from evals.results import by_reason
-from evals.xtreme.answers import answer_scores, mlqa_words, squad_words
 from evals.xtreme.label_files import (
     TaggedSentence,
     read_answers,
@@ -29,7 +28,7 @@ from evals.xtreme.label_files import (
     read_questions,
     read_tags,
 )
-from evals.xtreme.metrics import accuracy, set_f1, tagging_scores
+from evals.xtreme.metrics import accuracy, answer_scores, mlqa_words, set_f1, squad_words, tagging_scores
 
 ALL_TASKS = "all_task"  # its name in XTREME's scorer
 # The order in which XTREME's scorer adds up languages, if not alphabetical: another order may change the last binary

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic import replaced_path, swap, write_text
+from data_pipeline.atomic import write_text
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.xtreme.predict import EncoderPredictor, MixupMode, write_predictions
 from evals.xtreme.prepared import gold_file, read_records, write_gold
 from evals.xtreme.score import score_directory
+from modeling.export_info import RUN_EXPORT
+from training.checkpoints.checkpoint import complete, step_of
+from training.checkpoints.export import export_checkpoint, export_newest
+from training.errors import ExportCheckFailed
 
 SELECTION_FILE = "selection.json"
 
@@ -38,12 +44,11 @@ class Selection:
         return {"step": self.step, "languages": list(self.languages), "mixup": self.mixup, "scores": scores}
 
 
-def checkpoints(training: Path) -> dict[int, Path]:
-    """Complete checkpoints of a run by step (`training.checkpoints`), oldest first. Raises EvalError: none."""
-    found = sorted(marker.parent for marker in (training / "checkpoints").glob("step-*/COMPLETE"))
-    if not found:
-        raise EvalError(f"{training}: holds no complete checkpoint; train first")
-    return {int(path.name.removeprefix("step-")): path for path in found}
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Complete checkpoints of a training run by step, oldest first. Raises EvalError if there are none."""
+    if not (found := {step_of(path): path for path in complete(run)}):
+        raise EvalError(f"{run}: holds no complete checkpoint; train first")
+    return dict(sorted(found.items()))
 
 
 def dev_score(
@@ -59,18 +64,10 @@ def dev_score(
     return score_directory(folder / "predictions", folder / "labels", [task.name], list(files)).tasks[task.name].score
 
 
-def select(
-    training: Path,
-    output: Path,
-    task: XtremeTask,
-    dev: Mapping[str, Path],
-    mixup: MixupMode,
-    export: Callable[[Path, Path], None],
-    say: Callable[[str], None],
-) -> Selection:
-    """Score every checkpoint without a score and keep the best one's export at `output/model`; ties: the earliest.
+def select(training: Path, output: Path, task: XtremeTask, dev: Mapping[str, Path], mixup: MixupMode) -> Selection:
+    """Score every checkpoint that is not scored yet, and leave the best one's export at `output/model`.
 
-    `export(checkpoint, folder)` writes a Hugging Face directory. Without dev files the last checkpoint is used.
+    Of equal scores the earliest checkpoint is chosen; without dev files the last one.
     """
     found = checkpoints(training)
     known = _earlier(output / SELECTION_FILE, list(dev), mixup)
@@ -78,24 +75,41 @@ def select(
     for step, checkpoint in found.items() if dev else ():
         score = known.get(step)
         if score is None:
-            with_export = _exported(training / "model", step) or output / ".checkpoint"
-            if with_export == output / ".checkpoint":
-                shutil.rmtree(with_export, ignore_errors=True)
-                export(checkpoint, with_export)
-            score = dev_score(EncoderPredictor.open(with_export), task, dev, output / "dev" / f"step-{step:08d}", mixup)
-            shutil.rmtree(output / ".checkpoint", ignore_errors=True)
+            with _export_of(checkpoint, step, training / RUN_EXPORT, output / ".checkpoint") as export:
+                predictor = EncoderPredictor.open(export)
+                score = dev_score(predictor, task, dev, output / "dev" / f"step-{step:08d}", mixup)
         scores = {**selection.scores, step: score}
         selection = Selection(max(scores, key=lambda at: (scores[at], -at)), tuple(dev), mixup, scores)
         write_text(output / SELECTION_FILE, json.dumps(selection.to_json(), indent=1) + "\n")
-        say(f"step {step}: {score:.2f} on dev ({', '.join(dev)})")
-    model = output / "model"
-    if _exported(model, selection.step) is None:
-        temporary = output / ".model"
-        shutil.rmtree(temporary, ignore_errors=True)
-        export(found[selection.step], temporary)
-        swap(temporary, model, replaced_path(model))
-        shutil.rmtree(replaced_path(model), ignore_errors=True)
+        print(f"     step {step}: {score:.2f} on dev ({', '.join(dev)})", file=sys.stderr, flush=True)
+    if _exported(output / "model", selection.step) is None:
+        with _warned_of_check():
+            export_newest(found[selection.step], output / "model")
     return selection
+
+
+@contextmanager
+def _export_of(checkpoint: Path, step: int, existing: Path, temporary: Path) -> Iterator[Path]:
+    """The run's own export if it is of this checkpoint, else one at `temporary`, deleted at the end."""
+    if _exported(existing, step) is not None:
+        yield existing
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with _warned_of_check():
+            export_checkpoint(checkpoint, temporary)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _warned_of_check() -> Iterator[None]:
+    """An export that failed its check is kept and used; a line says so."""
+    try:
+        yield
+    except ExportCheckFailed as error:
+        print(f"     {error}", file=sys.stderr, flush=True)
 
 
 def _exported(folder: Path, step: int) -> Path | None:

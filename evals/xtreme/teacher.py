@@ -9,12 +9,13 @@ A translation has no gold tags, so X-Mixup learns from these (docs/methods.md, s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.atomic import write_text
+from data_pipeline.console import Progress
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
@@ -29,7 +30,6 @@ def soft_labels(
     task: str,
     translations: Sequence[Path],
     output: Path,
-    progress: Callable[[int], object] | None = None,
 ) -> dict[str, int]:
     """Write `output/<name of the file>` for each file of translations; returns the number of rows by file name.
 
@@ -47,23 +47,24 @@ def soft_labels(
         )
     order = [predictor.labels.index(label) for label in labels]
     counts = {}
-    for file in _files(translations):
-        target = output / file.name
-        if target.resolve() == file.resolve():
-            raise EvalError(f"{target}: is the input; name another --output")
-        if file.name in counts:
-            raise EvalError(f"{file}: a second file of that name; outputs would replace each other")
-        lines: list[str] = []
-        for rows in _chunks(file):
-            probabilities = predictor.tag_probabilities([record for record, _ in rows])
-            for (_, row), words in zip(rows, probabilities, strict=True):
-                soft = [[round(float(value), DIGITS) for value in word[order]] for word in words]
-                kept = {key: value for key, value in row.items() if key != "tags"}
-                lines.append(json.dumps({**kept, "soft_tags": soft}, ensure_ascii=False) + "\n")
-            if progress is not None:
-                progress(len(rows))
-        write_text(target, "".join(lines))
-        counts[file.name] = len(lines)
+    files = _files(translations)
+    with Progress("soft labels", None, "rows") as progress:
+        for file in files:
+            target = output / file.name
+            if target.resolve() == file.resolve():
+                raise EvalError(f"{target}: is the input; name another --output")
+            if file.name in counts:
+                raise EvalError(f"{file}: a second file of that name; outputs would replace each other")
+            lines: list[str] = []
+            for rows in _chunks(file):
+                probabilities = predictor.tag_probabilities([record for record, _ in rows])
+                for (_, row), words in zip(rows, probabilities, strict=True):
+                    soft = [[round(float(value), DIGITS) for value in word[order]] for word in words]
+                    kept = {key: value for key, value in row.items() if key != "tags"}
+                    lines.append(json.dumps({**kept, "soft_tags": soft}, ensure_ascii=False) + "\n")
+                progress.advance(len(rows))
+            write_text(target, "".join(lines))
+            counts[file.name] = len(lines)
     return counts
 
 

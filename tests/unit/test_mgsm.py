@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_pipeline.text.chat import Chat, TemplateConfig
 from evals.errors import EvalError
-from evals.mgsm.mgsm import evaluate_mgsm, read_problems, score_mgsm
-from evals.mgsm.mgsm_table import mgsm_table
+from evals.mgsm import mgsm
+from evals.mgsm.mgsm import MgsmSettings, evaluate_mgsm, read_problems, score_mgsm
 from evals.mgsm.numbers import RULES
+from evals.mgsm.report import mgsm_table
 from modeling.export_info import ExportInfo
 from modeling.generation import Generation, Prompt, ShiftedGenerator
 from modeling.weights.weight_files import directory_hash
@@ -169,22 +170,22 @@ def test_an_evaluation_keeps_its_outputs_and_describes_the_run(tmp_path: Path, d
 
 def test_languages_limit_and_response_language_are_applied(tmp_path: Path, data: Path, chat: Chat) -> None:
     generator = ScriptedGenerator(chat, tmp_path / "model")
-    results = evaluate_mgsm(generator, chat, data, tmp_path / "out", languages=["de"], response_language="en", limit=1)
+    results = evaluate_mgsm(generator, chat, data, tmp_path / "out", MgsmSettings(["de"], "en", limit=1))
     assert [(prompt.language, prompt.response_language) for prompt in generator.prompts] == [("de", "en")]
     assert "Please answer in English." in chat.decode(generator.prompts[0].ids)
     assert list(results["languages"]) == ["de"]
     # the rules read the answer as English, whatever the question's language
     assert results["languages"]["de"]["accuracy"]["lm_eval_strict"]["correct"] == 0
     with pytest.raises(EvalError, match=r"no mgsm_xx\.tsv; there are bn, de, en"):
-        evaluate_mgsm(generator, chat, data, tmp_path / "other", languages=["xx"])
+        evaluate_mgsm(generator, chat, data, tmp_path / "other", MgsmSettings(["xx"]))
     with pytest.raises(EvalError, match="limit is 0"):
-        evaluate_mgsm(generator, chat, data, tmp_path / "other", limit=0)
+        evaluate_mgsm(generator, chat, data, tmp_path / "other", MgsmSettings(limit=0))
     with pytest.raises(EvalError, match=r"holds no mgsm_XX\.tsv"):
         evaluate_mgsm(generator, chat, tmp_path / "out", tmp_path / "other")
 
 
 def test_finished_languages_survive_a_crash_and_the_evaluation_continues(
-    tmp_path: Path, data: Path, chat: Chat
+    tmp_path: Path, data: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -194,7 +195,8 @@ def test_finished_languages_survive_a_crash_and_the_evaluation_continues(
 
     again = ScriptedGenerator(chat, tmp_path / "model")
     told: list[int] = []
-    results = evaluate_mgsm(again, chat, data, out, progress=told.append)
+    monkeypatch.setattr(mgsm.Progress, "advance", lambda self, n=1: told.append(n))
+    results = evaluate_mgsm(again, chat, data, out)
     assert {prompt.language for prompt in again.prompts} == {"de", "en"}
     assert told == [2]
     whole = evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model"), chat, data, tmp_path / "whole")
@@ -205,7 +207,7 @@ def test_the_folder_of_another_evaluation_is_refused(tmp_path: Path, data: Path,
     generator, out = ScriptedGenerator(chat, tmp_path / "model"), tmp_path / "out"
     evaluate_mgsm(generator, chat, data, out)
     with pytest.raises(EvalError, match=r"another protocol\.max_new_tokens; name a new folder"):
-        evaluate_mgsm(generator, chat, data, out, max_new_tokens=10)
+        evaluate_mgsm(generator, chat, data, out, MgsmSettings(max_new_tokens=10))
     save_file({"weight": np.zeros(2, np.float32)}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(EvalError, match=r"another model\.hash"):
         evaluate_mgsm(generator, chat, data, out)
@@ -283,7 +285,7 @@ def test_every_partial_number_is_marked(tmp_path: Path, data: Path, chat: Chat) 
     assert (whole["partial"], whole["missing"]) == ([], {})
     assert not any(score["partial"] for score in whole["languages"].values())
 
-    limited = evaluate_mgsm(generator, chat, data, tmp_path / "limited", limit=1)
+    limited = evaluate_mgsm(generator, chat, data, tmp_path / "limited", MgsmSettings(limit=1))
     assert {lang: (each["n"], each["available"], each["partial"]) for lang, each in limited["languages"].items()} == {
         "bn": (1, 2, True), "de": (1, 2, True), "en": (1, 2, True)
     }  # fmt: skip
@@ -296,7 +298,7 @@ def test_every_partial_number_is_marked(tmp_path: Path, data: Path, chat: Chat) 
         assert cells == [len(rules)] * 5
         assert lines[-1] == "* 1 of 2 problems: bn, de, en"
 
-    two = evaluate_mgsm(generator, chat, data, tmp_path / "two", languages=["en", "de"])
+    two = evaluate_mgsm(generator, chat, data, tmp_path / "two", MgsmSettings(["en", "de"]))
     assert (two["partial"], two["missing"]) == (["all", "without_en"], {"bn": "not asked for"})
     table = mgsm_table({"two": two, "whole": whole})
     assert [line.split("  ")[0] for line in table.split("\n") if "%*" in line] == ["mean all", "mean without en"]
@@ -334,7 +336,7 @@ def test_a_tiny_real_model_is_evaluated_with_its_shift(
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     generator = ShiftedGenerator.from_directory(tmp_path / "model")
-    results = evaluate_mgsm(generator, chat, data, tmp_path / "out", max_new_tokens=4, batch_size=2)
+    results = evaluate_mgsm(generator, chat, data, tmp_path / "out", MgsmSettings(max_new_tokens=4, batch_size=2))
     assert results["run"]["model"] == {
         "path": str(tmp_path / "model"),
         "hash": directory_hash(tmp_path / "model"),

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from data_pipeline.atomic import WriteError
+from evals import representations
 from evals.errors import EvalError
 from evals.representation_plots import _apart, draw, write_report
 from evals.representations import (
@@ -74,9 +76,13 @@ def one_by_one(folder: str, texts: list[str], pooling: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first"])
-def test_measures_equal_those_of_single_forward_passes(folders: dict[str, str], pooling: str) -> None:
+def test_measures_equal_those_of_single_forward_passes(
+    folders: dict[str, str], pooling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
-    report = analyse(folders, TEXTS, dominant="en", pooling=pooling, batch_size=7, progress=seen.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(representations, "BATCH_SIZE", 7)
+    monkeypatch.setattr(representations.Progress, "advance", lambda self, n=1: seen.append(n))
+    report = analyse(folders, TEXTS, dominant="en", pooling=pooling)
     assert sum(seen) == 2 * 2 * 30
     assert report.sentences == {"de": 30, "sw": 30}
     for label, folder in folders.items():

@@ -23,8 +23,7 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.records import DataError
 from data_pipeline.sources.index import build_index
 from data_pipeline.text.chat import Chat, TemplateConfig
-from evals.errors import EvalError
-from evals.xtreme.run_config import read_plan
+from evals.xtreme.run_file import read_plan
 from modeling.errors import ModelError
 from modeling.loading import load_config, load_pretrained
 from modeling.shifcon.language_vectors import LanguageVectors
@@ -252,7 +251,7 @@ def test_yaml_that_would_create_objects_is_refused(tmp_path: Path, canary: Path)
     with pytest.raises(ConfigError, match="the value is not valid YAML"):
         load_run_file(file, [f"seed={code}"])
     file.write_text(f"models: {code}\n")
-    with pytest.raises(EvalError) as refused:
+    with pytest.raises(ConfigError, match="not valid YAML") as refused:
         read_plan(file, "xnli", "m", "zero-shot", ())
     one_line(refused)
     assert not canary.exists()

@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from evals.xtreme.answers import answer_scores, mlqa_words, squad_words
+from evals.xtreme.metrics import answer_scores, mlqa_words, squad_words
 
 # MLQA's language (None: SQuAD's rule), prediction, gold answer: exact match and F1 as XTREME's scripts print them.
 MEASURED = [

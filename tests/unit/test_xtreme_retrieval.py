@@ -12,6 +12,7 @@ import torch
 from small_encoders import WORDS
 from tiny_task_model import export
 
+from data_pipeline import console
 from data_pipeline.records import DataError
 from data_pipeline.xtreme.tasks import TATOEBA_CODES
 from evals.commands import xtreme_retrieve
@@ -93,14 +94,15 @@ def laser(folder: Path, language: str, source: list[str], english: list[str]) ->
     (folder / f"tatoeba.{code}-eng.eng").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
 
 
-def test_a_folder_gives_predictions_and_scores(model: Path, tmp_path: Path) -> None:
+def test_a_folder_gives_predictions_and_scores(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     english = list(dict.fromkeys(sentences(15, 1)))
     other = list(dict.fromkeys(sentences(12, 2)))
     laser(tmp_path / "tatoeba", "de", english, english)  # a "translation" that is the same is found
     laser(tmp_path / "tatoeba", "sw", other[::-1], other)
     encoder = SentenceEncoder.open(model, 1, dtype="fp32")
     told: list[int] = []
-    results, scores = retrieve_tatoeba(encoder, tmp_path, tmp_path / "out", progress=told.append)
+    monkeypatch.setattr(console.Progress, "advance", lambda self, n=1: told.append(n))
+    results, scores = retrieve_tatoeba(encoder, tmp_path, tmp_path / "out")
     assert scores is not None
     assert list(scores.tasks["tatoeba"].languages) == ["de", "sw"]
     assert scores.tasks["tatoeba"].languages["de"]["accuracy"] == 100

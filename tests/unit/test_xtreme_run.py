@@ -30,6 +30,8 @@ from evals.xtreme.label_files import read_labels
 from evals.xtreme.predict import EncoderPredictor
 from evals.xtreme.run import run_xtreme
 from evals.xtreme.run_file import XtremeRun
+from training import start
+from training.errors import TrainingEnded
 from training.objectives.config import XMixupConfig
 from training.run_file import load_config
 
@@ -51,37 +53,44 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 class Stage:
-    """Stands for `crosslift train` and `crosslift export`."""
+    """Stands for training, for exports, and for the run's record."""
 
     def __init__(self, models: Mapping[int, Path]) -> None:
         self.models, self.calls = models, []  # type: ignore[var-annotated]
         self.steps: tuple[int, ...] = STEPS
         self.refuses = False
+        self.tracked = Tracked()
 
-    def __call__(self, *arguments: str) -> None:
-        self.calls.append(arguments[0])
+    def train(self, config: Path, nproc: int | None) -> None:
+        self.calls.append("train")
         if self.refuses:
-            raise EvalError("crosslift train ended with status 2; its messages are above")
-        if arguments[0] == "train":
-            values = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
-            for step in self.steps:
-                folder = Path(values["output_dir"], "checkpoints", f"step-{step:08d}")
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "COMPLETE").touch()
-            (folder.parent / "step-00000009").mkdir(exist_ok=True)  # torn: no marker
-            shutil.rmtree(Path(values["output_dir"], "model"), ignore_errors=True)
-            shutil.copytree(self.models[max(self.steps)], Path(values["output_dir"], "model"))
-        else:
-            assert arguments[0] == "export"
-            step = int(Path(arguments[1]).name.removeprefix("step-"))
-            shutil.copytree(self.models[step], arguments[3])
+            raise TrainingEnded(config, 2)
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        for step in self.steps:
+            folder = Path(values["output_dir"], "checkpoints", f"step-{step:08d}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "COMPLETE").write_text('{"files": {}}')
+        (folder.parent / "step-00000009").mkdir(exist_ok=True)  # torn: no marker
+        shutil.rmtree(Path(values["output_dir"], "model"), ignore_errors=True)
+        shutil.copytree(self.models[max(self.steps)], Path(values["output_dir"], "model"))
+        print("what training prints")
+
+    def export(self, checkpoint: Path, folder: Path) -> None:
+        self.calls.append("export")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.models[int(checkpoint.name.removeprefix("step-"))], folder)
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> Stage:
+        monkeypatch.setattr("evals.xtreme.run.train_to_end", self.train)
+        monkeypatch.setattr("evals.xtreme.run.parent_run", self.tracked)
+        for name in ("export_checkpoint", "export_newest"):
+            monkeypatch.setattr(f"evals.xtreme.selection.{name}", self.export)
+        return self
 
 
 @pytest.fixture
 def stage(models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> Stage:
-    stand_in = Stage(models)
-    monkeypatch.setattr("evals.xtreme.run._crosslift", stand_in)
-    return stand_in
+    return Stage(models).put_in(monkeypatch)
 
 
 def text(rng: np.random.Generator) -> str:
@@ -150,8 +159,8 @@ class Tracked:
 def test_the_best_checkpoint_on_dev_predicts_the_test_rows(
     data: Path, tmp_path: Path, models: dict[int, Path], stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, tracked = tmp_path / "run", Tracked()
-    results = run_xtreme(make(data, output), tracked)
+    output, tracked = tmp_path / "run", stage.tracked
+    results = run_xtreme(make(data, output))
     assert stage.calls == ["train", "export", "export", "export"]  # the last step's export is there already
     selection = json.loads((output / "selection.json").read_bytes())
     assert selection["step"] == BEST
@@ -178,6 +187,7 @@ def test_the_best_checkpoint_on_dev_predicts_the_test_rows(
     assert json.loads((output / "scores.json").read_bytes()) == results
     assert results["predicted"] == {"de": {"rows": 18, "mixed": 18}, "en": {"rows": 18, "mixed": 18}}
     out = capsys.readouterr().out
+    assert "what training prints" not in out
     rows = [line.split() for line in out.splitlines()]
     assert ["de", f"{right['de']:.2f}"] in rows
     assert ["published", "78.80"] in rows
@@ -190,7 +200,7 @@ def test_the_best_checkpoint_on_dev_predicts_the_test_rows(
 
 
 def test_the_run_file_has_the_methods_settings_and_the_existing_rows(data: Path, tmp_path: Path, stage: Stage) -> None:
-    run_xtreme(make(data, tmp_path / "run", nproc=2), Tracked())
+    run_xtreme(make(data, tmp_path / "run", nproc=2))
     config = load_config(tmp_path / "run" / "run.yaml")
     assert isinstance(config.objective, XMixupConfig)
     assert config.max_steps == 4  # 4 epochs of 60 rows, 64 a step
@@ -222,14 +232,14 @@ def test_a_second_call_continues_where_the_first_stopped(
 
 
 def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: Stage) -> None:
-    tracked = Tracked()
-    run_xtreme(make(data, tmp_path / "run"), tracked)
+    tracked = stage.tracked
+    run_xtreme(make(data, tmp_path / "run"))
     with pytest.raises(
         EvalError, match=r"run\.yaml: belongs to a run with another objective.layer; name a new --output"
     ):
-        run_xtreme(make(data, tmp_path / "run", overrides=("objective.layer=5",)), tracked)
+        run_xtreme(make(data, tmp_path / "run", overrides=("objective.layer=5",)))
     assert len(tracked.followed) == 1  # that run's record says nothing of this
-    run_xtreme(make(data, tmp_path / "run", nproc=4), tracked)  # ranks and stores may differ
+    run_xtreme(make(data, tmp_path / "run", nproc=4))  # ranks and stores may differ
     assert tracked.followed[0] == tracked.followed[1]
     assert tracked.followed[1][0] == tmp_path / "run"
     assert tracked.followed[1][1]["method"] == "x-mixup"
@@ -237,7 +247,7 @@ def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: S
 
 def test_a_run_file_that_training_refused_can_be_corrected(data: Path, tmp_path: Path, stage: Stage) -> None:
     stage.refuses = True
-    with pytest.raises(EvalError, match="ended with status 2"):
+    with pytest.raises(TrainingEnded, match="ended with status 2"):
         run_xtreme(make(data, tmp_path / "run", overrides=("optimizer.learning_rat=1",)))
     stage.refuses = False
     run_xtreme(make(data, tmp_path / "run"))
@@ -377,9 +387,23 @@ def test_xtremes_own_files_are_prepared_first(tmp_path: Path, stage: Stage) -> N
         run_xtreme(make(tmp_path / "run" / "data", tmp_path / "more", translations=tmp_path))
 
 
-def test_a_failed_training_ends_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evals.xtreme.run.COMMAND", ["false"])
-    with pytest.raises(EvalError, match="crosslift train ended with status 1; its messages are above"):
+@pytest.mark.parametrize("status", [1, 2, 75])
+def test_a_failed_training_ends_the_run_with_its_status(
+    data: Path, tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr("evals.xtreme.run.train_to_end", start.train_to_end)
+    monkeypatch.setattr(start, "train", lambda *_: status)
+    with pytest.raises(TrainingEnded, match=f"training ended with status {status}; its messages are above") as ended:
+        run_xtreme(make(data, tmp_path / "run"))
+    assert ended.value.exit_status == status
+
+
+def test_an_interrupted_training_is_an_interrupt(
+    data: Path, tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evals.xtreme.run.train_to_end", start.train_to_end)
+    monkeypatch.setattr(start, "train", lambda *_: 130)
+    with pytest.raises(KeyboardInterrupt):
         run_xtreme(make(data, tmp_path / "run"))
 
 
@@ -412,9 +436,7 @@ def test_translations_for_a_tagger_need_a_teacher(tmp_path: Path, models: dict[i
         tagged(folder / split / "en.jsonl", "en", tags=["O", "B-LOC"])
     tagged(folder / "train" / "de.jsonl", "de", back_words=["old", "bridge"])
     tags = TASKS["panx"].labels
-    monkeypatch.setattr(
-        "evals.xtreme.run._crosslift", Stage({s: export(tmp_path / f"m{s}", "tagging", tags, step=s) for s in STEPS})
-    )
+    Stage({s: export(tmp_path / f"m{s}", "tagging", tags, step=s) for s in STEPS}).put_in(monkeypatch)
     run = {"config": CONFIG, "task": "panx", "model": "mbert", "method": "x-mixup", "data_dir": folder}
     with pytest.raises(EvalError, match=r"de\.jsonl:1: neither tags nor soft_tags; let a teacher write them"):
         run_xtreme(XtremeRun(**run, output=tmp_path / "a"))

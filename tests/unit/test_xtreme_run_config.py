@@ -12,9 +12,10 @@ import yaml
 from data_pipeline.records import DataError
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
-from evals.xtreme.published import PUBLISHED, TASK_ORDER, published_score
-from evals.xtreme.run_config import compose, read_plan, steps_of
+from evals.xtreme.run_file import compose, read_plan, steps_of
+from evals.xtreme.run_table import PUBLISHED, TASK_ORDER, published_score
 from training.config import RunConfig
+from training.errors import ConfigError
 from training.objectives.config import FineTuneConfig, XMixupConfig
 from training.run_file import load_config, validate
 
@@ -185,10 +186,14 @@ def test_mistakes_in_sections_are_named(tmp_path: Path, changes: Any, names: Any
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("epochs", "must be key.sub=value"), ("seed.x=1", "'seed' holds int, not a section"), ("a={", "not valid YAML")],
+    [
+        ("epochs", "must be key.sub=value"),
+        ("seed.x=1", "'seed' holds a value, not a section"),
+        ("a={", "not valid YAML"),
+    ],
 )
 def test_mistakes_in_overrides_are_named(override: str, message: str) -> None:
-    with pytest.raises(EvalError, match=message):
+    with pytest.raises(ConfigError, match=message):
         read_plan(CONFIG, "xnli", "mbert", "x-mixup", [override])
 
 

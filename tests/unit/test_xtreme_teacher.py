@@ -15,6 +15,7 @@ from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.rows import check_example, read_task_file
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
+from evals.xtreme import teacher
 from evals.xtreme.predict import EncoderPredictor
 from evals.xtreme.teacher import soft_labels
 
@@ -44,7 +45,8 @@ def test_rows_get_the_teachers_probabilities_and_keep_their_other_fields(
     predictor = EncoderPredictor.open(export(tmp_path / "model", "tagging", TAGS[::-1]), "fp32")  # another order
     rows = write_rows(tmp_path / "mt" / "zh.jsonl", 10, tags=None, back_words=["old", "bridge"])
     told: list[int] = []
-    counts = soft_labels(predictor, "panx", [tmp_path / "mt"], tmp_path / "out", told.append)
+    monkeypatch.setattr(teacher.Progress, "advance", lambda self, n=1: told.append(n))
+    counts = soft_labels(predictor, "panx", [tmp_path / "mt"], tmp_path / "out")
     assert counts == {"zh.jsonl": 10}
     assert told == [4, 4, 2]
     written = [json.loads(line) for line in (tmp_path / "out" / "zh.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.settings import difference, flat
 from training.engine.saved_files import FIXED_KEYS as ENGINE_KEYS
 from training.errors import ConfigError
 
@@ -81,7 +82,7 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
 
     `max_steps` may grow.
     """
-    old, new = _flat(saved.config), _flat(config)
+    old, new = flat(saved.config), flat(config)
     if "data.overlong" in new:  # what versions did that had no such key
         old.setdefault("data.overlong", "truncate" if "data.task.kind" in old else "drop")
     if "model.lora.rank" in old:
@@ -90,9 +91,9 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
     if None in (old.get(DATE), new.get(DATE)):  # saved before it was fixed, or taken from the checkpoint
         old, new = ({key: value for key, value in values.items() if key != DATE} for values in (old, new))
     lines = [
-        Difference(f"config {key}: was {old.get(key)!r}, now {new.get(key)!r}", _is_below(key, fixed))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_below(key, FREE_KEYS) and not _grows(key, old, new)
+        Difference(f"config {key}: was {was!r}, now {is_now!r}", _is_below(key, fixed))
+        for key, (was, is_now) in difference(old, new).items()
+        if not _is_below(key, FREE_KEYS) and not (key == "max_steps" and was is not None and (is_now or 0) > was)
     ]
     # Checkpoints of before the tokenizer was looked at say nothing of it.
     unknown = {"tokenizer"} - saved.fingerprint.keys()
@@ -112,24 +113,7 @@ def _is_below(key: str, keys: Sequence[str]) -> bool:
     return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
-def _grows(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return key == "max_steps" and key in old and key in new and bool(new[key] > old[key])
-
-
 def _change(old: str | None, new: str | None) -> str:
     if old is None:
         return "is new"
     return "is gone" if new is None else "has changed"
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by their dotted keys; a list is a leaf, unless it is one of sections."""
-    if isinstance(values, list) and values and all(isinstance(value, Mapping) for value in values):
-        values = dict(enumerate(values))
-    if isinstance(values, Mapping) and values:
-        return {
-            inner: leaf
-            for key, value in values.items()
-            for inner, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    return {prefix: values}

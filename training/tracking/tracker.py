@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from data_pipeline.secrets import without_login
 from training.errors import ConfigError
 from training.messages import print_message
-from training.provenance import git_state, source_tags, versions
+from training.provenance import description, source_tags
 from training.tracking.config import DEFAULT_EXPERIMENT, TrackingConfig, TrackingTarget, tracking_target
 from training.tracking.mlflow_feed import RecordFeeder
 from training.tracking.mlflow_store import MAX_PARAM, error_line, is_server, run_page
@@ -236,7 +236,7 @@ def parent_run(
     if config.enabled:
         print_message(str(target))
     tracker = Tracker(output_dir, config)
-    tracker.start(params, {**versions(), **git_state()}, resumed_step=None)
+    tracker.start(params, description(), resumed_step=None)
     uri = _login_to_environment(target.uri)
     child = {"enabled": config.enabled, "uri": uri, "experiment": target.experiment, "parent": tracker.id}
     status: Status = "FAILED"

@@ -1,15 +1,19 @@
-"""MGSM's results as a table: one line a language, one column a model or rule, with notes on partial results."""
+"""MGSM's results as a table, a plot and metrics; sent to the MLflow page of the run that made the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import atomic_file, write_text
 from data_pipeline.console import table
+from data_pipeline.plot_text import PlotText
 from evals.mgsm.numbers import HEADLINE
-from evals.results import by_reason
+from evals.results import RESULTS_FILE, by_reason
 from evals.statistics import Accuracy
 
+TABLE_FILE, PLOT_FILE = "table.txt", "accuracy.png"
 UNSHIFTED = "\u2020"  # a dagger, as the star marks what is partial
 
 
@@ -72,3 +76,58 @@ def _notes(result: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
     absent = {language: "not there" for language in languages if language not in result["languages"]}
     missing = absent | result["missing"]
     return [by_reason(some)] * bool(some) + [f"means lack languages: {by_reason(missing)}"] * bool(missing)
+
+
+def score_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy (by the headline rule, as a share of 1) and number of problems by language, and the means."""
+    rule = results["headline"]
+    metrics = {}
+    for language, score in results["languages"].items():
+        metrics[f"accuracy/{language}"] = score["accuracy"][rule]["value"]
+        metrics[f"n/{language}"] = float(score["n"])
+    return metrics | {f"accuracy/mean_{name}": by_rule[rule] for name, by_rule in results["averages"].items()}
+
+
+def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> list[Path]:
+    """Write the table and the plot beside an evaluation's results.json; all three files. Raises WriteError."""
+    text, plot = output / TABLE_FILE, output / PLOT_FILE
+    counts = ", ".join(f"{language} {_count(score)}" for language, score in results["languages"].items())
+    write_text(text, f"{mgsm_table({name: results})}\n\nproblems: {counts}\n")
+    with atomic_file(plot) as temporary:
+        _draw(results, temporary, name)
+    return [output / RESULTS_FILE, text, plot]
+
+
+def track_results(results: Mapping[str, Any], output: Path, name: str) -> str | None:
+    """Send an evaluation's scores to the MLflow page of the run that made the model; a line about it, None: no run."""
+    from training.tracking.scores import track_scores
+
+    model = Path(results["run"]["model"]["path"])
+    return track_scores(model, name, score_metrics(results), write_score_files(results, output, name))
+
+
+def _count(score: Mapping[str, Any]) -> str:
+    """The number of problems, and of how many if not all were used."""
+    return f"{score['n']} of {score['available']}" if score["partial"] else str(score["n"])
+
+
+def _draw(results: Mapping[str, Any], plot: Path, name: str) -> None:
+    """Plot accuracy with its 95 % interval, one bar a language."""
+    from matplotlib.figure import Figure
+
+    scores, rule = results["languages"], results["headline"]
+    text = PlotText.of([name, *scores])
+    with text.fonts():
+        figure = Figure(figsize=(max(5.0, 1.5 + 0.6 * len(scores)), 4), layout="constrained")
+        axes = figure.subplots()
+        found = [score["accuracy"][rule] for score in scores.values()]
+        values = [100 * each["value"] for each in found]
+        below = [100 * max(each["value"] - each["low"], 0) for each in found]
+        above = [100 * max(each["high"] - each["value"], 0) for each in found]
+        axes.bar(range(len(scores)), values, color="#56B4E9")
+        axes.errorbar(range(len(scores)), values, [below, above], fmt="none", ecolor="0.3", capsize=3, linewidth=1)
+        labels = [f"{text(language)}\nn={_count(score)}" for language, score in scores.items()]
+        axes.set_xticks(range(len(scores)), labels, fontsize="small")
+        axes.set(title=f"{text(name)}: accuracy, 95 % interval", ylabel="%", ylim=(0, 100))
+        axes.grid(alpha=0.3, axis="y")
+        figure.savefig(plot, dpi=120, format="png")
