@@ -1,10 +1,7 @@
 """Generation from an exported model, each prompt shifted by its own language.
 
-In: an export (a Hugging Face directory, with `crosslift.json` beside it and, for ShifCon, the language
-vectors) and tokenised prompts. Out: texts in the prompts' order. Next: `evals/` scores them.
-
-The shift runs on every token, prompt and generated (docs/methods.md, section 1.2): prompt tokens take the
-prompt's language, generated ones the response's. A ShifCon model without its own vectors does not load.
+The shift applies to every token (docs/methods.md, section 1.2): prompt tokens by the prompt's language, generated
+tokens by the response's. A ShifCon model without its own language vectors is not loaded.
 
 Shapes: B rows, T tokens.
 """
@@ -39,10 +36,9 @@ NO_LANGUAGE = -1
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids that end where the answer begins; languages as codes, None for unknown.
+    """Token ids up to the beginning of the answer, and languages as codes, None for unknown.
 
-    Without a `response_language` the export's own is taken, and without that the prompt's; where both are None,
-    nothing is shifted.
+    The response language is by default the export's, then the prompt's. If both languages are None, nothing is shifted.
     """
 
     ids: list[int]
@@ -52,10 +48,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn; without it decoding is greedy, or beam search.
+    """How tokens are sampled.
 
-    `temperature` > 0; `top_p` in (0, 1], `top_k` >= 0 (0: all tokens): what is drawn from. `seed` fixes the draws on
-    one kind of machine, for the same prompts in batches of the same size.
+    Attributes:
+        temperature, top_p: above 0; top_p at most 1.
+        top_k: 0 or more; 0 means all tokens.
+        seed: fixes the samples on one kind of machine, for the same prompts in batches of the same size.
     """
 
     temperature: float = 1.0
@@ -66,10 +64,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One answer. `token_ids` end before the end token, or before the header of a next turn.
+    """One answer.
 
-    `finished`: one of these came. `shifted`: the model shifts, and both languages have a vector (the
-    dominant language's shift is zero); if not, the tokens of the one without ran unshifted.
+    Attributes:
+        token_ids: without the end token, and without the header of a next turn.
+        finished: the end token or such a header was generated.
+        shifted: the model shifts and both languages have a vector (the dominant language's shift is zero). Otherwise
+            tokens of a language without a vector were not shifted.
     """
 
     text: str
@@ -79,7 +80,7 @@ class Generation:
 
 
 class ShiftedGenerator:
-    """A model that generates with each row shifted by its language; unshifted if it is no ShifCon one."""
+    """A model that generates with each row shifted by its language; without a shift if it is not a ShifCon model."""
 
     def __init__(
         self,
@@ -89,15 +90,15 @@ class ShiftedGenerator:
         vectors: LanguageVectors | None,
     ) -> None:
         self.model, self.tokenizer, self.info, self.vectors = model, tokenizer, info, vectors
-        # of prompt and answer together, where the model looks them up
+        # most tokens of prompt and answer together, for a model with learned positions
         self.positions = position_limit(model) if position_table(model) is not None else None
         self.shift: LanguageShift | None = None
         if vectors is not None:
             self.shift = LanguageShift(model, *vectors.area)
             self.shift.set_vectors(vectors)
         self.end_ids = _end_ids(model, tokenizer)
-        self.stops = Stops()  # what else ends an answer; whoever knows the template sets it
-        # Sampling and penalties that the model's authors set would be mixed into every call of generate.
+        self.stops = Stops()  # what else ends an answer; set by callers that know the chat template
+        # Replaced, because sampling and penalties that the model's authors set would apply to every call of generate.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=self.end_ids, pad_token_id=self._padding_id()
         )
@@ -110,9 +111,11 @@ class ShiftedGenerator:
         device: str | torch.device = "cpu",
         attention: AttentionName = "auto",
     ) -> ShiftedGenerator:
-        """Opens an export or a plain Hugging Face directory (or hub name).
+        """Opens an export, a plain Hugging Face directory, or a hub name.
 
-        Raises ModelError on an encoder, and on a ShifCon model without its vectors or with those of other weights.
+        Raises:
+            ModelError: an encoder, a ShifCon model without its vectors or with those of other weights, or what
+                `load_pretrained` raises.
         """
         directory = resolve_directory(path)
         info = ExportInfo.read(directory)
@@ -132,12 +135,42 @@ class ShiftedGenerator:
         progress: Callable[[int], object] | None = None,
         sampling: Sampling | None = None,
     ) -> list[Generation]:
-        """Answers in the order of `prompts`; greedy, beam search, or sampled; at most `max_new_tokens` tokens each.
+        """Generates an answer for each prompt.
 
-        Prompts of like length share a batch, the longest first. `progress(n)` is told of n more answers. Where the
-        model has a table of positions, answers end with it, whatever prompts share their batch. Raises ModelError for
-        a prompt without tokens or without room for an answer.
+        Prompts of similar length share a batch, the longest first. If the model has learned positions, an answer ends
+        with the last of them, whatever prompts share its batch.
+
+        Args:
+            prompts: with at least one token each.
+            max_new_tokens: most tokens of an answer.
+            num_beams: above 1, beam search.
+            progress: is called with the number of answers of each finished batch.
+            sampling: None decodes greedily, or by beam search.
+
+        Returns:
+            Answers in the order of `prompts`.
+
+        Raises:
+            ModelError: a prompt without tokens, or without a position left for an answer.
         """
+        room = self._room(prompts, max_new_tokens)
+        config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True)
+        if sampling is not None:
+            config.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+            torch.manual_seed(sampling.seed)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+        answers: dict[int, Generation] = {}
+        for tokens, alike in groupby(order, key=room.__getitem__):
+            config.max_new_tokens, same = tokens, list(alike)
+            for start in range(0, len(same), batch_size):
+                chosen = same[start : start + batch_size]
+                answers.update(zip(chosen, self._batch([prompts[i] for i in chosen], config), strict=True))
+                if progress is not None:
+                    progress(len(chosen))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _room(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
+        """Most tokens of each prompt's answer."""
         room = [max_new_tokens] * len(prompts)
         for i, prompt in enumerate(prompts):
             if not prompt.ids:
@@ -150,26 +183,10 @@ class ShiftedGenerator:
                 "%d of %d answers have room for fewer than %d tokens: the model has positions for %d, prompt included",
                 cut, len(prompts), max_new_tokens, self.positions,
             )  # fmt: skip
-        config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True)
-        if sampling is not None:
-            config.update(
-                do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
-            )  # fmt: skip
-            torch.manual_seed(sampling.seed)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
-        answers: dict[int, Generation] = {}
-        for tokens, alike in groupby(order, key=room.__getitem__):
-            config.max_new_tokens = tokens
-            same = list(alike)
-            for start in range(0, len(same), batch_size):
-                chosen = same[start : start + batch_size]
-                answers.update(zip(chosen, self._batch([prompts[i] for i in chosen], config), strict=True))
-                if progress is not None:
-                    progress(len(chosen))
-        return [answers[i] for i in range(len(prompts))]
+        return room
 
     def refuse_too_long(self, ids: Sequence[int], where: str = "") -> None:
-        """Raises ModelError, `where` in front, for a prompt that leaves no position for an answer."""
+        """Raises ModelError, beginning with `where`, for a prompt that leaves no position for an answer."""
         if self.positions is not None and len(ids) >= self.positions:
             raise ModelError(
                 f"{where}a prompt of {len(ids)} tokens leaves no room for an answer: the model has positions for "
@@ -178,11 +195,15 @@ class ShiftedGenerator:
 
     @torch.inference_mode()
     def nearest_language(self, ids: Sequence[int], content: Sequence[bool]) -> str | None:
-        """The language whose vector is nearest to the mean unshifted `h[toward]` over a prompt's content tokens.
+        """The language whose vector is nearest to the mean of `h[toward]` over a prompt's content tokens, unshifted.
 
-        `content` marks the user's own words, which the vectors are means over (docs/methods.md, section 1.1); where it
-        marks none, all tokens stand in. The first token, an attention sink, is left out where there are others.
-        None for a model that does not shift.
+        Args:
+            ids: of the prompt.
+            content: marks the user's own words, over which the vectors are means (docs/methods.md, section 1.1). If it
+                marks none, all tokens count. The first token, an attention sink, is left out if there are others.
+
+        Returns:
+            A language code; None for a model that does not shift.
         """
         if self.vectors is None or self.shift is None:
             return None
@@ -224,7 +245,7 @@ class ShiftedGenerator:
         return answers
 
     def shifted(self, prompts: Sequence[Prompt], mask_BT: Tensor) -> AbstractContextManager[None]:
-        """Inside, forward passes over these rows are shifted; `mask_BT` (B, T) is 0 on padding."""
+        """Inside, forward passes over these rows are shifted; `mask_BT` (B, T) is 0 at padding."""
         if self.shift is None:
             return nullcontext()
         prompt_B = torch.tensor([self._index(prompt.language) for prompt in prompts])
@@ -273,7 +294,7 @@ def _own_vectors(directory: Path) -> LanguageVectors:
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the model's own (chat models have several) and the tokenizer's."""
+    """Every token that ends an answer: the model's (chat models have several) and the tokenizer's."""
     known = model.generation_config.eos_token_id
     ids = known if isinstance(known, list) else [known]
     return sorted({id for id in (*ids, tokenizer.eos_token_id) if id is not None})

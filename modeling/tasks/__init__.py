@@ -1,1 +1,1 @@
-"""Encoders of labelled tasks: heads, losses, states."""
+"""Encoders for labelled tasks: heads, losses and hidden states."""

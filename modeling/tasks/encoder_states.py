@@ -1,7 +1,6 @@
-"""The hidden states of an encoder, taken from the forward pass that is done anyway.
+"""Keeps hidden states of an encoder from the forward pass that is done anyway.
 
-In: a model, bare or wrapped. Out: the states entering chosen layers, with their gradients; by default the last
-ones, which the head sees. Next: `consistency.py` compares the two sides; evals retrieve sentences by them.
+By default these are the last states, which the head reads.
 
 Shapes: R rows, T tokens, H hidden.
 """
@@ -18,7 +17,7 @@ from modeling.layers import decoder_layers, state_hook
 
 
 class EncoderStates:
-    """Keeps states of the forward pass inside `batch()`; does nothing outside it.
+    """Keeps states of the forward pass inside `batch()`; does nothing outside it:
 
     with states.batch() as captured:
         logits = model(...).logits
@@ -26,9 +25,14 @@ class EncoderStates:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | None = None) -> None:
-        """Installs the hooks. `layers`: the l of each h[l], 0 (embeddings) to the number of layers, `last`.
+        """Installs the hooks.
 
-        Raises ModelError for a layer that does not exist.
+        Args:
+            model: bare or wrapped.
+            layers: the l of each h[l], from 0 (embeddings) to the number of layers (`last`).
+
+        Raises:
+            ModelError: a layer does not exist.
         """
         self.last = len(decoder_layers(model))
         self.layers = (self.last,) if layers is None else tuple(layers)
@@ -37,9 +41,10 @@ class EncoderStates:
 
     @contextmanager
     def batch(self) -> Iterator[dict[int, Tensor]]:
-        """Yields a dict that ONE forward pass inside fills with h[l], (R, T, H) in the model's own dtype.
+        """Yields a dict that the one forward pass inside fills with h[l], (R, T, H) in the model's own dtype.
 
-        Raises ModelError on leaving if no forward pass came by.
+        Raises:
+            ModelError: a second forward pass runs inside; or on leaving, none did.
         """
         captured: dict[int, Tensor] = {}
         self._captured = captured
@@ -51,7 +56,7 @@ class EncoderStates:
             raise ModelError("no forward pass ran inside the batch, so there are no encoder states")
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 

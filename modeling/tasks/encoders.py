@@ -1,8 +1,7 @@
-"""Encoders for the tasks of XTREME: a pretrained encoder with a task head, written once, then opened like any model.
+"""Encoders for the tasks of XTREME: a pretrained encoder with a task head.
 
-In: a pretrained encoder's directory or hub name, the task's kind and labels, a seed. Out: a Hugging Face directory
-(`write_task_start`), which training opens like any model, and the model to evaluate (`load_task_model`).
-Next: `xmixup/mixup.py` mixes one of its layers; `task_losses.py` takes losses of its logits.
+`write_task_start` writes one as a Hugging Face directory, which training opens like any model; `load_task_model` opens
+one for evaluation.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ TASK_ARCHITECTURES: dict[str, Architecture] = {
     "qa": "question-answering",
     "text": "masked-lm",
 }
-# what pretraining leaves in a checkpoint and a task has no use for
+# weights of pretraining that a task does not use
 PRETRAINING_WEIGHTS = (
     r"^(cls|lm_head|generator_predictions|generator_lm_head|discriminator_predictions)\.",
     r"(^|\.)pooler\.",
@@ -83,9 +82,17 @@ def write_task_start(
 def write_task_config(
     directory_or_name: str | Path, kind: TaskKind, labels: Sequence[str], output: Path, pretrained: bool
 ) -> Path:
-    """What `write_task_start` writes, but for the weights: for a look at the model's shape.
+    """Writes what `write_task_start` writes, without the weights, for a look at the model's shape.
 
-    `pretrained`: there are weights to start from, and they are held against the task's. Raises ModelError as it does.
+    Args:
+        directory_or_name: the pretrained encoder, or only its config.
+        kind: of the task.
+        labels: as for `write_task_start`.
+        output: the directory.
+        pretrained: there are weights, and they are checked against the task's.
+
+    Raises:
+        ModelError: as `write_task_start`.
     """
     directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
     config = encoder_config(directory, architecture)
@@ -99,7 +106,11 @@ def write_task_config(
 
 
 def encoder_config(directory: Path, architecture: Architecture) -> PreTrainedConfig:
-    """Raises ModelError for what is no encoder, before its weights are read."""
+    """The config of an encoder, from its directory; no weight is read.
+
+    Raises:
+        ModelError: it is not an encoder that X-Mixup can mix.
+    """
     config = load_config(directory, architecture)
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
         raise ModelError(f"{directory}: a {config.model_type} model is a decoder; take an encoder, such as xlm-roberta")
@@ -122,7 +133,11 @@ def load_task_model(
     attention: AttentionName,
     device: str | torch.device,
 ) -> PreTrainedModel:
-    """`loading.load_pretrained` of a task model, for evaluation. Raises ModelError if the labels are others."""
+    """`loading.load_pretrained` of a task model.
+
+    Raises:
+        ModelError: what `load_pretrained` raises, and a head of other labels.
+    """
     directory = resolve_directory(directory)
     architecture = _architecture(kind, labels)
     _check_labels(directory, load_config(directory, architecture), labels)
@@ -167,12 +182,12 @@ def _with_head(
     seed: int,
     device: str | None = None,
 ) -> PreTrainedModel:
-    """The pretrained weights in a task model, whose missing head weights are drawn from `seed`.
+    """The pretrained weights in a task model; head weights that are not stored are drawn from `seed`.
 
-    `device`: "meta" for the model's shape alone.
+    On the device "meta" it is only the model's shape.
     """
-    stored_tensors(directory)  # whole files, safetensors only
-    with quiet(), torch.random.fork_rng(devices=[]):  # what transformers draws for the head is drawn anew below
+    stored_tensors(directory)  # checks that files are whole and safetensors
+    with quiet(), torch.random.fork_rng(devices=[]):  # the head that transformers draws is replaced below
         loaded: Any = auto_class(architecture).from_pretrained(
             directory, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
             use_safetensors=True, trust_remote_code=False, attn_implementation="eager", dtype="auto", device_map=device,
@@ -191,7 +206,7 @@ def _with_head(
     _refuse(directory, "unexpected", (key for key in report["unexpected_keys"] if not _of_pretraining(key)))
     missing = set(report["missing_keys"])
     head = {name for name, _ in model.named_parameters() if in_head(model, name)}
-    # a masked language model's head is pretrained, and worth nothing drawn anew
+    # a masked language model's head is pretrained; a random one is useless
     _refuse(directory, "missing", missing if architecture == "masked-lm" else missing - head)
     if all(".pooler." in name for name in missing):  # the head was stored
         _check_labels(directory, config, labels)
@@ -209,14 +224,15 @@ def _of_pretraining(key: str) -> bool:
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter belongs to the head; BERT's pooler does where the head reads it."""
+    """Whether a parameter belongs to the head, as BERT's pooler does if the head reads it."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def _initialise(model: PreTrainedModel, missing: set[str], seed: int) -> None:
-    """Draw the missing weights as these models do: normal with `initializer_range`, biases 0.
+    """Draws missing weights as these models do: normal with `initializer_range`, biases 0.
 
-    In the order of their names, from a generator of their own: the same head whatever else was loaded.
+    They are drawn in the order of their names from a separate generator, so the head does not depend on what else was
+    loaded.
     """
     generator = torch.Generator().manual_seed(seed)
     std = model.config.initializer_range

@@ -1,8 +1,7 @@
-"""One state a sentence at every layer, of any encoder or decoder, without its head.
+"""Sentence representations at every layer of any encoder or decoder, without its head.
 
-In: a Hugging Face directory or hub name, whatever head its weights have, and sentences. Out: states of sentences at
-h[0] (the embeddings) to h[number of layers] (before a decoder's final norm), from one plain forward pass: nothing is
-mixed, nothing is shifted. Next: `evals/representations.py` compares languages by them.
+They are pooled states at h[0] (the embeddings) to h[number of layers] (before a decoder's final norm), from one plain
+forward pass: nothing is mixed or shifted.
 
 Shapes: R rows (sentences of a batch), T tokens, H hidden, L layers.
 """
@@ -37,7 +36,7 @@ Pooling = Literal["mean", "first"]
 
 
 class EncodedText(NamedTuple):
-    """Token ids, at least one; `content` marks those that the mean is over."""
+    """Token ids, at least one; `content` marks those that are averaged."""
 
     ids: list[int]
     content: list[bool]
@@ -46,8 +45,8 @@ class EncodedText(NamedTuple):
 class SentenceStates:
     """States of sentences by one model, pooled at every layer.
 
-    pooling "mean": over the tokens that are the sentence's own, no special ones; with a decoder not over the first
-    token either, which attracts attention and has a huge norm. "first": the first token's, for encoders alone.
+    Pooling "mean" averages the sentence's tokens without special ones, and in a decoder without the first token, which
+    attracts attention and has a huge norm. "first" takes the first token's state, in encoders only.
     """
 
     def __init__(
@@ -57,10 +56,15 @@ class SentenceStates:
         pooling: Pooling = "mean",
         max_length: int = 128,
     ) -> None:
-        """`max_length`: tokens of a sentence, special ones included; at most what the model's positions allow.
+        """Args:
+            model: without or with a head.
+            tokenizer: of the model.
+            pooling: see the class.
+            max_length: most tokens of a sentence, special ones included; never more than the model has positions for.
 
-        Raises ModelError: pooling "first" of a decoder, where the first token sees no other, or a model whose layers
-        cannot be found.
+        Raises:
+            ModelError: pooling "first" of a decoder, whose first token attends to no other; a model whose layers cannot
+                be found.
         """
         self.model, self.tokenizer, self.pooling = model.eval(), tokenizer, pooling
         self.layers, self.width = len(decoder_layers(model)), hidden_size(model)
@@ -68,7 +72,7 @@ class SentenceStates:
         if pooling == "first" and self.is_decoder:
             raise ModelError(f'{type(model).__name__}: a decoder\'s first token sees no other; take pooling "mean"')
         self.max_length = min(max_length, position_limit(model) or max_length)
-        self.truncated = 0  # how many sentences were too long so far
+        self.truncated = 0  # number of sentences that were too long so far
 
     @classmethod
     def open(
@@ -80,9 +84,11 @@ class SentenceStates:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> SentenceStates:
-        """The model of a directory or hub name, with its tokenizer.
+        """The model of a directory or hub name with its tokenizer.
 
-        Raises ModelError: no usable model or tokenizer there; weights of the layers missing, left over, misshapen.
+        Raises:
+            ModelError: no usable model or tokenizer; weights of the layers that are missing, unexpected or wrongly
+                shaped.
         """
         directory = resolve_directory(directory_or_name)
         tokenizer = read_tokenizer(directory, local_files_only=True)
@@ -90,7 +96,11 @@ class SentenceStates:
         return cls(model.to(device), tokenizer, pooling, max_length)
 
     def encode(self, texts: Sequence[str]) -> list[EncodedText]:
-        """Sentences as tokens, cut to `max_length`. Raises ModelError, naming it, for one with nothing to pool."""
+        """Sentences as tokens, cut to `max_length`.
+
+        Raises:
+            ModelError: a sentence without content, by its number and text.
+        """
         encoded = self.encode_all(texts)
         for number, (text, found) in enumerate(zip(texts, encoded, strict=True), 1):
             if not any(found.content):
@@ -99,7 +109,7 @@ class SentenceStates:
         return encoded
 
     def encode_all(self, texts: Sequence[str]) -> list[EncodedText]:
-        """The same of all sentences; one with nothing to pool has no content."""
+        """As `encode`, but a sentence may have no content."""
         encoded = []
         for ids, special in self._tokenized(texts):
             content = [not each for each in special]
@@ -110,7 +120,7 @@ class SentenceStates:
 
     @torch.inference_mode()
     def of(self, encoded: Sequence[EncodedText]) -> Tensor:
-        """(L + 1, R, H) fp32 on the model's device, from one forward pass; padding and the other rows do not matter."""
+        """(L + 1, R, H) fp32 on the model's device, from one forward pass; padding and other rows have no effect."""
         ids_RT, mask_RT, content_RT = self._padded(encoded)
         pooled: dict[int, Tensor] = {}
 
@@ -129,7 +139,7 @@ class SentenceStates:
         return torch.stack([pooled[layer] for layer in range(self.layers + 1)])
 
     def _tokenized(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """(ids, special tokens marked with 1) of each; counts those that are cut."""
+        """(ids, 1 at special tokens) of each text; counts those that are cut."""
 
         def rows(texts: list[str], limit: int) -> list[tuple[list[int], list[int]]]:
             if not texts:
@@ -137,7 +147,7 @@ class SentenceStates:
             found = self.tokenizer(texts, truncation=True, max_length=limit, return_special_tokens_mask=True)
             return list(zip(found["input_ids"], found["special_tokens_mask"], strict=True))
 
-        whole = rows(list(texts), self.max_length + 1)  # one more shows which are too long
+        whole = rows(list(texts), self.max_length + 1)  # one token more, to find those that are too long
         long = [place for place, (ids, _) in enumerate(whole) if len(ids) > self.max_length]
         self.truncated += len(long)
         for place, cut in zip(long, rows([texts[place] for place in long], self.max_length), strict=True):
@@ -162,7 +172,7 @@ def _is_decoder(config: PreTrainedConfig) -> bool:
 
 
 def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The layers with all their weights; the head's, and a pooler's, may be there or not."""
+    """The layers with all their weights; weights of a head or pooler may be stored or not."""
     architecture: Architecture = "masked-lm"
     try:
         config = load_config(directory, architecture)
@@ -172,8 +182,8 @@ def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     if config.is_encoder_decoder:
         raise ModelError(f"{directory}: a {config.model_type} model has an encoder and a decoder; take one with either")
     config.use_cache = False
-    stored_tensors(directory)  # whole files, safetensors only
-    with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored would be drawn, and said aloud
+    stored_tensors(directory)  # checks that files are whole and safetensors
+    with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored is drawn, with a warning
         loaded: Any = AutoModel.from_pretrained(
             directory, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=True, use_safetensors=True, trust_remote_code=False,
@@ -183,7 +193,7 @@ def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     parts = {name for name, _ in model.named_children()} - {"pooler"}
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[problem]]
-        # a weight of the layers begins with a part of the model, once the name that task models give it is off
+        # weights of the layers begin with the name of a part of the model, after the prefix of task models
         names = [key for key in keys if key.removeprefix(f"{model.base_model_prefix}.").split(".")[0] in parts]
         if names:
             what = problem.removesuffix("_keys")

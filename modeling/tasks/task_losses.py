@@ -1,7 +1,6 @@
-"""Losses of the encoder tasks, one number a label unit: a row, a word or an answer span.
+"""Losses of the encoder tasks: one fp32 number in nats per label unit (a row, a word or an answer span).
 
-In: a task model's logits and the labels of a batch, as plain tensors. Out: (N,) fp32 losses in nats, unscaled and
-unweighted. Next: `training/objectives/encoders.py` weights, sums and scales them.
+They are neither weighted nor scaled; `training/objectives/encoders.py` does that.
 
 Shapes: R rows, T tokens, N label units, C classes.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEVER = torch.finfo(torch.float32).min  # a logit that takes no part in a softmax
+NEVER = torch.finfo(torch.float32).min  # a logit without weight in a softmax
 
 
 def soft_cross_entropy(logits_NC: Tensor, classes_NC: Tensor) -> Tensor:
@@ -27,11 +26,15 @@ def classification_losses(logits_RC: Tensor, classes_NC: Tensor, rows_N: Tensor)
 def word_logits(logits_RTC: Tensor, token_word_RT: Tensor, n_words: int) -> Tensor:
     """(N, C) fp32: the mean of the logits of each word's tokens; zeros for a word without a token.
 
-    token_word_RT: (R, T) int64, which of the N = `n_words` words a token belongs to, -1 for none. Tokens are
-    brought into the order of their words and summed by segments, which gives the same bits on every run.
+    Tokens are sorted by their words and summed by segments, which gives the same bits on every run.
+
+    Args:
+        logits_RTC: of all tokens.
+        token_word_RT: (R, T) int64, the word of each token in range(N), -1 for none.
+        n_words: N.
     """
     words, order = token_word_RT.flatten().sort(stable=True)
-    # one more segment, the first, takes the tokens of no word
+    # an additional first segment holds the tokens of no word
     lengths = torch.bincount(words + 1, minlength=n_words + 1)
     in_order = logits_RTC.flatten(0, 1)[order].float()
     sums = torch.segment_reduce(in_order, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)

@@ -1,1 +1,1 @@
-"""X-Mixup: cross-attention mixing, its ratio, consistency losses."""
+"""X-Mixup: mixing by cross-attention, its ratio, and the consistency loss."""

@@ -1,7 +1,6 @@
-"""X-Mixup's consistency loss between the two sides of a pair (docs/methods.md, section 2.2).
+"""Consistency losses of X-Mixup (arXiv 2205.04182, section 3.3): both sides of a pair are to say the same.
 
-In: last hidden states and logits of a stacked batch, targets first, then their sources. Out: one number a pair.
-Next: `training/objectives/encoders.py` adds their mean to the task losses.
+Batches are stacked, targets first, then their sources (docs/methods.md, section 2.2).
 
 Shapes: R rows (n targets, then n sources, in paired batches), T tokens, H hidden, C classes.
 """
@@ -17,16 +16,16 @@ from modeling.layers import without_autocast
 
 
 def content_mask(input_ids_RT: Tensor, attention_mask_RT: Tensor, special_ids: Iterable[int]) -> Tensor:
-    """(R, T) bool: valid tokens other than the given special ones (start, separators, end)."""
+    """(R, T) bool: valid tokens except the given special ones (start, separators, end)."""
     special = torch.tensor(sorted(special_ids), dtype=input_ids_RT.dtype, device=input_ids_RT.device)
     return (attention_mask_RT != 0) & ~torch.isin(input_ids_RT, special)
 
 
 def representations(hidden_RTH: Tensor, content_RT: Tensor | None = None) -> Tensor:
-    """(R, H) fp32: each row's first token or, given `content_RT` (bool), the mean over its content tokens.
+    """(R, H) fp32: the state of each row's first token or, given `content_RT` (bool), the mean over its content tokens.
 
-    The first is for classification, the mean for tagging and question answering. A row without content, as in
-    an idle batch, gives zeros.
+    Classification uses the first token, tagging and question answering the mean. A row without content, as in an idle
+    batch, gives zeros.
     """
     if content_RT is None:
         return hidden_RTH[:, 0].float()
@@ -37,10 +36,10 @@ def representations(hidden_RTH: Tensor, content_RT: Tensor | None = None) -> Ten
 
 
 def consistency(representations_RH: Tensor, n_pairs: int, logits_RC: Tensor | None = None) -> Tensor:
-    """(n,) fp32: how far the two sides of each pair are from each other.
+    """(n,) fp32: the distance between the two sides of each pair.
 
-    The mean over H of the squared difference of the representations. With `logits_RC`, for classification, also
-    KL(source || target) of the two predictions, summed over classes, in nats. Gradients reach both sides.
+    It is the mean over H of the squared difference of the representations. With `logits_RC`, for classification,
+    KL(source || target) of the two predictions is added, summed over classes, in nats. Both sides get gradients.
     """
     target, source = _sides(representations_RH.float(), n_pairs)
     distance = (target - source).square().mean(dim=1)

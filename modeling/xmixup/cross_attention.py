@@ -1,9 +1,9 @@
-"""X-Mixup's cross-attention (docs/methods.md, section 2.1): its weights, and what its entropy says of a pair.
+"""Cross-attention of X-Mixup (arXiv 2205.04182, section 3.2): its weights, and the entropy of a pair's attention.
 
-In: queries of the target text and keys of its source text. Out: attention weights over the source, and one entropy
-a pair: low where the two texts align well. Next: `xmixup/mixup.py`, which mixes the target's states by them.
+The entropy is low where the two texts align well; the mixing ratio depends on it (docs/methods.md, section 2.1). All
+arithmetic is in fp32 at least, whatever the model's number format.
 
-All in fp32 at least, whatever the model's number format. Scores are (n, heads, T target, T source); n pairs.
+Shapes: scores are (n, heads, T target, T source), for n pairs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 EntropyName = Literal["true", "authors"]
 ENTROPIES: tuple[str, ...] = get_args(EntropyName)
-NEVER = torch.finfo(torch.float32).min  # finite: a row without any key stays free of NaN
+NEVER = torch.finfo(torch.float32).min  # finite, so that a row without any key gives no NaN
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In fp32, or in fp64 if it is that already."""
+    """The tensor in fp32, or in fp64 if it is fp64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -37,15 +37,17 @@ def attention_weights(scores: Tensor, source_valid: Tensor) -> tuple[Tensor, Ten
 def pair_entropy(
     scores: Tensor, over_source: tuple[Tensor, Tensor], target_valid: Tensor, source_valid: Tensor, form: EntropyName
 ) -> Tensor:
-    """(n,): the entropies of attention over the source and, by the transposed scores, over the target, summed.
+    """(n,): the entropy of attention over the source plus that over the target (by the transposed scores).
 
-    over_source: the `attention_weights` of these scores. target_valid: (n, Tt) bool; source_valid: (n, Ts) bool.
-
-    `true`: entropies in nats, each averaged over heads and valid query positions; padding changes nothing.
-
-    `authors`: as their code (yhy1117/X-Mixup) computes it: each softmax over valid keys is held against the
-    softmax of the scores with those of padding set to 0, by cross entropy, averaged over heads and ALL query
-    positions. Padding takes part in that second softmax and in the mean, so it changes the result.
+    Args:
+        scores: (n, heads, Tt, Ts), unmasked.
+        over_source: the `attention_weights` of these scores.
+        target_valid: (n, Tt) bool.
+        source_valid: (n, Ts) bool.
+        form: "true" gives entropies in nats, averaged over heads and valid query positions; padding changes nothing.
+            "authors" is what the authors' code (yhy1117/X-Mixup) computes: the cross entropy of each softmax over valid
+            keys and the softmax of the scores with those of padding set to 0, averaged over heads and all query
+            positions. Padding is part of that second softmax and of the mean, so it changes the result.
     """
     over_target = attention_weights(scores.mT, target_valid)
     if form == "true":

@@ -1,18 +1,16 @@
-"""X-Mixup (docs/methods.md, section 2.1): at one encoder layer, target texts take from their source texts.
+"""X-Mixup (arXiv 2205.04182, section 3.2): one encoder layer mixes target texts with their source texts.
 
-In: an encoder whose batches hold n target rows, then their n source rows. Out: the same model, whose chosen layer
-mixes, with `Z_t`, `Z_s` its attention block's outputs (after residual and LayerNorm) of the two sides:
+A batch holds n target rows, then their n source rows. With `Z_t`, `Z_s` the outputs of the layer's attention block
+(after residual and LayerNorm) for the two sides, the block's output for targets becomes (docs/methods.md, section 2.1)
 
     LayerNorm( lam * dense(cross(Z_t, Z_s)) + (1 - lam) * Z_t )        lam = lam0 * sigmoid(w * entropy + b)
 
-where `cross` is the layer's own attention with queries of `Z_t`, keys and values of `Z_s`. Sources go on unmixed.
-Next: `consistency.py` compares the two sides; `training/objectives/encoders.py`.
+where `cross` is the layer's own attention with queries of `Z_t`, keys and values of `Z_s`. Sources are not mixed.
 
-Everything is done by hooks around the layer's attention block, which stays as it is: its self-attention runs once,
-on all rows, by whatever implementation the model uses. The hooks call the layer's submodules and never touch
-their weights, so ZeRO-3 may partition them and PEFT may wrap them. They run inside the layer's `forward`, which
-is what gradient checkpointing recomputes; there, what a batch is travels in the layer's own keyword arguments,
-because by then `batch()` has long been left.
+Hooks around the attention block do all of it: its self-attention runs once, on all rows, with the model's own
+implementation. The hooks call the layer's submodules and never read their weights, so ZeRO-3 may shard them and peft
+may wrap them. They run inside the layer's `forward`, which gradient checkpointing repeats after `batch()` has been
+left, so the description of a batch is passed in the layer's keyword arguments.
 
 Shapes: R rows, T tokens, H hidden, n pairs.
 """
@@ -48,13 +46,14 @@ PARTS = (
     "intermediate",
     "output",
 )
-_KEYWORD = "crosslift_mixup"  # the layer's keyword argument that carries a `_Pairs`
+_KEYWORD = "crosslift_mixup"  # the keyword argument of the layer that holds a `_Pairs`
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers of a post-LN encoder as BERT, RoBERTa and XLM-R have them.
+    """The layers of a post-LN encoder such as BERT, RoBERTa and XLM-R.
 
-    Raises ModelError, with the reason, for every other model: the mixing formula is of such layers.
+    Raises:
+        ModelError: any other model, with the reason; the mixing formula holds for such layers only.
     """
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     name = type(model).__name__ if pretrained is None else pretrained.config.model_type
@@ -75,7 +74,7 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 class MixupRatio(nn.Module):
-    """`lam` of each pair from its entropy. A module of its own, so that ZeRO-3 gathers `w` and `b` for it."""
+    """`lam` of each pair from its entropy. It is a module so that ZeRO-3 gathers `w` and `b` for it."""
 
     def __init__(self, lam0: float, like: Tensor) -> None:
         """`w` = 1 and `b` = 0, each (1,), with the number format and device of `like`."""
@@ -85,21 +84,21 @@ class MixupRatio(nn.Module):
         self.b = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
 
     def forward(self, entropy_n: Tensor) -> Tensor:
-        """(n,) in 0..lam0, in the number format of the entropies."""
+        """(n,) values in 0..lam0, in the number format of the entropies."""
         kind = entropy_n.dtype
         return self.lam0 * torch.sigmoid(self.w.to(kind) * entropy_n + self.b.to(kind))
 
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """A batch to be mixed: (R, T) bool valid tokens, of n target rows and their n source rows."""
+    """A batch to mix: (R, T) bool valid tokens, of n target rows and their n source rows."""
 
     valid_RT: Tensor
     n: int
 
 
 class CrossLingualMixup:
-    """Mixes every forward pass of `model` inside `batch()`; does nothing outside it."""
+    """Mixes every forward pass of a model inside `batch()`; does nothing outside it."""
 
     def __init__(
         self,
@@ -111,9 +110,18 @@ class CrossLingualMixup:
     ) -> None:
         """Installs the hooks and, for a learned ratio, the parameters `<layer>.mixup_ratio.{w,b}`.
 
-        Make it after the weights are loaded (a model directory holds no `mixup_ratio`) and after PEFT has
-        wrapped the model (it freezes what it finds), before the engine exists. Raises ModelError unless the
-        model is a post-LN encoder (`encoder_layers`) with that layer, and on impossible settings.
+        Install it after the weights are loaded (a model directory holds no `mixup_ratio`) and after peft's adapters are
+        added (peft freezes what it finds), before the engine exists.
+
+        Args:
+            model: a post-LN encoder (`encoder_layers`).
+            layer: number of the layer that mixes, 0-based.
+            lam0: the largest ratio.
+            entropy: see `pair_entropy`.
+            ratio: "learned", or a fixed ratio in 0..1.
+
+        Raises:
+            ModelError: another kind of model, a layer that does not exist or mixes already, or impossible settings.
         """
         self._settings = MixupState(layer, lam0, entropy, ratio)
         layers = encoder_layers(model)
@@ -139,9 +147,10 @@ class CrossLingualMixup:
 
     @classmethod
     def attach(cls, model: nn.Module, directory: Path | str) -> CrossLingualMixup:
-        """On a model that was opened from `directory`, with the `xmixup.safetensors` that lies there.
+        """X-Mixup on a model that was opened from `directory`, with its `xmixup.safetensors`.
 
-        Raises ModelError if the file is absent, damaged, or of other weights than the directory's.
+        Raises:
+            ModelError: the file is missing or damaged, or belongs to other weights than the directory's.
         """
         file = Path(directory) / MIXUP_FILE
         state = MixupState.load(file)
@@ -151,7 +160,7 @@ class CrossLingualMixup:
 
     @classmethod
     def from_state(cls, model: nn.Module, state: MixupState) -> CrossLingualMixup:
-        """On `model`, with this state's settings and learned numbers."""
+        """X-Mixup on `model` with a state's settings and learned numbers."""
         mixup = cls(model, state.layer, state.lam0, state.entropy, state.ratio)
         for parameter, value in zip(mixup.parameters(), (state.w, state.b), strict=False):
             with torch.no_grad():
@@ -164,7 +173,7 @@ class CrossLingualMixup:
         return [] if module is None else [module.w, module.b]
 
     def state(self, model_hash: str = "") -> MixupState:
-        """Settings and learned numbers as they are now. Under ZeRO-3 gather `parameters()` around this."""
+        """The current settings and learned numbers. Under ZeRO-3, gather `parameters()` around this call."""
         settings = self._settings
         learned = dict(zip(("w", "b"), (float(parameter.detach()) for parameter in self.parameters()), strict=False))
         return MixupState(
@@ -173,11 +182,15 @@ class CrossLingualMixup:
 
     @contextmanager
     def batch(self, attention_mask: Tensor, n_pairs: int, mix: bool = True) -> Iterator[None]:
-        """Inside, forward passes are of rows 0..n-1, targets, and n..2n-1, their sources, and are mixed.
+        """Inside, forward passes over n targets (rows 0..n-1) and their sources (rows n..2n-1) are mixed.
 
-        attention_mask: (2n, T), not 0 at valid tokens, as given to the model. With `n_pairs` 0, or with `mix`
-        off, the layer runs as if X-Mixup were not there. Raises ModelError if rows do not fit, and on leaving
-        if no forward pass was mixed.
+        Args:
+            attention_mask: (2n, T), not 0 at valid tokens, as given to the model.
+            n_pairs: n; with 0 the layer runs as without X-Mixup.
+            mix: False runs the layer as without X-Mixup.
+
+        Raises:
+            ModelError: rows and pairs do not fit; or on leaving, no forward pass was mixed.
         """
         before = self._pairs
         mixing = mix and n_pairs > 0

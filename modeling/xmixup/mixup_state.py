@@ -1,8 +1,4 @@
-"""What X-Mixup adds to an encoder, beside its weights: one checked file with an export.
-
-In: the settings of a `CrossLingualMixup` and its two learned numbers. Out: `MixupState`, in memory and as
-`xmixup.safetensors`; model weights freed of the two. Next: `xmixup/mixup.py` installs it on a reopened model.
-"""
+"""Settings and learned numbers of X-Mixup, as a checked file beside an encoder's weights."""
 
 from __future__ import annotations
 
@@ -32,10 +28,10 @@ class MixupState:
     ratio: float | Literal["learned"] = "learned"
     w: float = 1.0
     b: float = 0.0
-    model_hash: str = ""  # of the weights it was trained with; "" where no directory holds them yet
+    model_hash: str = ""  # of the weights it was trained with; "" before an export
 
     def __post_init__(self) -> None:
-        """Raises ModelError on values that give no ratio between 0 and 1."""
+        """Raises ModelError for values that give no ratio between 0 and 1."""
         wrong = {
             f"layer {self.layer!r} is not 0 or more": self.layer < 0,
             f"lam0 {self.lam0!r} is not in 0..1": not 0 <= self.lam0 <= 1,
@@ -56,11 +52,15 @@ class MixupState:
 
     @classmethod
     def load(cls, path: Path | str) -> MixupState:
-        """Reads what `save` wrote. Raises ModelError if it is missing, torn or not what was saved."""
+        """Reads what `save` wrote.
+
+        Raises:
+            ModelError: the file is missing, damaged or not what was saved.
+        """
         about, tensors = _FORMAT.load(Path(path))
         return cls(**about, w=float(tensors["w"]), b=float(tensors["b"]))
 
 
 def is_mixup_weight(name: str) -> bool:
-    """Whether a parameter of this name is X-Mixup's own and no part of the plain model."""
+    """Whether a parameter of this name belongs to X-Mixup and not to the plain model."""
     return RATIO_MODULE in name.split(".")
