@@ -18,8 +18,9 @@ from data_pipeline import atomic
 from training.checkpoints import checkpoint
 from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, FileRecord
 from training.checkpoints.disks import shared_disk
+from training.checkpoints.export import export_checkpoint
 from training.checkpoints.retention import kept, no_such_metric, retain
-from training.checkpoints.run_state import STATE_FILE, RunState, differences
+from training.checkpoints.run_state import FORMAT, STATE_FILE, RunState, differences
 from training.checkpoints.search import find_checkpoint
 from training.config import CheckpointConfig
 from training.errors import ConfigError
@@ -107,12 +108,23 @@ def test_state_comes_back(tmp_path: Path) -> None:
     assert RunState.read(path) == state(7)
 
 
-def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, 7)
-    file = path / STATE_FILE
-    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
-    with pytest.raises(ConfigError, match=r"state\.json: format 99, this version reads 2"):
-        RunState.read(path)
+@pytest.mark.parametrize("saved", [2, 99])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path: Path, saved: int) -> None:
+    """Also by an export: both read the state before they load anything."""
+    directory = checkpoint.begin(tmp_path, 7)
+    state(7).write(directory)
+    file = directory / STATE_FILE
+    file.write_text(file.read_text().replace(f'"format": {FORMAT}', f'"format": {saved}'))
+    path = checkpoint.commit(tmp_path, 7, {})
+    for read in (lambda: RunState.read(path), lambda: export_checkpoint(path, tmp_path / "model")):
+        with pytest.raises(ConfigError) as refusal:
+            read()
+        assert str(refusal.value) == (
+            f"{path / STATE_FILE}: format {saved}, this version reads {FORMAT}: the checkpoint was saved by another "
+            "version of crosslift; give another output_dir, or use that version"
+        )
+        assert refusal.value.exit_status == 2
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("how", TORN)
@@ -560,34 +572,21 @@ def test_keys_that_change_no_sample_and_no_gradient_are_free(key: str, value: An
     assert differences(state(), FINGERPRINT, with_key(key, value)) == []
 
 
-def test_dora_and_rslora_are_compared_and_old_checkpoints_had_neither() -> None:
-    old = RunState(7, 1, FINGERPRINT, {"model": {"lora": {"rank": 2}}}, {})
-    now = {"rank": 2, "use_dora": False, "use_rslora": False}
-    assert differences(old, FINGERPRINT, {"model": {"lora": now}}) == []
-    found = differences(old, FINGERPRINT, {"model": {"lora": {**now, "use_dora": True}}})
+def test_dora_and_rslora_are_compared() -> None:
+    lora = {"rank": 2, "use_dora": False, "use_rslora": False}
+    old = RunState(7, 1, FINGERPRINT, {"model": {"lora": lora}}, {})
+    assert differences(old, FINGERPRINT, {"model": {"lora": lora}}) == []
+    found = differences(old, FINGERPRINT, {"model": {"lora": {**lora, "use_dora": True}}})
     assert [(each.text, each.fixed) for each in found] == [("config model.lora.use_dora: was False, now True", True)]
-    found = differences(old, FINGERPRINT, {"model": {"lora": {**now, "use_rslora": True}}})
+    found = differences(old, FINGERPRINT, {"model": {"lora": {**lora, "use_rslora": True}}})
     assert [each.fixed for each in found] == [False]
 
 
-def test_what_becomes_of_overlong_samples_is_compared_and_old_checkpoints_left_them_out() -> None:
-    old = replace(state(), config={"data": {"task": None}})
-    assert differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "drop"}}) == []
+def test_what_becomes_of_overlong_samples_is_compared() -> None:
+    old = replace(state(), config={"data": {"task": None, "overlong": "drop"}})
     assert list(map(str, differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "truncate"}}))) == [
         "config data.overlong: was 'drop', now 'truncate'"
     ]
-    task = {"kind": "classification"}
-    old = replace(state(), config={"data": {"task": task}})
-    assert differences(old, FINGERPRINT, {"data": {"task": task, "overlong": "truncate"}}) == []
-
-
-def test_a_checkpoint_that_counted_visits_of_unusable_rows_can_be_read(tmp_path: Path) -> None:
-    state(4).write(tmp_path)
-    file = tmp_path / "state.json"
-    values = json.loads(file.read_text())
-    del values["totals"]
-    file.write_text(json.dumps({**values, "bad_slots": 7}))
-    assert RunState.read(tmp_path) == state(4)
 
 
 def test_changed_new_and_gone_files_are_named() -> None:

@@ -1,7 +1,6 @@
-"""What a run has to know to go on, beside DeepSpeed's files; and whether it is still the same run.
+"""The state of a run that a checkpoint holds beside the engine's files, and how a later start differs from it.
 
-In: a run's step, config and data fingerprint. Out: `state.json` in a checkpoint, and the differences between what it
-says and what a run file says now. Next: `resume.py` refuses them, for `train` and `check` alike.
+`training/loop/resume.py` refuses what differs, for `train` and `check` alike.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from training.engine.saved_files import FIXED_KEYS as ENGINE_KEYS
 from training.errors import ConfigError
 
 STATE_FILE = "state.json"
-FORMAT = 2
+FORMAT = 3  # raised with every change of a checkpoint's files after which older ones cannot be loaded
 
-# Keys that change neither the order of samples nor a gradient (by more than the order in which numbers are summed, as
-# another number of ranks does): free to differ on a resume.
+# Keys that may differ on a resume: they change neither the order of samples nor a gradient, except for rounding by
+# another order of summation, as another number of ranks does.
 FREE_KEYS = (
     "output_dir", "data_dir", "checkpoint", "evaluation", "tracking", "watchdog", "guard", "data.workers",
     "data.max_bad_rows", "data.patience_seconds", "data.micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
-# Keys that the saved weights and moments were made by: with others there is nothing to load them into.
+# Keys that the saved weights and moments depend on: with other values they cannot be loaded.
 FIXED_KEYS = (
     "model.init", "model.lora.rank", "model.lora.targets", "model.lora.use_dora", "tokenizer.train", "data.task.kind",
     "data.task.labels", "objective.name", *ENGINE_KEYS,
@@ -38,14 +37,13 @@ DATE = "data.template.date"  # of the run, where its prompts name one (`run_fold
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a resume has to know beside DeepSpeed's files; `step` is the number of finished steps."""
+    """The state of a run after `step` steps, beside the engine's files."""
 
     step: int
     world_size: int
     fingerprint: dict[str, str]
     config: dict[str, Any]
     versions: dict[str, str]
-    zero_stage: int = 3
     base: dict[str, str] | None = None  # LoRA: directory and hash of the model whose frozen weights are not saved
     data_offset: int = 0  # step t reads the data of step t + data_offset
     metrics: dict[str, float | None] = field(default_factory=dict)  # of the last of these steps; None: not finite
@@ -60,15 +58,17 @@ class RunState:
     @classmethod
     def read(cls, directory: Path) -> RunState:
         values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        if values.get("format") != FORMAT:
-            raise ConfigError(f"{directory / STATE_FILE}: format {values.get('format')}, this version reads {FORMAT}")
-        values.pop("bad_slots", None)  # older versions counted visits of unusable rows, which says nothing of the rows
+        if (saved := values.get("format")) != FORMAT:
+            raise ConfigError(
+                f"{directory / STATE_FILE}: format {saved}, this version reads {FORMAT}: the checkpoint was saved by "
+                "another version of crosslift; give another output_dir, or use that version"
+            )
         return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it was when a checkpoint was saved."""
+    """One difference between a run file or its data and a checkpoint."""
 
     text: str
     fixed: bool = False  # the checkpoint cannot be loaded with it
@@ -78,32 +78,26 @@ class Difference:
 
 
 def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping[str, Any]) -> list[Difference]:
-    """What decides a run's result and is not as it was when the checkpoint was saved: in the config, then in the data.
+    """What determines a run's result and differs from the checkpoint: first in the config, then in the data.
 
-    `max_steps` may grow.
+    `max_steps` may be raised.
     """
     old, new = flat(saved.config), flat(config)
-    if "data.overlong" in new:  # what versions did that had no such key
-        old.setdefault("data.overlong", "truncate" if "data.task.kind" in old else "drop")
-    if "model.lora.rank" in old:
-        old = {"model.lora.use_dora": False, "model.lora.use_rslora": False} | old
     fixed = FIXED_KEYS + FIXED_KEYS_OF.get(old.get("objective.name", ""), ())
-    if None in (old.get(DATE), new.get(DATE)):  # saved before it was fixed, or taken from the checkpoint
+    if None in (old.get(DATE), new.get(DATE)):  # it is then taken from the checkpoint
         old, new = ({key: value for key, value in values.items() if key != DATE} for values in (old, new))
     lines = [
         Difference(f"config {key}: was {was!r}, now {is_now!r}", _is_below(key, fixed))
         for key, (was, is_now) in difference(old, new).items()
         if not _is_below(key, FREE_KEYS) and not (key == "max_steps" and was is not None and (is_now or 0) > was)
     ]
-    # Checkpoints of before the tokenizer was looked at say nothing of it.
-    unknown = {"tokenizer"} - saved.fingerprint.keys()
     lines += [
         Difference(
             f"data {name}: {_change(saved.fingerprint.get(name), fingerprint.get(name))}",
-            # of a tokenizer that the run trained itself, no model but its own knows the tokens
+            # a tokenizer that the run trained itself fits no model but its own
             name == "tokenizer" and bool((saved.config.get("tokenizer") or {}).get("train")),
         )
-        for name in sorted((saved.fingerprint.keys() | fingerprint.keys()) - unknown)
+        for name in sorted(saved.fingerprint.keys() | fingerprint.keys())
         if saved.fingerprint.get(name) != fingerprint.get(name)
     ]
     return lines

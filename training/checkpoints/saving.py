@@ -248,7 +248,7 @@ def run_state(
         step=step, world_size=run.engine.world_size, data_offset=data_offset, totals=totals, guard=guard,
         metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
         fingerprint=run.data.fingerprint, config=resolved(run.config), versions=versions(),
-        zero_stage=run.config.zero_stage, base=base_of(run),
+        base=base_of(run),
     )  # fmt: skip
 
 
