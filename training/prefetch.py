@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.secrets import Redactor
 from training.checks.front import check_model_files, check_start
 from training.config import RunConfig
 from training.errors import ConfigError
@@ -170,7 +171,7 @@ def _source(source: SourceConfig, config: RunConfig) -> Iterator[str]:
         if source.hub is None or Path(config.data_dir or "", source.hub).is_dir():
             raise
         cause = error.__cause__
-        said = _why(cause) if isinstance(cause, OSError | ValueError) else _secretless(str(error))
+        said = _why(cause) if isinstance(cause, OSError | ValueError) else _redacted(str(error))
         raise ConfigError(f"data.sources {source.name!r}: {source.hub}: {said}") from None
     for shard in shards:
         if isinstance(shard, HubSplit):
@@ -199,7 +200,7 @@ def _check_offline(config: RunConfig) -> None:
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"fetched, but with HF_HUB_OFFLINE=1: {_secretless(last.removeprefix('crosslift: '))}")
+        raise ConfigError(f"fetched, but with HF_HUB_OFFLINE=1: {_redacted(last.removeprefix('crosslift: '))}")
 
 
 def _why(error: BaseException) -> str:
@@ -248,15 +249,14 @@ def _size(number: int) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return _secretless(" ".join(str(error).split())[:300] or type(error).__name__)
+    return _redacted(" ".join(str(error).split())[:300] or type(error).__name__)
 
 
-def _secretless(text: str) -> str:
-    """The text without the token, whatever an error quotes."""
+def _redacted(text: str) -> str:
+    """The text without secrets of the environment and without the token of the hub, which may be in a file."""
     from huggingface_hub import get_token
 
-    token = get_token()
-    return text.replace(token, "***") if token else text
+    return Redactor({**os.environ, "HF_TOKEN": get_token() or ""}).redact(text)
 
 
 def main() -> int:
