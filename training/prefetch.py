@@ -170,8 +170,10 @@ def _source(source: SourceConfig, config: RunConfig) -> Iterator[str]:
     except DataError as error:
         if source.hub is None or Path(config.data_dir or "", source.hub).is_dir():
             raise
-        cause = error.__cause__
-        said = _why(cause) if isinstance(cause, OSError | ValueError) else _redacted(str(error))
+        cause: BaseException | None = error.__cause__
+        while cause is not None and not isinstance(cause, OSError | ValueError):  # datasets wraps a full disk's error
+            cause = cause.__cause__
+        said = _why(cause) if cause is not None else _redacted(str(error))
         raise ConfigError(f"data.sources {source.name!r}: {source.hub}: {said}") from None
     for shard in shards:
         if isinstance(shard, HubSplit):
