@@ -73,7 +73,7 @@ def _initial_config(config: Mapping[str, Any] | str | Path, tokenizer: PreTraine
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ModelError(f"model_type: {model_type!r} is not a type that transformers knows{hint}")
+        raise ModelError(f"model_type: {model_type!r} is not a model type of transformers{hint}")
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     if "rope_parameters" in known:

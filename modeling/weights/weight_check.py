@@ -87,4 +87,4 @@ def _check_config(directory: Path) -> None:
     if model_type not in CONFIG_MAPPING and not own_code:
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 1) if model_type else []
         hint = f"; did you mean {near[0]!r}?" if near else "; write the model's own"
-        raise ModelError(f"{file}: model_type is {model_type!r}, which transformers does not know{hint}")
+        raise ModelError(f"{file}: model_type is {model_type!r}, which is not a model type of transformers{hint}")

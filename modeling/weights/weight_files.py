@@ -141,7 +141,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
     end = max((tensor.stop for tensor in tensors), default=data)
     if size != end:
         raise ModelError(
-            f"{file}: {size} bytes long where its header asks for {end}: cut off or damaged; copy it again"
+            f"{file}: {size} bytes long, but its header describes {end}: cut off or damaged; copy it again"
         )
     return tensors
 

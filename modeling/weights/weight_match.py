@@ -61,7 +61,7 @@ class WeightMatch:
             yield f"{directory}: {pair} differ, but config.json ties them; set tie_word_embeddings to false there"
         fits = "config.json must be the one of these weights"
         only_head = set(self.missing) <= set(_output_weights(model))
-        whole = "set tie_word_embeddings to true in config.json" if only_head else "copy the whole model anew"
+        whole = "set tie_word_embeddings to true in config.json" if only_head else "copy the whole model again"
         remedies = (
             ("missing", self.missing, whole),
             ("unexpected", self.unexpected, fits),

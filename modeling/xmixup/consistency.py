@@ -1,4 +1,4 @@
-"""Consistency losses of X-Mixup (arXiv 2205.04182, section 3.3): both sides of a pair are to say the same.
+"""Consistency losses of X-Mixup (arXiv 2205.04182, section 3.3): distances between the two sides of a pair.
 
 Batches are stacked, targets first, then their sources (docs/methods.md, section 2.2).
 

@@ -214,7 +214,7 @@ class CrossLingualMixup:
             delattr(self._layer, RATIO_MODULE)
 
     def _hand_over(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the layer: its keyword arguments, which checkpointing keeps, say what the batch is."""
+        """Before the layer: adds the batch to its keyword arguments, which checkpointing keeps."""
         if self._pairs is None:
             return None
         shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]

@@ -249,7 +249,7 @@ def test_steps_of_the_plan_are_checked(cli: Cli, shared_file: Path) -> None:
     [
         ("tokenizer.train.vocab_size=90000", "tokenizer.train.vocab_size: 90000 is too large"),
         ("model.init.hidden_sise=3", "hidden_sise: not a key of LlamaConfig; the nearest is 'hidden_size'"),
-        ("model.init.model_type=lama", "model_type: 'lama' is not a type that transformers knows"),
+        ("model.init.model_type=lama", "model_type: 'lama' is not a model type of transformers"),
         ("data.template={name: chat}", "has no chat template"),
         (
             "data.mixture={strategy: explicit, weights: {fr: 1}}",

@@ -114,7 +114,7 @@ def test_packed_equals_padded_equals_one_by_one(model_type: str, attention: str,
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_window_is_met_and_samples_do_see_themselves(attention: str) -> None:
+def test_sliding_windows_take_effect_within_samples(attention: str) -> None:
     """Guards the test above: with the window off, or the samples' own past hidden, the logits differ."""
     model = tiny("mistral", attention, False)
     long = samples()[2]

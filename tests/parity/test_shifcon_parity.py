@@ -168,7 +168,7 @@ def system_loss(model: PreTrainedModel, vectors: LanguageVectors, packed: bool) 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
-def test_one_hooked_forward_is_the_method(name: str, packed: bool, checkpointing: bool) -> None:
+def test_one_hooked_forward_pass_equals_the_method(name: str, packed: bool, checkpointing: bool) -> None:
     vectors = make_vectors()
     slow_model, model = tiny(name), tiny(name)
     expected, expected_logits = slow_loss(slow_model, vectors)
@@ -187,7 +187,7 @@ def test_one_hooked_forward_is_the_method(name: str, packed: bool, checkpointing
         torch.testing.assert_close(parameter.grad, slow_parameters[key].grad, rtol=1e-3, atol=1e-5, msg=key)
 
 
-def test_the_vectors_move_what_is_compared() -> None:
+def test_the_shift_changes_the_compared_states() -> None:
     """The parity above would be hollow if the shift toward or the shift back did not matter here."""
     nowhere, no_return = make_vectors(), make_vectors()
     nowhere.mean.copy_(nowhere.mean[:1].expand(3, -1, -1))

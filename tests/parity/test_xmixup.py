@@ -301,7 +301,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("entropy", ["true", "authors"])
 @pytest.mark.parametrize("kind", list(AUTO))
 @pytest.mark.parametrize("name", MODELS)
-def test_one_stacked_forward_is_the_method(name: str, kind: str, entropy: str) -> None:
+def test_one_stacked_forward_pass_equals_the_method(name: str, kind: str, entropy: str) -> None:
     model = tiny(name, kind)
     mixup = CrossLingualMixup(model, MIXED_LAYER, LAM0, entropy)
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_one_stacked_forward_is_the_method(name: str, kind: str, entropy: str) -
         assert found[f"{slow.inner}encoder.layer.{MIXED_LAYER}.mixup_ratio.{last}"].abs() > 1e-4
 
 
-def test_a_fixed_ratio_is_used_as_it_is() -> None:
+def test_a_fixed_ratio_is_used_unchanged() -> None:
     model = tiny("xlm-roberta", "classification")
     mixup = CrossLingualMixup(model, MIXED_LAYER, LAM0, ratio=0.35)
     assert not mixup.parameters()
@@ -359,7 +359,7 @@ def test_padding_changes_the_authors_ratio_and_not_ours(name: str) -> None:
             assert change > 1e-3
 
 
-def test_mixing_is_what_the_parity_is_about() -> None:
+def test_the_parity_fails_without_mixing() -> None:
     """The comparison would be hollow if the mixing hardly moved these logits."""
     model = tiny("xlm-roberta", "classification")
     mixup = CrossLingualMixup(model, MIXED_LAYER)
@@ -370,7 +370,7 @@ def test_mixing_is_what_the_parity_is_about() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_without_pairs_it_is_plain_transformers(name: str) -> None:
+def test_without_pairs_the_model_equals_plain_transformers(name: str) -> None:
     ids = torch.tensor(rows_of())
     mask = (ids != PAD).long()
     plain, model = tiny(name, "classification"), tiny(name, "classification")
@@ -450,13 +450,13 @@ def test_the_mixed_layer_is_checkpointed_like_the_others() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_every_attention_of_the_model_gives_the_same(attention: str) -> None:
+def test_every_attention_implementation_gives_the_same_result(attention: str) -> None:
     models = [tiny("bert", "qa", kind) for kind in ("sdpa", attention)]
     losses = [system_loss(model, CrossLingualMixup(model, MIXED_LAYER), "qa")[0] for model in models]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
 
 
-def test_lora_is_its_merged_weights() -> None:
+def test_mixing_with_lora_equals_mixing_with_merged_weights() -> None:
     """PEFT wraps query and value; the mixed layer calls the wrapped modules, in both of their uses."""
     model = tiny("xlm-roberta", "classification")
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules=["query", "value"])).double()
@@ -481,7 +481,7 @@ def test_lora_is_its_merged_weights() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_number_formats(name: str) -> None:
+def test_mixing_in_each_number_format(name: str) -> None:
     """fp32 and bf16 against fp64; entropies and ratios stay in fp32 at least."""
     exact = tiny(name, "classification")
     mixup = CrossLingualMixup(exact, MIXED_LAYER)

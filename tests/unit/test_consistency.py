@@ -7,7 +7,7 @@ import torch
 from modeling.xmixup.consistency import consistency, content_mask, representations
 
 
-def test_content_is_neither_padding_nor_special() -> None:
+def test_content_excludes_padding_and_special_tokens() -> None:
     ids = torch.tensor([[0, 5, 6, 2, 2, 7, 2], [0, 8, 2, 1, 1, 1, 1]])
     mask = torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
     assert content_mask(ids, mask, (0, 2)).tolist() == [
@@ -17,7 +17,7 @@ def test_content_is_neither_padding_nor_special() -> None:
     assert torch.equal(content_mask(ids, mask, ()), mask.bool())
 
 
-def test_first_token_or_mean_over_content() -> None:
+def test_representations_are_the_first_token_or_the_mean_over_content() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 4, 5, requires_grad=True)
     content = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
@@ -33,7 +33,7 @@ def test_first_token_or_mean_over_content() -> None:
     torch.testing.assert_close(low, representations(hidden.bfloat16().float(), content))
 
 
-def test_each_pair_by_loops() -> None:
+def test_consistency_of_each_pair_equals_loops() -> None:
     torch.manual_seed(1)
     vectors, logits = torch.randn(6, 4, requires_grad=True), (3 * torch.randn(6, 3)).requires_grad_()
     expected = []
@@ -54,14 +54,14 @@ def test_each_pair_by_loops() -> None:
     assert (logits.grad.abs().sum(dim=1) > 0).all()
 
 
-def test_equal_sides_agree_and_no_pairs_give_nothing() -> None:
+def test_consistency_of_equal_sides_is_zero_and_of_no_pairs_empty() -> None:
     half = torch.randn(2, 4)
     same = torch.cat([half, half])
     assert torch.equal(consistency(same, 2, same), torch.zeros(2))
     assert consistency(torch.randn(3, 4), 0, torch.randn(3, 2)).shape == (0,)
 
 
-def test_sure_predictions_stay_finite() -> None:
+def test_consistency_of_confident_predictions_is_finite() -> None:
     logits = torch.tensor([[500.0, 0, -500], [-500, 0, 500]]).requires_grad_()
     found = consistency(torch.zeros(2, 3), 1, logits)
     found.sum().backward()

@@ -116,7 +116,7 @@ def test_pooling_sees_shifted_states_in_fp32() -> None:
     torch.testing.assert_close((moved[0] - plain[0])[:3], difference, rtol=0.02, atol=0.02)
 
 
-def test_one_forward_a_batch_and_none_outside() -> None:
+def test_a_batch_pools_one_forward_pass_and_nothing_is_pooled_outside() -> None:
     model = tiny()
     pooling = ContentPooling(model, range(1, 3))
     with pooling.batch(SEGMENTS, CONTENT, 4) as pooled:
@@ -133,14 +133,14 @@ def test_one_forward_a_batch_and_none_outside() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 12.5])
 @pytest.mark.parametrize("number", [1, 2, 7, 24])
-def test_loss_is_the_one_written_as_a_loop(number: int, scale: float) -> None:
+def test_loss_equals_a_plain_loop(number: int, scale: float) -> None:
     pooled, pairs = states(2 * number), make_pairs(number)
     loss = contrastive_loss(pooled, **pairs, scale=scale)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(by_loop(pooled, **pairs, scale=scale), rel=1e-4, abs=1e-5)
 
 
-def test_same_item_and_same_text_are_no_negatives() -> None:
+def test_pairs_of_the_same_item_or_text_are_not_negatives() -> None:
     pooled, pairs = states(16), make_pairs(8)
     pairs["sets"].zero_()
     plain = contrastive_loss(pooled, **pairs, scale=5.0).item()
@@ -158,7 +158,7 @@ def test_same_item_and_same_text_are_no_negatives() -> None:
         assert loss == pytest.approx(by_loop(pooled, **changed, scale=5.0), rel=1e-4), name
 
 
-def test_the_loss_of_sets_is_the_sum_of_each_alone() -> None:
+def test_the_loss_of_several_sets_is_the_sum_of_their_losses() -> None:
     pooled, pairs = states(24), make_pairs(12)
     together = contrastive_loss(pooled, **pairs, scale=4.0)
     alone = sum(
@@ -180,7 +180,7 @@ def test_a_set_of_one_pair_gives_zero_and_no_gradient() -> None:
     assert all((state.grad == 0).all() for state in pooled)
 
 
-def test_perfect_and_reversed_alignment() -> None:
+def test_loss_of_perfect_and_reversed_alignment() -> None:
     eye = torch.eye(4, 8)
     pairs = make_pairs(4)
     pairs["pairs"] = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])
@@ -192,7 +192,7 @@ def test_perfect_and_reversed_alignment() -> None:
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_without_pairs_it_is_a_zero_that_reaches_the_whole_area(idle: bool) -> None:
+def test_the_loss_without_pairs_is_a_zero_with_gradients_for_the_whole_area(idle: bool) -> None:
     model = tiny()
     pooling = ContentPooling(model, range(1, 3))
     ids = torch.tensor([[1]]) if idle else IDS  # a short rank's micro-batch: one token, no content

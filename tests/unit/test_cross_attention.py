@@ -21,7 +21,7 @@ def test_uniform_attention_has_the_entropy_of_its_valid_keys() -> None:
     torch.testing.assert_close(entropy(scores, target, source), expected)
 
 
-def test_an_aligned_pair_has_none() -> None:
+def test_an_aligned_pair_has_zero_entropy() -> None:
     scores = 200 * torch.eye(4).expand(1, 2, 4, 4)
     every = torch.ones(1, 4, dtype=torch.bool)
     assert entropy(scores, every, every).abs() < 1e-6
@@ -32,7 +32,7 @@ def test_an_aligned_pair_has_none() -> None:
     assert entropy(one_sided, every, every) > 1  # seen from the source, which looks at all of them
 
 
-def test_gradients_by_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     torch.manual_seed(0)
     scores = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
@@ -41,7 +41,7 @@ def test_gradients_by_finite_differences() -> None:
         assert torch.autograd.gradcheck(lambda s, form=form: entropy(s, target, source, form), scores)
 
 
-def test_scores_of_padding_matter_to_the_authors_form_alone() -> None:
+def test_scores_of_padding_change_only_the_authors_form() -> None:
     torch.manual_seed(0)
     scores = torch.randn(1, 2, 3, 4)
     target, source = torch.tensor([[1, 1, 0]]).bool(), torch.tensor([[1, 1, 1, 0]]).bool()
@@ -56,7 +56,7 @@ def test_scores_of_padding_matter_to_the_authors_form_alone() -> None:
 
 
 @pytest.mark.parametrize("form", ["true", "authors"])
-def test_a_side_of_padding_alone_stays_finite(form: str) -> None:
+def test_entropy_of_a_side_with_only_padding_is_finite(form: str) -> None:
     scores = torch.randn(1, 2, 3, 4, requires_grad=True)
     nobody, every = torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
     found = entropy(scores, every, nobody, form)
@@ -65,7 +65,7 @@ def test_a_side_of_padding_alone_stays_finite(form: str) -> None:
     assert scores.grad.isfinite().all()
 
 
-def test_low_precision_is_raised() -> None:
+def test_low_precision_is_converted_to_fp32() -> None:
     query, key = torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 2, 4, 8).bfloat16()
     scores = scaled_scores(query, key)
     assert scores.dtype == torch.float32

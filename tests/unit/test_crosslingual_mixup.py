@@ -68,7 +68,7 @@ def test_only_targets_change_and_only_inside_a_batch(name: str) -> None:
     assert not mixup.last_ratio.requires_grad
 
 
-def test_each_pair_has_a_ratio_of_its_own_and_no_other_pair_a_part_in_it() -> None:
+def test_the_ratio_of_a_pair_does_not_depend_on_other_pairs() -> None:
     model = tiny()
     mixup = CrossLingualMixup(model, 0)
     with mixup.batch(MASK, 2):
@@ -84,7 +84,7 @@ def test_each_pair_has_a_ratio_of_its_own_and_no_other_pair_a_part_in_it() -> No
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_the_chosen_layer_mixes_and_no_other(layer: int) -> None:
+def test_only_the_chosen_layer_mixes(layer: int) -> None:
     model = tiny()
     mixup = CrossLingualMixup(model, layer)
     with mixup.batch(MASK, 2):
@@ -160,7 +160,7 @@ def test_models_without_such_layers_are_refused_with_the_reason(name: str, messa
     assert "take one of bert, camembert" in str(caught.value)
 
 
-def test_a_decoding_bert_is_refused() -> None:
+def test_a_bert_with_is_decoder_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **SIZES, is_decoder=True))
     with pytest.raises(ModelError, match="this bert is a decoder"):
         CrossLingualMixup(model, 1)
@@ -176,7 +176,7 @@ def exported(model: PreTrainedModel, mixup: CrossLingualMixup, directory: Path) 
     mixup.state(directory_hash(directory)).save(directory / MIXUP_FILE)
 
 
-def test_a_reopened_export_mixes_alike(tmp_path: Path) -> None:
+def test_a_reopened_export_mixes_as_before(tmp_path: Path) -> None:
     model = tiny()
     mixup = CrossLingualMixup(model, 1, lam0=0.75, entropy="authors")
     with torch.no_grad():

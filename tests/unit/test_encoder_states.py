@@ -23,7 +23,7 @@ def tiny(name: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta"])
-def test_states_of_the_pass_inside(name: str, checkpointing: bool) -> None:
+def test_states_of_the_forward_pass_inside_are_kept(name: str, checkpointing: bool) -> None:
     model = tiny(name)
     reported = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
     if checkpointing:

@@ -65,7 +65,9 @@ def encoder_weights(directory: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", list(TASK_ARCHITECTURES))
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "electra"])
-def test_encoder_bits_stay_and_the_model_opens_both_ways(tmp_path: Path, name: str, kind: str) -> None:
+def test_encoder_weights_are_unchanged_and_the_model_opens_for_training_and_evaluation(
+    tmp_path: Path, name: str, kind: str
+) -> None:
     source = pretrained(tmp_path / "source", name)
     labels = LABELS[kind]
     torch.manual_seed(5)
@@ -109,7 +111,7 @@ def head(directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["bert", "xlm-roberta"])
-def test_the_head_is_the_seeds_whatever_the_encoder_is(tmp_path: Path, name: str) -> None:
+def test_the_head_depends_on_the_seed_and_not_on_the_encoder(tmp_path: Path, name: str) -> None:
     one = pretrained(tmp_path / "one", name)
     other = change_tensors(pretrained(tmp_path / "other", name), lambda tensors: [t.add_(1) for t in tensors.values()])
     heads = {}
@@ -143,7 +145,7 @@ def test_checkpoints_with_pretraining_heads_and_pooler(tmp_path: Path) -> None:
     write_task_start(old, "qa", [], tmp_path / "qa", 0)
 
 
-def test_nothing_alarming_is_said_of_what_was_checked(tmp_path: Path) -> None:
+def test_transformers_warns_of_nothing_that_was_checked(tmp_path: Path) -> None:
     said: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = said.append
@@ -185,7 +187,7 @@ def test_anything_else_missing_or_unexpected_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> None:
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     key = "roberta.encoder.layer.1.output.dense.weight"
     source = change_tensors(pretrained(tmp_path / "source"), lambda t: t[key][3, 5].fill_(value))
     with pytest.raises(ModelError, match=rf"^{source}: {key}: 1 of its 384 values are not finite; copy"):
@@ -193,7 +195,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> No
     assert not (tmp_path / "start").exists()
 
 
-def test_what_is_no_encoder_of_this_kind_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+def test_models_that_x_mixup_cannot_mix_are_refused_before_their_weights_are_read(tmp_path: Path) -> None:
     for name, message in {
         "llama": "a llama model is a decoder; take an encoder",
         "xlm-roberta-xl": "xlm-roberta-xl is pre-LN",
@@ -270,7 +272,7 @@ def test_an_initial_masked_language_model(tmp_path: Path, tokenizer: PreTrainedT
     assert loaded.config.pad_token_id == 1
 
 
-def test_architectures_that_a_type_has_not(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_architecture_that_a_model_type_lacks_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
     with pytest.raises(ModelError, match="a llama model has no masked-lm head"):
         write_initial_model({"model_type": "llama", **sizes}, tokenizer, tmp_path / "made", 1, architecture="masked-lm")

@@ -175,7 +175,7 @@ def test_a_prompt_beyond_the_positions_has_no_nearest_language(tmp_path: Path) -
         generator.nearest_language([5] * 9, [True] * 9)
 
 
-def test_order_progress_and_batch_size(tmp_path: Path) -> None:
+def test_answers_keep_the_order_of_prompts_for_every_batch_size(tmp_path: Path) -> None:
     generator = ShiftedGenerator.from_directory(write_export(tmp_path))
     told: list[int] = []
     many = prompts() * 2
@@ -314,7 +314,7 @@ def test_shifcon_models_refuse_to_load_without_their_own_vectors(tmp_path: Path)
     )
 
 
-def test_descriptions_that_cannot_be_read(tmp_path: Path) -> None:
+def test_descriptions_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for content, message in {
         "{": "not an export's description",
         '{"format": 2}': "another version of crosslift",

@@ -35,7 +35,7 @@ def tiny(model_type: str, **changes: Any) -> PreTrainedModel:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model_type", MODELS)
-def test_chosen_logits_and_gradients_are_the_whole_pass_s(model_type: str, checkpointing: bool) -> None:
+def test_chosen_logits_and_gradients_equal_those_of_all_positions(model_type: str, checkpointing: bool) -> None:
     model = tiny(model_type, **MODELS[model_type]).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -60,7 +60,7 @@ def test_chosen_logits_and_gradients_are_the_whole_pass_s(model_type: str, check
     head.remove()
 
 
-def test_no_label_at_all_still_runs_and_has_gradients() -> None:
+def test_a_batch_without_labels_runs_and_has_gradients() -> None:
     model = tiny("llama")
     with LabelHead(model).select(torch.empty(0, dtype=torch.int64)):
         logits = model(torch.ones(1, 4, dtype=torch.int64), use_cache=False).logits

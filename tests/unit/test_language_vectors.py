@@ -35,7 +35,7 @@ def measured(model: LlamaForCausalLM, languages: Tensor = LANGUAGES) -> Language
     return means.vectors(NAMES, "en", (1, 3), model_hash="abc")
 
 
-def test_means_and_norms_are_those_of_the_reported_states() -> None:
+def test_means_and_norms_equal_those_of_transformers_hidden_states() -> None:
     model = tiny()
     vectors = measured(model)
     states = model(IDS, output_hidden_states=True).hidden_states
@@ -94,7 +94,7 @@ def test_restoration_error_by_hand() -> None:
     assert errors["de"] > 0.01
 
 
-def test_nearest_is_the_language_measured() -> None:
+def test_nearest_finds_the_language_of_a_state() -> None:
     vectors = measured(tiny())
     for language in ("en", "de", "sw"):
         index = NAMES.index(language)
@@ -105,7 +105,7 @@ def test_nearest_is_the_language_measured() -> None:
         vectors.nearest(torch.zeros(16), 2)
 
 
-def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+def test_a_loaded_file_equals_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     vectors = measured(tiny())
     path = tmp_path / "vectors.safetensors"
     vectors.save(path)
@@ -137,7 +137,7 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         assert file.metadata() == metadata
 
 
-def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+def test_truncated_and_changed_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "vectors.safetensors"
     measured(tiny()).save(path)
     good = path.read_bytes()
@@ -155,7 +155,7 @@ def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
         LanguageVectors.load(tmp_path / "absent.safetensors")
 
 
-def test_files_of_another_make_are_refused(tmp_path: Path) -> None:
+def test_files_of_another_format_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "vectors.safetensors"
     save_file({"mean": torch.zeros(1, 1, 1)}, path)
     with pytest.raises(ModelError, match="its format is None"):

@@ -30,7 +30,7 @@ def tiny(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_hooks_see_the_states_that_transformers_reports(name: str) -> None:
+def test_hooks_get_the_hidden_states_that_transformers_reports(name: str) -> None:
     model = tiny(name)
     assert len(decoder_layers(model)) == 4
     assert hidden_size(model) == 16
@@ -108,7 +108,7 @@ def test_lists_of_equal_length_inside_a_layer_are_not_the_layers() -> None:
         decoder_layers(model)
 
 
-def test_an_encoder_has_layers_too() -> None:
+def test_layers_of_an_encoder_are_found() -> None:
     assert len(decoder_layers(AutoModel.from_config(AutoConfig.for_model("xlm-roberta", **SIZES)))) == 4
 
 

@@ -34,7 +34,7 @@ def full_size(model_type: str) -> PreTrainedConfig:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", KNOWN)
-def test_known_classes(model_type: str, attention: str) -> None:
+def test_layout_of_known_model_classes(model_type: str, attention: str) -> None:
     before, start = torch.get_rng_state(), time.process_time()
     choice = choose_layout(full_size(model_type), attention)
     assert choice.layout == KNOWN[model_type], choice.reason
@@ -47,7 +47,7 @@ def test_known_classes(model_type: str, attention: str) -> None:
         assert choice.max_difference > 0.1  # nowhere near the limit
 
 
-def test_a_leak_between_samples_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_between_packed_samples_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     config = full_size("llama")
     model = tiny_model(config, "sdpa")
     original = type(model).forward
@@ -60,7 +60,7 @@ def test_a_leak_between_samples_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose_layout(config, "sdpa").layout == "padded"
 
 
-def test_windows_are_shorter_than_samples_and_matter() -> None:
+def test_sliding_windows_take_effect_in_the_tiny_model() -> None:
     config = full_size("mistral")
     windowed = tiny_model(config, "eager")
     assert windowed.config.sliding_window == layout.WINDOW < max(layout.SAMPLE_LENGTHS)
@@ -71,7 +71,7 @@ def test_windows_are_shorter_than_samples_and_matter() -> None:
     assert not torch.allclose(windowed(ids).logits, unlimited(ids).logits, atol=1e-2)
 
 
-def test_every_kind_of_layer_is_kept() -> None:
+def test_the_tiny_model_has_one_layer_of_each_kind() -> None:
     config = full_size("gemma3_text")
     assert len(config.layer_types) == config.num_hidden_layers == 26
     tiny = tiny_config(config)

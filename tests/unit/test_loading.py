@@ -103,7 +103,7 @@ def test_loaded_model_equals_from_pretrained(tmp_path: Path, model_type: str, ch
     assert torch.equal(whole(ids).logits, expected(ids).logits)
 
 
-def test_shards_dtype_and_prefixes(tmp_path: Path) -> None:
+def test_shards_number_formats_and_name_prefixes_are_loaded(tmp_path: Path) -> None:
     model = save_model(tmp_path / "one", "llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "many", max_shard_size="10KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
@@ -256,7 +256,7 @@ def test_stops_on_files_that_cannot_be_used(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value)
 
 
-def test_layouts_that_need_conversion_say_how(tmp_path: Path) -> None:
+def test_layouts_that_need_conversion_are_refused_with_the_conversion(tmp_path: Path) -> None:
     sizes = {"num_local_experts": 4, "num_key_value_heads": 2}
     model = save_model(
         tmp_path / "hub", "mixtral", native_format=False, **sizes
@@ -282,7 +282,7 @@ def test_config_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "\n" not in str(caught.value)
 
 
-def test_attention_names() -> None:
+def test_attention_names_are_resolved_or_refused() -> None:
     assert resolve_attention("auto") == "sdpa" or torch.cuda.is_available()
     assert resolve_attention("auto", AutoConfig.for_model("bloom")) == "eager"
     with pytest.raises(ModelError, match="BloomForCausalLM has no sdpa"):
@@ -308,7 +308,9 @@ def test_initial_model_depends_on_config_and_seed(tmp_path: Path, tokenizer: Pre
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "e"]
 
 
-def test_initial_config_from_a_file_and_its_mistakes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_initial_config_may_be_a_file_and_its_mistakes_are_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps({**LLAMA, "rope_theta": 500.0, "vocab_size": 64}))
     model = filled(write_initial_model(file, tokenizer, tmp_path / "model", 0))
@@ -316,7 +318,7 @@ def test_initial_config_from_a_file_and_its_mistakes(tmp_path: Path, tokenizer: 
     assert model.get_input_embeddings().weight.shape == (64, 32)
     for change, message in [
         ({"hiden_size": 8}, "hiden_size: not a key of LlamaConfig; the nearest is 'hidden_size'"),
-        ({"model_type": "lama"}, "'lama' is not a type that transformers knows; the nearest is 'llama'"),
+        ({"model_type": "lama"}, "'lama' is not a model type of transformers; the nearest is 'llama'"),
         ({"vocab_size": 5}, "vocab_size: 5 is below the tokenizer's 32 tokens"),
         ({"num_attention_heads": 5}, "LlamaConfig: .* not a multiple of the number of attention heads"),
     ]:
@@ -325,7 +327,7 @@ def test_initial_config_from_a_file_and_its_mistakes(tmp_path: Path, tokenizer: 
     assert not (tmp_path / "other").exists()
 
 
-def test_directory_hash_sees_weights_and_not_shards(tmp_path: Path) -> None:
+def test_directory_hash_depends_on_weights_and_not_on_shards(tmp_path: Path) -> None:
     model = save_model(tmp_path / "one", "llama")
     model.save_pretrained(tmp_path / "many", max_shard_size="10KB")
     found = directory_hash(tmp_path / "one")

@@ -14,7 +14,7 @@ from modeling.xmixup.mixup_state import MixupState, is_mixup_weight
 STATE = MixupState(3, 0.4, "authors", "learned", w=1.0123456789012345, b=-3e-9, model_hash="abc")
 
 
-def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+def test_a_loaded_file_equals_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     for state in (STATE, MixupState(0, ratio=0.3), MixupState(1, ratio=1)):
         state.save(tmp_path / "state.safetensors")
         assert MixupState.load(tmp_path / "state.safetensors") == state
@@ -33,7 +33,7 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert MixupState.load(tmp_path / "old.safetensors") == STATE
 
 
-def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+def test_truncated_and_changed_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     STATE.save(path)
     good = path.read_bytes()
@@ -47,14 +47,14 @@ def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_files_of_another_make_are_refused(tmp_path: Path) -> None:
+def test_files_of_another_format_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1), "b": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="its format is None"):
         MixupState.load(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_refused(value: float) -> None:
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(ModelError, match="is not finite"):
         MixupState(1, w=value)
     with pytest.raises(ModelError, match="is not finite"):
@@ -63,6 +63,6 @@ def test_numbers_that_are_none_are_refused(value: float) -> None:
         MixupState(1, lam0=float("nan"))
 
 
-def test_weights_are_told_apart_by_their_names() -> None:
+def test_mixup_weights_are_recognised_by_their_names() -> None:
     own = "base_model.model.roberta.encoder.layer.3.mixup_ratio.w"
     assert [is_mixup_weight(name) for name in (own, "classifier.weight", "my_mixup_ratio_w")] == [True, False, False]

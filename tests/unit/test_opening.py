@@ -88,7 +88,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
 
 @pytest.mark.parametrize("response", [None, "sw"])
 @pytest.mark.parametrize(("shifts", "language"), [(False, "auto"), (False, "none"), (True, "none")])
-def test_an_unknown_language_is_written_as_the_dominant_one(
+def test_a_prompt_of_unknown_language_uses_the_dominant_language_s_template(
     tmp_path: Path, asked: list[Prompt], shifts: bool, language: str, response: str | None
 ) -> None:
     """The template names a language, and the shift takes none; the export may say what answers are in."""

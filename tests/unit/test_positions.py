@@ -45,7 +45,7 @@ def begin_training(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("model_type", TABLES)
-def test_the_limit_is_what_the_model_runs_with(model_type: str) -> None:
+def test_the_position_limit_is_the_longest_input_that_the_model_runs_with(model_type: str) -> None:
     model = AutoModel.from_config(AutoConfig.for_model(model_type, **{**SMALL, **TABLES[model_type]})).eval()
     assert (position_table(model) is not None, position_limit(model)) == (True, 64)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_limit_is_what_the_model_runs_with(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(("model_type", "limit"), [("llama", 64), ("bloom", None)])
-def test_computed_positions_have_no_table(model_type: str, limit: int | None) -> None:
+def test_computed_positions_have_no_embedding_table(model_type: str, limit: int | None) -> None:
     model = AutoModel.from_config(AutoConfig.for_model(model_type, **{**SMALL, **COMPUTED[model_type]}))
     assert (position_table(model), position_limit(model)) == (None, limit)
 
@@ -143,7 +143,7 @@ def test_the_question_is_named_by_its_line(gpt2: Path) -> None:
         ((1.0, 1.0), None),
     ],
 )
-def test_packing_is_blamed_for_what_it_does_alone(
+def test_only_differences_due_to_packing_are_reported_as_such(
     monkeypatch: pytest.MonkeyPatch, losses: tuple[float, float], message: str | None
 ) -> None:
     monkeypatch.setattr("training.engine.start_checks.all_sum", lambda values, device: values)

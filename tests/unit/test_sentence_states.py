@@ -68,7 +68,9 @@ def reported(folder: Path, ids: list[int]) -> list[Tensor]:
         ("bert", AutoModel),
     ],
 )
-def test_an_encoder_s_states_in_a_padded_batch(tmp_path: Path, kind: str, auto: Any, pooling: Any) -> None:
+def test_states_of_an_encoder_in_a_padded_batch_equal_those_one_by_one(
+    tmp_path: Path, kind: str, auto: Any, pooling: Any
+) -> None:
     folder = saved(tmp_path, kind, auto)
     states = SentenceStates.open(folder, pooling=pooling)
     encoded = states.encode(TEXTS)

@@ -72,7 +72,7 @@ IDS = torch.arange(1, 21).view(2, 10)
 
 @pytest.mark.parametrize("area", [(1, 3), (0, 2), (0, 4), (3, 4)])
 @pytest.mark.parametrize("name", MODELS)
-def test_states_move_by_the_formula_and_only_there(name: str, area: tuple[int, int]) -> None:
+def test_states_are_shifted_by_the_formula_at_the_two_layers_only(name: str, area: tuple[int, int]) -> None:
     model, shift = shifted(name, area)
     mean = shift.vectors.mean
     # Twin hooks that add the formula's difference by hand, one token after the other.
@@ -113,7 +113,7 @@ def test_dominant_unmeasured_and_unmarked_tokens_keep_every_bit(name: str, dtype
     assert not torch.equal(mixed[1], plain[1])
 
 
-def test_unshifted_rows_keep_even_the_sign_of_zero() -> None:
+def test_unshifted_rows_keep_the_sign_of_zero() -> None:
     tables = shift_tables(some_vectors())
     state = torch.tensor([0.0, -0.0, 1e-45, torch.inf]).repeat(4)
     for row in (EN, XX, -1):
@@ -220,7 +220,7 @@ def test_beams_with_a_cache_are_the_full_forward(name: str) -> None:
     torch.testing.assert_close(cached.sequences_scores, scores, rtol=1e-4, atol=1e-4)
 
 
-def test_generated_tokens_follow_the_prompt_unless_told() -> None:
+def test_generated_tokens_take_the_response_language_or_the_prompts() -> None:
     model, shift = shifted("llama")
     options = {"attention_mask": MASK, "max_new_tokens": NEW, "do_sample": False}
     with shift.batch(PROMPT_LANGUAGES):
@@ -235,7 +235,7 @@ def test_generated_tokens_follow_the_prompt_unless_told() -> None:
 
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, StaticCache])
-def test_a_one_token_prompt_and_prompts_in_pieces_keep_their_place(make_cache: type) -> None:
+def test_languages_match_tokens_of_one_token_prompts_and_of_prompts_in_pieces(make_cache: type) -> None:
     model, shift = shifted("llama")
     ids, languages = IDS[:1, :6], torch.tensor([[DE, SW, EN, DE]])
     with shift.batch(languages, torch.tensor([SW])):
@@ -256,7 +256,7 @@ def test_left_padding_changes_nothing(name: str) -> None:
     torch.testing.assert_close(together[:1, 2:], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_rows_take_each_token_by_its_own_language() -> None:
+def test_packed_rows_shift_each_token_by_its_own_language() -> None:
     model, shift = shifted("llama")
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
     with shift.batch(torch.tensor([[DE] * 4 + [SW] * 4 + [EN] * 2])):
@@ -268,7 +268,7 @@ def test_packed_rows_take_each_token_by_its_own_language() -> None:
     torch.testing.assert_close(packed, torch.cat([first, second], 1), rtol=1e-4, atol=1e-4)
 
 
-def test_lora_keeps_the_shift() -> None:
+def test_the_shift_works_with_lora() -> None:
     model, shift = shifted("llama")
     languages = torch.full((2, 10), DE)
     with shift.batch(languages):
@@ -305,7 +305,7 @@ def test_it_is_off_outside_a_batch_disabled_without_vectors_and_when_removed() -
         assert torch.equal(logits(model, IDS), plain)
 
 
-def test_misfits_are_refused() -> None:
+def test_vectors_and_batches_that_do_not_fit_are_refused() -> None:
     model, shift = shifted("llama")
     for area in [(2, 2), (3, 1), (-1, 2), (2, 5)]:
         with pytest.raises(ModelError, match="need 0 <= toward < back <= 4"):

@@ -47,7 +47,7 @@ def byte_tokenizer(chat_template: str | None = None, special: tuple[str, ...] = 
 
 
 @pytest.mark.parametrize(
-    ("template", "goes_on", "does_not"),
+    ("template", "matching", "others"),
     [
         ({"name": "alpaca"}, ["18\n\n### Instruction:\nTom", "18 ### Instruction: 5"], ["### Step 1", "instruction:"]),
         ({"name": "alpaca"}, ["18\n\nBelow is an instruction that describes a task. Write a response that "
@@ -63,15 +63,17 @@ def byte_tokenizer(chat_template: str | None = None, special: tuple[str, ...] = 
         ({"name": "custom", "prompt": "A question in {language}: {user}\n"}, ["18\nA question in Thai: 5"], ["A"]),
     ],
 )  # fmt: skip
-def test_the_header_of_the_users_next_turn(template: dict[str, str], goes_on: list[str], does_not: list[str]) -> None:
+def test_the_header_of_the_next_user_turn_is_found(
+    template: dict[str, str], matching: list[str], others: list[str]
+) -> None:
     found = next_turn(TemplateConfig(**template), byte_tokenizer())
     assert found.ids == ()
     pattern = re.compile("|".join(found.patterns) or "(?!)")
-    assert [text for text in goes_on if pattern.search(text) is None] == []
-    assert [text for text in does_not if pattern.search(text) is not None] == []
+    assert [text for text in matching if pattern.search(text) is None] == []
+    assert [text for text in others if pattern.search(text) is not None] == []
 
 
-def test_the_header_of_a_chat_template() -> None:
+def test_the_header_of_a_chat_template_is_found() -> None:
     chat = TemplateConfig(name="chat")
     tokenizer = byte_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"))
     assert next_turn(chat, tokenizer).ids == (tokenizer.convert_tokens_to_ids("<|im_start|>"),)
@@ -144,7 +146,7 @@ def test_an_opened_model_stops_at_its_own_header_and_at_that_of_the_protocol(tmp
         assert generator.stops.pattern.search(text)
 
 
-def test_rows_stop_alone() -> None:
+def test_each_row_stops_on_its_own() -> None:
     """What one row has written ends no other."""
     stop = Stops(patterns=("### Instruction:",))
     tokenizer = byte_tokenizer()

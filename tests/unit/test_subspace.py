@@ -60,14 +60,14 @@ def gram_cka_debiased(x: Tensor, y: Tensor) -> float:
 
 
 @pytest.mark.parametrize("n", [5, 12, 60])
-def test_cka_is_that_of_gram_matrices(n: int) -> None:
+def test_cka_equals_that_of_gram_matrices(n: int) -> None:
     x, y = pair(n)
     assert linear_cka(x, y).dtype == torch.float64
     assert float(linear_cka(x, y)) == pytest.approx(gram_cka(x, y), rel=1e-9)
     assert float(linear_cka(x, y, debiased=True)) == pytest.approx(gram_cka_debiased(x, y), rel=1e-9)
 
 
-def test_cka_knows_rotation_and_scaling_but_no_other_map() -> None:
+def test_cka_is_invariant_to_rotation_and_scaling_only() -> None:
     x, y = (side.double() for side in pair())
     plain, debiased = float(linear_cka(x, y)), float(linear_cka(x, y, debiased=True))
     moved = 3.7 * x @ rotation(7) + 11
@@ -82,7 +82,7 @@ def test_cka_knows_rotation_and_scaling_but_no_other_map() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 60])
-def test_batches_give_what_the_whole_gives(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_give_the_result_of_all_rows_at_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = states(60, 7, 0).double()
     y = x.square() + states(60, 7, 1)
     whole = CrossCovariance(7, 7)
@@ -99,7 +99,7 @@ def test_batches_give_what_the_whole_gives(size: int, monkeypatch: pytest.Monkey
         assert float(one) == pytest.approx(float(other), rel=1e-10)
 
 
-def test_a_long_mean_costs_no_digits() -> None:
+def test_a_mean_much_longer_than_the_variation_loses_no_digits() -> None:
     x, y = (side.double() for side in pair())
     far = CrossCovariance(7, 5)
     for start in range(0, 60, 8):
@@ -108,7 +108,7 @@ def test_a_long_mean_costs_no_digits() -> None:
     assert float(far.linear_cka(debiased=True)) == pytest.approx(float(linear_cka(x, y, debiased=True)), rel=1e-6)
 
 
-def test_few_rows_bias_plain_cka_and_not_the_debiased_one() -> None:
+def test_few_rows_bias_plain_cka_but_not_debiased_cka() -> None:
     generator = torch.Generator().manual_seed(3)
     found = [[torch.randn(100, 200, generator=generator) for _ in range(2)] for _ in range(20)]
     plain = [float(linear_cka(x, y)) for x, y in found]
@@ -130,7 +130,7 @@ def test_a_side_that_does_not_vary_has_no_cka() -> None:
     assert math.isnan(float(CrossCovariance(3, 3).linear_cka()))
 
 
-def test_centroid_distance_is_that_of_loops() -> None:
+def test_centroid_distance_equals_loops() -> None:
     x, y = states(11, 6, 0).tolist(), states(11, 6, 1).tolist()
     mean_x = [sum(row[i] for row in x) / 11 for i in range(6)]
     mean_y = [sum(row[i] for row in y) / 11 for i in range(6)]

@@ -61,7 +61,7 @@ def test_tagging_pools_the_logits_of_each_word() -> None:
         torch.testing.assert_close(gradient[row, token], weights[word] / sizes[word])
 
 
-def test_tagging_without_a_word() -> None:
+def test_tagging_loss_of_a_batch_without_words() -> None:
     """An idle micro-batch: a stand-in word of weight 0, whose token is there or not."""
     logits = torch.randn(1, 1, 4, requires_grad=True)
     for word in (0, -1):
@@ -72,7 +72,7 @@ def test_tagging_without_a_word() -> None:
     assert tagging_losses(logits, torch.zeros(0, 4), torch.tensor([[-1]])).shape == (0,)
 
 
-def test_spans_leave_padding_out() -> None:
+def test_span_losses_ignore_padding() -> None:
     torch.manual_seed(2)
     start, end = torch.randn(3, 5) * 3, torch.randn(3, 5) * 3
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])

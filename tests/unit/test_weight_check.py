@@ -154,7 +154,7 @@ MISTAKES: list[tuple[str, Change, str]] = [
     (
         "one",
         cut,
-        r"D/model\.safetensors: \d+ bytes long where its header asks for \d+: cut off or damaged; copy it again",
+        r"D/model\.safetensors: \d+ bytes long, but its header describes \d+: cut off or damaged; copy it again",
     ),
     ("one", misshapen, r"D/model\.safetensors: not a readable safetensors file \(.*\); copy it again"),
     (
@@ -224,7 +224,7 @@ def checked(directory: Path, tmp_path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), MISTAKES)
-def test_a_damaged_or_unfit_model_is_one_line(
+def test_a_damaged_or_unsuitable_model_is_refused_in_one_line(
     made: Path, tmp_path: Path, kind: str, change: Change, message: str
 ) -> None:
     directory = tmp_path / "D"
@@ -237,7 +237,7 @@ def test_a_damaged_or_unfit_model_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_mistakes_are_as_many_lines(made: Path, tmp_path: Path) -> None:
+def test_each_kind_of_mistake_has_one_line(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "one", tmp_path / "D")
     config(num_hidden_layers=1, intermediate_size=80, attention_bias=True)(tmp_path / "D")
     with pytest.raises(ModelError) as refused:
@@ -266,7 +266,7 @@ def test_no_weight_is_read(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert all(parameter.is_meta for parameter in check_directory(made / kind, "causal-lm").parameters())
 
 
-def test_a_tokenizer_is_no_larger_than_the_embeddings_and_is_there(made: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embeddings_or_missing_is_refused(made: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=300, **SIZES)).save_pretrained(small)
     with pytest.raises(ConfigError, match=rf"^{small}: holds no tokenizer; copy its files, or name its folder in tok"):
@@ -277,14 +277,14 @@ def test_a_tokenizer_is_no_larger_than_the_embeddings_and_is_there(made: Path, t
         checked(small, tmp_path, tokenizer={"train": {"vocab_size": 301}})
 
 
-def test_the_largest_token_counts_where_numbers_are_left_out(made: Path, tmp_path: Path) -> None:
+def test_the_largest_token_id_counts_if_ids_have_gaps(made: Path, tmp_path: Path) -> None:
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 400}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "T")
     with pytest.raises(ConfigError, match=rf"^tokenizer {tmp_path}/T: 401 tokens, but the model embeds only 400; "):
         checked(made / "one", tmp_path, tokenizer={"path": str(tmp_path / "T")})
 
 
-def test_adapters_start_from_a_whole_model_too(made: Path, tmp_path: Path) -> None:
+def test_a_damaged_base_model_of_adapters_is_refused(made: Path, tmp_path: Path) -> None:
     lora = {"model": {"path": str(tmp_path / "D"), "lora": {"rank": 2, "alpha": 2}}}
     shutil.copytree(made / "one", tmp_path / "D")
     checked(tmp_path / "D", tmp_path, **lora)
@@ -327,7 +327,9 @@ def test_an_encoder_may_lack_its_new_head_and_nothing_else(tmp_path: Path, pretr
         ("gemma", "is a decoder; "),
     ],
 )
-def test_what_no_task_is_trained_on_is_named_by_what_it_is(tmp_path: Path, model_type: str, message: str) -> None:
+def test_models_that_no_task_can_start_from_are_refused_by_their_kind(
+    tmp_path: Path, model_type: str, message: str
+) -> None:
     """Its layers, or its kind; not the weights that are stored in another layout."""
     auto = AutoModelForMaskedLM if model_type == "nomic_bert" else AutoModelForCausalLM
     auto.from_config(AutoConfig.for_model(model_type, **{**ENCODER, "num_key_value_heads": 4})).save_pretrained(
@@ -344,7 +346,7 @@ def test_old_buffers_need_no_place(made: Path, tmp_path: Path) -> None:
     checked(tmp_path / "D", tmp_path)
 
 
-def test_the_encoder_of_a_run_is_looked_at_before_its_head_is_made(tmp_path: Path) -> None:
+def test_the_encoder_of_a_run_is_checked_before_its_head_is_made(tmp_path: Path) -> None:
     AutoModelForMaskedLM.from_config(AutoConfig.for_model("xlm-roberta", **ENCODER)).save_pretrained(tmp_path / "D")
     task = {"data.task": {"kind": "tagging", "labels": ["WORD", "NUMBER"]}, "objective": {"name": "finetune"}}
     columns = {name: name for name in ("id", "language", "words", "tags")}
@@ -358,7 +360,7 @@ def test_the_encoder_of_a_run_is_looked_at_before_its_head_is_made(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("value", "place"), [(float("nan"), 0), (float("inf"), 700), (float("-inf"), -1)])
-def test_a_weight_that_is_no_number_is_named_with_its_file_when_it_is_read(
+def test_a_weight_that_is_not_finite_is_named_with_its_file_when_it_is_read(
     made: Path, tmp_path: Path, value: float, place: int
 ) -> None:
     def damage(held: dict[str, Tensor]) -> None:
