@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.ranks import SOURCE, machine
 from data_pipeline.records import stable_hash
-from data_pipeline.xtreme.prepare import prepare_task
+from data_pipeline.xtreme.prepare import PrepareOptions, prepare_task
 
 TEST_SHARE = 4  # one paragraph in this many is for the test
 CONFIGS = SOURCE / "configs"
@@ -84,8 +84,8 @@ def prepare(data: Path, output: Path) -> dict[str, int]:
     for task, splits in (
         ("udpos", {"train": "dev", "test": "test"}), ("tatoeba", None), ("xquad", None),
     ):  # fmt: skip
-        prepare_task(task, data / task.replace("udpos", "ud"), output / "rows" / task, splits=splits)
-    prepare_task("udpos", data / "ud", output / "rows" / "ud-dev", splits={"dev": "dev"})
+        prepare_task(task, data / task.replace("udpos", "ud"), output / "rows" / task, PrepareOptions(splits=splits))
+    prepare_task("udpos", data / "ud", output / "rows" / "ud-dev", PrepareOptions(splits={"dev": "dev"}))
     write_xquad(output / "rows" / "xquad", output / "rows" / "xquad-split")
     folders = (output / "rows" / name for name in ("ud-dev", "tatoeba", "xquad-split"))
     return write_text(*folders, output / "rows" / "text")

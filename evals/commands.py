@@ -152,13 +152,14 @@ def xtreme_prepare(
     as_json: Annotated[bool, typer.Option("--json", help="counts as JSON")] = False,
 ) -> None:
     """XTREME's files as rows. Example: crosslift xtreme prepare xnli --data-dir xtreme --output rows/xnli"""
-    from data_pipeline.xtreme.prepare import prepare_task
+    from data_pipeline.xtreme.prepare import PrepareOptions, prepare_task
 
     chosen = dict(pair.partition("=")[::2] for pair in splits.split(",")) if splits else None
-    counts = prepare_task(
-        task, data_dir, output, languages=_listed(languages), layout=layout, splits=chosen,
-        translations=translations, allow_unlabelled_test=unlabelled, remake=remake, max_bad_rows=max_bad_rows,
+    options = PrepareOptions(
+        languages=_listed(languages), layout=layout, splits=chosen, translations=translations,
+        allow_unlabelled_test=unlabelled, remake=remake, max_bad_rows=max_bad_rows,
     )  # fmt: skip
+    counts = prepare_task(task, data_dir, output, options)
     if as_json:
         print(json.dumps(counts, ensure_ascii=False, indent=1))
         return

@@ -59,36 +59,41 @@ class _Plan:
     missing: dict[str, list[str]] = field(default_factory=dict)
 
 
-def prepare_task(
-    task: str,
-    data_dir: Path | str,
-    output: Path | str,
-    *,
-    languages: Sequence[str] | None = None,
-    layout: str = "auto",
-    splits: Mapping[str, str] | None = None,
-    translations: Path | str | None = None,
-    allow_unlabelled_test: bool = False,
-    train_languages: Sequence[str] = (DOMINANT,),
-    remake: bool = False,
-    max_bad_rows: int = 0,
-    remedy: str = "name a new --output, or add --remake",
-) -> Counts:
+@dataclass(frozen=True, slots=True)
+class PrepareOptions:
+    """What `prepare_task` prepares, and how strictly.
+
+    Attributes:
+        languages: languages of dev, test and translations; default: all that exist.
+        layout: the layout of the files; "auto" finds it out.
+        splits: {split to write: split to read}, such as {"train": "dev", "test": "test"} for treebanks without train.
+        translations: the folder of machine translations, in the X-Mixup authors' or the bucket's layout.
+        allow_unlabelled_test: erased test labels are no error; the rows have no labels.
+        train_languages: languages of the labelled training items; XTREME trains on English only.
+        remake: replace an `output` that was made from other files or with other options.
+        max_bad_rows: how many questions of a file may have answers that are not where it says. Such questions lose
+            these answers, or are left out if they have no others, and are counted.
+        remedy: advice for an `output` that was made otherwise, in terms of the calling command.
+    """
+
+    languages: Sequence[str] | None = None
+    layout: str = "auto"
+    splits: Mapping[str, str] | None = None
+    translations: Path | str | None = None
+    allow_unlabelled_test: bool = False
+    train_languages: Sequence[str] = (DOMINANT,)
+    remake: bool = False
+    max_bad_rows: int = 0
+    remedy: str = "name a new --output, or add --remake"
+
+
+def prepare_task(task: str, data_dir: Path | str, output: Path | str, options: PrepareOptions | None = None) -> Counts:
     """Write the canonical rows of a task to the folder `output`.
 
     Train holds the labelled items of `train_languages` (XTREME trains on English only, whatever `languages` says) and,
     for the other `languages`, their machine translations: those in the folder `translations` (the X-Mixup authors' or
     the bucket's layout; with the layout xmixup in `data_dir` itself). Dev and test rows get their English version if
     the folder has one. An `output` made from the same files with the same options is kept.
-
-    Args:
-        languages: languages of dev, test and translations; default: all that exist.
-        splits: {split to write: split to read}, such as {"train": "dev", "test": "test"} for treebanks without train.
-        allow_unlabelled_test: erased test labels are no error; the rows have no labels.
-        remake: replace an `output` that was made from other files or with other options.
-        max_bad_rows: how many questions of a file may have answers that are not where it says. Such questions lose
-            these answers, or are left out if they have no others, and are counted.
-        remedy: advice for an `output` that was made otherwise, in terms of the calling command.
 
     Returns:
         {"train": {language: rows}, "dev": ..., "test": ..., "skipped": {split: {language: {reason: count}}},
@@ -98,10 +103,14 @@ def prepare_task(
         DataError: no such task, language, layout or file, or one that violates its format; erased test labels;
             translations that do not match their originals; an `output` that holds something else.
     """
+    options = options or PrepareOptions()
+    translations, max_bad_rows = options.translations, options.max_bad_rows
     found = xtreme_task(task)
-    layout = detect_layout(found, data_dir, layout)
+    layout = detect_layout(found, data_dir, options.layout)
     root = Path(translations) if translations is not None else Path(data_dir) if layout == "xmixup" else None
-    plan = _plan(found, data_dir, layout, languages, _splits(splits), root, tuple(train_languages))
+    plan = _plan(
+        found, data_dir, layout, options.languages, _splits(options.splits), root, tuple(options.train_languages)
+    )
     if translations is not None and not any(part.translated or part.back for part in plan.parts):
         raise DataError(
             f"{translations}: no translation of what is prepared of {task}, in the X-Mixup authors' layout"
@@ -111,17 +120,17 @@ def prepare_task(
         "version": VERSION,
         "task": task,
         "layout": layout,
-        "allow_unlabelled_test": allow_unlabelled_test,
+        "allow_unlabelled_test": options.allow_unlabelled_test,
         "max_bad_rows": max_bad_rows,
         "languages or splits": sorted(f"{part.split}/{part.language} from {part.read}" for part in plan.parts),
         "files": _identities(plan.parts),
     }
     output = Path(output)
-    if (counts := _kept(output, made_from, remake, remedy)) is not None:
+    if (counts := _kept(output, made_from, options.remake, options.remedy)) is not None:
         return counts
     try:
         with atomic_folder(output, exists="replace") as temporary:
-            counts = _write(found, plan, temporary, allow_unlabelled_test, max_bad_rows) | {
+            counts = _write(found, plan, temporary, options.allow_unlabelled_test, max_bad_rows) | {
                 "missing": plan.missing,
                 "layout": layout,
             }

@@ -27,7 +27,7 @@ from typing import Any
 
 from data_pipeline.atomic import write_text
 from data_pipeline.config import merged
-from data_pipeline.xtreme.prepare import STAMP, prepare_task
+from data_pipeline.xtreme.prepare import STAMP, PrepareOptions, prepare_task
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.xtreme.predict import EncoderPredictor, write_predictions
@@ -104,11 +104,12 @@ def _data(run: XtremeRun, plan: RunPlan) -> Path:
             raise EvalError(f"{run.data_dir}: is prepared already, so --translations cannot be added; prepare it again")
         _check_stamp(run.data_dir / STAMP, run.task)
         return run.data_dir
-    prepare_task(
-        run.task, run.data_dir, run.output / "data", layout=run.layout,
-        translations=run.translations, allow_unlabelled_test=run.unlabelled, max_bad_rows=run.max_bad_rows,
+    options = PrepareOptions(
+        layout=run.layout, translations=run.translations, allow_unlabelled_test=run.unlabelled,
+        max_bad_rows=run.max_bad_rows,
         remedy="name a new --output, or run it with the data and options it was made with",
     )  # fmt: skip
+    prepare_task(run.task, run.data_dir, run.output / "data", options)
     return run.output / "data"
 
 

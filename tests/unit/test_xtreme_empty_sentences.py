@@ -10,7 +10,7 @@ from small_encoders import WORDS
 from tiny_task_model import export
 from xtreme_files import jsonl, tagged, write
 
-from data_pipeline.xtreme.prepare import KEPT_EMPTY, prepare_task
+from data_pipeline.xtreme.prepare import KEPT_EMPTY, PrepareOptions, prepare_task
 from data_pipeline.xtreme.tasks import TASKS
 from evals.xtreme.metrics import tag_chunks
 from evals.xtreme.predict import EncoderPredictor, write_predictions
@@ -105,7 +105,7 @@ def test_a_document_header_is_not_a_sentence(tmp_path: Path, header: str) -> Non
 
 def test_erased_labels_are_detected_beside_empty_sentences(tmp_path: Path) -> None:
     write(tmp_path / "data/panx/test-de.tsv", "Ulm\n\n\nlebt\n")
-    prepare_task("panx", tmp_path / "data", tmp_path / "rows", allow_unlabelled_test=True)
+    prepare_task("panx", tmp_path / "data", tmp_path / "rows", PrepareOptions(allow_unlabelled_test=True))
     records = read_records(tmp_path / "rows/test/de.jsonl", TASKS["panx"])
     assert [len(record.texts) for record in records] == [1, 0, 1]
     assert not write_gold(tmp_path / "gold.tsv", TASKS["panx"], records)

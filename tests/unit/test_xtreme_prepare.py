@@ -10,7 +10,7 @@ from xtreme_files import jsonl, question, squad, tagged, tsv, write
 
 from data_pipeline.records import DataError
 from data_pipeline.xtreme import prepare
-from data_pipeline.xtreme.prepare import prepare_task
+from data_pipeline.xtreme.prepare import PrepareOptions, prepare_task
 from data_pipeline.xtreme.tasks import TASKS
 
 PAIRS = [("a", "b", "neutral"), ("c", "d", "entailment")]
@@ -31,7 +31,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def refused(*arguments: Any, **options: Any) -> str:
     with pytest.raises(DataError) as error:
-        prepare_task(*arguments, **options)
+        prepare_task(*arguments, PrepareOptions(**options))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -88,7 +88,7 @@ def test_an_output_of_the_same_inputs_is_kept_and_another_one_refused(data: Path
     assert said.endswith("dev-de.tsv); name a new --output")
     tsv(data / "xnli/dev-de.tsv", PAIRS[:1])
     assert files(output) == before
-    assert prepare_task("xnli", data, output, remake=True)["dev"] == {"de": 1, "en": 2}
+    assert prepare_task("xnli", data, output, PrepareOptions(remake=True))["dev"] == {"de": 1, "en": 2}
     assert len(jsonl(output / "dev/de.jsonl")) == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "output"]
 
@@ -133,7 +133,7 @@ def test_languages_and_splits_can_be_chosen(data: Path, tmp_path: Path) -> None:
     number = iter(range(100))
 
     def prepared(**options: Any) -> dict[str, dict[str, int]]:
-        counts = prepare_task("xnli", data, tmp_path / f"output-{next(number)}", **options)
+        counts = prepare_task("xnli", data, tmp_path / f"output-{next(number)}", PrepareOptions(**options))
         return {split: counts[split] for split in ("train", "dev", "test")}
 
     assert prepared(languages=["de"]) == {"train": {"en": 2}, "dev": {"de": 2}, "test": {"de": 2}}
@@ -161,7 +161,7 @@ def test_languages_and_splits_can_be_chosen(data: Path, tmp_path: Path) -> None:
 def test_erased_test_labels_are_refused_unless_allowed(data: Path, tmp_path: Path) -> None:
     tsv(data / "xnli/test-de.tsv", [pair[:2] for pair in PAIRS])
     assert "the test labels of xnli are erased" in refused("xnli", data, tmp_path / "output")
-    counts = prepare_task("xnli", data, tmp_path / "output", allow_unlabelled_test=True)
+    counts = prepare_task("xnli", data, tmp_path / "output", PrepareOptions(allow_unlabelled_test=True))
     assert counts["test"] == {"de": 2}
     assert all("label" not in row for row in jsonl(tmp_path / "output/test/de.jsonl"))
     assert all("label" in row for row in jsonl(tmp_path / "output/dev/de.jsonl"))
@@ -190,7 +190,7 @@ def test_questions_with_misplaced_answers_are_counted_up_to_a_limit(tmp_path: Pa
         assert "answer 'Donau' is not at character" in message
         assert message.endswith("--max-bad-rows N leaves out so many of a file and counts them")
     assert not (tmp_path / "output").exists()
-    counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", max_bad_rows=2)
+    counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", PrepareOptions(max_bad_rows=2))
     assert counts["skipped"] == {
         "train": {"en": {"answer not where the file says": 2}}, "test": {"de": {"answer not where the file says": 2}}
     }  # fmt: skip
@@ -226,7 +226,7 @@ def test_unanswerable_questions_are_left_out_and_counted(tmp_path: Path) -> None
 def test_a_test_file_without_answers_counts_as_erased(tmp_path: Path) -> None:
     squad(tmp_path / "data/xquad/xquad.de.json", ("Ulm.", [question("1", "Wo?"), question("2", "Wer?", ("", 0))]))
     assert "the test labels of xquad are erased" in refused("xquad", tmp_path / "data", tmp_path / "output")
-    counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", allow_unlabelled_test=True)
+    counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", PrepareOptions(allow_unlabelled_test=True))
     assert (counts["test"], counts["skipped"]) == ({"de": 2}, {})
 
 

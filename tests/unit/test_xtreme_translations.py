@@ -8,7 +8,7 @@ from xtreme_files import by_csv_writer, jsonl, question, squad, tagged, tsv, wri
 
 from data_pipeline.records import DataError
 from data_pipeline.tasks.rows import read_task_file
-from data_pipeline.xtreme.prepare import prepare_task
+from data_pipeline.xtreme.prepare import PrepareOptions, prepare_task
 from data_pipeline.xtreme.tasks import TASKS
 
 TRAIN = [("One.", "Two.", "neutral"), ("", "Empty.", "neutral"), ('"Three"', "Four.", "contradictory")]
@@ -23,7 +23,7 @@ Rows = list[dict[str, Any]]
 def prepared(task: str, folder: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Rows]]:
     """The counts, and the rows by "split/language"; what the rows are for takes them all."""
     output = folder.parent / "output"
-    counts = prepare_task(task, folder, output, **options)
+    counts = prepare_task(task, folder, output, PrepareOptions(**options))
     found = {}
     for file in sorted(output.glob("*/*.jsonl")):
         found[f"{file.parent.name}/{file.stem}"] = jsonl(file)
@@ -35,7 +35,7 @@ def prepared(task: str, folder: Path, **options: Any) -> tuple[dict[str, Any], d
 def refused(task: str, folder: Path, **options: Any) -> str:
     output = folder.parent / "output"
     with pytest.raises(DataError) as error:
-        prepare_task(task, folder, output, **options)
+        prepare_task(task, folder, output, PrepareOptions(**options))
     assert not output.exists()
     assert list(folder.parent.glob(".*")) == []  # nothing half-written
     assert "\n" not in str(error.value)
