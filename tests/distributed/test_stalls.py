@@ -39,7 +39,7 @@ def start_node(fault: str, data: Path, output: Path, place: str, nproc: int) -> 
     )  # fmt: skip
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def printed(process: subprocess.Popen[str]) -> str:
     try:
         return process.communicate(timeout=150)[1]
     finally:
@@ -55,7 +55,7 @@ def free_port() -> int:
 def test_an_endless_loop_is_detected_and_slow_steps_before_it_are_not(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     node = start_node("loop", data, output, "NodePlace()", 2)
-    text = said(node)
+    text = printed(node)
     assert node.returncode == 1, text[-3000:]
     report = text[text.index("crosslift: ") :].splitlines()
     assert report[0].startswith(f"crosslift: rank 1 on {HOST} is stalled: no heartbeat for ")
@@ -80,7 +80,7 @@ def test_a_stopped_rank_is_reported_on_its_own_node(data: Path, tmp_path: Path) 
     output = tmp_path / "run"
     rendezvous = f"127.0.0.1:{free_port()}"
     nodes = [start_node("stop", data, output, f"NodePlace(2, {node}, {rendezvous!r})", 1) for node in range(2)]
-    texts = [said(node) for node in nodes]
+    texts = [printed(node) for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], "\n".join(texts)[-3000:]
     (line,) = [line for line in texts[1].splitlines() if "is stalled" in line]
     assert line.startswith(f"crosslift: rank 1 on {HOST} is stalled")

@@ -178,8 +178,8 @@ def test_ui_shows_local_runs_and_syncs_a_server_that_responds(server: Server, tm
     try:
         wait_for(lambda: page.poll() is not None or server_answers(address, 1.0))
         wait_for(lambda: page.poll() is not None or "Ctrl-C ends" in (tmp_path / "ui.log").read_text())
-        said = (tmp_path / "ui.log").read_text()
-        assert page.poll() is None, said
+        printed = (tmp_path / "ui.log").read_text()
+        assert page.poll() is None, printed
         with urllib.request.urlopen(address) as answer:
             assert b"<html" in answer.read()
         _, found = runs_at(address)
@@ -192,7 +192,7 @@ def test_ui_shows_local_runs_and_syncs_a_server_that_responds(server: Server, tm
     wait_for(lambda: not server_answers(address, 1.0))  # its server ended with it
     assert losses(server) == [(1, 2.0)]
     ids = {run.info.experiment_id for run in found}
-    assert f"{address}/#/experiments/{ids.pop()}/runs?workflowType=machine_learning  (crosslift: 2 runs)" in said
-    assert f"{server.uri}/#/experiments/" in said
+    assert f"{address}/#/experiments/{ids.pop()}/runs?workflowType=machine_learning  (crosslift: 2 runs)" in printed
+    assert f"{server.uri}/#/experiments/" in printed
     assert set(json.loads((runs / "a" / "tracking.json").read_text())["stores"]) == {default_store(runs)}
     assert (runs / "a" / RECORD_NAME).exists()

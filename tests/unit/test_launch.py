@@ -239,9 +239,9 @@ def test_a_killed_rank_or_a_user_error_is_the_root_cause_even_if_noticed_later(
     """
     command = rank_program(tmp_path, program, {1: ends_later})
     assert run_nodes([command] * nodes, 2 // nodes) == [status] * nodes
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == (status == 1)  # a user error is printed by the rank itself
-    assert all(f"rank 1 on {HOST} was killed" in line for line in said)
+    printed = capfd.readouterr().err.splitlines()
+    assert len(printed) == (status == 1)  # a user error is printed by the rank itself
+    assert all(f"rank 1 on {HOST} was killed" in line for line in printed)
 
 
 def test_a_missing_node_0_is_named(
@@ -263,7 +263,7 @@ def test_a_port_in_use_is_a_user_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "printed"),
     [
         (["--nodes", "2"], "--rendezvous: missing; with --nodes above 1 give HOST:PORT of node 0"),
         (["--nodes", "2", "--rendezvous", "host"], "--rendezvous 'host': must be HOST:PORT, such as node-1:29400"),
@@ -274,12 +274,12 @@ def test_a_port_in_use_is_a_user_error() -> None:
     ],
 )
 def test_wrong_arguments_are_one_line_and_status_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["absent.yaml", "--nproc", "1", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("crosslift: ")
-    assert said in line
+    assert printed in line
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(
@@ -333,9 +333,9 @@ def test_ranks_that_fail_because_another_was_stopped_before_training_are_not_fai
     assert (
         Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, FAILS_AFTER_RANK_0, {0: STOPPABLE}), 2).run() == 75
     )
-    said = capfd.readouterr().err
-    assert "stopped by SIGUSR1; ranks [1] failed after others had ended; the same command resumes" in said
-    assert "the first to end" not in said
+    printed = capfd.readouterr().err
+    assert "stopped by SIGUSR1; ranks [1] failed after others had ended; the same command resumes" in printed
+    assert "the first to end" not in printed
 
 
 def test_nor_are_they_on_another_node(

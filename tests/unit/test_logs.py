@@ -64,8 +64,8 @@ def test_each_message_goes_to_its_files_and_the_terminal(tmp_path: Path, capfd: 
         assert [line.rpartition(",")[2][4:] for line in lines] == [
             f"INFO info of {rank}", f"WARNING warning of {rank}", f"native {rank}"[4:]
         ]  # fmt: skip
-    told = {(each["rank"], each["level"], each["step"], each["message"]) for each in events(tmp_path)}
-    assert told == {
+    found = {(each["rank"], each["level"], each["step"], each["message"]) for each in events(tmp_path)}
+    assert found == {
         (rank, level, step, f"{word} of {rank}")
         for rank in range(2) for level, step, word in (("INFO", 0, "info"), ("WARNING", 5, "warning"))
     } | {(rank, "STDERR", 5, f"native {rank}") for rank in range(2)}  # fmt: skip

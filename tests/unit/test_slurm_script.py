@@ -208,18 +208,18 @@ def test_a_job_stopped_after_a_checkpoint_requeues_itself(
 ) -> None:
     """SLURM_JOB_ID of the last element is the array's number, with which all elements would be requeued."""
     step_ends(slurm, 0, "75")
-    status, said = end(run_script(make_spec(tmp_path / "s"), **array))
+    status, printed = end(run_script(make_spec(tmp_path / "s"), **array))
     assert (status, requeued(slurm)) == (75, [number])
-    assert f"crosslift: job {number} stopped on request and is requeued (1 of at most 20)" in said
+    assert f"crosslift: job {number} stopped on request and is requeued (1 of at most 20)" in printed
     assert not list((tmp_path / "s").glob("outcome-*"))
 
 
 def test_the_number_of_requeues_is_limited(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
     step_ends(slurm, 0, "75")
     spec = make_spec(tmp_path / "s", settings=JobSettings(gpus_per_node=0, max_requeues=3))
-    status, said = end(run_script(spec, SLURM_RESTART_COUNT="3"))
+    status, printed = end(run_script(spec, SLURM_RESTART_COUNT="3"))
     assert (status, requeued(slurm)) == (75, [])
-    assert "all 3 requeues (max_requeues) are used; the same command resumes" in said
+    assert "all 3 requeues (max_requeues) are used; the same command resumes" in printed
     end(run_script(spec, SLURM_RESTART_COUNT="2"))
     assert requeued(slurm) == ["12"]
 
@@ -241,9 +241,9 @@ def test_after_three_starts_without_a_new_step_a_job_is_not_requeued(
     for restarts in (0, 1):
         end(run_script(spec, SLURM_RESTART_COUNT=str(restarts)))
     assert requeued(slurm) == ["12", "12"]
-    status, said = end(run_script(spec, SLURM_RESTART_COUNT="2"))
+    status, printed = end(run_script(spec, SLURM_RESTART_COUNT="2"))
     assert (status, requeued(slurm)) == (1 if lost_node else 75, ["12", "12"])
-    assert "2 requeues made no new step (still at 0), so it is not requeued" in said
+    assert "2 requeues made no new step (still at 0), so it is not requeued" in printed
 
 
 def test_a_new_step_resets_the_count_of_requeues_without_one(
@@ -285,9 +285,9 @@ def test_a_job_that_lost_a_node_is_requeued(
 ) -> None:
     step_ends(slurm, status)
     slurm.set("srun", "probe", "1")
-    code, said = end(run_script(make_spec(tmp_path / "s")))
+    code, printed = end(run_script(make_spec(tmp_path / "s")))
     assert (code, requeued(slurm)) == (status, again)
-    assert ("lost a node and is requeued" in said) == bool(again)
+    assert ("lost a node and is requeued" in printed) == bool(again)
 
 
 def test_a_job_runs_on_the_number_of_nodes_that_it_was_given_while_pending(
@@ -350,8 +350,8 @@ def test_a_cancelled_job_waits_for_its_checkpoint_and_does_not_requeue(
     process = run_script(spec)
     wait_for(started.exists, seconds=30)
     process.send_signal(signal.SIGALRM)
-    status, said = end(process)
-    assert (status, said) == (75, "crosslift: job 12 was ended by a user or by Slurm; it does not requeue itself\n")
+    status, printed = end(process)
+    assert (status, printed) == (75, "crosslift: job 12 was ended by a user or by Slurm; it does not requeue itself\n")
     assert requeued(slurm) == []
     assert slurm.calls("scancel") == [["12"]]
 
@@ -415,9 +415,9 @@ def test_setup_lines_come_first_and_one_that_fails_ends_the_job(
     assert end(run_script(make_spec(tmp_path / "s", settings=settings), UNSET=""))[0] == 0
     assert slurm.environment()["A"] == "2"
     failing = JobSettings(gpus_per_node=0, setup=("true", "cat /not/there", "touch canary"))
-    status, said = end(run_script(make_spec(tmp_path / "s", settings=failing)))
+    status, printed = end(run_script(make_spec(tmp_path / "s", settings=failing)))
     assert status == 2
-    assert said.splitlines()[-1].endswith(": cat /not/there")
+    assert printed.splitlines()[-1].endswith(": cat /not/there")
     assert len(slurm.calls("srun")) == 1
     assert not (tmp_path / "s" / "canary").exists()
 
@@ -453,9 +453,9 @@ def test_hostile_values_are_passed_on_unchanged_and_not_executed(
 
 
 def test_a_missing_interpreter_names_the_node(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
-    status, said = end(run_script(make_spec(tmp_path / "s", python="/not/there"), SLURMD_NODENAME="n7"))
+    status, printed = end(run_script(make_spec(tmp_path / "s", python="/not/there"), SLURMD_NODENAME="n7"))
     assert status == 2
-    assert said == f"crosslift: node n7 ({socket.gethostname()}): /not/there: no such python\n"
+    assert printed == f"crosslift: node n7 ({socket.gethostname()}): /not/there: no such python\n"
 
 
 def test_node_py_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
@@ -469,8 +469,8 @@ def test_node_py_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_scrip
         "import json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(75)\n"
     )
     slurm.says("scontrol", "localhost\n")
-    status, said = end(run_script(spec, SLURM_NODEID="0", SLURMD_NODENAME="n1"))
-    words = json.loads(said.splitlines()[1])
+    status, printed = end(run_script(spec, SLURM_NODEID="0", SLURMD_NODENAME="n1"))
+    words = json.loads(printed.splitlines()[1])
     assert words[:9] == [HOSTILE, "--nproc", "2", "--nodes", "2", "--node-rank", "0", "--rendezvous",
                          f"localhost:{FIRST_PORT + JOB}"]  # fmt: skip
     assert (status, requeued(slurm)) == (75, ["12"])

@@ -50,9 +50,9 @@ def test_outside_of_training_a_signal_ends_the_process_with_the_status_of_a_stop
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, printed = process.communicate(timeout=20)
     assert process.returncode == STOPPED
-    assert said == f"crosslift: stopped by {number.name} outside of training; the same command resumes the run\n"
+    assert printed == f"crosslift: stopped by {number.name} outside of training; the same command resumes the run\n"
 
 
 def with_deadline(monkeypatch: pytest.MonkeyPatch, seconds: float) -> StopRequest:

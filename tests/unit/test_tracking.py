@@ -536,10 +536,10 @@ def test_a_deleted_experiment_is_reported_and_used_once_restored(run: Path, caps
     tracker = tracked(run, experiment="gone fishing")
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish("FINISHED")
-    said = capsys.readouterr().err
-    assert "the experiment 'gone fishing' is deleted there" in said
-    assert f"mlflow experiments restore -x {number}" in said
-    assert "tracking.experiment" in said
+    printed = capsys.readouterr().err
+    assert "the experiment 'gone fishing' is deleted there" in printed
+    assert f"mlflow experiments restore -x {number}" in printed
+    assert "tracking.experiment" in printed
     assert "'gone fishing' is deleted" in (sync_record(run).error or "")
     client.restore_experiment(number)
     assert sync_record(run).error is None

@@ -270,7 +270,7 @@ class Launcher:
         return max(statuses.values(), default=0)
 
     def _report_stop(self, statuses: dict[int, int]) -> None:
-        """One line, unless the ranks have said it and nothing is to be added."""
+        """Print one line, unless the ranks have reported the stop and there is nothing to add."""
         details = f"; ranks {sorted(self._killed)} did not end and were killed" if self._killed else ""
         if failed := [rank for rank, status in statuses.items() if status not in (0, STOPPED)]:
             details += f"; ranks {failed} failed after others had ended"
@@ -279,7 +279,7 @@ class Launcher:
             print_message(f"stopped by {cause}{details}; the same command resumes from the last checkpoint")
 
     def _report_failure(self, failure: Failure) -> int:
-        """One line, on the node of the failed rank; a user error has been printed by the rank itself."""
+        """Print one line on the node of the failed rank; a user error has been printed by the rank itself."""
         is_here = any(rank.rank == failure.rank for rank in self.ranks)
         if is_here and failure.status != USER_ERROR and not failure.described:
             print_message(str(failure))

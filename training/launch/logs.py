@@ -79,7 +79,7 @@ def event_line(rank: int | None, level: str, step: int, message: str) -> str:
 
 
 class Appender:
-    """Appends whole lines to a file. If it cannot be written, says so once and drops the lines."""
+    """Appends whole lines to a file. If it cannot be written, prints that once and drops the lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -117,7 +117,7 @@ class RankOutput:
         step: Callable[[], int],
     ) -> None:
         """`claim_line(text, n)` tells whether to print crosslift's own line `text`, which the rank wrote n times."""
-        self.has_message = False  # crosslift's own line came: the rank has said why it ends
+        self.has_message = False  # the rank has printed crosslift's own message on why it ends
         self._process = process
         self._rank = rank
         self._redactor = Redactor(os.environ)

@@ -54,7 +54,7 @@ _GROUPS = {
     "eval": "validation", "score": "validation",
 }  # fmt: skip
 _INVALID = r"[^/\w.\- :]"  # characters in names
-_NOT_SENT = ("data/step_fingerprint",)  # a hash, of which a chart says nothing
+_NOT_SENT = ("data/step_fingerprint",)  # a hash, whose chart would be meaningless
 
 _importing = threading.Lock()
 
