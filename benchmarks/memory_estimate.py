@@ -129,13 +129,10 @@ def real_inputs(shape: BatchShape, vocabulary: int) -> Iterator[None]:
     mask_BT[0, -5:] = 0
 
     def forward(self: Any, **inputs: Any) -> Any:
-        return self.module(**{**inputs, "input_ids": ids_BT, "position_ids": positions_BT})
+        real = {"position_ids": positions_BT} if "position_ids" in inputs else {"attention_mask": mask_BT}
+        return self.module(**{**inputs, "input_ids": ids_BT, **real})
 
-    texts = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    with (
-        mock.patch.object(activations._PlainEngine, "forward", forward),
-        mock.patch.object(activations, "_encoder_inputs", return_value=texts),
-    ):
+    with mock.patch.object(activations._PlainEngine, "forward", forward):
         yield
 
 

@@ -23,9 +23,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, XLMRobertaConfig
 
 from benchmarks.ranks import machine
-from data_pipeline.tasks.batches import TaskBatch
-from training.objectives.config import XMixupConfig
-from training.objectives.encoders import TaskFineTuning, XMixup
+from data_pipeline.batching.batch import TaskBatch
+from training.objectives.finetune import TaskFineTuning
+from training.objectives.xmixup import XMixup, XMixupConfig
 
 ROUNDS, PAIRS, TOKENS, CLASSES = 8, 16, 96, 3
 MODELS = {"5M": (256, 6, 4), "22M": (384, 12, 6)}  # hidden, layers, heads

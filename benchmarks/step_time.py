@@ -77,7 +77,8 @@ def build_trainers(config: Any) -> dict[str, Any]:
     from training.distributed import rank
     from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings
     from training.loop.trainer import Trainer
-    from training.objectives.decoders import ShifCon, SupervisedFineTuning
+    from training.objectives.sft import SupervisedFineTuning
+    from training.objectives.shifcon import ShifCon
     from training.run_folder.prepare import prepare
 
     prepared = prepare(config, rank())
@@ -126,7 +127,7 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
     """Times of every round and contents of the batches; the same on every rank."""
     from training.assembly import build_planner, tokens_per_byte
     from training.distributed import all_sum
-    from training.objectives.config import SFTConfig
+    from training.objectives.sft import SFTConfig
 
     trainers = build_trainers(config)
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run

@@ -25,6 +25,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 TaskKind = Literal["classification", "tagging", "qa", "text"]
+RowKind = TaskKind | Literal["chat"]  # of the rows of a run: those of one task, or conversations
 Overlong = Literal["error", "drop", "truncate"]  # what happens to a sample that is too long
 
 # The columns of each kind of task: required and optional ones.
@@ -102,7 +103,7 @@ class ColumnMap(Section):
     text: str | None = Field(None, description="Masked language modelling: the text.")
 
     @property
-    def kind(self) -> TaskKind | Literal["chat"]:
+    def kind(self) -> RowKind:
         """The kind of data of these columns."""
         if self.text_a is not None:
             return "classification"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,6 +16,12 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused, numbers are finite, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def refuse(mistakes: Iterable[str]) -> None:
+    """In a validator: raises ValueError with all mistakes, a line each, if there are any."""
+    if lines := list(mistakes):
+        raise ValueError("\n".join(lines))
 
 
 def _expanded(value: Any) -> Any:

@@ -17,7 +17,6 @@ VECTORS_FILE = "language_vectors.safetensors"
 ADAPTER_FOLDER = "adapter"  # the peft adapter directory in the export of a LoRA run
 RUN_EXPORT = "model"  # the folder of a run that holds its export
 FORMAT = 1
-OBJECTIVES = ("sft", "shifcon", "mlm", "finetune", "xmixup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +29,7 @@ class ExportInfo:
     template: dict[str, Any] | None = None
     response_language: str | None = None
     shift_first_token: bool = True
+    shifted: bool = False  # it was trained with the shift, so it needs its language vectors
     step: int | None = None  # optimizer steps of its training
     task: dict[str, Any] | None = None  # an encoder's task: kind, labels, windows
     sequence_length: int | None = None  # an encoder's longest window in training, in tokens
@@ -59,8 +59,7 @@ class ExportInfo:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
                 raise ModelError(f"{file}: written by another version of crosslift; format {FORMAT} is read here")
-            if content["objective"] not in OBJECTIVES:
-                raise ModelError(f"{file}: objective {content['objective']!r} is not one of {', '.join(OBJECTIVES)}")
+            content.setdefault("shifted", content["objective"] == "shifcon")  # missing in older exports
             return cls(**{**content, "languages": tuple(content["languages"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file}: not an export's description ({one_line(error)}); export again") from error

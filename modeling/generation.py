@@ -122,7 +122,7 @@ class ShiftedGenerator:
         info.warn_if_check_failed(directory)
         if info.task is not None:
             raise ModelError(f"{directory}: an encoder trained for {info.task['kind']}: it cannot generate text")
-        vectors = _own_vectors(directory) if info.objective == "shifcon" else None
+        vectors = _own_vectors(directory) if info.shifted else None
         tokenizer = read_tokenizer(directory, local_files_only=True)
         return cls(load_pretrained(directory, dtype, attention, device), tokenizer, info, vectors)
 

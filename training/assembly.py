@@ -16,16 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.loader import SampleReader, StepLoader, fixed_batches, overlong_error
+from data_pipeline.batching.batch import Batch
+from data_pipeline.batching.chat import ChatCollator
+from data_pipeline.batching.packer import Collator, Layout, Packer
+from data_pipeline.batching.tasks import TaskCollator
+from data_pipeline.loader import Loader, fixed_batches
 from data_pipeline.order.mixture import Quotas, language_weights
+from data_pipeline.order.pairing import Partners, PlannedPairing
 from data_pipeline.order.plan import Planner
-from data_pipeline.packing import Layout, MicroBatch, Packer
+from data_pipeline.reader import Reader, TextStage, overlong_error
 from data_pipeline.records import BadRow, DataError
 from data_pipeline.sources.index import DataIndex
-from data_pipeline.tasks.batches import TaskPacker
-from data_pipeline.tasks.reader import TaskLoader, TaskReader
+from data_pipeline.tasks.stage import TaskStage
 from data_pipeline.tasks.tokenize import TaskTokenizer
 from data_pipeline.text.chat import Chat
+from data_pipeline.text.stage import ChatStage
 from data_pipeline.text.tokenizer import tokenizer_hash
 from modeling.adapters import add_adapters
 from modeling.layout import choose_layout
@@ -40,9 +45,7 @@ from training.config import RunConfig
 from training.distributed import rank, world_size
 from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
 from training.errors import ConfigError
-from training.objectives.config import SFTConfig, ShifConConfig, XMixupConfig
-from training.objectives.decoders import Objective, ShifCon, SupervisedFineTuning
-from training.objectives.encoders import build_task_objective
+from training.objectives.base import Objective, ObjectiveParts
 from training.objectives.evaluation import HeldOut
 from training.run_folder.date import with_date
 from training.run_folder.prepare import Prepared, architecture, sample_rows
@@ -61,18 +64,13 @@ class DataParts:
 
     index: DataIndex
     tokenizer: PreTrainedTokenizerBase
-    reader: SampleReader | TaskReader
+    reader: Reader
     planner: Planner
-    packer: Packer | TaskPacker
+    packer: Packer
     fingerprint: dict[str, str]  # of all that decides which tokens a step reads: the data and the tokenizer
 
-    def loader(self, config: RunConfig, rank: int, world_size: int) -> StepLoader | TaskLoader:
-        workers = config.data.workers
-        if isinstance(self.reader, TaskReader):
-            assert isinstance(self.packer, TaskPacker)  # made together
-            return TaskLoader(self.reader, self.planner, self.packer, rank, world_size, workers)
-        assert isinstance(self.packer, Packer)
-        return StepLoader(self.reader, self.planner, self.packer, rank, world_size, workers)
+    def loader(self, config: RunConfig, rank: int, world_size: int) -> Loader:
+        return Loader(self.reader, self.planner, self.packer, rank, world_size, config.data.workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ class Run:
 
     config: RunConfig
     data: DataParts
-    loader: StepLoader | TaskLoader
+    loader: Loader
     objective: Objective
     engine: Engine
     heldout: HeldOut | None
@@ -94,42 +92,39 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     Raises:
         DataError, ConfigError: a wrong label mask, a contrast set above the micro-batch budget.
     """
-    index, data = prepared.index, config.data
+    index = prepared.index
     refuse_unpaired(config, index)
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
     reader = build_reader(config, index, tokenizer)
     check_longest(config, reader)
     planner = build_planner(config, index, tokens_per_byte(config, reader))
-    if data.task is not None:
-        task_packer = TaskPacker(  # always padded, so there is no layout to choose
-            int(tokenizer.pad_token_id or 0), data.micro_batch_tokens, data.task,
-            paired=isinstance(config.objective, XMixupConfig),
-            has_token_types="token_type_ids" in tokenizer.model_input_names,
-        )  # fmt: skip
-        return DataParts(index, tokenizer, reader, planner, task_packer, _fingerprint(index, tokenizer))
     packer = build_packer(config, prepared.model_dir, tokenizer)
     check_contrast_sets(config, planner, packer)
     return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
 
 
-def build_reader(config: RunConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> SampleReader | TaskReader:
+def build_reader(config: RunConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> Reader:
     """What turns the run's rows into samples."""
-    data, objective = config.data, config.objective
-    if data.task is None:
-        template = data.template
-        if template.name == "chat" and template.date is None:  # fixed in a run; a command that looks takes the run's
-            template = with_date(config, tokenizer, newest_seen(config)).data.template
-        chat = Chat(tokenizer, template, data.languages)
-        return SampleReader(index, chat, data.sequence_length, data.overlong)
-    return TaskReader(
-        index,
-        TaskTokenizer(tokenizer, data.task, data.sequence_length, data.languages),
-        paired=isinstance(objective, XMixupConfig),
-        dominant=data.languages.index(data.dominant),
-        seed=config.seed,
-        source_schedule=objective.source_schedule if isinstance(objective, XMixupConfig) else None,
-        overlong=data.overlong,
-    )
+    return Reader(index, text_stage(config, tokenizer), config.seed, build_partners(config, index))
+
+
+def text_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TextStage:
+    """The text stage of the run's kind of rows."""
+    data = config.data
+    if data.task is not None:
+        return TaskStage(TaskTokenizer(tokenizer, data.task, data.sequence_length, data.languages), data.overlong)
+    template = data.template
+    if template.name == "chat" and template.date is None:  # fixed in a run; a command that looks takes the run's
+        template = with_date(config, tokenizer, newest_seen(config)).data.template
+    return ChatStage(Chat(tokenizer, template, data.languages), data.sequence_length, data.overlong)
+
+
+def build_partners(config: RunConfig, index: DataIndex) -> Partners | None:
+    """What chooses the partners of samples, where the objective reads samples with their partners."""
+    rule, data = config.objective.pairing(), config.data
+    if not rule.with_partner:
+        return None
+    return Partners(index, data.languages.index(data.dominant), rule.gold_schedule, config.seed)
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:
@@ -176,53 +171,51 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
 
 
 def build_objective(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: list[MicroBatch]
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: list[Batch[Any]]
 ) -> Objective:
     """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
-    settings, data = config.objective, config.data
-    if isinstance(settings, SFTConfig):
-        return SupervisedFineTuning(model)
-    if isinstance(settings, ShifConConfig):
-        return ShifCon(model, settings, data.languages, data.dominant, probe)
-    assert data.task is not None  # the config model requires it for these
-    return build_task_objective(settings, model, data.task.kind, tokenizer.all_special_ids)
+    data = config.data
+    parts = ObjectiveParts(data.kind, data.languages, data.dominant, tuple(tokenizer.all_special_ids), probe)
+    return config.objective.build(model, parts)
 
 
 def build_planner(config: RunConfig, index: DataIndex, costs: list[float] | None) -> Planner:
     """The planner of a run; `costs` are tokens per byte by language."""
-    data, objective = config.data, config.objective
+    data = config.data
     rows = {language: len(index.rows(number)) for number, language in enumerate(data.languages)}
     weights = language_weights(data.mixture, rows)
-    return Planner(
-        index,
+    pairing = PlannedPairing(
         dominant=data.languages.index(data.dominant),
-        quotas=Quotas(weights, data.languages, data.mixture.period),
-        pairing=data.mixture.pairing,
-        slots_per_step=data.slots_per_step,
-        set_size=objective.contrastive.set_size if isinstance(objective, ShifConConfig) else None,
-        seed=config.seed,
-        tokens_per_byte=costs,
+        mode=data.mixture.pairing,
+        set_size=config.objective.pairing().set_size,
+        partners=build_partners(config, index),
     )
+    quotas = Quotas(weights, data.languages, data.mixture.period)
+    return Planner(index, quotas, pairing, data.slots_per_step, config.seed, costs)
 
 
 def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokenizerBase) -> Packer:
-    """The packer, its layout chosen by a check on a tiny model of the same class unless the config says."""
+    """The packer. The layout of conversations is chosen by a check on a tiny model unless the run file says."""
     data = config.data
-    model_config = load_model_config(resolve_directory(model_dir))
-    attention = resolve_attention(config.model.attention, model_config)
-    layout: Layout
-    if data.layout == "auto":
-        choice = choose_layout(model_config, attention)
-        layout = choice.layout
-    else:
-        layout = data.layout
-    # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
-    row = data.micro_batch_tokens if attention == "flash_attention_2" else data.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Packer(layout, data.micro_batch_tokens, row, int(pad or 0))
+    collator: Collator = ChatCollator(int(pad or 0))
+    layout: Layout = "padded"
+    row_tokens = data.sequence_length
+    if data.task is not None:
+        has_types = "token_type_ids" in tokenizer.model_input_names
+        collator = TaskCollator(
+            int(tokenizer.pad_token_id or 0), data.task, config.objective.pairing().with_partner, has_types
+        )
+    else:
+        model_config = load_model_config(resolve_directory(model_dir))
+        attention = resolve_attention(config.model.attention, model_config)
+        layout = choose_layout(model_config, attention).layout if data.layout == "auto" else data.layout
+        # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
+        row_tokens = data.micro_batch_tokens if attention == "flash_attention_2" else row_tokens
+    return Packer(layout, data.micro_batch_tokens, row_tokens, collator)
 
 
-def tokens_per_byte(config: RunConfig, reader: SampleReader | TaskReader) -> list[float]:
+def tokens_per_byte(config: RunConfig, reader: Reader) -> list[float]:
     """Measured on the first samples of every language's probe order; the plan's costs rest on it.
 
     Raises:
@@ -253,7 +246,7 @@ def tokens_per_byte(config: RunConfig, reader: SampleReader | TaskReader) -> lis
     return ratios
 
 
-def check_longest(config: RunConfig, reader: SampleReader | TaskReader) -> None:
+def check_longest(config: RunConfig, reader: Reader) -> None:
     """Under `data.overlong: error`, the rows of every language that have the most bytes, held against the limit.
 
     Raises DataError, at the start, for what training would otherwise meet at some step.
@@ -273,7 +266,8 @@ def check_longest(config: RunConfig, reader: SampleReader | TaskReader) -> None:
 
 def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> None:
     """Refuse at the start what would not fit: a contrast set is one rank's, in one micro-batch."""
-    if not isinstance(config.objective, ShifConConfig):
+    set_size = config.objective.pairing().set_size
+    if set_size is None:
         return
     longest, budget = config.data.sequence_length, config.data.micro_batch_tokens
     cut = config.data.overlong == "truncate"
@@ -286,19 +280,18 @@ def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> 
     largest = max((packer.tokens_alone(lengths) for lengths in sets if lengths), default=0)
     if largest > budget:
         raise ConfigError(
-            f"objective.contrastive.set_size: a set of {config.objective.contrastive.set_size} pairs takes about "
+            f"objective.contrastive.set_size: a set of {set_size} pairs takes about "
             f"{largest} tokens {packer.layout} (a step's last set may hold nearly twice the pairs), "
             f"data.micro_batch_tokens is {budget}; lower the one or raise the other"
         )
 
 
-def _probe(config: RunConfig, data: DataParts, ranks: int) -> list[MicroBatch]:
-    if not isinstance(config.objective, ShifConConfig):
+def _probe(config: RunConfig, data: DataParts, ranks: int) -> list[Batch[Any]]:
+    n_items = config.objective.probe_size()
+    if not n_items:
         return []
-    assert isinstance(data.reader, SampleReader)
-    assert isinstance(data.packer, Packer)
     samples = []
     for language in range(len(config.data.languages)):
-        rows = sample_rows(data.index, language, config.objective.probe_items, config.seed)
+        rows = sample_rows(data.index, language, n_items, config.seed)
         samples += data.reader.readable(rows).samples
     return fixed_batches(samples, data.packer, rank(), ranks)

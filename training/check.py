@@ -6,24 +6,18 @@ In: a RunConfig. Out: lines for people, or JSON objects. Nothing is trained; onl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from data_pipeline.batching.batch import BatchShape
 from data_pipeline.console import table
-from data_pipeline.loader import RankStep, SampleReader
 from data_pipeline.order.plan import assign
-from data_pipeline.packing import MicroBatch, Packer
-from data_pipeline.records import BadRow, TokenizedSample
-from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskSample
-from data_pipeline.tasks.reader import TaskReader, TaskStep
-from data_pipeline.tasks.tokenize import EncodedSide
-from data_pipeline.text.chat import describe
+from data_pipeline.records import BadRow
 from modeling.weights.untrusted import read_tokenizer
 from training.assembly import COST_SAMPLES, DataParts, assemble_data, build_reader, fingerprint
 from training.checkpoints.search import newest_seen
-from training.checks.activations import BatchShape
 from training.checks.data_report import LOOKED_AT, contamination, mixture_table
 from training.checks.front import check_model, check_model_files, check_start, check_starting_model
 from training.checks.memory import GIB, memory_estimate, what_would_help
@@ -33,7 +27,6 @@ from training.config import RunConfig
 from training.distributed import visible_gpus
 from training.errors import ConfigError
 from training.loop.resume import permitted, schedule_change
-from training.objectives.config import ShifConConfig, XMixupConfig
 from training.run_folder.lock import make_folder, running_in
 from training.run_folder.prepare import Prepared, architecture, look, sample_rows
 from training.tracking.config import tracking_target
@@ -72,8 +65,8 @@ def check_run(
         data = assemble_data(config, prepared)
         if not all_rows:
             yield from _unusable(config, data)
-        if isinstance(data.packer, Packer):
-            yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
+        yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
+        if config.data.mixture.pairing != "none":
             yield _pairs(data, config)
         yield from show_pairs(config, data.index, data.planner)
         yield from (f"warning: {line}" for line in pair_warnings(config, data.index))
@@ -125,25 +118,14 @@ def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dic
 def _planned(config: RunConfig, data: DataParts, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
     for step in steps:
         for rank in range(world_size):
-            loaded: RankStep | TaskStep = data.loader(config, rank, world_size).load(step)
-            batches: Sequence[MicroBatch | TaskBatch] = loaded.micro_batches
-            for number, micro_batch in enumerate(batches):
-                ids, languages = _contents(micro_batch)
+            for number, batch in enumerate(data.loader(config, rank, world_size).load(step).micro_batches):
                 yield {
                     "step": step,
                     "rank": rank,
                     "micro_batch": number,
-                    "ids": ids,
-                    "languages": [config.data.languages[language] for language in languages],
+                    "ids": [sample.id for sample in batch.samples],
+                    "languages": [config.data.languages[sample.language] for sample in batch.samples],
                 }
-
-
-def _contents(batch: MicroBatch | TaskBatch) -> tuple[list[str], list[int]]:
-    """Ids and languages of a micro-batch's samples."""
-    if isinstance(batch, TaskBatch):
-        return list(batch.sample_ids), batch.row_languages[: len(batch.sample_ids)].tolist()
-    samples = [sample for unit in batch.units for sample in unit.samples]
-    return [sample.id for sample in samples], [sample.language for sample in samples]
 
 
 def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:
@@ -225,7 +207,8 @@ def _model(
         + (f", {shape.labels} of them labels" if shape.labels else "")
         + (", layers recomputed in backward" if config.gradient_checkpointing else "")
     )
-    kept = count_activations(config, model_config, head, attention, DTYPES[config.precision], shape)  # type: ignore[arg-type]
+    blank = data.packer.collator.blank
+    kept = count_activations(config, model_config, attention, DTYPES[config.precision], shape, blank)  # type: ignore[arg-type]
     estimate = memory_estimate(config, model, kept, ranks, ranks_per_node, on_gpus)
     yield from estimate.table()
     if gpu_memory_gib is not None and estimate.gpu_bytes > gpu_memory_gib * GIB:
@@ -247,80 +230,35 @@ def largest_batch(config: RunConfig, data: DataParts, ranks: int) -> BatchShape:
         samples = data.reader.readable(sample_rows(data.index, language, COST_SAMPLES, config.seed)).samples
         tokens = sum(map(len, samples))
         if tokens:
-            share = max(share, sum(map(_labels, samples)) / tokens)
+            share = max(share, sum(sample.n_labels for sample in samples) / tokens)
             length = min(length, tokens / len(samples))
-    row = data.packer.row_tokens if isinstance(data.packer, Packer) else settings.sequence_length
-    row = row if isinstance(data.packer, Packer) and data.packer.layout == "packed" else settings.sequence_length
-    sides = 2 if isinstance(config.objective, XMixupConfig) or settings.mixture.pairing != "none" else 1
+    row = data.packer.row_tokens if data.packer.layout == "packed" else settings.sequence_length
+    pairing = config.objective.pairing()
+    sides = 2 if pairing.with_partner or settings.mixture.pairing != "none" else 1
     most = -(-settings.slots_per_step // ranks) * sides * settings.sequence_length  # a rank's share of a step
     rows = max(min(settings.micro_batch_tokens, most) // row, 1)
-    if isinstance(config.objective, XMixupConfig):
+    if pairing.with_partner:
         rows = max(rows // 2, 1) * 2
     segments = max(int(rows * row / length), 1)
-    pairs = segments // 2 if isinstance(config.objective, ShifConConfig) else 0
+    pairs = segments // 2 if pairing.set_size is not None else 0
     return BatchShape(rows, row, int(rows * row * share), segments, pairs)
 
 
-def _labels(sample: TokenizedSample | TaskSample) -> int:
-    """Tokens of a sample that meet the LM head."""
-    if isinstance(sample, TokenizedSample):
-        return int(sample.labels.sum())
-    positions = sample.target_labels.positions
-    return 0 if positions is None else len(positions)
-
-
 def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:
+    """Samples of each language as they are read for the first step, decoded, with their labels."""
+    reader = data.reader
     for number, language in enumerate(config.data.languages):
         for row in sample_rows(data.index, number, samples, config.seed):
+            origin = data.index.origin(row)
             try:
-                if isinstance(data.reader, TaskReader):
-                    yield from _task_sample(data.reader, row, language)
-                else:
-                    yield from _sample(data.reader, data, row, language)
+                sample = reader.read(reader.alone(row))
+                length = reader.length(row)
             except BadRow as bad:  # there may be `data.max_bad_rows` of them
                 yield f"--- {language}  {bad}: unusable, left out"
-
-
-def _sample(reader: SampleReader, data: DataParts, row: int, language: str) -> Iterator[str]:
-    sample = reader.read(row)
-    if sample is None:
-        yield _left_out(reader, row, language)
-        return
-    cut = f", cut from {reader.length(row)}" if sample.truncated else ""
-    yield f"--- {language}  {data.index.origin(row)}  {len(sample)} tokens{cut}, {int(sample.labels.sum())} labels"
-    yield describe(sample, data.tokenizer)
-
-
-def _left_out(reader: SampleReader | TaskReader, row: int, language: str) -> str:
-    return (
-        f"--- {language}  {reader.index.origin(row)}: {reader.length(row)} tokens, above data.sequence_length: left out"
-    )
-
-
-def _task_sample(reader: TaskReader, row: int, language: str) -> Iterator[str]:
-    """An encoder's sample as it is read for the first step: both sides decoded, with their labels."""
-    sample, origin = reader.read(row, step=0), reader.index.origin(row)
-    if sample is None:
-        yield _left_out(reader, row, language)
-        return
-    yield f"--- {language}  {origin}  {len(sample)} tokens"
-    yield f"target: {_decoded(reader, sample.target, sample.target_labels)}"
-    if sample.source is not None and sample.source_labels is not None:
-        kind = "itself" if sample.unpaired else "gold" if sample.source_is_gold else "back-translation"
-        yield f"source ({kind}): {_decoded(reader, sample.source, sample.source_labels)}"
-
-
-def _decoded(reader: TaskReader, side: EncodedSide, labels: SideLabels) -> str:
-    decode, names = reader.tokenizer.tokenizer.decode, reader.tokenizer.config.labels
-    text = decode(side.input_ids)
-    if labels.classes is not None:
-        best = [
-            names[each] if row.any() else "-"
-            for each, row in zip(labels.classes.argmax(1), labels.classes, strict=True)
-        ]
-        return f"{text}  ->  {' '.join(best)}"
-    if labels.ids is not None:
-        return f"{text}  ->  {decode(labels.ids)}"
-    if side.span is None or side.span == (0, 0):
-        return f"{text}  ->  (no answer in this window)"
-    return f"{text}  ->  {decode(side.input_ids[side.span[0] : side.span[1] + 1])}"
+                continue
+            if sample is None:
+                yield f"--- {language}  {origin}: {length} tokens, above data.sequence_length: left out"
+                continue
+            header, *lines = reader.stage.describe(sample, length)
+            yield f"--- {language}  {origin}  {header}"
+            yield from lines

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.config import Overlong, SourceConfig, TaskKind, merged
+from data_pipeline.config import Overlong, RowKind, SourceConfig, merged
 from data_pipeline.order.mixture import MixtureConfig
-from data_pipeline.settings import PathText, Plain, Raw, RunPath, Section
+from data_pipeline.settings import PathText, Plain, Raw, RunPath, Section, refuse
 from data_pipeline.tasks.config import WINDOWED, TaskConfig
 from data_pipeline.text.chat import TemplateConfig
 from data_pipeline.text.tokenizer import TokenizerTrainingConfig
@@ -22,15 +22,14 @@ from training.checks.metric_names import metric_names, unknown_metric
 from training.engine.settings import contradictions
 from training.launch.watchdog import WatchdogConfig
 from training.loop.guard import GuardConfig
-from training.objectives.config import (
-    FineTuneConfig,
-    MaskedLMConfig,
-    SFTConfig,
-    ShifConConfig,
-    XMixupConfig,
-    refuse,
-)
+from training.objectives.base import ObjectiveConfig
+from training.objectives.registry import OBJECTIVES
 from training.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveConfig
+else:
+    AnyObjective = Annotated[Union[OBJECTIVES], Field(discriminator="name")]  # noqa: UP007
 
 
 class LoraSettings(Section):
@@ -117,6 +116,11 @@ class DataConfig(Section):
     patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
     workers: int = Field(1, gt=0, le=256, description="background threads a rank that read, tokenise and pack")
 
+    @property
+    def kind(self) -> RowKind:
+        """Of the rows: those of the task, or conversations."""
+        return "chat" if self.task is None else self.task.kind
+
     @model_validator(mode="before")
     @classmethod
     def _tasks_pair_nothing(cls, values: Any) -> Any:
@@ -153,11 +157,10 @@ class DataConfig(Section):
                 f"'sequence_length' ({self.sequence_length}) is above 'micro_batch_tokens' "
                 f"({self.micro_batch_tokens}): the longest sample would fit no micro-batch"
             )
-        kind = self.task.kind if self.task is not None else "chat"
-        if kind in WINDOWED and self.overlong != "truncate":
+        if self.kind in WINDOWED and self.overlong != "truncate":
             yield (
-                f"'overlong' is {self.overlong!r}, but kind {kind!r} reads long texts in windows: none is too long; "
-                "leave it out"
+                f"'overlong' is {self.overlong!r}, but kind {self.kind!r} reads long texts in windows: none is "
+                "too long; leave it out"
             )
         names = [source.name for source in self.sources]
         for name in sorted({name for name in names if names.count(name) > 1}):
@@ -169,8 +172,8 @@ class DataConfig(Section):
             for language in source.languages or ():
                 if language not in self.languages:
                     yield f"source {source.name!r} has the language {language!r}; {known}"
-            if source.columns.kind != kind:
-                said = f"'task.kind' is {kind!r}" if self.task is not None else "there is no 'task'"
+            if source.columns.kind != self.kind:
+                said = "there is no 'task'" if self.kind == "chat" else f"'task.kind' is {self.kind!r}"
                 yield f"source {source.name!r} has columns of kind {source.columns.kind!r}, but {said}"
 
 
@@ -232,16 +235,6 @@ class EvaluationConfig(Section):
     )
 
 
-# Which kinds of rows an objective learns from; None: conversations.
-KINDS: dict[type[Section], tuple[TaskKind | None, ...]] = {
-    SFTConfig: (None,),
-    ShifConConfig: (None,),
-    MaskedLMConfig: ("text",),
-    FineTuneConfig: ("classification", "tagging", "qa"),
-    XMixupConfig: ("classification", "tagging", "qa"),
-}
-
-
 class RunConfig(Section):
     """A whole run."""
 
@@ -257,9 +250,7 @@ class RunConfig(Section):
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
-    objective: Annotated[
-        SFTConfig | ShifConConfig | MaskedLMConfig | FineTuneConfig | XMixupConfig, Field(discriminator="name")
-    ]
+    objective: AnyObjective
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["bf16", "fp32"] = Field(
@@ -298,22 +289,17 @@ class RunConfig(Section):
                 f"'max_steps' {self.max_steps} there is none before the last step; set the former lower"
             )
         yield from self._best_is_measured()
-        kinds = KINDS[type(self.objective)]
-        kind = self.data.task.kind if self.data.task is not None else None
+        kind, kinds = self.data.kind, self.objective.kinds
         if kind not in kinds:
-            wanted = (
-                "no 'data.task'" if None in kinds else f"'data.task.kind' to be one of {', '.join(map(str, kinds))}"
-            )
-            yield f"objective {self.objective.name!r} needs {wanted}, not {kind!r}"
-        if self.data.task is not None and self.data.mixture.pairing != "none":
-            yield "an encoder's samples bring their sources along: 'data.mixture.pairing' must be 'none'"
-        if self.data.task is not None and self.evaluation.swapped_prompts:
+            wanted = "no 'data.task'" if "chat" in kinds else f"'data.task.kind' to be one of {', '.join(kinds)}"
+            found = "which is not there" if kind == "chat" else f"not {kind!r}"
+            yield f"objective {self.objective.name!r} needs {wanted}, {found}"
+        else:
+            yield from self.objective.mistakes(self.data.languages, self.data.mixture.pairing)
+        if kind != "chat" and self.data.mixture.pairing != "none":
+            yield "an encoder's samples come with their sources: 'data.mixture.pairing' must be 'none'"
+        if kind != "chat" and self.evaluation.swapped_prompts:
             yield "'evaluation.swapped_prompts' is of conversations; a task has no prompts"
-        if isinstance(self.objective, ShifConConfig) and kind is None:
-            if self.data.mixture.pairing == "none" and self.objective.contrastive.weight:
-                yield "the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'"
-            if len(self.data.languages) < 2:
-                yield "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
 
     def _best_is_measured(self) -> Iterator[str]:
         """Where no checkpoint would ever have the metric that it is kept by."""

@@ -115,14 +115,6 @@ class Quotas:
         languages = self._sequence[places]
         return languages, periods * self.counts[languages] + self._earlier[places]
 
-    def language_of(self, slot: int) -> int:
-        """The slot's language, an index into the declared languages."""
-        return int(self._sequence[slot % self.period])
-
-    def cursor_of(self, slot: int) -> int:
-        """How many earlier slots had this slot's language."""
-        return int(self.between(slot, slot + 1)[1][0])
-
     def counts_before(self, slot: int) -> npt.NDArray[np.int64]:
         """(n_languages,): how many of the slots 0 .. slot-1 each language had."""
         periods, place = divmod(slot, self.period)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.records import Record
 from data_pipeline.sources.index import DataIndex
-from data_pipeline.sources.sources import AnyRecord
 from data_pipeline.text.templates import language_name
 
 LOOKED_AT = 2_000  # rows a language whose ids are compared
@@ -63,7 +63,7 @@ def why_unpaired(index: DataIndex, language: int, dominant: int) -> str:
     return f"ids look like {shown}; {_cause(ids, codes)}"
 
 
-def _cause(ids: Sequence[dict[str, AnyRecord]], codes: Sequence[str]) -> str:
+def _cause(ids: Sequence[dict[str, Record]], codes: Sequence[str]) -> str:
     without_code = [{_without_code(name, code) for name in found} for found, code in zip(ids, codes, strict=True)]
     if without_code[0] & without_code[1]:
         return (
@@ -90,7 +90,7 @@ def repeated_ids(index: DataIndex) -> Iterator[str]:
         places = [place for place in np.flatnonzero(again).tolist() if _pairs_by_id(index, int(rows[place]))]
         if not places:
             continue
-        first, second = (index.read(int(rows[places[0] + step])) for step in (0, 1))
+        first, second = (index.record(int(rows[places[0] + step])) for step in (0, 1))
         more = f", and {len(places) - 1:,} more such rows" if len(places) > 1 else ""
         yield (
             f"id {_quoted(first.group)} stands at different texts in {code!r}: {first.origin} and {second.origin}{more}"
@@ -109,8 +109,8 @@ def unlike_texts(index: DataIndex, language: int, dominant: int) -> str | None:
     usable = _usable(index, language)
     paired = usable[np.isin(index.group[usable], index.group[_usable(index, dominant)])]
     rows = paired[:: max(len(paired) // COMPARED, 1)][:COMPARED].tolist()
-    texts = [index.read(row).user_text for row in rows]
-    others = [index.read(index.translation(row, dominant)).user_text for row in rows]
+    texts = [index.record(row).user_text for row in rows]
+    others = [index.record(index.translation(row, dominant)).user_text for row in rows]
     numbers, lengths = _numbers_agree(texts, others), _lengths_agree(texts, others)
     signs = [sign for sign in (numbers, lengths) if sign is not None]
     if not signs or any(agrees for agrees, _ in signs):
@@ -164,8 +164,8 @@ def _usable(index: DataIndex, language: int) -> npt.NDArray[np.int64]:
     return rows[~index.bad[rows]]
 
 
-def _records(index: DataIndex, language: int) -> list[AnyRecord]:
-    return [index.read(int(row)) for row in _usable(index, language)[:LOOKED_AT]]
+def _records(index: DataIndex, language: int) -> list[Record]:
+    return [index.record(int(row)) for row in _usable(index, language)[:LOOKED_AT]]
 
 
 def _pairs_by_id(index: DataIndex, row: int) -> bool:

@@ -22,8 +22,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.order.mixture import Pairing, Quotas
+from data_pipeline.order.mixture import Quotas
 from data_pipeline.order.order import order_key, places_at
+from data_pipeline.order.pairing import Partner, Partners, PlannedPairing
 from data_pipeline.records import DataError, stable_hash
 
 FILL = -1
@@ -54,13 +55,29 @@ class PlannedIndex(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One sample of a step. `number`: from the run's first slot, -1 for a fill; `cost`: estimated tokens."""
+    """One sample of a step.
+
+    Attributes:
+        number: from the run's first slot, -1 for a fill.
+        language: an index into the declared languages.
+        cost: estimated tokens.
+        partner: the text that it is read together with, where samples come with partners.
+        seed: (run's seed, step): what is random about the sample derives from it.
+    """
 
     number: int
     row: int
     language: int
     labelled: bool
     cost: float
+    partner: Partner | None = None
+    seed: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def alone(cls, row: int, language: int, seed: int, step: int = 0, partners: Partners | None = None) -> Slot:
+        """A row of a fixed set (probe, held-out), outside of any step's slots; read as at `step`."""
+        partner = None if partners is None else partners.of(row, language, step)
+        return cls(FILL, row, language, True, 0.0, partner, (seed, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +117,27 @@ class Planner:
     def __init__(
         self,
         index: PlannedIndex,
-        dominant: int,
         quotas: Quotas,
-        pairing: Pairing,
+        pairing: PlannedPairing,
         slots_per_step: int,
-        set_size: int | None,
         seed: int,
         tokens_per_byte: Sequence[float] | None = None,
     ) -> None:
-        """`dominant`: an index into the declared languages, in the mixture or not.
+        """Checks the mixture against the index.
 
-        `set_size`: pairs of a contrast set; None takes the same rows, each a unit of its own, without fills,
-        which nothing would learn from. `tokens_per_byte` of each language; without it, cost is in bytes.
-        Raises DataError if a language of the mixture has no training rows.
+        Args:
+            pairing: without `set_size`, the same rows are planned, each a unit of its own, and no fills, which nothing
+                would learn from.
+            tokens_per_byte: of each language; without it, cost is in bytes.
+
+        Raises:
+            DataError: a language of the mixture has no training rows.
         """
-        if slots_per_step < 1 or (set_size is not None and set_size < 1):
-            raise ValueError(f"slots_per_step {slots_per_step} and set_size {set_size} must be at least 1")
-        self._index, self._dominant, self._quotas, self._pairing = index, dominant, quotas, pairing
-        self._slots_per_step, self._set_size, self._seed = slots_per_step, set_size, seed
+        if slots_per_step < 1 or (pairing.set_size is not None and pairing.set_size < 1):
+            raise ValueError(f"slots_per_step {slots_per_step} and set_size {pairing.set_size} must be at least 1")
+        self._index, self._quotas, self._pairing = index, quotas, pairing
+        self._dominant, self._set_size = pairing.dominant, pairing.set_size
+        self._slots_per_step, self._seed = slots_per_step, seed
         self._rows = [index.rows(language) for language in range(len(index.languages))]
         for language in np.flatnonzero(quotas.counts).tolist():
             if not len(self._rows[language]):
@@ -137,10 +157,10 @@ class Planner:
         languages, cursors = self._quotas.between(first, first + self._slots_per_step)
         places = places_at(cursors, self._sizes[languages], self._keys[languages])
         rows = [int(self._rows[i][place]) for i, place in zip(languages.tolist(), places.tolist(), strict=True)]
-        pairs = [] if self._pairing == "none" else self._pair(t, rows, languages.tolist())
+        pairs = [] if self._pairing.mode == "none" else self._pair(t, rows, languages.tolist())
         broken, same = self._judge(rows, pairs)
         kept = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
-        slots = self._slots(first, rows, languages)
+        slots = self._slots(t, rows, languages)
         # A pair with a bad row is left out only after the cut, so that it moves no other pair to another set.
         sets = [[pair for pair in chunk if pair not in broken] for chunk in _cut(kept, self._set_size)]
         units = [
@@ -176,7 +196,7 @@ class Planner:
         for place, (position, translation) in zip(dominant_slots, turned, strict=False):
             rows[place] = translation
             pairs.append((place, position))
-        if self._pairing == "fill":
+        if self._pairing.mode == "fill":
             for position, translation in turned[len(dominant_slots) :]:
                 pairs.append((len(rows), position))
                 rows.append(translation)
@@ -190,14 +210,21 @@ class Planner:
         same = (content[:, 0] == content[:, 1]) & ~bad
         return {pair for pair, is_bad in zip(pairs, bad, strict=True) if is_bad}, same.tolist()
 
-    def _slots(self, first: int, rows: list[int], languages: npt.NDArray[np.int64]) -> list[Slot]:
+    def _slots(self, t: int, rows: list[int], languages: npt.NDArray[np.int64]) -> list[Slot]:
         """Slots of the step's rows; those behind the step's own are fills in the dominant language."""
-        n_fills = len(rows) - len(languages)
+        first, n_fills = t * self._slots_per_step, len(rows) - len(languages)
         languages = np.concatenate([languages, np.full(n_fills, self._dominant)])
         costs = self._index.n_bytes[rows] * self._tokens_per_byte[languages]
         numbers = [*range(first, first + self._slots_per_step), *[FILL] * n_fills]
         columns = zip(numbers, rows, languages.tolist(), costs.tolist(), strict=True)
-        return [Slot(number, row, language, number != FILL, cost) for number, row, language, cost in columns]
+        partners, seed = self._pairing.partners, (self._seed, t)
+        return [
+            Slot(
+                number, row, language, number != FILL, cost,
+                None if partners is None else partners.of(row, language, t), seed,
+            )
+            for number, row, language, cost in columns
+        ]  # fmt: skip
 
 
 def _cut(pairs: list[Pair], set_size: int | None) -> list[list[Pair]]:

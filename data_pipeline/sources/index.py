@@ -28,9 +28,8 @@ from data_pipeline.records import BadRow, DataError, Record, stable_hash
 from data_pipeline.sources.formats import Place
 from data_pipeline.sources.patience import retry_reading
 from data_pipeline.sources.scan import COLUMNS, Arrays, Scan, check_columns, check_rows, lookups, refuse_bad
-from data_pipeline.sources.sources import AnyRecord, RecordReader, open_source
+from data_pipeline.sources.sources import RecordReader, open_source
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import TaskRecord
 
 VERSION = 2  # of the folder's layout and of every rule that decides what is in it
 ARRAYS = (
@@ -56,6 +55,7 @@ class DataIndex:
     content         (N,) int64, stable_hash of Record.user_text
     normalized      (N,) int64, stable_hash of Record.user_text without case, white space and Unicode form
     n_bytes         (N,) int32, UTF-8 bytes of all messages, or of a task's texts
+    has_back        (N,) bool: the row holds its text translated into the dominant language
     bad             (N,) bool: unusable, keeps its place in the order
     heldout         (N,) bool: in no training batch
     groups_heldout  (items,) int64, sorted
@@ -79,6 +79,7 @@ class DataIndex:
         self.content: Integers = arrays["content"]
         self.normalized: Integers = arrays["normalized"]
         self.n_bytes: npt.NDArray[np.int32] = arrays["n_bytes"]
+        self.has_back: npt.NDArray[np.bool_] = arrays["has_back"]
         self.bad: npt.NDArray[np.bool_] = arrays["bad"]
         self.heldout: npt.NDArray[np.bool_] = arrays["heldout"]
         self.groups_heldout: Integers = arrays["groups_heldout"]
@@ -125,20 +126,6 @@ class DataIndex:
         return self._readers[self._shard[row]].source
 
     def record(self, row: int) -> Record:
-        """Reads one entry of a source of conversations. Raises as `read` does, and DataError for a task's row."""
-        found = self.read(row)
-        if not isinstance(found, Record):
-            raise DataError(f"{found.origin}: a row of a task, where a conversation is needed (prompt, completion)")
-        return found
-
-    def task_record(self, row: int) -> TaskRecord:
-        """Reads one entry of a task's source. Raises as `read` does, and DataError for a conversation."""
-        found = self.read(row)
-        if not isinstance(found, TaskRecord):
-            raise DataError(f"{found.origin}: a conversation, where a row of a task is needed")
-        return found
-
-    def read(self, row: int) -> AnyRecord:
         """Reads one entry, and nothing else, from its file.
 
         Raises BadRow if it is unusable and DataError if the file has changed since it was indexed.

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, normalized, stable_hash
-from data_pipeline.sources.sources import AnyRecord, RecordReader
+from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, Record, normalized, stable_hash
+from data_pipeline.sources.sources import RecordReader
 
 PENDING = -2  # a bad row whose language only the rest of its file can tell
 COLUMNS = {
@@ -30,6 +30,7 @@ COLUMNS = {
     "content": np.int64,
     "normalized": np.int64,
     "n_bytes": np.int32,
+    "has_back": np.bool_,
     "bad": np.bool_,
     "shard": np.int32,
     "number": np.int64,
@@ -41,7 +42,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Scan:
-    """Collects one entry a Record: ten numbers, however long the text."""
+    """Collects one entry a Record: a few numbers, however long the text."""
 
     def __init__(self, languages: Sequence[str], max_bad_rows: int) -> None:
         self.codes = {language: code for code, language in enumerate(languages)}
@@ -67,7 +68,7 @@ class Scan:
                         code = PENDING if language is None else self.codes.get(language, NO_LANGUAGE)
                         if code == PENDING:
                             pending.append(len(self.columns["language"]))
-                        entry: tuple[int, ...] = (code, -1, -1, -1, 0, True, shard, *place)
+                        entry: tuple[int, ...] = (code, -1, -1, -1, 0, False, True, shard, *place)
                     else:
                         code = self.codes[result.language]
                         seen.add(code)
@@ -93,9 +94,9 @@ class Scan:
         return {name: values[kept] for name, values in whole.items()}
 
 
-def _measure(record: AnyRecord) -> tuple[int, int, int, int]:
-    text = record.user_text
-    return stable_hash(record.group), stable_hash(text), stable_hash(normalized(text)), record.n_bytes
+def _measure(record: Record) -> tuple[int, int, int, int, bool]:
+    text, has_back = record.user_text, record.back is not None
+    return stable_hash(record.group), stable_hash(text), stable_hash(normalized(text)), record.n_bytes, has_back
 
 
 def lookups(arrays: Arrays, languages: Sequence[str], heldout_items: int, seed: int) -> Arrays:

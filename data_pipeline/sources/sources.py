@@ -1,6 +1,6 @@
 """Sources: a SourceConfig opened as shards, and their rows turned into Records by its column map.
 
-In: a SourceConfig and rows from `formats.py` and `tables.py`. Out: Records, or TaskRecords, or BadRow with
+In: a SourceConfig and rows from `formats.py` and `tables.py`. Out: Records, or BadRow with
 the file, the line and the reason. Next: `scan.py`, which does so once for every row, and `index.py`.
 """
 
@@ -17,17 +17,14 @@ from typing import cast
 import fsspec
 
 from data_pipeline.config import OPTIONAL_COLUMNS, PLACEHOLDER, TEXT_COLUMNS, ColumnMap, SourceConfig
-from data_pipeline.records import BadRow, DataError, Message, Record, item_key
+from data_pipeline.records import BadRow, Conversation, DataError, Message, Record, item_key
 from data_pipeline.sources.cells import Cells, blank
 from data_pipeline.sources.formats import Delimited, JsonLines, Place, Row, Shard
 from data_pipeline.sources.paths import literal_folders
 from data_pipeline.sources.tables import HubSplit, Parquet, load_hub
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import TaskRecord
 from data_pipeline.tasks.rows import check_example, read_example
 from data_pipeline.text.turns import read_turns, unsupported_fields
-
-AnyRecord = Record | TaskRecord
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -147,7 +144,7 @@ def _hub_shard(source: SourceConfig, hub: str, data_dir: Path | None, wanted: tu
 
 
 class RecordReader:
-    """Turns the rows of one shard into Records, or TaskRecords where the column map is that of a task.
+    """Turns the rows of one shard into Records, of conversations or of a task as its column map says.
 
     With `task`, a row must also carry what training on that task needs (`tasks/rows.py`).
     """
@@ -175,7 +172,7 @@ class RecordReader:
         # of the columns that a row may do without, those that the scan has met in no row
         self.unseen = _sparse(source) if isinstance(shard, JsonLines) else set()
 
-    def records(self, row: Row | BadRow, place: Place) -> Iterator[tuple[str | None, AnyRecord | BadRow]]:
+    def records(self, row: Row | BadRow, place: Place) -> Iterator[tuple[str | None, Record | BadRow]]:
         """Each (language, Record) of a row: one in the long layout, one a translation in the wide layout.
 
         A BadRow comes with the language whose place it keeps; None where nothing in the row tells it.
@@ -206,7 +203,7 @@ class RecordReader:
                 BadRow(self.shard.origin(place), f"no text in any language of {', '.join(map(str, self.maps))}"),
             )
 
-    def record(self, row: Row, place: Place, wide: str | None) -> AnyRecord | None:
+    def record(self, row: Row, place: Place, wide: str | None) -> Record | None:
         """The Record of a row, in the wide layout that of the language `wide`, or None if it has none.
 
         Raises BadRow.
@@ -225,10 +222,10 @@ class RecordReader:
             example, back = read_example(cells, columns)
             if self.task is not None:
                 check_example(example, self.task, cells.origin)
-            return TaskRecord(id, group, language, cells.origin, example, back)
+            return Record(id, group, language, cells.origin, example, back)
         response = cells.given(columns.response_language) or self.source.response_language or language
         self._declared(response, cells)
-        return Record(id, group, language, response, _messages(cells, columns), cells.origin)
+        return Record(id, group, language, cells.origin, Conversation(_messages(cells, columns), response))
 
     def _language(self, cells: Cells) -> str:
         language = cells.given(self.source.columns.language) or self.source.language

@@ -1,7 +1,7 @@
 """Rows -> Examples: the columns of each kind of task, read and checked.
 
 In: a row's Cells and a ColumnMap. Out: an Example and, where the row has it, its translation into the dominant
-language; or BadRow. Next: `sources.py`, which makes TaskRecords of them.
+language; or BadRow. Next: `sources.py`, which makes Records of them.
 
 What a text and its labels must be among themselves is checked always (`read_example`); that they are there, and
 among `task.labels`, only in training (`check_example`): a text that is to be predicted on needs no labels.
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from data_pipeline.config import TASK_COLUMNS, ColumnMap, TaskKind
-from data_pipeline.records import BadRow, item_key
+from data_pipeline.records import BadRow, Example, Record, item_key
 from data_pipeline.sources.cells import Cells
 from data_pipeline.sources.formats import JsonLines
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import Example, TaskRecord
 
 SUM_TOLERANCE = 1e-3  # of a word's probabilities: files hold them with few digits
 Sides = tuple[Example, Example | None]
@@ -37,7 +36,7 @@ def read_example(cells: Cells, columns: ColumnMap) -> Sides:
     return Example((cells.text(cast(str, columns.text)),)), None
 
 
-def read_task_file(path: Path, kind: TaskKind) -> Iterator[TaskRecord]:
+def read_task_file(path: Path, kind: TaskKind) -> Iterator[Record]:
     """The rows of a JSONL file with the canonical column names of its kind: what is predicted on.
 
     `id`, `language` and the texts must be there; `group`, labels and back-translations may be. A sentence to be tagged
@@ -60,7 +59,7 @@ def read_task_file(path: Path, kind: TaskKind) -> Iterator[TaskRecord]:
             group = str(cells.name("group")) if cells.has("group") else name
             empty = kind == "tagging" and row.get("words") == []
             sides = (Example((), tags=()), None) if empty else read_example(cells, columns)
-            yield TaskRecord(name, item_key(group), language, cells.origin, *sides)
+            yield Record(name, item_key(group), language, cells.origin, *sides)
 
 
 def _canonical(kind: TaskKind, pairs: bool) -> ColumnMap:

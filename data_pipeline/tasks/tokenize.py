@@ -1,6 +1,6 @@
 """Examples -> tokens: in windows where a text is too long, with what maps tokens back to words and characters.
 
-In: Examples from `records.py` and a fast tokenizer of an encoder (BERT's and XLM-R's families). Out: EncodedSides.
+In: Examples and a fast tokenizer of an encoder (BERT's and XLM-R's families). Out: EncodedSides.
 Next: `reader.py` in training; prediction takes all windows of a text.
 
 Special tokens stand where the tokenizer itself puts them. What people wrote never becomes one. A text, or a word
@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.records import DataError
+from data_pipeline.records import DataError, Example
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import Example
 from data_pipeline.tasks.windows import (
     Ids,
     Range,

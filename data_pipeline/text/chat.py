@@ -1,6 +1,6 @@
 """Records -> tokens, with a mark on every token: whose words it is, and whether it is to be predicted.
 
-In: Records from `index.py` and a tokenizer. Out: TokenizedSamples. Next: `packing.py`.
+In: Records from `index.py` and a tokenizer. Out: ChatSamples. Next: `packing.py`.
 
 Each prompt and each answer is tokenised on its own, so a training sample begins with exactly the tokens that
 generation feeds. What people wrote never becomes a special token: text that spells one is cut inside it
@@ -18,7 +18,7 @@ from unicodedata import normalize
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.records import BadRow, DataError, Message, Record, Role, TokenizedSample, stable_hash
+from data_pipeline.records import BadRow, ChatSample, DataError, Message, Record, Role, stable_hash
 from data_pipeline.text.templates import (
     LANGUAGE_NAMES,
     Slot,
@@ -79,28 +79,26 @@ class Chat:
         ids, marks = self._tokens(messages, language, response_language)
         return ids, marks == _CONTENT
 
-    def tokenize(self, record: Record, *, labelled: bool = True) -> TokenizedSample:
+    def tokenize(self, record: Record, *, labelled: bool = True) -> ChatSample:
         """A record as tokens; without its last answer and without labels if not `labelled`. Raises BadRow."""
-        messages = record.messages
+        messages, response_language = record.conversation.messages, record.conversation.response_language
         if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
             raise BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
         if not any(message.trained for message in messages if message.role == "assistant"):
             raise BadRow(record.origin, "no assistant turn is trained on: each has weight 0")
-        for code in (record.language, record.response_language):
+        for code in (record.language, response_language):
             if code not in self._language_ids:
                 raise BadRow(record.origin, f"the language {code!r} is not one of {', '.join(self.languages)}")
         try:
-            ids, marks = self._tokens(
-                messages if labelled else messages[:-1], record.language, record.response_language
-            )
+            ids, marks = self._tokens(messages if labelled else messages[:-1], record.language, response_language)
         except DataError as error:
             raise BadRow(record.origin, str(error)) from error
-        return TokenizedSample(
+        return ChatSample(
             id=record.id,
             group=stable_hash(record.group),
             content_hash=stable_hash(record.user_text),
             language=self._language_ids[record.language],
-            response_language=self._language_ids[record.response_language],
+            response_language=self._language_ids[response_language],
             input_ids=ids,
             labels=(marks >= _ANSWER) & labelled,
             content=marks == _CONTENT,
@@ -231,7 +229,7 @@ def _runs(mask: Mask) -> list[Span]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def check_labels(chat: Chat, record: Record, sample: TokenizedSample) -> None:
+def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
     """Decode what is to be predicted and compare it with the record's answers.
 
     Raises DataError where the mask is wrong: empty, too narrow, too wide, or without the end token; BadRow
@@ -241,7 +239,8 @@ def check_labels(chat: Chat, record: Record, sample: TokenizedSample) -> None:
     def fail(what: str) -> None:
         raise DataError(f"{record.origin}: label mask: {what}")
 
-    answers = [chat.answer_words(m.content) for m in record.messages if m.role == "assistant" and m.trained]
+    messages = record.conversation.messages
+    answers = [chat.answer_words(m.content) for m in messages if m.role == "assistant" and m.trained]
     runs, end = _runs(sample.labels), chat.template.end_id
     if not runs:
         fail("no token is labelled")
@@ -296,7 +295,7 @@ def _short(text: str, most: int = _SHOWN) -> str:
     return repr(text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}")
 
 
-def describe(sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> str:
+def describe(sample: ChatSample, tokenizer: PreTrainedTokenizerBase) -> str:
     """A sample's text for people: ⟦content: the user's words⟧, ⟦label: what to predict⟧, template bare."""
     kinds = np.where(sample.labels, "label", np.where(sample.content, "content", ""))
     text = f"{sample.id}: {len(sample)} tokens, {sample.content.sum()} content, {sample.labels.sum()} label\n"

@@ -1,6 +1,6 @@
 """A conversation that is too long, made to fit: its prompt loses words from the left, its answers lose none.
 
-In: a Record and the longest sample. Out: a shorter Record and its tokens. Next: `loader.SampleReader`.
+In: a Record and the longest sample. Out: a shorter Record and its tokens. Next: `text/stage.py`.
 
 Messages are shortened, not token arrays: the sample is what the template makes of the shorter messages, headers and
 special tokens whole, and its masks are made as those of any other sample.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import replace
 
-from data_pipeline.records import Record, TokenizedSample
+from data_pipeline.records import ChatSample, Record
 from data_pipeline.tasks.windows import longest_first
 from data_pipeline.text.chat import Chat
 
@@ -19,8 +19,8 @@ ZERO_WIDTH_JOINER = "\u200d"
 
 
 def truncate(
-    chat: Chat, record: Record, sample: TokenizedSample, most: int, *, labelled: bool = True
-) -> tuple[Record, TokenizedSample] | None:
+    chat: Chat, record: Record, sample: ChatSample, most: int, *, labelled: bool = True
+) -> tuple[Record, ChatSample] | None:
     """`record`, whose tokens are `sample`, with at most `most` tokens; None where its prompt has not enough to lose.
 
     The words of earlier turns go first, the oldest before the others: the user's, and answers that are only read
@@ -41,7 +41,7 @@ def _shortened(chat: Chat, record: Record, excess: int) -> Record | None:
 
     About: a message in its template has other tokens at its edges than by itself.
     """
-    messages = list(record.messages)
+    messages = list(record.conversation.messages)
     read = [number for number, message in enumerate(messages) if message.role == "user" or not message.trained]
     systems = [number for number, message in enumerate(messages) if message.role == "system"]
     last = max(number for number in read if messages[number].role == "user")
@@ -55,7 +55,7 @@ def _shortened(chat: Chat, record: Record, excess: int) -> Record | None:
             changed |= shorter != messages[number].content
             messages[number] = replace(messages[number], content=shorter)
         if changed:
-            return replace(record, messages=tuple(messages))
+            return replace(record, content=replace(record.conversation, messages=tuple(messages)))
     return None
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.atomic import write_text
+from data_pipeline.records import Example, Record
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import Example, TaskRecord
 from data_pipeline.tasks.tokenize import EncodedSide, TaskTokenizer, Windows
 from evals.errors import EvalError
 from evals.xtreme.spans import ScoredWindow, best_span, window_of_each
@@ -109,7 +109,7 @@ class EncoderPredictor:
         )  # fmt: skip
         return cls(model, tokenizer, info, mixup, batch_tokens)
 
-    def predict(self, records: Sequence[TaskRecord], mixup: MixupMode = "auto") -> Predictions:
+    def predict(self, records: Sequence[Record], mixup: MixupMode = "auto") -> Predictions:
         """A label, the tags or an answer for each record.
 
         mixup: "auto" mixes a record if model and record allow it; "on" requires that of every record; "off" never
@@ -125,18 +125,18 @@ class EncoderPredictor:
             return Predictions(tagged, mixed)
         return Predictions(self._answers(records, sources), mixed)
 
-    def class_logits(self, records: Sequence[TaskRecord], mixup: MixupMode = "auto") -> Floats:
+    def class_logits(self, records: Sequence[Record], mixup: MixupMode = "auto") -> Floats:
         """(records, C), the mean of both sides' logits for mixed records; `predict` takes the highest."""
         found = np.zeros((len(records), len(self.labels)), np.float32)
         for unit, target, source in self._run(self._units(records, [self._source(each, mixup) for each in records])):
             found[unit.record] = target[0] if source is None else (target[0] + source[0]) / 2
         return found
 
-    def tag_probabilities(self, records: Sequence[TaskRecord]) -> list[Floats]:
+    def tag_probabilities(self, records: Sequence[Record]) -> list[Floats]:
         """(W, C) for each record: the probability of each label, never mixed."""
         return [_softmax(words) for words in self._tags(records, [None] * len(records))]
 
-    def _source(self, record: TaskRecord, mode: MixupMode) -> Example | None:
+    def _source(self, record: Record, mode: MixupMode) -> Example | None:
         """The source that a record is mixed with; None: it is not mixed."""
         if not record.example.texts or mode == "off" or (mode == "auto" and self.mixup is None):
             return None
@@ -150,7 +150,7 @@ class EncoderPredictor:
             )
         return source
 
-    def _tags(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[Floats]:
+    def _tags(self, records: Sequence[Record], sources: Sequence[Example | None]) -> list[Floats]:
         """(W, C) logits for each record, each word's from the window that shows most context; none without words."""
         parts: list[list[tuple[EncodedSide, Floats]]] = [[] for _ in records]
         for unit, target, _ in self._run(self._units(records, sources)):
@@ -158,7 +158,7 @@ class EncoderPredictor:
         nothing = np.zeros((0, len(self.labels)), np.float32)
         return [_joined(windows) if windows else nothing for windows in parts]
 
-    def _answers(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[str]:
+    def _answers(self, records: Sequence[Record], sources: Sequence[Example | None]) -> list[str]:
         """The best span of each record's context, over all its windows."""
         parts: list[list[ScoredWindow]] = [[] for _ in records]
         for unit, target, _ in self._run(self._units(records, sources)):
@@ -179,7 +179,7 @@ class EncoderPredictor:
         sums: Floats = np.add.reduceat(logits_TC[tokens], firsts, axis=0, dtype=np.float32)
         return np.divide(sums, counts[:, None], dtype=np.float32)
 
-    def _units(self, records: Sequence[TaskRecord], sources: Sequence[Example | None]) -> list[_Unit]:
+    def _units(self, records: Sequence[Record], sources: Sequence[Example | None]) -> list[_Unit]:
         units = []
         for number, (record, example) in enumerate(zip(records, sources, strict=True)):
             if not record.example.texts:  # a sentence without words
@@ -233,7 +233,7 @@ class EncoderPredictor:
         return tuple(logits.float().cpu().numpy() for logits in found)
 
 
-def write_predictions(file: Path, kind: str, records: Sequence[TaskRecord], values: Sequence[Any]) -> None:
+def write_predictions(file: Path, kind: str, records: Sequence[Record], values: Sequence[Any]) -> None:
     """Write predictions in the layout of XTREME's submissions, completely or not at all. Raises EvalError."""
     if kind == "classification":
         text = "".join(f"{label}\n" for label in values)

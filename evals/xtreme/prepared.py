@@ -13,8 +13,8 @@ from typing import Any
 
 from data_pipeline.atomic import write_text
 from data_pipeline.config import TASK_COLUMNS
+from data_pipeline.records import Record
 from data_pipeline.sources.cells import blank
-from data_pipeline.tasks.records import TaskRecord
 from data_pipeline.tasks.rows import read_task_file
 from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
@@ -29,7 +29,7 @@ def split_files(folder: Path, split: str, task: XtremeTask) -> dict[str, Path]:
     return {language: file for language, file in files.items() if file.is_file() and file.stat().st_size}
 
 
-def read_records(file: Path, task: XtremeTask) -> list[TaskRecord]:
+def read_records(file: Path, task: XtremeTask) -> list[Record]:
     """All rows of a file. Raises BadRow with file and line."""
     assert task.kind != "retrieval"  # not a file of a task
     return list(read_task_file(file, task.kind))
@@ -90,7 +90,7 @@ def check_training(
         )
 
 
-def write_gold(file: Path, task: XtremeTask, records: Sequence[TaskRecord]) -> bool:
+def write_gold(file: Path, task: XtremeTask, records: Sequence[Record]) -> bool:
     """Write gold labels in the layout of XTREME's scorer; False, and no file, if the rows have none.
 
     Raises EvalError if only some have them, and for repeated question ids.
@@ -115,7 +115,7 @@ def gold_file(folder: Path, task: XtremeTask, language: str) -> Path:
     return folder / task.name / f"test-{language}.{'json' if task.kind == 'qa' else 'tsv'}"
 
 
-def _squad(file: Path, records: Sequence[TaskRecord]) -> dict[str, Any]:
+def _squad(file: Path, records: Sequence[Record]) -> dict[str, Any]:
     if len({record.id for record in records}) < len(records):
         raise EvalError(f"{records[0].origin}: question ids are repeated in this file; {file.name} needs unique ones")
     paragraphs = []

@@ -1,6 +1,6 @@
 """Losses of the encoder tasks: one fp32 number in nats per label unit (a row, a word or an answer span).
 
-They are neither weighted nor scaled; `training/objectives/encoders.py` does that.
+They are neither weighted nor scaled; `training/objectives/finetune.py` does that.
 
 Shapes: R rows, T tokens, N label units, C classes.
 """

@@ -14,7 +14,9 @@ from tiny_run import rank_values
 
 from training.__main__ import main as run_rank
 from training.distributed import rank
-from training.objectives.decoders import LossTerms, ShifCon, SupervisedFineTuning
+from training.objectives.base import LossTerms
+from training.objectives.sft import SupervisedFineTuning
+from training.objectives.shifcon import ShifCon
 from training.run_file import validate
 
 FAULTY_RANK, FAULTY_CALL = 1, 5

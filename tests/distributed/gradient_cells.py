@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data_pipeline.packing import Packer
+from data_pipeline.tasks.batches import TaskPacker
+from data_pipeline.tasks.reader import TaskReader, TaskStep
 from safetensors.torch import save_file
 from tiny_run import XMIXUP, rank_values
 
 from data_pipeline.loader import RankStep
-from data_pipeline.packing import Packer
-from data_pipeline.tasks.batches import TaskPacker
-from data_pipeline.tasks.reader import TaskReader, TaskStep
 from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
 from training.engine.engine import gathered, process_group

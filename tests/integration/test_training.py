@@ -23,7 +23,7 @@ from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, w
 from data_pipeline.records import Message, TokenizedSample
 from modeling.export_info import VECTORS_FILE
 from training.config import RunConfig
-from training.objectives.config import ShifConConfig
+from training.objectives.shifcon import ShifConConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,13 +211,13 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
     formulas (docs/methods.md, section 1.2) from the last checkpoint's vectors and the exported weights give the same
     losses."""
     import torch
+    from data_pipeline.packing import Packer, TokenizedUnit
     from torch.nn import functional
 
-    from data_pipeline.packing import Packer, TokenizedUnit
     from data_pipeline.records import Record
     from modeling.loading import load_pretrained
     from modeling.shifcon.language_vectors import LanguageVectors
-    from training.objectives.decoders import ShifCon
+    from training.objectives.shifcon import ShifCon
 
     config, chat = finished.config, finished.chat
     assert isinstance(config.objective, ShifConConfig)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from data_pipeline.packing import Packer
 from tiny_run import XMIXUP, run_values, write_data, write_task_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from data_pipeline.config import merged
-from data_pipeline.packing import Packer
 from training.assembly import assemble_data, check_model
 from training.check import check_run
 from training.config import RunConfig

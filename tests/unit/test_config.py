@@ -15,7 +15,9 @@ from pydantic import BaseModel
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.objectives.config import ContrastiveConfig, SFTConfig, ShifConConfig
+from training.objectives.registry import OBJECTIVES
+from training.objectives.sft import SFTConfig
+from training.objectives.shifcon import ContrastiveConfig, ShifConConfig
 from training.run_file import _models_in, load_config, resolved, validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -686,9 +688,16 @@ def test_every_option_says_what_it_is(model: type[BaseModel]) -> None:
     assert not {name for name in silent if len(get_args(model.model_fields[name].annotation)) != 1}
 
 
+# What the rest of the code calls of an objective's section. What they read of it is read; a check of it alone is not.
+METHODS_OF_OBJECTIVES = {"pairing", "probe_size", "build", "description", "export"}
+
+
 def reads(source: ast.AST, inside: str = "") -> Iterator[tuple[str, str]]:
-    """(attribute that code reads, the class that the code stands in)."""
-    inside = source.name if isinstance(source, ast.ClassDef) else inside
+    """(attribute that code reads, the class that the code stands in; "" in those methods of an objective's section)."""
+    if isinstance(source, ast.ClassDef):
+        inside = source.name
+    elif isinstance(source, ast.FunctionDef) and inside in OBJECTIVE_SECTIONS and source.name in METHODS_OF_OBJECTIVES:
+        inside = ""
     if isinstance(source, ast.Attribute) and isinstance(source.ctx, ast.Load):
         yield source.attr, inside
     for child in ast.iter_child_nodes(source):
@@ -704,6 +713,9 @@ def names_known(source: ast.AST) -> set[str]:
 def read_by_pydantic(model: type[BaseModel], field: str) -> bool:
     """What chooses or fills in the other options while the file is loaded: an objective's name, a preset."""
     return (model, field) in {(SFTConfig, "name"), (ShifConConfig, "name"), (ShifConConfig, "preset")}
+
+
+OBJECTIVE_SECTIONS = {each.__name__ for each in OBJECTIVES}
 
 
 @cache

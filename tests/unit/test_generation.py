@@ -318,7 +318,6 @@ def test_descriptions_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for content, message in {
         "{": "not an export's description",
         '{"format": 2}': "another version of crosslift",
-        '{"format": 1, "objective": "dpo", "languages": []}': "not one of sft, shifcon, mlm, finetune, xmixup",
         '{"format": 1, "objective": "sft", "languages": [], "dominent": "en"}': "dominent",
         "[]": "not an export's description",
     }.items():

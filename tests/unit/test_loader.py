@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from data_pipeline.batching.batch import ChatBatch
+from data_pipeline.batching.chat import ChatCollator
+from data_pipeline.batching.packer import Packer
 from data_pipeline.config import Overlong
-from data_pipeline.loader import RankStep, SampleReader, StepLoader, fixed_batches, no_slots
+from data_pipeline.loader import Loader, Step, fixed_batches, no_slots
 from data_pipeline.order.mixture import Pairing, Quotas
-from data_pipeline.order.plan import Planner
-from data_pipeline.packing import MicroBatch, Packer
-from data_pipeline.records import BadRow, DataError, TokenizedSample
+from data_pipeline.order.pairing import PlannedPairing
+from data_pipeline.order.plan import Planner, Slot
+from data_pipeline.reader import Reader
+from data_pipeline.records import BadRow, ChatSample, DataError
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.text.chat import Chat
+from data_pipeline.text.stage import ChatStage
 
 STEPS = 12
 SLOTS = 16
@@ -31,66 +36,84 @@ Name = tuple[str, int]  # (id, language) names a sample of the corpus
 
 
 @pytest.fixture(scope="session")
-def reader(prepared_run: Any) -> SampleReader:
+def reader(prepared_run: Any) -> Reader:
     config, prepared = prepared_run.config, prepared_run.prepared
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
-    return SampleReader(prepared.index, Chat(tokenizer, config.data.template, config.data.languages), 96)
+    return reader_of(prepared.index, Chat(tokenizer, config.data.template, config.data.languages), 96)
+
+
+def reader_of(index: DataIndex, chat: Chat, longest: int, overlong: Overlong = "drop") -> Reader:
+    return Reader(index, ChatStage(chat, longest, overlong))
+
+
+def chat_of(reader: Reader) -> Chat:
+    assert isinstance(reader.stage, ChatStage)
+    return reader.stage.chat
+
+
+def read(reader: Reader, row: int) -> ChatSample | None:
+    sample = reader.read(reader.alone(row))
+    assert sample is None or isinstance(sample, ChatSample)
+    return sample
 
 
 @pytest.fixture
-def make(reader: SampleReader) -> Callable[..., StepLoader]:
+def make(reader: Reader) -> Callable[..., Loader]:
     """A loader of one rank; what is not asked for is the same each time."""
 
     def loader(
         rank: int = 0,
         world_size: int = 1,
-        reader: SampleReader = reader,
+        reader: Reader = reader,
         pairing: Pairing = "fill",
         workers: int = 1,
-    ) -> StepLoader:
+    ) -> Loader:
         index = reader.index
         quotas = Quotas({"en": 0.3, "de": 0.3, "sw": 0.2, "zh": 0.2}, index.languages, 1000)
-        planner = Planner(index, 0, quotas, pairing, SLOTS, 3, 7, [0.5] * 4)
-        return StepLoader(reader, planner, Packer("packed", 480, 96, 3), rank, world_size, workers)
+        planner = Planner(index, quotas, PlannedPairing(0, pairing, set_size=3), SLOTS, 7, [0.5] * 4)
+        return Loader(reader, planner, Packer("packed", 480, 96, ChatCollator(3)), rank, world_size, workers)
 
     return loader
 
 
-def samples_of(step: RankStep) -> list[TokenizedSample]:
-    return [sample for batch in step.micro_batches for unit in batch.units for sample in unit.samples]
+def samples_of(step: Step) -> list[ChatSample]:
+    found = [sample for batch in step.micro_batches for sample in batch.samples]
+    return [sample for sample in found if isinstance(sample, ChatSample)]
 
 
-def names_of(*steps: RankStep) -> Counter[Name]:
+def names_of(*steps: Step) -> Counter[Name]:
     return Counter((sample.id, sample.language) for step in steps for sample in samples_of(step))
 
 
-def pairs_of(*steps: RankStep) -> Counter[tuple[Name, Name]]:
+def pairs_of(*steps: Step) -> Counter[tuple[Name, Name]]:
     """From the packed tensors: which samples the segments of each pair are."""
     found: Counter[tuple[Name, Name]] = Counter()
     for step in steps:
         for batch in step.micro_batches:
+            targets = batch.targets
             languages = {
                 int(segment): int(language)
                 for segment, language, position in zip(
-                    batch.segment_ids.flatten(), batch.languages.flatten(), batch.position_ids.flatten(), strict=True
+                    *(each.flatten() for each in (targets.segment_ids, targets.languages, batch.position_ids)),
+                    strict=True,
                 )
                 if segment >= 0 and position == 0
             }
-            for a, b in batch.pairs.tolist():
+            for a, b in batch.targets.pairs.segments.tolist():
                 found[(batch.sample_ids[a], languages[a]), (batch.sample_ids[b], languages[b])] += 1
     return found
 
 
-def same(one: RankStep, other: RankStep) -> bool:
+def same(one: Step, other: Step) -> bool:
     return [batch.input_ids.tolist() for batch in one.micro_batches] == [
         batch.input_ids.tolist() for batch in other.micro_batches
-    ] and (one.step, one.label_tokens, one.pairs) == (other.step, other.label_tokens, other.pairs)
+    ] and (one.step, one.counts) == (other.step, other.counts)
 
 
 @pytest.mark.parametrize("pairing", ["none", "reuse", "fill"])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_share_a_step_whatever_their_number(
-    make: Callable[..., StepLoader], pairing: Pairing, world_size: int
+    make: Callable[..., Loader], pairing: Pairing, world_size: int
 ) -> None:
     alone = make(pairing=pairing)
     ranks = [make(rank, world_size, pairing=pairing) for rank in range(world_size)]
@@ -98,14 +121,14 @@ def test_ranks_share_a_step_whatever_their_number(
         whole, shares = alone.load(number), [loader.load(number) for loader in ranks]
         assert names_of(*shares) == names_of(whole)
         assert pairs_of(*shares) == pairs_of(whole)
-        assert sum(share.label_tokens for share in shares) == whole.label_tokens
-        assert sum(share.pairs for share in shares) == whole.pairs
+        assert sum(share.counts["label_tokens"] for share in shares) == whole.counts["label_tokens"]
+        assert sum(share.counts["pairs"] for share in shares) == whole.counts["pairs"]
         assert sum(share.fingerprint for share in shares) == whole.fingerprint
         assert np.array_equal(np.sum([share.tokens for share in shares], axis=0), whole.tokens)
         assert np.array_equal(np.sum([share.samples for share in shares], axis=0), whole.samples)
 
 
-def test_slots_are_all_there_and_pairs_too(make: Callable[..., StepLoader]) -> None:
+def test_slots_are_all_there_and_pairs_too(make: Callable[..., Loader]) -> None:
     """`none`: the plan's slots and no pair; `reuse`: as many samples, with pairs; `fill`: more samples and pairs."""
     steps = {pairing: [make(pairing=pairing).load(t) for t in range(STEPS)] for pairing in ("none", "reuse", "fill")}
     counts = {pairing: (names_of(*each).total(), pairs_of(*each).total()) for pairing, each in steps.items()}
@@ -115,13 +138,13 @@ def test_slots_are_all_there_and_pairs_too(make: Callable[..., StepLoader]) -> N
     assert counts["fill"][0] - SLOTS * STEPS == counts["fill"][1] - counts["reuse"][1], "a fill a pair more"
     for pairing, each in steps.items():
         for step in each:
-            assert step.pairs == pairs_of(step).total()
+            assert step.counts["pairs"] == pairs_of(step).total()
             assert all(a[0] == b[0] and a[1] == 0 != b[1] for a, b in pairs_of(step)), "(dominant, translation)"
             labelled = sum(bool(sample.labels.any()) for sample in samples_of(step))
             assert labelled == SLOTS, f"{pairing}: fills have no label"
 
 
-def test_counts_are_those_of_the_micro_batches(make: Callable[..., StepLoader]) -> None:
+def test_counts_are_those_of_the_micro_batches(make: Callable[..., Loader]) -> None:
     for number in range(STEPS):
         step = make().load(number)
         tokens, samples, labels = [0] * 4, [0] * 4, 0
@@ -131,13 +154,13 @@ def test_counts_are_those_of_the_micro_batches(make: Callable[..., StepLoader]) 
         for batch in step.micro_batches:
             labels += int(batch.label_weights.sum())
         assert (step.tokens.tolist(), step.samples.tolist()) == (tokens, samples)
-        assert step.label_tokens == labels > 0
-        assert sum(int((batch.segment_ids >= 0).sum()) for batch in step.micro_batches) == sum(tokens)
+        assert step.counts["label_tokens"] == labels > 0
+        assert sum(int((batch.targets.segment_ids >= 0).sum()) for batch in step.micro_batches) == sum(tokens)
         assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
 
 
 def test_every_rank_knows_the_pairs_that_the_plan_dropped(
-    make: Callable[..., StepLoader], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Planner._judge
 
@@ -153,13 +176,13 @@ def test_every_rank_knows_the_pairs_that_the_plan_dropped(
     assert pairs_of(*after).total() == pairs_of(*before).total() - 2
 
 
-def test_the_fingerprint_tells_other_samples_apart(make: Callable[..., StepLoader]) -> None:
+def test_the_fingerprint_tells_other_samples_apart(make: Callable[..., Loader]) -> None:
     fingerprints = [make().load(number).fingerprint for number in range(STEPS)]
     assert len(set(fingerprints)) == STEPS
     assert max(fingerprints) < 2**53, "a float holds it exactly"
 
 
-def test_a_step_depends_on_its_number_alone(make: Callable[..., StepLoader]) -> None:
+def test_a_step_depends_on_its_number_alone(make: Callable[..., Loader]) -> None:
     forwards = [make().load(number) for number in range(4)]
     loader = make()
     backwards = [loader.load(number) for number in reversed(range(4))][::-1]
@@ -174,11 +197,9 @@ def kept_pairs(pairs: Counter[tuple[Name, Name]], gone: set[Name]) -> Counter[tu
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_an_overlong_sample_leaves_its_slot_empty(
-    make: Callable[..., StepLoader], reader: SampleReader, world_size: int
-) -> None:
+def test_an_overlong_sample_leaves_its_slot_empty(make: Callable[..., Loader], reader: Reader, world_size: int) -> None:
     limit = 50
-    short = SampleReader(reader.index, reader.chat, limit)
+    short = reader_of(reader.index, chat_of(reader), limit)
     left_out = lost_pairs = 0
     for number in range(STEPS):
         for rank in range(world_size):
@@ -191,23 +212,23 @@ def test_an_overlong_sample_leaves_its_slot_empty(
             assert pairs_of(cut) >= kept_pairs(pairs_of(whole), long)
             assert set(pairs_of(cut)) <= set(pairs_of(whole))
             assert cut.overlong == names_of(whole).total() - fits.total()
-            assert cut.pairs == pairs_of(cut).total()
+            assert cut.counts["pairs"] == pairs_of(cut).total()
             left_out += cut.overlong
-            lost_pairs += whole.pairs - cut.pairs
+            lost_pairs += whole.counts["pairs"] - cut.counts["pairs"]
     assert left_out > 10
     assert lost_pairs > 3
 
 
-def test_a_cut_sample_fills_its_slot_and_keeps_its_pair(make: Callable[..., StepLoader], reader: SampleReader) -> None:
+def test_a_cut_sample_fills_its_slot_and_keeps_its_pair(make: Callable[..., Loader], reader: Reader) -> None:
     """Under `truncate`: every slot and every pair of the plan; answers are whole, and what fits is as it was."""
     limit = 50
-    short = SampleReader(reader.index, reader.chat, limit, "truncate")
+    short = reader_of(reader.index, chat_of(reader), limit, "truncate")
     truncated = 0
     for number in range(STEPS):
         whole, cut = make().load(number), make(reader=short).load(number)
         assert names_of(cut) == names_of(whole)
         assert pairs_of(cut) == pairs_of(whole)
-        assert (cut.overlong, cut.label_tokens) == (0, whole.label_tokens)
+        assert (cut.overlong, cut.counts["label_tokens"]) == (0, whole.counts["label_tokens"])
         before = {(s.id, s.language, bool(s.labels.any())): s for s in samples_of(whole)}
         for sample in samples_of(cut):
             same = before[sample.id, sample.language, bool(sample.labels.any())]
@@ -222,32 +243,31 @@ def test_a_cut_sample_fills_its_slot_and_keeps_its_pair(make: Callable[..., Step
     assert truncated > 10
 
 
-def test_an_overlong_row_is_named_with_its_length_where_that_is_an_error(reader: SampleReader) -> None:
+def test_an_overlong_row_is_named_with_its_length_where_that_is_an_error(reader: Reader) -> None:
     row = int(reader.index.rows(0)[1])
     length = reader.length(row)
     with pytest.raises(DataError) as refusal:
-        SampleReader(reader.index, reader.chat, length - 1, "error").read(row)
+        read(reader_of(reader.index, chat_of(reader), length - 1, "error"), row)
     assert str(refusal.value) == (
         f"{reader.index.record(row).origin}: {length} tokens, data.sequence_length is {length - 1}; shorten the row, "
         "raise data.sequence_length, or set data.overlong to drop or truncate"
     )
-    assert SampleReader(reader.index, reader.chat, length, "error").read(row) is not None
+    assert read(reader_of(reader.index, chat_of(reader), length, "error"), row) is not None
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
-def test_a_sample_whose_answer_alone_is_too_long_is_left_out(reader: SampleReader, overlong: Overlong) -> None:
+def test_a_sample_whose_answer_alone_is_too_long_is_left_out(reader: Reader, overlong: Overlong) -> None:
     row = int(reader.index.rows(0)[1])
-    answer = int(reader.chat.tokenize(reader.index.record(row)).labels.sum())
-    assert SampleReader(reader.index, reader.chat, answer, overlong).read(row) is None
+    answer = int(chat_of(reader).tokenize(reader.index.record(row)).labels.sum())
+    assert read(reader_of(reader.index, chat_of(reader), answer, overlong), row) is None
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_what_became_of_each_language_s_slots_is_counted(
-    make: Callable[..., StepLoader], reader: SampleReader, world_size: int
+    make: Callable[..., Loader], reader: Reader, world_size: int
 ) -> None:
     """Over ranks, filled and empty ones are the planned ones; label-free fills are no slots."""
-    broken = BrokenReader(reader, set(range(0, len(reader.index), 9)))
-    broken.sequence_length = 50
+    broken = broken_reader(reader, set(range(0, len(reader.index), 9)), longest=50)
     total = no_slots(4)
     for number in range(STEPS):
         shares = [make(rank, world_size, reader=broken).load(number) for rank in range(world_size)]
@@ -262,33 +282,36 @@ def test_what_became_of_each_language_s_slots_is_counted(
     assert (total.sum(axis=1)[[0, 2, 3]] > 5).all()
 
 
-class BrokenReader(SampleReader):
+@dataclass(frozen=True)
+class BrokenReader(Reader):
     """Some rows turn out to be unusable when they are read."""
 
-    def __init__(self, reader: SampleReader, broken: set[int]) -> None:
-        super().__init__(reader.index, reader.chat, reader.sequence_length)
-        self.broken = broken
+    broken: frozenset[int] = frozenset()
 
-    def read(self, row: int, *, labelled: bool = True) -> TokenizedSample | None:
-        if row in self.broken:
-            raise BadRow(f"file.jsonl:{row}", "the tokenizer cannot write it")
-        return super().read(row, labelled=labelled)
+    def read(self, slot: Slot) -> Any:
+        if slot.row in self.broken:
+            raise BadRow(f"file.jsonl:{slot.row}", "the tokenizer cannot write it")
+        return super().read(slot)
 
 
-def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Callable[..., StepLoader], reader: SampleReader) -> None:
+def broken_reader(reader: Reader, broken: set[int], longest: int = 96) -> Reader:
+    return BrokenReader(reader.index, ChatStage(chat_of(reader), longest), broken=frozenset(broken))
+
+
+def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Callable[..., Loader], reader: Reader) -> None:
     broken = set(range(0, len(reader.index), 9))
     gone = {(reader.index.record(row).id, int(reader.index.language[row])) for row in broken}
     empty = lost_pairs = 0
     for number in range(STEPS):
-        whole, torn = make().load(number), make(reader=BrokenReader(reader, broken)).load(number)
+        whole, torn = make().load(number), make(reader=broken_reader(reader, broken)).load(number)
         left = Counter({name: count for name, count in names_of(whole).items() if name not in gone})
         assert names_of(torn) == left
         assert pairs_of(torn) == kept_pairs(pairs_of(whole), gone)
         assert len(torn.bad_rows) == names_of(whole).total() - left.total()
         assert all(row.reason == "the tokenizer cannot write it" for row in torn.bad_rows)
-        assert torn.pairs == pairs_of(torn).total()
+        assert torn.counts["pairs"] == pairs_of(torn).total()
         empty += len(torn.bad_rows)
-        lost_pairs += whole.pairs - torn.pairs
+        lost_pairs += whole.counts["pairs"] - torn.counts["pairs"]
     assert empty > 10
     assert lost_pairs > 3
 
@@ -303,12 +326,12 @@ def broken_corpus(corpus: Path, folder: Path, line: int) -> Path:
 
 
 def test_a_broken_line_moves_no_other_slot(
-    make: Callable[..., StepLoader], reader: SampleReader, prepared_run: Any, corpus: Path, tmp_path: Path
+    make: Callable[..., Loader], reader: Reader, prepared_run: Any, corpus: Path, tmp_path: Path
 ) -> None:
     data = prepared_run.config.data
     folder = broken_corpus(corpus, tmp_path / "data", line=18)
     index: DataIndex = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=3, max_bad_rows=1)
-    torn_reader = SampleReader(index, reader.chat, 96)
+    torn_reader = reader_of(index, chat_of(reader), 96)
     bad_rows: list[BadRow] = []
     gone = ("item-17", 1)
     for number in range(STEPS):
@@ -324,8 +347,8 @@ def test_a_broken_line_moves_no_other_slot(
 
 @pytest.mark.parametrize("pairing", ["reuse", "fill"])
 def test_a_broken_line_is_no_ones_translation_and_changes_partners_alone(
-    make: Callable[..., StepLoader],
-    reader: SampleReader,
+    make: Callable[..., Loader],
+    reader: Reader,
     prepared_run: Any,
     corpus: Path,
     tmp_path: Path,
@@ -336,7 +359,7 @@ def test_a_broken_line_is_no_ones_translation_and_changes_partners_alone(
     folder = broken_corpus(corpus, tmp_path / "data", line=18)
     index = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=3, max_bad_rows=1)
     whole, torn = (
-        make(reader=each, pairing=pairing).planner for each in (reader, SampleReader(index, reader.chat, 96))
+        make(reader=each, pairing=pairing).planner for each in (reader, reader_of(index, chat_of(reader), 96))
     )
     changed = 0
     for number in range(4 * STEPS):
@@ -355,7 +378,7 @@ def test_a_broken_line_is_no_ones_translation_and_changes_partners_alone(
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_steps_come_in_order_from_any_start(
-    make: Callable[..., StepLoader], monkeypatch: pytest.MonkeyPatch, workers: int
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """Workers finish out of order; not more than `workers` + 1 steps are made ahead of the one handed out."""
     loader = make(workers=workers)
@@ -363,7 +386,7 @@ def test_steps_come_in_order_from_any_start(
     begun: list[int] = []
     load = loader.load
 
-    def slow_load(step: int) -> RankStep:
+    def slow_load(step: int) -> Step:
         begun.append(step)
         time.sleep(0.02 if step % 2 else 0.0)
         return load(step)
@@ -378,15 +401,15 @@ def test_steps_come_in_order_from_any_start(
     assert sorted(begun) == list(range(3, 11)), "each is made once, and none beyond the last"
 
 
-def test_no_steps(make: Callable[..., StepLoader]) -> None:
+def test_no_steps(make: Callable[..., Loader]) -> None:
     assert list(make().steps(5, 5)) == []
 
 
-def test_an_error_comes_up_at_its_own_step(make: Callable[..., StepLoader], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_comes_up_at_its_own_step(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
     loader = make(workers=2)
     load = loader.load
 
-    def failing_load(step: int) -> RankStep:
+    def failing_load(step: int) -> Step:
         if step == 3:
             raise OSError("the disk is gone")
         return load(step)
@@ -398,7 +421,7 @@ def test_an_error_comes_up_at_its_own_step(make: Callable[..., StepLoader], monk
         next(steps)
 
 
-def test_stopping_early_leaves_no_thread(make: Callable[..., StepLoader]) -> None:
+def test_stopping_early_leaves_no_thread(make: Callable[..., Loader]) -> None:
     for _ in make(workers=2).steps(0, 1000):
         break
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
@@ -410,53 +433,53 @@ def test_stopping_early_leaves_no_thread(make: Callable[..., StepLoader]) -> Non
 @pytest.mark.parametrize("n_samples", [0, 1, 3, 25])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_fixed_batches_are_equal_in_number_and_cover_all(
-    make: Callable[..., StepLoader], reader: SampleReader, n_samples: int, world_size: int
+    make: Callable[..., Loader], reader: Reader, n_samples: int, world_size: int
 ) -> None:
     rows = np.linspace(0, len(reader.index) - 1, n_samples).astype(int).tolist()
-    samples = [sample for row in rows if (sample := reader.read(row)) is not None]
+    samples = [sample for row in rows if (sample := read(reader, row)) is not None]
     assert len(samples) == n_samples
     packer = make().packer
-    shares: list[list[MicroBatch]] = [fixed_batches(samples, packer, rank, world_size) for rank in range(world_size)]
+    shares: list[list[ChatBatch]] = [fixed_batches(samples, packer, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     seen = Counter((s.id, s.language) for share in shares for b in share for unit in b.units for s in unit.samples)
     assert seen == Counter((sample.id, sample.language) for sample in samples)
     idle = [batch for share in shares for batch in share if not batch.units]
-    assert all(batch.label_weights.sum() == 0 and (batch.languages == -1).all() for batch in idle)
+    assert all(batch.label_weights.sum() == 0 and (batch.targets.languages == -1).all() for batch in idle)
 
 
-def test_read_keeps_to_the_limit(reader: SampleReader) -> None:
+def test_read_keeps_to_the_limit(reader: Reader) -> None:
     """A sample of exactly `sequence_length` tokens is taken, a longer one is not."""
-    sample = reader.read(0)
+    sample = read(reader, 0)
     assert sample is not None
-    exact = SampleReader(reader.index, reader.chat, len(sample))
-    assert exact.read(0) is not None
-    assert SampleReader(reader.index, reader.chat, len(sample) - 1).read(0) is None
+    exact = reader_of(reader.index, chat_of(reader), len(sample))
+    assert read(exact, 0) is not None
+    assert read(reader_of(reader.index, chat_of(reader), len(sample) - 1), 0) is None
 
 
-def test_labels_are_checked_when_a_sample_is_read(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_checked_when_a_sample_is_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong mask stops the run instead of training on it; a label-free sample has nothing to check."""
-    tokenize = reader.chat.tokenize
+    tokenize = chat_of(reader).tokenize
 
-    def without_end(record: Any, *, labelled: bool = True) -> TokenizedSample:
+    def without_end(record: Any, *, labelled: bool = True) -> ChatSample:
         sample = tokenize(record, labelled=labelled)
         labels = sample.labels.copy()
         labels[-1] = False
         return replace(sample, labels=labels)
 
-    monkeypatch.setattr(reader.chat, "tokenize", without_end)
+    monkeypatch.setattr(chat_of(reader), "tokenize", without_end)
     with pytest.raises(Exception, match="label mask") as refusal:
-        reader.read(0)
+        read(reader, 0)
     assert not isinstance(refusal.value, BadRow)
-    sample = reader.read(0, labelled=False)
+    sample = reader.read(replace(reader.alone(0), labelled=False))
     assert sample is not None
     assert not sample.labels.any()
 
 
-def test_the_corpus_is_what_these_tests_take_it_for(corpus: Path, reader: SampleReader) -> None:
+def test_the_corpus_is_what_these_tests_take_it_for(corpus: Path, reader: Reader) -> None:
     """Parallel, and with samples both above and below the limit that the tests set."""
     ids = [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in corpus.glob("*.jsonl")]
     assert len(ids) == 4
     assert all(each == ids[0] for each in ids)
-    lengths = [len(reader.chat.tokenize(reader.index.record(row))) for row in range(len(reader.index))]
+    lengths = [len(chat_of(reader).tokenize(reader.index.record(row))) for row in range(len(reader.index))]
     assert min(lengths) < 20
     assert 50 < max(lengths) <= 96

@@ -1,4 +1,4 @@
-"""packing.py: every token once, samples apart from each other, labels where they are predicted, within the budget.
+"""batching/packer.py, chat.py: every token once, samples apart, labels where they are predicted, within the budget.
 
 Properties over random units; every expectation is computed token by token, without the packer's arithmetic.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from typing import Literal
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
-from data_pipeline.packing import MicroBatch, Packer, TokenizedUnit
-from data_pipeline.records import TokenizedSample
+from data_pipeline.batching.batch import ChatBatch, SampleUnit
+from data_pipeline.batching.chat import ChatCollator
+from data_pipeline.batching.packer import Packer
+from data_pipeline.records import ChatSample
 
 LAYOUTS: tuple[Literal["packed", "padded"], ...] = ("packed", "padded")
 PAD = 99_999  # no sample holds it
@@ -31,14 +33,14 @@ class Maker:
         self.random = np.random.default_rng(seed)
         self.tokens = self.samples = 0
 
-    def sample(self, length: int | None = None, labelled: bool = True) -> TokenizedSample:
+    def sample(self, length: int | None = None, labelled: bool = True) -> ChatSample:
         """Of kind "untrained" are words of answers that are only read."""
         length = length or int(self.random.integers(1, LONGEST + 1))
         kinds = self.random.choice(["content", "template", "untrained", "answer", "end"], size=length)
         labels = np.isin(kinds, ["answer", "end"]) & labelled
         self.tokens += length
         self.samples += 1
-        return TokenizedSample(
+        return ChatSample(
             id=f"sample-{self.samples}",
             group=int(self.random.integers(1, 2**60)),
             content_hash=int(self.random.integers(1, 2**60)),
@@ -50,33 +52,44 @@ class Maker:
             answer=np.isin(kinds, ["untrained", "answer"]) & labelled,
         )
 
-    def contrast_set(self, n_pairs: int, longest: int = 8) -> TokenizedUnit:
+    def contrast_set(self, n_pairs: int, longest: int = 8) -> SampleUnit:
         samples = [self.sample(int(self.random.integers(1, longest + 1))) for _ in range(2 * n_pairs)]
         places = self.random.permutation(2 * n_pairs).reshape(-1, 2).tolist()
-        return TokenizedUnit(tuple(samples), tuple((a, b) for a, b in places))
+        return SampleUnit(tuple(samples), tuple((a, b) for a, b in places))
 
-    def units(self) -> list[TokenizedUnit]:
+    def units(self) -> list[SampleUnit]:
         """Single samples, some of them label-free, contrast sets, and a unit that lost all its samples."""
-        singles = [TokenizedUnit((self.sample(labelled=self.random.random() < 0.8),)) for _ in range(12)]
+        singles = [SampleUnit((self.sample(labelled=self.random.random() < 0.8),)) for _ in range(12)]
         sets = [self.contrast_set(int(self.random.integers(1, 4))) for _ in range(self.random.integers(4))]
-        units = [*singles, *sets, TokenizedUnit(())]
+        units = [*singles, *sets, SampleUnit(())]
         return [units[i] for i in self.random.permutation(len(units))]
 
 
 def packer(layout: Literal["packed", "padded"], budget: int = BUDGET, row: int = LONGEST) -> Packer:
-    return Packer(layout, micro_batch_tokens=budget, row_tokens=row, pad_id=PAD)
+    return Packer(layout, micro_batch_tokens=budget, row_tokens=row, collator=ChatCollator(PAD))
 
 
-def by_id(units: Sequence[TokenizedUnit]) -> dict[str, TokenizedSample]:
-    return {sample.id: sample for unit in units for sample in unit.samples}
+def by_id(units: Sequence[SampleUnit]) -> dict[str, ChatSample]:
+    samples = [sample for unit in units for sample in unit.samples]
+    return {sample.id: sample for sample in samples if isinstance(sample, ChatSample)}
 
 
-def tokens_of(batch: MicroBatch) -> Iterator[tuple[int, int, str, int]]:
+def parts_of(part: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of all that a batch and its targets hold."""
+    for spec in fields(part):
+        value = getattr(part, spec.name)
+        if spec.name in ("targets", "tokens", "pairs") and is_dataclass(value):
+            yield from parts_of(value)
+        else:
+            yield spec.name, value
+
+
+def tokens_of(batch: ChatBatch) -> Iterator[tuple[int, int, str, int]]:
     """(row, column, sample id, place in the sample) of every token that is not padding."""
     place: Counter[int] = Counter()
     for row in range(batch.input_ids.shape[0]):
         for column in range(batch.input_ids.shape[1]):
-            segment = int(batch.segment_ids[row, column])
+            segment = int(batch.targets.segment_ids[row, column])
             if segment >= 0:
                 yield row, column, batch.sample_ids[segment], place[segment]
                 place[segment] += 1
@@ -93,7 +106,7 @@ def test_every_token_of_every_sample_is_there_exactly_once(layout: Literal["pack
     samples = by_id(units)
     seen: Counter[int] = Counter()
     for batch in packer(layout).pack(units):
-        assert batch.n_segments == len(batch.sample_ids)
+        assert batch.targets.n_segments == len(batch.sample_ids)
         for row, column, name, place in tokens_of(batch):
             token = int(batch.input_ids[row, column])
             assert token == samples[name].input_ids[place], "in the sample's own order"
@@ -112,10 +125,10 @@ def test_each_token_says_whose_it_is(layout: Literal["packed", "padded"], seed: 
             assert batch.position_ids[row, column] == place
             answered = sample.labels[place] or sample.answer[place]
             spoken = sample.response_language if answered else sample.language
-            assert batch.languages[row, column] == spoken
-            assert batch.content[row, column] == bool(sample.content[place])
+            assert batch.targets.languages[row, column] == spoken
+            assert batch.targets.content[row, column] == bool(sample.content[place])
             own_words = sample.content[place] or (sample.answer[place] and sample.language == sample.response_language)
-            assert batch.vector_languages[row, column] == (sample.language if own_words else -1)
+            assert batch.targets.vector_languages[row, column] == (sample.language if own_words else -1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -134,15 +147,15 @@ def test_padding_belongs_to_nobody(layout: Literal["packed", "padded"], seed: in
     """At the end of rows, without language or content, with positions of its own that restart."""
     for batch in packer(layout).pack(Maker(seed).units()):
         for row in range(batch.input_ids.shape[0]):
-            padding = np.flatnonzero(batch.segment_ids[row].numpy() == -1)
+            padding = np.flatnonzero(batch.targets.segment_ids[row].numpy() == -1)
             width = batch.input_ids.shape[1]
             assert padding.tolist() == list(range(width - len(padding), width))
             assert batch.position_ids[row, padding].tolist() == list(range(len(padding)))
             assert set(batch.input_ids[row, padding].tolist()) <= {PAD}
-            assert set(batch.languages[row, padding].tolist()) <= {-1}
-            assert set(batch.vector_languages[row, padding].tolist()) <= {-1}
-            assert not batch.content[row, padding].any()
-        assert (batch.segment_ids >= 0).any(dim=1).all(), "no row is padding alone"
+            assert set(batch.targets.languages[row, padding].tolist()) <= {-1}
+            assert set(batch.targets.vector_languages[row, padding].tolist()) <= {-1}
+            assert not batch.targets.content[row, padding].any()
+        assert (batch.targets.segment_ids >= 0).any(dim=1).all(), "no row is padding alone"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -153,7 +166,7 @@ def test_the_mask_is_of_the_padded_layout_alone(seed: int) -> None:
     for batch in packer("padded").pack(units):
         assert batch.attention_mask is not None
         assert batch.attention_mask.dtype == torch.int64
-        assert torch.equal(batch.attention_mask.bool(), batch.segment_ids >= 0)
+        assert torch.equal(batch.attention_mask.bool(), batch.targets.segment_ids >= 0)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -171,18 +184,18 @@ def test_labels_are_predicted_from_the_token_before(layout: Literal["packed", "p
     for batch in packer(layout).pack(units):
         width = batch.input_ids.shape[1]
         labels = zip(
-            batch.label_positions.tolist(), batch.label_ids.tolist(), batch.label_languages.tolist(),
+            batch.targets.tokens.positions.tolist(), batch.targets.tokens.ids.tolist(), batch.label_languages.tolist(),
             batch.label_weights.tolist(), strict=True,
         )  # fmt: skip
         for position, label, language, weight in labels:
             if not weight:
-                assert (position, label, len(batch.label_ids)) == (0, 0, 1), "a stand-in stands alone"
+                assert (position, label, len(batch.targets.tokens.ids)) == (0, 0, 1), "a stand-in stands alone"
                 continue
             row, column = divmod(position, width)
             assert weight == 1
             assert batch.input_ids[row, column + 1] == label
-            assert batch.segment_ids[row, column] == batch.segment_ids[row, column + 1] >= 0
-            assert language == samples[batch.sample_ids[batch.segment_ids[row, column]]].language
+            assert batch.targets.segment_ids[row, column] == batch.targets.segment_ids[row, column + 1] >= 0
+            assert language == samples[batch.sample_ids[batch.targets.segment_ids[row, column]]].language
             found[label] += 1
     assert found == expected
 
@@ -201,7 +214,7 @@ def test_a_micro_batch_stays_within_the_budget(layout: Literal["packed", "padded
 @pytest.mark.parametrize("row", [BUDGET, 10 * BUDGET])
 def test_one_long_row_holds_a_whole_micro_batch(row: int) -> None:
     """As varlen attention takes it; a row is never longer than the micro-batch."""
-    units = [TokenizedUnit((each,)) for each in (Maker(0).sample(10) for _ in range(20))]
+    units = [SampleUnit((each,)) for each in (Maker(0).sample(10) for _ in range(20))]
     batches = packer("packed", row=row).pack(units)
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(1, 100), (1, 100)]
 
@@ -216,10 +229,10 @@ def test_units_stay_whole_and_pairs_point_to_their_samples(layout: Literal["pack
         ids = sorted(sample.id for unit in batch.units for sample in unit.samples)
         assert sorted(batch.sample_ids) == ids
         found: dict[int, list[tuple[str, str]]] = {}
+        pairs = batch.targets.pairs
         columns = zip(
-            batch.pairs.tolist(), batch.pair_sets.tolist(), batch.pair_groups.tolist(), batch.pair_contents.tolist(),
-            strict=True,
-        )  # fmt: skip
+            *(each.tolist() for each in (pairs.segments, pairs.sets, pairs.groups, pairs.contents)), strict=True
+        )
         samples = by_id(units)
         for (dominant, other), number, group, contents in columns:
             first, second = batch.sample_ids[dominant], batch.sample_ids[other]
@@ -235,10 +248,10 @@ def test_both_layouts_hold_the_same_samples_and_labels(seed: int) -> None:
     units = Maker(seed).units()
     packed, padded = (packer(layout).pack(units) for layout in LAYOUTS)
 
-    def contents(batches: list[MicroBatch]) -> tuple[list[str], list[int], int]:
-        labels = [label for batch in batches for label in batch.label_ids[batch.label_weights > 0].tolist()]
+    def contents(batches: list[ChatBatch]) -> tuple[list[str], list[int], int]:
+        labels = [label for batch in batches for label in batch.targets.tokens.ids[batch.label_weights > 0].tolist()]
         names = [name for batch in batches for name in batch.sample_ids]
-        return sorted(names), sorted(labels), sum(len(batch.pairs) for batch in batches)
+        return sorted(names), sorted(labels), sum(len(batch.targets.pairs.segments) for batch in batches)
 
     assert contents(packed) == contents(padded)
     assert len(packed) <= len(padded)
@@ -247,17 +260,16 @@ def test_both_layouts_hold_the_same_samples_and_labels(seed: int) -> None:
 def test_packing_is_a_function_of_its_units(layout: Literal["packed", "padded"]) -> None:
     units = Maker(4).units()
     for one, other in zip(packer(layout).pack(units), packer(layout).pack(units), strict=True):
-        for spec in fields(MicroBatch):
-            first, second = getattr(one, spec.name), getattr(other, spec.name)
-            assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+        for (name, first), (_, second) in zip(parts_of(one), parts_of(other), strict=True):
+            assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second, name
 
 
 def test_a_contrast_set_above_the_budget_runs_all_the_same(
     layout: Literal["packed", "padded"], caplog: pytest.LogCaptureFixture
 ) -> None:
     maker = Maker(0)
-    large = TokenizedUnit(tuple(maker.sample(20) for _ in range(6)), ((0, 1), (2, 3), (4, 5)))
-    small = [TokenizedUnit((maker.sample(20),)) for _ in range(3)]
+    large = SampleUnit(tuple(maker.sample(20) for _ in range(6)), ((0, 1), (2, 3), (4, 5)))
+    small = [SampleUnit((maker.sample(20),)) for _ in range(3)]
     with caplog.at_level(logging.WARNING):
         batches = packer(layout).pack([*small, large])
     assert [len(batch.units) for batch in batches] == [1, 3]
@@ -277,14 +289,14 @@ def test_tokens_alone_are_those_of_a_micro_batch_of_its_own(seed: int, layout: L
 
 
 def test_a_micro_batch_without_labels_has_a_stand_in_of_no_weight(layout: Literal["packed", "padded"]) -> None:
-    (batch,) = packer(layout).pack([TokenizedUnit((Maker(0).sample(9, labelled=False),))])
-    assert (batch.label_positions.tolist(), batch.label_weights.tolist()) == ([0], [0.0])
-    assert batch.label_ids.tolist() == batch.label_languages.tolist() == [0]
+    (batch,) = packer(layout).pack([SampleUnit((Maker(0).sample(9, labelled=False),))])
+    assert (batch.targets.tokens.positions.tolist(), batch.label_weights.tolist()) == ([0], [0.0])
+    assert batch.targets.tokens.ids.tolist() == batch.label_languages.tolist() == [0]
     assert batch.label_weights.dtype == torch.float32
 
 
 def test_nothing_to_pack(layout: Literal["packed", "padded"]) -> None:
-    assert packer(layout).pack([]) == packer(layout).pack([TokenizedUnit(())]) == []
+    assert packer(layout).pack([]) == packer(layout).pack([SampleUnit(())]) == []
 
 
 def test_an_idle_micro_batch_is_one_token_of_nobody(layout: Literal["packed", "padded"]) -> None:
@@ -292,17 +304,22 @@ def test_an_idle_micro_batch_is_one_token_of_nobody(layout: Literal["packed", "p
     idle = packer(layout).idle()
     (busy,) = packer(layout).pack([Maker(0).contrast_set(1)])
     assert (idle.input_ids.tolist(), idle.position_ids.tolist()) == ([[PAD]], [[0]])
-    assert idle.segment_ids.tolist() == idle.languages.tolist() == idle.vector_languages.tolist() == [[-1]]
-    assert not idle.content.any()
+    assert (
+        idle.targets.segment_ids.tolist()
+        == idle.targets.languages.tolist()
+        == idle.targets.vector_languages.tolist()
+        == [[-1]]
+    )
+    assert not idle.targets.content.any()
+    pairs = idle.targets.pairs
     assert idle.label_weights.tolist() == [0.0]
-    assert (idle.n_segments, idle.sample_ids, idle.units) == (1, (), ())
-    assert [tuple(each.shape) for each in (idle.pairs, idle.pair_sets, idle.pair_groups, idle.pair_contents)] == [
+    assert (idle.targets.n_segments, idle.sample_ids, idle.units) == (1, (), ())
+    assert [tuple(each.shape) for each in (pairs.segments, pairs.sets, pairs.groups, pairs.contents)] == [
         (0, 2), (0,), (0,), (0, 2)
     ]  # fmt: skip
-    for spec in fields(MicroBatch):
-        one, other = getattr(idle, spec.name), getattr(busy, spec.name)
+    for (name, one), (_, other) in zip(parts_of(idle), parts_of(busy), strict=True):
         if isinstance(other, torch.Tensor):
-            assert (one.dtype, one.ndim) == (other.dtype, other.ndim), spec.name
+            assert (one.dtype, one.ndim) == (other.dtype, other.ndim), name
     if layout == "padded":
         assert idle.attention_mask is not None
         assert idle.attention_mask.tolist() == [[1]], "a row of nothing but masked tokens gives NaN"
@@ -311,16 +328,15 @@ def test_an_idle_micro_batch_is_one_token_of_nobody(layout: Literal["packed", "p
 def test_to_moves_every_tensor_and_nothing_else() -> None:
     (batch,) = packer("padded").pack([Maker(0).contrast_set(2)])
     moved = batch.to(torch.device("meta"))
-    for spec in fields(MicroBatch):
-        value = getattr(batch, spec.name)
+    for (name, value), (_, other) in zip(parts_of(batch), parts_of(moved), strict=True):
         if isinstance(value, torch.Tensor):
-            assert getattr(moved, spec.name).device.type == "meta", spec.name
+            assert other.device.type == "meta", name
         else:
-            assert getattr(moved, spec.name) is value
+            assert other is value
 
 
 def test_a_label_on_the_first_token_is_left_out() -> None:
     sample = replace(Maker(0).sample(3), labels=np.array([True, False, True]))
-    (batch,) = packer("packed").pack([TokenizedUnit((sample,))])
-    assert batch.label_positions.tolist() == [1]
-    assert batch.label_ids.tolist() == [int(sample.input_ids[2])]
+    (batch,) = packer("packed").pack([SampleUnit((sample,))])
+    assert batch.targets.tokens.positions.tolist() == [1]
+    assert batch.targets.tokens.ids.tolist() == [int(sample.input_ids[2])]

@@ -18,7 +18,7 @@ from training.assembly import assemble, assemble_data
 from training.check import check_run
 from training.checks.pairs import pair_warnings, show_pairs
 from training.config import RunConfig
-from training.objectives.config import SFTConfig
+from training.objectives.sft import SFTConfig
 from training.run_file import validate
 from training.run_folder.prepare import open_index, prepare
 

@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline.order.mixture import Pairing, Quotas
 from data_pipeline.order.order import row_at
+from data_pipeline.order.pairing import PlannedPairing
 from data_pipeline.order.plan import FILL, Planner, Slot, StepPlan, Unit, assign
 from data_pipeline.records import DataError, stable_hash
 
@@ -55,7 +56,7 @@ def planner(
     rates: list[float] | None = None,
 ) -> Planner:
     quotas = Quotas(weights or {"en": 0.4, "de": 0.4, "sw": 0.2}, index.languages, 256)
-    return Planner(index, 0, quotas, pairing, slots, set_size, seed, rates)
+    return Planner(index, quotas, PlannedPairing(0, pairing, set_size), slots, seed, rates)
 
 
 def sets_of(plan: StepPlan) -> list[list[tuple[Slot, Slot]]]:
@@ -81,7 +82,7 @@ def test_own_rows_are_those_of_a_count_from_slot_zero() -> None:
         assert [slot.number for slot in plan.slots] == list(range(24 * t, 24 * t + 24))
         assert all(slot.labelled and not unit.pairs for unit in plan.units for slot in unit.slots)
         for slot in plan.slots:
-            language = quotas.language_of(slot.number)
+            language = int(quotas.between(slot.number, slot.number + 1)[0][0])
             row = row_at(index.rows(language), cursors[language], SEED, LANGUAGES[language])
             assert (slot.language, slot.row) == (language, row)
             cursors[language] += 1

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from data_pipeline.packing import Packer
 from tiny_run import run_values
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.packing import Packer
 from evals.errors import EvalError
 from evals.opening import Question, answer, open_model
 from modeling.errors import ModelError

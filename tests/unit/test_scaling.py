@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from training.config import ScheduleConfig
-from training.objectives.scaling import LossTerm, StepTotals, learning_rate, step_loss_share
+from training.objectives.base import LossTerm
+from training.objectives.scaling import StepTotals, learning_rate, step_loss_share
 
 STEPS = 200
 PEAK = 3e-3

@@ -1,4 +1,4 @@
-"""tasks/batches.py: every sample once, within the budget, halves aligned, label units where their tokens are."""
+"""batching/tasks.py: every sample once, within the budget, halves aligned, label units where their tokens are."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import pytest
 import torch
 from small_encoders import TOKENIZERS, WORDS, sentence
 
-from data_pipeline.tasks.batches import SideLabels, TaskBatch, TaskPacker, TaskSample
+from data_pipeline.batching.batch import SampleUnit, TagTargets, TaskBatch
+from data_pipeline.batching.packer import Packer
+from data_pipeline.batching.tasks import TaskCollator
+from data_pipeline.records import Example, Sample
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import Example
+from data_pipeline.tasks.sample import SideLabels, SourceSide, TaskSample
 from data_pipeline.tasks.tokenize import EncodedSide, TaskTokenizer
 
 KINDS = ("classification", "tagging", "qa", "text")
@@ -54,24 +57,32 @@ def side(tokenizer: TaskTokenizer, chance: random.Random) -> tuple[EncodedSide, 
     return encoded, SideLabels(positions=positions, ids=encoded.input_ids[positions])
 
 
-def samples_of(tokenizer: TaskTokenizer, n: int, paired: bool, seed: int = 0) -> list[TaskSample]:
+def samples_of(tokenizer: TaskTokenizer, n: int, paired: bool, seed: int = 0, gold: bool = True) -> list[TaskSample]:
     chance = random.Random(seed)
     samples = []
     for number in range(n):
         target, source = side(tokenizer, chance), side(tokenizer, chance)
         counts = chance.random() < GOLD
-        pair: dict[str, Any] = {
-            "source": source[0], "source_labels": source[1], "source_language": 0,
-            "source_is_gold": counts, "source_counts": counts,
-        }  # fmt: skip
-        samples.append(TaskSample(f"s{number}", 1 + number % 4, number, *target, **pair if paired else {}))
+        samples.append(
+            TaskSample(
+                id=f"s{number}", language=1 + number % 4, group=number, target=target[0], target_labels=target[1],
+                source=SourceSide(*source, language=0, is_gold=counts, counts=counts) if paired else None, gold=gold,
+            )
+        )  # fmt: skip
     return samples
+
+
+def packer_of(tokenizer: TaskTokenizer, paired: bool, budget: int, has_token_types: bool) -> Packer:
+    return Packer("padded", budget, budget, TaskCollator(PAD, tokenizer.config, paired, has_token_types))
+
+
+def pack(packer: Packer, samples: Sequence[Sample]) -> list[TaskBatch]:
+    return packer.pack([SampleUnit((sample,)) for sample in samples])
 
 
 def make(kind: str, paired: bool, budget: int = 300, name: str = "wordpiece", pooling: str = "mean") -> Any:
     tokenizer = TaskTokenizer(TOKENIZERS[name](), config_of(kind, pooling), 60, LANGUAGES)
-    packer = TaskPacker(PAD, budget, tokenizer.config, paired, tokenizer.has_token_types)
-    return tokenizer, packer
+    return tokenizer, packer_of(tokenizer, paired, budget, tokenizer.has_token_types)
 
 
 def rows_of(batch: TaskBatch, samples: Sequence[TaskSample]) -> list[tuple[EncodedSide, SideLabels, TaskSample, bool]]:
@@ -79,8 +90,8 @@ def rows_of(batch: TaskBatch, samples: Sequence[TaskSample]) -> list[tuple[Encod
     by_id = {sample.id: sample for sample in samples}
     chosen = [by_id[name] for name in batch.sample_ids]
     rows = [(sample.target, sample.target_labels, sample, False) for sample in chosen]
-    if batch.n_pairs:
-        rows += [(sample.source, sample.source_labels, sample, True) for sample in chosen]  # type: ignore[misc]
+    if batch.targets.n_pairs:
+        rows += [(s.source.side, s.source.labels, s, True) for s in chosen if s.source is not None]
     return rows
 
 
@@ -89,13 +100,13 @@ def rows_of(batch: TaskBatch, samples: Sequence[TaskSample]) -> list[tuple[Encod
 def test_every_sample_once_and_within_the_budget(kind: str, paired: bool, budget: int) -> None:
     tokenizer, packer = make(kind, paired, budget)
     samples = samples_of(tokenizer, 40, paired)
-    batches = packer.pack(samples)
+    batches = pack(packer, samples)
     assert sorted(name for batch in batches for name in batch.sample_ids) == sorted(sample.id for sample in samples)
     sides = 2 if paired else 1
     for batch in batches:
         n_rows, length = batch.input_ids.shape
         assert n_rows == sides * len(batch.sample_ids)
-        assert batch.n_pairs == (len(batch.sample_ids) if paired else 0)
+        assert batch.targets.n_pairs == (len(batch.sample_ids) if paired else 0)
         assert n_rows * length <= budget or len(batch.sample_ids) == 1
         assert length == int(batch.attention_mask.sum(dim=1).max()), "no column is padding alone"
     if budget == 100_000:
@@ -109,9 +120,9 @@ def test_every_sample_once_and_within_the_budget(kind: str, paired: bool, budget
 def test_rows_hold_their_tokens_and_nothing_else(kind: str, paired: bool, name: str) -> None:
     tokenizer, packer = make(kind, paired, 400, name)
     samples = samples_of(tokenizer, 25, paired, seed=1)
-    for batch in packer.pack(samples):
+    for batch in pack(packer, samples):
         assert (batch.token_type_ids is None) == (name == "unigram")
-        assert batch.units == ()
+        assert [sample.id for sample in batch.samples] == list(batch.sample_ids)
         for row, (encoded, _, sample, is_source) in enumerate(rows_of(batch, samples)):
             n = len(encoded)
             assert batch.input_ids[row, :n].tolist() == encoded.input_ids.tolist()
@@ -120,7 +131,7 @@ def test_rows_hold_their_tokens_and_nothing_else(kind: str, paired: bool, name: 
             if batch.token_type_ids is not None:
                 assert batch.token_type_ids[row, :n].tolist() == encoded.token_type_ids.tolist()
                 assert (batch.token_type_ids[row, n:] == 0).all()
-            assert batch.row_languages[row] == (0 if is_source else sample.language)
+            assert batch.targets.row_languages[row] == (0 if is_source else sample.language)
 
 
 @pytest.mark.parametrize(("kind", "paired"), PAIRED)
@@ -128,12 +139,12 @@ def test_rows_hold_their_tokens_and_nothing_else(kind: str, paired: bool, name: 
 def test_label_units_are_those_of_their_rows(kind: str, paired: bool, gold: bool) -> None:
     """Rebuilt one by one from the samples."""
     tokenizer, packer = make(kind, paired)
-    samples = samples_of(tokenizer, 30, paired, seed=2)
-    for batch in packer.pack(samples, gold=gold):
-        assert batch.gold is gold
+    samples = samples_of(tokenizer, 30, paired, seed=2, gold=gold)
+    for batch in pack(packer, samples):
+        assert batch.targets.gold is gold
         expected: list[tuple[Any, ...]] = []
         for row, (encoded, labels, sample, is_source) in enumerate(rows_of(batch, samples)):
-            weight = 1.0 if not is_source or sample.source_counts else 0.0
+            weight = 1.0 if not is_source or (sample.source is not None and sample.source.counts) else 0.0
             common = (row, weight, sample.language, is_source)
             if kind == "text":
                 assert labels.positions is not None
@@ -145,30 +156,23 @@ def test_label_units_are_those_of_their_rows(kind: str, paired: bool, gold: bool
             else:
                 assert labels.classes is not None
                 expected += [(*common, tuple(probabilities)) for probabilities in labels.classes.tolist()]
+        all_labels: Any = batch.targets.labels
         if kind == "text":
-            assert batch.label_positions is not None
-            assert batch.label_ids is not None
-            values: Any = torch.stack([batch.label_positions, batch.label_ids], dim=1)
+            values: Any = torch.stack([all_labels.positions, all_labels.ids], dim=1)
         else:
-            values = batch.label_spans if kind == "qa" else batch.label_classes
+            values = all_labels.spans if kind == "qa" else all_labels.classes
         found = zip(
-            batch.label_rows.tolist(), batch.label_weights.tolist(), batch.label_languages.tolist(),
-            batch.label_is_source.tolist(), map(tuple, values.tolist()), strict=True,
+            batch.targets.label_rows.tolist(), batch.label_weights.tolist(), batch.label_languages.tolist(),
+            batch.targets.label_is_source.tolist(), map(tuple, values.tolist()), strict=True,
         )  # fmt: skip
         assert list(found) == expected
-        used = {
-            "classification": {"label_classes"}, "tagging": {"label_classes", "token_word"},
-            "qa": {"label_spans"}, "text": {"label_positions", "label_ids"},
-        }  # fmt: skip
-        all_fields = {"label_classes", "label_spans", "label_positions", "label_ids", "token_word"}
-        assert {name for name in all_fields if getattr(batch, name) is not None} == used[kind]
 
 
 def test_a_unit_a_row_where_rows_are_labelled() -> None:
     for kind in ("classification", "qa"):
         tokenizer, packer = make(kind, True)
-        for batch in packer.pack(samples_of(tokenizer, 9, True)):
-            assert batch.label_rows.tolist() == list(range(len(batch.input_ids)))
+        for batch in pack(packer, samples_of(tokenizer, 9, True)):
+            assert batch.targets.label_rows.tolist() == list(range(len(batch.input_ids)))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first"])
@@ -179,7 +183,7 @@ def test_tokens_point_at_their_words(pooling: str, paired: bool, name: str) -> N
     tokenizer, packer = make("tagging", paired, 500, name, pooling)
     samples = samples_of(tokenizer, 30, paired, seed=3)
     later = 0
-    for batch in packer.pack(samples):
+    for batch in pack(packer, samples):
         expected = torch.full_like(batch.input_ids, -1)
         unit = 0
         for row, (encoded, _, _, _) in enumerate(rows_of(batch, samples)):
@@ -190,8 +194,9 @@ def test_tokens_point_at_their_words(pooling: str, paired: bool, name: str) -> N
                 for token in tokens if pooling == "mean" else tokens[:1]:
                     expected[row, token] = unit
                 unit += 1
-        assert batch.token_word is not None
-        assert torch.equal(batch.token_word, expected)
+        labels = batch.targets.labels
+        assert isinstance(labels, TagTargets)
+        assert torch.equal(labels.token_word, expected)
         assert unit == len(batch.label_weights)
     assert later > 3
 
@@ -199,45 +204,48 @@ def test_tokens_point_at_their_words(pooling: str, paired: bool, name: str) -> N
 @pytest.mark.parametrize(("kind", "paired"), PAIRED)
 def test_an_idle_batch_has_the_same_fields_and_no_label(kind: str, paired: bool) -> None:
     tokenizer, packer = make(kind, paired)
-    idle, real = packer.idle(gold=False), packer.pack(samples_of(tokenizer, 3, paired))[0]
+    idle, real = packer.idle(), pack(packer, samples_of(tokenizer, 3, paired))[0]
     assert idle.input_ids.tolist() == [[PAD]] * (2 if paired else 1)
+    assert idle.attention_mask is not None
     assert (idle.attention_mask == 1).all()
-    assert (idle.n_pairs, idle.sample_ids, idle.gold) == (int(paired), (), False)
+    assert (idle.targets.n_pairs, idle.sample_ids, idle.units) == (int(paired), (), ())
     assert idle.label_weights.sum() == 0
+    assert set(idle.counts().values()) == {0.0}
     assert len(idle.label_weights) == len(idle.input_ids)
-    for name in TaskBatch.__dataclass_fields__:
-        one, other = getattr(idle, name), getattr(real, name)
-        assert type(one) is type(other)
-        if isinstance(one, torch.Tensor):
-            assert (one.dtype, one.ndim) == (other.dtype, other.ndim), name
-            if name.startswith("label_") and name != "label_classes" and kind != "qa":
-                assert len(one) == len(idle.label_weights)
+    for one, other in ((idle, real), (idle.targets, real.targets), (idle.targets.labels, real.targets.labels)):
+        for name in one.__dataclass_fields__:
+            own, busy = getattr(one, name), getattr(other, name)
+            assert type(own) is type(busy)
+            if isinstance(own, torch.Tensor):
+                assert (own.dtype, own.ndim) == (busy.dtype, busy.ndim), name
+                if name not in ("input_ids", "attention_mask", "token_type_ids", "token_word"):
+                    assert len(own) == len(idle.label_weights)
+    labels: Any = idle.targets.labels
     if kind == "tagging":
-        assert idle.token_word is not None
-        assert idle.token_word.tolist() == [[number] for number in range(len(idle.input_ids))]
-    if idle.label_classes is not None:
-        assert idle.label_classes.shape == (len(idle.input_ids), CLASSES)
+        assert labels.token_word.tolist() == [[number] for number in range(len(idle.input_ids))]
+    if kind in ("tagging", "classification"):
+        assert labels.classes.shape == (len(idle.input_ids), CLASSES)
     assert packer.pack([]) == []
 
 
 def test_a_pair_above_the_budget_runs_alone_and_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer, _ = make("classification", True)
     samples = samples_of(tokenizer, 12, True)
-    longest = max(max(len(s.target), len(s.source or ())) for s in samples)
-    packer = TaskPacker(PAD, 2 * longest - 1, tokenizer.config, True, False)
+    longest = max(sample.row_length for sample in samples)
+    packer = packer_of(tokenizer, True, 2 * longest - 1, has_token_types=False)
     with caplog.at_level(logging.WARNING):
-        batches = packer.pack(samples)
+        batches = pack(packer, samples)
     alone = [batch for batch in batches if batch.input_ids.numel() > 2 * longest - 1]
     assert alone
     assert all(len(batch.sample_ids) == 1 for batch in alone)
     assert len(caplog.records) == len(alone)
-    assert f"{2 * longest} tokens are above micro_batch_tokens ({2 * longest - 1})" in caplog.text
+    assert f"takes {2 * longest} tokens padded, above micro_batch_tokens ({2 * longest - 1})" in caplog.text
 
 
 def test_packing_is_a_pure_function(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer, packer = make("tagging", True)
     samples = samples_of(tokenizer, 30, True)
-    first, second = packer.pack(samples), packer.pack(list(samples))
+    first, second = pack(packer, samples), pack(packer, list(samples))
     assert [batch.sample_ids for batch in first] == [batch.sample_ids for batch in second]
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.input_ids, other.input_ids)
@@ -246,14 +254,15 @@ def test_packing_is_a_pure_function(caplog: pytest.LogCaptureFixture) -> None:
 def test_samples_without_source_cannot_be_pairs() -> None:
     tokenizer, packer = make("classification", True)
     with pytest.raises(ValueError, match="s0 has no source, and samples are paired"):
-        packer.pack(samples_of(tokenizer, 1, paired=False))
+        pack(packer, samples_of(tokenizer, 1, paired=False))
 
 
 def test_to_moves_every_tensor() -> None:
     tokenizer, packer = make("tagging", True)
-    batch = packer.pack(samples_of(tokenizer, 3, True))[0]
+    batch = pack(packer, samples_of(tokenizer, 3, True))[0]
     moved = batch.to(torch.device("meta"))
-    for name in TaskBatch.__dataclass_fields__:
-        value = getattr(moved, name)
-        assert not isinstance(value, torch.Tensor) or value.device.type == "meta"
+    for part in (moved, moved.targets, moved.targets.labels):
+        for name in part.__dataclass_fields__:
+            value = getattr(part, name)
+            assert not isinstance(value, torch.Tensor) or value.device.type == "meta"
     assert moved.sample_ids == batch.sample_ids

@@ -11,13 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_pipeline.tasks.records import Example, TaskRecord
 from pydantic import ValidationError
 
 from data_pipeline.config import TASK_COLUMNS, ColumnMap, SourceConfig
 from data_pipeline.records import BadRow, DataError, stable_hash
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import Example, TaskRecord
 from data_pipeline.tasks.rows import read_task_file
 
 LANGUAGES = ["en", "th"]

@@ -27,8 +27,8 @@ from training.loop.guard import Verdict
 from training.loop.progress import TrainingProgress
 from training.loop.step_sums import StepRead, StepSums
 from training.loop.trainer import Agreed, Trainer
-from training.objectives.decoders import LossTerms
-from training.objectives.scaling import LossTerm, StepTotals
+from training.objectives.base import LossTerm, LossTerms
+from training.objectives.scaling import StepTotals
 from training.run_file import validate
 
 Made = Callable[..., Trainer]

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_pipeline.tasks.records import Example, TaskRecord
 from small_encoders import WORDS, unigram, wordpiece
 from tiny_task_model import export
 from tokenizers import normalizers
 from transformers import BertTokenizer, XLMRobertaTokenizer
 
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.records import Example, TaskRecord
 from data_pipeline.tasks.tokenize import TaskTokenizer
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError

@@ -32,7 +32,7 @@ from evals.xtreme.run import run_xtreme
 from evals.xtreme.run_file import XtremeRun
 from training import start
 from training.errors import TrainingEnded
-from training.objectives.config import XMixupConfig
+from training.objectives.xmixup import XMixupConfig
 from training.run_file import load_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "xtreme.yaml"

@@ -16,7 +16,8 @@ from evals.xtreme.run_file import compose, read_plan, steps_of
 from evals.xtreme.run_table import PUBLISHED, TASK_ORDER, published_score
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.objectives.config import FineTuneConfig, XMixupConfig
+from training.objectives.finetune import FineTuneConfig
+from training.objectives.xmixup import XMixupConfig
 from training.run_file import load_config, validate
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "xtreme.yaml"

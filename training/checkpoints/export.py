@@ -14,20 +14,17 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import atomic_folder, recover
-from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
-from modeling.shifcon.language_vectors import LanguageVectors
-from modeling.xmixup.mixup_state import MIXUP_FILE, MixupState, is_mixup_weight
+from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, ExportInfo
 from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, defect
 from training.checkpoints.export_text import GENERATION_FILE, fixed_response_language, set_text_files
 from training.checkpoints.run_state import RunState
 from training.config import RunConfig
 from training.errors import ConfigError, ExportCheckFailed
-from training.objectives.config import ShifConConfig, XMixupConfig
+from training.objectives.base import ObjectiveConfig
 from training.run_file import validate
 from training.run_folder.prepare import architecture
 
@@ -130,7 +127,7 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     if adapted is not None:
         base = state.base or {}
         save_adapter(adapted, output / ADAPTER_FOLDER, config.model.path or base["directory"], base["hash"])
-    write_weights(_weights(checkpoint, planned, adapted), planned, output)
+    write_weights(_weights(checkpoint, config.objective, planned, adapted), planned, output)
     model_config = read_config(checkpoint / "model_config")
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
@@ -142,12 +139,7 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     model_config.save_pretrained(output)
     tokenizer.save_pretrained(output)
     _write_json(output / EXPORT_FILE, _description(config, state.step))
-    if isinstance(config.objective, ShifConConfig):
-        vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
-        replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
-    if isinstance(config.objective, XMixupConfig):
-        mixup = MixupState.load(checkpoint / MIXUP_FILE)
-        replace(mixup, model_hash=directory_hash(output)).save(output / MIXUP_FILE)
+    config.objective.export(checkpoint, output)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -173,7 +165,7 @@ def _planned(checkpoint: Path, config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 def _weights(
-    checkpoint: Path, planned: Mapping[str, torch.Tensor], adapted: PeftModel | None
+    checkpoint: Path, objective: ObjectiveConfig, planned: Mapping[str, torch.Tensor], adapted: PeftModel | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of the plain model, in the number formats and the order of `planned`; merges `adapted`."""
     from training.engine.state import consolidated
@@ -185,13 +177,14 @@ def _weights(
         merged = adapted.merge_and_unload().state_dict()
         weights = ((name, merged[name]) for name in planned)
     for name, tensor in weights:
-        if not is_mixup_weight(name):  # not part of the plain model; in a file of its own
+        if not objective.is_own_weight(name):  # it is in the objective's own file
             yield name, tensor.to(planned[name].dtype) if name in planned else tensor
 
 
 def _expected_weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
     """What the export must hold, made from the checkpoint again."""
-    yield from _weights(checkpoint, _planned(checkpoint, config), _adapted(checkpoint, config, state))
+    planned, adapted = _planned(checkpoint, config), _adapted(checkpoint, config, state)
+    yield from _weights(checkpoint, config.objective, planned, adapted)
 
 
 def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel | None:
@@ -202,7 +195,8 @@ def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel 
     if (lora := config.model.lora) is None:
         return None
     base = _base(checkpoint, state.base or {}, config)
-    trained = {name: tensor for name, tensor in consolidated(checkpoint) if not is_mixup_weight(name)}
+    weights = consolidated(checkpoint)
+    trained = {name: tensor for name, tensor in weights if not config.objective.is_own_weight(name)}
     return adapted_model(base, architecture(config), lora, trained)
 
 
@@ -234,5 +228,6 @@ def _description(config: RunConfig, step: int) -> dict[str, Any]:
         **described,
         "template": data.template.model_dump(mode="json"),
         "response_language": fixed_response_language(config),
-        "shift_first_token": not isinstance(objective, ShifConConfig) or objective.shift_first_token,
+        "shift_first_token": True,
+        **objective.description(),
     }

@@ -14,6 +14,7 @@ from typing import Any
 from data_pipeline.settings import difference, flat
 from training.engine.saved_files import FIXED_KEYS as ENGINE_KEYS
 from training.errors import ConfigError
+from training.objectives.registry import fixed_keys
 
 STATE_FILE = "state.json"
 FORMAT = 3  # raised with every change of a checkpoint's files after which older ones cannot be loaded
@@ -25,12 +26,10 @@ FREE_KEYS = (
     "data.max_bad_rows", "data.patience_seconds", "data.micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
 # Keys that the saved weights and moments depend on: with other values they cannot be loaded.
-FIXED_KEYS = (
+FIXED_KEYS: tuple[str, ...] = (
     "model.init", "model.lora.rank", "model.lora.targets", "model.lora.use_dora", "tokenizer.train", "data.task.kind",
     "data.task.labels", "objective.name", *ENGINE_KEYS,
 )  # fmt: skip
-# The same of what an objective saves beside them.
-FIXED_KEYS_OF = {"shifcon": ("objective.layers", "data.languages", "data.dominant")}
 
 DATE = "data.template.date"  # of the run, where its prompts name one (`run_folder/date.py`)
 
@@ -83,7 +82,7 @@ def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping
     `max_steps` may be raised.
     """
     old, new = flat(saved.config), flat(config)
-    fixed = FIXED_KEYS + FIXED_KEYS_OF.get(old.get("objective.name", ""), ())
+    fixed = FIXED_KEYS + fixed_keys(old.get("objective.name", ""))
     if None in (old.get(DATE), new.get(DATE)):  # it is then taken from the checkpoint
         old, new = ({key: value for key, value in values.items() if key != DATE} for values in (old, new))
     lines = [

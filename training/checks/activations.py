@@ -15,7 +15,7 @@ Shapes: B rows, T tokens a row, H hidden, N label positions, S segments, P pairs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,34 +25,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data_pipeline.packing import MicroBatch
+from data_pipeline.batching.batch import Batch, BatchShape
 from modeling.adapters import add_adapters
-from modeling.architectures import Architecture, auto_class
-from modeling.label_head import CHUNK_ELEMENTS, LabelHead, token_losses
+from modeling.architectures import auto_class
+from modeling.label_head import CHUNK_ELEMENTS
 from modeling.layers import decoder_layers, hidden_size
-from modeling.xmixup.mixup import CrossLingualMixup
 from training.config import RunConfig
-from training.objectives.config import MaskedLMConfig, ShifConConfig, XMixupConfig
-from training.objectives.decoders import ShifCon, SupervisedFineTuning
+from training.objectives.base import ObjectiveParts
+from training.run_folder.prepare import architecture
 
 STAND_IN = "crosslift_counting"  # the attention that transformers is given while counting
 Kernel = Literal["eager", "sdpa", "flash_attention_2"]
 LAYER_FORMULA = 34  # bytes a token and hidden unit in 16 bit, without attention's scores (arXiv 2205.05198, eq. 1)
-
-
-@dataclass(frozen=True, slots=True)
-class BatchShape:
-    """The largest micro-batch that a rank meets."""
-
-    rows: int  # with X-Mixup the targets' and the sources'
-    row_tokens: int
-    labels: int  # positions that meet the LM head
-    segments: int  # samples
-    pairs: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.row_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,71 +61,40 @@ class Activations:
 def count_activations(
     config: RunConfig,
     model_config: PreTrainedConfig,
-    architecture: Architecture,
     kernel: Kernel,
     dtype: torch.dtype,
     shape: BatchShape,
+    blank: Callable[[BatchShape], Batch[Any]],
 ) -> Activations:
-    """The activations of a run's micro-batch of that shape; `kernel` is a resolved attention."""
+    """The activations of a run's micro-batch of that shape.
+
+    Args:
+        kernel: a resolved attention.
+        blank: makes a micro-batch without content (`Collator.blank`).
+    """
     try:
         with torch.device("meta"), _stand_in(kernel):
-            model = (
-                auto_class(architecture).from_config(model_config, dtype=dtype, attn_implementation=STAND_IN).train()
-            )
+            model_class = auto_class(architecture(config))
+            model = model_class.from_config(model_config, dtype=dtype, attn_implementation=STAND_IN).train()
             model.tie_weights()
             if (lora := config.model.lora) is not None:
                 add_adapters(model, lora, config.seed)
                 for parameter in model.parameters():  # PEFT takes the base's format only where the base has data
                     parameter.data = parameter.data.to(dtype)
             model.config.use_cache = False
-            forward = _forward(config, model, shape)
+            forward = _forward(config, model, blank(shape))
             return _counted(model, forward, shape)
     except Exception:  # any class may fail on tensors without data in its own way
         text = model_config.get_text_config()
         return _by_formula(text.num_hidden_layers, text.hidden_size, text.vocab_size, dtype, shape)
 
 
-def _forward(config: RunConfig, model: PreTrainedModel, shape: BatchShape) -> Callable[[], Tensor]:
+def _forward(config: RunConfig, model: PreTrainedModel, batch: Batch[Any]) -> Callable[[], Tensor]:
     """The objective's own forward pass and losses, as far as they keep anything of size."""
-    objective = config.objective
-    if config.data.task is None:
-        batch = _micro_batch(shape)
-        decoder = (
-            ShifCon(model, objective, config.data.languages, config.data.dominant, ())
-            if isinstance(objective, ShifConConfig)
-            else SupervisedFineTuning(model)
-        )
-        engine: Any = _PlainEngine(model)
-
-        def losses() -> Tensor:
-            return torch.stack([term.sum for term in decoder.loss_terms(engine, batch).terms.values()]).sum()
-
-        return losses
-    inputs = _encoder_inputs(shape)
-    if isinstance(objective, MaskedLMConfig):
-        head, labels = LabelHead(model), torch.zeros(shape.labels, dtype=torch.int64)
-
-        def masked() -> Tensor:
-            with head.select(labels):
-                return token_losses(model(**inputs).logits[0], labels).sum()
-
-        return masked
-    mixing: Any = nullcontext
-    if isinstance(objective, XMixupConfig):
-        mixup = CrossLingualMixup(model, objective.layer, objective.max_ratio, objective.entropy, objective.ratio)
-        mixing = lambda: mixup.batch(inputs["attention_mask"], shape.rows // 2, mix=objective.mix)  # noqa: E731
-
-    def task() -> Tensor:
-        with mixing():
-            outputs = model(**inputs)
-        return outputs[0].float().sum()
-
-    return task
-
-
-def _encoder_inputs(shape: BatchShape) -> dict[str, Tensor]:
-    ids_BT = torch.zeros(shape.rows, shape.row_tokens, dtype=torch.int64)
-    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    data = config.data
+    objective = config.objective.build(model, ObjectiveParts(data.kind, data.languages, data.dominant))
+    engine: Any = _PlainEngine(model)
+    return lambda: objective.saved_loss(engine, batch)
 
 
 @dataclass
@@ -152,20 +105,6 @@ class _PlainEngine:
 
     def forward(self, **inputs: Any) -> Any:
         return self.module(**inputs)
-
-
-def _micro_batch(shape: BatchShape) -> MicroBatch:
-    """A decoder's micro-batch of that shape."""
-    ids_BT = torch.zeros(shape.rows, shape.row_tokens, dtype=torch.int64)
-    labels_N = torch.zeros(max(shape.labels, 1), dtype=torch.int64)
-    pairs_P = torch.zeros(shape.pairs, dtype=torch.int64)
-    pairs_P2 = torch.zeros(shape.pairs, 2, dtype=torch.int64)
-    return MicroBatch(
-        input_ids=ids_BT, position_ids=ids_BT, attention_mask=None, segment_ids=ids_BT, languages=ids_BT,
-        vector_languages=ids_BT, content=ids_BT.bool(), label_positions=labels_N, label_ids=labels_N,
-        label_weights=labels_N.float(), label_languages=labels_N, pairs=pairs_P2, pair_sets=pairs_P,
-        pair_groups=pairs_P, pair_contents=pairs_P2, units=(), sample_ids=(), n_segments=max(shape.segments, 1),
-    )  # fmt: skip
 
 
 def _counted(model: PreTrainedModel, forward: Callable[[], Tensor], shape: BatchShape) -> Activations:

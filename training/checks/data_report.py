@@ -12,12 +12,11 @@ import numpy as np
 
 from data_pipeline.console import table
 from data_pipeline.contamination import contaminated_rows
-from data_pipeline.loader import SampleReader, overlong_error
 from data_pipeline.order.order import order_key, places_at
+from data_pipeline.reader import Reader, overlong_error
 from data_pipeline.records import BadRow
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.config import WINDOWED
-from data_pipeline.tasks.reader import TaskReader
 from training.assembly import DataParts
 from training.config import RunConfig
 
@@ -49,7 +48,7 @@ def mixture_table(config: RunConfig, data: DataParts, looked_at: int | None = LO
     """
     languages, index, settings = config.data.languages, data.index, config.data
     slots = data.planner.slots_by_language(config.max_steps)
-    windowed = settings.task is not None and settings.task.kind in WINDOWED  # no row is too long
+    windowed = settings.kind in WINDOWED  # no row is too long
     yield f"in {config.max_steps:,} steps of {settings.slots_per_step:,} slots:"
     header = ["language", "rows", "slots", "epochs", "share", f"over {settings.sequence_length} tokens"]
     table_rows: list[list[str]] = []
@@ -93,7 +92,7 @@ def contamination(index: DataIndex) -> Iterator[str]:
         )
 
 
-def _lengths(config: RunConfig, reader: SampleReader | TaskReader, language: int, most: int | None) -> Lengths:
+def _lengths(config: RunConfig, reader: Reader, language: int, most: int | None) -> Lengths:
     """Of the first rows of the language's order, which are a random sample of it."""
     index, limit = reader.index, config.data.sequence_length
     rows = index.rows(language)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from training.checks.inputs import missing_inputs
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.objectives.config import ShifConConfig, XMixupConfig
 from training.run_folder.prepare import Prepared, architecture
 from training.tracking.config import tracking_target
 from training.tracking.mlflow_store import missing_folder
@@ -105,11 +104,8 @@ def check_model(config: RunConfig, model: nn.Module) -> None:
     """
     from modeling.layers import decoder_layers, position_limit, position_table
 
-    n_layers, objective = len(decoder_layers(model)), config.objective
-    if isinstance(objective, ShifConConfig) and objective.layers[1] > n_layers:
-        raise ConfigError(f"objective.layers: {list(objective.layers)}, but the model has {n_layers} layers")
-    if isinstance(objective, XMixupConfig) and objective.layer >= n_layers:
-        raise ConfigError(f"objective.layer: {objective.layer}, but the model has layers 0 to {n_layers - 1}")
+    if mistakes := list(config.objective.model_mistakes(len(decoder_layers(model)))):
+        raise ConfigError("\n".join(mistakes))
     limit = position_limit(model)
     if limit is not None and position_table(model) is not None and config.data.sequence_length > limit:
         raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from training.objectives.config import SFTConfig, ShifConConfig, TaskObjectiveConfig, XMixupConfig
+from training.objectives.base import ObjectiveConfig
 
 _OF_EVERY_STEP = (
     "train/loss", "train/grad_norm", "train/learning_rate", "train/step_seconds", "train/tokens_per_second",
@@ -19,24 +19,16 @@ _OF_EVERY_STEP = (
 _BY_LANGUAGE = ("train/loss", "train/token_share", "data/slot_share", "data/label_share")
 
 
-def metric_names(
-    objective: SFTConfig | ShifConConfig | TaskObjectiveConfig, languages: Sequence[str], swapped_prompts: bool
-) -> list[str]:
+def metric_names(objective: ObjectiveConfig, languages: Sequence[str], swapped_prompts: bool) -> list[str]:
     """Names of a step's own metrics, and of the held-out losses.
 
     Not those of some steps only, such as the shift's after a refresh.
     """
-    if isinstance(objective, ShifConConfig):
-        terms: tuple[str, ...] = ("contrastive",)
-    elif isinstance(objective, XMixupConfig):
-        terms = ("target", "source", "consistency", "mixup_ratio")
-    else:
-        terms = () if isinstance(objective, SFTConfig) else ("task",)
     held_out = ["eval/loss", *(["eval/loss_swapped"] if swapped_prompts else [])]
     return [
         *held_out,
         *_OF_EVERY_STEP,
-        *(f"train/{term}" for term in terms),
+        *(f"train/{term}" for term in objective.terms if term != "sft"),  # which is train/loss
         *(f"{name}/{language}" for name in (*held_out, *_BY_LANGUAGE) for language in languages),
     ]
 

@@ -12,28 +12,16 @@ from data_pipeline.order.pairs import Shared, repeated_ids, shared_items, unlike
 from data_pipeline.order.plan import Planner, StepPlan
 from data_pipeline.records import DataError
 from data_pipeline.sources.index import DataIndex
-from data_pipeline.sources.sources import AnyRecord
-from data_pipeline.tasks.records import TaskRecord
 from training.config import RunConfig
-from training.objectives.config import ShifConConfig, XMixupConfig
 
-BACK_ROWS = 32  # rows a language that are looked at for a back-translation
 COUNTED_STEPS, COUNTED_SLOTS = 64, 2_048  # at most so many are looked at for the number of pairs a step
 SHOWN = 2
 TEXT = 200  # characters shown of a text
 
 
-def learns_from_pairs(config: RunConfig) -> bool:
-    """Whether the objective needs rows of the same item in two languages, or a back-translation."""
-    objective = config.objective
-    return isinstance(objective, XMixupConfig) or (
-        isinstance(objective, ShifConConfig) and bool(objective.contrastive.weight)
-    )
-
-
 def refuse_unpaired(config: RunConfig, index: DataIndex) -> None:
     """Raises DataError where an objective learns from pairs and no language has any."""
-    if not learns_from_pairs(config):
+    if not config.objective.pairing().needed:
         return
     found, dominant = _unpaired(config, index), index.languages.index(config.data.dominant)
     if len(found) < len(index.languages) - 1 or (not found and _has_back(index, dominant)):
@@ -49,7 +37,7 @@ def refuse_unpaired(config: RunConfig, index: DataIndex) -> None:
 
 def pair_warnings(config: RunConfig, index: DataIndex) -> Iterator[str]:
     """Languages without pairs, ids that repeat, and pairs whose texts look unrelated."""
-    if not learns_from_pairs(config):
+    if not config.objective.pairing().needed:
         return
     dominant = index.languages.index(config.data.dominant)
     found = _unpaired(config, index)
@@ -69,27 +57,21 @@ def pair_warnings(config: RunConfig, index: DataIndex) -> Iterator[str]:
 
 def _unpaired(config: RunConfig, index: DataIndex) -> dict[int, Shared]:
     """Languages that have neither an item in common with the dominant one nor, for X-Mixup, back-translations."""
-    dominant = index.languages.index(config.data.dominant)
+    dominant, with_partner = index.languages.index(config.data.dominant), config.objective.pairing().with_partner
     return {
         language: shared
         for language, shared in shared_items(index, dominant).items()
-        if not shared.shared and not (isinstance(config.objective, XMixupConfig) and _has_back(index, language))
+        if not shared.shared and not (with_partner and _has_back(index, language))
     }
 
 
 def _has_back(index: DataIndex, language: int) -> bool:
-    rows = index.rows(language)
-    rows = rows[~index.bad[rows]]
-    return any(_back(index.read(row)) for row in rows[:: max(len(rows) // BACK_ROWS, 1)].tolist())
-
-
-def _back(record: AnyRecord) -> bool:
-    return isinstance(record, TaskRecord) and record.back is not None
+    return bool(index.has_back[index.rows(language)].any())
 
 
 def show_pairs(config: RunConfig, index: DataIndex, planner: Planner) -> Iterator[str]:
     """Pairs a step by language, over the first steps, and two of them as text."""
-    if not learns_from_pairs(config):
+    if not config.objective.pairing().needed:
         return
     n_steps = min(config.max_steps, COUNTED_STEPS, max(COUNTED_SLOTS // config.data.slots_per_step, 1))
     planned = [pair for step in range(n_steps) for pair in _planned(config, index, planner.step(step))]
@@ -104,23 +86,22 @@ def show_pairs(config: RunConfig, index: DataIndex, planner: Planner) -> Iterato
 
 def _planned(config: RunConfig, index: DataIndex, plan: StepPlan) -> Iterator[tuple[int, int]]:
     """(row in the dominant language, other row) of every pair; the same row twice: text and its back-translation."""
-    if isinstance(config.objective, ShifConConfig):
+    if not config.objective.pairing().with_partner:
         for unit in plan.units:
             yield from ((unit.slots[one].row, unit.slots[other].row) for one, other in unit.pairs)
         return
     dominant = index.languages.index(config.data.dominant)
     for slot in plan.slots:
-        gold = index.translation(slot.row, dominant) if slot.language != dominant else -1
-        if gold >= 0:
-            yield gold, slot.row
-        elif slot.language != dominant and not index.bad[slot.row] and _back(index.read(slot.row)):
-            yield slot.row, slot.row
+        if slot.partner is None or slot.language == dominant or slot.partner.kind == "itself":
+            continue
+        gold = index.translation(slot.row, dominant)
+        yield (gold if gold >= 0 else slot.row), slot.row
 
 
 def _shown(index: DataIndex, first: int, other: int) -> Iterator[str]:
-    one, two = index.read(first), index.read(other)
+    one, two = index.record(first), index.record(other)
     yield f"--- a pair of item {two.group!r}"
-    if first == other and isinstance(one, TaskRecord) and one.back is not None:
+    if first == other and one.back is not None:
         yield f"back-translation  {one.origin}  {one.id!r}: {_short(' '.join(one.back.texts))}"
     else:
         yield f"{one.language}  {one.origin}  {one.id!r}: {_short(one.user_text)}"

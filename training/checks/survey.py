@@ -1,6 +1,6 @@
 """Every row read and tokenised before a run: `crosslift check --all-rows`.
 
-In: a SampleReader or TaskReader over the index. Out: the rows that a run cannot use, as lines; DataError where
+In: a Reader over the index. Out: the rows that a run cannot use, as lines; DataError where
 they are more than `data.max_bad_rows`.
 """
 
@@ -14,16 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from data_pipeline.console import Progress
-from data_pipeline.loader import SampleReader
+from data_pipeline.reader import Reader
 from data_pipeline.records import BadRow, DataError
-from data_pipeline.tasks.reader import TaskReader
 from training.config import RunConfig
 
 CHUNK = 64  # rows that a thread reads at once
 NAMED = 3  # rows that are named of each kind
 
 
-def survey(config: RunConfig, reader: SampleReader | TaskReader) -> Iterator[str]:
+def survey(config: RunConfig, reader: Reader) -> Iterator[str]:
     """Reads every row of the index, held-out ones too; what is unusable, by reason.
 
     Raises:

@@ -7,16 +7,12 @@ Next: `trainer.py`; `export.py` compares with `reference_outputs`.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import RankStep
-from data_pipeline.packing import Packer
-from data_pipeline.tasks.batches import TaskPacker
-from data_pipeline.tasks.reader import TaskStep
+from data_pipeline.loader import Step
 from training.assembly import Run
 from training.distributed import all_sum, same_modules_on_every_rank
 from training.errors import ConfigError
@@ -32,18 +28,17 @@ def warm_up(run: Run) -> None:
         run.objective.loss_terms(run.engine, idle)
 
 
-def check_packing(run: Run, batch: RankStep | TaskStep) -> None:
+def check_packing(run: Run, batch: Step) -> None:
     """The run's own first micro-batch: its packed loss must be its padded, sample-by-sample loss.
 
     Raises:
         ConfigError: the loss is no number in either layout, or samples see each other with this model and attention.
     """
     packer = run.data.packer
-    if packer.layout == "padded" or isinstance(packer, TaskPacker):
+    if packer.layout == "padded":
         return
     packed = batch.micro_batches[0] if batch.micro_batches else packer.idle()
-    padder = Packer("padded", micro_batch_tokens=sys.maxsize, row_tokens=packer.row_tokens, pad_id=packer.pad_id)
-    padded = padder.pack(packed.units)[0] if packed.units else padder.idle()
+    padded = packer.one_by_one(packed)
     with run.engine.evaluating():
         losses = [
             run.objective.loss_terms(run.engine, each.to(run.engine.device)).label_losses.double().sum()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from training.objectives.decoders import LossTerms
+from training.objectives.base import LossTerms
 from training.objectives.scaling import StepTotals
 
 
@@ -40,7 +40,7 @@ class StepSums:
         self.losses.index_add_(0, terms.label_languages, terms.label_losses.detach().double())
         self.labels.index_add_(0, terms.label_languages, terms.label_weights.double())
         self.terms += torch.stack([term.sum.detach().double() for term in terms.terms.values()])
-        self.denominators = {name: term.per for name, term in terms.terms.items()}
+        self.denominators = {name: term.denominator for name, term in terms.terms.items()}
         self.shares.append(share.detach().float())
 
     def bad_micro_batches(self) -> list[int]:

@@ -11,15 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import RankStep
-from data_pipeline.packing import MicroBatch
+from data_pipeline.batching.batch import Batch
+from data_pipeline.loader import Step
 from data_pipeline.records import DataError
-from data_pipeline.tasks.batches import TaskBatch
-from data_pipeline.tasks.reader import TaskStep
 from training.assembly import Run
 from training.checkpoints import checkpoint
 from training.checkpoints.disks import checkpoint_disks, led_by_this_rank
@@ -38,7 +37,7 @@ from training.loop.progress import TrainingProgress
 from training.loop.run_totals import RunTotals
 from training.loop.step_sums import StepRead, StepSums, memory
 from training.loop.straggler import StragglerMonitor
-from training.objectives.decoders import LossTerms
+from training.objectives.base import LossTerms
 from training.objectives.scaling import StepTotals, learning_rate, step_loss_share
 from training.tracking.tracker import Tracker
 
@@ -109,7 +108,7 @@ class Trainer:
     def _train_from(self, start: int, progress: TrainingProgress) -> None:
         """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
         config, run, offset = self.config, self.run, self.data_offset
-        reader: Iterator[RankStep | TaskStep] = run.loader.steps(start + offset, config.max_steps + offset)
+        reader: Iterator[Step] = run.loader.steps(start + offset, config.max_steps + offset)
         batches = heartbeat.steps(_or_mistake(reader), start)
         began = time.perf_counter()
         for step, read in zip(range(start, config.max_steps), batches, strict=True):
@@ -146,7 +145,7 @@ class Trainer:
             began = time.perf_counter()
         self._settle(required=True)
 
-    def train_step(self, step: int, batch: RankStep | TaskStep, agreed: Agreed) -> dict[str, float]:
+    def train_step(self, step: int, batch: Step, agreed: Agreed) -> dict[str, float]:
         """One optimiser step over the global batch; metrics of it.
 
         Raises:
@@ -181,14 +180,11 @@ class Trainer:
             **memory(),
         }
 
-    def accumulate(
-        self, step: int, batch: RankStep | TaskStep, totals: StepTotals
-    ) -> tuple[StepSums, list[MicroBatch | TaskBatch]]:
+    def accumulate(self, step: int, batch: Step, totals: StepTotals) -> tuple[StepSums, list[Batch[Any]]]:
         """Forward and backward of this rank's micro-batches; the same number of them on every rank."""
         run = self.run
         seed_step(self.config.seed, step)
-        objective = run.objective
-        sums = StepSums.zeros(len(self.config.data.languages), len(objective.term_names), run.engine.device)
+        sums = StepSums.zeros(len(self.config.data.languages), len(self.config.objective.terms), run.engine.device)
         idle = [run.data.packer.idle()] * (totals.micro_batches - len(batch.micro_batches))
         micro_batches = [*batch.micro_batches, *idle]
         for number, micro_batch in enumerate(micro_batches):
@@ -256,7 +252,7 @@ class Trainer:
         self._save_rest(step)
         raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
 
-    def agree(self, batch: RankStep | TaskStep, mistake: Exception | None = None) -> Agreed:
+    def agree(self, batch: Step, mistake: Exception | None = None) -> Agreed:
         """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read, stopping.
 
         `mistake`: why this rank could not read its share.
@@ -286,7 +282,7 @@ class Trainer:
         read = StepRead(tokens, became, overlong, fingerprint, batch.dropped_pairs)  # the last is known to every rank
         return Agreed(totals, read, bool(stop), bool(writing))
 
-    def _forward(self, batch: MicroBatch | TaskBatch) -> LossTerms:
+    def _forward(self, batch: Batch[Any]) -> LossTerms:
         run = self.run
         if not self._first_step:
             return run.objective.loss_terms(run.engine, batch)
@@ -338,7 +334,7 @@ class Trainer:
         return start
 
 
-def _or_mistake(batches: Iterator[RankStep | TaskStep]) -> Iterator[RankStep | TaskStep | Exception]:
+def _or_mistake(batches: Iterator[Step]) -> Iterator[Step | Exception]:
     """The batches, then in place of one what the user can mend about it: the other ranks have to be told first."""
     try:
         yield from batches

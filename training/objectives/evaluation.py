@@ -8,49 +8,35 @@ the question does worse on those. Next: `trainer.py` logs them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.loader import SampleReader, fixed_batches, shared_batches
-from data_pipeline.packing import MicroBatch, Packer
-from data_pipeline.records import DataError, TokenizedSample
-from data_pipeline.tasks.batches import TaskBatch, TaskPacker
-from data_pipeline.tasks.reader import TaskReader
+from data_pipeline.batching.batch import Batch
+from data_pipeline.batching.packer import Packer
+from data_pipeline.loader import fixed_batches
+from data_pipeline.reader import Reader
+from data_pipeline.records import DataError, Sample
 from training.config import EvaluationConfig
 from training.distributed import all_sum
 from training.engine.engine import Engine
 from training.errors import ConfigError
-from training.objectives.decoders import Objective
+from training.objectives.base import Objective
 
 
 class HeldOut:
     """A fixed held-out set, packed once, split over ranks."""
 
-    def __init__(
-        self,
-        reader: SampleReader | TaskReader,
-        packer: Packer | TaskPacker,
-        config: EvaluationConfig,
-        rank: int,
-        world_size: int,
-    ) -> None:
+    def __init__(self, reader: Reader, packer: Packer, config: EvaluationConfig, rank: int, world_size: int) -> None:
         """Raises ConfigError or DataError where a language has no held-out sample that fits, or is usable."""
         self.languages = reader.index.languages
         chosen = [_choose(reader, number, config.items) for number in range(len(self.languages))]
-        samples: list[Any] = [sample for _, of_language in chosen for sample in of_language]
-        self.sets: dict[str, Sequence[MicroBatch | TaskBatch]] = {}
-        if isinstance(packer, TaskPacker):
-            batches: list[TaskBatch] = shared_batches(samples, packer, rank, world_size)
-            self.sets["loss"] = batches
-            return
-        self.sets["loss"] = fixed_batches(samples, packer, rank, world_size)
+        sets = {"loss": [sample for _, of_language in chosen for sample in of_language]}
         if config.swapped_prompts:
-            assert isinstance(reader, SampleReader)  # a packer of conversations comes with their reader
-            swapped = [sample for rows, _ in chosen for sample in _swapped_prompts(reader, rows)]
-            self.sets["loss_swapped"] = fixed_batches(swapped, packer, rank, world_size)
+            records = [[reader.index.record(row) for row in rows] for rows, _ in chosen]
+            sets["loss_swapped"] = [sample for each in records for sample in reader.stage.swapped_prompts(each)]
+        self.sets = {name: fixed_batches(samples, packer, rank, world_size) for name, samples in sets.items()}
 
     def metrics(self, engine: Engine, objective: Objective) -> dict[str, float]:
         """`eval/loss/<language>` in nats per label token, and their unweighted mean `eval/loss`."""
@@ -60,9 +46,7 @@ class HeldOut:
             for suffix, value in self._losses(engine, objective, batches).items()
         }
 
-    def _losses(
-        self, engine: Engine, objective: Objective, batches: Sequence[MicroBatch | TaskBatch]
-    ) -> dict[str, float]:
+    def _losses(self, engine: Engine, objective: Objective, batches: Sequence[Batch[Any]]) -> dict[str, float]:
         n_languages = len(self.languages)
         sums = torch.zeros(2, n_languages, dtype=torch.float64, device=engine.device)
         with engine.evaluating():
@@ -77,7 +61,7 @@ class HeldOut:
         return {"": float(np.mean(means)), **each}
 
 
-def _choose(reader: SampleReader | TaskReader, language: int, items: int) -> tuple[list[int], Sequence[Any]]:
+def _choose(reader: Reader, language: int, items: int) -> tuple[list[int], list[Sample]]:
     """The first held-out rows of a language that fit, and their samples."""
     rows = reader.index.rows(language, heldout=True)
     usable = [int(row) for row in rows if not reader.index.bad[row]]
@@ -93,13 +77,3 @@ def _choose(reader: SampleReader | TaskReader, language: int, items: int) -> tup
             "data.sequence_length; hold out more items"
         )
     return found.rows[:items], found.samples[:items]
-
-
-def _swapped_prompts(reader: SampleReader, rows: Sequence[int]) -> list[TokenizedSample]:
-    """Every answer behind the next item's prompt, as far as that fits or can be made to."""
-    records = [reader.index.record(row) for row in rows]
-    swapped = [
-        reader.fitted(replace(record, messages=(*other.messages[:-1], record.messages[-1])))
-        for record, other in zip(records, [*records[1:], *records[:1]], strict=True)
-    ]
-    return [sample for sample in swapped if sample is not None]

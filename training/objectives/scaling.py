@@ -1,12 +1,9 @@
 """Loss arithmetic over a whole step and the learning-rate schedule: pure functions.
 
-In: sums over one micro-batch, counts over the whole step. Out: the number that goes into backward.
-Next: `objectives/decoders.py` and `trainer.py`.
-
 A step's loss is a weighted sum of terms (SFT, contrastive; target, source, consistency), and each term is a sum
-over the step divided by that term's own global denominator: label tokens, pairs, samples
-(docs/methods.md, section 4). A micro-batch contributes its share of each, so gradients do not depend on how the
-batch is split over micro-batches and ranks.
+over the step divided by that term's own global denominator: label tokens, pairs (docs/methods.md, section 4). A
+micro-batch contributes its share of each, so gradients do not depend on how the batch is split over micro-batches
+and ranks.
 """
 
 from __future__ import annotations
@@ -18,15 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from training.config import ScheduleConfig
-
-
-@dataclass(frozen=True, slots=True)
-class LossTerm:
-    """One term of the loss on one micro-batch."""
-
-    sum: Tensor  # scalar, not yet divided by anything
-    per: str  # which of the step's counts divides it
-    weight: float  # 0: only reported
+from training.objectives.base import LossTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +32,7 @@ class StepTotals:
 
 def step_loss_share(terms: Mapping[str, LossTerm], totals: StepTotals) -> Tensor:
     """One micro-batch's share of the step's loss, `sum of weight * sum / denominator` over the terms, a scalar."""
-    shares = [term.weight * term.sum / totals.denominator(term.per) for term in terms.values()]
+    shares = [term.weight * term.sum / totals.denominator(term.denominator) for term in terms.values()]
     return sum(shares[1:], start=shares[0])
 
 

@@ -146,7 +146,7 @@ def training_texts(config: RunConfig, index: DataIndex, n: int) -> Iterator[str]
         for cursor in range(min(each, len(rows))):
             row = row_at(rows, cursor, config.seed, language)
             try:
-                record = index.read(row)
+                record = index.record(row)
             except BadRow:
                 continue  # counted and bounded when the index was built
             yield from record.texts

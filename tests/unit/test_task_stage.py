@@ -1,4 +1,4 @@
-"""tasks/reader.py, masking.py: pairs as X-Mixup asks for, the same on any number of ranks; windows and masks too."""
+"""tasks/stage.py, masking.py, order/pairing.py: partners, windows and masks, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ import torch
 from small_encoders import WORDS, unigram
 from tokenizers.normalizers import Replace
 
+from data_pipeline.batching.packer import Packer
+from data_pipeline.batching.tasks import TaskCollator
 from data_pipeline.config import Overlong, SourceConfig
-from data_pipeline.loader import shared_batches
+from data_pipeline.loader import Loader, Step, fixed_batches
 from data_pipeline.order.mixture import Quotas
-from data_pipeline.order.plan import Planner
-from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.order.pairing import Partners, PlannedPairing, gold_probability
+from data_pipeline.order.plan import Planner, Slot
+from data_pipeline.reader import Reader
+from data_pipeline.records import BadRow, DataError, Sample, stable_hash
 from data_pipeline.sources.index import build_index
-from data_pipeline.tasks.batches import TaskPacker, TaskSample
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.masking import mask_tokens
-from data_pipeline.tasks.reader import TaskLoader, TaskReader, TaskStep, gold_probability
+from data_pipeline.tasks.sample import TaskSample
+from data_pipeline.tasks.stage import TaskStage
 from data_pipeline.tasks.tokenize import TaskTokenizer
 
 LANGUAGES = ("en", "th", "bn")
@@ -93,7 +97,7 @@ def write(folder: Path, kind: str, rows: list[dict[str, Any]] | None = None) -> 
     return rows
 
 
-Make = Callable[..., TaskReader]
+Make = Callable[..., Reader]
 
 
 @pytest.fixture
@@ -110,41 +114,53 @@ def make(tmp_path: Path) -> Make:
         languages: tuple[str, ...] = LANGUAGES,
         overlong: Overlong = "truncate",
         **options: Any,
-    ) -> TaskReader:
+    ) -> Reader:
         rows = write(tmp_path / kind, kind, rows)
         columns = {name: name for each in rows for name in each}
         task = TASKS[kind]
         source = SourceConfig(name="rows", files="rows.jsonl", columns=columns)
         index = build_index([source], languages, tmp_path / kind, tmp_path / "index", task=task, **options)
-        return TaskReader(
-            index,
-            TaskTokenizer(unigram(), task, length, languages),
-            paired=kind != "text" if paired is None else paired,
-            dominant=languages.index("en"),
-            seed=seed,
-            source_schedule=schedule,
-            overlong=overlong,
-        )
+        stage = TaskStage(TaskTokenizer(unigram(), task, length, languages), overlong)
+        with_partner = kind != "text" if paired is None else paired
+        partners = Partners(index, languages.index("en"), schedule, seed) if with_partner else None
+        return Reader(index, stage, seed, partners)
 
     return reader
 
 
-def numbers(reader: TaskReader) -> dict[tuple[str, str], int]:
+def tokenizer_of(reader: Reader) -> TaskTokenizer:
+    assert isinstance(reader.stage, TaskStage)
+    return reader.stage.tokenizer
+
+
+def read(reader: Reader, row: int, step: int) -> TaskSample:
+    """A row as it is read at a step."""
+    sample = reader.read(reader.alone(row, step))
+    assert isinstance(sample, TaskSample)
+    return sample
+
+
+def gold(reader: Reader, step: int) -> bool:
+    assert reader.partners is not None
+    return reader.partners.gold(step)
+
+
+def numbers(reader: Reader) -> dict[tuple[str, str], int]:
     """(language, id) -> row of the index."""
     records = {
-        number: reader.index.task_record(number) for number in range(len(reader.index)) if not reader.index.bad[number]
+        number: reader.index.record(number) for number in range(len(reader.index)) if not reader.index.bad[number]
     }
     return {(record.language, record.id): number for number, record in records.items()}
 
 
-def step_that(reader: TaskReader, gold: bool) -> int:
-    return next(step for step in range(1000) if reader.gold(step) is gold)
+def step_that(reader: Reader, wanted: bool) -> int:
+    return next(step for step in range(1000) if gold(reader, step) is wanted)
 
 
-def text_of(reader: TaskReader, side: Any) -> str:
+def text_of(reader: Reader, side: Any) -> str:
     """The tokens of the texts, put together."""
     ids = side.input_ids[side.content].tolist()
-    return "".join(reader.tokenizer.tokenizer.convert_ids_to_tokens(ids)).replace("▁", "")
+    return "".join(tokenizer_of(reader).tokenizer.convert_ids_to_tokens(ids)).replace("▁", "")
 
 
 # --- scheduled sampling
@@ -170,12 +186,12 @@ def test_steps_are_gold_with_that_probability(make: Make) -> None:
         p = 200 / (200 + math.exp(step / 200))
         expected.append(stable_hash(9, "source", step) < p * 2**63)
         mean, variance = mean + p, variance + p * (1 - p)
-    assert [reader.gold(step) for step in range(3000)] == expected
+    assert [gold(reader, step) for step in range(3000)] == expected
     assert abs(sum(expected) - mean) < 4 * math.sqrt(variance)
     other = make("classification", schedule=200.0, seed=10)
-    assert [other.gold(step) for step in range(3000)] != expected
-    assert all(make("classification", schedule=None).gold(step) for step in (0, 10**6))
-    assert not any(make("classification", schedule=5.0).gold(step) for step in (10**4, 10**6))
+    assert [gold(other, step) for step in range(3000)] != expected
+    assert all(gold(make("classification", schedule=None), step) for step in (0, 10**6))
+    assert not any(gold(make("classification", schedule=5.0), step) for step in (10**4, 10**6))
 
 
 # --- pairs
@@ -187,21 +203,21 @@ def test_a_sample_is_paired_with_what_the_step_wants(make: Make, kind: str, gold
     reader = make(kind, schedule=3.0, length=400)
     step, rows = step_that(reader, gold), numbers(reader)
     for item in range(ITEMS):
-        sample = reader.read(rows["bn", f"i{item}"], step)
+        sample = read(reader, rows["bn", f"i{item}"], step)
         assert sample.source is not None
         is_gold = gold and item != 5  # there is no English item 5, so its translation back is taken
-        assert (sample.source_is_gold, sample.unpaired, sample.source_language) == (is_gold, False, EN)
+        assert (sample.source.is_gold, sample.source.is_itself, sample.source.language) == (is_gold, False, EN)
         joined = "".join(words("en", item))
         if kind == "qa":
             joined = words("en", item)[0] + ("" if is_gold else "after") + joined
         elif not is_gold:
             joined = "after" + joined
-        assert text_of(reader, sample.source) == joined
-        assert sample.source_counts == (is_gold or kind == "classification")
+        assert text_of(reader, sample.source.side) == joined
+        assert sample.source.counts == (is_gold or kind == "classification")
         assert (sample.id, sample.language, sample.group) == (f"i{item}", BN, stable_hash(f"g{item}"))
-    lacking = reader.read(rows["th", "i3"], step)
-    assert (lacking.source_is_gold, lacking.unpaired) == (True, False), "no translation back, so the gold one"
-    assert lacking.source_counts == (gold or kind == "classification")
+    lacking = read(reader, rows["th", "i3"], step)
+    assert (lacking.source.is_gold, lacking.source.is_itself) == (True, False), "no translation back, so the gold one"
+    assert lacking.source.counts == (gold or kind == "classification")
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "qa"])
@@ -215,33 +231,31 @@ def test_a_text_with_no_other_is_its_own_source(make: Make, kind: str) -> None:
     for gold in (True, False):
         step, found = step_that(reader, gold), numbers(reader)
         for language, item in (("en", 0), ("en", 1), ("bn", 7)):
-            sample = reader.read(found[language, f"i{item}"], step)
-            assert (sample.unpaired, sample.source_is_gold) == (True, True)
+            sample = read(reader, found[language, f"i{item}"], step)
+            assert (sample.source.is_itself, sample.source.is_gold) == (True, True)
             assert sample.source is not None
-            assert sample.source.input_ids.tolist() == sample.target.input_ids.tolist()
-            assert sample.source_language == sample.language
-            assert sample.source_counts == (gold or kind == "classification")
-        english = reader.read(found["en", "i2"], step)
-        assert (english.unpaired, english.source_is_gold, english.source_language) == (False, False, EN)
+            assert sample.source.side.input_ids.tolist() == sample.target.input_ids.tolist()
+            assert sample.source.language == sample.language
+            assert sample.source.counts == (gold or kind == "classification")
+        english = read(reader, found["en", "i2"], step)
+        assert (english.source.is_itself, english.source.is_gold, english.source.language) == (False, False, EN)
         assert english.source is not None
-        assert "after" in text_of(reader, english.source)
+        assert "after" in text_of(reader, english.source.side)
 
 
 def test_what_is_not_paired_has_no_source(make: Make) -> None:
-    sample = make("classification", paired=False).read(20, 3)
-    assert (sample.source, sample.source_labels, sample.unpaired) == (None, None, False)
-    with pytest.raises(DataError, match=r"data.task.kind: 'text' has no labels, so there is nothing to pair"):
-        make("text", paired=True)
+    sample = read(make("classification", paired=False), 20, 3)
+    assert sample.source is None
 
 
 def test_classes_are_one_hot_on_both_sides(make: Make) -> None:
     reader = make("classification", schedule=3.0)
     for step in (step_that(reader, True), step_that(reader, False)):
         for (_, name), number in numbers(reader).items():
-            sample = reader.read(number, step)
+            sample = read(reader, number, step)
             expected = [[1.0, 0.0], [0.0, 1.0]][int(name[1:]) % 2]
-            assert sample.source_labels is not None
-            for labels in (sample.target_labels, sample.source_labels):
+            assert sample.source.labels is not None
+            for labels in (sample.target_labels, sample.source.labels):
                 assert labels.classes is not None
                 assert labels.classes.tolist() == [expected]
 
@@ -252,21 +266,21 @@ def test_tags_are_those_of_the_words_in_the_window(make: Make) -> None:
     for (language, name), number in numbers(reader).items():
         item = int(name[1:])
         for step in range(4):
-            sample = reader.read(number, step)
+            sample = read(reader, number, step)
             first, stop = sample.target.words
             later += first > 0
             hard = [np.eye(3)["NVO".index("NVO"[(item + n) % 3])] for n in range(first, stop)]
             expected = hard if language == "en" else [soft(item, n) for n in range(first, stop)]
             assert sample.target_labels.classes == pytest.approx(np.array(expected), abs=1e-6)
             assert sample.source is not None
-            assert sample.source_labels is not None
-            begin, end = sample.source.words
+            assert sample.source.labels is not None
+            begin, end = sample.source.side.words
             if language == "en" or item != 5:
                 gold = [np.eye(3)[(item + n) % 3] for n in range(begin, end)]
-                assert sample.source_labels.classes == pytest.approx(np.array(gold))
+                assert sample.source.labels.classes == pytest.approx(np.array(gold))
             else:
-                assert sample.source_labels.classes is not None
-                assert sample.source_labels.classes.tolist() == [[0.0] * 3] * (end - begin)
+                assert sample.source.labels.classes is not None
+                assert sample.source.labels.classes.tolist() == [[0.0] * 3] * (end - begin)
     assert later > 10
 
 
@@ -275,15 +289,15 @@ def test_soft_tags_come_first_on_the_target_and_tags_on_the_source(make: Make) -
     rows = [{"id": code, "group": "g", "language": code, "words": [code, "old"], **both} for code in LANGUAGES]
     reader = make("tagging", rows)
     for number in range(3):
-        sample = reader.read(number, 0)
+        sample = read(reader, number, 0)
         assert sample.target_labels.classes is not None
         assert sample.target_labels.classes.sum(axis=1) == pytest.approx([1, 1], abs=1e-6)
         assert sample.target_labels.classes == pytest.approx(
             np.array([[0.4995, 0.4995, 0.001], [0, 0.2, 0.8]]), abs=1e-5
         )
-        assert sample.source_labels is not None
-        assert sample.source_labels.classes is not None
-        assert sample.source_labels.classes.tolist() == [[1, 0, 0], [0, 1, 0]]
+        assert sample.source.labels is not None
+        assert sample.source.labels.classes is not None
+        assert sample.source.labels.classes.tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
 def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
@@ -292,10 +306,10 @@ def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
     rows[3] |= {"context": "the old \u3000 bridge", "answers": [{"text": "\u3000 bridge", "answer_start": 8}]}
     rows[4] |= {"context": "old \u200b bridge", "answers": [{"text": "\u200b", "answer_start": 4}]}
     reader = make("qa", rows)
-    assert reader.read(3, 0).target.span is not None
-    reader.tokenizer._backend.normalizer = Replace("\u200b", "")
+    assert read(reader, 3, 0).target.span is not None
+    tokenizer_of(reader)._backend.normalizer = Replace("\u200b", "")
     with pytest.raises(BadRow, match=r"rows\.jsonl:5: no token stands for the answer"):
-        reader.read(4, 0)
+        read(reader, 4, 0)
     found = reader.readable([3, 4, 5])
     assert found.rows == [3, 5]
     (bad,) = found.bad
@@ -305,7 +319,7 @@ def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
 # --- windows
 
 
-def drawn(reader: TaskReader, language: str, name: str, step: int, n: int) -> int:
+def drawn(reader: Reader, language: str, name: str, step: int, n: int) -> int:
     return stable_hash("window", reader.seed, step, language, name) % n
 
 
@@ -314,10 +328,10 @@ def test_one_window_a_step_is_drawn_among_all(make: Make, kind: str) -> None:
     reader = make(kind, paired=False, length=46 if kind == "qa" else 30)
     several = 0
     for (language, name), number in numbers(reader).items():
-        windows = reader.tokenizer.windows(reader.index.task_record(number).example)
+        windows = tokenizer_of(reader).windows(reader.index.record(number).example)
         seen = set()
         for step in range(30):
-            sample = reader.read(number, step)
+            sample = read(reader, number, step)
             expected = windows[drawn(reader, language, name, step, len(windows))]
             assert (sample.target.words, sample.target.span) == (expected.words, expected.span)
             if kind == "text":
@@ -344,15 +358,15 @@ def test_answers_are_in_the_windows_of_both_sides(make: Make) -> None:
         for (language, name), number in numbers(reader).items():
             if language == "en":
                 continue
-            record = reader.index.task_record(number)
-            sample = reader.read(number, step)
+            record = reader.index.record(number)
+            sample = read(reader, number, step)
             assert sample.source is not None
             gold_row = reader.index.translation(number, EN)
             use_gold = gold_row >= 0 and (gold or record.back is None)
-            example = reader.index.task_record(gold_row).example if use_gold else record.back
+            example = reader.index.record(gold_row).example if use_gold else record.back
             assert example is not None
-            sources = list(reader.tokenizer.windows(example))
-            targets = reader.tokenizer.windows(record.example)
+            sources = list(tokenizer_of(reader).windows(example))
+            targets = tokenizer_of(reader).windows(record.example)
             chosen = drawn(reader, language, name, step, len(targets))
             if sample.target.span != (0, 0):
                 with_answer = [n for n, side in enumerate(sources) if side.span != (0, 0)]
@@ -362,8 +376,8 @@ def test_answers_are_in_the_windows_of_both_sides(make: Make) -> None:
             else:
                 expected = sources[min(chosen, len(sources) - 1)]
                 other += len(sources) > 1
-            assert sample.source.input_ids.tolist() == expected.input_ids.tolist()
-            assert sample.source.span == expected.span
+            assert sample.source.side.input_ids.tolist() == expected.input_ids.tolist()
+            assert sample.source.side.span == expected.span
     assert holding > 5
     assert other > 5
 
@@ -375,16 +389,16 @@ def test_the_sources_window_is_at_the_same_part_of_the_sentence(make: Make) -> N
         gold_row = reader.index.translation(number, EN)
         if language == "en" or gold_row < 0:
             continue
-        sources = list(reader.tokenizer.windows(reader.index.task_record(gold_row).example))
-        n_target = len(reader.index.task_record(number).example.texts)
-        n_source = len(reader.index.task_record(gold_row).example.texts)
+        sources = list(tokenizer_of(reader).windows(reader.index.record(gold_row).example))
+        n_target = len(reader.index.record(number).example.texts)
+        n_source = len(reader.index.record(gold_row).example.texts)
         for step in range(6):
-            sample = reader.read(number, step)
+            sample = read(reader, number, step)
             assert sample.source is not None
             middle = sum(sample.target.words) / 2 / n_target
             distances = [abs(sum(side.words) / 2 / n_source - middle) for side in sources]
-            assert sample.source.words == sources[distances.index(min(distances))].words
-            moved += sample.source.words[0] > 0
+            assert sample.source.side.words == sources[distances.index(min(distances))].words
+            moved += sample.source.side.words[0] > 0
     assert moved > 10
 
 
@@ -395,15 +409,15 @@ def test_masks_are_drawn_by_step_and_sample(make: Make) -> None:
     reader, again = make("text", seed=1), make("text", seed=1)
     other_seed = make("text", seed=2)
 
-    def read(each: TaskReader, number: int, step: int) -> tuple[Any, ...]:
-        sample = each.read(number, step)
+    def masked(each: Reader, number: int, step: int) -> tuple[Any, ...]:
+        sample = read(each, number, step)
         assert sample.target_labels.positions is not None
         return sample.target.input_ids.tolist(), sample.target_labels.positions.tolist()
 
     for number in range(0, len(reader.index), 5):
-        assert read(reader, number, 4) == read(again, number, 4)
-    assert [read(reader, n, 4) for n in range(9)] != [read(reader, n, 5) for n in range(9)]
-    assert [read(reader, n, 4) for n in range(9)] != [read(other_seed, n, 4) for n in range(9)]
+        assert masked(reader, number, 4) == masked(again, number, 4)
+    assert [masked(reader, n, 4) for n in range(9)] != [masked(reader, n, 5) for n in range(9)]
+    assert [masked(reader, n, 4) for n in range(9)] != [masked(other_seed, n, 4) for n in range(9)]
 
 
 def test_what_is_masked_is_what_bert_masks() -> None:
@@ -450,10 +464,10 @@ def test_one_token_is_masked_at_least() -> None:
 
 def test_texts_are_masked_with_the_runs_own_tokens(make: Make) -> None:
     reader = make("text", length=40)
-    hf = reader.tokenizer.tokenizer
+    hf = tokenizer_of(reader).tokenizer
     masked = 0
     for number in range(len(reader.index)):
-        sample = reader.read(number, 0)
+        sample = read(reader, number, 0)
         special = np.isin(sample.target.input_ids, [hf.cls_token_id, hf.sep_token_id, hf.pad_token_id])
         assert special.tolist() == (~sample.target.content).tolist(), "none comes in, none is covered"
         masked += int((sample.target.input_ids == hf.mask_token_id).sum())
@@ -463,14 +477,27 @@ def test_texts_are_masked_with_the_runs_own_tokens(make: Make) -> None:
 # --- steps
 
 
-def loader(reader: TaskReader, rank: int = 0, world_size: int = 1, workers: int = 1) -> TaskLoader:
+def loader(reader: Reader, rank: int = 0, world_size: int = 1, workers: int = 1) -> Loader:
     quotas = Quotas({"en": 0.3, "th": 0.3, "bn": 0.4}, LANGUAGES, 1000)
-    planner = Planner(reader.index, EN, quotas, "none", SLOTS, None, 7, [0.5] * 3)
-    packer = TaskPacker(1, 300, reader.tokenizer.config, reader.paired, reader.tokenizer.has_token_types)
-    return TaskLoader(reader, planner, packer, rank, world_size, workers)
+    pairing = PlannedPairing(EN, partners=reader.partners)
+    planner = Planner(reader.index, quotas, pairing, SLOTS, reader.seed, [0.5] * 3)
+    tokenizer = tokenizer_of(reader)
+    collator = TaskCollator(1, tokenizer.config, reader.partners is not None, tokenizer.has_token_types)
+    return Loader(reader, planner, Packer("padded", 300, 300, collator), rank, world_size, workers)
 
 
-def contents(*steps: TaskStep) -> Counter[tuple[Any, ...]]:
+def samples_of(step: Step) -> list[TaskSample]:
+    found = [sample for batch in step.micro_batches for sample in batch.samples]
+    return [sample for sample in found if isinstance(sample, TaskSample)]
+
+
+def labels_of(batch: Any) -> list[Any]:
+    """Classes, spans and token ids: (N, ...), or None where the task has none."""
+    labels = batch.targets.labels
+    return [getattr(labels, name, None) for name in ("classes", "spans", "ids")]
+
+
+def contents(*steps: Step) -> Counter[tuple[Any, ...]]:
     """Every sample of the steps, with its tokens on both sides and all that its labels say."""
     found: Counter[tuple[Any, ...]] = Counter()
     for step in steps:
@@ -478,11 +505,11 @@ def contents(*steps: TaskStep) -> Counter[tuple[Any, ...]]:
             n = len(batch.sample_ids)
             for number, name in enumerate(batch.sample_ids):
                 parts: list[Any] = [name]
-                for each in [number, number + n] if batch.n_pairs else [number]:
-                    mask, units = batch.attention_mask[each].bool(), batch.label_rows == each
-                    parts += [tuple(batch.input_ids[each][mask].tolist()), int(batch.row_languages[each])]
+                for each in [number, number + n] if batch.targets.n_pairs else [number]:
+                    mask, units = batch.attention_mask[each].bool(), batch.targets.label_rows == each
+                    parts += [tuple(batch.input_ids[each][mask].tolist()), int(batch.targets.row_languages[each])]
                     parts += [tuple(batch.label_weights[units].tolist()), tuple(batch.label_languages[units].tolist())]
-                    for field in (batch.label_classes, batch.label_spans, batch.label_ids):
+                    for field in labels_of(batch):
                         parts.append(None if field is None else str(field[units].tolist()))
                 found[tuple(parts)] += 1
     return found
@@ -499,22 +526,21 @@ def test_ranks_share_a_step_whatever_their_number(make: Make, kind: str, world_s
         whole, shares = alone.load(number), [each.load(number) for each in ranks]
         assert contents(*shares) == contents(whole)
         assert contents(whole).total() == SLOTS
-        assert {share.gold for share in shares} == {whole.gold}
-        assert {batch.gold for share in shares for batch in share.micro_batches} <= {whole.gold}
+        wanted = alone.reader.partners is None or gold(alone.reader, number)
+        assert {batch.targets.gold for share in (whole, *shares) for batch in share.micro_batches} == {wanted}
         assert sum(share.fingerprint for share in shares) == whole.fingerprint
-        assert sum(share.unpaired for share in shares) == whole.unpaired
         for name, count in whole.counts.items():
             assert sum(share.counts[name] for share in shares) == count
         for field in ("tokens", "samples"):
             assert np.array_equal(np.sum([getattr(share, field) for share in shares], axis=0), getattr(whole, field))
-        golds.add(whole.gold)
-    assert golds == {True, False}
+        golds.add(wanted)
+    assert golds == ({True} if kind == "text" else {True, False})
 
 
 def test_a_step_holds_the_slots_of_its_plan(make: Make) -> None:
     each = loader(make("classification", schedule=3.0))
     for number in range(STEPS):
-        planned = Counter(each.reader.index.task_record(slot.row).id for slot in each.planner.step(number).slots)
+        planned = Counter(each.reader.index.record(slot.row).id for slot in each.planner.step(number).slots)
         found = Counter(name for batch in each.load(number).micro_batches for name in batch.sample_ids)
         assert found == planned
 
@@ -525,11 +551,9 @@ def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
     reader = make(kind, schedule=3.0, length=46)
     for number in range(STEPS):
         step = loader(reader).load(number)
-        samples = [reader.read(slot.row, number) for slot in loader(reader).planner.step(number).slots]
+        samples = [read(reader, slot.row, number) for slot in loader(reader).planner.step(number).slots]
 
-        def units(sample: TaskSample, source: bool) -> int:
-            labels = sample.source_labels if source else sample.target_labels
-            assert labels is not None
+        def units(labels: Any) -> int:
             found = labels.positions if labels.classes is None else labels.classes
             return 1 if found is None else len(found)
 
@@ -537,41 +561,40 @@ def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
         for sample in samples:
             tokens[sample.language] += len(sample.target)
             if sample.source is not None:
-                tokens[sample.source_language] += len(sample.source)
+                tokens[sample.source.language] += len(sample.source.side)
         assert step.counts == {
-            "target_labels": sum(units(sample, False) for sample in samples),
-            "source_labels": sum(units(sample, True) for sample in samples if sample.source_counts),
+            "target_labels": sum(units(sample.target_labels) for sample in samples),
+            "source_labels": sum(units(s.source.labels) for s in samples if s.source is not None and s.source.counts),
             "pairs": 0 if kind == "text" else len(samples),
         }
         assert (step.tokens.tolist(), step.samples.tolist()) == (tokens, [languages[code] for code in range(3)])
         masks = sum(int(batch.attention_mask.sum()) for batch in step.micro_batches)
         assert masks == sum(tokens)
-        assert step.unpaired == sum(sample.unpaired for sample in samples)
         assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
 
 
 def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make("classification")
     whole = [loader(reader).load(number) for number in range(STEPS)]
-    read = reader.read
+    as_it_is = Reader.read
 
-    def broken(number: int, step: int) -> TaskSample | None:
-        if number % 5 == 0:
-            raise BadRow(f"rows.jsonl:{number + 1}", "the tokenizer has no token for the answer")
-        return read(number, step)
+    def broken(reader: Reader, slot: Slot) -> Sample | None:
+        if slot.row % 5 == 0:
+            raise BadRow(f"rows.jsonl:{slot.row + 1}", "the tokenizer has no token for the answer")
+        return as_it_is(reader, slot)
 
-    gone = [reader.index.task_record(number) for number in range(0, len(reader.index), 5)]
-    monkeypatch.setattr(reader, "read", broken)
+    gone = [reader.index.record(number) for number in range(0, len(reader.index), 5)]
+    monkeypatch.setattr(Reader, "read", broken)
     empty = 0
     for number, before in enumerate(whole):
         step = loader(reader).load(number)
         expected = Counter(
             (record.id, record.language)
             for slot in loader(reader).planner.step(number).slots
-            if (record := reader.index.task_record(slot.row)) not in gone
+            if (record := reader.index.record(slot.row)) not in gone
         )
         found = Counter(
-            (name, LANGUAGES[int(batch.row_languages[place])])
+            (name, LANGUAGES[int(batch.targets.row_languages[place])])
             for batch in step.micro_batches
             for place, name in enumerate(batch.sample_ids)
         )
@@ -601,13 +624,13 @@ def test_texts_of_classification_that_are_too_long_are_cut_left_out_or_an_error(
     with pytest.raises(
         DataError, match=rf"rows.jsonl:\d+: {cut.length(row)} tokens, data.sequence_length is 20; shorten"
     ):
-        make("classification", length=20, overlong="error").read(row, 0)
+        read(make("classification", length=20, overlong="error"), row, 0)
 
 
 @pytest.mark.parametrize("kind", ["tagging", "qa", "text"])
 def test_long_texts_that_are_read_in_windows_are_never_too_long(make: Make, kind: str) -> None:
     reader = make(kind)
-    assert any(len(reader.tokenizer.windows(reader.index.task_record(row).example)) > 1 for row in range(ITEMS))
+    assert any(len(tokenizer_of(reader).windows(reader.index.record(row).example)) > 1 for row in range(ITEMS))
     assert {reader.length(row) for row in range(len(reader.index))} == {0}
     assert all(loader(reader).load(number).slots[1:].sum() == 0 for number in range(STEPS))
 
@@ -651,7 +674,7 @@ def test_the_fingerprint_tells_other_samples_and_other_sources_apart(make: Make)
     always = make("classification", schedule=None)
     for number in range(STEPS):
         same = loader(always).load(number).fingerprint == prints[number]
-        assert same == reader.gold(number)
+        assert same == gold(reader, number)
 
 
 @pytest.mark.parametrize("n_samples", [0, 1, 7])
@@ -660,7 +683,7 @@ def test_a_fixed_set_is_shared_in_equal_numbers(make: Make, n_samples: int, worl
     reader = make("tagging", schedule=3.0)
     samples = reader.readable(range(n_samples)).samples
     packer = loader(reader).packer
-    shares = [shared_batches(samples, packer, rank, world_size) for rank in range(world_size)]
+    shares = [fixed_batches(samples, packer, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     found = Counter(name for share in shares for batch in share for name in batch.sample_ids)
     assert found == Counter(sample.id for sample in samples)

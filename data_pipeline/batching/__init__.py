@@ -1,0 +1,1 @@
+"""Samples -> Batches: packing within a token budget, padding, collation into tensors."""

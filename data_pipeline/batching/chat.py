@@ -1,0 +1,159 @@
+"""Rows of tokenised conversations -> the tensors of a decoder's micro-batch.
+
+Shapes: B rows, T tokens a row, S samples (segments), N label positions, P translation pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_pipeline.batching.batch import (
+    Batch,
+    BatchShape,
+    ChatBatch,
+    ChatTargets,
+    ContrastPairs,
+    SampleUnit,
+    TokenTargets,
+)
+from data_pipeline.batching.packer import Bin, Collator, Layout
+from data_pipeline.records import NO_LANGUAGE, ChatSample, Sample
+
+PADDING = -1
+
+
+class ChatCollator(Collator):
+    """Packs several samples into a row, or pads one a row."""
+
+    counts: ClassVar[tuple[str, ...]] = ("label_tokens", "pairs")
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def collate(self, filled: Bin, layout: Layout) -> ChatBatch:
+        rows = filled.rows
+        order = [sample for row in rows for sample in row]
+        length = max((sum(map(len, row)) for row in rows), default=1)
+        grid = _Grid(max(len(rows), 1), length, self.pad_id)
+        segment = 0
+        for row_index, row in enumerate(rows):
+            start = 0
+            for sample in row:
+                assert isinstance(sample, ChatSample)  # made by ChatStage
+                grid.put(row_index, start, segment, sample)
+                start += len(sample)
+                segment += 1
+        return grid.batch(filled.units, order, with_mask=layout == "padded")
+
+    def blank(self, shape: BatchShape) -> ChatBatch:
+        ids_BT = torch.zeros(shape.rows, shape.row_tokens, dtype=torch.int64)
+        labels_N = torch.zeros(max(shape.labels, 1), dtype=torch.int64)
+        pairs_P = torch.zeros(shape.pairs, dtype=torch.int64)
+        pairs_P2 = torch.zeros(shape.pairs, 2, dtype=torch.int64)
+        targets = ChatTargets(
+            TokenTargets(labels_N, labels_N), segment_ids=ids_BT, n_segments=max(shape.segments, 1), languages=ids_BT,
+            vector_languages=ids_BT, content=ids_BT.bool(), pairs=ContrastPairs(pairs_P2, pairs_P, pairs_P, pairs_P2),
+        )  # fmt: skip
+        return Batch(
+            input_ids=ids_BT, attention_mask=None, position_ids=ids_BT, label_weights=labels_N.float(),
+            label_languages=labels_N, targets=targets, units=(), sample_ids=(),
+        )  # fmt: skip
+
+
+class _Grid:
+    """(B, T) arrays of one micro-batch being filled."""
+
+    def __init__(self, n_rows: int, length: int, pad_id: int) -> None:
+        shape = (n_rows, length)
+        self.length = length
+        self.input_ids = np.full(shape, pad_id, dtype=np.int64)
+        self.position_ids = np.zeros(shape, dtype=np.int64)
+        self.segment_ids = np.full(shape, PADDING, dtype=np.int64)
+        self.languages = np.full(shape, NO_LANGUAGE, dtype=np.int64)
+        self.vector_languages = np.full(shape, NO_LANGUAGE, dtype=np.int64)
+        self.content = np.zeros(shape, dtype=np.bool_)
+        self.filled = np.zeros(n_rows, dtype=np.int64)
+        self.labels: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], int]] = []
+
+    def put(self, row: int, start: int, segment: int, sample: ChatSample) -> None:
+        stop = start + len(sample)
+        here = (row, slice(start, stop))
+        self.input_ids[here] = sample.input_ids
+        self.position_ids[here] = np.arange(len(sample))
+        self.segment_ids[here] = segment
+        self.languages[here] = np.where(sample.labels | sample.answer, sample.response_language, sample.language)
+        same = sample.response_language == sample.language
+        counted = sample.content | sample.answer if same else sample.content
+        self.vector_languages[here] = np.where(counted, sample.language, NO_LANGUAGE)
+        self.content[here] = sample.content
+        self.filled[row] = stop
+        targets = np.flatnonzero(sample.labels)
+        targets = targets[targets > 0]  # the first token has nothing before it that could predict it
+        positions = row * self.length + start + targets - 1
+        self.labels.append((positions, sample.input_ids[targets], sample.language))
+
+    def batch(self, units: Sequence[SampleUnit], order: Sequence[Sample], with_mask: bool) -> ChatBatch:
+        padding = self.segment_ids == PADDING
+        # Padding is one more sample at the row's end: its positions restart, so no real token sees it.
+        ramp = np.arange(self.length)[None, :] - self.filled[:, None]
+        self.position_ids[padding] = ramp[padding]
+        mask = (~padding).astype(np.int64)
+        if not self.filled.any():
+            mask[:, 0] = 1  # an idle micro-batch: its one token sees itself
+        targets = ChatTargets(
+            tokens=TokenTargets(*(torch.from_numpy(each) for each in self._label_tokens())),
+            segment_ids=torch.from_numpy(self.segment_ids),
+            n_segments=max(len(order), 1),
+            languages=torch.from_numpy(self.languages),
+            vector_languages=torch.from_numpy(self.vector_languages),
+            content=torch.from_numpy(self.content),
+            pairs=_contrast_pairs(units, order),
+        )
+        languages = [np.full(len(ids), language, np.int64) for _, ids, language in self.labels if len(ids)]
+        weight = 1.0 if languages else 0.0
+        label_languages = np.concatenate(languages) if languages else np.zeros(1, np.int64)
+        return Batch(
+            input_ids=torch.from_numpy(self.input_ids),
+            attention_mask=torch.from_numpy(mask) if with_mask else None,
+            position_ids=torch.from_numpy(self.position_ids),
+            label_weights=torch.full((len(label_languages),), weight),
+            label_languages=torch.from_numpy(label_languages),
+            targets=targets,
+            units=tuple(units),
+            sample_ids=tuple(sample.id for sample in order),
+        )
+
+    def _label_tokens(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Positions (N,) that predict and ids (N,) that are predicted; without labels, one stand-in of each."""
+        labels = [(positions, ids) for positions, ids, _ in self.labels if len(positions)]
+        if not labels:
+            return np.zeros(1, np.int64), np.zeros(1, np.int64)
+        return (
+            np.concatenate([positions for positions, _ in labels]),
+            np.concatenate([ids for _, ids in labels]).astype(np.int64),
+        )
+
+
+def _contrast_pairs(units: Sequence[SampleUnit], order: Sequence[Sample]) -> ContrastPairs:
+    segment_of = {id(sample): segment for segment, sample in enumerate(order)}
+    pairs, sets, groups, contents = [], [], [], []
+    for set_number, unit in enumerate(units):
+        for dominant, other in unit.pairs:
+            first, second = unit.samples[dominant], unit.samples[other]
+            assert isinstance(first, ChatSample)
+            assert isinstance(second, ChatSample)
+            pairs.append((segment_of[id(first)], segment_of[id(second)]))
+            sets.append(set_number)
+            groups.append(first.group)
+            contents.append((first.content_hash, second.content_hash))
+    return ContrastPairs(
+        segments=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        sets=torch.tensor(sets, dtype=torch.int64),
+        groups=torch.tensor(groups, dtype=torch.int64),
+        contents=torch.tensor(contents, dtype=torch.int64).reshape(-1, 2),
+    )

@@ -1,0 +1,150 @@
+"""Samples of one rank and step -> micro-batches within a token budget, for every kind of rows.
+
+- `packed`: rows of at most `row_tokens`, several samples a row, position ids restart at each sample, no
+  attention mask: attention is block-diagonal by position ids (or varlen, where rows are one).
+- `padded`: one text a row, right-padded, with an attention mask; right for every model.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from data_pipeline.batching.batch import Batch, BatchShape, SampleUnit
+from data_pipeline.records import Sample
+
+log = logging.getLogger(__name__)
+Layout = Literal["packed", "padded"]
+
+
+class HasRowLength(Protocol):
+    """All that placing looks at. `Sample` has it."""
+
+    @property
+    def row_length(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=HasRowLength)
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """Stands for a sample of this length."""
+
+    row_length: int
+
+
+@dataclass(slots=True)
+class Bin:
+    """One micro-batch being filled: rows of samples."""
+
+    rows: list[list[Sample]] = field(default_factory=list)
+    units: list[SampleUnit] = field(default_factory=list)
+
+
+class Collator(ABC):
+    """Makes the tensors of a micro-batch. One for each kind of rows."""
+
+    counts: ClassVar[tuple[str, ...]]  # names in `Batch.counts`
+    sides: int = 1  # rows that a sample takes in the padded layout: 2 where it comes with its partner
+
+    @abstractmethod
+    def collate(self, filled: Bin, layout: Layout) -> Batch[Any]:
+        """The micro-batch of these rows; of an empty bin the idle one: one token a row, no label."""
+
+    @abstractmethod
+    def blank(self, shape: BatchShape) -> Batch[Any]:
+        """A micro-batch of this shape without content, for counting the memory that it takes."""
+
+
+class Packer:
+    """Packs units into micro-batches; a pure function of the units and the budget.
+
+    Args:
+        layout: "packed" or "padded".
+        micro_batch_tokens: rows x row length of a micro-batch stays within this.
+        row_tokens: longest row of the packed layout (varlen attention: the whole micro-batch in one row).
+        collator: makes tensors of the rows.
+    """
+
+    def __init__(self, layout: Layout, micro_batch_tokens: int, row_tokens: int, collator: Collator) -> None:
+        self.layout = layout
+        self.micro_batch_tokens = micro_batch_tokens
+        self.row_tokens = min(row_tokens, micro_batch_tokens)
+        self.collator = collator
+
+    def pack(self, units: Sequence[SampleUnit]) -> list[Batch[Any]]:
+        """First-fit decreasing over units; one above the budget gets a micro-batch of its own."""
+        bins: list[Bin] = []
+        for unit in sorted(units, key=lambda unit: -unit.n_tokens):
+            if not unit.samples:
+                continue
+            for candidate in bins:
+                rows = self._place(candidate.rows, unit.samples, self.micro_batch_tokens)
+                if rows is not None:
+                    break
+            else:
+                candidate = Bin()
+                bins.append(candidate)
+                rows = self._place([], unit.samples, self.micro_batch_tokens)
+                if rows is None:
+                    rows = self._place([], unit.samples, None)
+                    self._warn(unit)
+            assert rows is not None
+            candidate.rows = rows
+            candidate.units.append(unit)
+        return [self.collator.collate(each, self.layout) for each in bins]
+
+    def idle(self) -> Batch[Any]:
+        """One token a row, no label, no language: keeps ranks in step when others have more micro-batches."""
+        return self.collator.collate(Bin(), self.layout)
+
+    def one_by_one(self, batch: Batch[Any]) -> Batch[Any]:
+        """The samples of a micro-batch, or of an idle one, in the padded layout."""
+        padder = Packer("padded", sys.maxsize, self.row_tokens, self.collator)
+        return padder.pack(batch.units)[0] if batch.units else padder.idle()
+
+    def tokens_alone(self, lengths: Sequence[int]) -> int:
+        """Rows x longest row of a micro-batch that holds samples of these lengths and no others."""
+        rows = self._place([], list(map(Blank, lengths)), None)
+        assert rows is not None
+        return self.collator.sides * len(rows) * max(map(_row_tokens, rows))
+
+    def _warn(self, unit: SampleUnit) -> None:
+        needed = self.tokens_alone([sample.row_length for sample in unit.samples])
+        if needed > self.micro_batch_tokens:
+            what = "a contrast set" if unit.pairs else unit.samples[0].id
+            log.warning(
+                "%s takes %d tokens %s, above micro_batch_tokens (%d); it runs alone",
+                what, needed, self.layout, self.micro_batch_tokens,
+            )  # fmt: skip
+
+    def _place(self, rows: list[list[Item]], samples: Sequence[Item], budget: int | None) -> list[list[Item]] | None:
+        """Rows with `samples` added, or None where the budget does not hold them; only their lengths count."""
+        placed = [list(row) for row in rows]
+        if self.layout == "padded":
+            placed += [[sample] for sample in samples]
+            cost = self.collator.sides * len(placed) * max(map(_row_tokens, placed))
+            return placed if budget is None or cost <= budget else None
+        room = [self.row_tokens - _row_tokens(row) for row in placed]
+        for sample in sorted(samples, key=lambda sample: sample.row_length, reverse=True):
+            length = sample.row_length
+            fitting = [index for index, free in enumerate(room) if free >= length]
+            if fitting:
+                best = min(fitting, key=lambda index: room[index])
+                placed[best].append(sample)
+                room[best] -= length
+            elif budget is None or (len(placed) + 1) * self.row_tokens <= budget or not placed:
+                placed.append([sample])
+                room.append(self.row_tokens - length)
+            else:
+                return None
+        return placed
+
+
+def _row_tokens(row: Sequence[HasRowLength]) -> int:
+    return sum(sample.row_length for sample in row)

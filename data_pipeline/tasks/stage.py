@@ -1,0 +1,172 @@
+"""Examples -> TaskSamples: the step's window of a text, its labels, and the source's window that goes with it.
+
+Which window is read and which tokens are masked are pure functions of (seed, step, sample): every rank and every
+resume sees the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.config import Overlong, TaskKind
+from data_pipeline.order.plan import Slot
+from data_pipeline.reader import TextStage, overlong_error
+from data_pipeline.records import BadRow, Example, Record, Sample, stable_hash
+from data_pipeline.tasks.config import TaskConfig
+from data_pipeline.tasks.masking import mask_tokens
+from data_pipeline.tasks.sample import SideLabels, SourceSide, TaskSample
+from data_pipeline.tasks.tokenize import NO_ANSWER, EncodedSide, TaskTokenizer, Windows
+
+
+class TaskStage(TextStage):
+    """The text stage of encoders."""
+
+    def __init__(self, tokenizer: TaskTokenizer, overlong: Overlong = "truncate") -> None:
+        """`overlong`: what becomes of a text that is cut; a source's texts are cut in any case."""
+        self.tokenizer = tokenizer
+        self.sequence_length = tokenizer.sequence_length
+        self.overlong = overlong
+        self.label_ids = {label: number for number, label in enumerate(tokenizer.config.labels)}
+
+    def length(self, record: Record) -> int:
+        return self.tokenizer.windows(record.example).uncut
+
+    def sample(self, record: Record, slot: Slot, partner: Record | None) -> TaskSample | None:
+        windows = self.tokenizer.windows(record.example)
+        too_long = windows.uncut > self.sequence_length
+        if too_long and self.overlong == "error":
+            raise overlong_error(record.origin, windows.uncut, self.sequence_length)
+        if too_long and self.overlong == "drop":
+            return None
+        number = _drawn("window", record, slot) % len(windows)
+        target, labels = self._labelled(record.example, windows[number], record.origin, _drawn("mask", record, slot))
+        return TaskSample(
+            id=record.id, group=stable_hash(record.group), language=slot.language, target=target, target_labels=labels,
+            truncated=too_long, source=self._source(record, slot, partner, windows, number),
+            gold=slot.partner is None or slot.partner.gold_step,
+        )  # fmt: skip
+
+    def describe(self, sample: Sample, uncut: int) -> Iterator[str]:
+        """Both sides decoded, with their labels."""
+        assert isinstance(sample, TaskSample)
+        yield f"{len(sample)} tokens"
+        yield f"target: {self._decoded(sample.target, sample.target_labels)}"
+        if (source := sample.source) is not None:
+            kind = "itself" if source.is_itself else "gold" if source.is_gold else "back-translation"
+            yield f"source ({kind}): {self._decoded(source.side, source.labels)}"
+
+    def _source(
+        self, record: Record, slot: Slot, partner: Record | None, windows: Windows, number: int
+    ) -> SourceSide | None:
+        """The partner's window that goes with window `number` of the record's own; None without partners."""
+        if slot.partner is None:
+            return None
+        kind = slot.partner.kind
+        example, origin = (record.example, record.origin) if partner is None else (partner.example, partner.origin)
+        if kind == "back-translation":
+            assert record.back is not None  # the index says so, and the row has not changed since
+            example = record.back
+        is_gold = kind != "back-translation"
+        counts = self.tokenizer.config.kind == "classification" or (is_gold and slot.partner.gold_step)
+        side = windows[number]
+        if kind != "itself":
+            side = _counterpart(self.tokenizer.windows(example), windows, number, self.tokenizer.config.kind)
+        side, labels = self._labelled(example, side, origin, as_source=True, counts=counts)
+        return SourceSide(side, labels, slot.partner.language, is_gold, counts, is_itself=kind == "itself")
+
+    def _decoded(self, side: EncodedSide, labels: SideLabels) -> str:
+        decode, names = self.tokenizer.tokenizer.decode, self.tokenizer.config.labels
+        text = decode(side.input_ids)
+        if labels.classes is not None:
+            best = [
+                names[each] if row.any() else "-"
+                for each, row in zip(labels.classes.argmax(1), labels.classes, strict=True)
+            ]
+            return f"{text}  ->  {' '.join(best)}"
+        if labels.ids is not None:
+            return f"{text}  ->  {decode(labels.ids)}"
+        if side.span is None or side.span == NO_ANSWER:
+            return f"{text}  ->  (no answer in this window)"
+        return f"{text}  ->  {decode(side.input_ids[side.span[0] : side.span[1] + 1])}"
+
+    def _labelled(
+        self,
+        example: Example,
+        side: EncodedSide,
+        origin: str,
+        mask_seed: int = 0,
+        *,
+        as_source: bool = False,
+        counts: bool = True,
+    ) -> tuple[EncodedSide, SideLabels]:
+        """A window with its labels. `counts`: they must be there. Raises BadRow."""
+        config: TaskConfig = self.tokenizer.config
+        if config.kind == "classification":
+            return side, SideLabels(classes=self._one_hot([example.label]))
+        if config.kind == "tagging":
+            return side, SideLabels(classes=self._tag_classes(example, side, origin, as_source, counts))
+        if config.kind == "qa":
+            if counts and side.span is None:
+                why = "no answers, which training needs" if not example.answers else "no token stands for the answer"
+                raise BadRow(origin, why)
+            return side, SideLabels()
+        covered, positions = mask_tokens(
+            side.input_ids, side.content, config.mask_probability, self.tokenizer.mask_id,
+            self.tokenizer.ordinary_ids, mask_seed,
+        )  # fmt: skip
+        return replace(side, input_ids=covered), SideLabels(positions=positions, ids=side.input_ids[positions])
+
+    def _tag_classes(
+        self, example: Example, side: EncodedSide, origin: str, as_source: bool, counts: bool
+    ) -> npt.NDArray[np.float32]:
+        """(words of the window, C): a target's soft tags come before its tags, a source's tags before its soft tags."""
+        words = slice(*side.words)
+        if example.soft_tags is not None and not (as_source and example.tags is not None):
+            soft = np.array(example.soft_tags[words], np.float32)
+            return soft / soft.sum(axis=1, keepdims=True)
+        if example.tags is not None:
+            return self._one_hot(example.tags[words])
+        if counts:
+            raise BadRow(origin, "neither tags nor soft_tags, one of which training needs")
+        return self._one_hot([None] * (side.words[1] - side.words[0]))
+
+    def _one_hot(self, labels: Sequence[str | None]) -> npt.NDArray[np.float32]:
+        """(labels, C); zeros where there is none."""
+        classes = np.zeros((len(labels), len(self.label_ids)), np.float32)
+        for number, label in enumerate(labels):
+            if label is not None:
+                classes[number, self.label_ids[label]] = 1
+        return classes
+
+
+def _counterpart(of_source: Windows, of_target: Windows, number: int, kind: TaskKind) -> EncodedSide:
+    """The source's window that goes with window `number` of the target.
+
+    In tagging the one whose middle lies nearest to that of the target's, both as shares of their texts. Where the
+    target's window holds the answer, the one that holds it too, and of those the nearest in number. Else the one of
+    the same number.
+    """
+    if len(of_source) == 1:
+        return of_source[0]
+    if kind == "tagging":
+        middles, wanted = _middles(of_source), _middles(of_target)[number]
+        return of_source[min(range(len(middles)), key=lambda n: abs(middles[n] - wanted))]
+    if of_target[number].span not in (None, NO_ANSWER):
+        answering = [n for n, side in enumerate(of_source) if side.span not in (None, NO_ANSWER)]
+        if answering:
+            return of_source[min(answering, key=lambda n: abs(n - number))]
+    return of_source[min(number, len(of_source) - 1)]
+
+
+def _middles(windows: Windows) -> list[float]:
+    """The middle of each window in words, as a share of the text."""
+    n_words = windows.ranges[-1][1]
+    return [(first + stop) / 2 / n_words for first, stop in windows.ranges]
+
+
+def _drawn(what: str, record: Record, slot: Slot) -> int:
+    return stable_hash(what, *slot.seed, record.language, record.id)

@@ -1,0 +1,63 @@
+"""Conversations -> ChatSamples: tokenised by a chat template, cut where too long, their label masks checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from data_pipeline.config import Overlong
+from data_pipeline.order.plan import Slot
+from data_pipeline.reader import TextStage, overlong_error
+from data_pipeline.records import ChatSample, Record, Sample
+from data_pipeline.text.chat import Chat, check_labels, describe
+from data_pipeline.text.truncation import truncate
+
+
+@dataclass(frozen=True, slots=True)
+class ChatStage(TextStage):
+    """The text stage of decoders."""
+
+    chat: Chat
+    sequence_length: int
+    overlong: Overlong = "drop"
+
+    def length(self, record: Record) -> int:
+        return len(self.chat.tokenize(record))
+
+    def sample(self, record: Record, slot: Slot, partner: Record | None = None) -> ChatSample | None:
+        """As `TextStage.sample`; under `overlong` "truncate", None only where the answers alone are too long."""
+        sample = self.fitted(record, labelled=slot.labelled)
+        if sample is None and self.overlong == "error":
+            raise overlong_error(record.origin, self.length(record), self.sequence_length)
+        return sample
+
+    def fitted(self, record: Record, *, labelled: bool = True) -> ChatSample | None:
+        """The sample of a record, its prompt cut where it is too long and `overlong` is "truncate".
+
+        None where it is longer than `sequence_length` still. Raises BadRow, DataError.
+        """
+        sample = self.chat.tokenize(record, labelled=labelled)
+        if len(sample) > self.sequence_length:
+            if self.overlong != "truncate":
+                return None
+            cut = truncate(self.chat, record, sample, self.sequence_length, labelled=labelled)
+            if cut is None:
+                return None
+            record, sample = cut
+        if labelled:
+            check_labels(self.chat, record, sample)
+        return sample
+
+    def describe(self, sample: Sample, uncut: int) -> Iterator[str]:
+        assert isinstance(sample, ChatSample)
+        cut = f", cut from {uncut}" if sample.truncated else ""
+        yield f"{len(sample)} tokens{cut}, {sample.n_labels} labels"
+        yield describe(sample, self.chat.tokenizer)
+
+    def swapped_prompts(self, records: Sequence[Record]) -> list[Sample]:
+        swapped = []
+        for record, other in zip(records, [*records[1:], *records[:1]], strict=True):
+            conversation = record.conversation
+            messages = (*other.conversation.messages[:-1], conversation.messages[-1])
+            swapped.append(self.fitted(replace(record, content=replace(conversation, messages=messages))))
+        return [sample for sample in swapped if sample is not None]

@@ -1,0 +1,53 @@
+"""Masked language modelling (BERT, arXiv 1810.04805, section 3.1): what an encoder is trained with from raw text.
+
+Shapes: N masked positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from data_pipeline.config import RowKind
+from training.objectives.base import ObjectiveConfig, ObjectiveParts
+from training.objectives.finetune import TaskFineTuning
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from data_pipeline.batching.batch import TaskBatch
+    from training.engine.engine import Engine
+
+
+class MaskedLMConfig(ObjectiveConfig):
+    """Masked language modelling: what an encoder is first trained with, from raw text."""
+
+    name: Literal["mlm"]
+
+    kinds: ClassVar[tuple[RowKind, ...]] = ("text",)
+    terms: ClassVar[tuple[str, ...]] = ("task",)
+
+    def build(self, model: PreTrainedModel, parts: ObjectiveParts) -> MaskedLM:
+        return MaskedLM(model)
+
+
+class MaskedLM(TaskFineTuning):
+    """Cross-entropy on masked tokens; the LM head's matrix reads no other position."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from modeling.label_head import LabelHead
+
+        self.head = LabelHead(model)
+
+    def saved_loss(self, engine: Engine, batch: TaskBatch) -> Tensor:
+        return self._unit_losses(engine, batch).sum()
+
+    def _unit_losses(self, engine: Engine, batch: TaskBatch) -> Tensor:
+        from data_pipeline.batching.batch import TokenTargets
+        from modeling.label_head import token_losses
+
+        labels = batch.targets.labels
+        assert isinstance(labels, TokenTargets)  # of kind text
+        with self.head.select(labels.positions):
+            logits_1NV = engine.forward(**batch.model_inputs()).logits
+        return token_losses(logits_1NV[0], labels.ids) * batch.label_weights

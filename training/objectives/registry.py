@@ -1,0 +1,34 @@
+"""All objectives: one module of this folder a method, registered by one line."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from training.objectives.base import ObjectiveConfig
+
+METHODS = (
+    "sft",
+    "shifcon",
+    "mlm",
+    "finetune",
+    "xmixup",
+)
+
+
+def _section(method: str) -> type[ObjectiveConfig]:
+    """The section of the run file that the module of this name defines."""
+    module = import_module(f"training.objectives.{method}")
+    (section,) = (
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, ObjectiveConfig) and each.__module__ == module.__name__
+    )
+    return section
+
+
+OBJECTIVES: tuple[type[ObjectiveConfig], ...] = tuple(map(_section, METHODS))
+
+
+def fixed_keys(name: str) -> tuple[str, ...]:
+    """Keys of the run file without whose values what a checkpoint keeps of the objective `name` cannot be used."""
+    return next((each.fixed_keys for each in OBJECTIVES if each.method() == name), ())
