@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.ranks import machine, run_ranks
+from data_pipeline.batching.batch import Batch, BatchShape
 from training.checks import activations
-from training.checks.activations import BatchShape, SavedBytes
+from training.checks.activations import SavedBytes
 
 if TYPE_CHECKING:
     from training.assembly import Run
@@ -136,6 +137,17 @@ def real_inputs(shape: BatchShape, vocabulary: int) -> Iterator[None]:
         yield
 
 
+def blank_of(config: RunConfig) -> Callable[[BatchShape], Batch[Any]]:
+    """What makes a run's micro-batches without content."""
+    from data_pipeline.batching.chat import ChatCollator
+    from data_pipeline.batching.tasks import TaskCollator
+
+    if config.data.task is None:
+        return ChatCollator(pad_id=0).blank
+    with_partner = config.objective.pairing().with_partner
+    return TaskCollator(0, config.data.task, with_partner, has_token_types=False).blank
+
+
 def on_cpu(
     config: RunConfig, model_config: Any, architecture: Any, attention: str, shape: BatchShape
 ) -> tuple[Any, Callable[[], Tensor]]:
@@ -149,7 +161,7 @@ def on_cpu(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if (lora := config.model.lora) is not None:
         add_adapters(model, lora, config.seed)
-    return model.train(), activations._forward(config, model, shape)
+    return model.train(), activations._forward(config, model, blank_of(config)(shape))
 
 
 def step_peak(model: Any, forward: Callable[[], Tensor]) -> int:
@@ -191,14 +203,7 @@ def measure_activations() -> list[dict[str, Any]]:
             for checkpointing in (False, True):
                 values |= {"precision": precision, "gradient_checkpointing": checkpointing}
                 config = validate(values, "benchmark")
-                counted = count_activations(
-                    config,
-                    model_config,
-                    architecture,
-                    "sdpa",
-                    DTYPES[precision],
-                    SHAPE,  # type: ignore[arg-type]
-                )
+                counted = count_activations(config, model_config, "sdpa", DTYPES[precision], SHAPE, blank_of(config))
                 with real_inputs(SHAPE, VOCABULARY):
                     model, forward = on_cpu(config, model_config, architecture, "sdpa", SHAPE)
                     with SavedBytes(model, list(decoder_layers(model))) as saved:

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, XLMRobertaConfig
 
 from benchmarks.ranks import machine
-from data_pipeline.batching.batch import TaskBatch
+from data_pipeline.batching.batch import Batch, ClassTargets, TaskBatch, TaskTargets
 from training.objectives.finetune import TaskFineTuning
 from training.objectives.xmixup import XMixup, XMixupConfig
 
@@ -51,11 +51,13 @@ def texts(rows: int, n_pairs: int, seed: int) -> TaskBatch:
     ids = torch.randint(5, 2000, (rows, TOKENS), generator=generator) * mask + (1 - mask)
     classes = torch.randint(CLASSES, (n_pairs or rows,), generator=generator).repeat(2 if n_pairs else 1)
     numbers = torch.arange(rows)
-    return TaskBatch(
-        input_ids=ids, attention_mask=mask, token_type_ids=None, n_pairs=n_pairs, row_languages=numbers * 0,
-        label_weights=torch.ones(rows), label_languages=numbers * 0, label_is_source=numbers >= (n_pairs or rows),
-        label_classes=torch.nn.functional.one_hot(classes, CLASSES).float(), label_spans=None, label_positions=None,
-        label_ids=None, label_rows=numbers, token_word=None, gold=True, sample_ids=("random",) * rows,
+    targets = TaskTargets(
+        ClassTargets(torch.nn.functional.one_hot(classes, CLASSES).float()), n_pairs=n_pairs, row_languages=numbers * 0,
+        label_is_source=numbers >= (n_pairs or rows), label_rows=numbers, gold=True,
+    )  # fmt: skip
+    return Batch(
+        input_ids=ids, attention_mask=mask, label_weights=torch.ones(rows), label_languages=numbers * 0,
+        targets=targets, units=(), sample_ids=("random",) * rows,
     )  # fmt: skip
 
 
@@ -69,7 +71,7 @@ def measure(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     for name in ("plain", "X-Mixup"):
         torch.manual_seed(0)
         engines[name] = PlainEngine(AutoModelForSequenceClassification.from_config(config).train())
-    plain = TaskFineTuning("classification")
+    plain = TaskFineTuning()
     settings = XMixupConfig(name="xmixup", layer=layers // 2, alpha=0.4)
     mixed = XMixup(engines["X-Mixup"].module, "classification", settings, special_ids=(0, 1, 2))
 

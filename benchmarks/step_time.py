@@ -152,7 +152,8 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
         for place in range(len(OBJECTIVES)):
             name = OBJECTIVES[(place + number) % len(OBJECTIVES)]
             times[name].append(timed(partial(_step, trainers[name], number, batch), device))
-        sums = all_sum([batch.tokens.sum(), batch.label_tokens, batch.pairs, extra], device).tolist()
+        of_rank = [batch.counts["label_tokens"], batch.counts["pairs"]]
+        sums = all_sum([batch.tokens.sum(), *of_rank, extra], device).tolist()
         read = dict(zip(("tokens", "label_tokens", "pairs", "three_pass_extra_tokens"), map(int, sums), strict=True))
         busiest = {name: int(all_max(_grid(each.load(number)), device)) for name, each in loaders.items()}
         counts.append({**read, "grid_tokens_of_busiest_rank": busiest})

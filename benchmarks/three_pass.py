@@ -44,7 +44,7 @@ class Texts:
     @property
     def tokens(self) -> int:
         """Without padding."""
-        return int((self.batch.segment_ids >= 0).sum())
+        return int((self.batch.targets.segment_ids >= 0).sum())
 
 
 class ThreePassShifCon(ShifCon):

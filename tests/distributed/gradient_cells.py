@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_pipeline.packing import Packer
-from data_pipeline.tasks.batches import TaskPacker
-from data_pipeline.tasks.reader import TaskReader, TaskStep
 from safetensors.torch import save_file
 from tiny_run import XMIXUP, rank_values
 
-from data_pipeline.loader import RankStep
+from data_pipeline.batching.packer import Packer
+from data_pipeline.loader import Step
 from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
 from training.engine.engine import gathered, process_group
@@ -106,12 +104,11 @@ def _run(data_dir: Path, work: Path, objective: str, **changes: int) -> Run:
     return assemble(config, prepare(config, rank()))
 
 
-def _batch(trainer: Trainer, step: int, micro_batches: int) -> tuple[RankStep | TaskStep, StepTotals]:
+def _batch(trainer: Trainer, step: int, micro_batches: int) -> tuple[Step, StepTotals]:
     """The global batch of the step, packed so that the busiest rank has that many micro-batches."""
     run = trainer.run
     run.objective.before_step(run.engine, step)
-    find = _packer_for if run.config.data.task is None else _task_packer_for
-    run.loader.packer = find(run, step, micro_batches)
+    run.loader.packer = _packer_for(run, step, micro_batches)
     batch = run.loader.load(step)
     totals = trainer.agree(batch).totals
     assert totals.micro_batches == micro_batches, (totals.micro_batches, micro_batches)
@@ -119,32 +116,21 @@ def _batch(trainer: Trainer, step: int, micro_batches: int) -> tuple[RankStep | 
 
 
 def _packer_for(run: Run, step: int, micro_batches: int) -> Packer:
-    """The budget under which the busiest rank has exactly that many micro-batches at this step."""
+    """A budget under which the busiest rank has exactly that many micro-batches at this step.
+
+    Packed: the largest one; padded: the smallest, so that some rank may have fewer.
+    """
+    own = run.loader.packer
     shares = []
     for other in range(world_size()):
         batch = run.data.loader(run.config, other, world_size()).load(step)
         shares.append([unit for micro_batch in batch.micro_batches for unit in micro_batch.units])
     samples = max(sum(len(unit.samples) for unit in share) for share in shares)
-    for row in (128, 112, 96, 80):
-        for rows in range(samples, 0, -1):
-            packer = Packer("packed", rows * row, row, run.loader.packer.pad_id)
-            if max(len(packer.pack(share)) for share in shares) == micro_batches:
-                return packer
-    raise AssertionError(f"no budget gives {micro_batches} micro-batches")
-
-
-def _task_packer_for(run: Run, step: int, micro_batches: int) -> TaskPacker:
-    """The same for an encoder's task; the smallest such budget, so that some rank may have fewer."""
-    own, reader = run.loader.packer, run.data.reader
-    assert isinstance(own, TaskPacker)
-    assert isinstance(reader, TaskReader)
-    shares = []
-    for other in range(world_size()):
-        loader = run.data.loader(run.config, other, world_size())
-        units = loader.share(loader.planner.step(step))
-        shares.append([reader.read(slot.row, step) for unit in units for slot in unit.slots])
-    for budget in range(256, 2**14, 64):
-        packer = TaskPacker(own.pad_id, budget, own.task, own.paired, own.has_token_types)
+    budgets = [(rows * row, row) for row in (128, 112, 96, 80) for rows in range(samples, 0, -1)]
+    if own.layout == "padded":
+        budgets = [(budget, own.row_tokens) for budget in range(256, 2**14, 64)]
+    for budget, row in budgets:
+        packer = Packer(own.layout, budget, row, own.collator)
         if max(len(packer.pack(share)) for share in shares) == micro_batches:
             return packer
     raise AssertionError(f"no budget gives {micro_batches} micro-batches")

@@ -14,7 +14,7 @@ from pathlib import Path
 from tiny_run import rank_values
 
 import training.__main__ as entry
-from data_pipeline.loader import StepLoader
+from data_pipeline.loader import Loader
 from training.distributed import rank
 from training.run_file import validate
 
@@ -30,7 +30,7 @@ def loop_forever():
 def main() -> int:
     fault, data_dir, output_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     entry.load_config = lambda *_: validate(rank_values(data_dir, output_dir, max_steps=8), "test")
-    steps = StepLoader.steps
+    steps = Loader.steps
 
     def stalling(self, start: int, stop: int):
         for step, batch in enumerate(steps(self, start, stop), start):
@@ -41,7 +41,7 @@ def main() -> int:
                     loop_forever() if fault == "loop" else os.kill(os.getpid(), signal.SIGSTOP)
             yield batch
 
-    StepLoader.steps = stalling
+    Loader.steps = stalling
     return entry.main(["unused.yaml"])
 
 

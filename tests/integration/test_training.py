@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from ranks import SOURCE, checked, environment, run_command, run_ranks
 from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
-from data_pipeline.records import Message, TokenizedSample
+from data_pipeline.records import ChatSample, Message
 from modeling.export_info import VECTORS_FILE
 from training.config import RunConfig
 from training.objectives.shifcon import ShifConConfig
@@ -155,7 +155,7 @@ class Finished(NamedTuple):
     generator: ShiftedGenerator
     chat: Chat
 
-    def losses(self, sample: TokenizedSample, language: str, response_language: str, shifted: bool = True) -> Tensor:
+    def losses(self, sample: ChatSample, language: str, response_language: str, shifted: bool = True) -> Tensor:
         """(N,): the cross entropy of each label, given to the generator behind its prompt."""
         import torch
         from torch.nn import functional
@@ -211,10 +211,12 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
     formulas (docs/methods.md, section 1.2) from the last checkpoint's vectors and the exported weights give the same
     losses."""
     import torch
-    from data_pipeline.packing import Packer, TokenizedUnit
     from torch.nn import functional
 
-    from data_pipeline.records import Record
+    from data_pipeline.batching.batch import SampleUnit
+    from data_pipeline.batching.chat import ChatCollator
+    from data_pipeline.batching.packer import Packer
+    from data_pipeline.records import Conversation, Record
     from modeling.loading import load_pretrained
     from modeling.shifcon.language_vectors import LanguageVectors
     from training.objectives.shifcon import ShifCon
@@ -227,7 +229,9 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
         ("en", "de", "3+4?", "7"),
     ]
     samples = [
-        chat.tokenize(Record("", str(n), language, response, (Message("user", q), Message("assistant", a)), ""))
+        chat.tokenize(
+            Record("", str(n), language, "", Conversation((Message("user", q), Message("assistant", a)), response))
+        )
         for n, (language, response, q, a) in enumerate(spoken)
     ]
     directory = finished.generator.model.name_or_path
@@ -235,7 +239,7 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
 
     objective = ShifCon(model, config.objective, config.data.languages, config.data.dominant, probe=[])
     objective.load(finished.checkpoint)
-    (batch,) = Packer("packed", 512, 512, 0).pack([TokenizedUnit(tuple(samples))])
+    (batch,) = Packer("packed", 512, 512, ChatCollator(0)).pack([SampleUnit(tuple(samples))])
     assert len(batch.input_ids) == 1
     with torch.no_grad():
         trained = objective.loss_terms(SimpleNamespace(forward=model), batch).label_losses

@@ -10,11 +10,12 @@ import torch
 from tiny_run import XMIXUP, run_values
 from transformers import AutoConfig, PreTrainedConfig
 
-from benchmarks.memory_estimate import DTYPES, on_cpu, real_inputs, step_peak
+from benchmarks.memory_estimate import DTYPES, blank_of, on_cpu, real_inputs, step_peak
+from data_pipeline.batching.batch import BatchShape
 from modeling.architectures import Architecture
 from modeling.layers import decoder_layers
 from training.checks import activations
-from training.checks.activations import BatchShape, SavedBytes
+from training.checks.activations import SavedBytes
 from training.config import RunConfig
 from training.run_file import validate
 
@@ -72,7 +73,7 @@ CASES: dict[str, tuple[str, Architecture, dict[str, Any]]] = {
 def test_counted_without_data_is_what_autograd_saves(case: str, attention: Any, precision: str) -> None:
     kind, architecture, changes = CASES[case]
     config = config_of(**changes, precision=precision)
-    counted = activations_of(config, kind, architecture, attention)
+    counted = activations_of(config, kind, attention)
     with real_inputs(SHAPE, SIZES["vocab_size"]):
         model, forward = on_cpu(config, model_config(kind), architecture, attention, SHAPE)
         with SavedBytes(model, list(decoder_layers(model))) as saved:
@@ -89,15 +90,15 @@ def test_counted_without_data_is_what_autograd_saves(case: str, attention: Any, 
 def test_the_peak_is_what_a_step_allocates_and_little_more(case: str, precision: str, checkpointing: bool) -> None:
     kind, architecture, changes = CASES[case]
     config = config_of(**changes, precision=precision, gradient_checkpointing=checkpointing)
-    estimate = activations_of(config, kind, architecture, "sdpa").peak(checkpointing)
+    estimate = activations_of(config, kind, "sdpa").peak(checkpointing)
     with real_inputs(SHAPE, SIZES["vocab_size"]):
         measured = step_peak(*on_cpu(config, model_config(kind), architecture, "sdpa", SHAPE))
     assert measured <= estimate <= 1.4 * measured
 
 
-def activations_of(config: RunConfig, kind: str, architecture: Architecture, attention: Any) -> activations.Activations:
+def activations_of(config: RunConfig, kind: str, attention: Any) -> activations.Activations:
     dtype = DTYPES[config.precision]
-    return activations.count_activations(config, model_config(kind), architecture, attention, dtype, SHAPE)
+    return activations.count_activations(config, model_config(kind), attention, dtype, SHAPE, blank_of(config))
 
 
 def test_checkpointing_keeps_the_states_between_layers_and_one_layer_whole() -> None:
@@ -112,6 +113,6 @@ def test_what_cannot_run_without_data_goes_by_the_formula() -> None:
     """Falcon's attention is its own, and cannot be played by the stand-in."""
     config = config_of(objective={"name": "sft"}, precision="bf16")
     falcon = AutoConfig.for_model("falcon", hidden_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=600)
-    kept = activations.count_activations(config, falcon, "causal-lm", "flash_attention_2", torch.bfloat16, SHAPE)
+    kept = activations.count_activations(config, falcon, "flash_attention_2", torch.bfloat16, SHAPE, blank_of(config))
     assert not kept.counted
     assert kept.layers == (34 * 4 * 64 * 128,) * 2  # 34 bytes a token and hidden unit

@@ -13,7 +13,7 @@ from small_tokenizers import CHATML, ITEMS, KINDS, LANGUAGES, TEMPLATES, small_t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.records import BadRow, DataError, Message, Record, stable_hash
+from data_pipeline.records import BadRow, Conversation, DataError, Message, Record, stable_hash
 from data_pipeline.text.chat import LANGUAGE_NAMES, Chat, TemplateConfig, check_labels, describe, language_name
 
 LLAMA2 = (  # no generation prompt, white space around answers, the system inside the first user turn
@@ -37,7 +37,12 @@ def make_record(*turns, language="en", response_language=None):
     system = [Message("system", turns[0][1])] if isinstance(turns[0], tuple) else []
     roles = ("user", "assistant") * len(turns)
     spoken = [Message(role, text) for role, text in zip(roles, turns[len(system) :], strict=False)]
-    return Record("item-1", "g1", language, response_language or language, (*system, *spoken), "file.jsonl:7")
+    conversation = Conversation((*system, *spoken), response_language or language)
+    return Record("item-1", "g1", language, "file.jsonl:7", conversation)
+
+
+def with_turns(record, *messages):
+    return dataclasses.replace(record, content=dataclasses.replace(record.content, messages=messages))
 
 
 def spans(chat, sample, mask):
@@ -78,7 +83,7 @@ def test_training_begins_with_what_generation_feeds(tokenizers, kind, template):
     record = make_record(*turns, language="en", response_language="es")
     sample = chat.tokenize(record)
     check_labels(chat, record, sample)
-    ids, content = chat.prompt_ids(record.messages[:-1], "en", "es")
+    ids, content = chat.prompt_ids(record.conversation.messages[:-1], "en", "es")
     assert sample.input_ids[: len(ids)].tolist() == ids.tolist()
     assert sample.content[: len(ids)].tolist() == content.tolist()
     assert sample.labels[len(ids) :].all()
@@ -88,7 +93,7 @@ def test_training_begins_with_what_generation_feeds(tokenizers, kind, template):
     assert not unlabelled.answer.any()
     assert unlabelled.content.tolist() == content.tolist()
     # and the same at every earlier answer
-    first, _ = chat.prompt_ids(record.messages[:2], "en", "es")
+    first, _ = chat.prompt_ids(record.conversation.messages[:2], "en", "es")
     assert sample.input_ids[: len(first)].tolist() == first.tolist()
     assert len(spans(chat, sample, sample.labels)) == 3
 
@@ -260,9 +265,8 @@ def test_answers_come_back_exactly(tokenizers, kind, answer):
 def test_a_turn_of_weight_0_is_read_and_not_predicted(tokenizers, kind, template):
     chat = make_chat(tokenizers, kind, template)
     whole = make_record("one", "Uno", "two", "Dos", "three", "Tres", language="en", response_language="es")
-    spared = dataclasses.replace(
-        whole, messages=tuple(dataclasses.replace(m, trained=m.content != "Uno") for m in whole.messages)
-    )
+    turns = whole.conversation.messages
+    spared = with_turns(whole, *(dataclasses.replace(turn, trained=turn.content != "Uno") for turn in turns))
     expected, sample = chat.tokenize(whole), chat.tokenize(spared)
     check_labels(chat, spared, sample)
     assert sample.input_ids.tolist() == expected.input_ids.tolist()
@@ -272,9 +276,9 @@ def test_a_turn_of_weight_0_is_read_and_not_predicted(tokenizers, kind, template
     assert spans(chat, sample, sample.labels) == [f"Dos{end}", f"Tres{end}"]
     with pytest.raises(DataError, match="2 labelled runs of tokens for 3 answers"):
         check_labels(chat, whole, sample)
-    last = dataclasses.replace(whole, messages=(*whole.messages[:-1], Message("assistant", "Tres", trained=False)))
+    last = with_turns(whole, *turns[:-1], Message("assistant", "Tres", trained=False))
     assert spans(chat, chat.tokenize(last), chat.tokenize(last).labels) == [f"Uno{end}", f"Dos{end}"]
-    none = dataclasses.replace(whole, messages=(Message("user", "q"), Message("assistant", "a", trained=False)))
+    none = with_turns(whole, Message("user", "q"), Message("assistant", "a", trained=False))
     with pytest.raises(BadRow, match="no assistant turn is trained on"):
         chat.tokenize(none)
 
@@ -416,7 +420,7 @@ def test_a_system_message_is_never_content(tokenizers):
     ],
 )
 def test_unusable_records_are_bad_rows(tokenizers, messages, said):
-    record = Record("i", "g", "en", "en", messages, "file.jsonl:3")
+    record = Record("i", "g", "en", "file.jsonl:3", Conversation(messages, "en"))
     for template in TEMPLATES:
         with pytest.raises(BadRow, match=f"file.jsonl:3: .*{said}"):
             make_chat(tokenizers, "spm", template).tokenize(record)

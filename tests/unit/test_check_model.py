@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_pipeline.packing import Packer
 from tiny_run import XMIXUP, run_values, write_data, write_task_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -173,7 +172,6 @@ def test_a_contrast_set_that_fits_no_micro_batch_is_refused_with_both_numbers(tm
 def largest_set(config: RunConfig) -> int:
     """Rows x longest row of the run's largest contrast set, by packing each as if it were alone."""
     data = assemble_data(config, prepare(config))
-    assert isinstance(data.packer, Packer)
     sizes = []
     for step in range(config.max_steps):
         for unit in data.planner.step(step).units:

@@ -124,4 +124,4 @@ def test_rows_of_a_task_are_compared_by_all_their_texts(tmp_path: Path) -> None:
     index = build(tmp_path, rows, columns, heldout_items=8, task=task)
     assert contaminated_rows(index)
     for row, training in contaminated_rows(index):
-        assert index.task_record(row).texts == index.task_record(training).texts
+        assert index.record(row).texts == index.record(training).texts

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tiny_run import LANGUAGES, PreparedRun, corpus_rows, write_data
 
-from data_pipeline.loader import SampleReader
 from data_pipeline.records import DataError
 from data_pipeline.sources.index import build_index
+from data_pipeline.text.stage import ChatStage
 from training.assembly import DataParts, assemble_data, build_planner, check_longest
 from training.checks import data_report
 from training.checks.data_report import contamination, mixture_table
@@ -35,11 +35,12 @@ def changed(tmp_path: Path, tiny_run: Any, parts: DataParts) -> Changed:
     def make(folder: Path | None = None, **changes: Any) -> tuple[RunConfig, DataParts]:
         config = validate(tiny_run(tmp_path / "run", **changes), "tiny run")
         data, reader = config.data, parts.reader
-        assert isinstance(reader, SampleReader)
+        assert isinstance(reader.stage, ChatStage)
         index = parts.index
         if folder is not None:
             index = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=config.seed)
-        new = SampleReader(index, reader.chat, data.sequence_length, data.overlong)
+        stage = ChatStage(reader.stage.chat, data.sequence_length, data.overlong)
+        new = replace(reader, index=index, stage=stage)
         return config, replace(parts, index=index, reader=new, planner=build_planner(config, index, None))
 
     return make

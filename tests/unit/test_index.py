@@ -60,7 +60,7 @@ def check_whole(index: DataIndex) -> None:
         assert index.language[number] == language
         assert index.group[number] == stable_hash(record.group)
         assert index.content[number] == stable_hash(record.user_text)
-        assert index.n_bytes[number] == sum(len(message.content.encode()) for message in record.messages)
+        assert index.n_bytes[number] == sum(len(message.content.encode()) for message in record.conversation.messages)
         assert index.heldout[number] == (stable_hash(record.group) in index.groups_heldout.tolist())
         sections.setdefault((language, bool(index.heldout[number])), []).append(number)
     for (language, heldout), numbers in sections.items():

@@ -12,7 +12,7 @@ import pytest
 from small_tokenizers import ITEMS, KINDS, LANGUAGES, TEMPLATES, small_tokenizers
 from transformers import AutoTokenizer
 
-from data_pipeline.records import Message
+from data_pipeline.records import Conversation, Message
 from data_pipeline.text.chat import Chat, TemplateConfig
 from data_pipeline.text.jinja_template import Defaults, jinja_template
 
@@ -107,7 +107,7 @@ def test_without_a_generation_prompt_a_conversation_is_what_training_saw(
         chat = Chat(tokenizers[kind], TemplateConfig(**template), LANGUAGES)
         tokenizer = exported(chat, Defaults("en"), tmp_path / str(number))
         messages = (Message("user", "one"), Message("assistant", "Uno"))
-        sample = chat.tokenize(Record("1", "1", "en", "en", messages, ""))
+        sample = chat.tokenize(Record("1", "1", "en", "", Conversation(messages, "en")))
         spoken = [{"role": message.role, "content": message.content} for message in messages]
         assert tokenizer.apply_chat_template(spoken, return_dict=False) == sample.input_ids.tolist()
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from data_pipeline.packing import Packer
 from tiny_run import run_values
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from data_pipeline.batching.chat import ChatCollator
+from data_pipeline.batching.packer import Packer
 from evals.errors import EvalError
 from evals.opening import Question, answer, open_model
 from modeling.errors import ModelError
@@ -159,7 +160,7 @@ def test_only_differences_due_to_packing_are_reported_as_such(
         return SimpleNamespace(label_losses=torch.tensor([next(given)]))
 
     run: Any = SimpleNamespace(
-        data=SimpleNamespace(packer=Packer("packed", 64, 64, 0)), engine=Engine(),
+        data=SimpleNamespace(packer=Packer("packed", 64, 64, ChatCollator(0))), engine=Engine(),
         objective=SimpleNamespace(loss_terms=loss_terms), config=SimpleNamespace(precision="fp32"),
     )  # fmt: skip
     batch: Any = SimpleNamespace(micro_batches=[])

@@ -99,7 +99,8 @@ def one_bad(folder: Path, **source: Any) -> str:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "tsv", "hub", "saved"])
 def test_every_format_gives_the_same_records(kind: str, tmp_path: Path) -> None:
     records = scan(tmp_path, **write(kind, tmp_path, ROWS), response_language="en")
-    assert [(r.id, r.group, r.language, r.response_language, r.messages) for r in records] == [
+    conversations = [(r.conversation.response_language, r.conversation.messages) for r in records]
+    assert [(r.id, r.group, r.language, *each) for r, each in zip(records, conversations, strict=True)] == [
         (
             row["id"],
             row["id"],
@@ -138,7 +139,7 @@ def test_messages(kind: str, tmp_path: Path) -> None:
     row = {"turns": json.dumps(turns) if kind == "csv" else turns, "rules": "Be brief."}
     columns = {"messages": "turns", "system": "rules"}
     (record,) = scan(tmp_path, **write(kind, tmp_path, [row]), language="sw", columns=columns)
-    assert [m.role for m in record.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m.role for m in record.conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert record.user_text == "Habari?\n3+4?"
     assert (record.language, record.response_language) == ("sw", "sw")
     assert record.id.endswith(":2" if kind == "csv" else ":1")  # the line or the row
@@ -174,7 +175,7 @@ def test_sharegpt_turns_and_weights(kind: str, tmp_path: Path) -> None:
     ]
     row = {"conversations": json.dumps(turns) if kind == "csv" else turns, "tools": None}
     (record,) = scan(tmp_path, **write(kind, tmp_path, [row]), language="sw", columns={"messages": "conversations"})
-    assert record.messages == (
+    assert record.conversation.messages == (
         Message("system", "Be brief."),
         Message("user", "Habari?"),
         Message("assistant", "Nzuri.", trained=False),
@@ -243,7 +244,9 @@ def test_what_changes_the_prompt_beside_the_turns_is_refused_by_name(kind: str, 
     error = one_bad(tmp_path, **source, columns={"messages": "turns"})
     assert f"{field!r} beside 'turns': " in error
     mapped = scan(tmp_path, **source, columns={"messages": "turns", "system": field})
-    assert [record.messages[0].role for record in mapped] == ["user", "system"], "mapped, it is what the user says"
+    assert [record.conversation.messages[0].role for record in mapped] == ["user", "system"], (
+        "mapped, it is what the user says"
+    )
 
 
 def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
@@ -251,7 +254,7 @@ def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     columns = {"prompt": "question", "completion": "answer"}
     records = scan(tmp_path, files="x.csv", language="sw", columns=columns)
-    assert [(r.user_text, r.messages[-1].content) for r in records] == [
+    assert [(r.user_text, r.conversation.messages[-1].content) for r in records] == [
         ("Habari,\r\ndunia?", "ndiyo"),
         ("Moja?", "1"),
         ("Mbili?", "2"),
@@ -323,7 +326,7 @@ def test_without_quoting_a_quote_is_a_character_like_others(tmp_path: Path, name
     text = QUOTES if name == "x.tsv" else QUOTES.replace("\t", ",")
     (tmp_path / name).write_text(text, encoding="utf-8")
     found = [record for record in scan(tmp_path, files=name, quoting="none") if isinstance(record, Record)]
-    assert [tuple(message.content for message in record.messages) for record in found] == [
+    assert [tuple(message.content for message in record.conversation.messages) for record in found] == [
         ('"Who?" he said.', '"I."'), ('"a ""b"" c"', 'say "hi"'), ('"', '"'),
     ]  # fmt: skip
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from data_pipeline.tasks.batches import TaskPacker
 from small_encoders import unigram
 from transformers import AutoConfig
 
+from data_pipeline.batching.packer import Packer
+from data_pipeline.batching.tasks import TaskCollator
 from data_pipeline.tasks.config import TaskConfig
 from modeling.architectures import auto_class
 from modeling.tasks.encoders import TASK_ARCHITECTURES
@@ -40,11 +41,12 @@ def test_an_idle_micro_batch_is_nothing(kind: Any, paired: bool) -> None:
         num_labels=len(labels) or 2,
     )  # fmt: skip
     model = auto_class(TASK_ARCHITECTURES[kind]).from_config(config)
-    objective: Any = TaskFineTuning(kind)
+    objective: Any = TaskFineTuning()
     if paired:
         settings = XMixupConfig(name="xmixup", layer=1, alpha=0.4)
         objective = XMixup(model, kind, settings, unigram().all_special_ids)
-    batch = TaskPacker(1, 64, TaskConfig(kind=kind, labels=labels), paired=paired, has_token_types=False).idle()
+    collator = TaskCollator(1, TaskConfig(kind=kind, labels=labels), paired=paired, has_token_types=False)
+    batch = Packer("padded", 64, 64, collator).idle()
     terms = objective.loss_terms(PlainEngine(model), batch)
     assert float(terms.label_losses.detach().sum()) == 0
     assert tuple(terms.terms) == (XMixupConfig.terms if paired else FineTuneConfig.terms)

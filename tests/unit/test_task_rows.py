@@ -1,4 +1,4 @@
-"""Task columns: every format gives the same TaskRecords, bad rows say where and why, the index holds them too."""
+"""Task columns: every format gives the same Records, bad rows say where and why, the index holds them too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_pipeline.tasks.records import Example, TaskRecord
+from data_pipeline.tasks.records import Example
 from pydantic import ValidationError
 
 from data_pipeline.config import TASK_COLUMNS, ColumnMap, SourceConfig
-from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.records import BadRow, DataError, Example, Record, stable_hash
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.rows import read_task_file
@@ -123,7 +123,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path, kind: str, suffix: 
     rows = named(ROWS[kind])
     write(tmp_path / f"x.{suffix}", rows)
     index = build(tmp_path, kind, source(rows, files=f"x.{suffix}"))
-    records = [index.task_record(number) for number in range(len(index))]
+    records = [index.record(number) for number in range(len(index))]
     assert [(record.example, record.back) for record in records] == EXAMPLES[kind]
     assert [(record.id, record.group, record.language) for record in records] == [
         ("r0", "g0", "en"),
@@ -139,16 +139,16 @@ def test_the_index_says_of_them_what_it_says_of_others(tmp_path: Path, kind: str
     write(tmp_path / "x.jsonl", rows)
     index = build(tmp_path, kind, source(rows))
     for number in range(2):
-        record = index.task_record(number)
+        record = index.record(number)
         texts = EXAMPLES[kind][number][0].texts
-        assert record == index.read(number)
-        assert (record.texts, record.user_text, record.response_language) == (texts, "\n".join(texts), record.language)
+        assert (record.texts, record.user_text) == (texts, "\n".join(texts))
         assert index.n_bytes[number] == record.n_bytes == sum(len(text.encode()) for text in texts)
         assert index.content[number] == stable_hash(record.user_text)
         assert index.group[number] == stable_hash("g0")
         assert index.translation(number, 1 - number) == 1 - number
+        assert index.has_back[number] == (record.back is not None)
     with pytest.raises(DataError, match=r"x\.jsonl:1: a row of a task, where a conversation is needed"):
-        index.record(0)
+        _ = index.record(0).conversation
 
 
 def test_a_conversation_is_no_row_of_a_task(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_conversation_is_no_row_of_a_task(tmp_path: Path) -> None:
     index = build_index([chat], LANGUAGES, tmp_path, tmp_path / "cache")
     assert index.record(0).texts == ("?", "!")
     with pytest.raises(DataError, match=r"x\.jsonl:1: a conversation, where a row of a task is needed"):
-        index.task_record(0)
+        _ = index.record(0).example
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     text = (tmp_path / "x.jsonl").read_text(encoding="utf-8")
     (tmp_path / "x.jsonl").write_text(text.replace('"Go"', '"No"'), encoding="utf-8")
     with pytest.raises(DataError, match=r"x\.jsonl:2: the file has changed since the run began"):
-        index.task_record(1)
+        index.record(1)
 
 
 def test_the_wide_layout(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_wide_layout(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", rows)
     wide = source(rows, languages=LANGUAGES, columns={"text_a": "p_{language}", "label": "label"})
     index = build(tmp_path, "classification", wide)
-    records = [index.task_record(number) for number in range(len(index))]
+    records = [index.record(number) for number in range(len(index))]
     assert [(r.language, r.example) for r in records] == [
         ("en", Example(("One",), "yes")),
         ("th", Example(("หนึ่ง",), "yes")),
@@ -196,11 +196,11 @@ def test_labels_and_translations_may_be_missing_in_some_files(tmp_path: Path) ->
         write(folder / f"en.{suffix}", english)
         write(folder / f"th.{suffix}", thai)
         index = build(folder, "tagging", both.model_copy(update={"files": f"*.{suffix}"}))
-        assert index.task_record(0) == TaskRecord(
+        assert index.record(0) == Record(
             "1", "1", "en", f"{folder}/en.{suffix}:{2 if suffix == 'csv' else 1}", Example(("Go",), tags=("V",))
         )
-        assert index.task_record(1).example == Example(("ไป",), soft_tags=((0.0, 1.0, 0.0),))
-        assert index.task_record(1).back == Example(("Go",))
+        assert index.record(1).example == Example(("ไป",), soft_tags=((0.0, 1.0, 0.0),))
+        assert index.record(1).back == Example(("Go",))
         typo = {**columns_of(english + thai), "back_words": "back"}
         wrong = source([], columns=typo, files=f"*.{suffix}")
         with pytest.raises(DataError, match=r"source 'rows': back_words is mapped to 'back', which no row of it has"):
@@ -214,7 +214,7 @@ def test_answers_as_data_sets_on_the_hub_have_them(tmp_path: Path) -> None:
     rows = named([{"question": "?", "context": "x y", "answers": {"text": ["y", "x"], "answer_start": [2, 0]}}] * 2)
     write(tmp_path / "x.parquet", rows)
     index = build(tmp_path, "qa", source(rows, files="x.parquet"))
-    assert index.task_record(0).example.answers == (("y", 2), ("x", 0))
+    assert index.record(0).example.answers == (("y", 2), ("x", 0))
 
 
 def test_integer_labels_are_taken_as_written(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_integer_labels_are_taken_as_written(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", rows)
     task = TaskConfig(kind="classification", labels=("0", "1"))
     index = build(tmp_path, "classification", source(rows), task=task)
-    assert [index.task_record(number).example.label for number in range(2)] == ["0", "1"]
+    assert [index.record(number).example.label for number in range(2)] == ["0", "1"]
 
 
 # --- bad rows
@@ -291,7 +291,7 @@ def test_a_bad_row_says_where_and_why(tmp_path: Path, kind: str, change: dict[st
     index = build(tmp_path, kind, source(rows), max_bad_rows=1)
     assert index.bad.tolist() == [False, False, True, False]
     with pytest.raises(BadRow, match=re.escape(f"x.jsonl:5: {reason}")):
-        index.task_record(2)
+        index.record(2)
 
 
 @pytest.mark.parametrize("cell", ["[", "['a']", "a b"])
@@ -307,8 +307,8 @@ def test_a_translation_may_be_missing_in_a_row(tmp_path: Path) -> None:
         blanks = {name: "" for name in rows[0] if name.startswith("back_")}
         write(tmp_path / "x.jsonl", named([rows[0], rows[0] | blanks]))
         index = build(tmp_path, kind, source(named(rows)))
-        assert index.task_record(1).back is None
-        assert (index.task_record(0).back is None) == (kind == "text")
+        assert index.record(1).back is None
+        assert (index.record(0).back is None) == (kind == "text")
 
 
 # --- what is read without an index

@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.tasks.records import Example
 from small_encoders import TOKENIZERS, WORDS, sentence, unigram, wordpiece
 
-from data_pipeline.records import DataError
+from data_pipeline.records import DataError, Example
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.tokenize import EncodedSide, TaskTokenizer
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.loader import RankStep, no_slots
+from data_pipeline.loader import Step, no_slots
 from data_pipeline.records import BadRow, DataError
 from training.assembly import Run
 from training.checkpoints import checkpoint, saving
@@ -202,7 +202,7 @@ def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float],
     made.run.engine.step = engine_step  # type: ignore[method-assign]
     read = StepRead(torch.ones(len(languages), dtype=torch.float64), no_slots(len(languages)), 0, 0, 0)
     agreed = Agreed(StepTotals({"label_tokens": len(losses), "pairs": 1}, len(losses)), read, False, False)
-    return made.train_step(2, cast(RankStep, None), agreed)
+    return made.train_step(2, cast(Step, None), agreed)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -263,11 +263,11 @@ def test_the_list_of_samples_costs_no_run(trainer: Made, full: bool, caplog: pyt
         assert json.loads(file.read_text())["sample_ids"] == {"0": ["en-1", "sw-2"]}
 
 
-def rank_step(languages: Sequence[str], **changes: Any) -> RankStep:
+def rank_step(languages: Sequence[str], **changes: Any) -> Step:
     zeros = np.zeros(len(languages), np.int64)
-    step = RankStep(
-        step=0, micro_batches=(), label_tokens=5, pairs=2, tokens=zeros, samples=zeros, slots=no_slots(len(languages)),
-        bad_rows=(), overlong=1, fingerprint=7, dropped_pairs=3,
+    step = Step(
+        step=0, micro_batches=(), counts={"label_tokens": 5, "pairs": 2}, tokens=zeros, samples=zeros,
+        slots=no_slots(len(languages)), bad_rows=(), overlong=1, fingerprint=7, dropped_pairs=3,
     )  # fmt: skip
     return replace(step, **changes)
 
@@ -298,15 +298,15 @@ def test_an_unusable_row_counts_once_however_often_it_comes_up(trainer: Made, ca
 UNREADABLE = "sw.jsonl:7: the file has changed since the run began; start again"
 
 
-def run_steps(made: Trainer, at: int, what: RankStep | Exception) -> None:
+def run_steps(made: Trainer, at: int, what: Step | Exception) -> None:
     """The loop over steps that do nothing, where `what` comes up in place of step `at` (from 0)."""
     languages = made.config.data.languages
 
-    def steps(start: int, stop: int) -> Iterator[RankStep]:
+    def steps(start: int, stop: int) -> Iterator[Step]:
         for step in range(start, stop):
             if step == at and isinstance(what, Exception):
                 raise what
-            yield what if step == at and isinstance(what, RankStep) else rank_step(languages)
+            yield what if step == at and isinstance(what, Step) else rank_step(languages)
 
     run: Any = made.run
     run.loader = SimpleNamespace(steps=steps, empty=lambda step: rank_step(languages))

@@ -6,7 +6,7 @@ from unicodedata import category
 import numpy as np
 import pytest
 from small_tokenizers import CUSTOM, ITEMS, KINDS, LANGUAGES, TEMPLATES
-from test_chat import make_chat, make_record, spans
+from test_chat import make_chat, make_record, spans, with_turns
 from test_chat import tokenizers as tokenizers
 
 from data_pipeline.records import Message
@@ -21,7 +21,7 @@ def cut(chat, record, most, **options):
 
 
 def users_words(record):
-    return [message.content for message in record.messages if message.role == "user"]
+    return [message.content for message in record.conversation.messages if message.role == "user"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,9 +41,9 @@ def test_a_cut_sample_is_what_the_template_makes_of_the_end_of_the_question(toke
     end = chat.decode([chat.template.end_id])
     assert spans(chat, sample, sample.labels) == [answer + end]
     (left,) = users_words(shorter)
-    assert record.messages[0].content.endswith(left)
+    assert record.conversation.messages[0].content.endswith(left)
     assert category(left[0])[0] not in "MZ", "it begins with a written character"
-    prompt, content = chat.prompt_ids(shorter.messages[:-1], language, language)
+    prompt, content = chat.prompt_ids(shorter.conversation.messages[:-1], language, language)
     assert np.array_equal(sample.input_ids[: len(prompt)], prompt), "it begins with what generation feeds"
     assert np.array_equal(sample.content[: len(prompt)], content)
     header = int(np.flatnonzero(whole.content)[0]) - 1
@@ -72,7 +72,7 @@ def test_the_oldest_turn_is_cut_first_and_no_answer(tokenizers, template):
     assert old.endswith(first)
     assert first != old
     assert last == new
-    assert shorter.messages[0].content == "Be brief."
+    assert shorter.conversation.messages[0].content == "Be brief."
     words = [chat.decode(sample.input_ids[a:b]) for a, b in runs(sample.answer)]
     assert words == ["First 41.", "Then 42."]
     shorter, sample = cut(chat, record, len(whole) - len(chat.token_starts(old)) - 4)
@@ -94,23 +94,23 @@ def test_a_long_system_message_gives_way_before_a_short_question(tokenizers, tem
     shorter, sample = cut(chat, record, len(chat.tokenize(record)) // 2)
     check_labels(chat, shorter, sample)
     assert users_words(shorter) == [ITEMS["en"][0]]
-    assert rules.endswith(shorter.messages[0].content)
+    assert rules.endswith(shorter.conversation.messages[0].content)
     record = make_record(("system", "Be brief."), " ".join([ITEMS["en"][0]] * LONG), ITEMS["en"][1])
     shorter, _ = cut(chat, record, len(chat.tokenize(record)) // 2)
-    assert shorter.messages[0].content == "Be brief.", "a short one stays"
+    assert shorter.conversation.messages[0].content == "Be brief.", "a short one stays"
 
 
 def test_an_answer_that_is_only_read_is_part_of_the_prompt(tokenizers):
     chat = make_chat(tokenizers, "bytes", {"name": "chat"})
     record = make_record("Hi", "word " * 40 + "end", "And 12 + 30?", "42")
-    turns = list(record.messages)
+    turns = list(record.conversation.messages)
     turns[1] = replace(turns[1], trained=False)
-    record = replace(record, messages=tuple(turns))
+    record = with_turns(record, *turns)
     shorter, sample = cut(chat, record, len(chat.tokenize(record)) - 15)
     check_labels(chat, shorter, sample)
     assert users_words(shorter)[1] == "And 12 + 30?"
-    assert shorter.messages[1].content != turns[1].content
-    assert shorter.messages[1].content.endswith("word end")
+    assert shorter.conversation.messages[1].content != turns[1].content
+    assert shorter.conversation.messages[1].content.endswith("word end")
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
@@ -137,7 +137,7 @@ def test_a_cut_lies_before_a_whole_character(tokenizers):
         whole = len(chat.tokenize(record))
         for most in range(12, whole):
             shorter, sample = cut(chat, record, most) or (record, None)
-            left = shorter.messages[0].content
+            left = shorter.conversation.messages[0].content
             assert category(left[0])[0] not in "MZ"
             assert left[0] != "\u200d"
             assert left[0] != "\U0001f527", "the second half of a joined emoji"
@@ -158,5 +158,5 @@ def test_what_spells_a_special_token_stays_text_where_it_is_cut(tokenizers):
 
 def test_a_conversation_without_words_to_lose_is_not_cut(tokenizers):
     chat = make_chat(tokenizers, "spm", {"name": "plain"})
-    record = replace(make_record("?", "42"), messages=(Message("user", "?"), Message("assistant", "42")))
+    record = with_turns(make_record("?", "42"), Message("user", "?"), Message("assistant", "42"))
     assert cut(chat, record, 1) is None

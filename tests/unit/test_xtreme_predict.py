@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_pipeline.tasks.records import Example, TaskRecord
 from small_encoders import WORDS, unigram, wordpiece
 from tiny_task_model import export
 from tokenizers import normalizers
 from transformers import BertTokenizer, XLMRobertaTokenizer
 
+from data_pipeline.records import Example, Record
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.tokenize import TaskTokenizer
 from data_pipeline.xtreme.tasks import TASKS
@@ -37,12 +37,12 @@ def words(rng: np.random.Generator, n: int) -> tuple[str, ...]:
 
 def record(
     number: int, language: str, texts: tuple[str, ...], back: tuple[str, ...] | None = None, **labels: Any
-) -> TaskRecord:
+) -> Record:
     example = Example(texts, **labels)
-    return TaskRecord(f"r{number}", f"g{number}", language, f"rows.jsonl:{number + 1}", example, back and Example(back))
+    return Record(f"r{number}", f"g{number}", language, f"rows.jsonl:{number + 1}", example, back and Example(back))
 
 
-def pairs(n: int, seed: int = 0, language: str = "de", back: bool = False) -> list[TaskRecord]:
+def pairs(n: int, seed: int = 0, language: str = "de", back: bool = False) -> list[Record]:
     rng = np.random.default_rng(seed)
     made = []
     for number in range(n):
@@ -218,7 +218,7 @@ def test_a_mixed_tagger_takes_the_tags_of_the_target_side(tmp_path: Path) -> Non
 # --- question answering
 
 
-def questions(n: int, seed: int = 0, back: bool = False) -> list[TaskRecord]:
+def questions(n: int, seed: int = 0, back: bool = False) -> list[Record]:
     rng = np.random.default_rng(seed)
     made = []
     for number in range(n):
@@ -282,7 +282,7 @@ def test_gold_answers_do_not_change_predictions(tmp_path: Path) -> None:
     predictor = EncoderPredictor.open(folder, "fp32")
     rows = questions(8, back=True)
     told = [
-        TaskRecord(
+        Record(
             row.id, row.group, row.language, row.origin,
             Example(row.example.texts, answers=((row.example.texts[1][:3], 0),)),
             row.back and Example(row.back.texts, answers=((row.back.texts[1][-3:], len(row.back.texts[1]) - 3),)),
