@@ -120,7 +120,7 @@ def test_wide_layout_gives_a_record_a_language(kind: str, tmp_path: Path) -> Non
     ]
     columns = {"prompt": "q_{language}", "completion": "a", "response_language": "said"}
     records = scan(tmp_path, **write(kind, tmp_path, rows), languages=["en", "sw"], columns=columns)
-    assert [(r.language, r.response_language, r.user_text) for r in records] == [
+    assert [(r.language, r.conversation.response_language, r.user_text) for r in records] == [
         ("en", "th", "One?"),
         ("sw", "th", "Moja?"),
         ("en", "th", "Two?"),
@@ -141,7 +141,7 @@ def test_messages(kind: str, tmp_path: Path) -> None:
     (record,) = scan(tmp_path, **write(kind, tmp_path, [row]), language="sw", columns=columns)
     assert [m.role for m in record.conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert record.user_text == "Habari?\n3+4?"
-    assert (record.language, record.response_language) == ("sw", "sw")
+    assert (record.language, record.conversation.response_language) == ("sw", "sw")
     assert record.id.endswith(":2" if kind == "csv" else ":1")  # the line or the row
 
 
@@ -295,7 +295,8 @@ def test_the_answers_language_must_be_declared_too(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"lang": "en", "said": said, "q": "?", "a": "!"} for said in ("xx", "", "sw")])
     columns = {"language": "lang", "response_language": "said", "prompt": "q", "completion": "a"}
     assert "x.jsonl:1: language 'xx' is not declared" in one_bad(tmp_path, files="x.jsonl", columns=columns)
-    good = [r.response_language for r in scan(tmp_path, files="x.jsonl", columns=columns) if isinstance(r, Record)]
+    read = scan(tmp_path, files="x.jsonl", columns=columns)
+    good = [record.conversation.response_language for record in read if isinstance(record, Record)]
     assert good == ["en", "sw"]  # without its own, the prompt's
 
 
