@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_pipeline.tasks.records import Example
 from pydantic import ValidationError
 
 from data_pipeline.config import TASK_COLUMNS, ColumnMap, SourceConfig

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_pipeline.tasks.records import Example
 from small_encoders import TOKENIZERS, WORDS, sentence, unigram, wordpiece
 
 from data_pipeline.records import DataError, Example
