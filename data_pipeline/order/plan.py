@@ -1,7 +1,7 @@
 """The global batch of any step: a pure function of (seed, config, data, step), whatever the number of ranks.
 
 In: the data index and the quotas. Out: a `StepPlan`, the step's slots in units that stay together, and
-`assign`, which shares the units among ranks. Next: `packing.py`, which each rank runs on its own units.
+`assign`, which shares the units among ranks. Next: `reader.py`, which each rank runs on its own units.
 
 Pairing reuses slots: a dominant-language slot may hold the translation of another slot's item. Its own cursor
 moves on all the same, so the row that a slot would have by itself depends on nothing but its number. A row that is

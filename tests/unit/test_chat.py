@@ -101,7 +101,7 @@ def test_training_begins_with_what_generation_feeds(tokenizers, kind, template):
 @pytest.mark.parametrize("kind", ["spm", "bytes"])
 def test_chat_tokens_are_those_of_the_rendered_chat_template(tokenizers, kind):
     chat = make_chat(tokenizers, kind, {"name": "chat"})
-    messages = make_record(("system", " Be brief. "), " one\n", "Uno", "two", "Dos").messages
+    messages = make_record(("system", " Be brief. "), " one\n", "Uno", "two", "Dos").conversation.messages
     as_dicts = [{"role": m.role, "content": m.content} for m in messages]
     ids, _ = chat.prompt_ids(messages[:-1], "en", "en")
     expected = chat.tokenizer.apply_chat_template(as_dicts[:-1], add_generation_prompt=True, return_dict=False)
