@@ -119,7 +119,6 @@ def _write_checked(checkpoint: Path, output: Path) -> CheckResult:
 def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
     from modeling.adapters import save_adapter
     from modeling.weights.untrusted import read_config, read_tokenizer
-    from modeling.weights.weight_files import directory_hash
     from modeling.weights.weight_writing import write_weights
     from training.engine.engine import DTYPES
 

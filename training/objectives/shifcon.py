@@ -106,8 +106,8 @@ class ShifConConfig(ObjectiveConfig):
     def export(self, checkpoint: Path, output: Path) -> None:
         """The language vectors, bound to the exported weights by their hash."""
         from modeling.export_info import VECTORS_FILE
-        from modeling.loading import directory_hash
         from modeling.shifcon.language_vectors import LanguageVectors
+        from modeling.weights.weight_files import directory_hash
 
         vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
         replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)

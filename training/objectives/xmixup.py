@@ -74,7 +74,7 @@ class XMixupConfig(ObjectiveConfig):
 
     def export(self, checkpoint: Path, output: Path) -> None:
         """The settings and the learned ratio, bound to the exported weights by their hash."""
-        from modeling.loading import directory_hash
+        from modeling.weights.weight_files import directory_hash
         from modeling.xmixup.mixup_state import MIXUP_FILE, MixupState
 
         mixup = MixupState.load(checkpoint / MIXUP_FILE)
