@@ -1,10 +1,8 @@
-"""Records -> tokens, with a mark on every token: whose words it is, and whether it is to be predicted.
-
-In: Records from `index.py` and a tokenizer. Out: ChatSamples. Next: `packing.py`.
+"""Conversations -> ChatSamples: token ids, and a mark on every token: content, answer, label or template.
 
 Each prompt and each answer is tokenised on its own, so a training sample begins with exactly the tokens that
-generation feeds. What people wrote never becomes a special token: text that spells one is cut inside it
-before it is tokenised. T is the number of tokens of a sample.
+generation feeds. Text that spells a special token never becomes one: it is cut inside the spelling before it is
+tokenised. T is the number of tokens of a sample.
 """
 
 from __future__ import annotations
