@@ -67,6 +67,18 @@ def test_deepspeed_is_given_folders_that_its_globs_read_as_they_are(
     load_state(engine, checkpoint, universal=False)
 
 
+def test_consolidated_weights_come_in_the_order_asked_for_and_tied_ones_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied, norm, other = torch.ones(1), torch.ones(2), torch.ones(3)
+    parts = {"head": tied, "embed": tied, "other": other, "norm": norm}
+    state = "deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint"
+    monkeypatch.setattr(state, lambda folder, **_: parts)
+    (tmp_path / TAG).mkdir()
+    found = list(consolidated(tmp_path, first=["norm", "embed", "absent"]))
+    assert [(name, len(weight)) for name, weight in found] == [("norm", 2), ("embed", 1), ("other", 3)]
+
+
 def test_a_full_disk_is_told_and_not_raised(tmp_path: Path) -> None:
     (tmp_path / "a.pt").symlink_to("/dev/full")
     writer = written(tmp_path, [(tmp_path / "a.pt", torch.ones(1_000_000)), (tmp_path / "b.pt", 1)])
