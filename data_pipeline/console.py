@@ -126,9 +126,9 @@ class Progress:
         """`done` are done, which may be fewer than before; `details` stand beside the bar."""
         self.done, now = done, time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, details=details)
             if now - self._drawn >= REFRESH_S or done == self.total:
                 self._drawn = now
+                self._bar.update(self._task, completed=done, details=details)
                 self._draw(self._bar.refresh)
         elif self._shown and now - self._told >= LINE_INTERVAL_S:
             self._told = now

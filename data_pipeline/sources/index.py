@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from data_pipeline.atomic import atomic_folder
 from data_pipeline.config import SourceConfig
+from data_pipeline.console import Progress
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
 from data_pipeline.sources.formats import Place
 from data_pipeline.sources.patience import retry_reading
@@ -197,7 +198,8 @@ def build_index(
     index = _opened(directory, readers)
     if index is None:
         scan = Scan(languages, max_bad_rows)
-        contents = {reader.shard.name: scan.read(number, reader) for number, reader in enumerate(readers)}
+        with Progress("index", None, "rows") as progress:
+            contents = {reader.shard.name: scan.read(number, reader, progress) for number, reader in enumerate(readers)}
         check_columns(readers)
         refuse_bad(scan.bad_rows, scan.bad_count, max_bad_rows)
         arrays = scan.arrays()

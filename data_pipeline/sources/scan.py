@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.console import Progress
 from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, Record, normalized, stable_hash
 from data_pipeline.sources.sources import RecordReader
 
+PROGRESS_ROWS = 1000  # rows between two reports of progress
 PENDING = -2  # a bad row whose language only the rest of its file can tell
 COLUMNS = {
     "language": np.int16,
@@ -51,14 +53,16 @@ class Scan:
         self.bad_rows: list[tuple[str, str]] = []  # the first `keep`
         self.bad_count = 0
 
-    def read(self, shard: int, reader: RecordReader) -> str:
+    def read(self, shard: int, reader: RecordReader, progress: Progress) -> str:
         """Scans a shard; returns the hash of its content."""
         digest = hashlib.sha256()
         seen: set[int] = set()
         pending: list[int] = []
         append = [column.append for column in self.columns.values()]
         try:
-            for place, row in reader.shard.scan(digest):
+            for read, (place, row) in enumerate(reader.shard.scan(digest), 1):
+                if read % PROGRESS_ROWS == 0:
+                    progress.advance(PROGRESS_ROWS)
                 counted = False
                 for language, result in reader.records(row, place):
                     if isinstance(result, BadRow):

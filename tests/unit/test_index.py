@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.console import Progress
 from data_pipeline.records import BadRow, DataError, stable_hash
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.sources.scan import Arrays, Scan
@@ -273,11 +274,20 @@ def test_languages_and_names_of_sources_are_checked(parallel: Path) -> None:
         build(parallel, source(), source())
 
 
+def test_a_scan_shows_its_progress(parallel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+    monkeypatch.setattr("data_pipeline.sources.scan.PROGRESS_ROWS", 2)
+    monkeypatch.setattr(Progress, "advance", lambda self, n: shown.append(n))
+    rows = [len((parallel / f"{language}.jsonl").read_text().splitlines()) for language in ("en", "sw", "th")]
+    build(parallel)
+    assert shown == [2] * sum(n // 2 for n in rows)
+
+
 def test_the_index_is_built_once_and_again_when_a_file_changes(parallel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scanned = []
     read = Scan.read
     monkeypatch.setattr(
-        Scan, "read", lambda scan, n, reader: scanned.append(reader.shard.name) or read(scan, n, reader)
+        Scan, "read", lambda scan, n, reader, shown: scanned.append(reader.shard.name) or read(scan, n, reader, shown)
     )
     first = build(parallel)
     assert scanned == ["en.jsonl", "sw.jsonl", "th.jsonl"]
