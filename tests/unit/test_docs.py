@@ -17,6 +17,7 @@ from crosslift import app
 ROOT = Path(__file__).parents[2]
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 # Files of other projects that comments name.
+NAMES_ELSEWHERE = {"SBATCH_ACCOUNT"}
 ELSEWHERE = {"evaluate.py", "utils_preprocess.py", "datasets/xtreme/xtreme.py", "utils.py"}
 
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -139,6 +140,16 @@ def test_test_functions_that_a_document_names_exist(doc: Path) -> None:
     named = {code for code in INLINE_CODE.findall(doc.read_text()) if re.fullmatch(r"test_\w+", code)}
     tests = "".join((ROOT / name).read_text() for name in FILES if name.startswith("tests/") and name.endswith(".py"))
     assert not {name for name in named if f"def {name}(" not in tests}
+
+
+@pytest.mark.parametrize("doc", [doc for doc in DOCS if doc.name != "methods.md"], ids=lambda doc: doc.name)
+def test_names_of_code_that_a_document_uses_exist(doc: Path) -> None:
+    """Functions, classes, attributes and keys of run files. docs/methods.md has the symbols of formulas instead."""
+    words = set(re.findall(r"\w+", "".join((ROOT / name).read_text() for name in SOURCES))) | NAMES_ELSEWHERE
+    shown = [code.split("(")[0] for code in INLINE_CODE.findall(CODE_BLOCK.sub("", doc.read_text()))]
+    names = {code for code in shown if re.fullmatch(r"[A-Za-z_][\w.]*", code) and "TASK" not in code}
+    names = {name for name in names if not name.endswith((".py", ".md", ".txt"))}
+    assert not {name for name in names if not set(re.findall(r"\w+", name)) <= words}
 
 
 def test_files_that_comments_name_exist() -> None:
