@@ -1,8 +1,8 @@
-"""The end of a run whose steps are all done: its export, and what the record and MLflow say of it.
+"""The end of a run after its last step: its export, and the state in the record and in MLflow.
 
-Rank 0 calls `conclude` when the other ranks are gone. The record ends as FINISHED only with an export that passed its
-check; otherwise as FAILED, with tags that say that training finished and what became of the export. A process that is
-killed in its export leaves a record without an end, and the same command makes the export.
+Rank 0 calls `conclude` after the other ranks have ended. The record ends as FINISHED only with an export that passed
+its check, otherwise as FAILED, with tags that state that training finished and what happened to the export. A process
+that is killed during its export leaves a record without an end; the same command then makes the export.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A whole run: `fit` prepares, resumes, trains, ends and exports it, on every rank.
-
-In: a RunConfig on every rank. Out: the last checkpoint and its export. Next: `evals`.
-"""
+"""`fit` runs a whole training on every rank: it prepares, resumes, trains, exports, and ends the record."""
 
 from __future__ import annotations
 
@@ -42,11 +39,11 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
 
     Args:
         resume: "auto", "never" or a path (see `find_checkpoint`).
-        accept_changes: go on although data or config differ from the checkpoint's.
+        accept_changes: resume although data or config differ from the checkpoint's.
         stop: what asks the run to stop before its last step.
 
     Raises:
-        StoppedOnRequest: after a checkpoint; the same call goes on.
+        StoppedOnRequest: after a checkpoint; the same call resumes.
         ExportCheckFailed, NotExported: on rank 0, after the last step; see `conclude`.
     """
     deepspeed_settings(config, 1)  # its mistakes come before anything is written
@@ -67,7 +64,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
     """The last checkpoint, and the record, which is still open if this start trained to the last step (rank 0)."""
     if rank() == 0:
         forget_preparation(config)
-    barrier()  # nobody takes an earlier start's word for it
+    barrier()  # no rank uses an earlier start's preparation
     prepared = prepare(config, rank())
     disks = checkpoint_disks(config)
     homes = led_by_this_rank(disks)
@@ -101,7 +98,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         trainer.train(start)
         status = "FINISHED"
     except StoppedOnRequest:
-        status = "SCHEDULED"  # MLflow's word for a run that is to go on
+        status = "SCHEDULED"  # MLflow's status of a run that will be resumed
         raise
     except KeyboardInterrupt:
         status = "KILLED"

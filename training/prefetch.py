@@ -1,10 +1,8 @@
-"""Everything that a run takes from the hub, fetched once into a cache that compute nodes without a network can read.
+"""Downloads everything that a run reads from the hub into a cache that compute nodes without a network can read.
 
-In: a RunConfig, and where the cache lies (`HF_HOME`). Out: model, tokenizer and data sets in it, and a line for each of
-what lies where; every part is then opened by a process of its own with HF_HUB_OFFLINE=1, as a job will open it.
-Next: `crosslift submit`, or any job with that HF_HOME and HF_HUB_OFFLINE=1.
-
-`python -m training.prefetch` is that process: it reads the run's config as JSON from stdin.
+The cache is that of HF_HOME. A line for each model, tokenizer and data set says where it is; each is then opened by a
+separate process with HF_HUB_OFFLINE=1, as a job will open it. `python -m training.prefetch` is that process: it reads
+the run's config as JSON from stdin.
 """
 
 from __future__ import annotations

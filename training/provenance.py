@@ -1,8 +1,4 @@
-"""What a run was made with: versions of the software and the commit of the source.
-
-In: the installed packages and the source tree. Out: two flat dictionaries of text. Next: `tracking.Tracker`,
-as tags, and everything that is saved with a checkpoint.
-"""
+"""What a run or result was made with: versions of the software and the commit of the source."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
-"""A checkpoint -> a plain Hugging Face directory, checked (`export_check.py`).
+"""Exports a checkpoint as a plain Hugging Face directory, and checks it (`export_check.py`).
 
-In: a complete checkpoint. Out: safetensors shards; config, generation config and tokenizer as they were trained
-(`export_text.py`); and `crosslift.json` (what the model was trained to be: objective, languages, template; what came of
-the check), with the language vectors of a ShifCon model beside it.
-Next: `modeling.generation`, `evals`.
+An export holds safetensors shards; config, generation config and tokenizer as they were trained (`export_text.py`); and
+`crosslift.json`: objective, languages, template, the result of the check. An objective may add files of its own.
 
-Runs in one process, after the ranks are gone: shards are read one by one, never the whole model twice.
+It runs in one process, after the ranks have ended. Weights are read one by one, never the whole model twice.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The check of an export: its weights bit by bit, its logits against the run's.
+"""Checks an export: its weights bit by bit, its logits against the run's.
 
-A wrong tensor is found by comparing bits with the checkpoint. A wrong config, or a model class that computes something
-else, is found by reopening the export in plain transformers, with the run's attention and number format, and comparing
-logits on a few tokens. In bf16 two right implementations differ by rounding, by how much depends on the model: the
+Comparing bits with the checkpoint finds a wrong tensor. Reopening the export in plain transformers, with the run's
+attention and number format, and comparing logits on a few tokens finds a wrong config or a model class that computes
+something else. In bf16 two correct implementations differ by rounding, by an amount that depends on the model, so the
 bound is a multiple of what bf16 changes in this model's own logits.
 """
 

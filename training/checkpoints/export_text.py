@@ -1,7 +1,7 @@
-"""What an exported decoder says of text: its chat template, the tokens that end an answer, how to sample.
+"""The text settings of an exported decoder: chat template, tokens that end an answer, sampling defaults.
 
-Plain `generate` has to stop where training taught the model to stop, and `apply_chat_template` has to write the prompt
-that training wrote, whatever the base model's files said.
+Plain `generate` must stop where training taught the model to stop, and `apply_chat_template` must write the prompt that
+training wrote, whatever the base model's files contain.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def set_text_files(
 def _special_ids(
     config: RunConfig, chat: Chat, model_config: PreTrainedConfig, generation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Begin, end and padding. The taught end token comes first; the base's own go on ending an answer.
+    """Begin, end and padding. The taught end token comes first; the base model's own still end an answer.
 
     With a tokenizer that is not the base's, the base's ids name other tokens, and only the tokenizer's count.
     """

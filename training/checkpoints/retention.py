@@ -1,7 +1,4 @@
-"""Which complete checkpoints are kept: the newest, every k-th, and the best by a metric.
-
-In: a run's folder, once another checkpoint is complete. Out: the others deleted. Next: `saving.py` calls it.
-"""
+"""Which complete checkpoints are kept: the newest, every k-th, and the best by a metric; the others are deleted."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ log = logging.getLogger(__name__)
 def retain(output_dir: Path, step: int, config: CheckpointConfig) -> None:
     """Rank 0, once the checkpoint of `step` is complete on every disk: delete those that need not be kept.
 
-    What cannot be read or deleted is told and left: the checkpoint itself is safe.
+    What cannot be read or deleted is reported and left alone.
     """
     checkpoint.resolve_replaced(output_dir)
-    # A run that was resumed from an earlier step saves below what lies there already, which is not its to drop.
+    # After a resume from an earlier step, newer checkpoints belong to another branch and are left alone.
     newest = checkpoint.checkpoint_path(output_dir, step)
     try:
         complete = [path for path in checkpoint.complete(output_dir) if path <= newest]

@@ -1,10 +1,7 @@
-"""Saving a run without making it wait: a copy in memory, written by a thread, made complete at a later step boundary.
+"""Saves a run in the background: the state is copied to host memory, a thread writes it, a later step completes it.
 
-In: a Run after some steps. Out: a complete checkpoint, or a warning that names the rank that could not write it.
-Next: `checkpoint.py` marks it.
-
-No rank is left waiting where one cannot write (a full disk): writing fails only in a rank's own thread, and what came
-of it is told at the next step boundary, in the all-reduce that every step has anyway.
+A rank that cannot write (a full disk) makes no other rank wait: writing fails in the rank's own thread, and the outcome
+is exchanged at the next step boundary, in the all-reduce that every step has anyway.
 """
 
 from __future__ import annotations
@@ -42,11 +39,11 @@ from training.run_file import resolved
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
-FAILURES_IN_A_ROW = 3  # saves that may fail before the run stops rather than go on unsaved
+FAILURES_IN_A_ROW = 3  # saves that may fail before the run stops, rather than continue unsaved
 
 
 class HashingFile(io.RawIOBase):
-    """A file that knows the SHA-256 of what was written to it, without reading it back."""
+    """A file that computes the SHA-256 of what is written to it, without reading it back."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -73,7 +70,7 @@ class HashingFile(io.RawIOBase):
 
 
 class FileWriter:
-    """Writes this rank's files of one checkpoint, in a thread of its own; what goes wrong is kept, not raised."""
+    """Writes this rank's files of one checkpoint in a thread; an error is kept in `error`, not raised."""
 
     def __init__(self, root: Path, files: Sequence[tuple[Path, Any]]) -> None:
         self.records: dict[str, FileRecord] = {}
@@ -91,7 +88,7 @@ class FileWriter:
         return self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until all is written or has failed; as long as bytes go to the disk, this rank is alive."""
+        """Wait until all is written or has failed; the heartbeat continues while bytes are written."""
         before = -1
         while self.writing:
             self._thread.join(BEAT_SECONDS)
@@ -111,7 +108,7 @@ class FileWriter:
                     torch.save(state, cast(IO[bytes], self._file))
                     self.records[path.relative_to(self._root).as_posix()] = self._file.synced()
                 self._file = None
-            except Exception as error:  # told by the Saver, on every rank
+            except Exception as error:  # reported by the Saver on every rank
                 self.error = f"{path.name}: {_reason(error)}"
                 self._files.clear()
 
@@ -156,7 +153,7 @@ class Saver:
         problem = _problem_of(lambda: checkpoint.begin(disk.home, step)) if disk.leader else None
         # Nobody writes into a folder that its leader has yet to clear.
         problem = next(filter(None, gather_objects(problem)), None)
-        if problem is None:  # what goes wrong from here on is told when the checkpoint is settled
+        if problem is None:  # later errors are reported when the checkpoint is settled
             problem = _problem_of(lambda: self._write_small_files(directory, state, reference))
             if not disk.shared:
                 problem = self._copy_small_files(directory) or problem
@@ -210,10 +207,10 @@ class Saver:
         if required or self._failures >= FAILURES_IN_A_ROW:
             raise CheckpointFailed(text)
         if rank() == 0:
-            log.warning("%s; training goes on (%d of %d failures in a row)", text, self._failures, FAILURES_IN_A_ROW)
+            log.warning("%s; training continues (%d of %d failures in a row)", text, self._failures, FAILURES_IN_A_ROW)
 
     def _write_small_files(self, directory: Path, state: RunState, reference: dict[str, torch.Tensor]) -> None:
-        """What rank 0 adds; the objective's part is gathered from all ranks."""
+        """Write the files of rank 0, and the objective's, which are gathered from all ranks."""
         run = self.run
         run.objective.save(run.engine, directory)
         if rank() > 0:
@@ -243,7 +240,7 @@ class Saver:
 def run_state(
     run: Run, step: int, data_offset: int, metrics: dict[str, float], guard: dict[str, Any], totals: dict[str, Any]
 ) -> RunState:
-    """What a resume has to know after `step` steps."""
+    """The state of a run after `step` steps."""
     return RunState(
         step=step, world_size=run.engine.world_size, data_offset=data_offset, totals=totals, guard=guard,
         metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
@@ -260,7 +257,7 @@ def base_of(run: Run) -> dict[str, str] | None:
 
 
 def _problem_of(work: Callable[[], object]) -> str | None:
-    """Why the work failed, or None; to be told on every rank, since the others would wait for one that raises."""
+    """The reason why the work failed, or None; returned and not raised, because the other ranks would wait."""
     try:
         work()
     except Exception as error:

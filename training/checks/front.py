@@ -1,7 +1,4 @@
-"""What is refused before any rank starts: by `check`, `train`, `prefetch` and `submit` alike.
-
-In: a RunConfig, and files' headers. Out: nothing, or one error for people. Next: `prepare.py`.
-"""
+"""Checks before any rank starts, for `check`, `train`, `prefetch` and `submit`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What lies in a run's folder: its start, lock, date and status."""
+"""A run's folder: preparation, lock, date and status."""

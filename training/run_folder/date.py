@@ -1,7 +1,7 @@
-"""The day that a run's prompts name, where the tokenizer's chat template prints today's date.
+"""The date that a run's prompts contain, where the tokenizer's chat template prints today's date.
 
-It is fixed when a run first starts, part of its config from then on (`data.template.date`), and so the same on all
-ranks, after a resume, in the export, and in generation from it.
+It is fixed when the run first starts (`data.template.date`), and is the same on all ranks, after a resume, in the
+export, and in generation from it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase, found: Path
     """`config` with the date that its prompts name: the run file's, else the saved one, else today; none where no
     prompt names one.
 
-    `found` is the checkpoint that the run goes on from.
+    `found` is the checkpoint that the run resumes from.
     """
     template = config.data.template
     if template.name != "chat":

@@ -1,13 +1,11 @@
-"""The lock on a run's folder: one run writes into an `output_dir` at a time.
+"""The lock on a run's folder: only one run writes into an `output_dir` at a time.
 
-In: an `output_dir`, when a launcher (or rank 0, where torchrun, srun or deepspeed starts the ranks) begins. Out:
-`run.lock` in the folder, which names host, process and start time of the run that holds it; empty when none does.
+A launcher (or rank 0, if torchrun, srun or deepspeed starts the ranks) writes `run.lock` into the folder, with host,
+process and start time; the file is empty when no run holds it. Whether the holder is still alive is decided
 
-Whether the holder is still alive is decided
-
-- on the same machine by its process: pid and start time, so that a pid in use again is not taken for it;
-- for a later start of the same Slurm job by the job: Slurm has ended the earlier one;
-- otherwise by the file's time, which a holder renews every few seconds: one that is silent for a minute is gone.
+- on the same machine by its process: pid and start time, because a pid can be in use again;
+- for a later start of the same Slurm job by the job: Slurm has ended the earlier start;
+- otherwise by the file's time, which a holder renews every few seconds: without a renewal for a minute it is gone.
 """
 
 from __future__ import annotations

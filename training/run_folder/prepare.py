@@ -1,14 +1,12 @@
-"""Everything a run needs before its first step: index, tokenizer, starting weights.
+"""Prepares what a run needs before its first step: index, tokenizer, starting weights.
 
-In: a RunConfig. Out: Prepared, files under `output_dir`. Next: `trainer.py`.
+A run (`prepare`) makes `tokenizer/`, `initial_model/` and `task_model/` in its folder, each atomically and with a note
+of what it was made from: a second start finds them, and a changed config makes new ones, unless checkpoints depend on
+them. Rank 0 makes them. The other ranks wait for files, not in a collective call, which would time out while a large
+corpus is indexed.
 
-A run (`prepare`) makes `tokenizer/`, `initial_model/` and `task_model/` in its folder. Each is written under a
-temporary name and renamed, with a note of what it was made from, so a second start finds it, and a changed config
-makes a new one, unless checkpoints rest on it. Rank 0 makes, the others wait for files, not in a collective: nothing
-times out while a large corpus is indexed.
-
-Commands that only look (`look`) never write these. What they and runs share lies in `index/`, where the name of a
-folder is a hash of all that it depends on: the index, and tokenizers that were trained.
+Commands that only look (`look`) never write these. What they share with runs is in `index/`, in folders named by a hash
+of everything they depend on: the index, and trained tokenizers.
 """
 
 from __future__ import annotations
@@ -243,7 +241,7 @@ def _made_once(
 ) -> Path:
     """`path`, made by `make` unless it is there already from the same ingredients; with `scratch`, made there instead.
 
-    What checkpoints rest on is never made anew: whether they may go on with other ingredients is decided, with
+    What checkpoints depend on is never made again: whether they may be used with other ingredients is decided, with
     the difference, when one is loaded.
     """
     if _is_kept(path, made_from):

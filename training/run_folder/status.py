@@ -1,7 +1,4 @@
-"""How a run is doing, from what is in its folder: `crosslift status` and `logs` of a run that is no Slurm job.
-
-In: a run's folder. Out: RunStatus. Next: `crosslift.py` hands it to the commands.
-"""
+"""The state of a run, read from its folder: `crosslift status` and `logs` for a run outside Slurm."""
 
 from __future__ import annotations
 
