@@ -1,9 +1,8 @@
-"""The project's story at toy scale, told with the project's own commands: `crosslift quickstart`.
+"""`crosslift quickstart`: the protocol of ShifCon at toy scale (docs/methods.md, section 1.5).
 
-In: nothing but a folder. Out: a generated parallel corpus, three runs (an English-dominant base, then plain
-SFT and ShifCon from it), every answer of all three on held-out problems, and a table. Next: `crosslift ui`.
-
-It claims no more than it measured: see `verdict`.
+Generates a parallel corpus, trains an English-dominant base model, fine-tunes it on all languages (MSFT), and goes on
+from the MSFT model twice with equal steps and label tokens: by MSFT, and by ShifCon. All four models answer held-out
+problems. `verdict` says what the numbers allow to say.
 """
 
 from __future__ import annotations
@@ -29,17 +28,19 @@ from training.start import train_to_end
 SOURCE = Path(__file__).resolve().parents[1]
 DOMINANT = "en"
 OTHERS = tuple(language for language in LANGUAGES if language != DOMINANT)
-MODELS = {"base": "base", "msft": "MSFT", "shifcon": "ShifCon"}  # run folder: column
+# Run folder: column of the table.
+MODELS = {"base": "base", "msft": "MSFT", "msft-continued": "MSFT continued", "shifcon": "ShifCon"}
 TESTS = {"test_seen": "known situations, new numbers", "test_unseen": "situations never seen in training"}
 LEAST_ENGLISH, LEAST_GAP = 0.50, 0.10  # below these there is no dominance that a method could use
 ANSWER_TOKENS = 40
+RANKS = 2
 
 Correct = dict[str, list[bool]]  # by language, in the order of the items
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What may be said of ShifCon against plain SFT on one test, over the languages but English."""
+    """What may be said of ShifCon against continued MSFT on one test, over all languages but English."""
 
     english: float
     gap: float  # English minus the mean of the others, both of the base model
@@ -50,21 +51,25 @@ class Verdict:
 
 
 def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
-    """Everything, from corpus to table; prints as it goes. A second call goes on where the first stopped."""
+    """Everything from corpus to table, printed as it goes. A second call resumes where the first stopped."""
     started = time.monotonic()
     data = output / "data"
-    _say(f"1/5  parallel word problems in {len(LANGUAGES)} languages: {data}")
+    _say(f"1/6  parallel word problems in {len(LANGUAGES)} languages: {data}")
     write_corpus(data, CorpusSizes(), seed)
-    _say("2/5  tokenizer and an English-dominant toy Llama, from scratch")
-    _train("quickstart-base", output / "base", data, seed, ranks=2)
-    start = output / "base" / "model"
-    _say("3/5  plain SFT on all languages (MSFT), ZeRO-3 on 2 ranks")
-    _train("quickstart-msft", output / "msft", data, seed, ranks=2, start=start)
-    _say("4/5  ShifCon from the same start, same steps, same label tokens, ZeRO-3 on 2 ranks")
-    _train("quickstart-shifcon", output / "shifcon", data, seed, ranks=2, start=start)
-    _say("5/5  all three answer held-out problems")
+    _say("2/6  tokenizer and an English-dominant toy Llama, from scratch")
+    _train("quickstart-base", output / "base", data, seed)
+    _say("3/6  plain SFT on all languages (MSFT), ZeRO-3 on 2 ranks")
+    _train("quickstart-msft", output / "msft", data, seed, start=output / "base" / "model")
+    _say("4/6  from the MSFT model, MSFT continued")
+    _train("quickstart-msft", output / "msft-continued", data, seed + 1, start=output / "msft" / "model")
+    _say("5/6  from the MSFT model, ShifCon: same steps, same order, same label tokens")
+    _train("quickstart-shifcon", output / "shifcon", data, seed + 1, start=output / "msft" / "model")
+    _say(f"6/6  all {len(MODELS)} answer held-out problems")
     correct = {test: {model: _answers(output, model, test) for model in MODELS} for test in TESTS}
-    verdicts = {test: verdict(*correct[test].values()) for test in TESTS}
+    verdicts = {
+        test: verdict(answers["base"], answers["msft-continued"], answers["shifcon"])
+        for test, answers in correct.items()
+    }
     for test, title in TESTS.items():
         items = len(correct[test]["base"][DOMINANT])
         print(f"\nAccuracy on {title} ({items} problems a language, 95 % intervals)\n")
@@ -73,23 +78,23 @@ def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     minutes = (time.monotonic() - started) / 60
     results = {"seed": seed, "minutes": minutes, **{test: asdict(each) for test, each in verdicts.items()}}
     write_text(output / "quickstart.json", json.dumps(results, indent=1))
-    print(f"\n{minutes:.1f} minutes. Every answer: {output}/scores. The three runs in MLflow: {output}")
+    print(f"\n{minutes:.1f} minutes. Every answer: {output}/scores. The {len(MODELS)} runs in MLflow: {output}")
     print(f"Open its page:  crosslift ui {output}")
     return results
 
 
-def verdict(base: Correct, msft: Correct, shifcon: Correct) -> Verdict:
+def verdict(base: Correct, continued: Correct, shifcon: Correct) -> Verdict:
     """What was measured, in words: no claim without a dominance gap, no gain unless the interval is above zero."""
     english = sum(base[DOMINANT]) / len(base[DOMINANT])
     others = sum(sum(base[language]) for language in OTHERS) / sum(len(base[language]) for language in OTHERS)
     gap = english - others
     difference, low, high = clustered_mean(
         [
-            [float(shifcon[language][item]) - float(msft[language][item]) for language in OTHERS]
+            [float(shifcon[language][item]) - float(continued[language][item]) for language in OTHERS]
             for item in range(len(base[DOMINANT]))
         ]
     )
-    measured = f"ShifCon minus MSFT over the {len(OTHERS)} other languages: {_points(difference, low, high)}."
+    measured = f"ShifCon minus MSFT continued over the {len(OTHERS)} other languages: {_points(difference, low, high)}."
     if english < LEAST_ENGLISH:
         text = f"No claim is possible: base English is {english:.0%}, below {LEAST_ENGLISH:.0%}. {measured}"
     elif gap < LEAST_GAP:
@@ -114,14 +119,14 @@ def table(correct: Mapping[str, Correct]) -> str:
     return console.table(header, [(name, *cells) for name, cells in rows], text=range(len(header)))
 
 
-def _train(config: str, output: Path, data: Path, seed: int, ranks: int, start: Path | None = None) -> None:
+def _train(config: str, output: Path, data: Path, seed: int, start: Path | None = None) -> None:
     """`crosslift train` as a user would call it."""
     overrides = [f"data_dir={data}", f"output_dir={output}", f"seed={seed}"]
     if start is not None:
         overrides.append(f"model.path={start}")
     file = SOURCE / "configs" / f"{config}.yaml"
-    print(f"     crosslift train {file} {' '.join(overrides)} --nproc {ranks}", flush=True)
-    train_to_end(file, overrides, ranks)
+    print(f"     crosslift train {file} {' '.join(overrides)} --nproc {RANKS}", flush=True)
+    train_to_end(file, overrides, RANKS)
 
 
 def _answers(output: Path, model: str, test: str) -> Correct:

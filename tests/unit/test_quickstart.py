@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_pipeline.toy_problems.corpus import LANGUAGES
-from evals.quickstart import OTHERS, table, verdict
+from evals.quickstart import MODELS, OTHERS, table, verdict
 
 
 def answers(english: float, others: float, items: int = 100) -> dict[str, list[bool]]:
@@ -30,7 +30,9 @@ def test_no_dominance_gap_allows_no_claim() -> None:
 
 def test_a_gain_is_said_where_the_interval_is_above_zero() -> None:
     said = verdict(answers(0.80, 0.20), answers(0.8, 0.4), answers(0.8, 0.7))
-    assert said.text.startswith("ShifCon gained: ShifCon minus MSFT over the 9 other languages: +30.0 points [")
+    assert said.text.startswith(
+        "ShifCon gained: ShifCon minus MSFT continued over the 9 other languages: +30.0 points ["
+    )
     assert (said.english, said.gap) == pytest.approx((0.80, 0.60))
     assert said.low < said.difference < said.high
 
@@ -52,9 +54,9 @@ def test_english_is_left_out_of_the_comparison() -> None:
 
 
 def test_the_table_has_a_line_a_language_and_the_mean_each_with_an_interval() -> None:
-    lines = table({name: answers(0.8, 0.5) for name in ("base", "msft", "shifcon")}).splitlines()
-    assert lines[0].split() == ["language", "base", "MSFT", "ShifCon"]
+    lines = table({name: answers(0.8, 0.5) for name in MODELS}).splitlines()
+    assert lines[0].split() == ["language", "base", "MSFT", "MSFT", "continued", "ShifCon"]
     assert [line.split()[0] for line in lines[2:-1]] == list(LANGUAGES)
     assert lines[-1].startswith("mean but en")
-    assert all(line.count("[") == 3 for line in lines[2:])
+    assert all(line.count("[") == 4 for line in lines[2:])
     assert len(OTHERS) == 9
