@@ -1,4 +1,4 @@
-"""Memory estimates of `training.checks.memory` and `training.checks.activations` against measurements on the CPU.
+"""Memory estimates of `training.engine.memory` and `training.checks.activations` against measurements on the CPU.
 
     python -m benchmarks.memory_estimate --json FILE
 
@@ -236,9 +236,9 @@ def rank_main(folder: Path) -> None:
 
     from training.assembly import assemble
     from training.checks.activations import Activations
-    from training.checks.memory import memory_estimate
     from training.distributed import rank, world_size
     from training.engine.engine import process_group
+    from training.engine.memory import memory_estimate
     from training.run_folder.prepare import prepare
 
     warnings.simplefilter("ignore")  # warnings of PyTorch about DeepSpeed's calls

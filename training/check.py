@@ -20,11 +20,11 @@ from training.assembly import COST_SAMPLES, DataParts, assemble_data, build_read
 from training.checkpoints.search import newest_seen
 from training.checks.data_report import LOOKED_AT, contamination, mixture_table
 from training.checks.front import check_model, check_model_files, check_start, check_starting_model
-from training.checks.memory import GIB, memory_estimate, what_would_help
 from training.checks.pairs import pair_warnings, show_pairs
 from training.checks.survey import by_reason, survey, without_limit
 from training.config import RunConfig
 from training.distributed import visible_gpus
+from training.engine.memory import GIB, memory_estimate, what_would_help
 from training.errors import ConfigError
 from training.loop.resume import permitted, schedule_change
 from training.run_folder.lock import make_folder, running_in

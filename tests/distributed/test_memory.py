@@ -1,4 +1,4 @@
-"""The arithmetic of `training.checks.memory` against what the engine holds: real ranks, all stages, fp32, bf16."""
+"""The arithmetic of `training.engine.memory` against what the engine holds: real ranks, all stages, fp32, bf16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory_estimate import NAMES
 from training.checks.activations import Activations
-from training.checks.memory import MemoryEstimate, memory_estimate
+from training.engine.memory import MemoryEstimate, memory_estimate
 from training.run_file import validate
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)

@@ -1,13 +1,10 @@
-"""What a forward pass keeps for its backward pass, counted on a model without data.
-
-In: a model's config, and the sizes of a micro-batch. Out: `Activations`, bytes inside each layer and outside them.
-Next: `memory.py` adds weights, gradients and optimiser.
+"""Counts the bytes that a forward pass keeps for its backward pass, on a model without data.
 
 The model's own forward pass runs on PyTorch's meta device, where tensors have shapes and no data, with the hooks of
-the run's objective on it; every tensor that autograd saves is counted once. Only attention is played by a stand-in,
-since which kernel runs is decided by the device: it saves what that kernel saves. So the count follows the installed
-transformers, whatever the architecture. What cannot be run that way (a router that looks at values, a class with an
-attention of its own) is estimated by the formula of arXiv 2205.05198, and said to be.
+the run's objective on it; every tensor that autograd saves is counted once. Only attention is replaced, since the
+device decides which kernel runs: the replacement saves what that kernel saves. So the count follows the installed
+transformers, whatever the architecture. A model that cannot run this way (a router that reads values, a class with its
+own attention) is estimated by the formula of arXiv 2205.05198, and the result says so.
 
 Shapes: B rows, T tokens a row, H hidden, N label positions, S segments, P pairs, D head size.
 """
@@ -31,31 +28,13 @@ from modeling.architectures import auto_class
 from modeling.label_head import CHUNK_ELEMENTS
 from modeling.layers import decoder_layers, hidden_size
 from training.config import RunConfig
+from training.engine.memory import Activations
 from training.objectives.base import ObjectiveParts
 from training.run_folder.prepare import architecture
 
 STAND_IN = "crosslift_counting"  # the attention that transformers is given while counting
 Kernel = Literal["eager", "sdpa", "flash_attention_2"]
 LAYER_FORMULA = 34  # bytes a token and hidden unit in 16 bit, without attention's scores (arXiv 2205.05198, eq. 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Activations:
-    """Bytes on one GPU for one micro-batch."""
-
-    layers: tuple[int, ...]  # saved inside each layer
-    outside: int  # saved outside: embeddings, states that the objective keeps, head, logits
-    layer_input: int  # the state that enters a layer: all that checkpointing keeps of it
-    layer_work: int  # gradients that come and go in a layer's backward
-    outside_work: int  # and in the head's and the loss's, with their fp32 copies
-    counted: bool  # False: by the formula
-
-    def peak(self, checkpointing: bool) -> int:
-        """Most that is there at once: when backward begins, or in a layer; checkpointing makes one whole at a time."""
-        kept, recomputed = sum(self.layers), 0
-        if checkpointing:
-            kept, recomputed = len(self.layers) * self.layer_input, max(self.layers, default=0)
-        return kept + max(self.outside + self.outside_work, recomputed + self.layer_work)
 
 
 def count_activations(

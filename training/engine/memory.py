@@ -1,14 +1,11 @@
-"""What a run takes of each GPU's memory and of a node's, before anything is allocated.
+"""Estimates a run's memory per GPU and per node before anything is allocated.
 
-In: a run's settings, its model on the meta device, and what a micro-batch's forward pass keeps (`activations.py`).
-Out: a MemoryEstimate: parts, their sum at the peak, a table. Next: `check.py` prints it and refuses what cannot fit.
-
-The arithmetic is DeepSpeed 0.19's, as `engine.py` asks for it: gradients are summed and reduced in fp32, AdamW keeps
-two fp32 moments beside fp32 master weights (in fp32 runs too, where they are a second copy). What ZeRO shards is
-divided over all ranks, each weight rounded up. Weights, gradients and optimiser are held to the engine's own buffers
-by `tests/distributed/test_memory.py`, activations to what autograd saves by `tests/unit/test_activations.py`, both on
-CPU; `benchmarks/memory_estimate.py` has the figures. No GPU was measured: its context, NCCL's buffers and what the
-allocator loses are an allowance.
+The arithmetic is that of DeepSpeed 0.19 under the settings of `settings.py`: gradients are summed and reduced in fp32,
+AdamW keeps two fp32 moments beside fp32 master weights (in fp32 runs too, where they are a second copy). ZeRO's shards
+are divided over all ranks, each weight rounded up. `tests/distributed/test_memory.py` compares weights, gradients and
+optimizer with the engine's own buffers, `tests/unit/test_activations.py` activations with what autograd saves, both on
+the CPU; `benchmarks/memory_estimate.py` measures them. No GPU was measured: its context, NCCL's buffers and the
+allocator's fragmentation are an allowance.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from typing import Any, Literal
 from torch import nn
 
 from data_pipeline.config import merged
-from training.checks.activations import Activations
 from training.config import RunConfig
 
 GIB = 2**30
@@ -38,6 +34,25 @@ ZERO_DEFAULTS: dict[str, int] = {
     "stage3_max_live_parameters": 1_000_000_000,
 }
 When = Literal["always", "in forward and backward", "in the update"]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes that one micro-batch's forward pass keeps on one GPU (counted by `training.checks.activations`)."""
+
+    layers: tuple[int, ...]  # saved inside each layer
+    outside: int  # saved outside: embeddings, states that the objective keeps, head, logits
+    layer_input: int  # the state that enters a layer: all of it that checkpointing keeps
+    layer_work: int  # temporary gradients in a layer's backward
+    outside_work: int  # and in the head's and the loss's, with their fp32 copies
+    counted: bool  # False: by the formula
+
+    def peak(self, checkpointing: bool) -> int:
+        """Most that is there at once: when backward begins, or in a layer; checkpointing makes one whole at a time."""
+        kept, recomputed = sum(self.layers), 0
+        if checkpointing:
+            kept, recomputed = len(self.layers) * self.layer_input, max(self.layers, default=0)
+        return kept + max(self.outside + self.outside_work, recomputed + self.layer_work)
 
 
 @dataclass(frozen=True, slots=True)
