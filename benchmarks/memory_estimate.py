@@ -235,10 +235,9 @@ def rank_main(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from training.assembly import assemble
-    from training.checks.activations import Activations
     from training.distributed import rank, world_size
     from training.engine.engine import process_group
-    from training.engine.memory import memory_estimate
+    from training.engine.memory import Activations, memory_estimate
     from training.run_folder.prepare import prepare
 
     warnings.simplefilter("ignore")  # warnings of PyTorch about DeepSpeed's calls

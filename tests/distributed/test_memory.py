@@ -14,8 +14,7 @@ from tiny_run import RANK_ITEMS, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory_estimate import NAMES
-from training.checks.activations import Activations
-from training.engine.memory import MemoryEstimate, memory_estimate
+from training.engine.memory import Activations, MemoryEstimate, memory_estimate
 from training.run_file import validate
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)

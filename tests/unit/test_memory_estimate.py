@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from training.assembly import assemble_data
 from training.check import check_run, largest_batch
-from training.checks.activations import Activations
 from training.config import LoraSettings, RunConfig
-from training.engine.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, memory_estimate, what_would_help
+from training.engine.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, Activations, memory_estimate, what_would_help
 from training.errors import ConfigError
 from training.run_file import validate
 from training.run_folder.prepare import prepare
