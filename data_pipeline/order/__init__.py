@@ -1,1 +1,1 @@
-"""Which row comes when: order, mixture, plan; pure arithmetic."""
+"""The order of training samples: language mixture, shuffling, pairing, and the plan of each step."""

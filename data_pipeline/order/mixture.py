@@ -1,9 +1,8 @@
-"""Which language each slot has: weights to integer quotas to one fixed sequence.
+"""The language of each slot: weights are turned into integer quotas, and the quotas into one fixed sequence.
 
-In: the mixture's config and the rows of each language. Out: `Quotas`, which tells any slot's language and how
-many slots of that language came before it. Next: `plan.py`, which turns slots into rows.
-
-A slot is one labelled sample. The sequence repeats after P slots (the period), so seeking is a divmod.
+`Quotas` gives the language of any slot and the number of earlier slots of the same language; `plan.py` turns slots
+into rows. A slot is one labelled sample. The sequence repeats after P slots (the period), so seeking is a divmod.
+See docs/methods.md, section 3.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Pairing = Literal["none", "reuse", "fill"]
 
 
 class MixtureConfig(Section):
-    """How often each language comes, and how translations meet."""
+    """How often each language is sampled, and how translations are paired."""
 
     strategy: Literal["proportional", "temperature", "uniform", "explicit"] = Field(
         "proportional",
@@ -35,13 +34,14 @@ class MixtureConfig(Section):
     temperature: float = Field(5.0, gt=0, description="strategy temperature only: 1 is proportional, large is uniform")
     weights: dict[str, float] | None = Field(
         None,
-        description="strategy explicit only: a weight each, any scale; 0 or not listed leaves a language out",
+        description="strategy explicit only: one weight per language, any scale; a language with 0 or no weight is"
+        " excluded",
     )
     period: int = Field(65536, ge=1, le=10**8, description="slots after which the sequence of languages repeats")
     pairing: Pairing = Field(
         "reuse",
         description="none; reuse: dominant-language slots take the translations of the step's other items; "
-        "fill: reuse, and label-free dominant prompts for the items left alone",
+        "fill: reuse, plus unlabelled dominant-language prompts for the items that remain unpaired",
     )
 
     @model_validator(mode="after")
@@ -59,9 +59,10 @@ class MixtureConfig(Section):
 
 
 def language_weights(config: MixtureConfig, rows_per_language: Mapping[str, int]) -> dict[str, float]:
-    """Weights that sum to one, of the languages that take part, in the order of `rows_per_language`.
+    """Normalised weights of the languages in the mixture, in the order of `rows_per_language`.
 
-    Raises DataError if a weight names an undeclared language or a language that takes part has no rows.
+    Raises:
+        DataError: a weight names an undeclared language, or a language of the mixture has no rows.
     """
     weights = config.weights or {}
     for language in weights:
@@ -86,16 +87,22 @@ def language_weights(config: MixtureConfig, rows_per_language: Mapping[str, int]
 
 
 class Quotas:
-    """The exact sequence of languages: after any k slots a language had less than one slot more or less than
-    its share k * n_i / P.
+    """The exact sequence of languages: after any k slots, a language's count is within one of k * n_i / P.
 
-    counts: (n_languages,) int64, n_i slots a period, summing to P; 0 for a declared language without weight.
+    Attributes:
+        counts: (n_languages,) int64, n_i slots per period, summing to P; 0 for a declared language without weight.
     """
 
     def __init__(self, weights: Mapping[str, float], languages: Sequence[str], period: int) -> None:
-        """`weights` of the languages that take part, any scale; `languages`: all declared ones, for indices.
+        """Computes the sequence of one period.
 
-        Raises DataError if more languages take part than the period has slots.
+        Args:
+            weights: one per language of the mixture, any scale.
+            languages: all declared languages; their order defines the indices.
+            period: slots after which the sequence repeats.
+
+        Raises:
+            DataError: the mixture has more languages than the period has slots.
         """
         if len(weights) > period:
             raise DataError(
@@ -110,20 +117,22 @@ class Quotas:
         self._earlier[np.argsort(self._sequence, kind="stable")] = _ordinals(self.counts)
 
     def between(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Languages and cursors, (stop - start,) each, of the slots start .. stop-1."""
+        """Languages and cursors of the slots start .. stop-1, each of shape (stop - start,)."""
         periods, places = np.divmod(np.arange(start, stop, dtype=np.int64), self.period)
         languages = self._sequence[places]
         return languages, periods * self.counts[languages] + self._earlier[places]
 
     def counts_before(self, slot: int) -> npt.NDArray[np.int64]:
-        """(n_languages,): how many of the slots 0 .. slot-1 each language had."""
+        """Number of slots of each language among the slots 0 .. slot-1, (n_languages,)."""
         periods, place = divmod(slot, self.period)
         return periods * self.counts + np.bincount(self._sequence[:place], minlength=len(self.counts))
 
 
 def _apportion(weights: Sequence[float], period: int) -> list[int]:
-    """Integers >= 1 that sum to `period`, nearest to the weights: who would get less than one slot gets one,
-    the others share the rest by largest remainder."""
+    """Integers >= 1 that sum to `period`, in proportion to the weights.
+
+    A language whose share is below one slot gets one; the others share the rest by largest remainder.
+    """
     counts = [1] * len(weights)
     free = list(range(len(weights)))
     while True:
@@ -143,7 +152,7 @@ def _apportion(weights: Sequence[float], period: int) -> list[int]:
 
 
 def _ordinals(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """0 .. n_i-1 for each language in turn, (P,)."""
+    """0 .. n_i-1 for each language, concatenated, (P,)."""
     starts = np.cumsum(counts) - counts
     return np.arange(counts.sum()) - np.repeat(starts, counts)
 
@@ -151,10 +160,10 @@ def _ordinals(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def _earliest_deadline_first(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The language of each of the P slots, (P,).
 
-    A language's j-th slot (from 1) may come from floor((j-1) P / n_i) on and must be over by ceil(j P / n_i).
-    One job a slot, always the released one with the earliest deadline: that meets every deadline (Tijdeman
-    1980), which keeps each count within one of its share. Ties go by a hash: by index, a step shorter than
-    the number of languages would see the same few languages together again and again.
+    A language's j-th slot (from 1) is released at floor((j-1) P / n_i) and due before ceil(j P / n_i). Each slot is
+    given to the released job with the earliest deadline. This meets every deadline (Tijdeman 1980), which keeps each
+    count within one of its share. Ties are broken by a hash: broken by index, steps with fewer slots than languages
+    would repeatedly hold the same few languages together.
     """
     period = int(counts.sum())
     language = np.repeat(np.arange(len(counts)), counts)

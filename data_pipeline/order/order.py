@@ -1,12 +1,12 @@
-"""Where a language's next row comes from: arithmetic on (seed, language, cursor), nothing remembered.
+"""Stateless shuffling: the row of a language as a function of (seed, language, cursor).
 
-In: a cursor, how many samples of a language were asked for before this one. Out: a place in that language's
-rows. Every epoch visits each row once, in an order of its own. Next: `plan.py`, which asks for a step's rows.
+The cursor is the number of earlier samples of the language. Every epoch visits each row once, each epoch in a
+different order. See docs/methods.md, section 3.
 
-A permutation of n rows is a Feistel network on the smallest power of two >= n (Luby & Rackoff 1988), walked
-until it lands below n (cycle walking, Black & Rogaway 2002): a bijection with O(1) seek and no memory.
+A permutation of n rows is a Feistel network on the smallest power of two >= n (Luby & Rackoff 1988), applied again
+until the result is below n (cycle walking, Black & Rogaway 2002): a bijection with O(1) seek and no memory.
 
-Shapes: N places asked for at once.
+Shapes: N places computed at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix64(values: Unsigned) -> Unsigned:
-    """SplitMix64's finaliser (Steele et al. 2014), (N,) -> (N,): a scattering bijection of words."""
+    """SplitMix64's finaliser (Steele et al. 2014), (N,) -> (N,): a bijection that mixes all bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -32,9 +32,9 @@ def mix64(values: Unsigned) -> Unsigned:
 def shuffled_many(
     positions: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], keys: Unsigned
 ) -> npt.NDArray[np.int64]:
-    """Element by element: where `positions` (N,) lie in the permutation of range(`sizes`) named by `keys`.
+    """Maps each of `positions` (N,) through the permutation of range(size) given by its key.
 
-    Needs 0 <= position < size and size <= 2**53.
+    Requires 0 <= position < size and size <= 2**53.
     """
     bits = np.frexp((sizes - 1).astype(np.float64))[1].astype(np.uint64)  # exponent = bit length, exactly
     limits = sizes.astype(np.uint64)
@@ -47,7 +47,7 @@ def shuffled_many(
 
 
 def _feistel(words: Unsigned, bits: Unsigned, keys: Unsigned) -> Unsigned:
-    """A keyed bijection of `bits`-bit words; the halves may differ by one bit, so they are not swapped."""
+    """A keyed bijection of `bits`-bit words. The halves may differ by one bit, so they are not swapped."""
     low_bits = (bits + np.uint64(1)) >> np.uint64(1)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     mask = (np.uint64(1) << bits) - np.uint64(1)
@@ -60,7 +60,7 @@ def _feistel(words: Unsigned, bits: Unsigned, keys: Unsigned) -> Unsigned:
 
 
 def shuffled(position: int, n: int, key: int) -> int:
-    """Where `position` lies in the permutation of range(n) named by the 64-bit `key`."""
+    """Maps `position` through the permutation of range(n) given by the 64-bit `key`."""
     if not 0 <= position < n:
         raise ValueError(f"position {position} is not in range({n})")
     words = np.array([key % 2**64], np.uint64)
@@ -68,20 +68,31 @@ def shuffled(position: int, n: int, key: int) -> int:
 
 
 def order_key(seed: int, language: str) -> int:
-    """The key of a language's order. By code, not by index: one more language moves no other's rows."""
+    """The key of a language's order. It depends on the code, not the index: adding a language reorders no other."""
     return stable_hash("order", seed, language)
 
 
 def places_at(cursors: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], keys: Unsigned) -> npt.NDArray[np.int64]:
-    """Places (N,) in languages of `sizes` rows (N,), `cursors` (N,) samples on; `keys` (N,): `order_key`s."""
+    """Places of rows within their languages, (N,).
+
+    Args:
+        cursors: (N,) number of earlier samples of the language.
+        sizes: (N,) number of rows of the language.
+        keys: (N,) `order_key` of the language.
+    """
     epochs, positions = np.divmod(cursors, sizes)
     return shuffled_many(positions, sizes, mix64(keys + epochs.astype(np.uint64) * _GOLDEN))
 
 
 def row_at(rows: npt.NDArray[np.int64], cursor: int, seed: int, language: str) -> int:
-    """The row that a language gives after `cursor` samples: epoch cursor // n, position cursor % n.
+    """The row of a language after `cursor` samples: epoch cursor // n, position cursor % n.
 
-    `rows` (n,): the language's row ids in file order. Raises DataError if it has none.
+    Args:
+        rows: (n,) the language's row ids in file order.
+        cursor: number of earlier samples of the language.
+
+    Raises:
+        DataError: the language has no rows.
     """
     if not len(rows):
         raise DataError(f"language '{language}' has no rows to draw from; give it a source")

@@ -1,8 +1,8 @@
-"""How samples meet their translations: what an objective asks for, and the partner of a sample in a step.
+"""How samples are paired with translations: what an objective requires, and the partner of a sample in a step.
 
-Two forms: contrast sets, in which the samples of translations of one item stand beside each other (docs/methods.md,
-section 1.3; `plan.py` makes them), and partners, where every sample comes together with its text in the dominant
-language (section 2.1).
+There are two forms. Contrast sets hold the samples of both translations of an item (docs/methods.md, section 1.3;
+built by `plan.py`). A partner is the text of a sample in the dominant language, read together with the sample
+(section 2.1).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from data_pipeline.records import stable_hash
 
 @dataclass(frozen=True, slots=True)
 class PairingRule:
-    """What an objective needs of the plan.
+    """The pairing that an objective requires of the plan.
 
     Attributes:
-        set_size: pairs of a contrast set; None: the plan makes no sets.
-        with_partner: every sample comes with a partner: its translation, back-translation, or itself.
+        set_size: pairs per contrast set; None: no sets.
+        with_partner: every sample has a partner: its translation, its back-translation, or itself.
         gold_schedule: k of the scheduled sampling of partners (docs/methods.md, section 2.3); None: always gold.
-        needed: data without any pair are refused.
+        needed: data without any pair are an error.
     """
 
     set_size: int | None = None
@@ -36,12 +36,12 @@ class PairingRule:
 
 
 class TranslatedIndex(Protocol):
-    """What partners are chosen from. `index.DataIndex` is one."""
+    """The part of a data index that partners are chosen from; implemented by `index.DataIndex`."""
 
     @property
     def has_back(self) -> npt.NDArray[np.bool_]: ...
     def translation(self, row: int, language: int) -> int:
-        """The row of the same item and split in that language, or -1."""
+        """The row of the same item and split in `language`, or -1."""
         ...
 
 
@@ -50,9 +50,10 @@ class Partner:
     """The text that a sample is read together with.
 
     Attributes:
-        kind: a translation is the text of `row`; the others are derived from the sample's own row.
-        language: of the text.
-        gold_step: whether the step's partners are gold text where there is some.
+        kind: a translation is the text of `row`; the other kinds come from the sample's own row.
+        row: row id of the text.
+        language: language of the text.
+        gold_step: whether gold text is preferred in this step.
     """
 
     kind: Literal["translation", "back-translation", "itself"]
@@ -63,25 +64,31 @@ class Partner:
 
 @dataclass(frozen=True, slots=True)
 class Partners:
-    """Chooses partners; a pure function of (seed, step, row).
+    """Chooses partners as a pure function of (seed, step, row).
 
-    Gold text is chosen with a probability that falls from step to step, else the back-translation, which is what
-    testing will bring (X-Mixup, arXiv 2205.04182, section 3.3).
+    Gold text is chosen with a probability that decreases over the steps, otherwise the back-translation, which is
+    what the model reads at test time (X-Mixup, arXiv 2205.04182, section 3.3).
+
+    Attributes:
+        index: where translations are looked up.
+        dominant: the language of the partners.
+        schedule: k of `gold_probability`; None: always gold.
+        seed: the run's seed.
     """
 
     index: TranslatedIndex
-    dominant: int  # the language of the partners
-    schedule: float | None  # the k of `gold_probability`; None: always gold
+    dominant: int
+    schedule: float | None
     seed: int
 
     def gold(self, step: int) -> bool:
-        """Whether the partners of a step are gold text: drawn once a step, the same on every rank."""
+        """Whether gold text is preferred in a step: drawn once per step, equal on all ranks."""
         if self.schedule is None:
             return True
         return stable_hash(self.seed, "source", step) / 2**63 < gold_probability(step, self.schedule)
 
     def of(self, row: int, language: int, step: int) -> Partner:
-        """The text that the step wants, else the other one, else the sample itself."""
+        """The partner of a row: the kind of text drawn for the step if the row has it, else the other, else itself."""
         gold_step = self.gold(step)
         gold_row = self.index.translation(row, self.dominant) if language != self.dominant else -1
         has_back = bool(self.index.has_back[row])
@@ -93,16 +100,16 @@ class Partners:
 
 
 def gold_probability(step: int, k: float) -> float:
-    """How probable gold partners are at a step, `k / (k + exp(step / k))` (X-Mixup, section 3.3)."""
+    """Probability of gold partners at a step, `k / (k + exp(step / k))` (X-Mixup, section 3.3)."""
     exponent = step / k - math.log(k)
     return 1 / (1 + math.exp(exponent)) if exponent < 700 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPairing:
-    """How a planner pairs: in contrast sets where `set_size` is given, with partners where `partners` are."""
+    """The pairing of a planner: contrast sets if `set_size` is given, partners if `partners` is given."""
 
-    dominant: int  # an index into the declared languages, in the mixture or not
+    dominant: int  # index into the declared languages; the language need not be in the mixture
     mode: Pairing = "none"
     set_size: int | None = None
     partners: Partners | None = None

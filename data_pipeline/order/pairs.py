@@ -1,9 +1,7 @@
-"""Which items the languages share, and why they share none; signs that rows of the same item are no translations.
+"""Diagnostics of pairing: items that languages share, likely causes of missing pairs, and pairs that look unrelated.
 
-In: a DataIndex. Out: counts, and sentences for people. Next: `training/checks/pairs.py`, which refuses,
-warns and shows pairs.
-
-Rows pair by `Record.group`, compared in Unicode's form NFC. Everything here reads a bounded number of rows.
+`training/checks/pairs.py` turns the results into errors and warnings. Rows are paired by `Record.group`, compared in
+Unicode form NFC. Every function reads a bounded number of rows.
 """
 
 from __future__ import annotations
@@ -20,23 +18,23 @@ from data_pipeline.records import Record
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.text.templates import language_name
 
-LOOKED_AT = 2_000  # rows a language whose ids are compared
-COMPARED = 200  # pairs a language whose texts are compared
-FEWEST = 20  # pairs that say something
-RANDOM_Z = 2.33  # standard errors that the correlation of unrelated texts exceeds once in a hundred times
+LOOKED_AT = 2_000  # rows per language whose ids are compared
+COMPARED = 200  # pairs per language whose texts are compared
+FEWEST = 20  # pairs below which the texts are not judged
+RANDOM_Z = 2.33  # standard errors that the correlation of unrelated texts exceeds with probability 0.01
 EXAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Items of a language's training rows, and how many of them have a row in the dominant language too."""
+    """Number of items in a language's training rows, and how many of them also have a dominant-language row."""
 
     items: int
     shared: int
 
 
 def shared_items(index: DataIndex, dominant: int) -> dict[int, Shared]:
-    """By language, but for the dominant one. Bad and held-out rows count for nothing."""
+    """Shared items of each language except the dominant one. Bad and held-out rows are not counted."""
     groups = [np.unique(index.group[_usable(index, language)]) for language in range(len(index.languages))]
     return {
         language: Shared(len(found), len(np.intersect1d(found, groups[dominant], assume_unique=True)))
@@ -46,7 +44,7 @@ def shared_items(index: DataIndex, dominant: int) -> dict[int, Shared]:
 
 
 def why_unpaired(index: DataIndex, language: int, dominant: int) -> str:
-    """Ids of two languages that share no item, and the likely cause."""
+    """Explains why two languages share no item: examples of their ids, and the likely cause."""
     codes = [index.languages[each] for each in (dominant, language)]
     records = [_records(index, each) for each in (dominant, language)]
     ids = [{record.group: record for record in found} for found in records]
@@ -67,7 +65,7 @@ def _cause(ids: Sequence[dict[str, Record]], codes: Sequence[str]) -> str:
     without_code = [{_without_code(name, code) for name in found} for found, code in zip(ids, codes, strict=True)]
     if without_code[0] & without_code[1]:
         return (
-            "they hold the language, and would be equal without it: map columns.group to a column that is the same in"
+            "they contain the language and would be equal without it: map columns.group to a column that is the same in"
             " translations"
         )
     folded = [{_folded(name): name for name in found} for found in ids]
@@ -81,7 +79,7 @@ def _cause(ids: Sequence[dict[str, Record]], codes: Sequence[str]) -> str:
 
 
 def repeated_ids(index: DataIndex) -> Iterator[str]:
-    """By language, an id that stands at several texts where ids are what rows pair by: a sentence for people."""
+    """One message per language in which rows with different texts share an id that rows are paired by."""
     for language, code in enumerate(index.languages):
         rows = _usable(index, language)
         rows = rows[np.lexsort((rows, index.group[rows]))]
@@ -93,18 +91,17 @@ def repeated_ids(index: DataIndex) -> Iterator[str]:
         first, second = (index.record(int(rows[places[0] + step])) for step in (0, 1))
         more = f", and {len(places) - 1:,} more such rows" if len(places) > 1 else ""
         yield (
-            f"id {_quoted(first.group)} stands at different texts in {code!r}: {first.origin} and {second.origin}{more}"
-            "; ids that begin anew in every file make unrelated rows translations: make them unique, or map"
-            " columns.group"
+            f"id {_quoted(first.group)} is shared by different texts in {code!r}: {first.origin} and {second.origin}"
+            f"{more}; ids that restart in every file pair unrelated rows: make them unique, or map columns.group"
         )
 
 
 def unlike_texts(index: DataIndex, language: int, dominant: int) -> str | None:
-    """Why the paired texts of two languages look unrelated; None where they do not, or where too few tell.
+    """Explains why the paired texts of two languages look unrelated; None if they do not, or if there are too few.
 
-    Two signs, each held against chance: whether numbers of one text stand in the other, more often than in the text of
-    another pair; and whether long texts go with long ones (rank correlation). Both have to be missing, as far as the
-    texts have any: numbers at all, and lengths that vary.
+    Two tests are compared with chance: whether numbers of one text occur in its translation more often than in the
+    texts of other pairs, and whether text lengths correlate (rank correlation). The texts look unrelated if every
+    applicable test fails; a test applies if the texts contain numbers, or if their lengths vary.
     """
     usable = _usable(index, language)
     paired = usable[np.isin(index.group[usable], index.group[_usable(index, dominant)])]
@@ -130,7 +127,7 @@ def _numbers_agree(texts: Sequence[str], others: Sequence[str]) -> tuple[bool, s
         for place, (one, _) in enumerate(found)
     ]
     chance = float(np.mean(strangers))
-    if chance > 0.5:  # the same few numbers stand everywhere
+    if chance > 0.5:  # the same few numbers occur in most texts
         return None
     spread = np.sqrt(max(chance, 1 / len(found)) / len(found))
     return bool(agree > chance + 3 * spread), (
@@ -144,16 +141,16 @@ def _lengths_agree(texts: Sequence[str], others: Sequence[str]) -> tuple[bool, s
         return None
     correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     return bool(correlation * np.sqrt(len(texts) - 1) > RANDOM_Z), (
-        f"long texts do not go with long ones (rank correlation {correlation:.2f} over {len(texts)} pairs)"
+        f"text lengths do not correlate (rank correlation {correlation:.2f} over {len(texts)} pairs)"
     )
 
 
 def _numbers(text: str) -> set[int]:
-    return {int(digits) for digits in re.findall(r"\d{1,18}", text)}  # of any script
+    return {int(digits) for digits in re.findall(r"\d{1,18}", text)}  # digits of any script
 
 
 def _ranks(values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Mean ranks, equal ones for equal values."""
+    """Ranks; equal values get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     stops = np.cumsum(counts)
     return (stops - (counts - 1) / 2)[inverse]
@@ -182,7 +179,7 @@ def _invisible(name: str) -> str:
     return "".join(character for character in name if unicodedata.category(character) in ("Cf", "Cc"))
 
 
-# Ways in which ids that look alike differ, and what makes them equal; tried in this order, each on top of the last.
+# Differences between ids that look alike, and the function that removes each; applied cumulatively in this order.
 _FOLDS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("invisible characters", lambda name: name.translate(dict.fromkeys(map(ord, _invisible(name))))),
     ("white space", lambda name: "".join(name.split())),
@@ -209,6 +206,6 @@ def _difference(one: str, other: str) -> str:
 
 
 def _quoted(name: str) -> str:
-    """In quotes, with what is invisible spelled as escapes."""
+    """The name in quotes, shortened, with invisible characters escaped."""
     shown = repr(name if len(name) <= 40 else f"{name[:40]}...")
     return "".join(f"\\u{ord(each):04x}" if unicodedata.category(each) == "Cf" else each for each in shown)

@@ -1,15 +1,15 @@
-"""The global batch of any step: a pure function of (seed, config, data, step), whatever the number of ranks.
+"""The global batch of any step, as a pure function of (seed, config, data, step), independent of the number of ranks.
 
-In: the data index and the quotas. Out: a `StepPlan`, the step's slots in units that stay together, and
-`assign`, which shares the units among ranks. Next: `reader.py`, which each rank runs on its own units.
+A `StepPlan` holds the step's slots in units that stay together; `assign` distributes the units over ranks, and
+`reader.py` reads a rank's units. See docs/methods.md, section 3.
 
-Pairing reuses slots: a dominant-language slot may hold the translation of another slot's item. Its own cursor
-moves on all the same, so the row that a slot would have by itself depends on nothing but its number. A row that is
-found bad when it is read leaves its slot empty, and breaks its own pair, and nothing else changes. One that the index
-knows as bad keeps its slot too; but its item cannot be read, so it is nobody's translation, and the dominant slots
-of its step may take other items (the fingerprint of the data is another one).
+Pairing reuses slots: a dominant-language slot may hold the translation of another slot's item. Its cursor advances
+nevertheless, so the unpaired row of a slot depends only on the slot's number. A row that turns out to be bad when it
+is read leaves its slot empty and removes its own pair; nothing else changes. A row that the index marks as bad also
+keeps its slot, but its item cannot be read, so it is not used as a translation, and the dominant-language slots of
+its step may take other items (the fingerprint of the data differs).
 
-Legend: S slots of a step; positions 0 .. S-1 are slots, from S on label-free fills.
+Legend: S slots per step; positions 0 .. S-1 are slots, positions from S are unlabelled fills.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Pair = tuple[int, int]  # positions (dominant, other)
 
 
 class PlannedIndex(Protocol):
-    """What a plan needs to know of the data: arrays over rows, and two look-ups. `index.DataIndex` is one."""
+    """The part of a data index that a plan uses; implemented by `index.DataIndex`."""
 
     @property
     def languages(self) -> Sequence[str]: ...
@@ -49,7 +49,7 @@ class PlannedIndex(Protocol):
         ...
 
     def translation(self, row: int, language: int) -> int:
-        """The row of the same group and split in that language, or -1."""
+        """The row of the same group and split in `language`, or -1."""
         ...
 
 
@@ -58,11 +58,13 @@ class Slot:
     """One sample of a step.
 
     Attributes:
-        number: from the run's first slot, -1 for a fill.
-        language: an index into the declared languages.
+        number: counted from the run's first slot; -1 for a fill.
+        row: row id in the data index.
+        language: index into the declared languages.
+        labelled: False for a fill, which has no labels.
         cost: estimated tokens.
-        partner: the text that it is read together with, where samples come with partners.
-        seed: (run's seed, step): what is random about the sample derives from it.
+        partner: the text that the sample is read together with, if the objective uses partners.
+        seed: (run's seed, step), from which all randomness of the sample is derived.
     """
 
     number: int
@@ -75,16 +77,18 @@ class Slot:
 
     @classmethod
     def alone(cls, row: int, language: int, seed: int, step: int = 0, partners: Partners | None = None) -> Slot:
-        """A row of a fixed set (probe, held-out), outside of any step's slots; read as at `step`."""
+        """A slot for a row of a fixed set (probe, held-out) that belongs to no step; it is read as in step `step`."""
         partner = None if partners is None else partners.of(row, language, step)
         return cls(FILL, row, language, True, 0.0, partner, (seed, step))
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Slots that go to one rank and one micro-batch. With pairs it is a contrast set, and atomic.
+    """Slots that stay on one rank and in one micro-batch. A unit with pairs is a contrast set.
 
-    `pairs` (dominant, other) index into `slots`.
+    Attributes:
+        slots: the slots of the unit.
+        pairs: (dominant, other), indices into `slots`.
     """
 
     slots: tuple[Slot, ...]
@@ -92,13 +96,19 @@ class Unit:
 
     @property
     def cost(self) -> float:
-        """Estimated tokens."""
+        """Estimated tokens of all slots."""
         return sum(slot.cost for slot in self.slots)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step's global batch. `dropped_pairs`: translations not paired because both texts are the same."""
+    """The global batch of a step.
+
+    Attributes:
+        step: the step's number, from 0.
+        units: the slots of the step, grouped.
+        dropped_pairs: translations that were not paired because both texts are identical.
+    """
 
     step: int
     units: tuple[Unit, ...]
@@ -106,13 +116,13 @@ class StepPlan:
 
     @property
     def slots(self) -> list[Slot]:
-        """All slots by number, fills last."""
+        """All slots in the order of their numbers, fills last."""
         slots = (slot for unit in self.units for slot in unit.slots)
         return sorted(slots, key=lambda slot: (slot.number == FILL, slot.number))
 
 
 class Planner:
-    """Plans any step in O(slots), from the step's number alone."""
+    """Computes the plan of any step from its number, in O(slots)."""
 
     def __init__(
         self,
@@ -126,9 +136,12 @@ class Planner:
         """Checks the mixture against the index.
 
         Args:
-            pairing: without `set_size`, the same rows are planned, each a unit of its own, and no fills, which nothing
-                would learn from.
-            tokens_per_byte: of each language; without it, cost is in bytes.
+            index: the rows.
+            quotas: the sequence of languages.
+            pairing: without `set_size`, the same rows are planned as one unit each, without fills.
+            slots_per_step: slots of a step on all ranks together.
+            seed: the run's seed.
+            tokens_per_byte: one value per language; None: costs are in bytes.
 
         Raises:
             DataError: a language of the mixture has no training rows.
@@ -148,7 +161,7 @@ class Planner:
         self._tokens_per_byte = np.ones(len(index.languages)) if tokens_per_byte is None else np.array(tokens_per_byte)
 
     def slots_by_language(self, steps: int) -> list[int]:
-        """How many slots each language has in the first `steps` steps."""
+        """Number of slots of each language in the first `steps` steps."""
         return [int(count) for count in self._quotas.counts_before(steps * self._slots_per_step)]
 
     def step(self, t: int) -> StepPlan:
@@ -161,7 +174,7 @@ class Planner:
         broken, same = self._judge(rows, pairs)
         kept = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
         slots = self._slots(t, rows, languages)
-        # A pair with a bad row is left out only after the cut, so that it moves no other pair to another set.
+        # Pairs with a bad row are removed after the split into sets, so that no other pair changes its set.
         sets = [[pair for pair in chunk if pair not in broken] for chunk in _cut(kept, self._set_size)]
         units = [
             Unit(
@@ -176,12 +189,13 @@ class Planner:
         return StepPlan(t, tuple(units), sum(same))
 
     def _pair(self, t: int, rows: list[int], languages: list[int]) -> list[Pair]:
-        """Puts translations into `rows`: in dominant slots, and for `fill` behind the slots.
+        """Writes translations into `rows`: into dominant-language slots, and for `fill` after the slots.
 
-        Returns positions (dominant, other), in the order of the other's slot.
+        Returns:
+            Positions (dominant, other), ordered by the position of the other.
         """
         groups = self._index.group[rows].tolist()
-        items: dict[int, tuple[int, int]] = {}  # group -> (position, dominant row): one translation an item
+        items: dict[int, tuple[int, int]] = {}  # group -> (position, dominant row): one translation per item
         for position, (row, language, group) in enumerate(zip(rows, languages, groups, strict=True)):
             if language != self._dominant and group not in items:
                 translation = self._index.translation(row, self._dominant)
@@ -203,7 +217,7 @@ class Planner:
         return sorted(pairs, key=lambda pair: pair[1])
 
     def _judge(self, rows: list[int], pairs: list[Pair]) -> tuple[set[Pair], list[bool]]:
-        """The pairs with a bad row; and per pair, whether both texts are the same (never, if one is bad)."""
+        """The pairs with a bad row; and for each pair, whether both texts are identical (False if one is bad)."""
         ids = np.array(rows)[np.array(pairs, np.int64).reshape(-1, 2)]
         bad = self._index.bad[ids].any(axis=1)
         content = self._index.content[ids]
@@ -211,7 +225,7 @@ class Planner:
         return {pair for pair, is_bad in zip(pairs, bad, strict=True) if is_bad}, same.tolist()
 
     def _slots(self, t: int, rows: list[int], languages: npt.NDArray[np.int64]) -> list[Slot]:
-        """Slots of the step's rows; those behind the step's own are fills in the dominant language."""
+        """Slots of the step's rows; the rows after the step's own slots are fills in the dominant language."""
         first, n_fills = t * self._slots_per_step, len(rows) - len(languages)
         languages = np.concatenate([languages, np.full(n_fills, self._dominant)])
         costs = self._index.n_bytes[rows] * self._tokens_per_byte[languages]
@@ -228,7 +242,7 @@ class Planner:
 
 
 def _cut(pairs: list[Pair], set_size: int | None) -> list[list[Pair]]:
-    """Sets of `set_size` pairs in order; the remainder joins the last. None: no sets."""
+    """Splits pairs into sets of `set_size` in order; the last set takes the remainder. Without `set_size`: no sets."""
     if set_size is None or not pairs:
         return []
     starts = [i * set_size for i in range(max(1, len(pairs) // set_size))]
@@ -236,9 +250,12 @@ def _cut(pairs: list[Pair], set_size: int | None) -> list[list[Pair]]:
 
 
 def assign(plan: StepPlan, world_size: int) -> list[list[Unit]]:
-    """Each rank's units, in plan order: largest first to the least loaded rank.
+    """Distributes the units over ranks, largest first, each to the rank with the lowest load.
 
-    Ties go to the rank with fewest units, then the lowest. A rank may get nothing.
+    Ties go to the rank with the fewest units, then to the lowest rank.
+
+    Returns:
+        For each rank its units in plan order; a rank may have none.
     """
     costs = [unit.cost for unit in plan.units]
     loads = [(0.0, 0, rank) for rank in range(world_size)]  # sorted, so already a heap

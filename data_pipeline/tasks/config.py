@@ -1,7 +1,6 @@
-"""What a run file says about its task.
+"""The `data.task` section of a run file.
 
-In: the `data.task` section of the run file. Out: a frozen, checked model. Next: `rows.py` and `tokenize.py`.
-Nothing heavy is imported here, so that a run file is read at once.
+No large library is imported here, so that a run file is read quickly.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from pydantic import Field, model_validator
 from data_pipeline.config import TaskKind
 from data_pipeline.settings import Section
 
-WINDOWED: tuple[TaskKind, ...] = ("tagging", "qa", "text")  # kinds whose long texts are read in windows
-# Options that say something about some kinds only.
+WINDOWED: tuple[TaskKind, ...] = ("tagging", "qa", "text")  # kinds whose long texts are split into windows
+# Options that apply to some kinds only.
 KINDS_OF_OPTION: dict[str, tuple[TaskKind, ...]] = {
     "doc_stride": ("qa", "tagging"),
     "max_question_length": ("qa",),
@@ -26,18 +25,18 @@ KINDS_OF_OPTION: dict[str, tuple[TaskKind, ...]] = {
 class TaskConfig(Section):
     """The task that an encoder is trained on; texts are cut to `data.sequence_length` tokens."""
 
-    kind: TaskKind = Field(description="what the rows are; it must be what the sources' columns are")
+    kind: TaskKind = Field(description="kind of the rows; it must match the sources' columns")
     labels: tuple[str, ...] = Field(
         (), description="classification and tagging: every label, in the order of the model's outputs"
     )
     doc_stride: int = Field(
-        128, gt=0, description="tokens from the start of a window to the next, in texts that fit no single one"
+        128, gt=0, description="tokens from the start of one window to the start of the next, in texts of several"
     )
-    max_question_length: int = Field(64, gt=0, description="tokens of a question; what is beyond them is cut off")
+    max_question_length: int = Field(64, gt=0, description="most tokens of a question; longer ones are truncated")
     word_pooling: Literal["mean", "first"] = Field(
-        "mean", description="tagging: a word's logits are the mean of its tokens', or its first token's"
+        "mean", description="tagging: a word's logits are the mean over its tokens, or those of its first token"
     )
-    mask_probability: float = Field(0.15, gt=0, lt=1, description="share of a text's tokens that are to be predicted")
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="share of a text's tokens that are predicted")
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:

@@ -1,6 +1,4 @@
-"""Which tokens of a text are to be predicted, and what stands in their place (BERT, arXiv 1810.04805, section 3.1).
-
-In: the tokens of a window and a seed. Out: the tokens as the model sees them, and what was there. Next: `reader.py`.
+"""Masking for masked language modelling (BERT, arXiv 1810.04805, section 3.1).
 
 Shapes: T tokens of a window, n of them to be predicted.
 """
@@ -11,16 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
-MASKED, REPLACED = 0.8, 0.1  # of the tokens to be predicted; the others stay as they are
+MASKED, REPLACED = 0.8, 0.1  # shares of the tokens to be predicted; the others are unchanged
 
 
 def mask_tokens(
     input_ids: Ids, content: npt.NDArray[np.bool_], probability: float, mask_id: int, ordinary_ids: Ids, seed: int
 ) -> tuple[Ids, Ids]:
-    """The tokens (T,) with some of them covered, and the positions (n,) of those to be predicted, n at least 1.
+    """Masks tokens of a window, as a pure function of the arguments.
 
-    Only tokens of the text, `content` (T,), are chosen: each with `probability`, one in any case. A replaced
-    token becomes one of `ordinary_ids`, tokens that are not special. A pure function of its input.
+    Args:
+        input_ids: (T,) the window.
+        content: (T,) True for tokens of the text; only these are chosen, each with `probability`, at least one.
+        ordinary_ids: ids of tokens that are not special; a replaced token becomes one of them.
+
+    Returns:
+        The masked tokens (T,) and the positions (n,) of the tokens to be predicted.
     """
     generator = np.random.default_rng(seed)
     candidates = np.flatnonzero(content)

@@ -1,10 +1,8 @@
-"""Rows -> Examples: the columns of each kind of task, read and checked.
+"""Reads and checks the columns of each kind of task: rows -> Examples.
 
-In: a row's Cells and a ColumnMap. Out: an Example and, where the row has it, its translation into the dominant
-language; or BadRow. Next: `sources.py`, which makes Records of them.
-
-What a text and its labels must be among themselves is checked always (`read_example`); that they are there, and
-among `task.labels`, only in training (`check_example`): a text that is to be predicted on needs no labels.
+A row gives an Example and, if it has the columns, the Example of its back-translation. `read_example` checks that
+text and labels are consistent. `check_example`, used in training only, checks that labels exist and are among
+`task.labels`: prediction needs no labels.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from data_pipeline.sources.cells import Cells
 from data_pipeline.sources.formats import JsonLines
 from data_pipeline.tasks.config import TaskConfig
 
-SUM_TOLERANCE = 1e-3  # of a word's probabilities: files hold them with few digits
+SUM_TOLERANCE = 1e-3  # of a word's probabilities, which files hold with few digits
 Sides = tuple[Example, Example | None]
 
 
 def read_example(cells: Cells, columns: ColumnMap) -> Sides:
-    """The row's own Example, and that of its back-translation or None. Raises BadRow."""
+    """The row's Example, and the Example of its back-translation or None. Raises BadRow."""
     kind = columns.kind
     if kind == "classification":
         return _classification(cells, columns)
@@ -37,10 +35,10 @@ def read_example(cells: Cells, columns: ColumnMap) -> Sides:
 
 
 def read_task_file(path: Path, kind: TaskKind) -> Iterator[Record]:
-    """The rows of a JSONL file with the canonical column names of its kind: what is predicted on.
+    """Reads a JSONL file for prediction, with the canonical column names of its kind.
 
-    `id`, `language` and the texts must be there; `group`, labels and back-translations may be. A sentence to be tagged
-    may have no words: it keeps its place. Raises BadRow at the first row that cannot be used.
+    `id`, `language` and the texts are required; `group`, labels and back-translations are optional. A sentence to be
+    tagged may have no words; it is kept. Raises BadRow at the first row that cannot be used.
     """
     shard = JsonLines(str(path), path.name, "")
     columns: ColumnMap | None = None
@@ -69,7 +67,7 @@ def _canonical(kind: TaskKind, pairs: bool) -> ColumnMap:
 
 
 def check_example(example: Example, task: TaskConfig, origin: str) -> None:
-    """Raises BadRow where an Example lacks what training on the task needs."""
+    """Raises BadRow if an Example lacks labels that training on the task needs."""
 
     def known(label: str, what: str) -> None:
         if label not in task.labels:
@@ -132,7 +130,7 @@ def _words(cells: Cells, column: str) -> tuple[str, ...]:
     if not words:
         raise cells.bad(f"{column!r} is empty")
     for number, word in enumerate(words):
-        # a word of white space alone has its place in real sentences, and its tag
+        # words of white space only occur in real sentences, with a tag
         if cells.unicode(word, f"{column!r}[{number}]") == "":
             raise cells.bad(f"{column!r}[{number}] is empty")
     return tuple(words)
@@ -173,7 +171,7 @@ def _answers(cells: Cells, column: str, context: str) -> tuple[tuple[str, int], 
     if not cells.has(column):
         return None
     found = cells.listed(column)
-    if isinstance(found, dict) and set(found) == {"text", "answer_start"}:  # as data sets on the hub have it
+    if isinstance(found, dict) and set(found) == {"text", "answer_start"}:  # the format of data sets on the hub
         texts, starts = found["text"], found["answer_start"]
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
             raise cells.bad(f"{column!r} must have as many starts as texts")
@@ -188,7 +186,7 @@ def _answers(cells: Cells, column: str, context: str) -> tuple[tuple[str, int], 
             raise cells.bad(f"{what}.answer_start is {start!r}; it must be a number of characters")
         if context[start : start + len(text)] != text:
             place = context.find(text)
-            where = f"it is at {place}" if place >= 0 else "it is nowhere in it"
+            where = f"it is at {place}" if place >= 0 else "the context does not contain it"
             raise cells.bad(f"{what} {_short(text)} is not at character {start} of the context; {where}")
         answers.append((text, start))
     return tuple(answers) or None

@@ -1,4 +1,4 @@
-"""A sample of a task as tokens: its own text, and its source text where samples come with partners."""
+"""A tokenised sample of a task: its target text, and its source text if the objective uses partners."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from data_pipeline.tasks.tokenize import EncodedSide
 
 @dataclass(frozen=True, slots=True)
 class SideLabels:
-    """What is to be predicted on one side; an answer's span is in its EncodedSide.
+    """Labels of one side; the span of an answer is in its EncodedSide.
 
-    classes    (units, C) probabilities: classification, one unit; tagging, a unit a word of the window
-    positions  (units,) text: tokens to be predicted
-    ids        (units,) text: what they were
+    Attributes:
+        classes: (units, C) probabilities; classification: one unit; tagging: one unit per word of the window.
+        positions: (units,) text: positions of the tokens to be predicted.
+        ids: (units,) text: the original tokens at these positions.
     """
 
     classes: npt.NDArray[np.float32] | None = None
@@ -28,24 +29,33 @@ class SideLabels:
 
 @dataclass(frozen=True, slots=True)
 class SourceSide:
-    """The partner of a sample, as tokens."""
+    """The tokenised partner of a sample.
+
+    Attributes:
+        side: the window that is read.
+        labels: its labels.
+        language: index of its language.
+        is_gold: False for a back-translation.
+        counts: its labels are correct and contribute to the loss.
+        is_itself: there was no other text, so the sample is its own source.
+    """
 
     side: EncodedSide
     labels: SideLabels
     language: int
-    is_gold: bool  # not a back-translation
-    counts: bool  # its labels are right, so they are learned from
-    is_itself: bool = False  # there was no other text, so the sample is its own source
+    is_gold: bool
+    counts: bool
+    is_itself: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSample(Sample):
-    """One window of a text, with its source where samples come with partners."""
+    """One window of a text, with its source if the objective uses partners."""
 
     target: EncodedSide
     target_labels: SideLabels
     source: SourceSide | None = None
-    gold: bool = True  # the step's sources are gold text, not back-translations
+    gold: bool = True  # the step prefers gold sources to back-translations
 
     def __len__(self) -> int:
         return len(self.target)
@@ -65,6 +75,6 @@ class TaskSample(Sample):
             yield self.source.language, len(self.source.side)
 
     def fingerprint(self) -> int:
-        """Of the sample, the window, and the kind of source."""
+        """Hash of the sample, the window and the kind of source."""
         is_gold = self.source is not None and self.source.is_gold
         return stable_hash(self.language, self.id, self.target.words, is_gold, len(self))

@@ -1,7 +1,7 @@
-"""Examples -> TaskSamples: the step's window of a text, its labels, and the source's window that goes with it.
+"""The text stage of encoders: a record -> one window of its text with labels, and the matching window of its source.
 
-Which window is read and which tokens are masked are pure functions of (seed, step, sample): every rank and every
-resume sees the same.
+The window and the masked tokens are pure functions of (seed, step, sample), so they are equal on all ranks and after
+a resume.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from data_pipeline.tasks.tokenize import NO_ANSWER, EncodedSide, TaskTokenizer, 
 
 
 class TaskStage(TextStage):
-    """The text stage of encoders."""
+    """Turns records into TaskSamples."""
 
     def __init__(self, tokenizer: TaskTokenizer, overlong: Overlong = "truncate") -> None:
-        """`overlong`: what becomes of a text that is cut; a source's texts are cut in any case."""
+        """`overlong` applies to target texts that are too long; source texts are always truncated."""
         self.tokenizer = tokenizer
         self.sequence_length = tokenizer.sequence_length
         self.overlong = overlong
@@ -51,7 +51,7 @@ class TaskStage(TextStage):
         )  # fmt: skip
 
     def describe(self, sample: Sample, uncut: int) -> Iterator[str]:
-        """Both sides decoded, with their labels."""
+        """The decoded text and labels of both sides."""
         assert isinstance(sample, TaskSample)
         yield f"{len(sample)} tokens"
         yield f"target: {self._decoded(sample.target, sample.target_labels)}"
@@ -62,13 +62,13 @@ class TaskStage(TextStage):
     def _source(
         self, record: Record, slot: Slot, partner: Record | None, windows: Windows, number: int
     ) -> SourceSide | None:
-        """The partner's window that goes with window `number` of the record's own; None without partners."""
+        """The partner's window that matches window `number` of the record's text; None without partners."""
         if slot.partner is None:
             return None
         kind = slot.partner.kind
         example, origin = (record.example, record.origin) if partner is None else (partner.example, partner.origin)
         if kind == "back-translation":
-            assert record.back is not None  # the index says so, and the row has not changed since
+            assert record.back is not None  # the plan chose it because the index holds one
             example = record.back
         is_gold = kind != "back-translation"
         counts = self.tokenizer.config.kind == "classification" or (is_gold and slot.partner.gold_step)
@@ -103,7 +103,7 @@ class TaskStage(TextStage):
         as_source: bool = False,
         counts: bool = True,
     ) -> tuple[EncodedSide, SideLabels]:
-        """A window with its labels. `counts`: they must be there. Raises BadRow."""
+        """A window and its labels. Raises BadRow if `counts` and the labels are missing."""
         config: TaskConfig = self.tokenizer.config
         if config.kind == "classification":
             return side, SideLabels(classes=self._one_hot([example.label]))
@@ -123,7 +123,7 @@ class TaskStage(TextStage):
     def _tag_classes(
         self, example: Example, side: EncodedSide, origin: str, as_source: bool, counts: bool
     ) -> npt.NDArray[np.float32]:
-        """(words of the window, C): a target's soft tags come before its tags, a source's tags before its soft tags."""
+        """Classes (words of the window, C). If there are both, a target uses its soft tags and a source its tags."""
         words = slice(*side.words)
         if example.soft_tags is not None and not (as_source and example.tags is not None):
             soft = np.array(example.soft_tags[words], np.float32)
@@ -135,7 +135,7 @@ class TaskStage(TextStage):
         return self._one_hot([None] * (side.words[1] - side.words[0]))
 
     def _one_hot(self, labels: Sequence[str | None]) -> npt.NDArray[np.float32]:
-        """(labels, C); zeros where there is none."""
+        """One row per label, (labels, C); zeros for None."""
         classes = np.zeros((len(labels), len(self.label_ids)), np.float32)
         for number, label in enumerate(labels):
             if label is not None:
@@ -144,11 +144,11 @@ class TaskStage(TextStage):
 
 
 def _counterpart(of_source: Windows, of_target: Windows, number: int, kind: TaskKind) -> EncodedSide:
-    """The source's window that goes with window `number` of the target.
+    """The source's window that matches window `number` of the target.
 
-    In tagging the one whose middle lies nearest to that of the target's, both as shares of their texts. Where the
-    target's window holds the answer, the one that holds it too, and of those the nearest in number. Else the one of
-    the same number.
+    Tagging: the window whose middle is nearest to that of the target's window, both relative to the text's length.
+    If the target's window contains the answer: a window that contains it too, the nearest in number. Otherwise: the
+    window with the same number.
     """
     if len(of_source) == 1:
         return of_source[0]
@@ -163,7 +163,7 @@ def _counterpart(of_source: Windows, of_target: Windows, number: int, kind: Task
 
 
 def _middles(windows: Windows) -> list[float]:
-    """The middle of each window in words, as a share of the text."""
+    """The middle of each window in words, relative to the text's length."""
     n_words = windows.ranges[-1][1]
     return [(first + stop) / 2 / n_words for first, stop in windows.ranges]
 

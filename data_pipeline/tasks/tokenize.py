@@ -1,10 +1,10 @@
-"""Examples -> tokens: in windows where a text is too long, with what maps tokens back to words and characters.
+"""Tokenises Examples for encoders: long texts in windows, with maps from tokens to words and characters.
 
-In: Examples and a fast tokenizer of an encoder (BERT's and XLM-R's families). Out: EncodedSides.
-Next: `reader.py` in training; prediction takes all windows of a text.
+Requires a fast tokenizer of an encoder (the families of BERT and XLM-R). Training reads one window of a text per
+step; prediction reads all windows.
 
-Special tokens stand where the tokenizer itself puts them. What people wrote never becomes one. A text, or a word
-of a sentence, that the tokenizer drops (odd characters) becomes the unknown token, so that no word is lost.
+Special tokens are placed as the tokenizer places them, and text that spells a special token is never encoded as one.
+A text or word for which the tokenizer gives no token becomes the unknown token, so that no word is lost.
 
 Shapes: T tokens of a window, special tokens included; words and characters are counted over the whole text.
 """
@@ -42,19 +42,25 @@ NO_ANSWER = (0, 0)  # the span of a window without the answer: the first token
 
 @dataclass(frozen=True, slots=True)
 class EncodedSide:
-    """One window of one text or pair of texts. All arrays are (T,), `context_offsets` is (T, 2).
+    """One window of a text or of a pair of texts.
 
-    words            tagging: the words in this window, (first, stop); qa: the tokens of the context in it, counted
-                     over the whole context, so that the distance of a token to the window's ends is known
-    span             qa: (first, last) position of the answer's tokens; (0, 0) if they are not all in this window;
-                     None without answers, or where no token stands for the answer
-    context_offsets  qa: where in the context a token begins and stops, in characters, without white space; -1 outside
+    Attributes:
+        input_ids: (T,) token ids.
+        token_type_ids: (T,) segment of each token.
+        word_of_token: (T,) tagging: the word of each token, -1 if none.
+        content: (T,) True for tokens of the texts, False for special tokens.
+        words: tagging: the words of this window, (first, stop); qa: the context's tokens in this window, counted
+            over the whole context, which gives the distance of a token to the window's ends.
+        span: qa: (first, last) position of the answer's tokens; (0, 0) if they are not all in this window; None
+            without answers, or if no token covers the answer.
+        context_offsets: (T, 2) qa: start and stop of a token in the context, in characters, without white space;
+            -1 outside the context.
     """
 
     input_ids: Ids
     token_type_ids: npt.NDArray[np.int8]
-    word_of_token: Ids  # tagging: the word; -1 where there is none
-    content: npt.NDArray[np.bool_]  # tokens of the texts; not special ones
+    word_of_token: Ids
+    content: npt.NDArray[np.bool_]
     words: Range = (0, 0)
     span: Range | None = None
     context_offsets: Ids | None = None
@@ -64,9 +70,11 @@ class EncodedSide:
 
 
 class Windows:
-    """The windows of one text, each made when it is asked for.
+    """The windows of one text, built lazily.
 
-    `uncut`: classification: tokens that the one window would hold, were nothing cut. 0 where all is in some window.
+    Attributes:
+        ranges: the part of the text in each window.
+        uncut: classification: tokens of the window without truncation; otherwise 0, as no token is dropped.
     """
 
     def __init__(self, ranges: Sequence[Range], make: Callable[[Range], EncodedSide], uncut: int = 0) -> None:
@@ -86,7 +94,7 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """The special tokens around one text or two: before, between and behind them."""
+    """The special tokens around one or two texts: before, between and after them."""
 
     special: tuple[Ids, ...]
     special_types: tuple[npt.NDArray[np.int8], ...]
@@ -97,7 +105,7 @@ class _Frame:
         return sum(map(len, self.special))
 
     def around(self, *texts: Ids) -> tuple[dict[str, Any], list[int]]:
-        """input_ids, token_type_ids and content of the framed texts, and the position where each text begins."""
+        """`input_ids`, `token_type_ids` and `content` of the framed texts, and the start position of each text."""
         ids, types, content = [self.special[0]], [self.special_types[0]], [np.zeros(len(self.special[0]), np.bool_)]
         starts = []
         for number, text in enumerate(texts):
@@ -115,7 +123,7 @@ class _Frame:
 
 
 class TaskTokenizer:
-    """One tokenizer for one task. Safe to use from several threads."""
+    """Tokenises the examples of one task. Thread-safe."""
 
     def __init__(
         self,
@@ -124,7 +132,14 @@ class TaskTokenizer:
         sequence_length: int,
         languages: Sequence[str] = (),
     ) -> None:
-        """`languages` are only kept for `to_dict`. Raises DataError where tokenizer, task and length don't fit."""
+        """Checks tokenizer, task and length against each other.
+
+        Args:
+            languages: stored for `to_dict` only.
+
+        Raises:
+            DataError: the tokenizer lacks a token, or the length is too short for the task.
+        """
         self.tokenizer = tokenizer
         self.config = config
         self.sequence_length = sequence_length
@@ -132,13 +147,13 @@ class TaskTokenizer:
         self._check_tokens()
         from tokenizers import Tokenizer
 
-        # A copy of our own: truncation and padding are settings of the shared one, and others change them.
+        # A private copy: truncation and padding are state of the shared backend, which other code changes.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
         self._single = self._frame("a", None)
         self._pair = self._frame("a", "a")
-        self._backend.encode_special_tokens = True  # from here on, a special token that is spelled out is text
+        self._backend.encode_special_tokens = True  # from here on, text that spells a special token stays text
         self.pad_id = int(tokenizer.pad_token_id)
         self.mask_id = -1 if tokenizer.mask_token_id is None else int(tokenizer.mask_token_id)
         special = set(tokenizer.all_special_ids)
@@ -149,14 +164,14 @@ class TaskTokenizer:
         self._check_length()
 
     def windows(self, example: Example) -> Windows:
-        """All windows of an example: each word and each token of a long text is in at least one.
+        """All windows of an example. Except in classification, every word or token is in at least one window.
 
-        classification  one; of two texts, the longer loses tokens first
-        tagging         whole words, as many as fit; the next window starts `doc_stride` tokens on, or earlier
-                        where that would skip a word. A word longer than a window is cut.
-        qa              the question, cut to `max_question_length`, before a part of the context; window i starts at
-                        token i * doc_stride of the context, as in the scripts of SQuAD's baselines
-        text            parts of the text, one after the other
+        classification: one window; of two texts, the longer is truncated first.
+        tagging: whole words, as many as fit; the next window starts `doc_stride` tokens later, or earlier if that
+            would skip a word. A word longer than a window is truncated.
+        qa: the question, truncated to `max_question_length`, followed by a part of the context; window i starts at
+            token i * doc_stride of the context, as in the SQuAD baseline scripts.
+        text: consecutive parts of the text.
         """
         if self.config.kind == "classification":
             return self._one_window(example.texts)
@@ -174,7 +189,7 @@ class TaskTokenizer:
         return self.windows(example)[which_window]
 
     def to_dict(self) -> dict[str, Any]:
-        """What an export keeps, as plain JSON data; `from_dict` reads it."""
+        """The settings as plain JSON data, for an export; `from_dict` reads them."""
         return {
             "task": self.config.model_dump(mode="json"),
             "sequence_length": self.sequence_length,
@@ -229,7 +244,7 @@ class TaskTokenizer:
     def _side(
         self, frame: _Frame, *texts: Ids, word_of_token: Ids | None = None, words: Range = (0, 0)
     ) -> tuple[EncodedSide, int]:
-        """The framed texts, and the position where the last of them begins."""
+        """The framed texts, and the start position of the last one."""
         arrays, starts = frame.around(*texts)
         of_word = np.full(len(arrays["input_ids"]), NO_WORD, np.int32)
         if word_of_token is not None:
@@ -244,7 +259,7 @@ class TaskTokenizer:
         return self._text_ids(encoding), np.array(encoding.offsets, np.int32)
 
     def _encode_words(self, words: tuple[str, ...]) -> tuple[Ids, Ids]:
-        """Token ids (n,) and the word of each (n,), each word with at least one token."""
+        """Token ids (n,) and the word of each token (n,); each word has at least one token."""
         encoding: Encoding = self._backend.encode(list(words), is_pretokenized=True, add_special_tokens=False)
         ids, word_of_token = self._text_ids(encoding), np.array(encoding.word_ids, np.int32)
         lost = np.setdiff1d(np.arange(len(words), dtype=np.int32), word_of_token)
@@ -252,12 +267,12 @@ class TaskTokenizer:
         return np.insert(ids, places, self._unknown), np.insert(word_of_token, places, lost)
 
     def _text_ids(self, encoding: Encoding) -> Ids:
-        """The ids of an encoding, a special token in it as unknown: unigram models read spelled ones as pieces."""
+        """The ids of an encoding, special tokens replaced by unknown: unigram models encode spelled ones as pieces."""
         ids = np.array(encoding.ids, np.int32)
         return np.where(np.isin(ids, self._never_text), self._unknown, ids)
 
     def _frame(self, first: str, second: str | None) -> _Frame:
-        """The frame that the tokenizer puts around one text or two, read off an example."""
+        """The special tokens that the tokenizer adds around one or two texts, taken from an encoded example."""
         encoding: Encoding = self._backend.encode(first, second)
         runs = [(kind, list(run)) for kind, run in groupby(range(len(encoding.ids)), encoding.sequence_ids.__getitem__)]
         order = [kind for kind, _ in runs]

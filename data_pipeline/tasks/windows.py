@@ -1,7 +1,4 @@
-"""Which parts of a text that is too long go into which window: arithmetic on token counts and offsets.
-
-In: lengths and character offsets of tokens. Out: ranges of tokens or words. Next: `tokenize.py`.
-"""
+"""Splits long texts into windows: ranges of tokens or words, computed from token counts and character offsets."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ Range = tuple[int, int]
 
 
 def longest_first(lengths: Sequence[int], room: int) -> list[int]:
-    """How many tokens of one text or of two stay, `room` in all: the longer gives way first, then both alike."""
+    """Tokens kept of one or two texts, at most `room` in total: the longer is truncated first, then both equally."""
     if len(lengths) == 1:
         return [min(lengths[0], room)]
     short = min(*lengths, max(room // 2, room - max(lengths)))
@@ -25,7 +22,7 @@ def longest_first(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def strided(n_tokens: int, room: int, stride: int) -> list[Range]:
-    """Ranges of `room` tokens, one every `stride`, until one reaches the end."""
+    """Ranges of `room` tokens, one every `stride` tokens, until the end of the text."""
     ranges = [(0, min(room, n_tokens))]
     while ranges[-1][1] < n_tokens:
         start = ranges[-1][0] + min(stride, room)
@@ -34,9 +31,10 @@ def strided(n_tokens: int, room: int, stride: int) -> list[Range]:
 
 
 def word_ranges(first_token: npt.NDArray[np.int64], room: int, stride: int) -> list[Range]:
-    """Ranges of whole words of at most `room` tokens, one about every `stride` tokens, none left out.
+    """Ranges of whole words of at most `room` tokens, one about every `stride` tokens; no word is skipped.
 
-    first_token: (words + 1,) the first token of each word, and the number of tokens.
+    Args:
+        first_token: (words + 1,) the first token of each word, and the number of tokens.
     """
     n_words = len(first_token) - 1
     ranges: list[Range] = []
@@ -50,7 +48,7 @@ def word_ranges(first_token: npt.NDArray[np.int64], room: int, stride: int) -> l
 
 
 def without_space(offsets: Ids, text: str) -> Ids:
-    """Offsets (n, 2) of tokens without the white space that some tokenizers count as part of them."""
+    """Offsets (n, 2) of tokens without the white space that some tokenizers include."""
     trimmed = []
     for start, stop in offsets.tolist():
         while start < stop and text[start].isspace():
@@ -62,9 +60,9 @@ def without_space(offsets: Ids, text: str) -> Ids:
 
 
 def with_marks(offsets: Ids, text: str) -> Ids:
-    """Offsets (n, 2) of tokens with the combining marks behind them that no token covers.
+    """Offsets (n, 2) of tokens, extended over the following combining marks that no token covers.
 
-    Tokenizers that compose or strip accents leave the mark of a decomposed one ("e" and U+0301) out of their offsets.
+    Tokenizers that compose or strip accents exclude the mark of a decomposed accent ("e" and U+0301) from offsets.
     """
     marks = [place for place, char in enumerate(text) if unicodedata.category(char)[0] == "M"]
     if not marks:
@@ -82,7 +80,14 @@ def with_marks(offsets: Ids, text: str) -> Ids:
 
 
 def answer_tokens(offsets: Ids, answer: tuple[str, int]) -> Range | None:
-    """First and last token (n, 2) of an answer (text, start); None where no token stands for it."""
+    """First and last token of an answer (text, start).
+
+    Args:
+        offsets: (n, 2) character offsets of the tokens.
+
+    Returns:
+        None if no token covers the answer.
+    """
     text, start = answer
     begins, stops = offsets[:, 0], offsets[:, 1]
     tokens = np.flatnonzero((begins < start + len(text)) & (stops > start) & (begins < stops))

@@ -62,7 +62,7 @@ def others(make: Callable[[str], str]) -> Callable[[str, list[dict[str, Any]]], 
         ),
         (
             with_ids(lambda language, number, _: f"{language}-{number}"),
-            ("'en-0', 'en-1' (en) and 'de-0', 'de-1' (de); they hold the language, and would be equal without it",),
+            ("'en-0', 'en-1' (en) and 'de-0', 'de-1' (de); they contain the language and would be equal without it",),
         ),
         (others(lambda name: f"\ufeff{name}"), (r"'\ufeffitem-00'", "differ in invisible characters (U+FEFF)")),
         (others(lambda name: f"{name} "), ("'item-00' (", "en.jsonl:1) and 'item-00 ' (", "de.jsonl:1) look alike but "
@@ -222,10 +222,12 @@ def stopped(*_: Any) -> None:
 
 def test_an_id_at_two_texts_of_a_language_is_warned_of(tmp_path: Path) -> None:
     config = written(tmp_path, with_ids(lambda language, number, name: "item-00" if number == 7 else name))
-    found = [line for line in pair_warnings(config, open_index(config)) if "stands at different texts" in line]
+    found = [line for line in pair_warnings(config, open_index(config)) if "is shared by different texts" in line]
     assert len(found) == 4
     file = tmp_path / "data" / "en.jsonl"
-    assert found[0].startswith(f"id 'item-00' stands at different texts in 'en': {file}:1 and {file}:8; ids that begin")
+    assert found[0].startswith(
+        f"id 'item-00' is shared by different texts in 'en': {file}:1 and {file}:8; ids that restart"
+    )
 
 
 def test_a_row_that_is_there_twice_and_rows_of_one_group_are_no_repeated_ids(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def own_ids(language: str, row: dict[str, Any]) -> None:
 def test_xmixup_without_gold_or_back_translations_is_refused(tmp_path: Path) -> None:
     config = task_run(tmp_path, own_ids, **{"data.sources": GOLD_ONLY})
     with pytest.raises(
-        DataError, match=r"^objective 'xmixup' learns from pairs .* they hold the language, and would be"
+        DataError, match=r"^objective 'xmixup' learns from pairs .* they contain the language and would be"
     ):
         prepare(config)
     english = {"data.languages": ["en"], "data.sources": [{**GOLD_ONLY[0], "files": "en.jsonl"}]}
@@ -303,4 +305,4 @@ def test_lengths_of_a_few_short_translations_are_told_from_chance(noise: int, co
     )
     found = _lengths_agree(texts, others)
     assert found is not None
-    assert found == (agrees, f"long texts do not go with long ones (rank correlation {correlation} over 32 pairs)")
+    assert found == (agrees, f"text lengths do not correlate (rank correlation {correlation} over 32 pairs)")

@@ -263,7 +263,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "qa", {"answers": [{"text": "1950", "answer_start": 23}]},
-        "'answers'[0] '1950' is not at character 23 of the context; it is nowhere in it",
+        "'answers'[0] '1950' is not at character 23 of the context; the context does not contain it",
     ),
     ("qa", {"answers": [{"text": "1949", "answer_start": -4}]}, "'answers'[0].answer_start is -4; it must be a number"),
     ("qa", {"answers": [{"text": "1949"}]}, "'answers'[0].answer_start is None; it must be a number"),
