@@ -103,7 +103,7 @@ def build_trainers(config: Any) -> dict[str, Any]:
         objective = make(model)  # its hooks are installed before the engine's, as in training.assembly
         engine = Engine(model, config, settings, nproc)
         trainers[name] = Trainer(
-            Run(config, data, data.loader(config, rank(), nproc), objective, engine, None, directory), None
+            Run(config, data, data.loader(rank(), nproc, config.data.workers), objective, engine, None, directory), None
         )
     return trainers
 

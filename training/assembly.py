@@ -1,10 +1,8 @@
-"""From a config to the parts of a run, made in the one order that works.
+"""Builds the parts of a run from its config, in the one order that works.
 
-In: a RunConfig and what `prepare` made. Out: Run. Next: `trainer.py`.
-
-The order: data first (its errors are cheap), then the layout check on a tiny model, then the architecture
-(sharded as it is made), its weights (streamed), the objective's hooks, and DeepSpeed's engine last, so that
-the hooks stand before the engine's own.
+Data come first (their errors are cheap), then the layout check on a tiny model, then the architecture (sharded as it is
+made), its weights (streamed), the objective's hooks, and DeepSpeed's engine last, so that the objective's hooks are
+registered before the engine's own.
 """
 
 from __future__ import annotations
@@ -69,8 +67,8 @@ class DataParts:
     packer: Packer
     fingerprint: dict[str, str]  # of all that decides which tokens a step reads: the data and the tokenizer
 
-    def loader(self, config: RunConfig, rank: int, world_size: int) -> Loader:
-        return Loader(self.reader, self.planner, self.packer, rank, world_size, config.data.workers)
+    def loader(self, rank: int, world_size: int, workers: int = 1) -> Loader:
+        return Loader(self.reader, self.planner, self.packer, rank, world_size, workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     refuse_unpaired(config, index)
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
     reader = build_reader(config, index, tokenizer)
-    check_longest(config, reader)
+    check_longest(reader)
     planner = build_planner(config, index, tokens_per_byte(config, reader))
     packer = build_packer(config, prepared.model_dir, tokenizer)
     check_contrast_sets(config, planner, packer)
@@ -150,7 +148,7 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     objective = build_objective(config, model, data.tokenizer, _probe(config, data, ranks))
     engine = Engine(model, config, settings, ranks)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
-    return Run(config, data, data.loader(config, rank(), ranks), objective, engine, heldout, directory)
+    return Run(config, data, data.loader(rank(), ranks, config.data.workers), objective, engine, heldout, directory)
 
 
 def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any]) -> PreTrainedModel:
@@ -242,17 +240,21 @@ def tokens_per_byte(config: RunConfig, reader: Reader) -> list[float]:
             )
         n_bytes = int(np.sum(reader.index.n_bytes[found.rows], dtype=np.int64))
         ratios.append(sum(len(sample) for sample in found.samples) / n_bytes if n_bytes else 1.0)
-    refuse_bad_rows(bad, config, f" among the first {COST_SAMPLES} a language; crosslift check --all-rows reads all")
+    refuse_bad_rows(
+        bad,
+        config.data.max_bad_rows,
+        f" among the first {COST_SAMPLES} a language; crosslift check --all-rows reads all",
+    )
     return ratios
 
 
-def check_longest(config: RunConfig, reader: Reader) -> None:
-    """Under `data.overlong: error`, the rows of every language that have the most bytes, held against the limit.
+def check_longest(reader: Reader) -> None:
+    """Under `data.overlong: error`, the rows of every language that have the most bytes, compared with the limit.
 
     Raises DataError, at the start, for what training would otherwise meet at some step.
     """
-    index, limit = reader.index, config.data.sequence_length
-    for language in range(len(index.languages) if config.data.overlong == "error" else 0):
+    index, limit = reader.index, reader.stage.sequence_length
+    for language in range(len(index.languages) if reader.stage.overlong == "error" else 0):
         rows = index.rows(language)
         usable = rows[~index.bad[rows]]
         for row in usable[np.argsort(-index.n_bytes[usable], kind="stable")[:COST_SAMPLES]].tolist():

@@ -1,6 +1,6 @@
-"""What can be known before a run, and a look at its data: `crosslift check`, `data inspect`, `data plan`.
+"""`crosslift check`, `data inspect`, `data plan`: everything that can be known before a run, and a look at its data.
 
-In: a RunConfig. Out: lines for people, or JSON objects. Nothing is trained; only one process is needed.
+Nothing is trained; one process is enough.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 
 from data_pipeline.batching.batch import BatchShape
 from data_pipeline.console import table
-from data_pipeline.order.plan import assign
+from data_pipeline.order.plan import Planner, assign
 from data_pipeline.records import BadRow
+from data_pipeline.sources.index import DataIndex
 from modeling.weights.untrusted import read_tokenizer
 from training.assembly import COST_SAMPLES, DataParts, assemble_data, build_reader, fingerprint
 from training.checkpoints.search import newest_seen
@@ -59,7 +60,7 @@ def check_run(
     check_model_files(config)
     with look(without_limit(config) if all_rows else config) as prepared:
         check_starting_model(config, prepared)
-        yield from _rows(config, prepared)
+        yield from _rows(prepared.index)
         if all_rows:
             yield from survey(config, build_reader(config, prepared.index, read_tokenizer(prepared.tokenizer_dir)))
         data = assemble_data(config, prepared)
@@ -67,7 +68,7 @@ def check_run(
             yield from _unusable(config, data)
         yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
         if config.data.mixture.pairing != "none":
-            yield _pairs(data, config)
+            yield _pairs(data.planner, config.max_steps)
         yield from show_pairs(config, data.index, data.planner)
         yield from (f"warning: {line}" for line in pair_warnings(config, data.index))
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
@@ -105,7 +106,7 @@ def _start(config: RunConfig, prepared: Prepared, accept_changes: bool) -> Itera
 def inspect_data(config: RunConfig, samples: int) -> Iterator[str]:
     """`samples` decoded samples a language, label and content marked."""
     with look(config) as prepared:
-        yield from _rows(config, prepared)
+        yield from _rows(prepared.index)
         yield from _samples(assemble_data(config, prepared), config, samples)
 
 
@@ -118,7 +119,7 @@ def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dic
 def _planned(config: RunConfig, data: DataParts, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
     for step in steps:
         for rank in range(world_size):
-            for number, batch in enumerate(data.loader(config, rank, world_size).load(step).micro_batches):
+            for number, batch in enumerate(data.loader(rank, world_size).load(step).micro_batches):
                 yield {
                     "step": step,
                     "rank": rank,
@@ -128,8 +129,7 @@ def _planned(config: RunConfig, data: DataParts, steps: range, world_size: int) 
                 }
 
 
-def _rows(config: RunConfig, prepared: Prepared) -> Iterator[str]:
-    index = prepared.index
+def _rows(index: DataIndex) -> Iterator[str]:
     rows = [
         (language, f"{len(index.rows(number)):,}", f"{len(index.rows(number, heldout=True)):,}")
         for number, language in enumerate(index.languages)
@@ -152,8 +152,8 @@ def _unusable(config: RunConfig, data: DataParts) -> Iterator[str]:
         yield from by_reason(bad)
 
 
-def _pairs(data: DataParts, config: RunConfig) -> str:
-    steps = [data.planner.step(step) for step in range(min(config.max_steps, COUNTED_STEPS))]
+def _pairs(planner: Planner, max_steps: int) -> str:
+    steps = [planner.step(step) for step in range(min(max_steps, COUNTED_STEPS))]
     sets = [len(unit.pairs) for plan in steps for unit in plan.units if unit.pairs]
     dropped = sum(plan.dropped_pairs for plan in steps)
     balance = [sum(unit.cost for unit in share) for share in assign(steps[0], 1)]

@@ -123,7 +123,7 @@ def _packer_for(run: Run, step: int, micro_batches: int) -> Packer:
     own = run.loader.packer
     shares = []
     for other in range(world_size()):
-        batch = run.data.loader(run.config, other, world_size()).load(step)
+        batch = run.data.loader(other, world_size()).load(step)
         shares.append([unit for micro_batch in batch.micro_batches for unit in micro_batch.units])
     samples = max(sum(len(unit.samples) for unit in share) for share in shares)
     budgets = [(rows * row, row) for row in (128, 112, 96, 80) for rows in range(samples, 0, -1)]

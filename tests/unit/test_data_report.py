@@ -119,11 +119,11 @@ def test_one_in_a_hundred_is_not_warned_of(changed: Changed, monkeypatch: pytest
 def test_where_too_long_is_an_error_the_longest_rows_are_held_against_the_limit_at_the_start(changed: Changed) -> None:
     config, data = changed(**{"data.sequence_length": 60, "data.overlong": "error"})
     with pytest.raises(DataError, match=r"en\.jsonl:\d+: \d+ tokens, data.sequence_length is 60; shorten the row"):
-        check_longest(config, data.reader)
+        check_longest(data.reader)
     with pytest.raises(DataError, match=r"data\.sequence_length is 60"):
         list(mixture_table(config, data))
     config, data = changed(**{"data.overlong": "error"})
-    check_longest(config, data.reader)
+    check_longest(data.reader)
     assert not warnings(list(mixture_table(config, data)))
 
 

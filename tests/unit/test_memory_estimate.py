@@ -164,7 +164,7 @@ def test_no_micro_batch_is_larger(
         batch.input_ids
         for step in range(6)
         for rank in range(ranks)
-        for batch in data.loader(config, rank, ranks).load(step).micro_batches
+        for batch in data.loader(rank, ranks).load(step).micro_batches
     ]
     assert max(each.numel() for each in met) <= shape.rows * shape.row_tokens <= config.data.micro_batch_tokens
     assert max(each.shape[1] for each in met) <= shape.row_tokens

@@ -1,6 +1,6 @@
-"""What a run's data will do to it, as lines for people: epochs and shares, rows that are too long, contamination.
+"""Reports what a run will read: epochs and shares per language, rows that are too long, contamination.
 
-In: a RunConfig and the data side of its run. Out: lines of `crosslift check`; the warnings are said by `train`, too.
+`crosslift check` prints the lines; `train` logs the warnings too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def mixture_table(config: RunConfig, data: DataParts, looked_at: int | None = LO
     for number, language in enumerate(languages):
         rows, share = len(index.rows(number)), slots[number] / max(sum(slots), 1)
         epochs = slots[number] / rows if rows else 0.0
-        lengths = None if windowed else _lengths(config, data.reader, number, looked_at)
+        lengths = None if windowed else _lengths(data.reader, number, looked_at)
         table_rows.append([language, f"{rows:,}", f"{slots[number]:,}", f"{epochs:.2f}", f"{share:.1%}"])
         if lengths is not None:
             table_rows[-1].append(_measured(lengths))
@@ -92,12 +92,12 @@ def contamination(index: DataIndex) -> Iterator[str]:
         )
 
 
-def _lengths(config: RunConfig, reader: Reader, language: int, most: int | None) -> Lengths:
+def _lengths(reader: Reader, language: int, most: int | None) -> Lengths:
     """Of the first rows of the language's order, which are a random sample of it."""
-    index, limit = reader.index, config.data.sequence_length
+    index, limit = reader.index, reader.stage.sequence_length
     rows = index.rows(language)
     n = len(rows) if most is None else min(most, len(rows))
-    key = np.array([order_key(config.seed, index.languages[language])], np.uint64)
+    key = np.array([order_key(reader.seed, index.languages[language])], np.uint64)
     chosen = rows[places_at(np.arange(n), np.full(n, len(rows)), key.repeat(n))] if n < len(rows) else rows
     overlong = looked_at = 0
     for row in chosen.tolist():
@@ -107,7 +107,7 @@ def _lengths(config: RunConfig, reader: Reader, language: int, most: int | None)
             continue  # what makes a row unusable is another matter, and bounded by data.max_bad_rows
         looked_at += not index.bad[row]
         overlong += length > limit
-        if length > limit and config.data.overlong == "error":
+        if length > limit and reader.stage.overlong == "error":
             raise overlong_error(index.origin(row), length, limit)
     return Lengths(overlong, looked_at, len(rows))
 

@@ -1,7 +1,6 @@
-"""The names of the metrics that a run has at every checkpoint: what its best one may be kept by.
+"""Names of the metrics that a run records at every checkpoint: `checkpoint.best` must be one of them.
 
-In: sections of a run file. Out: names. Next: `config.py` checks `checkpoint.best`. A test holds a real run's record
-against them.
+A test compares them with a real run's record.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Pairs of translations before a run: refused where an objective learns from them and there are none, shown otherwise.
-
-In: a RunConfig and its DataIndex. Out: ConfigError, or lines for people. Next: `prepare.py` refuses, `check.py` shows.
-"""
+"""Checks of translation pairs before a run: refuses data without any if the objective needs them, warns, shows some."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Every row read and tokenised before a run: `crosslift check --all-rows`.
-
-In: a Reader over the index. Out: the rows that a run cannot use, as lines; DataError where
-they are more than `data.max_bad_rows`.
-"""
+"""`crosslift check --all-rows`: reads and tokenises every row before a run."""
 
 from __future__ import annotations
 
@@ -40,7 +36,7 @@ def survey(config: RunConfig, reader: Reader) -> Iterator[str]:
                 progress.advance(len(chunk))
     yield f"all rows: {len(rows) + len(index.bad_rows):,} read, {len(bad):,} of them unusable"
     yield from by_reason(bad)
-    refuse_bad_rows(bad, config)
+    refuse_bad_rows(bad, config.data.max_bad_rows)
 
 
 def without_limit(config: RunConfig) -> RunConfig:
@@ -59,9 +55,9 @@ def by_reason(bad: list[BadRow]) -> Iterator[str]:
             yield f"    {more}{f' and {len(rows) - NAMED:,} more' if len(rows) > NAMED else ''}"
 
 
-def refuse_bad_rows(bad: list[BadRow], config: RunConfig, of: str = "") -> None:
-    """Raises DataError, naming the first, where these rows are more than `data.max_bad_rows`."""
-    if len(bad) > (most := config.data.max_bad_rows):
+def refuse_bad_rows(bad: list[BadRow], most: int, of: str = "") -> None:
+    """Raises DataError, naming the first, where these rows are more than `most`, `data.max_bad_rows`."""
+    if len(bad) > most:
         n = f"{len(bad):,} unusable row{'s' if len(bad) > 1 else ''}{of}"
         raise DataError(f"{bad[0]} ({n}; data.max_bad_rows is {most})")
 
