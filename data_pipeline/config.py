@@ -1,6 +1,6 @@
 """The `data.sources` section of a run file.
 
-Nothing heavy is imported here, so that a run file loads at once.
+No large library is imported here, so that a run file is read quickly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 TaskKind = Literal["classification", "tagging", "qa", "text"]
-RowKind = TaskKind | Literal["chat"]  # of the rows of a run: those of one task, or conversations
+RowKind = TaskKind | Literal["chat"]  # kind of the rows of a run: those of one task, or conversations
 Overlong = Literal["error", "drop", "truncate"]  # what happens to a sample that is too long
 
 # The columns of each kind of task: required and optional ones.
@@ -35,7 +35,7 @@ TASK_COLUMNS: dict[TaskKind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "qa": (("question", "context"), ("answers", "back_question", "back_context", "back_answers")),
     "text": (("text",), ()),
 }
-# Columns that need others.
+# Columns that require other columns.
 NEEDED_WITH = {
     "back_text_b": ("back_text_a", "text_b"),
     "back_question": ("back_context",),

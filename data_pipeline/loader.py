@@ -1,7 +1,7 @@
-"""Composes the stages: plan -> this rank's share -> read -> pack, with background workers. One Step a step.
+"""Loads steps: plans the global batch, takes this rank's share, reads and packs it, in background threads.
 
-A step depends on nothing but its number, so workers prepare steps in any order and a resume starts anywhere.
-An unusable, over-long or empty row leaves its slot empty; nothing else moves.
+A step depends on its number only, so workers prepare steps in any order and a run can resume at any step. A row that
+is unusable or too long leaves its slot empty and changes no other slot.
 """
 
 from __future__ import annotations
@@ -20,35 +20,48 @@ from data_pipeline.order.plan import Planner, Slot, StepPlan, Unit, assign
 from data_pipeline.reader import Reader
 from data_pipeline.records import BadRow, Sample
 
-OUTCOMES = ("filled", "truncated", "overlong", "unusable")  # of slots; the truncated are filled, too
+OUTCOMES = ("filled", "truncated", "overlong", "unusable")  # of slots; truncated slots are also counted as filled
 Integers = npt.NDArray[np.int64]
-FINGERPRINT_RANGE = 2**40  # 8,192 samples add up to less than 2**53, which a float holds exactly
+FINGERPRINT_RANGE = 2**40  # the sum over 8,192 samples is below 2**53, which a float represents exactly
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One rank's share of a step's global batch."""
+    """One rank's share of a step's global batch.
+
+    Attributes:
+        step: the step's number, from 0.
+        micro_batches: the samples as tensors.
+        counts: this rank's part of the denominators of loss terms.
+        tokens: (languages,) processed tokens, by the language of their text.
+        samples: (languages,).
+        slots: (OUTCOMES, languages) outcomes of this rank's slots; unlabelled fills are not counted.
+        bad_rows: one for each slot or fill that a bad row left empty.
+        overlong: slots and fills left empty by samples that are too long.
+        fingerprint: sum of a hash of each sample; the sum over ranks identifies the step's samples.
+        dropped_pairs: of the whole step, as planned; equal on all ranks.
+    """
 
     step: int
     micro_batches: tuple[Batch[Any], ...]
-    counts: Mapping[str, float]  # this rank's part of what loss terms are divided by
-    tokens: Integers  # (languages,) processed tokens, by the language of the text they are in
-    samples: Integers  # (languages,)
-    slots: Integers  # (OUTCOMES, languages): what became of this rank's slots; a label-free fill is none
-    bad_rows: tuple[BadRow, ...]  # one a slot or fill that they left empty
-    overlong: int  # slots and fills left empty by samples that are too long
-    fingerprint: int  # sum over samples of a hash of each: adds up over ranks to one number for the step
-    dropped_pairs: int  # of the whole step, as planned; the same on every rank
+    counts: Mapping[str, float]
+    tokens: Integers
+    samples: Integers
+    slots: Integers
+    bad_rows: tuple[BadRow, ...]
+    overlong: int
+    fingerprint: int
+    dropped_pairs: int
 
 
 def no_slots(n_languages: int) -> Integers:
-    """Counts of slots, all 0: (OUTCOMES, languages)."""
+    """Slot counts of zero, (OUTCOMES, languages)."""
     return np.zeros((len(OUTCOMES), n_languages), np.int64)
 
 
 @dataclass(slots=True)
 class _Reading:
-    """What became of the slots of a share."""
+    """The outcomes of the slots of a share."""
 
     slots: Integers  # (OUTCOMES, languages)
     units: list[SampleUnit] = field(default_factory=list)
@@ -56,12 +69,12 @@ class _Reading:
     overlong: int = 0
 
     def count(self, slot: Slot, outcome: str) -> None:
-        """Adds one slot; a label-free fill is none."""
+        """Counts one slot; unlabelled fills are not counted."""
         self.slots[OUTCOMES.index(outcome), slot.language] += slot.labelled
 
 
 class Loader:
-    """Steps of one rank, prepared ahead by `workers` threads (tokenisers release the interpreter lock)."""
+    """Loads the steps of one rank in advance, in `workers` threads (tokenisers release the interpreter lock)."""
 
     def __init__(
         self, reader: Reader, planner: Planner, packer: Packer, rank: int, world_size: int, workers: int = 1
@@ -74,7 +87,7 @@ class Loader:
         self.workers = workers
 
     def load(self, step: int) -> Step:
-        """This rank's share of step `step`; a pure function of (seed, config, data, step, rank, world size)."""
+        """This rank's share of step `step`, as a pure function of (seed, config, data, step, rank, world size)."""
         plan = self.planner.step(step)
         return self.read(plan, self.share(plan))
 
@@ -83,11 +96,11 @@ class Loader:
         return assign(plan, self.world_size)[self.rank]
 
     def empty(self, step: int) -> Step:
-        """Step `step` without any sample: the stand-in on a rank whose share could not be read."""
+        """Step `step` without samples, for a rank whose share could not be read."""
         return self.read(self.planner.step(step), [])
 
     def read(self, plan: StepPlan, share: Sequence[Unit]) -> Step:
-        """A rank's share of a step's plan, read and packed."""
+        """Reads and packs a rank's share of a step's plan."""
         n_languages = len(self.reader.index.languages)
         reading = _Reading(no_slots(n_languages))
         for unit in share:
@@ -127,7 +140,7 @@ class Loader:
                     future.cancel()
 
     def _read_unit(self, unit: Unit, reading: _Reading) -> None:
-        """Adds the unit's readable samples, and the pairs that still have both sides."""
+        """Adds the unit's readable samples, and the pairs of which both sides were read."""
         samples: list[Sample] = []
         place: dict[int, int] = {}
         for number, slot in enumerate(unit.slots):
@@ -152,10 +165,10 @@ class Loader:
 
 
 def fixed_batches(samples: Sequence[Sample], packer: Packer, rank: int, world_size: int) -> list[Batch[Any]]:
-    """Micro-batches of this rank over a fixed set of samples (probe, held-out): equal in number on every rank.
+    """This rank's micro-batches of a fixed set of samples (probe, held-out), equal in number on all ranks.
 
-    Every rank sees all samples and packs every rank's share, so no communication is needed to agree on the
-    number; idle micro-batches fill up the shorter ones.
+    Every rank holds all samples and packs the shares of all ranks, so the number needs no communication; shares with
+    fewer micro-batches are extended by idle ones.
     """
     units = [SampleUnit((sample,)) for sample in samples]
     shares = [packer.pack(units[r::world_size]) for r in range(world_size)]

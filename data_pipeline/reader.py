@@ -1,7 +1,7 @@
-"""Row numbers -> Samples: an index, and the text stage of its kind of rows.
+"""Reads rows as Samples: an index, and a text stage for its kind of rows.
 
-A text stage turns a Record into a Sample. There are two: conversations (`text/stage.py`) and the tasks of encoders
-(`tasks/stage.py`).
+A text stage turns a Record into a Sample. There are two: for conversations (`text/stage.py`) and for the tasks of
+encoders (`tasks/stage.py`).
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from data_pipeline.sources.index import DataIndex
 
 
 class TextStage(ABC):
-    """Record -> Sample, for one kind of rows. Safe to use from several threads."""
+    """Turns Records of one kind into Samples. Thread-safe."""
 
-    sequence_length: int  # the longest sample, tokens
+    sequence_length: int  # most tokens of a sample
     overlong: Overlong
 
     @abstractmethod
     def length(self, record: Record) -> int:
-        """Tokens of the whole record, however long; 0 where long texts are read in windows. Raises BadRow."""
+        """Number of tokens without truncation; 0 if long texts are read in windows. Raises BadRow."""
 
     @abstractmethod
     def sample(self, record: Record, slot: Slot, partner: Record | None) -> Sample | None:
-        """The sample of a record in a slot; None where it is too long and left out.
-
-        Too long is longer than `sequence_length`; `overlong` says what becomes of it.
+        """The sample of a record in a slot.
 
         Args:
-            partner: the record of `slot.partner`, where that is a translation.
+            partner: the record of `slot.partner`, if that is a translation.
+
+        Returns:
+            None if the record is longer than `sequence_length` and dropped, depending on `overlong`.
 
         Raises:
             BadRow: the record is unusable.
@@ -44,15 +45,15 @@ class TextStage(ABC):
 
     @abstractmethod
     def describe(self, sample: Sample, uncut: int) -> Iterator[str]:
-        """Lines for people: a header with its length (`uncut` before a cut), then its text with the labels marked."""
+        """Lines to print: a header with the length (and `uncut`, the length before truncation), the marked text."""
 
     def swapped_prompts(self, records: Sequence[Record]) -> list[Sample]:
-        """Each record's answer behind the next one's prompt, as far as that fits. Of conversations only."""
+        """Each record's answer after the next record's prompt, without those that are too long. Conversations only."""
         raise NotImplementedError(f"{type(self).__name__} reads no prompts")
 
 
 class Readable(NamedTuple):
-    """Of some rows, those that are usable and fit, their samples, and why others are not usable."""
+    """The rows that are usable and not too long, their samples, and the errors of unusable rows."""
 
     rows: list[int]
     samples: list[Sample]
@@ -66,25 +67,28 @@ class Reader:
     index: DataIndex
     stage: TextStage
     seed: int = 0
-    partners: Partners | None = None  # chosen for the samples of fixed sets; in a step, the plan has chosen them
+    partners: Partners | None = None  # for samples of fixed sets; in a step, the plan chooses partners
 
     def length(self, row: int) -> int:
-        """Tokens of a row's own text, uncut; 0 where long ones are read in windows. Raises BadRow, DataError."""
+        """Number of tokens of a row's own text without truncation; 0 if long texts are read in windows.
+
+        Raises BadRow, DataError.
+        """
         return self.stage.length(self.index.record(row))
 
     def read(self, slot: Slot) -> Sample | None:
-        """The sample of a slot; None where it is too long and left out. Raises BadRow, DataError."""
+        """The sample of a slot; None if it is too long and dropped. Raises BadRow, DataError."""
         record = self.index.record(slot.row)
         partner = slot.partner
         other = self.index.record(partner.row) if partner is not None and partner.kind == "translation" else None
         return self.stage.sample(record, slot, other)
 
     def alone(self, row: int, step: int = 0) -> Slot:
-        """The slot of a row of a fixed set, which is read as at `step`."""
+        """The slot of a row of a fixed set, which is read as in step `step`."""
         return Slot.alone(row, int(self.index.language[row]), self.seed, step, self.partners)
 
     def readable(self, rows: Sequence[int]) -> Readable:
-        """Reads rows for a fixed set, which needs no slot of a step. Raises DataError."""
+        """Reads the rows of a fixed set. Raises DataError."""
         found = Readable([], [], [])
         for row in rows:
             try:
@@ -99,7 +103,7 @@ class Reader:
 
 
 def overlong_error(origin: str, length: int, most: int) -> DataError:
-    """Of a row that is too long, under `data.overlong: error`."""
+    """The error for a row that is too long, with `data.overlong: error`."""
     return DataError(
         f"{origin}: {length} tokens, data.sequence_length is {most}; shorten the row, raise data.sequence_length, or "
         "set data.overlong to drop or truncate"

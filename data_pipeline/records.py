@@ -1,11 +1,10 @@
-"""Record and Sample: one labelled text as read from a source, and as tokens.
+"""Record and Sample: a labelled text as read from a source, and its tokens.
 
-A Record is the same for every kind of rows; its content is a Conversation (decoders) or an Example (the tasks of
-encoders). A text stage (`reader.py`) turns Records into Samples, `batching/` turns Samples into Batches.
+Every kind of row is read as a Record, whose content is a Conversation (decoders) or an Example (tasks of encoders).
+A text stage (`reader.py`) turns Records into Samples, and `batching/` turns Samples into Batches.
 
-Languages are strings ("en", "sw") in files, configs and Records, and small integers (an index into the
-run's declared `languages`) in every array, Slot and Sample. -1 means "no language": such a token is never shifted,
-pooled or counted.
+Languages are strings ("en", "sw") in files, configs and Records, and integers (indices into the run's declared
+`languages`) in arrays, Slots and Samples. -1 means "no language": such a token is never shifted, pooled or counted.
 
 Shapes: T tokens of one sample.
 """
@@ -27,13 +26,13 @@ NO_LANGUAGE = -1
 
 
 class DataError(Exception):
-    """Data that the user can mend: one line naming file, line or key, what is wrong and what would be right."""
+    """A mistake in the data that the user can correct. The message names the place, the mistake and the remedy."""
 
     exit_status = 2
 
 
 class BadRow(DataError):
-    """One row that cannot be used. Its slot stays empty; the run stops once more than `max_bad_rows` did."""
+    """A row that cannot be used. Its slot stays empty; the run stops if there are more than `max_bad_rows`."""
 
     def __init__(self, origin: str, reason: str) -> None:
         super().__init__(f"{origin}: {reason}")
@@ -46,7 +45,13 @@ class BadRow(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `trained`: an assistant's turn is predicted, not only read (`weight` in files)."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: the author.
+        content: the text.
+        trained: an assistant turn contributes to the loss (`weight` in files).
+    """
 
     role: Role
     content: str
@@ -55,7 +60,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a decoder learns from. The last message is the assistant's answer, written in `response_language`."""
+    """The content of a row for decoders. The last message is the assistant's answer, in `response_language`."""
 
     messages: tuple[Message, ...]
     response_language: str
@@ -67,19 +72,20 @@ class Conversation:
 
     @property
     def user_text(self) -> str:
-        """All user turns, joined: what translations have in common."""
+        """All user turns, joined: the text that is compared between translations."""
         return "\n".join(message.content for message in self.messages if message.role == "user")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text with its labels, for a task of encoders: a row's own, or its back-translation.
+    """A labelled text for a task of encoders: a row's own text, or its back-translation.
 
-    texts       classification: (text,) or (text_a, text_b); qa: (question, context); tagging: the words; text: (text,)
-    label       classification
-    tags        tagging: a tag a word
-    soft_tags   tagging: for each word the probability of each of `task.labels`
-    answers     qa: (text, where it starts in the context, in characters); training takes the first
+    Attributes:
+        texts: classification: (text,) or (text_a, text_b); qa: (question, context); tagging: the words; text: (text,).
+        label: classification.
+        tags: tagging: one tag per word.
+        soft_tags: tagging: for each word the probability of each of `task.labels`.
+        answers: qa: (text, start in the context in characters); training uses the first answer.
     """
 
     texts: tuple[str, ...]
@@ -90,7 +96,7 @@ class Example:
 
     @property
     def user_text(self) -> str:
-        """All texts, joined: what translations have in common."""
+        """All texts, joined: the text that is compared between translations."""
         return "\n".join(self.texts)
 
 
@@ -98,14 +104,20 @@ class Example:
 class Record:
     """One labelled text in one language, as read from a source.
 
-    `group` is the item: Records with the same group in different languages are translations of each other. It is in
-    Unicode's form NFC (`item_key`). `back` is an Example translated into the dominant language, where the row has it.
+    Attributes:
+        id: the row's name.
+        group: the item, in Unicode form NFC (`item_key`). Records with the same group in different languages are
+            translations of each other.
+        language: code of the text's language.
+        origin: the row's place for messages, such as "file.jsonl:17".
+        content: texts and labels.
+        back: the Example translated into the dominant language, if the row has one.
     """
 
     id: str
     group: str
     language: str
-    origin: str  # "file.jsonl:17", for messages to people
+    origin: str
     content: Conversation | Example
     back: Example | None = None
 
@@ -125,64 +137,69 @@ class Record:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Everything that is written in it, in its own language."""
+        """All texts of the row, without the back-translation."""
         return self.content.texts
 
     @property
     def user_text(self) -> str:
-        """What its translations have in common."""
+        """The text that is compared between translations."""
         return self.content.user_text
 
     @property
     def n_bytes(self) -> int:
-        """UTF-8 bytes of its texts."""
+        """UTF-8 bytes of all texts."""
         return sum(len(text.encode()) for text in self.texts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample(ABC):
-    """One sample as tokens. Each text stage has its own subclass, which only that stage and its collator look into."""
+    """A tokenised sample. Each text stage has its own subclass, which is used by that stage and its collator only."""
 
     id: str
     group: int  # stable_hash of Record.group
     language: int
-    truncated: bool = False  # its texts were cut to data.sequence_length
+    truncated: bool = False  # texts were truncated to data.sequence_length
 
     @abstractmethod
     def __len__(self) -> int:
-        """Tokens of its own text."""
+        """Number of tokens of the sample's own text."""
 
     @property
     @abstractmethod
     def n_labels(self) -> int:
-        """Positions whose states meet the LM head."""
+        """Number of positions for which the LM head computes logits."""
 
     @property
     def row_length(self) -> int:
-        """Tokens of the longest row that it takes in a padded batch."""
+        """Number of tokens of its longest row in a padded batch."""
         return len(self)
 
     def tokens_by_language(self) -> Iterator[tuple[int, int]]:
-        """(language, tokens) of all that it makes the model read."""
+        """(language, number of tokens) of each text that the model reads."""
         yield self.language, len(self)
 
     def fingerprint(self) -> int:
-        """A 63-bit hash of which sample it is."""
+        """A 63-bit hash that identifies the sample."""
         return stable_hash(self.language, self.id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSample(Sample):
-    """A conversation as tokens. All arrays are (T,).
+    """A tokenised conversation. All arrays are (T,).
 
-    `labels` marks the tokens to be predicted: every answer token and its end token, but for turns of weight 0.
-    `content` marks the tokens of the user's own words: no template, no special token, never the first token.
-    `answer` marks the assistant's own words, predicted or not: no end token, no template. Prompt tokens are written
-    in `language`, tokens of `labels` and `answer` in `response_language`.
-    A label-free sample (pairing `fill`) has no label at all.
+    Prompt tokens are in `language`, tokens of `labels` and `answer` in `response_language`. An unlabelled sample
+    (pairing `fill`) has no labels.
+
+    Attributes:
+        content_hash: stable_hash of Record.user_text.
+        response_language: index of the answer's language.
+        input_ids: token ids.
+        labels: tokens to be predicted: answers and their end tokens, except in turns of weight 0.
+        content: tokens of user text: no template, no special token, never the first token.
+        answer: tokens of assistant text, predicted or not: no end token, no template.
     """
 
-    content_hash: int  # stable_hash of Record.user_text
+    content_hash: int
     response_language: int
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.bool_]
@@ -198,13 +215,13 @@ class ChatSample(Sample):
 
 
 def normalized(text: str) -> str:
-    """A text for comparison: NFKC, case folded, each run of white space one space, none at the ends."""
+    """A text normalised for comparison: NFKC, case-folded, runs of white space replaced by one space, stripped."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
 
 
 def item_key(name: str) -> str:
-    """A group or id as it is compared: in Unicode's form NFC, so that one spelled in NFD is the same item."""
+    """A group or id in Unicode form NFC, in which they are compared, so that NFC and NFD spellings are equal."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -13,13 +13,13 @@ from data_pipeline.sources.paths import expanded
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, numbers are finite, values never change after loading."""
+    """Base of every section: unknown keys are errors, numbers are finite, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def refuse(mistakes: Iterable[str]) -> None:
-    """In a validator: raises ValueError with all mistakes, a line each, if there are any."""
+    """For validators: raises ValueError with one line per mistake if there are any."""
     if lines := list(mistakes):
         raise ValueError("\n".join(lines))
 
@@ -28,13 +28,13 @@ def _expanded(value: Any) -> Any:
     return expanded(str(value)) if isinstance(value, str | Path) else value
 
 
-# A path, or the text of a glob, an address or a hub name, in which `~` and variables are expanded.
+# A path, or a glob, address or hub name, in which `~` and environment variables are expanded.
 RunPath = Annotated[Path, BeforeValidator(_expanded)]
 PathText = Annotated[str, AfterValidator(expanded)]
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of everything that is neither a section nor a list."""
+    """(dotted path, value) of every value that is neither a section nor a list."""
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(each, f"{path}.{key}".lstrip("."))
@@ -59,14 +59,14 @@ def _no_words(values: Values) -> Values:
     return values
 
 
-# Keys of another library's, of whose types pydantic knows nothing: no number in them is infinite, and in `Plain` ones
-# no text is meant as a boolean.
+# Settings passed on to another library, for which there is no schema. Numbers must be finite; in `Plain`, texts such
+# as "yes" that are meant as booleans are errors.
 Raw = Annotated[Values, AfterValidator(_finite)]
 Plain = Annotated[Values, AfterValidator(_finite), AfterValidator(_no_words)]
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys. A list is one value, unless it is a list of sections."""
+    """Flattens nested values to dotted keys. A list is one value, unless it is a list of sections."""
     if isinstance(values, list) and values and all(isinstance(value, Mapping) for value in values):
         values = dict(enumerate(values))
     if isinstance(values, Mapping) and values:
@@ -79,7 +79,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(before, now) of every dotted key whose value differs, sorted by key; None where a side lacks the key."""
+    """(before, now) of every dotted key whose value differs, sorted by key; None if a side lacks the key."""
     old, new = flat(before), flat(now)
     return {
         key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)

@@ -1,6 +1,6 @@
-"""Batch: what one forward pass reads. A common core, and the targets of its kind of rows.
+"""Batch: the tensors of one micro-batch, with the targets of its kind of rows.
 
-Shapes: B rows, T tokens a row, S samples (segments), N label units, P translation pairs, C classes.
+Shapes: B rows, T tokens per row, S samples (segments), N label units, P translation pairs, C classes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Moved = TypeVar("Moved")
 
 
 class SupportsCounts(Protocol):
-    """Targets of a kind of rows."""
+    """The targets of one kind of rows."""
 
     def counts(self, label_weights: Tensor) -> dict[str, float]:
-        """A batch's part of the step's counts by name: the denominators of loss terms."""
+        """The batch's contribution to the step's counts, the denominators of loss terms, by name."""
         ...
 
 
@@ -30,14 +30,14 @@ Targets = TypeVar("Targets", bound=SupportsCounts)
 
 @dataclass(frozen=True, slots=True)
 class SampleUnit:
-    """Samples that stay in one micro-batch: a unit of the plan after reading, with its pairs as indices into them."""
+    """A unit of the plan after reading: samples that stay in one micro-batch, and pairs as indices into them."""
 
     samples: tuple[Sample, ...]
     pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all rows that its samples take."""
+        """Number of tokens of all rows of its samples."""
         return sum(sample.row_length for sample in self.samples)
 
 
@@ -46,23 +46,34 @@ class Batch(Generic[Targets]):
     """One micro-batch.
 
     A label unit is a token to be predicted (conversations, masked words), a text (classification, question answering)
-    or a word (tagging). A micro-batch without labels holds one stand-in of weight 0, so that every rank runs the same
-    graph.
+    or a word (tagging). A micro-batch without labels holds one placeholder of weight 0, so that every rank runs the
+    same graph.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) int64; None in the packed layout.
+        label_weights: (N,) float32: 1, or 0 for a label that does not contribute to the loss.
+        label_languages: (N,) int64: the sample's language.
+        targets: the labels, specific to the kind of rows.
+        units: the units it holds, in the order of placement.
+        sample_ids: in the order of segments or rows.
+        position_ids: (B, T) int64, if positions restart at each sample.
+        token_type_ids: (B, T) int64, if the tokenizer has them.
     """
 
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor | None  # (B, T) int64; None in the packed layout
-    label_weights: Tensor  # (N,) float32: 1, or 0 where a label is not learned from
-    label_languages: Tensor  # (N,) int64: the sample's language
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    label_weights: Tensor
+    label_languages: Tensor
     targets: Targets
-    units: tuple[SampleUnit, ...]  # what it holds, in the order it was placed
-    sample_ids: tuple[str, ...]  # in the order of segments or rows
-    position_ids: Tensor | None = None  # (B, T) int64, where positions restart at each sample
-    token_type_ids: Tensor | None = None  # (B, T) int64, where the tokenizer has them
+    units: tuple[SampleUnit, ...]
+    sample_ids: tuple[str, ...]
+    position_ids: Tensor | None = None
+    token_type_ids: Tensor | None = None
 
     @property
     def samples(self) -> list[Sample]:
-        """All its samples, in the order they were placed."""
+        """All samples, in the order of placement."""
         return [sample for unit in self.units for sample in unit.samples]
 
     @property
@@ -72,11 +83,11 @@ class Batch(Generic[Targets]):
         return self.attention_mask
 
     def counts(self) -> dict[str, float]:
-        """Its part of the step's counts by name."""
+        """The micro-batch's contribution to the step's counts, by name."""
         return self.targets.counts(self.label_weights)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Arguments of a forward pass. Packed rows need all three of: no mask, positions that restart, no cache."""
+        """Arguments of a forward pass. Packed rows require no mask, restarting positions and no cache."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.position_ids is not None:
             inputs |= {"position_ids": self.position_ids, "use_cache": False}
@@ -90,7 +101,7 @@ class Batch(Generic[Targets]):
 
 
 def _moved(value: Moved, device: torch.device) -> Moved:
-    """A dataclass with its tensors, and those of dataclasses in it, on `device`."""
+    """A copy of a dataclass with its tensors, and those of nested dataclasses, on `device`."""
     changes: dict[str, Any] = {}
     for spec in fields(value):  # type: ignore[arg-type]
         inner = getattr(value, spec.name)
@@ -103,11 +114,11 @@ def _moved(value: Moved, device: torch.device) -> Moved:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Sizes of a micro-batch without its content."""
+    """The sizes of a micro-batch."""
 
-    rows: int  # where samples come with a partner: both texts' rows
+    rows: int  # with partners: rows of both texts
     row_tokens: int
-    labels: int  # positions that meet the LM head
+    labels: int  # positions for which the LM head computes logits
     segments: int  # samples
     pairs: int
 
@@ -118,7 +129,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class TokenTargets:
-    """Tokens to be predicted. `positions` index the flattened (B*T) states whose output predicts `ids`."""
+    """Tokens to be predicted. `positions` are the indices of the flattened (B*T) states that predict `ids`."""
 
     positions: Tensor  # (N,) int64
     ids: Tensor  # (N,) int64
@@ -136,19 +147,25 @@ class ContrastPairs:
 
 @dataclass(frozen=True, slots=True)
 class ChatTargets:
-    """What is learned from conversations.
+    """Targets of conversations.
 
-    `languages` is each token's language (prompt tokens: the question's; answer tokens: the answer's), -1 on
-    padding. `vector_languages` is the same for tokens that count towards language vectors, else -1: the user's
-    content, and the answer where it is in the sample's own language (docs/methods.md, section 1.1).
+    Attributes:
+        tokens: the tokens to be predicted.
+        segment_ids: (B, T) int64, -1 on padding.
+        n_segments: S, at least 1.
+        languages: (B, T) int64: each token's language (the prompt's or the answer's), -1 on padding.
+        vector_languages: (B, T) int64: the same for tokens that count towards language vectors, else -1. These are
+            user content, and the answer if it is in the sample's language (docs/methods.md, section 1.1).
+        content: (B, T) bool: tokens of user content.
+        pairs: translation pairs.
     """
 
     tokens: TokenTargets
-    segment_ids: Tensor  # (B, T) int64, -1 on padding
-    n_segments: int  # S, at least 1
-    languages: Tensor  # (B, T) int64
-    vector_languages: Tensor  # (B, T) int64
-    content: Tensor  # (B, T) bool
+    segment_ids: Tensor
+    n_segments: int
+    languages: Tensor
+    vector_languages: Tensor
+    content: Tensor
     pairs: ContrastPairs
 
     def counts(self, label_weights: Tensor) -> dict[str, float]:
@@ -157,17 +174,17 @@ class ChatTargets:
 
 @dataclass(frozen=True, slots=True)
 class ClassTargets:
-    """Classification: a class a text."""
+    """Classification: one class per text."""
 
     classes: Tensor  # (N, C) float32 probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class TagTargets:
-    """Tagging: a class a word."""
+    """Tagging: one class per word."""
 
     classes: Tensor  # (N, C) float32 probabilities
-    token_word: Tensor  # (B, T) int64: the label unit that a token belongs to, -1 where there is none
+    token_word: Tensor  # (B, T) int64: the label unit that a token belongs to, -1 if none
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,21 +199,21 @@ TaskLabels = ClassTargets | TagTargets | SpanTargets | TokenTargets
 
 @dataclass(frozen=True, slots=True)
 class TaskTargets:
-    """What is learned from the rows of a task; with partners, rows [0, n) are targets and [n, 2n) their sources."""
+    """Targets of the rows of a task. With partners, rows [0, n) are targets and rows [n, 2n) are their sources."""
 
     labels: TaskLabels
-    n_pairs: int  # n; 0: no partners
+    n_pairs: int  # n; 0 without partners
     row_languages: Tensor  # (B,) int64
     label_is_source: Tensor  # (N,) bool
     label_rows: Tensor  # (N,) int64
-    gold: bool  # the step's sources are gold text, not back-translations
+    gold: bool  # the step prefers gold sources to back-translations
 
     def counts(self, label_weights: Tensor) -> dict[str, float]:
         of_sources = float(label_weights[self.label_is_source].sum())
         return {
             "target_labels": float(label_weights.sum()) - of_sources,
             "source_labels": of_sources,
-            "pairs": float(self.n_pairs) if label_weights.any() else 0.0,  # those of an idle micro-batch count for none
+            "pairs": float(self.n_pairs) if label_weights.any() else 0.0,  # an idle micro-batch has no pairs
         }
 
 
@@ -205,5 +222,5 @@ TaskBatch = Batch[TaskTargets]
 
 
 def summed(counts: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-    """Counts of several micro-batches added up; zeros for `names` where there are none."""
+    """The sum of the counts of several micro-batches; zeros for `names` if there are none."""
     return {name: sum((each[name] for each in counts), 0.0) for name in names}

@@ -1,6 +1,6 @@
-"""Rows of tokenised conversations -> the tensors of a decoder's micro-batch.
+"""Collates tokenised conversations into a micro-batch of a decoder.
 
-Shapes: B rows, T tokens a row, S samples (segments), N label positions, P translation pairs.
+Shapes: B rows, T tokens per row, S samples (segments), N label positions, P translation pairs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PADDING = -1
 
 
 class ChatCollator(Collator):
-    """Packs several samples into a row, or pads one a row."""
+    """Concatenates the samples of a row (packed layout), or pads rows of one sample each (padded layout)."""
 
     counts: ClassVar[tuple[str, ...]] = ("label_tokens", "pairs")
 
@@ -66,7 +66,7 @@ class ChatCollator(Collator):
 
 
 class _Grid:
-    """(B, T) arrays of one micro-batch being filled."""
+    """The (B, T) arrays of one micro-batch while they are filled."""
 
     def __init__(self, n_rows: int, length: int, pad_id: int) -> None:
         shape = (n_rows, length)
@@ -93,18 +93,18 @@ class _Grid:
         self.content[here] = sample.content
         self.filled[row] = stop
         targets = np.flatnonzero(sample.labels)
-        targets = targets[targets > 0]  # the first token has nothing before it that could predict it
+        targets = targets[targets > 0]  # no position predicts the first token
         positions = row * self.length + start + targets - 1
         self.labels.append((positions, sample.input_ids[targets], sample.language))
 
     def batch(self, units: Sequence[SampleUnit], order: Sequence[Sample], with_mask: bool) -> ChatBatch:
         padding = self.segment_ids == PADDING
-        # Padding is one more sample at the row's end: its positions restart, so no real token sees it.
+        # Padding is treated as another sample at the end of the row: positions restart, so no real token attends to it.
         ramp = np.arange(self.length)[None, :] - self.filled[:, None]
         self.position_ids[padding] = ramp[padding]
         mask = (~padding).astype(np.int64)
         if not self.filled.any():
-            mask[:, 0] = 1  # an idle micro-batch: its one token sees itself
+            mask[:, 0] = 1  # in an idle micro-batch, the only token attends to itself
         targets = ChatTargets(
             tokens=TokenTargets(*(torch.from_numpy(each) for each in self._label_tokens())),
             segment_ids=torch.from_numpy(self.segment_ids),
@@ -129,7 +129,7 @@ class _Grid:
         )
 
     def _label_tokens(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Positions (N,) that predict and ids (N,) that are predicted; without labels, one stand-in of each."""
+        """Predicting positions (N,) and predicted ids (N,); without labels, one placeholder of each."""
         labels = [(positions, ids) for positions, ids, _ in self.labels if len(positions)]
         if not labels:
             return np.zeros(1, np.int64), np.zeros(1, np.int64)

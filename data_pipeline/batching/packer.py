@@ -1,8 +1,8 @@
-"""Samples of one rank and step -> micro-batches within a token budget, for every kind of rows.
+"""Packs the samples of one rank and step into micro-batches within a token budget, for every kind of row.
 
-- `packed`: rows of at most `row_tokens`, several samples a row, position ids restart at each sample, no
-  attention mask: attention is block-diagonal by position ids (or varlen, where rows are one).
-- `padded`: one text a row, right-padded, with an attention mask; right for every model.
+- `packed`: rows of at most `row_tokens` with several samples each. Position ids restart at each sample and there is
+  no attention mask: attention is block-diagonal by position ids (or varlen, with a single row).
+- `padded`: one text per row, right-padded, with an attention mask; correct for every model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Layout = Literal["packed", "padded"]
 
 
 class HasRowLength(Protocol):
-    """All that placing looks at. `Sample` has it."""
+    """What placement requires of a sample; implemented by `Sample`."""
 
     @property
     def row_length(self) -> int: ...
@@ -33,42 +33,42 @@ Item = TypeVar("Item", bound=HasRowLength)
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """Stands for a sample of this length."""
+    """A placeholder for a sample of this length."""
 
     row_length: int
 
 
 @dataclass(slots=True)
 class Bin:
-    """One micro-batch being filled: rows of samples."""
+    """The rows of one micro-batch while it is filled."""
 
     rows: list[list[Sample]] = field(default_factory=list)
     units: list[SampleUnit] = field(default_factory=list)
 
 
 class Collator(ABC):
-    """Makes the tensors of a micro-batch. One for each kind of rows."""
+    """Builds the tensors of a micro-batch; there is one implementation for each kind of row."""
 
     counts: ClassVar[tuple[str, ...]]  # names in `Batch.counts`
-    sides: int = 1  # rows that a sample takes in the padded layout: 2 where it comes with its partner
+    sides: int = 1  # rows per sample in the padded layout: 2 with partners
 
     @abstractmethod
     def collate(self, filled: Bin, layout: Layout) -> Batch[Any]:
-        """The micro-batch of these rows; of an empty bin the idle one: one token a row, no label."""
+        """The micro-batch of these rows; for an empty bin the idle one, with one token per row and no label."""
 
     @abstractmethod
     def blank(self, shape: BatchShape) -> Batch[Any]:
-        """A micro-batch of this shape without content, for counting the memory that it takes."""
+        """A micro-batch of this shape without content, for memory estimates."""
 
 
 class Packer:
-    """Packs units into micro-batches; a pure function of the units and the budget.
+    """Packs units into micro-batches, as a pure function of the units and the budget.
 
     Args:
         layout: "packed" or "padded".
-        micro_batch_tokens: rows x row length of a micro-batch stays within this.
+        micro_batch_tokens: limit of rows x row length of a micro-batch.
         row_tokens: longest row of the packed layout (varlen attention: the whole micro-batch in one row).
-        collator: makes tensors of the rows.
+        collator: builds the tensors.
     """
 
     def __init__(self, layout: Layout, micro_batch_tokens: int, row_tokens: int, collator: Collator) -> None:
@@ -78,7 +78,7 @@ class Packer:
         self.collator = collator
 
     def pack(self, units: Sequence[SampleUnit]) -> list[Batch[Any]]:
-        """First-fit decreasing over units; one above the budget gets a micro-batch of its own."""
+        """First-fit decreasing over units; a unit above the budget gets its own micro-batch."""
         bins: list[Bin] = []
         for unit in sorted(units, key=lambda unit: -unit.n_tokens):
             if not unit.samples:
@@ -100,16 +100,16 @@ class Packer:
         return [self.collator.collate(each, self.layout) for each in bins]
 
     def idle(self) -> Batch[Any]:
-        """One token a row, no label, no language: keeps ranks in step when others have more micro-batches."""
+        """A micro-batch of one token per row without label or language, for ranks with fewer micro-batches."""
         return self.collator.collate(Bin(), self.layout)
 
     def one_by_one(self, batch: Batch[Any]) -> Batch[Any]:
-        """The samples of a micro-batch, or of an idle one, in the padded layout."""
+        """The samples of a micro-batch in the padded layout; for an idle micro-batch an idle one."""
         padder = Packer("padded", sys.maxsize, self.row_tokens, self.collator)
         return padder.pack(batch.units)[0] if batch.units else padder.idle()
 
     def tokens_alone(self, lengths: Sequence[int]) -> int:
-        """Rows x longest row of a micro-batch that holds samples of these lengths and no others."""
+        """Rows x longest row of a micro-batch of samples of these lengths."""
         rows = self._place([], list(map(Blank, lengths)), None)
         assert rows is not None
         return self.collator.sides * len(rows) * max(map(_row_tokens, rows))
@@ -124,7 +124,7 @@ class Packer:
             )  # fmt: skip
 
     def _place(self, rows: list[list[Item]], samples: Sequence[Item], budget: int | None) -> list[list[Item]] | None:
-        """Rows with `samples` added, or None where the budget does not hold them; only their lengths count."""
+        """The rows with `samples` added, or None if that exceeds the budget. Only lengths are used."""
         placed = [list(row) for row in rows]
         if self.layout == "padded":
             placed += [[sample] for sample in samples]

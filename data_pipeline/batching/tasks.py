@@ -1,6 +1,6 @@
-"""Rows of tokenised task samples -> the tensors of an encoder's micro-batch, padded.
+"""Collates tokenised task samples into a padded micro-batch of an encoder.
 
-With partners, a micro-batch is its n target texts and, below them in the same order, their n sources.
+With partners, a micro-batch holds n target texts, followed by their n sources in the same order.
 
 Shapes: R rows, n of them targets; T tokens; C classes; N label units: rows (classification, qa), words (tagging)
 or tokens to be predicted (text), in the order of the rows.
@@ -36,7 +36,7 @@ from data_pipeline.tasks.tokenize import NO_ANSWER, NO_WORD, EncodedSide
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One text of a micro-batch, and what is learned from it."""
+    """One text of a micro-batch and its labels."""
 
     side: EncodedSide
     labels: SideLabels
@@ -53,13 +53,13 @@ class _Row:
 
 
 class TaskCollator(Collator):
-    """Pads one text a row.
+    """Pads one text per row.
 
     Args:
         pad_id: token id of padding.
         task: the kind of labels, and how words are pooled.
-        paired: whether each sample comes with its source.
-        has_token_types: whether the tokenizer tells the first text of a pair from the second.
+        paired: whether each sample has a source.
+        has_token_types: whether the tokenizer distinguishes the two texts of a pair by token types.
     """
 
     counts: ClassVar[tuple[str, ...]] = ("target_labels", "source_labels", "pairs")
@@ -140,7 +140,7 @@ class TaskCollator(Collator):
         return _Row(side, labels, 0, 0, 0.0, is_source)
 
     def _labels(self, rows: Sequence[_Row], shape: tuple[int, int]) -> TaskLabels:
-        """The labels of all rows; their type is that of the task."""
+        """The labels of all rows; the type depends on the task."""
         kind = self.task.kind
         if kind == "qa":
             return SpanTargets(torch.tensor([row.side.span or NO_ANSWER for row in rows], dtype=torch.int64))

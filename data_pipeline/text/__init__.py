@@ -1,1 +1,1 @@
-"""From a record to a tokenised sample, for decoders: chat templates, label masks, tokenizers."""
+"""Tokenised samples for decoders: chat templates, label masks, truncation, tokenizer training."""

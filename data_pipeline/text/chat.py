@@ -1,8 +1,10 @@
-"""Conversations -> ChatSamples: token ids, and a mark on every token: content, answer, label or template.
+"""Tokenises conversations: token ids, and the kind of every token (content, answer, label or template).
 
-Each prompt and each answer is tokenised on its own, so a training sample begins with exactly the tokens that
-generation feeds. Text that spells a special token never becomes one: it is cut inside the spelling before it is
-tokenised. T is the number of tokens of a sample.
+Each prompt and each answer is tokenised separately, so a training sample begins with exactly the tokens that
+generation is given. Text that spells a special token is never encoded as one: it is split inside the spelling before
+tokenisation.
+
+Shapes: T tokens of a sample.
 """
 
 from __future__ import annotations
@@ -36,15 +38,15 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 
-_TEMPLATE, _CONTENT, _UNTRAINED, _ANSWER, _END = range(5)  # what a token is; from _ANSWER on it is predicted
+_TEMPLATE, _CONTENT, _UNTRAINED, _ANSWER, _END = range(5)  # kinds of tokens; those from _ANSWER on are predicted
 _SHOWN = 60  # characters shown of a text in a message
 
 
 class Chat:
-    """One tokenizer with one template. Safe to use from several threads."""
+    """Tokenises conversations with one template. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig, languages: Sequence[str]) -> None:
-        """Raises DataError where the tokenizer and the template don't fit."""
+        """Raises DataError if the template does not work with the tokenizer."""
         if not tokenizer.is_fast:
             raise DataError(f"{tokenizer.name_or_path!r} is not a fast tokenizer, so it has no offsets")
         from tokenizers import Tokenizer
@@ -54,7 +56,7 @@ class Chat:
         self.languages = tuple(languages)
         self._language_ids = {code: number for number, code in enumerate(languages)}
         self.template = make_template(template, tokenizer)
-        # A copy of our own: truncation and padding are settings of the shared one, and others change them.
+        # A private copy: truncation and padding are state of the shared backend, which other code changes.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -62,15 +64,20 @@ class Chat:
         end = str(self._backend.id_to_token(self.template.end_id))
         written = str(tokenizer.chat_template if template.name == "chat" else template.prompt)
         self._special = _occurrences(t.content for t in added if t.special or t.content == end)
-        # In a prompt also tokens that only the template may write, marked as special or not.
+        # In prompts also the added tokens that the template writes, whether or not they are marked as special.
         self._control = _occurrences(t.content for t in added if t.special or t.content in written + end)
         self._turns: dict[tuple[tuple[Role, ...], str, str], list[Turn]] = {}
 
     def prompt_ids(self, messages: Sequence[Message], language: str, response_language: str) -> tuple[Ids, Mask]:
-        """What generation feeds, up to where the answer begins: token ids (T,) and the content mask (T,).
+        """The prompt of the next answer: token ids (T,) and the content mask (T,).
 
-        `messages` ends with a user's turn; languages are codes, "" if not known. Raises DataError for turns out of
-        order, and where the template names a language that is not known.
+        Args:
+            messages: must end with a user turn.
+            language: code of the prompt's language; "" if not known.
+            response_language: code of the answer's language; "" if not known.
+
+        Raises:
+            DataError: the turns are out of order, or the template names a language that is not known.
         """
         if not messages or messages[-1].role != "user":
             raise DataError("a prompt ends with a user's turn")
@@ -78,7 +85,7 @@ class Chat:
         return ids, marks == _CONTENT
 
     def tokenize(self, record: Record, *, labelled: bool = True) -> ChatSample:
-        """A record as tokens; without its last answer and without labels if not `labelled`. Raises BadRow."""
+        """Tokenises a record; without its last answer and without labels if not `labelled`. Raises BadRow."""
         messages, response_language = record.conversation.messages, record.conversation.response_language
         if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
             raise BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
@@ -104,23 +111,23 @@ class Chat:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens spelled out."""
+        """The text of token ids, including special tokens."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def answer_words(self, content: str) -> str:
-        """An assistant's message as the template writes it (some strip it)."""
+        """An assistant message as the template writes it; some templates strip white space."""
         return self.template.answer_slot.words(content)
 
     def rewritten(self, answer: str) -> str:
-        """What is left of an answer after the tokenizer: itself, but for one that normalises text."""
+        """An answer encoded and decoded; differs from the answer if the tokenizer normalises text."""
         return self.decode(self._encode(answer, [(0, len(answer))], self._special)[0])
 
     def token_starts(self, content: str) -> list[int]:
-        """Where each token of a prompt's message begins, in characters; the message by itself, without its template."""
+        """Start of each token of a message in a prompt, in characters; the message is encoded without the template."""
         return [start for start, _ in self._encode(content, [(0, len(content))], self._control)[1]]
 
     def to_dict(self) -> dict[str, Any]:
-        """What an export keeps, as plain JSON data; `from_dict` reads it."""
+        """The settings as plain JSON data, for an export; `from_dict` reads them."""
         return {"template": self.config.model_dump(mode="json"), "languages": list(self.languages)}
 
     @classmethod
@@ -130,7 +137,7 @@ class Chat:
     def _tokens(
         self, messages: Sequence[Message], language: str, response_language: str
     ) -> tuple[Ids, npt.NDArray[np.int8]]:
-        """Token ids (T,) and what each token is (T,)."""
+        """Token ids (T,) and the kind of each token (T,)."""
         ids = [] if self.template.bos_id is None else [self.template.bos_id]
         marks = [_TEMPLATE] * len(ids)
         answers = [message for message in messages if message.role == "assistant"]
@@ -145,7 +152,7 @@ class Chat:
                 ids += [*new, self.template.end_id]
                 marks += [*[_ANSWER] * len(new), _END] if message.trained else [*[_UNTRAINED] * len(new), _TEMPLATE]
         if marks[:1] == [_CONTENT]:
-            marks[0] = _TEMPLATE  # an attention sink, whatever it says
+            marks[0] = _TEMPLATE  # the first token is an attention sink, whatever its text
         return np.array(ids, dtype=np.int32), np.array(marks, dtype=np.int8)
 
     def _turns_of(self, messages: Sequence[Message], language: str, response_language: str) -> list[Turn]:
@@ -157,9 +164,9 @@ class Chat:
         return self._turns[key]
 
     def _encode(self, text: str, foreign: Sequence[Span], forbidden: re.Pattern[str]) -> tuple[list[int], list[Span]]:
-        """Token ids and their character offsets. No token in `forbidden` comes from characters in `foreign`.
+        """Token ids and their character offsets. No token of `forbidden` is made from characters in `foreign`.
 
-        A tokenizer that puts a space in front of a text puts one where a text is cut, too.
+        A tokenizer that adds a space before a text also adds one at each split.
         """
         cuts = [
             found.start() + 1
@@ -171,7 +178,7 @@ class Chat:
         for start, stop in pairwise([0, *cuts, len(text)]):
             try:
                 encoding = self._backend.encode(text[start:stop], add_special_tokens=False)
-            except TypeError as error:  # a str that has no UTF-8 form
+            except TypeError as error:  # the text cannot be encoded in UTF-8
                 raise DataError("the text is not valid Unicode: it holds half a surrogate pair") from error
             ids += encoding.ids
             offsets += [(a + start, b + start) for a, b in encoding.offsets] if start else encoding.offsets
@@ -179,9 +186,9 @@ class Chat:
 
 
 def _occurrences(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds every place where one of the tokens is spelled, overlapping ones too; group 1 is the token.
+    """A pattern that matches every spelling of one of the tokens, overlapping ones too; group 1 is the token.
 
-    A token of a single character cannot be cut, and is left out.
+    Tokens of a single character are omitted, as they cannot be split.
     """
     spelled = sorted((token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token))
     if not spelled:
@@ -191,7 +198,7 @@ def _occurrences(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _fill(turn: Turn, messages: Sequence[Message]) -> tuple[str, list[Span], list[Span]]:
-    """The text of a prompt, where in it are words that the template did not write, and where the users'."""
+    """The text of a prompt, the spans of all messages in it, and the spans of the user messages."""
     text, foreign, users = "", [], []
     for part in turn:
         if isinstance(part, Slot):
@@ -208,7 +215,7 @@ def _fill(turn: Turn, messages: Sequence[Message]) -> tuple[str, list[Span], lis
 
 
 def _marks(text: str, offsets: Sequence[Span], users: Sequence[Span]) -> list[int]:
-    """_CONTENT for tokens of the users' words. One that reaches outside may hold only white space there."""
+    """Marks tokens of user text as _CONTENT. Outside of the user text such a token may cover only white space."""
 
     def within(a: int, b: int, start: int, stop: int) -> bool:
         return a < stop and b > start and not (text[a:start] + text[stop:b]).strip()
@@ -222,16 +229,17 @@ def _marks(text: str, offsets: Sequence[Span], users: Sequence[Span]) -> list[in
 
 
 def _runs(mask: Mask) -> list[Span]:
-    """Start and stop of every run of True in a mask (T,)."""
+    """(start, stop) of every run of True in a mask (T,)."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
-    """Decode what is to be predicted and compare it with the record's answers.
+    """Decodes the labelled tokens and compares them with the record's answers.
 
-    Raises DataError where the mask is wrong: empty, too narrow, too wide, or without the end token; BadRow
-    where the mask is right but the tokenizer cannot write the answer.
+    Raises:
+        DataError: the mask is wrong: empty, too narrow, too wide, or without the end token.
+        BadRow: the mask is correct, but the tokenizer cannot represent the answer.
     """
 
     def fail(what: str) -> None:
@@ -249,7 +257,7 @@ def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
         if ids[-1] != end:
             fail(f"the end token {chat.decode([end])!r} is not its last token")
         if end in ids[:-1]:
-            fail(f"it goes on after the end token {chat.decode([end])!r}")
+            fail(f"it continues after the end token {chat.decode([end])!r}")
         written = chat.decode(ids[:-1])
         if written == answer:
             continue
@@ -265,7 +273,7 @@ def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
 
 
 def _alike(a: str, b: str) -> bool:
-    """Equal but for what normalising tokenizers change: composed characters, runs of white space."""
+    """Whether two texts are equal up to composed characters and runs of white space, which tokenizers normalise."""
     return _normal(a) == _normal(b)
 
 
@@ -274,7 +282,7 @@ def _normal(text: str) -> str:
 
 
 def _unlike(written: str, answer: str) -> str:
-    """Why an answer cannot be used: of long texts what stands around the first difference, and the character there."""
+    """Why an answer cannot be used: both texts (long ones around the first difference) and the lost character."""
     texts = [_normal(written), _normal(answer)]
     at = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     shown = [_short(each) for each in (written, answer)]
@@ -294,7 +302,7 @@ def _short(text: str, most: int = _SHOWN) -> str:
 
 
 def describe(sample: ChatSample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A sample's text for people: ⟦content: the user's words⟧, ⟦label: what to predict⟧, template bare."""
+    """A readable text of a sample: ⟦content: user text⟧, ⟦label: predicted text⟧, template text unmarked."""
     kinds = np.where(sample.labels, "label", np.where(sample.content, "content", ""))
     text = f"{sample.id}: {len(sample)} tokens, {sample.content.sum()} content, {sample.labels.sum()} label\n"
     position = 0

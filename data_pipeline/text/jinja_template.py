@@ -1,7 +1,7 @@
-"""A run's template as a Jinja chat template, so that an exported tokenizer writes the prompts that training saw.
+"""Exports a run's template as a Jinja chat template, so that the exported tokenizer writes the prompts of training.
 
-`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` with the text made here gives the ids of
-`Chat.prompt_ids`, for messages in which nobody spells a special token: training cuts such text (`chat.py`), and so does
+`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` with this template gives the ids of
+`Chat.prompt_ids`, for messages that spell no special token: training splits such text (`chat.py`), and so does
 `apply_chat_template(..., sanitize_control_tokens=True)`. A template that names languages takes the variables `language`
 and `response_language`, codes or names.
 """
@@ -21,18 +21,24 @@ from data_pipeline.text.templates import ChatTemplate, PatternTemplate, language
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Languages of a prompt that names none: codes. `response_language` None: the prompt's."""
+    """Languages of a prompt for which the caller gives none.
+
+    Attributes:
+        language: code of the prompt's language.
+        response_language: code of the answer's language; None: the prompt's language.
+        may_differ: whether training had answers in another language than their prompts.
+    """
 
     language: str
     response_language: str | None = None
-    may_differ: bool = False  # whether training had answers in another language than their prompts
+    may_differ: bool = False
 
 
 def jinja_template(chat: Chat, defaults: Defaults) -> tuple[str, str | None]:
-    """The chat template, and the first sample conversation for which it does not give training's tokens, or None.
+    """The chat template, and the first sample conversation for which its tokens differ from training's, or None.
 
-    A tokenizer that puts a space in front of each text it is given does so where training cut a conversation into
-    texts. Whether the template has to write that space, and where, is found by trying.
+    A tokenizer that adds a space before each text adds one wherever training splits a conversation. Whether and where
+    the template must write that space is found by comparing candidates.
     """
     if isinstance(chat.template, ChatTemplate):
         candidates = [_preamble(chat, defaults) + chat.template.text]
@@ -47,7 +53,13 @@ def jinja_template(chat: Chat, defaults: Defaults) -> tuple[str, str | None]:
 
 
 def _of_pattern(chat: Chat, template: PatternTemplate, defaults: Defaults, first: str, later: str, answer: str) -> str:
-    """plain, alpaca and custom. `first`, `later`, `answer`: what stands before the first turn, others, and answers."""
+    """Template for plain, alpaca and custom.
+
+    Args:
+        first: text before the first user turn.
+        later: text before later user turns.
+        answer: text before answers.
+    """
     end = chat.decode([template.end_id])
     names_languages = template.same != template.differs or any(
         field in ("language", "response_language") for _, field in template.same
@@ -75,7 +87,7 @@ def _of_pattern(chat: Chat, template: PatternTemplate, defaults: Defaults, first
 
 
 def _around_user(pattern: Sequence[tuple[str, str | None]]) -> tuple[str, str]:
-    """The pattern's text in front of the user's words and behind them, as Jinja expressions."""
+    """The pattern's text before and after the user's text, as Jinja expressions."""
     fields = {
         "system": "(system if loop.first and system is not none else '')",
         "language": "name",
@@ -97,7 +109,7 @@ def _around_user(pattern: Sequence[tuple[str, str | None]]) -> tuple[str, str]:
 
 
 def _languages(chat: Chat, defaults: Defaults) -> str:
-    """`code` and `answer_code`, and their English names `name` and `answer_name`."""
+    """Jinja code that sets `code` and `answer_code`, and their English names `name` and `answer_name`."""
     names = json.dumps({code: language_name(code) for code in chat.languages}, ensure_ascii=False)
     answer = "code" if defaults.response_language is None else _quoted(defaults.response_language)
     return (
@@ -110,7 +122,7 @@ def _languages(chat: Chat, defaults: Defaults) -> str:
 
 
 def _preamble(chat: Chat, defaults: Defaults) -> str:
-    """chat: what training gave the tokenizer's own template, set where the caller does not set it."""
+    """Code before the tokenizer's own template (chat): training's variables, unless the caller sets them."""
     assert isinstance(chat.template, ChatTemplate)
     parts = [
         f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif -%}}"
@@ -130,7 +142,7 @@ def _preamble(chat: Chat, defaults: Defaults) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Jinja string literal, which knows JSON's escapes."""
+    """A Jinja string literal; Jinja reads JSON's escapes."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -139,7 +151,7 @@ def _literal(value: bool | int | float | str) -> str:
 
 
 def _differences(chat: Chat, template: str, defaults: Defaults) -> list[str]:
-    """The sample conversations for which the template does not give the tokens of training, in words."""
+    """Descriptions of the sample conversations for which the template's tokens differ from training's."""
     wrong = []
     for messages, asked in _samples(chat, defaults):
         language = asked.get("language", defaults.language)
@@ -153,7 +165,7 @@ def _differences(chat: Chat, template: str, defaults: Defaults) -> list[str]:
             found = chat.tokenizer.apply_chat_template(
                 conversation, chat_template=template, add_generation_prompt=True, return_dict=False, **asked
             )
-        except Exception:  # whatever a template raises, the model is exported: this says where it is of no use
+        except Exception:  # a template may raise anything; the model is exported nevertheless, and this is reported
             found = None
         if found is None or list(found) != wanted:
             roles = ", ".join(message.role for message in messages)

@@ -1,7 +1,7 @@
-"""Where an answer ends though its end token did not come: at the header of the user's next turn.
+"""Stop tokens and patterns for generation: the header of the user's next turn.
 
-In: a template of `templates.py` and its tokenizer. Out: NextTurn, token ids and texts that no answer holds. Next:
-`modeling/generation.py` stops there. A model that goes on past its answer writes what it was trained to read.
+A model that continues past its answer without an end token writes the header of the next turn, as it was trained to
+read it. `modeling/generation.py` stops there.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
     from data_pipeline.text.templates import ChatTemplate, TemplateConfig
 
-_SHORTEST = 8  # characters of a line that names a language, before the name: fewer may begin any sentence
+_SHORTEST = 8  # least characters before a language's name in a header line: shorter text may begin any sentence
 
 
 @dataclass(frozen=True, slots=True)
 class NextTurn:
-    """`ids`: added tokens of the header. `patterns`: regular expressions, one for each of its lines."""
+    """Stop conditions of one template.
+
+    Attributes:
+        ids: added tokens of the header.
+        patterns: regular expressions, one per line of the header.
+    """
 
     ids: tuple[int, ...] = ()
     patterns: tuple[str, ...] = ()
 
 
 def next_turn(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> NextTurn:
-    """The header that this template writes before a later message of the user; empty where it writes none.
+    """The header that the template writes before later user turns; empty if it writes none.
 
-    Raises DataError where template and tokenizer don't fit.
+    Raises:
+        DataError: the template does not work with the tokenizer.
     """
     template = make_template(config, tokenizer)
     lines = _lines(template)
@@ -45,7 +51,7 @@ def next_turn(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> Nex
 
 
 def _lines(template: PatternTemplate | ChatTemplate) -> list[tuple[str, bool]]:
-    """The header's lines, and whether each is whole: the last one goes on with the user's words."""
+    """The header's lines, and whether each is complete: the last one continues with the user's text."""
     lines: list[tuple[str, bool]] = []
     text = ""
     for part in template.next_user_turn():
@@ -54,7 +60,7 @@ def _lines(template: PatternTemplate | ChatTemplate) -> list[tuple[str, bool]]:
             lines += [(line.strip(), True) for line in whole]
             lines.append((last.strip(), False))
             return [line for line in lines if line[0]]
-        if part is None:  # a language's name, another one each time
+        if part is None:  # a language's name, which varies
             *whole, last = text.split("\n")
             lines += [(line.strip(), True) for line in whole]
             lines += [(last.strip(), False)] if len(last.strip()) >= _SHORTEST else []
@@ -66,7 +72,7 @@ def _lines(template: PatternTemplate | ChatTemplate) -> list[tuple[str, bool]]:
 
 
 def _pattern(line: str, whole: bool) -> str | None:
-    """None for a line that an answer may well hold: without letters, or of less than three characters."""
+    """The pattern of a header line; None for a line that answers may contain: one without letters, or too short."""
     if len(line) < 2 or not any(char.isalpha() for char in line):
         return None
     if not line[0].isalnum() or line == line.upper():  # "### Instruction:", "[INST]", "USER:"

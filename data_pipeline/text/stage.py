@@ -1,4 +1,4 @@
-"""Conversations -> ChatSamples: tokenised by a chat template, cut where too long, their label masks checked."""
+"""The text stage of decoders: tokenises conversations, truncates long ones and checks their label masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_pipeline.text.truncation import truncate
 
 @dataclass(frozen=True, slots=True)
 class ChatStage(TextStage):
-    """The text stage of decoders."""
+    """Turns records into ChatSamples."""
 
     chat: Chat
     sequence_length: int
@@ -25,16 +25,21 @@ class ChatStage(TextStage):
         return len(self.chat.tokenize(record))
 
     def sample(self, record: Record, slot: Slot, partner: Record | None = None) -> ChatSample | None:
-        """As `TextStage.sample`; under `overlong` "truncate", None only where the answers alone are too long."""
+        """See `TextStage.sample`. With `overlong` "truncate", None only if the prompt cannot be shortened enough."""
         sample = self.fitted(record, labelled=slot.labelled)
         if sample is None and self.overlong == "error":
             raise overlong_error(record.origin, self.length(record), self.sequence_length)
         return sample
 
     def fitted(self, record: Record, *, labelled: bool = True) -> ChatSample | None:
-        """The sample of a record, its prompt cut where it is too long and `overlong` is "truncate".
+        """The sample of a record; if it is too long and `overlong` is "truncate", with a shortened prompt.
 
-        None where it is longer than `sequence_length` still. Raises BadRow, DataError.
+        Returns:
+            None if it is still longer than `sequence_length`.
+
+        Raises:
+            BadRow: the record is unusable.
+            DataError: the label mask is wrong.
         """
         sample = self.chat.tokenize(record, labelled=labelled)
         if len(sample) > self.sequence_length:

@@ -1,4 +1,4 @@
-"""The date in a chat template: transformers gives templates `strftime_now`, which is another day's on each day."""
+"""A fixed date for chat templates, whose `strftime_now` in transformers gives the current date."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of strftime
 
 
 def date_macro(template: str, day: dt.date) -> str:
-    """A macro in place of `strftime_now`, which gives today's date, for the directives that the template may use."""
+    """A Jinja macro that replaces `strftime_now` and formats `day`, for the directives that the template uses."""
     today = dt.datetime.combine(day, dt.time())
     used = {found for found in re.findall(r"%[-_0^#]?[A-Za-z]", template) if found[-1] in DIRECTIVES}
     longest_first = sorted(used, key=lambda each: (-len(each), each))

@@ -1,10 +1,8 @@
-"""How a conversation is written as text: which characters are the template's, which are somebody's words.
+"""Prompt templates: the text around messages, kept apart from the messages themselves.
 
-In: the `data.template` section and the roles of a conversation. Out: a `Turn` for each answer, the prompt in
-front of it as literal text and slots for messages. Next: `chat.py`, which fills them in and tokenises.
-
-A turn is laid out from the roles alone, never from what the messages say: a user who writes template text
-cannot change where the slots are.
+A template gives a `Turn` for each answer: the prompt before it, as literal text and slots for messages, which
+`chat.py` fills and tokenises. The layout depends on the roles only, never on the content of messages: a user who
+writes template text cannot move the slots.
 """
 
 from __future__ import annotations
@@ -45,12 +43,12 @@ th Thai; ti Tigrinya; tk Turkmen; tl Tagalog; tn Tswana; tr Turkish; ts Tsonga; 
 ug Uyghur; uk Ukrainian; ur Urdu; uz Uzbek; vi Vietnamese; wo Wolof; xh Xhosa; yi Yiddish;
 yo Yoruba; yue Cantonese; zh Chinese; zu Zulu
 """
-# English names, as prompts call the languages.
+# English names of languages, as used in prompts.
 LANGUAGE_NAMES: dict[str, str] = dict(entry.strip().split(" ", 1) for entry in _NAMES.split(";"))
 
 # (prompt, prompt when the answer is in another language than the question)
 _PLAIN = ("{user}\n", "{user}\nAnswer in {response_language}:\n")
-# The prompt of MathOctopus and QAlign, so that scores stand beside theirs.
+# The prompt of MathOctopus and QAlign, so that scores are comparable with theirs.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request"
     " in {response_language}. Please answer in {response_language}.\n\n### Instruction:\n{user}\n\n### Response:"
@@ -59,7 +57,7 @@ _FIELDS = {"user", "system", "language", "response_language"}
 
 
 def language_name(code: str) -> str:
-    """The English name of a language: "sw" is "Swahili", "pt-BR" "Portuguese", an unknown code stays."""
+    """The English name of a language: "Swahili" for "sw", "Portuguese" for "pt-BR"; an unknown code is returned."""
     return LANGUAGE_NAMES.get(code) or LANGUAGE_NAMES.get(re.split("[-_]", code)[0].lower()) or code
 
 
@@ -68,7 +66,7 @@ class TemplateConfig(Section):
 
     name: Literal["plain", "alpaca", "chat", "custom"] = Field(
         "plain",
-        description="plain: the user's words and a new line; alpaca: the prompt of MathOctopus and QAlign;"
+        description="plain: the user's text and a new line; alpaca: the prompt of MathOctopus and QAlign;"
         " chat: the tokenizer's own chat template; custom: `prompt`.",
     )
     prompt: str | None = Field(
@@ -94,7 +92,7 @@ class TemplateConfig(Section):
     @field_validator("date", mode="before")
     @classmethod
     def _is_no_number(cls, value: Any) -> Any:
-        if isinstance(value, int | float):  # which pydantic would count as seconds since 1970
+        if isinstance(value, int | float):  # pydantic would read a number as seconds since 1970
             raise ValueError("must be a day, written 2026-01-31")
         return value
 
@@ -119,7 +117,7 @@ class TemplateConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where the words of message number `message` go, stripped where the template strips them."""
+    """The place of message number `message`, and the sides on which the template strips white space."""
 
     message: int
     strip_left: bool = False
@@ -134,7 +132,7 @@ Turn = tuple[str | Slot, ...]
 
 
 class PatternTemplate:
-    """plain, alpaca and custom: one pattern, repeated for every user turn."""
+    """The templates plain, alpaca and custom: one pattern, repeated for every user turn."""
 
     def __init__(self, config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._name = config.name
@@ -149,9 +147,15 @@ class PatternTemplate:
         self.answer_slot = Slot(-1)
 
     def turns(self, roles: tuple[Role, ...], language: str, response_language: str) -> list[Turn]:
-        """The prompt in front of each answer; `roles` ends with the user. Languages are codes, "" if not known.
+        """The prompt before each answer.
 
-        Raises DataError where the pattern names a language that is not known.
+        Args:
+            roles: must end with the user.
+            language: code of the prompt's language; "" if not known.
+            response_language: code of the answer's language; "" if not known.
+
+        Raises:
+            DataError: the pattern names a language that is not known.
         """
         pattern = self.same if language == response_language else self.differs
         names = {"language": language_name(language), "response_language": language_name(response_language)}
@@ -178,15 +182,15 @@ class PatternTemplate:
         return turns
 
     def next_user_turn(self) -> list[str | Slot | None]:
-        """What a later message of the user stands in; None where a language's name is written."""
+        """The layout of later user turns; None stands for a language's name."""
         parts = [(text, Slot(0) if field == "user" else None) for text, field in self.same if field != "system"]
         return [each for pair in parts for each in pair]
 
 
 class ChatTemplate:
-    """chat: the tokenizer's Jinja template, rendered once a sequence of roles, with marks for messages."""
+    """The tokenizer's Jinja template (chat), rendered once per sequence of roles, with marks in place of messages."""
 
-    bos_id: int | None = None  # the template writes it where the model wants it
+    bos_id: int | None = None  # written by the template itself, if at all
 
     def __init__(self, config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
@@ -197,7 +201,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         try:
             self.text = str(tokenizer.get_chat_template())
-        except ValueError as error:  # several named ones, and none of them the default
+        except ValueError as error:  # several named templates, none of which is the default
             raise DataError(f"template.name: {tokenizer.name_or_path!r}: {' '.join(str(error).split())}") from error
         self.date_macro = "" if config.date is None else date_macro(self.text, config.date)
         self._variables = config.variables
@@ -216,9 +220,9 @@ class ChatTemplate:
         self.end_id = _token_id(tokenizer, self._end)
 
     def turns(self, roles: tuple[Role, ...], language: str, response_language: str) -> list[Turn]:
-        """The prompt in front of each answer; `roles` ends with the user. Languages are codes.
+        """The prompt before each answer; `roles` must end with the user, languages are codes.
 
-        Where the answer's language is not the question's, a line after the user's words names it.
+        If the answer's language differs from the prompt's, a line after the user's text names it.
         """
         cue = "" if language == response_language else f"\nPlease answer in {language_name(response_language)}."
         turns: list[list[str | Slot]] = [[]]
@@ -228,14 +232,14 @@ class ChatTemplate:
                 turns.append([])
                 answered = True
                 continue
-            if answered and isinstance(part, str):  # the end token is the answer's, not the next prompt's
+            if answered and isinstance(part, str):  # the end token belongs to the answer, not to the next prompt
                 part = re.sub(rf"^\s*{re.escape(self._end)}", "", part)
             answered = False
             turns[-1].append(part)
         return [tuple(turn) for turn in turns]
 
     def next_user_turn(self) -> list[str | Slot | None]:
-        """What a later message of the user stands in; empty where the template takes one message alone."""
+        """The layout of later user turns; empty if the template takes one user message only."""
         try:
             turns = self.turns(("user", "assistant", "user"), "", "")
         except DataError:
@@ -243,7 +247,7 @@ class ChatTemplate:
         return [*turns[1]]
 
     def _slots(self, roles: Sequence[Role], cue: str, *, add_generation_prompt: bool) -> Turn:
-        """The rendered conversation, cut at the messages. A padded copy shows where it strips them."""
+        """The rendered conversation, split at the messages. A padded copy shows where the template strips them."""
         padded = self._render(roles, cue, True, add_generation_prompt)
         rest = self._render(roles, cue, False, add_generation_prompt)
         parts: list[str | Slot] = []
@@ -256,7 +260,7 @@ class ChatTemplate:
         return (*parts, rest)
 
     def _render(self, roles: Sequence[Role], cue: str, pad: bool, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError  # comes with transformers' chat templates
+        from jinja2 import TemplateError  # a dependency of transformers' chat templates
 
         conversation = []
         for number, role in enumerate(roles):
@@ -268,13 +272,13 @@ class ChatTemplate:
             return str(
                 self._tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False, **arguments)
             )
-        except Exception as error:  # the template is foreign code: what it raises is its reason
+        except Exception as error:  # a template is third-party code and may raise anything
             reason = " ".join(str(error).split())
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             raise DataError(f"the chat template refuses the turns {_listed(roles)}: {kind}{reason}") from error
 
     def _first_token(self, text: str) -> str | None:
-        """The special or added token with which `text` begins."""
+        """The special or added token that `text` begins with."""
         begins = [token for token in self._added_tokens if text.startswith(token)]
         return max(begins, key=len, default=None)
 
@@ -284,12 +288,12 @@ class ChatTemplate:
 
 
 def make_template(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> PatternTemplate | ChatTemplate:
-    """The template that `config` names, for this tokenizer. Raises DataError where they don't fit."""
+    """The template of `config` for this tokenizer. Raises DataError if it does not work with the tokenizer."""
     return (ChatTemplate if config.name == "chat" else PatternTemplate)(config, tokenizer)
 
 
 def check_roles(roles: tuple[Role, ...]) -> None:
-    """An optional system message, then user and assistant in turn, the user first. Raises DataError."""
+    """Raises DataError unless the roles are an optional system, then user and assistant in turn."""
     first = int(roles[:1] == ("system",))
     wrong = [n for n, role in enumerate(roles[first:], first) if role != ("user", "assistant")[(n - first) % 2]]
     if wrong or not roles[first:]:

@@ -1,14 +1,12 @@
-"""Trains a tokenizer for a model made from scratch.
+"""Trains a tokenizer for a model trained from scratch.
 
-In: texts. Out: a folder that `AutoTokenizer.from_pretrained` loads. Next: `chat.py`, or `tasks/tokenize.py`.
+Decoder: a sentencepiece BPE model with byte fallback, saved as a fast Llama tokenizer. Decoding restores any text
+exactly, except for U+2581, which sentencepiece uses for the space. No prefix space is added, so the parts of a text
+can be tokenised separately.
 
-For a decoder, a sentencepiece BPE with byte fallback, kept as a fast Llama tokenizer: any text comes back exactly,
-character for character, and since nothing is put in front of a text, its parts may be tokenised one by one. The
-one character that does not come back is U+2581, which sentencepiece uses for the space.
-
-For an encoder, a sentencepiece unigram model with XLM-R's conventions (arXiv 1911.02116), kept as a fast XLM-R
-tokenizer: `<s> A </s>` or `<s> A </s></s> B </s>`, a space in front of each word, compatible characters made one
-(NFKC), white space forgotten, rare characters unknown.
+Encoder: a sentencepiece unigram model with XLM-R's conventions (arXiv 1911.02116), saved as a fast XLM-R tokenizer:
+`<s> A </s>` or `<s> A </s></s> B </s>`, a space before each word, NFKC normalisation, white space collapsed, rare
+characters unknown.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ ENCODER_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3; `<mask>` is th
 
 
 class TokenizerTrainingConfig(Section):
-    """A tokenizer trained from the run's own sources."""
+    """A tokenizer trained on the run's own sources."""
 
     style: Literal["decoder", "encoder"] = Field(
         "decoder", description="decoder: BPE with bytes, exact; encoder: XLM-R's conventions, with a mask token."
@@ -56,10 +54,12 @@ class TokenizerTrainingConfig(Section):
 
 
 def train_tokenizer(texts: Iterable[str], output: Path, config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:
-    """Train on `texts`, save to the folder `output`, and return the tokenizer as loaded from there.
+    """Trains on `texts`, saves to the folder `output`, and returns the tokenizer loaded from there.
 
-    The same texts in the same order give the same tokenizer. Raises DataError if there is no text, or if
-    `vocab_size` is too large or too small for it.
+    The same texts in the same order give the same tokenizer.
+
+    Raises:
+        DataError: there is no text, or `vocab_size` is too large or too small for it.
     """
     from transformers import AutoTokenizer
 
@@ -69,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], output: Path, config: TokenizerTrainin
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same for two tokenizers that make the same tokens and prompts of any text, wherever their files come from."""
+    """A hash of the vocabulary, the tokenisation rules and the chat template, independent of where the files are."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     tokens = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return hashlib.sha256(json.dumps([tokens, tokenizer.chat_template]).encode()).hexdigest()
@@ -88,7 +88,7 @@ def _decoder(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTraine
         vocab_size=config.vocab_size,
         byte_fallback=True,
         split_digits=True,
-        required_chars="0123456789",  # a digit is one token even where the text lacks it
+        required_chars="0123456789",  # every digit gets a token, even if the text lacks it
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
@@ -133,7 +133,7 @@ def _train(texts: Iterable[str], config: TokenizerTrainingConfig, **settings: An
     """A sentencepiece model, serialised."""
     import sentencepiece
 
-    # Line ends are no part of words; a decoder has them as bytes.
+    # Line ends are not part of words; a decoder encodes them as bytes.
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError("tokenizer.train: there is no text to train on")
@@ -143,7 +143,7 @@ def _train(texts: Iterable[str], config: TokenizerTrainingConfig, **settings: An
             sentence_iterator=iter(lines),
             model_writer=model,
             character_coverage=config.character_coverage,
-            # Longer ones would be left out silently.
+            # sentencepiece silently skips longer lines.
             max_sentence_length=max(len(line.encode()) for line in lines) + 1,
             num_threads=1,
             minloglevel=2,

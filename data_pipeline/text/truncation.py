@@ -1,9 +1,7 @@
-"""A conversation that is too long, made to fit: its prompt loses words from the left, its answers lose none.
+"""Truncates long conversations: prompts are shortened from the left, trained answers are kept whole.
 
-In: a Record and the longest sample. Out: a shorter Record and its tokens. Next: `text/stage.py`.
-
-Messages are shortened, not token arrays: the sample is what the template makes of the shorter messages, headers and
-special tokens whole, and its masks are made as those of any other sample.
+Messages are shortened rather than token arrays, so that the template's headers and special tokens stay complete and
+the masks are built as for any other sample.
 """
 
 from __future__ import annotations
@@ -21,11 +19,17 @@ ZERO_WIDTH_JOINER = "\u200d"
 def truncate(
     chat: Chat, record: Record, sample: ChatSample, most: int, *, labelled: bool = True
 ) -> tuple[Record, ChatSample] | None:
-    """`record`, whose tokens are `sample`, with at most `most` tokens; None where its prompt has not enough to lose.
+    """Shortens a record to at most `most` tokens.
 
-    The words of earlier turns go first, the oldest before the others: the user's, and answers that are only read
-    (weight 0). Then the longer of the system message and the last user turn gives way, until both are alike. Each keeps
-    at least its last token: a sample without a question teaches nothing.
+    Earlier turns are shortened first, the oldest before the others: user turns, and answers of weight 0. Then the
+    longer of the system message and the last user turn is shortened, until both are equally long. Each message keeps
+    at least its last token, so that every sample has a question.
+
+    Args:
+        sample: the tokens of `record`.
+
+    Returns:
+        The shortened record and its sample; None if the prompt cannot be shortened enough.
     """
     while (excess := len(sample) - most) > 0:
         shorter = _shortened(chat, record, excess)
@@ -37,9 +41,9 @@ def truncate(
 
 
 def _shortened(chat: Chat, record: Record, excess: int) -> Record | None:
-    """The record with about `excess` fewer tokens in the messages whose turn it is; None where none can be cut.
+    """The record with about `excess` fewer tokens in the first messages that can be shortened; None if none can.
 
-    About: a message in its template has other tokens at its edges than by itself.
+    The number is approximate: inside the template a message may have other tokens at its edges than by itself.
     """
     messages = list(record.conversation.messages)
     read = [number for number, message in enumerate(messages) if message.role == "user" or not message.trained]
@@ -60,9 +64,13 @@ def _shortened(chat: Chat, record: Record, excess: int) -> Record | None:
 
 
 def _end_of(text: str, starts: list[int], keep: int) -> str:
-    """The end of a text in `keep` tokens or fewer, from where a token and a written character begin.
+    """The end of a text in at most `keep` tokens, starting at the start of a token and of a written character.
 
-    `starts`: where each token begins. The whole text where `keep` is all of it, or no later place is left.
+    Args:
+        starts: start of each token.
+
+    Returns:
+        The whole text if `keep` covers it, or if there is no such start.
     """
     if keep >= len(starts):
         return text
@@ -75,7 +83,7 @@ def _end_of(text: str, starts: list[int], keep: int) -> str:
 
 
 def _continues(text: str, place: int) -> bool:
-    """Whether the character there belongs to the one before it: a vowel sign, an accent, a joined emoji."""
+    """Whether the character at `place` belongs to the one before it: a vowel sign, an accent, a joined emoji."""
     return place > 0 and (
         unicodedata.category(text[place]).startswith("M") or ZERO_WIDTH_JOINER in text[place - 1 : place + 1]
     )

@@ -1,8 +1,9 @@
-"""Turns of a conversation as data sets write them -> Messages.
+"""Reads the turns of a conversation as Messages.
 
-Two spellings are read: {role, content} and ShareGPT's {from, value}. A key that would change what is written or
-learned, and that training does not support, makes the row unusable, by name; any other key is metadata (`name`,
-`timestamp`, `id`) and is not read. A key without a value (null, "", [], {}) counts as absent: tables fill them in.
+Two formats are read: {role, content} and ShareGPT's {from, value}. A row is unusable if it has a key that would change
+the text or the labels and that training does not support; the message names the key. Any other key is metadata
+(`name`, `timestamp`, `id`) and is ignored. A key without a value (null, "", [], {}) counts as absent, as tables have
+all keys in all rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _REASONING = (
 )
 _WEIGHT = "say which answers are trained on by 'weight': 1 or 0"
 _MEDIA = "only text is trained on; leave such conversations out"
-# What a turn may not hold, and what would be right.
+# Keys that a turn must not have, and the remedy.
 UNSUPPORTED_KEYS: dict[str, str] = {
     **dict.fromkeys(("tool_calls", "tool_call_id", "function_call", "tools", "functions"), _TOOLS),
     **dict.fromkeys(("reasoning_content", "reasoning", "reasoning_details", "thinking", "thought"), _REASONING),
@@ -37,7 +38,7 @@ UNSUPPORTED_KEYS: dict[str, str] = {
     "refusal": "a refusal apart from the content is not supported; write it into 'content'",
     "prefix": "an answer's given beginning is not supported; write it into the prompt",
 }
-# Fields of a row beside its turns that change what a chat template writes.
+# Fields of a row, besides its turns, that change what a chat template writes.
 UNSUPPORTED_FIELDS: dict[str, str] = {
     **dict.fromkeys(("tools", "functions"), _TOOLS),
     "documents": "documents for retrieval are not supported in training; write them into the conversation",
@@ -47,7 +48,7 @@ _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observ
 
 
 def read_turns(cells: Cells, columns: ColumnMap) -> tuple[Message, ...]:
-    """The messages of a row, behind the system message of another column. Raises BadRow."""
+    """The messages of a row, after the system message of another column if there is one. Raises BadRow."""
     column = cast(str, columns.messages)
     messages = read_conversation(cells, column, cells.given(columns.system), unsupported_fields(columns))
     if messages[-1].role != "assistant" or all(turn.role != "user" for turn in messages):
@@ -60,9 +61,10 @@ def read_turns(cells: Cells, columns: ColumnMap) -> tuple[Message, ...]:
 def read_conversation(
     cells: Cells, column: str, system: str | None, unsupported: Iterable[str] = UNSUPPORTED_FIELDS
 ) -> tuple[Message, ...]:
-    """The turns in a column, in an order that templates write, behind `system`; whoever has the last word.
+    """The messages in a column, after the message `system` if given; the last turn may have any role.
 
-    Raises BadRow, also for a field of `unsupported` that the row fills.
+    Raises:
+        BadRow: the turns are malformed or out of order, or the row fills a field of `unsupported`.
     """
     for field in unsupported:
         if cells.has(field) and cells.row[field] != {}:
@@ -82,7 +84,7 @@ def read_conversation(
 
 
 def unsupported_fields(columns: ColumnMap) -> list[str]:
-    """Fields that no row of conversations may fill, unless they are mapped as something else."""
+    """Fields that rows of conversations must not fill, except those that are mapped as a column."""
     mapped = columns.named()
     return [field for field in UNSUPPORTED_FIELDS if "messages" in mapped and field not in mapped.values()]
 

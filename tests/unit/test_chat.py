@@ -330,14 +330,14 @@ def test_every_broken_mask_is_refused(tokenizers, kind, template):
         "narrow at the start": (shifted(start + 2, len(sample)), "too narrow|another text"),
         "header leaked": (shifted(start - 2, len(sample)), "too wide|another text"),
         "end token missing": (shifted(start, len(sample) - 1), "is not its last token"),
-        "all ones": (shifted(0, len(sample)), "too wide|another text|goes on after the end token"),
+        "all ones": (shifted(0, len(sample)), "too wide|another text|continues after the end token"),
         "overruns": (
             broken(
                 shifted(start, len(sample) + 1),
                 input_ids=np.append(sample.input_ids, chat.template.end_id),
                 labels=np.append(sample.labels, True),
             ),
-            "goes on after the end token",
+            "continues after the end token",
         ),
         "a hole": (broken(sample, labels=sample.labels & (np.arange(len(sample)) != start + 2)), "2 labelled runs"),
         "answer mask": (broken(sample, answer=none), "answer mask"),
