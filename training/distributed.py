@@ -1,7 +1,4 @@
-"""Ranks, seeds, and the checks that all ranks agree.
-
-In: what one rank knows. Out: what all know, or an error that names the odd rank. Next: `trainer.py`.
-"""
+"""Ranks, reductions over ranks, seeds, and the check that all ranks run the same modules."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ END_OF_FORWARD = "(end of the forward pass)"
 
 
 class RanksDisagree(Exception):
-    """Ranks are about to run different modules: ZeRO-3 would wait for ever."""
+    """Ranks are about to run different modules, which would deadlock ZeRO-3."""
 
 
 def rank() -> int:
@@ -67,20 +64,19 @@ def barrier() -> None:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Random streams (dropout) of a step and rank: derived, so that nothing about them is saved."""
+    """Seeds dropout from (seed, step, rank), so that no random state has to be saved."""
     torch.manual_seed(stable_hash(seed, "dropout", step, rank()))
 
 
 @contextmanager
 def same_modules_on_every_rank(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, every module call is compared across ranks before it runs: ZeRO-3 deadlocks if they differ.
+    """Context in which every module call is compared across ranks before it runs, as ZeRO-3 deadlocks if they differ.
 
-    Used for the first training forward only. The comparison comes before the module's own collective calls,
-    so a rank that skips a module is named instead of waited for. Enter it before the model's other forward
-    hooks can communicate: hooks are put in front.
+    Used for the first training forward only. The comparison precedes the module's own collective calls, so a rank
+    that skips a module is reported instead of causing a deadlock; its hooks run before the model's other hooks.
 
     Raises:
-        RanksDisagree: naming the ranks and the modules they are about to run.
+        RanksDisagree: names the ranks and the modules they are about to run.
     """
     calls = 0
 

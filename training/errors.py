@@ -1,7 +1,4 @@
-"""Errors that say all there is to say: what the user can mend, and what ends a run.
-
-In: nothing. Out: exceptions. Next: every file of `training` raises them; `crosslift.py` and `__main__.py` print them.
-"""
+"""Exceptions of training whose message is complete; `crosslift.py` and `__main__.py` print them without a traceback."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ from pathlib import Path
 
 
 class ConfigError(Exception):
-    """One line that names the file, key or argument, what is wrong and what would be right."""
+    """A mistake in a file, key or argument. The message names the place, the mistake and the remedy."""
 
     exit_status = 2
 
 
 class NonFiniteStep(Exception):
-    """A loss or gradient that is not a number, or a loss that leapt; names step, ranks and sample ids."""
+    """A NaN or infinite loss or gradient, or a loss spike; names step, ranks and sample ids."""
 
 
 class CheckpointFailed(Exception):
@@ -23,19 +20,19 @@ class CheckpointFailed(Exception):
 
 
 class ExportCheckFailed(Exception):
-    """Training finished and the export is kept, marked as one that did not pass its check."""
+    """Training finished, but the export failed its check; it is kept and marked."""
 
     exit_status = 3
 
 
 class NotExported(Exception):
-    """Training finished, but no export could be written; the last checkpoint has all of it."""
+    """Training finished, but no export could be written; the last checkpoint holds the final state."""
 
     exit_status = 4
 
 
 class TrainingEnded(Exception):
-    """A training that another command needs ended early; the launcher has printed why."""
+    """A training started by another command ended early; the launcher has printed the reason."""
 
     def __init__(self, config: Path, status: int) -> None:
         super().__init__(f"{config}: training ended with status {status}; its messages are above")

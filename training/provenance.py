@@ -1,4 +1,4 @@
-"""What a run or result was made with: versions of the software and the commit of the source."""
+"""Provenance of runs and results: versions of the software and the commit of the source."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 _SOURCE = Path(__file__).resolve().parent.parent
-NOTED = "git.json"  # in a copy of the source, which has no `.git`: the state that it was copied from
+NOTED = "git.json"  # git state of the original, in a copy of the source without `.git`
 _PACKAGES = ("crosslift", "torch", "deepspeed", "transformers", "tokenizers")
 
 
 def versions() -> dict[str, str]:
-    """Versions by name, Python's included; what is not installed is absent. Imports none of them."""
+    """Versions of Python and of the installed packages, by name. Imports none of them."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def source_tags(known: Mapping[str, object] = MappingProxyType({})) -> dict[str, str]:
-    """MLflow's own tags of who started the run and from what: user, run file (or program), commit if `known` has it."""
+    """MLflow's standard tags: user, run file (or program), and the commit if `known` has it."""
     files = [each for each in sys.argv[1:] if each.endswith((".yaml", ".yml")) and "=" not in each]
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": files[0] if files else sys.argv[0] or "python"}
     try:
@@ -43,10 +43,10 @@ def source_tags(known: Mapping[str, object] = MappingProxyType({})) -> dict[str,
 
 
 def git_state(source: Path = _SOURCE) -> dict[str, str]:
-    """`{"commit": 40 hex digits, "dirty": "true" | "false"}` of the source tree; empty if it is no checkout.
+    """`{"commit": 40 hex digits, "dirty": "true" | "false"}` of the source tree; empty if it is not a checkout.
 
-    Dirty means: a tracked file differs from the commit. A package installed somewhere inside another
-    project's checkout is not one itself, hence the look at `.git`.
+    Dirty means that a tracked file differs from the commit. `.git` must be in `source` itself, as a package may be
+    installed inside another project's checkout.
     """
     if (noted := source / NOTED).is_file():
         return dict(json.loads(noted.read_text(encoding="utf-8")))
@@ -55,7 +55,7 @@ def git_state(source: Path = _SOURCE) -> dict[str, str]:
     try:
         commit = _git(source, "rev-parse", "HEAD")
         dirty = _git(source, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):  # no git here, or a checkout without a commit
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or there is no commit
         return {}
     return {"commit": commit, "dirty": str(bool(dirty)).lower()}
 
@@ -66,5 +66,5 @@ def _git(source: Path, *arguments: str) -> str:
 
 
 def description() -> dict[str, str]:
-    """What computed a result: versions, and the commit of the source with whether it was changed since."""
+    """Versions of the software, and the commit of the source with whether it has changed since."""
     return {**versions(), **git_state()}

@@ -1,11 +1,10 @@
-"""The index: where each Record is, in which language, of which item, how long; memory-mapped.
+"""The data index: place, language, item and length of each Record, in memory-mapped arrays.
 
-In: SourceConfigs. Out: a DataIndex, one entry a Record. Next: `order.py` and `plan.py`, which choose rows by
-their numbers, and `loader.py`, which reads their Records.
+`order/` chooses rows by their numbers, and `reader.py` reads their Records through the index.
 
-The index is a folder of arrays under the cache directory, named by a hash of all that it depends on (configs,
+The index is a folder of arrays under the cache directory, named by a hash of everything it depends on (configs,
 languages, files with sizes and times). It is built in one pass over the files (`scan.py`) and then renamed into
-place, so processes that build at once do no harm, and a later run opens it without reading any data.
+place, so several processes may build it at the same time, and later runs open it without reading any data.
 
 Shapes: N entries, in the order of sources, files and rows.
 """
@@ -32,7 +31,7 @@ from data_pipeline.sources.scan import COLUMNS, Arrays, Scan, check_columns, che
 from data_pipeline.sources.sources import RecordReader, open_source
 from data_pipeline.tasks.config import TaskConfig
 
-VERSION = 2  # of the folder's layout and of every rule that decides what is in it
+VERSION = 2  # of the folder's layout and of the rules that determine its content
 ARRAYS = (
     *COLUMNS,
     "heldout",
@@ -48,21 +47,22 @@ Integers = npt.NDArray[np.int64]
 
 
 class DataIndex:
-    """A built index, opened. Cheap to pickle: the arrays stay on disk.
+    """An opened index. Cheap to pickle, as the arrays stay on disk.
 
-    languages       the declared languages; arrays hold positions in it
-    language        (N,) int16
-    group           (N,) int64, stable_hash of Record.group: equal in translations of the same item
-    content         (N,) int64, stable_hash of Record.user_text
-    normalized      (N,) int64, stable_hash of Record.user_text without case, white space and Unicode form
-    n_bytes         (N,) int32, UTF-8 bytes of all messages, or of a task's texts
-    has_back        (N,) bool: the row holds its text translated into the dominant language
-    bad             (N,) bool: unusable, keeps its place in the order
-    heldout         (N,) bool: in no training batch
-    groups_heldout  (items,) int64, sorted
-    bad_rows        (origin, reason) of every unusable row
-    fingerprint     what a resume compares: {what: content hash or settings}
-    patience        seconds to wait for a file that cannot be read
+    Attributes:
+        languages: the declared languages; arrays hold indices into it.
+        language: (N,) int16.
+        group: (N,) int64, stable_hash of Record.group: equal in translations of the same item.
+        content: (N,) int64, stable_hash of Record.user_text.
+        normalized: (N,) int64, stable_hash of Record.user_text normalised for case, white space and Unicode form.
+        n_bytes: (N,) int32, UTF-8 bytes of all messages, or of a task's texts.
+        has_back: (N,) bool: the row has a back-translation.
+        bad: (N,) bool: the row is unusable and keeps its place in the order.
+        heldout: (N,) bool: the row is in no training batch.
+        groups_heldout: (items,) int64, sorted.
+        bad_rows: (origin, reason) of every unusable row.
+        fingerprint: content hashes and settings, which a resume compares.
+        patience: seconds to wait for a file that cannot be read.
     """
 
     def __init__(self, directory: Path, readers: Sequence[RecordReader], patience: float = 0.0) -> None:
@@ -73,7 +73,7 @@ class DataIndex:
         self.languages: tuple[str, ...] = tuple(meta["languages"])
         self.fingerprint: dict[str, str] = meta["fingerprint"]
         self.bad_rows: tuple[tuple[str, str], ...] = tuple((origin, reason) for origin, reason in meta["bad_rows"])
-        # as plain ndarrays: a memmap object pays for its class at each slice
+        # as plain ndarrays: slicing a memmap object is slower
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS}
         self.language: npt.NDArray[np.int16] = arrays["language"]
         self.group: Integers = arrays["group"]
@@ -96,13 +96,14 @@ class DataIndex:
         return len(self.language)
 
     def rows(self, language: int, heldout: bool = False) -> Integers:
-        """The entries of a language in one split, in file order, bad ones included: (rows,) int64."""
+        """The entries of a language in one split, in file order, including bad ones: (rows,) int64."""
         return self._section("by_language", "language_starts", language, heldout)
 
     def translation(self, row: int, language: int) -> int:
-        """The entry of the same item in that language and the same split, or -1. O(log N).
+        """The entry of the same item and split in `language`, or -1. O(log N).
 
-        Of several, the first of the same source, or else the first. Bad rows are and have none.
+        Of several entries the first of the same source, otherwise the first. Bad rows have no translation and are not
+        returned as one.
         """
         heldout = bool(self.heldout[row])
         groups = self._section("sorted_group", "group_starts", language, heldout)
@@ -110,7 +111,7 @@ class DataIndex:
         group = self.group[row]
         first = int(groups.searchsorted(group))
         last = int(groups.searchsorted(group, "right"))
-        if first == last:  # a bad row has no group, and is not among them
+        if first == last:  # also for bad rows, which have no group
             return -1
         if last - first == 1:
             return int(entries[first])
@@ -119,17 +120,19 @@ class DataIndex:
         return int(entries[first + int(same_source.argmax())])
 
     def origin(self, row: int) -> str:
-        """Where an entry stands, "file.jsonl:17"; nothing is read."""
+        """The place of an entry, such as "file.jsonl:17"; reads no data."""
         return self._readers[self._shard[row]].shard.origin(self._place(row))
 
     def source(self, row: int) -> SourceConfig:
-        """What the run file says about the source of an entry."""
+        """The config of an entry's source."""
         return self._readers[self._shard[row]].source
 
     def record(self, row: int) -> Record:
-        """Reads one entry, and nothing else, from its file.
+        """Reads one entry from its file.
 
-        Raises BadRow if it is unusable and DataError if the file has changed since it was indexed.
+        Raises:
+            BadRow: the row is unusable.
+            DataError: the file has changed since it was indexed, or cannot be read.
         """
         reader = self._readers[self._shard[row]]
         place = self._place(row)
@@ -168,13 +171,16 @@ def build_index(
     task: TaskConfig | None = None,
     patience: float = 0.0,
 ) -> DataIndex:
-    """Opens the index of the sources, building it first where no earlier run did.
+    """Opens the index of the sources, and builds it first if no earlier run did.
 
-    `patience`: seconds that later reads wait for a file that is away; building waits for none.
-    The `heldout_items` items with the smallest hash of (seed, item) are held out, each in all its languages.
-    With `task`, the sources must be of its kind, and a row without a label, or with one that `task.labels` lacks,
-    is unusable. Raises DataError: no such file or column, a source without rows, a language without training
-    rows, or more than `max_bad_rows` unusable rows, naming the first.
+    Args:
+        heldout_items: items to hold out, in all their languages: those with the smallest hash of (seed, item).
+        task: requires sources of this kind; a row without a label, or with one not in `task.labels`, is unusable.
+        patience: seconds that later reads wait for an unreadable file; building does not wait.
+
+    Raises:
+        DataError: a file or column does not exist, a source has no rows, a language has no training rows, or there
+            are more than `max_bad_rows` unusable rows (names the first).
     """
     _check_languages(sources, languages)
     _check_kinds(sources, task)
@@ -192,8 +198,8 @@ def build_index(
     if task is not None:
         settings["task"] = f"{task.kind}: {' '.join(task.labels)}"
     shards = [(reader.source.name, reader.shard.address, reader.shard.identity) for reader in readers]
-    # The arrays are part of the name: another version's folder may lack some. They say nothing new about the data, so
-    # they are not in the fingerprint that a resume compares.
+    # The names of the arrays are part of the folder's name, as the folder of another version may lack some. They do not
+    # depend on the data, so they are not in the fingerprint that a resume compares.
     directory = cache_dir / hashlib.sha256(json.dumps([settings, shards, ARRAYS]).encode()).hexdigest()[:32]
     index = _opened(directory, readers)
     if index is None:
@@ -214,7 +220,9 @@ def build_index(
         meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
         with atomic_folder(directory, exists="keep") as temporary:
             _write(temporary, arrays, meta)
-            if directory.exists() and _opened(directory, readers) is None:  # torn; a whole one is another process's
+            if (
+                directory.exists() and _opened(directory, readers) is None
+            ):  # incomplete; a complete one was built by another process
                 shutil.rmtree(directory)
         index = DataIndex(directory, readers)
     refuse_bad(index.bad_rows, len(index.bad_rows), max_bad_rows)
@@ -231,17 +239,17 @@ def _write(folder: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
 def _opened(directory: Path, readers: Sequence[RecordReader]) -> DataIndex | None:
     try:
         return DataIndex(directory, readers)
-    except (OSError, ValueError, KeyError):  # not there, or torn: it is built anew
+    except (OSError, ValueError, KeyError):  # missing or incomplete: it is rebuilt
         return None
 
 
 def _settings_of(source: SourceConfig) -> str:
-    """What a source says, as one line; a kind of column that it has not is not in it."""
+    """A source's settings as JSON, without files and without unset keys."""
     return source.model_dump_json(exclude={"files"}, exclude_none=True)
 
 
 def _check_kinds(sources: Sequence[SourceConfig], task: TaskConfig | None) -> None:
-    """Raises DataError for a source whose columns are not what the task needs: conversations, where it is None."""
+    """Raises DataError for a source whose columns do not match the task (conversations if there is none)."""
     labels = {"classification": ("label",), "tagging": ("tags", "soft_tags"), "qa": ("answers",)}
     for source in sources:
         kind, mapped = source.columns.kind, source.columns.named()

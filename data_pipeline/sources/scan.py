@@ -1,10 +1,9 @@
-"""The scan: one pass over every shard, and what is sorted once so that look-ups are quick.
+"""Scans all shards once and builds the arrays of the index, sorted for fast look-ups.
 
-In: RecordReaders. Out: the index's arrays, one entry a Record in the order of sources, files and rows. Next:
-`index.py`, which saves them and opens them again.
+There is one entry per Record, in the order of sources, files and rows; `index.py` saves and opens the arrays.
 
-A bad row keeps its place in its language's order, as an entry marked `bad`, where its language is known: from
-the row, from the source, or as the only one of its file. Otherwise it is only counted.
+A bad row keeps its place in the order of its language, as an entry marked `bad`, if its language is known: from the
+row, from the source, or because its file has one language only. Otherwise it is only counted.
 
 Shapes: N entries, L declared languages; a section is a (split, language), split 0 for training, 1 held out.
 """
@@ -25,7 +24,7 @@ from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, Record, normal
 from data_pipeline.sources.sources import RecordReader
 
 PROGRESS_ROWS = 1000  # rows between two reports of progress
-PENDING = -2  # a bad row whose language only the rest of its file can tell
+PENDING = -2  # language of a bad row until the rest of its file has been read
 COLUMNS = {
     "language": np.int16,
     "group": np.int64,
@@ -44,7 +43,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Scan:
-    """Collects one entry a Record: a few numbers, however long the text."""
+    """Collects one entry per Record: a few numbers, independent of the text's length."""
 
     def __init__(self, languages: Sequence[str], max_bad_rows: int) -> None:
         self.codes = {language: code for code, language in enumerate(languages)}
@@ -66,7 +65,7 @@ class Scan:
                 counted = False
                 for language, result in reader.records(row, place):
                     if isinstance(result, BadRow):
-                        if not counted:  # once, in however many languages of the wide layout it is bad
+                        if not counted:  # once per row, also if it is bad in several languages of the wide layout
                             self._count(result)
                             counted = True
                         code = PENDING if language is None else self.codes.get(language, NO_LANGUAGE)
@@ -92,7 +91,7 @@ class Scan:
             self.bad_rows.append((bad.origin, bad.reason))
 
     def arrays(self) -> Arrays:
-        """The entries; bad rows of which no one can tell the language are left out."""
+        """The entries, without bad rows of unknown language."""
         whole: Arrays = {name: np.array(column).astype(COLUMNS[name]) for name, column in self.columns.items()}
         kept = whole["language"] >= 0
         return {name: values[kept] for name, values in whole.items()}
@@ -104,7 +103,7 @@ def _measure(record: Record) -> tuple[int, int, int, int, bool]:
 
 
 def lookups(arrays: Arrays, languages: Sequence[str], heldout_items: int, seed: int) -> Arrays:
-    """Who is held out, and entries sorted by (split, language) and by (split, language, item)."""
+    """The held-out items, and the entries sorted by (split, language) and by (split, language, item)."""
     group, bad, language = arrays["group"], arrays["bad"], arrays["language"]
     items = np.unique(group[~bad])
     if heldout_items and heldout_items >= len(items):

@@ -1,7 +1,6 @@
-"""Sources: a SourceConfig opened as shards, and their rows turned into Records by its column map.
+"""Opens a SourceConfig as shards, and converts their rows to Records according to its column map.
 
-In: a SourceConfig and rows from `formats.py` and `tables.py`. Out: Records, or BadRow with
-the file, the line and the reason. Next: `scan.py`, which does so once for every row, and `index.py`.
+Rows come from `formats.py` and `tables.py`. A row that cannot be used gives a BadRow with file, line and reason.
 """
 
 from __future__ import annotations
@@ -37,12 +36,16 @@ FORMATS = {
 
 
 def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) -> list[Shard]:
-    """The source's shards, globs in sorted order, each checked to have the mapped columns.
+    """The source's shards, the matches of a glob in sorted order, each checked for the mapped columns.
 
-    `cache_dir` is where Parquet files get their memory-mapped copies. Raises DataError: no file matches, an
-    unknown format, or a mapped column that is not there (naming those that are). Labels and back-translations may
-    be missing in some of a source's files, and in JSONL what `_sparse` names in some rows; `scan.py` sees whether they
-    are in none.
+    Labels and back-translations may be missing in some files of a source, and in JSONL the columns of `_sparse` in
+    some rows; `scan.py` checks that they exist somewhere.
+
+    Args:
+        cache_dir: folder of the memory-mapped copies of Parquet files.
+
+    Raises:
+        DataError: no file matches, the format is unknown, or a mapped column does not exist (names those that do).
     """
     mapped = [(what, name) for columns in source.column_maps().values() for what, name in columns.named().items()]
     wanted = tuple(dict.fromkeys(name for _, name in mapped))
@@ -71,9 +74,9 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
 
 
 def _sparse(source: SourceConfig) -> set[str]:
-    """The mapped columns that a row may do without: in JSONL it then has no such field, be it the first or the last.
+    """The mapped columns that a single row may lack, as any row of JSONL may lack a field.
 
-    Those of one language of the wide layout, and those that say what has a default.
+    These are the columns of one language of the wide layout, and the columns that have a default.
     """
     defaults = {"system", "response_language"} | ({"language"} if source.language is not None else set())
     return {
@@ -86,7 +89,7 @@ def _sparse(source: SourceConfig) -> set[str]:
 
 def _files(source: SourceConfig, data_dir: Path | None) -> list[str]:
     patterns = (source.files,) if isinstance(source.files, str) else source.files or ()
-    found: dict[str, None] = {}  # in order, each once
+    found: dict[str, None] = {}  # an ordered set
     for pattern in patterns:
         if "{data_dir}" in pattern and data_dir is None:
             raise DataError(f"source {source.name!r}: files {pattern!r} names {{data_dir}}, but data_dir is not set")
@@ -144,9 +147,9 @@ def _hub_shard(source: SourceConfig, hub: str, data_dir: Path | None, wanted: tu
 
 
 class RecordReader:
-    """Turns the rows of one shard into Records, of conversations or of a task as its column map says.
+    """Converts the rows of one shard to Records of conversations or of a task, according to the column map.
 
-    With `task`, a row must also carry what training on that task needs (`tasks/rows.py`).
+    With `task`, rows must have the labels that training on the task needs (`tasks/rows.py`).
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class RecordReader:
         self.languages = frozenset(languages)
         self.task = task
         self.maps = source.column_maps()
-        # a translation is missing where a cell of its own columns is; shared columns say nothing about that
+        # a row lacks a translation if a cell of that language's own columns is empty; shared columns do not count
         self.own = {
             language: [
                 columns.named()[what]
@@ -168,14 +171,14 @@ class RecordReader:
         }
         self.stem = Path(shard.name).stem
         self.optional = OPTIONAL_COLUMNS & source.columns.named().keys()
-        self.filled: set[str] = set()  # of the optional columns, those that the scan met with something in them
-        # of the columns that a row may do without, those that the scan has met in no row
+        self.filled: set[str] = set()  # optional columns that the scan has found non-empty in some row
+        # columns that a row may lack and that the scan has found in no row so far
         self.unseen = _sparse(source) if isinstance(shard, JsonLines) else set()
 
     def records(self, row: Row | BadRow, place: Place) -> Iterator[tuple[str | None, Record | BadRow]]:
-        """Each (language, Record) of a row: one in the long layout, one a translation in the wide layout.
+        """Each (language, Record) of a row: one in the long layout, one per translation in the wide layout.
 
-        A BadRow comes with the language whose place it keeps; None where nothing in the row tells it.
+        A BadRow comes with the language in whose order it keeps its place, or None if the language is not known.
         """
         if self.unseen and not isinstance(row, BadRow):
             self.unseen.difference_update(row)
@@ -204,10 +207,7 @@ class RecordReader:
             )
 
     def record(self, row: Row, place: Place, wide: str | None) -> Record | None:
-        """The Record of a row, in the wide layout that of the language `wide`, or None if it has none.
-
-        Raises BadRow.
-        """
+        """The Record of a row, in the wide layout of its language `wide`; None if it has none. Raises BadRow."""
         columns = self.maps[wide]
         if self.own[wide] and any(blank(row.get(name)) for name in self.own[wide]):
             return None

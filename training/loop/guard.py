@@ -1,6 +1,6 @@
-"""What becomes of a step whose loss leaps or is no number: stop, skip its update, or roll back; bounded and logged.
+"""The guard: decides whether to stop, skip the update or roll back after a loss spike or a NaN.
 
-In: the step's loss, which is the same on every rank. Out: a Verdict. Next: `trainer.py` acts on it.
+The decision depends on the step's loss, which is equal on all ranks; `trainer.py` executes it.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from pydantic import Field
 from data_pipeline.settings import Section
 
 Policy = Literal["stop", "skip", "rollback"]
-LEAST_HISTORY = 8  # steps before a loss can be called a leap
+LEAST_HISTORY = 8  # steps before a loss can be judged a spike
 
 
 class GuardConfig(Section):
     """The `guard:` section of the run file."""
 
     non_finite: Policy = Field(
-        "stop", description="a loss or gradient that is no number: stop; skip the update; or roll back to the last "
-        "checkpoint and leave out the data since then"
+        "stop", description="for a NaN or infinite loss or gradient: stop; skip the update; or roll back to the last "
+        "checkpoint and skip the data since then"
     )  # fmt: skip
-    spike: Literal["off", "stop", "skip", "rollback"] = Field("off", description="the same for a loss that leaps")
-    spike_factor: float = Field(3.0, gt=1, description="a leap is this many times the median of the last steps")
-    spike_window: int = Field(50, ge=LEAST_HISTORY, description="how many last steps that median is of")
-    max_events: int = Field(5, ge=1, description="updates skipped and roll-backs in all; one more stops the run")
+    spike: Literal["off", "stop", "skip", "rollback"] = Field("off", description="the same for a loss spike")
+    spike_factor: float = Field(3.0, gt=1, description="a spike exceeds the median of the last steps by this factor")
+    spike_window: int = Field(50, ge=LEAST_HISTORY, description="number of last steps over which the median is taken")
+    max_events: int = Field(5, ge=1, description="limit of skipped updates and rollbacks; one more stops the run")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do with a step, and why."""
+    """The policy to apply to a step, and the reason."""
 
     policy: Policy
     what: str  # "loss is not finite", "loss 9.1 is 4.2 times the median of the last 50 steps"
 
 
 class Guard:
-    """Judges steps; its memory is saved with every checkpoint, so that a resumed run judges alike."""
+    """Judges steps. Its state is saved with every checkpoint, so that a resumed run makes the same decisions."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
@@ -52,7 +52,7 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=config.spike_window)
 
     def judge(self, loss: float) -> Verdict | None:
-        """What to do about a step of this mean loss; None: go on. To be called once a step, before its update."""
+        """The verdict on a step with this mean loss; None: update. Called once per step, before its update."""
         if not math.isfinite(loss):
             return self.not_finite("loss")
         usual = median(self._losses) if len(self._losses) >= LEAST_HISTORY else math.inf
@@ -63,15 +63,15 @@ class Guard:
         return None
 
     def not_finite(self, what: str) -> Verdict:
-        """What to do about a step whose loss or gradient is no number."""
+        """The verdict on a step whose loss or gradient is NaN or infinite."""
         return self._bounded(self.config.non_finite, f"{what} is not finite")
 
     def state(self) -> dict[str, Any]:
-        """What a resume has to know."""
+        """The state that a checkpoint keeps."""
         return {"events": self.events, "losses": list(self._losses)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """Sets the state of a checkpoint."""
         self.events = int(state.get("events", 0))
         self._losses = deque(state.get("losses", ()), maxlen=self.config.spike_window)
 
@@ -83,7 +83,7 @@ class Guard:
 
 
 def list_samples(output_dir: Path, step: int, verdict: Verdict, by_rank: Mapping[int, Sequence[str]]) -> str:
-    """Write the ids of all samples of a step (from 1) without an update; for people: where they are, or why not."""
+    """Writes the ids of all samples of a step (from 1) without an update; returns the place for a message."""
     file = output_dir / f"{'not-finite' if 'finite' in verdict.what else 'spike'}-step-{step}.json"
     try:
         file.write_text(json.dumps({"step": step, "what": verdict.what, "sample_ids": by_rank}, indent=1))
@@ -93,7 +93,7 @@ def list_samples(output_dir: Path, step: int, verdict: Verdict, by_rank: Mapping
 
 
 def shown(by_rank: Mapping[int, Sequence[str]]) -> str:
-    """The first of them, by rank."""
+    """The first sample ids of each rank, as text."""
     return "; ".join(
         f"rank {number}: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
         for number, ids in by_rank.items()

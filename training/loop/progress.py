@@ -16,7 +16,7 @@ LINES = 20
 
 
 class TrainingProgress(Progress):
-    """Steps with some of their metrics. In a log, lines come by step and not by time, so that runs can be compared."""
+    """Shows steps and some metrics. In a log, lines depend on the step and not on time, so that runs are comparable."""
 
     def __init__(self, start: int, max_steps: int, shown: bool) -> None:
         super().__init__("training", max_steps, "steps", start=start, shown=shown)
@@ -24,7 +24,7 @@ class TrainingProgress(Progress):
         self.shown = shown
 
     def step_done(self, done: int, metrics: Mapping[str, float]) -> None:
-        """`done` steps are finished, the last of them with these metrics; fewer than before after a roll-back."""
+        """Reports that `done` steps are finished, with the last one's metrics; `done` decreases after a rollback."""
         brief = {name: format(metrics[key], form) for name, (key, form) in SHOWN.items() if key in metrics}
         if self.is_bar:
             self.update(done, "  ".join(f"{name} {text}" for name, text in brief.items()))

@@ -1,7 +1,6 @@
-"""What a whole run has read so far, by language: slots and what became of them, label tokens, unusable rows.
+"""Totals of a run by language: slots by outcome, label tokens, unusable rows.
 
-In: the counts of every trained step, summed over ranks. Out: metrics, a table for the end of the run, and the state
-that a checkpoint keeps: after a resume or a roll-back they are those of the whole run still. Next: `trainer.py`.
+The totals are saved with every checkpoint, so after a resume or a rollback they are those of the whole run.
 
 Shapes: L languages.
 """
@@ -25,25 +24,26 @@ Integers = npt.NDArray[np.int64]
 
 
 class RunTotals:
-    """Counts over the trained steps. The same on every rank."""
+    """Counts over the trained steps, equal on all ranks."""
 
     def __init__(self, languages: Sequence[str]) -> None:
         self.languages = tuple(languages)
-        self.steps = 0  # counted ones: those before a checkpoint that had no counts are not among them
+        self.steps = 0  # counted steps; excludes those before a checkpoint without counts
         self.slots: Integers = no_slots(len(languages))
         self.labels: Integers = np.zeros(len(languages), np.int64)
-        self.bad_rows: dict[str, None] = {}  # where each unusable row stands, "file:line", in the order they were met
+        self.bad_rows: dict[str, None] = {}  # origin of each unusable row, "file:line", in order of appearance
 
     def add_step(self, slots: Integers, labels: Integers) -> None:
-        """One trained step: its slots (OUTCOMES, L) and label tokens (L,), of all ranks."""
+        """Adds one trained step: its slots (OUTCOMES, L) and label tokens (L,), summed over ranks."""
         self.steps += 1
         self.slots += slots
         self.labels += labels
 
     def add_bad_rows(self, rows: Sequence[BadRow], most: int) -> None:
-        """The unusable rows that all ranks met in a step. A row counts once in a run, however often it comes up.
+        """Adds the unusable rows of a step, of all ranks. A row is counted once per run.
 
-        Raises DataError where those of the run are more than `most`; none of these counts then: the step is not done.
+        Raises:
+            DataError: the run has more than `most` unusable rows; then none of these is added, as the step fails.
         """
         known = dict(self.bad_rows)
         for row in rows:
@@ -57,13 +57,13 @@ class RunTotals:
         self.bad_rows = known
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as plain JSON data."""
+        """The state that a checkpoint keeps, as plain JSON data."""
         counts = {**dict(zip(OUTCOMES, self.slots, strict=True)), "labels": self.labels}
         by_language = {name: dict(zip(self.languages, values.tolist(), strict=True)) for name, values in counts.items()}
         return {"steps": self.steps, "bad_rows": list(self.bad_rows), **by_language}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """The totals that `state` describes; zeros where it is empty, as in checkpoints of older versions."""
+        """Sets the totals from a state; zeros for what it lacks, as in checkpoints of older versions."""
 
         def counts(name: str) -> list[int]:
             by_language = state.get(name, {})
@@ -75,7 +75,7 @@ class RunTotals:
         self.bad_rows = dict.fromkeys(state.get("bad_rows", ()))
 
     def metrics(self) -> dict[str, float]:
-        """By language: realised shares; and slots left empty or filled with a cut sample, where there are any."""
+        """By language: realised shares; counts of empty slots and of truncated samples, if not zero."""
         filled, truncated, overlong, unusable = self.slots
         shares = {"data/slot_share": _shares(filled), "data/label_share": _shares(self.labels)}
         counts = {
@@ -89,7 +89,7 @@ class RunTotals:
         }
 
     def table(self) -> Iterator[str]:
-        """The realised mixture, a line a language, for people; then what was lost, where anything was."""
+        """Lines to print: a table of the realised mixture by language, then the number of empty slots, if any."""
         yield f"read in {self.steps:,} steps; slots left empty are not refilled:"
         header = ["language", "filled slots", "share", "label tokens", "share", "cut to fit", "too long", "unusable"]
         rows = []

@@ -1,6 +1,4 @@
-"""What a step adds up: on one rank while it runs, over all ranks before its first forward and after its last.
-
-In: loss terms of micro-batches, counts of a loaded step. Out: sums, and metrics for people. Next: `trainer.py`.
+"""Per-step loss and count accumulators, and the metrics computed from them.
 
 Shapes: N label positions, L languages, M loss terms.
 """
@@ -22,12 +20,12 @@ from training.objectives.scaling import StepTotals
 
 @dataclass(slots=True)
 class StepSums:
-    """Sums over this rank's micro-batches of one step, kept on the device until the step's end."""
+    """Sums over this rank's micro-batches of one step, on the device until the end of the step."""
 
-    losses: Tensor  # (L,) fp64, of labels
-    labels: Tensor  # (L,) fp64, how many
-    terms: Tensor  # (M,) fp64, each term's sum
-    denominators: dict[str, str] = field(default_factory=dict)  # term: the count that divides it
+    losses: Tensor  # (L,) fp64, sum of label losses
+    labels: Tensor  # (L,) fp64, number of labels
+    terms: Tensor  # (M,) fp64, sum of each term
+    denominators: dict[str, str] = field(default_factory=dict)  # term: name of its denominator
     shares: list[Tensor] = field(default_factory=list)  # loss share of each micro-batch
 
     @classmethod
@@ -36,7 +34,7 @@ class StepSums:
         return cls(*zeros.split([n_languages, n_languages, n_terms]))
 
     def add(self, terms: LossTerms, share: Tensor) -> None:
-        """One micro-batch's sums."""
+        """Adds the loss terms of one micro-batch."""
         self.losses.index_add_(0, terms.label_languages, terms.label_losses.detach().double())
         self.labels.index_add_(0, terms.label_languages, terms.label_weights.double())
         self.terms += torch.stack([term.sum.detach().double() for term in terms.terms.values()])
@@ -44,19 +42,22 @@ class StepSums:
         self.shares.append(share.detach().float())
 
     def bad_micro_batches(self) -> list[int]:
-        """Numbers of those whose loss is not finite."""
+        """Indices of the micro-batches whose loss is not finite."""
         return (~torch.isfinite(torch.stack(self.shares))).nonzero().flatten().tolist()
 
     def vector(self) -> Tensor:
-        """(2 L + M,) all sums, to be reduced over ranks."""
+        """All sums, (2 L + M,), for the reduction over ranks."""
         return torch.cat([self.losses, self.labels, self.terms])
 
     def label_counts(self, reduced: Tensor) -> npt.NDArray[np.int64]:
-        """(L,) labels of all ranks, out of `vector()` reduced."""
+        """Number of labels over all ranks, (L,), from the reduced `vector()`."""
         return reduced[len(self.losses) : len(self.losses) + len(self.labels)].long().cpu().numpy()
 
     def metrics(self, reduced: Tensor, totals: StepTotals, languages: Sequence[str]) -> dict[str, float]:
-        """Means over all ranks, of `vector()` reduced: per label overall and by language, per its own count a term."""
+        """Means over all ranks from the reduced `vector()`: loss per label, in total and by language; each loss term.
+
+        A term is divided by its own denominator.
+        """
         losses, labels, terms = reduced.split([len(languages), len(languages), len(self.terms)])
         metrics = {"train/loss": float(losses.sum() / labels.sum().clamp(min=1))}
         for (name, count), value in zip(self.denominators.items(), terms.tolist(), strict=True):
@@ -72,14 +73,14 @@ class StepSums:
 class StepRead:
     """What all ranks together read for a step."""
 
-    tokens: Tensor  # (L,) fp64, processed tokens by the sample's language
-    slots: npt.NDArray[np.int64]  # (loader.OUTCOMES, L), what became of the step's slots
+    tokens: Tensor  # (L,) fp64, processed tokens by language
+    slots: npt.NDArray[np.int64]  # (loader.OUTCOMES, L), outcomes of the step's slots
     overlong: int  # slots left empty by samples longer than data.sequence_length
-    fingerprint: int  # the same for the same set of samples, whatever rank read which
-    dropped_pairs: int  # translations not paired since both texts are the same
+    fingerprint: int  # identifies the set of samples, independent of their distribution over ranks
+    dropped_pairs: int  # translations not paired because both texts are identical
 
     def metrics(self, languages: Sequence[str]) -> dict[str, float]:
-        """Shares of the languages, and what tells two runs' data apart."""
+        """Token shares of the languages, counts, and the fingerprint of the step's data."""
         total = self.tokens.sum().clamp(min=1)
         shares = {f"train/token_share/{name}": float(self.tokens[n] / total) for n, name in enumerate(languages)}
         counts = {"data/overlong": float(self.overlong), "data/dropped_pairs": float(self.dropped_pairs)}
