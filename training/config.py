@@ -1,7 +1,7 @@
-"""What a run file says: every section of it, composed from the rooms' own config models.
+"""The config of a run: all sections of a run file, composed from the config models of the packages.
 
-In: nothing. Out: RunConfig, frozen and checked. Next: `run_file.py`, which reads it from YAML.
-No heavy import here: `crosslift --help` and `crosslift check` answer at once.
+`run_file.py` reads it from YAML. No large library is imported here, so that `crosslift --help` and `crosslift check`
+start quickly.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ else:
 
 
 class LoraSettings(Section):
-    """Low-rank adapters instead of all weights; the export has them merged, and a peft adapter directory beside it."""
+    """Low-rank adapters instead of all weights; an export holds the merged weights and a peft adapter directory."""
 
     rank: int = Field(gt=0, description="r: the inner size of each adapter")
     alpha: int = Field(gt=0, description="adapters are multiplied by alpha / rank; see use_rslora")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on what adapters read")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the inputs of adapters")
     targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
@@ -96,35 +96,33 @@ class DataConfig(Section):
     template: TemplateConfig = TemplateConfig()
     mixture: MixtureConfig = MixtureConfig()
     slots_per_step: int = Field(gt=0, description="labelled samples in a step's global batch, over all ranks")
-    sequence_length: int = Field(
-        gt=1, description="longest sample in tokens; `overlong` says what becomes of longer ones"
-    )
+    sequence_length: int = Field(gt=1, description="longest sample in tokens; longer ones are handled by `overlong`")
     overlong: Overlong = Field(
         "drop",
-        description="what becomes of a sample longer than sequence_length. error: the run ends; drop: its slot stays "
-        "empty; truncate: its prompt is cut from the left, never its answer. With a task the default is truncate: "
-        "classification cuts texts at their end; tagging, qa and text read them in windows and take no other value",
+        description="handling of samples longer than sequence_length. error: the run ends; drop: the slot stays "
+        "empty; truncate: the prompt is cut from the left, never the answer. With a task the default is truncate: "
+        "classification cuts texts at the end; tagging, qa and text read them in windows and take no other value",
     )
     micro_batch_tokens: int = Field(gt=1, description="rows x row length of one forward pass on one rank")
     layout: Literal["auto", "packed", "padded"] = Field(
-        "auto", description="samples share rows, or one a row; auto: packed where a check shows that they stay apart"
+        "auto", description="packed: several samples per row; padded: one; auto: packed if a check finds no leakage"
     )
     max_bad_rows: int = Field(
         0, ge=0, description="how many rows may be unusable; each counts once, however often a run reads it"
     )
     heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
     patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
-    workers: int = Field(1, gt=0, le=256, description="background threads a rank that read, tokenise and pack")
+    workers: int = Field(1, gt=0, le=256, description="background threads per rank that read, tokenise and pack")
 
     @property
     def kind(self) -> RowKind:
-        """Of the rows: those of the task, or conversations."""
+        """Kind of the rows: those of the task, or conversations."""
         return "chat" if self.task is None else self.task.kind
 
     @model_validator(mode="before")
     @classmethod
     def _tasks_pair_nothing(cls, values: Any) -> Any:
-        """Contrast sets are a matter of conversations; an encoder's samples bring their sources along, and are cut."""
+        """Sets the defaults for tasks: no contrast sets, which only conversations have, and truncation."""
         if isinstance(values, dict) and values.get("task") is not None:
             return merged({"mixture": {"pairing": "none"}, "overlong": "truncate"}, values)
         return values
@@ -143,7 +141,7 @@ class DataConfig(Section):
         return languages
 
     def _mistakes(self) -> Iterator[str]:
-        """What is wrong between keys; which languages there are is known here, so those of all sections are checked."""
+        """Conflicts between keys, and languages of any section that are not declared."""
         known = f"'languages' has {', '.join(self.languages)}"
         if len(set(self.languages)) < len(self.languages):
             yield "'languages' names a language twice"
@@ -183,7 +181,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(gt=0, description="the peak, which the schedule climbs to and falls from")
+    learning_rate: float = Field(gt=0, description="peak learning rate of the schedule")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the two running moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only: biases and norms are left out")
@@ -196,7 +194,7 @@ class ScheduleConfig(Section):
     name: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_ratio: float = Field(0.01, ge=0, lt=1, description="share of max_steps")
     final_ratio: float = Field(
-        0.0, ge=0, le=1, description="what cosine and linear fall to after the last step, / peak"
+        0.0, ge=0, le=1, description="cosine and linear: final learning rate as a fraction of the peak"
     )
 
     @model_validator(mode="after")
@@ -207,7 +205,7 @@ class ScheduleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a run is saved, and how much of it is kept."""
+    """When checkpoints are saved, and which are kept."""
 
     every: int = Field(100, gt=0, description="steps between two checkpoints; the last step is always saved")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
@@ -217,10 +215,10 @@ class CheckpointConfig(Section):
     local_dir: str | None = Field(
         None, min_length=1,
         description="folder on each node's own disk, such as $TMPDIR/run-a, for all checkpoints but the last: a run "
-        "then goes on with the same ranks on the same nodes only; variables are those of the node"
+        "then resumes with the same ranks on the same nodes only; variables are those of the node"
     )  # fmt: skip
     background: bool = Field(
-        True, description="write while training goes on; takes as much host memory as the state of a rank's GPU"
+        True, description="write while training continues; takes as much host memory as the state of a rank's GPU"
     )
 
 
@@ -228,7 +226,7 @@ class EvaluationConfig(Section):
     """Held-out loss per language during training; reads `data.heldout_items`."""
 
     every: int = Field(0, ge=0, description="steps between two evaluations; 0: none")
-    items: int = Field(64, gt=0, description="held-out samples a language")
+    items: int = Field(64, gt=0, description="held-out samples per language")
     swapped_prompts: bool = Field(
         False,
         description="also the loss with prompts swapped between items: does the model read the question?",
@@ -244,7 +242,7 @@ class RunConfig(Section):
         0,
         ge=0,
         lt=2**63,
-        description="of every random choice: order of samples, held-out items, initial weights, dropout",
+        description="seed of all random choices: order of samples, held-out items, initial weights, dropout",
     )
     max_steps: int = Field(gt=0, description="optimiser steps")
     model: ModelConfig
@@ -254,14 +252,14 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of weights and activations; gradients are summed in fp32 either way"
+        "bf16", description="of weights and activations; gradients are always summed in fp32"
     )
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, slower steps")
     zero_stage: Literal[1, 2, 3] = Field(
         3, description="sharded over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights"
     )
     deepspeed: Raw[dict[str, Any]] = Field(
-        {}, description="raw DeepSpeed settings, merged last; what follows from other keys is refused"
+        {}, description="raw DeepSpeed settings, merged last; settings that other keys determine are errors"
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -275,7 +273,7 @@ class RunConfig(Section):
         return self
 
     def _mistakes(self) -> Iterator[str]:
-        """What is wrong between sections."""
+        """Conflicts between sections."""
         yield from contradictions(self)
         if self.model.init is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             yield "'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'"
@@ -302,7 +300,7 @@ class RunConfig(Section):
             yield "'evaluation.swapped_prompts' is of conversations; a task has no prompts"
 
     def _best_is_measured(self) -> Iterator[str]:
-        """Where no checkpoint would ever have the metric that it is kept by."""
+        """Conflicts due to which no checkpoint would have the metric of `checkpoint.best`."""
         best, every = self.checkpoint.best, self.evaluation.every
         if best is None:
             if self.checkpoint.best_mode != "min":

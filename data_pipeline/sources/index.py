@@ -220,9 +220,8 @@ def build_index(
         meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
         with atomic_folder(directory, exists="keep") as temporary:
             _write(temporary, arrays, meta)
-            if (
-                directory.exists() and _opened(directory, readers) is None
-            ):  # incomplete; a complete one was built by another process
+            # A complete folder was built by another process.
+            if directory.exists() and _opened(directory, readers) is None:
                 shutil.rmtree(directory)
         index = DataIndex(directory, readers)
     refuse_bad(index.bad_rows, len(index.bad_rows), max_bad_rows)

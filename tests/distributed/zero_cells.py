@@ -123,7 +123,7 @@ def watch(trainer: Trainer) -> dict[str, Any]:
     `fine` is the share of the first step's gradients that bf16 cannot hold.
     """
     report: dict[str, Any] = {"metrics": {}, "dropped": []}
-    train_step, spare, accumulate, before = trainer.train_step, trainer._spare, trainer.accumulate, [""]
+    train_step, skip_update, accumulate, before = trainer.train_step, trainer._skip_update, trainer.accumulate, [""]
 
     def kept(step: int, batch: Any, agreed: Any) -> dict[str, float]:
         values = train_step(step, batch, agreed)
@@ -140,11 +140,11 @@ def watch(trainer: Trainer) -> dict[str, Any]:
 
     def compared(step: int, *arguments: Any) -> None:
         try:
-            spare(step, *arguments)
+            skip_update(step, *arguments)
         finally:
             report["dropped"].append([step, state_hash(trainer) == before[0]])
 
-    trainer.train_step, trainer.accumulate, trainer._spare = kept, hashed, compared  # type: ignore[method-assign]
+    trainer.train_step, trainer.accumulate, trainer._skip_update = kept, hashed, compared  # type: ignore[method-assign]
     return report
 
 

@@ -224,7 +224,7 @@ def test_check_refuses_what_decides_the_result_with_the_difference(saved: Path, 
     line = refusal(load_config(saved, [override]))
     assert line.startswith(f"{checkpoint.checkpoint_path(load_config(saved).output_dir, DONE)}: is another run's: ")
     assert said in line
-    assert "give another output_dir, or go on with --accept-changes" in line
+    assert "give another output_dir, or resume with --accept-changes" in line
 
 
 def test_all_differences_are_told_at_once(saved: Path) -> None:

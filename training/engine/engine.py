@@ -1,11 +1,9 @@
 """A model under DeepSpeed: construction, forward, backward, step, gathering. `engine/state.py` saves and loads.
 
-No other files import deepspeed.
+No other files import deepspeed. Gradients are those of the global batch, independent of how it is split over ranks
+and micro-batches.
 
-In: a model that `modeling.loading` built, and optimiser settings. Out: an Engine whose gradients are those of
-the global batch, however it was split. Next: `trainer.py`.
-
-What DeepSpeed needs to be told, each verified and held by a test:
+DeepSpeed is used as follows; tests hold each point:
 - `gradient_accumulation_steps` stays 1 and the boundary is set by hand, since micro-batches vary by step;
 - gradients are averaged over ranks, so a loss share is multiplied by the world size before backward;
 - every training forward goes through the engine (only there its micro-step counter advances);
@@ -49,7 +47,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class NonFiniteUpdate(Exception):
-    """A gradient that is not a finite number: DeepSpeed has dropped the update, weights and moments are untouched."""
+    """A NaN or infinite gradient: DeepSpeed has dropped the update; weights and moments are unchanged."""
 
 
 def device() -> torch.device:
@@ -61,10 +59,10 @@ def device() -> torch.device:
 
 @contextmanager
 def process_group(timeout_minutes: float, output_dir: Path | None = None) -> Iterator[None]:
-    """Inside, this process is one of the launcher's ranks, after the preflight: NCCL on GPUs, gloo on CPU, no compiler.
+    """Context in which this process is a rank of the run, after the preflight: NCCL on GPUs, gloo on CPU.
 
-    All ranks leave together after their last collective call. A rank that fails leaves alone: its peers may be in one.
-    Raises what `preflight.join` does.
+    All ranks leave together, after a barrier. A rank that fails leaves without it, as others may be in a collective
+    call. Raises the errors of `preflight.join`.
     """
     from datetime import timedelta
 
@@ -72,14 +70,16 @@ def process_group(timeout_minutes: float, output_dir: Path | None = None) -> Ite
     preflight.join(output_dir, timeout)
     # On CPU DeepSpeed would compile a shared-memory op here; gloo does the same without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timeout, verbose=False)  # takes the group over
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), timeout=timeout, verbose=False
+    )  # uses the existing group
     yield
     barrier()
     dist.destroy_process_group()
 
 
 def build_op(name: str) -> Path:
-    """Compile one of DeepSpeed's ops (cpu_adam, fused_adam, async_io) as a run would; the extension's file."""
+    """Compiles one of DeepSpeed's ops (cpu_adam, fused_adam, async_io) as a run would; returns the extension's file."""
     from deepspeed.ops import op_builder
 
     builder = {"cpu_adam": "CPUAdamBuilder", "fused_adam": "FusedAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
@@ -91,7 +91,7 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a run; `config.deepspeed` is merged last.
 
     Raises:
-        ConfigError: DeepSpeed refuses it, or does not know a key of it.
+        ConfigError: DeepSpeed rejects a value, or a key is unknown.
     """
     own = own_settings(config, world_size, torch.cuda.is_available())
     settings = merged(own, config.deepspeed)
@@ -101,7 +101,7 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 class Construction:
-    """Builds a model for the engine: under ZeRO-3 every parameter is sharded as soon as it exists."""
+    """Builds a model for the engine: under ZeRO-3 every parameter is sharded when it is created."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.sharded = settings["zero_optimization"]["stage"] == 3
@@ -109,7 +109,7 @@ class Construction:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Inside, modules come into being sharded (ZeRO-3), or plainly.
+        """Context in which new modules are sharded (ZeRO-3), or not.
 
         The number format follows from the settings: DeepSpeed 0.19 misreads an explicit dtype on CPU. Rotary
         frequencies are kept in fp32, which zero.Init alone would make in the model's format.
@@ -122,9 +122,9 @@ class Construction:
 
     @contextmanager
     def known_to_peft(self) -> Iterator[None]:
-        """Inside, peft gathers the sharded weights that it reads: DoRA's magnitudes are norms of base weights.
+        """Context in which peft gathers the sharded weights that it reads, such as base weights for DoRA's norms.
 
-        peft learns of ZeRO-3 from transformers, which keeps a weak reference to the settings.
+        peft detects ZeRO-3 through transformers, which keeps a weak reference to the settings.
         """
         settings = HfDeepSpeedConfig(self.settings) if self.sharded else None
         try:
@@ -134,9 +134,9 @@ class Construction:
             unset_hf_deepspeed_config()
 
     def write(self, parameter: nn.Parameter, read: Callable[[], Tensor] | None) -> None:
-        """Fill one parameter from the reader's tensor; called for the same parameters in order on all ranks.
+        """Fills one parameter from the reader's tensor; called for the same parameters in order on all ranks.
 
-        Only one whole parameter exists at a time, so memory stays at the shards plus what is in flight.
+        Only one whole parameter exists at a time, so memory is limited to the shards plus that parameter.
         """
         with gathered([parameter], modifier_rank=0), torch.no_grad():
             if read is not None:
@@ -147,12 +147,12 @@ class Construction:
 
 @contextmanager
 def freed_memory_goes_back() -> Iterator[None]:
-    """While loading: blocks of 1 MiB and more return to the system when a tensor is freed.
+    """Context, for loading, in which freed blocks of 1 MiB and more are returned to the system.
 
-    glibc otherwise raises that threshold as it sees large blocks freed, keeps them in its heap, and a rank's peak
-    grows to twice its shard (measured by `benchmarks/load_memory.py`). Afterwards the threshold is where glibc's
-    own adjustment ends, 32 MiB (twice that for trimming), so that training reuses its memory. Other C libraries
-    are left alone.
+    glibc otherwise raises that threshold when large blocks are freed and keeps them in its heap, and a rank's peak
+    grows to twice its shard (measured by `benchmarks/load_memory.py`). Afterwards the threshold is set to the end of
+    glibc's own adjustment, 32 MiB (twice that for trimming), so that training reuses its memory. With other C
+    libraries nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     mmap_threshold, trim_threshold = -3, -1  # of malloc.h
@@ -172,7 +172,7 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """The given parameters whole on every rank; what rank `modifier_rank` changes is kept."""
+    """Context in which the parameters are whole on all ranks; changes by rank `modifier_rank` are kept."""
     sharded = [parameter for parameter in parameters if _is_partitioned(parameter)]
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank, enabled=bool(sharded)):
         yield
@@ -180,7 +180,7 @@ def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = Non
 
 @contextmanager
 def refusing(config: RunConfig) -> Iterator[None]:
-    """Inside, an engine is made: what it has against a run's raw settings becomes a ConfigError."""
+    """Context for building an engine: DeepSpeed's errors about a run's raw settings become ConfigErrors."""
     try:
         yield
     except (
@@ -225,18 +225,18 @@ class Engine:
         return device()
 
     def begin_micro_batch(self, last: bool) -> None:
-        """Before each training forward: only the last one's backward ends the step's accumulation."""
+        """Called before each training forward; the backward of the last one ends the accumulation of gradients."""
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
 
     def forward(self, **inputs: Any) -> Any:
-        """One forward pass; equal in number and modules on every rank."""
+        """Runs one forward pass; all ranks must run the same number, with the same modules."""
         heartbeat.forward()
         return self._engine(**inputs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Forward passes without gradients and dropout (probe, held-out loss)."""
+        """Context for forward passes without gradients and dropout (probe, held-out loss)."""
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -245,13 +245,13 @@ class Engine:
             self._engine.train()
 
     def backward(self, loss_share: Tensor) -> None:
-        """Accumulate gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
+        """Accumulates gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
         heartbeat.phase("backward")
         self._accumulated = True
         self._engine.backward(loss_share * self.world_size)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, and give the gradient norm before clipping.
+        """Clips gradients, updates the weights, and returns the gradient norm before clipping.
 
         Raises:
             NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
@@ -270,10 +270,10 @@ class Engine:
         return norm
 
     def drop_update(self) -> None:
-        """Forget the step's gradients; after a `step` that raised NonFiniteUpdate there are none left.
+        """Discards the step's gradients; after a `step` that raised NonFiniteUpdate there are none left.
 
-        Every rank calls it. The moments and weights stay as they are: DeepSpeed is told of a gradient norm that is not
-        finite, with which it drops an update itself.
+        Called on all ranks. Moments and weights are unchanged: DeepSpeed is given a NaN gradient norm, for which it
+        drops the update itself.
         """
         if not self._accumulated:
             return
@@ -286,7 +286,7 @@ class Engine:
             self._engine.step()
         finally:
             deepspeed.utils.logger.setLevel(level)
-            delattr(self._optimizer, name)  # the method again
+            delattr(self._optimizer, name)  # restores the method
         self._accumulated = False
         if self._engine.was_step_applied():
             raise RuntimeError("DeepSpeed applied an update that was to be dropped")
@@ -300,11 +300,11 @@ class Engine:
         }
 
     def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
-        """This rank's shards of weights and optimiser state, in host memory: what to write where below `directory`."""
+        """This rank's shards of weights and optimiser state, in host memory, with their paths below `directory`."""
         return engine_state.take_state(self._engine, directory)
 
     def load_state(self, directory: Path, universal: bool = False) -> None:
-        """Take weights and optimiser state back from a checkpoint of as many ranks, or from a universal one."""
+        """Loads weights and optimiser state of a checkpoint of the same number of ranks, or of a universal one."""
         engine_state.load_state(self._engine, directory, universal)
 
     def destroy(self) -> None:
@@ -313,7 +313,7 @@ class Engine:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, biases and norms are not."""
+    """Parameter groups with weight decay for matrices, and without for biases and norms."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():

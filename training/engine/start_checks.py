@@ -1,8 +1,4 @@
-"""What is checked once, before a run's first update, and the outputs that an export is checked against.
-
-In: a Run and its first micro-batches. Out: an error that names the rank or the setting, or nothing.
-Next: `trainer.py`; `export.py` compares with `reference_outputs`.
-"""
+"""Checks before a run's first update, and the reference outputs that an export is compared with."""
 
 from __future__ import annotations
 
@@ -22,17 +18,17 @@ REFERENCE_TOKENS = 16
 
 
 def warm_up(run: Run) -> None:
-    """One forward of one token: ranks whose models differ are named before anything can wait for them."""
+    """Runs a forward pass of one token, in which ranks with different models are reported instead of deadlocking."""
     idle = run.data.packer.idle().to(run.engine.device)
     with run.engine.evaluating(), same_modules_on_every_rank(run.engine.module, run.engine.device):
         run.objective.loss_terms(run.engine, idle)
 
 
 def check_packing(run: Run, batch: Step) -> None:
-    """The run's own first micro-batch: its packed loss must be its padded, sample-by-sample loss.
+    """Compares the packed loss of the first micro-batch with its padded loss, one sample per row.
 
     Raises:
-        ConfigError: the loss is no number in either layout, or samples see each other with this model and attention.
+        ConfigError: the loss is NaN or infinite, or samples of a row attend to each other with this model.
     """
     packer = run.data.packer
     if packer.layout == "padded":
@@ -59,7 +55,7 @@ def check_packing(run: Run, batch: Step) -> None:
 
 
 def reference_outputs(run: Run) -> dict[str, Tensor]:
-    """A few tokens and the model's plain (unshifted, unmixed) logits on them: what an export must reproduce."""
+    """A few tokens and the model's plain logits (without shift or mixing), which an export must reproduce."""
     vocabulary = len(run.data.tokenizer)
     ids = (torch.arange(REFERENCE_TOKENS, device=run.engine.device) * 7919 % vocabulary)[None]
     with run.engine.evaluating():
@@ -68,17 +64,17 @@ def reference_outputs(run: Run) -> dict[str, Tensor]:
 
 
 def reference_setting(run: Run) -> dict[str, str]:
-    """With which attention and number format, and where, the run computed them: an export is reopened alike."""
+    """Attention, number format and device of the reference outputs; an export is reopened with the same."""
     attention = str(run.engine.module.config._attn_implementation)
     return {"attention": attention, "dtype": run.config.precision, "device": run.engine.device.type}
 
 
 def reference_inputs(ids: Tensor) -> dict[str, Tensor]:
-    """Arguments of that forward pass, the same for a run and for its export."""
+    """Arguments of the reference forward pass, equal for a run and its export."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def reference_logits(outputs: Any) -> Tensor:
-    """The first logits of a model's outputs, of the last tokens where there is one row a token; fp32, on CPU."""
+    """The first logits of a model's outputs; of the last tokens if there is one row per token. fp32, on CPU."""
     logits = outputs[0][0]
     return (logits[-4:] if logits.ndim > 1 else logits).float().cpu().contiguous()

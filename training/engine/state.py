@@ -1,10 +1,7 @@
-"""DeepSpeed's own files: what the engine would save, taken in memory; loading that runs no code; other world sizes.
+"""DeepSpeed's checkpoint files: copying the state to memory, safe loading, conversion to other world sizes.
 
-In: a DeepSpeed engine, or a folder of its files. Out: states to write (`saving.py` writes them), a loaded engine,
-whole tensors for an export, or the same checkpoint in DeepSpeed's universal format. Next: `engine.py`, `export.py`.
-
-DeepSpeed's files are pickles. They are read with torch's weights-only unpickler, everywhere, so that a file that was
-tampered with can name no code to run; the few classes of DeepSpeed that its files hold are listed here.
+DeepSpeed's files are pickles. They are always read with torch's weights-only unpickler, so that a manipulated file
+cannot run code; the few classes of DeepSpeed that its files contain are listed here.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ if not torch.cuda.is_available():
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """Inside, the environment has `name` set to `value`."""
+    """Context in which the environment variable `name` is set to `value`."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -68,18 +65,18 @@ _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
 
 
 def read_settings(settings: dict[str, Any]) -> None:
-    """Read settings as DeepSpeed does; raises what it has against them."""
+    """Reads settings as DeepSpeed does; raises DeepSpeed's errors about them."""
     deepspeed.DeepSpeedConfig(settings)
     if (level := settings.get("log_level")) is not None:
-        get_log_level_from_string(level)  # which it reads only when an engine is made
+        get_log_level_from_string(level)  # DeepSpeed itself reads it only when an engine is built
 
 
 @contextmanager
 def zero_optimizer() -> Iterator[None]:
-    """Inside, DeepSpeed makes a ZeRO optimizer for every stage and precision.
+    """Context in which DeepSpeed builds a ZeRO optimizer for every stage and precision.
 
-    For stage 1 in bf16 with fp32 gradients it would take its BF16_Optimizer instead (0.19): its checkpoints can't be
-    consolidated for an export, and it prints memory lines. The ZeRO-1/2 optimizer accumulates in fp32 as well.
+    For stage 1 in bf16 with fp32 gradients DeepSpeed 0.19 would use its BF16_Optimizer, whose checkpoints cannot be
+    consolidated for an export, and which prints memory lines. The ZeRO-1/2 optimizer accumulates in fp32 as well.
     """
     choose = DeepSpeedEngine._do_optimizer_sanity_check
 
@@ -96,15 +93,15 @@ def zero_optimizer() -> Iterator[None]:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Inside, `torch.load` runs no code of a file's choice, whatever its caller asked for."""
+    """Context in which `torch.load` uses the weights-only unpickler, whatever its caller's arguments."""
     with _variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"), torch.serialization.safe_globals(_CLASSES):
         yield
 
 
-class _Taking(CheckpointEngine):
-    """In the place of DeepSpeed's writer: keeps copies of what it is given, and cannot fail on one rank alone.
+class _MemoryWriter(CheckpointEngine):
+    """Replaces DeepSpeed's writer and keeps copies in memory, so that it cannot fail on a single rank.
 
-    A writer that raises, on a full disk say, would leave the other ranks at DeepSpeed's barrier.
+    A writer that raises, for example on a full disk, would leave the other ranks waiting at DeepSpeed's barrier.
     """
 
     def __init__(self) -> None:
@@ -118,31 +115,31 @@ class _Taking(CheckpointEngine):
         self.taken.append((Path(path), _copied(state_dict)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        raise RuntimeError("made to take, not to load")
+        raise RuntimeError("this checkpoint engine only saves")
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True
 
 
 def _copied(state: Any) -> Any:
-    """The same nest of containers, its tensors on the host, with no more storage than they show."""
+    """A copy of nested containers with their tensors on the host, without storage beyond each tensor's elements."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         return type(state)((key, _copied(value)) for key, value in state.items())
-    if type(state) in (list, tuple):  # and no torch.Size, which is one of numbers
+    if type(state) in (list, tuple):  # excludes torch.Size, which holds only numbers
         return type(state)(map(_copied, state))
     return state
 
 
 def take_state(engine: Any, directory: Path) -> list[tuple[Path, Any]]:
-    """What this rank would write below `directory`: (path, state), copied to host memory. Every rank calls it.
+    """The (path, state) pairs that this rank would write below `directory`, copied to host memory.
 
-    Frozen weights are left out: they are those of the model that the run started from.
+    Called on all ranks. Frozen weights are excluded, as the run's initial model holds them.
     """
-    taking, own = _Taking(), engine.checkpoint_engine
+    taking, own = _MemoryWriter(), engine.checkpoint_engine
     engine.checkpoint_engine = taking
-    engine._copy_recovery_script = lambda path: None  # a program among the weights, for which we have `export`
+    engine._copy_recovery_script = lambda path: None  # DeepSpeed's conversion script; `export` replaces it
     try:
         engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     finally:
@@ -151,13 +148,14 @@ def take_state(engine: Any, directory: Path) -> list[tuple[Path, Any]]:
 
 
 def load_state(engine: Any, directory: Path, universal: bool) -> None:
-    """Weights and optimiser state from a checkpoint's folder, or from what `to_universal` made of it.
+    """Loads weights and optimiser state from a checkpoint's folder, or from the output of `to_universal`.
 
-    Raises FileNotFoundError where DeepSpeed finds nothing to load.
+    Raises:
+        FileNotFoundError: DeepSpeed finds nothing to load.
     """
     engine._config.load_universal_checkpoint = universal
-    # Universal loading (0.19.8) gives the first parameter group's numbers to all, so that biases would decay, and one
-    # tensor of the step count, which each group would then raise.
+    # Universal loading (0.19.8) sets the first parameter group's hyperparameters on all groups, so biases would decay,
+    # and shares one step-count tensor, which every group would then increment.
     groups = engine.optimizer.param_groups
     own = [{name: group[name] for name in _HYPERPARAMETERS} for group in groups]
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
@@ -173,7 +171,7 @@ def load_state(engine: Any, directory: Path, universal: bool) -> None:
 
 
 def to_universal(checkpoint: Path, output: Path) -> None:
-    """The state of `checkpoint` as one folder a parameter, which any number of ranks can load."""
+    """Converts `checkpoint` to DeepSpeed's universal format (a folder per parameter), for any number of ranks."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     workers = max(min(os.cpu_count() or 1, 4), 1)
@@ -188,10 +186,10 @@ def to_universal(checkpoint: Path, output: Path) -> None:
 
 
 def consolidated(directory: Path, first: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) of a checkpoint, without starting ranks.
+    """Yields (name, whole fp32 tensor) of a checkpoint, without starting ranks.
 
-    Tensors are put together one at a time. Names in `first` come first, in that order. A tied weight is given once, by
-    the first of its names.
+    Tensors are assembled one at a time. Names in `first` come first, in that order. A tied weight is yielded once,
+    under the first of its names.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -210,12 +208,12 @@ def consolidated(directory: Path, first: Iterable[str] = ()) -> Iterator[tuple[s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed's progress, for nobody."""
+    """Context that discards DeepSpeed's output."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 
-if __name__ == "__main__":  # in a process of its own: it forks workers, which a rank must not
+if __name__ == "__main__":  # a separate process, as it forks workers, which a rank must not do
     from training.launch.heartbeat import die_with_parent
 
     die_with_parent()

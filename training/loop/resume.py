@@ -1,7 +1,7 @@
-"""Going on from a checkpoint: whether it is still the same run, and the state made fit for this number of ranks.
+"""Resuming from a checkpoint: checks that it belongs to the same run, and converts it to this number of ranks.
 
-In: the checkpoint that `search.py` found, on every rank. Out: its state, or the differences (`permitted`, before
-anything is loaded, and without ranks for `crosslift check`); a Trainer with its state (`go_on`). Next: `fit.py`.
+`permitted` compares configs and data before anything is loaded, also for `crosslift check`, without ranks; `go_on`
+loads the state into a Trainer.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ SOURCE = Path(__file__).resolve().parents[2]
 def permitted(
     path: Path, config: RunConfig, prepared: Prepared, fingerprint: Mapping[str, str], accept_changes: bool
 ) -> RunState:
-    """The state of a checkpoint that a run of `config` goes on from, or is finished with.
+    """The state of a checkpoint that a run of `config` resumes from, or that ends it.
 
     Args:
-        fingerprint: of the data now.
-        accept_changes: go on although something differs that decides the result; it is logged.
+        fingerprint: of the current data.
+        accept_changes: resume despite differences that affect the result; they are logged.
 
     Raises:
-        ConfigError: with the differences; always where the checkpoint cannot be loaded with them.
+        ConfigError: there are differences; with `accept_changes`, only if they prevent loading.
     """
     state = RunState.read(path)
     if config.max_steps < state.step:
@@ -68,7 +68,8 @@ def permitted(
     if found and not accept_changes:
         listed = "; ".join(map(str, found))
         raise ConfigError(
-            f"{path}: is another run's: {listed} (set it back, give another output_dir, or go on with --accept-changes)"
+            f"{path}: is another run's: {listed} (set it back, give another output_dir, or resume with "
+            "--accept-changes)"
         )
     for each in found if rank() == 0 else ():
         log.warning("%s: accepted: %s", path, each)
@@ -76,15 +77,15 @@ def permitted(
 
 
 def _with_defaults(state: RunState) -> RunState:
-    """Its config with the options that came after it: what they are by default is what was done."""
+    """The state with the defaults of options that are newer than it; the run behaved like these defaults."""
     try:
         return replace(state, config=resolved(validate(state.config, "state.json")))
-    except ConfigError:  # it has options that are gone since
+    except ConfigError:  # it has options that no longer exist
         return state
 
 
 def _other_shapes(path: Path, config: RunConfig, prepared: Prepared) -> Iterator[str]:
-    """A line where the weights of a checkpoint have no place in the model that the config names."""
+    """A line if the weights of a checkpoint do not fit the shapes of the configured model."""
     head = architecture(config)
     saved = load_model_config(path / "model_config", head)
     now = load_model_config(resolve_directory(prepared.model_dir), head)
@@ -107,10 +108,10 @@ def _shapes(config: PreTrainedConfig, head: Architecture) -> dict[str, list[int]
 
 
 def schedule_change(state: RunState, config: RunConfig) -> str | None:
-    """What another `max_steps` does to the learning rate of the steps to come; None where it is as it was."""
+    """How a changed `max_steps` changes the learning rate of the remaining steps; None if it is unchanged."""
     try:
         before = validate(state.config, "state.json")
-    except ConfigError:  # it has options that are gone since
+    except ConfigError:  # it has options that no longer exist
         return None
     if before.max_steps == config.max_steps:
         return None
@@ -127,10 +128,10 @@ def schedule_change(state: RunState, config: RunConfig) -> str | None:
 
 
 def go_on(trainer: Trainer, path: Path) -> int:
-    """Load a checkpoint of any number of ranks that is `permitted`; the number of finished steps.
+    """Loads a `permitted` checkpoint, saved on any number of ranks; returns the number of finished steps.
 
     Raises:
-        ConfigError: it has more empty slots than are allowed, or holds adapters to another model.
+        ConfigError: it has more unusable rows than are allowed, or holds adapters to another model.
     """
     run, state = trainer.run, RunState.read(path)
     if (met := len(state.totals.get("bad_rows", ()))) > (allowed := run.config.data.max_bad_rows):
@@ -153,9 +154,10 @@ def go_on(trainer: Trainer, path: Path) -> int:
 
 
 def _universal(run: Run, path: Path, state: RunState) -> Path:
-    """The checkpoint in a form that any number of ranks can load; made by one process, the ranks wait for its marker.
+    """The checkpoint converted to DeepSpeed's universal format, which any number of ranks can load.
 
-    They wait for a file and not in a collective call, which would time out while a large model is converted.
+    One process converts it. The other ranks poll for its marker file, as a collective call would time out while a
+    large model is converted.
     """
     output = checkpoint.universal_path(run.config.output_dir, state.step)
     marker = output / checkpoint.MARKER

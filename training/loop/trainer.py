@@ -1,7 +1,4 @@
-"""The loop: `Trainer.train` runs the steps, `train_step` is one of them and reads like the method.
-
-In: a Run on every rank. Out: checkpoints and metrics. Next: `fit.py` starts and ends it.
-"""
+"""The training loop: `Trainer.train` runs all steps, `Trainer.train_step` runs one. `fit.py` starts and ends it."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What all ranks know of a step before it begins."""
+    """What all ranks have agreed on before a step begins."""
 
     totals: StepTotals
     read: StepRead
@@ -56,14 +53,14 @@ class Agreed:
 
 @dataclass(frozen=True, slots=True)
 class BadMicroBatches:
-    """Micro-batches whose loss is no number."""
+    """Micro-batches whose loss is NaN or infinite."""
 
-    any: bool  # on some rank
-    mine: list[int]  # numbers of this rank's
+    any: bool  # on any rank
+    mine: list[int]  # indices on this rank
 
 
 class RollBack(Exception):
-    """Inside the loop: the state goes back to the last checkpoint, since this step (from 1) failed."""
+    """Internal to the loop: step `step` (from 1) failed, and the last checkpoint is to be restored."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
@@ -71,7 +68,7 @@ class RollBack(Exception):
 
 
 class Trainer:
-    """One rank's side of a run."""
+    """Trains on one rank of a run."""
 
     def __init__(self, run: Run, tracker: Tracker | None, stop: StopRequest | None = None) -> None:
         self.run = run
@@ -83,15 +80,15 @@ class Trainer:
         self.guard = Guard(run.config.guard)
         self.stragglers = StragglerMonitor(run.config.watchdog.straggler_every, run.engine.device)
         self.totals = RunTotals(run.config.data.languages)
-        self.data_offset = 0  # step t reads the data of step t + data_offset: roll-backs leave data out
+        self.data_offset = 0  # step t reads the data of step t + data_offset, as rollbacks skip data
         self._metrics: dict[str, float] = {}
         self._first_step = True
 
     def train(self, start: int) -> None:
-        """Steps `start` .. `max_steps - 1`; the last state is saved.
+        """Runs the steps `start` .. `max_steps - 1` and saves the last state.
 
         Raises:
-            StoppedOnRequest: after a checkpoint, on every rank at the same step.
+            StoppedOnRequest: after a checkpoint, on all ranks at the same step.
         """
         warm_up(self.run)
         with TrainingProgress(start, self.config.max_steps, shown=rank() == 0) as progress:
@@ -106,7 +103,7 @@ class Trainer:
                 log.info("%s", line)
 
     def _train_from(self, start: int, progress: TrainingProgress) -> None:
-        """The steps from `start` on, with refreshes, evaluations and checkpoints when due."""
+        """Runs the steps from `start`, with the evaluations and checkpoints that are due."""
         config, run, offset = self.config, self.run, self.data_offset
         reader: Iterator[Step] = run.loader.steps(start + offset, config.max_steps + offset)
         batches = heartbeat.steps(_or_mistake(reader), start)
@@ -146,10 +143,11 @@ class Trainer:
         self._settle(required=True)
 
     def train_step(self, step: int, batch: Step, agreed: Agreed) -> dict[str, float]:
-        """One optimiser step over the global batch; metrics of it.
+        """Runs one optimiser step over the global batch and returns its metrics.
 
         Raises:
-            NonFiniteStep: before the update, where the guard says stop; RollBack: where it says so.
+            NonFiniteStep: the guard's verdict is to stop; there is no update.
+            RollBack: the guard's verdict is to roll back.
         """
         started = time.perf_counter()
         sums, micro_batches = self.accumulate(step, batch, agreed.totals)
@@ -157,7 +155,7 @@ class Trainer:
         languages = self.config.data.languages
         self.totals.add_step(agreed.read.slots, sums.label_counts(reduced))
         losses = sums.metrics(reduced, agreed.totals, languages)
-        if bad.any:  # what is finite of the sums lacks samples of other micro-batches or ranks
+        if bad.any:  # sums that are finite lack the samples of bad micro-batches
             losses = dict.fromkeys(losses, math.nan)
         metrics = {**losses, **agreed.read.metrics(languages)}
         rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
@@ -169,7 +167,7 @@ class Trainer:
                 verdict = self.guard.not_finite(str(error))
         if verdict is not None:
             concerned = bad.mine if bad.any else range(len(micro_batches))
-            self._spare(step + 1, verdict, [micro_batches[number].sample_ids for number in concerned])
+            self._skip_update(step + 1, verdict, [micro_batches[number].sample_ids for number in concerned])
             metrics["guard/skipped"] = 1.0
         seconds = time.perf_counter() - started
         return {
@@ -181,7 +179,7 @@ class Trainer:
         }
 
     def accumulate(self, step: int, batch: Step, totals: StepTotals) -> tuple[StepSums, list[Batch[Any]]]:
-        """Forward and backward of this rank's micro-batches; the same number of them on every rank."""
+        """Runs forward and backward of this rank's micro-batches, extended by idle ones to the number of all ranks."""
         run = self.run
         seed_step(self.config.seed, step)
         sums = StepSums.zeros(len(self.config.data.languages), len(self.config.objective.terms), run.engine.device)
@@ -196,16 +194,20 @@ class Trainer:
         return sums, micro_batches
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
-        """Begin a checkpoint of the state after `step` steps, whose metrics these are; every rank calls it."""
+        """Begins a checkpoint of the state after `step` steps, whose metrics are `metrics`. Called on all ranks."""
         if self.saver.open:
             self._settle()
         heartbeat.phase("copying a checkpoint")
         state = run_state(self.run, step, self.data_offset, metrics, self.guard.state(), self.totals.state())
-        # The last one goes where all nodes and the export see it.
+        # The last checkpoint is written where all nodes and the export can read it.
         self.saver.begin(step, state, self.disks[-1] if step < self.config.max_steps else self.disks[0])
 
     def restore(self, path: Path, universal: Path | None = None) -> int:
-        """Load a checkpoint, or what was made of it for this number of ranks; the number of finished steps."""
+        """Loads a checkpoint and returns its number of finished steps.
+
+        Args:
+            universal: the checkpoint converted for this number of ranks, if it was saved on another number.
+        """
         state = RunState.read(path)
         self.run.engine.load_state(universal or path, universal=universal is not None)
         self.run.objective.load(path)
@@ -216,7 +218,7 @@ class Trainer:
         return state.step
 
     def _settle(self, required: bool = False) -> None:
-        """Make the checkpoint that is under way complete; the record is on the disk before it."""
+        """Completes a checkpoint that has been begun; the metrics are written to disk before it."""
         if not self.saver.open:
             return
         if self.tracker is not None:
@@ -226,16 +228,16 @@ class Trainer:
         self.stop.record_save(self.saver.seconds)
 
     def _save_rest(self, step: int) -> None:
-        """Save the state after `step` steps where it is not saved yet; every rank calls it, between two steps."""
-        self._settle()  # it may be of this very step
+        """Saves the state after `step` steps if it is not saved yet. Called on all ranks, between two steps."""
+        self._settle()  # the open checkpoint may be of this step
         if self.saver.saved_step != step:
             self.save(step, self._metrics)
         self._settle(required=True)
 
     def _save_before_end(self, step: int | None) -> None:
-        """As `_save_rest`, before an error that ends the run: what cannot be saved must not hide it.
+        """As `_save_rest`, before an error that ends the run: a failure to save is only logged.
 
-        None: only what is under way is made complete, since this step's state is in doubt.
+        With None, only an open checkpoint is completed, as the state of this step may be wrong.
         """
         try:
             self._settle() if step is None else self._save_rest(step)
@@ -247,18 +249,19 @@ class Trainer:
             log.info("the run ends by an error; %d of %d steps are saved", self.saver.saved_step, self.config.max_steps)
 
     def _stop(self, step: int) -> None:
-        """Save what is not saved yet, and end the loop on every rank."""
+        """Saves the state and ends the loop on all ranks."""
         reason = next(each for each in gather_objects(self.stop.reason) if each)
         self._save_rest(step)
         raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
 
     def agree(self, batch: Step, mistake: Exception | None = None) -> Agreed:
-        """The step's one small all-reduce: label tokens, pairs, micro-batches, empty slots, what was read, stopping.
+        """All-reduces the step's counts, slots, number of micro-batches and stop requests, in one call.
 
-        `mistake`: why this rank could not read its share.
+        Args:
+            mistake: why this rank could not read its share.
 
         Raises:
-            DataError: on every rank alike, where one could not read its share, or bad rows left too many slots empty.
+            DataError: on all ranks, if one could not read its share, or if there are too many unusable rows.
         """
         ranks = self.run.engine.world_size
         n_micro_batches = [0] * ranks
@@ -274,12 +277,12 @@ class Trainer:
         mistaken, stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
         if mistaken:
             raise DataError(next(filter(None, gather_objects(str(mistake or ""))))) from mistake
-        if bad_rows and not stop:  # else the next start reads this step, and counts them
+        if bad_rows and not stop:  # after a stop, the resumed run reads this step and counts them
             met = [row for rows in gather_objects(batch.bad_rows) for row in rows]
             self.totals.add_bad_rows(met, self.config.data.max_bad_rows)
         totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
         became = slots_of_all.long().cpu().numpy().reshape(batch.slots.shape)
-        read = StepRead(tokens, became, overlong, fingerprint, batch.dropped_pairs)  # the last is known to every rank
+        read = StepRead(tokens, became, overlong, fingerprint, batch.dropped_pairs)  # the last is equal on all ranks
         return Agreed(totals, read, bool(stop), bool(writing))
 
     def _forward(self, batch: Batch[Any]) -> LossTerms:
@@ -291,14 +294,14 @@ class Trainer:
             return run.objective.loss_terms(run.engine, batch)
 
     def _reduce(self, sums: StepSums) -> tuple[Tensor, BadMicroBatches]:
-        """Step sums over ranks, and where the loss is no number."""
+        """The step's sums over ranks, and the micro-batches whose loss is NaN or infinite."""
         bad = sums.bad_micro_batches()
         flag = torch.tensor([float(len(bad))], dtype=torch.float64, device=sums.losses.device)
         reduced = all_sum(torch.cat([flag, sums.vector()]), self.run.engine.device)
         return reduced[1:], BadMicroBatches(bool(reduced[0]), bad)
 
-    def _spare(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
-        """Step `step` (from 1) makes no update: all ranks drop it, roll back, or raise the same error."""
+    def _skip_update(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
+        """Ends step `step` (from 1) without an update: all ranks drop it, roll back, or raise the same error."""
         mine = [sample for ids in sample_ids for sample in ids]
         by_rank = {number: ids for number, ids in enumerate(gather_objects(mine)) if ids}
         listed = gather_objects(list_samples(self.config.output_dir, step, verdict, by_rank) if rank() == 0 else None)[
@@ -317,14 +320,14 @@ class Trainer:
             raise RollBack(step)
 
     def _roll_back(self, failed: int) -> int:
-        """Restore the last checkpoint and skip the data up to step `failed` (from 1); the finished steps."""
+        """Restores the last checkpoint, skips the data up to step `failed` (from 1), returns the finished steps."""
         self._settle()
         found = find_checkpoint("auto", self.disks)
         if found is None:
             raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
         events, offset = self.guard.events, self.data_offset
         start = self.restore(found)
-        for home in led_by_this_rank(self.disks):  # one that was passed over is of the branch that is left
+        for home in led_by_this_rank(self.disks):  # newer checkpoints belong to the abandoned steps
             checkpoint.set_aside_newer(home, start)
         self.guard.events, self.data_offset = events, offset + failed - start
         if self.tracker is not None:
@@ -335,7 +338,7 @@ class Trainer:
 
 
 def _or_mistake(batches: Iterator[Step]) -> Iterator[Step | Exception]:
-    """The batches, then in place of one what the user can mend about it: the other ranks have to be told first."""
+    """Yields the batches; yields a user's mistake instead of raising it, so that all ranks learn of it first."""
     try:
         yield from batches
     except Exception as error:

@@ -1,9 +1,9 @@
-"""What every objective is: a section of the run file that describes a method, and an object that computes its loss.
+"""Base classes of objectives: the section of the run file that selects a method, and the class that computes its loss.
 
-An objective is one file of this folder. The file holds two classes:
+An objective is one module of this package with two classes:
 
-- a subclass of `ObjectiveConfig`: the `objective:` section, and what the method needs of data and model;
-- a subclass of `Objective`: its hooks on the model, its loss on a micro-batch, what a checkpoint keeps of it.
+- a subclass of `ObjectiveConfig`: the `objective:` section, and the method's requirements on data and model;
+- a subclass of `Objective`: its hooks on the model, its loss on a micro-batch, its state in checkpoints.
 
 `registry.py` lists the sections. Run files are read without torch, so these files import torch, transformers and
 `modeling` inside functions.
@@ -34,30 +34,30 @@ if TYPE_CHECKING:
 class LossTerm:
     """One term of the loss on one micro-batch."""
 
-    sum: Tensor  # scalar, not yet divided by anything
-    denominator: str  # the name of the count of the step that divides it
-    weight: float  # 0: only reported
+    sum: Tensor  # scalar, before normalisation
+    denominator: str  # name of the step's count that it is divided by
+    weight: float  # 0: reported only
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """Sums over one micro-batch, not yet divided by anything.
+    """Sums over one micro-batch, before normalisation.
 
-    The label losses are reported by language: those of answer tokens, or of the target texts' labels. `terms` are
-    optimised, or only reported where their weight is 0.
+    Label losses (of answer tokens, or of the labels of target texts) are reported by language. `terms` are optimised,
+    or reported only if their weight is 0.
     """
 
-    label_losses: Tensor  # (N,) fp32, 0 at the stand-in of a micro-batch without labels
-    label_weights: Tensor  # (N,) 1, or 0 where the label does not count
+    label_losses: Tensor  # (N,) fp32, 0 at the placeholder of a micro-batch without labels
+    label_weights: Tensor  # (N,) 1, or 0 for labels that do not contribute to the loss
     label_languages: Tensor  # (N,) int64
     terms: Mapping[str, LossTerm]
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveParts:
-    """What an objective is built from, beside its section and the model."""
+    """The inputs of `ObjectiveConfig.build` besides the model."""
 
-    kind: RowKind  # of the rows it learns from
+    kind: RowKind  # of the training rows
     languages: tuple[str, ...]
     dominant: str
     special_ids: tuple[int, ...] = ()  # of the tokenizer
@@ -65,21 +65,21 @@ class ObjectiveParts:
 
 
 class ObjectiveConfig(Section):
-    """Base of the `objective:` section. A subclass declares what its method needs; each default means "nothing"."""
+    """Base of the `objective:` section. A subclass declares its method's requirements; by default there are none."""
 
     name: str
 
-    kinds: ClassVar[tuple[RowKind, ...]]  # of rows that it learns from
-    terms: ClassVar[tuple[str, ...]]  # names of its loss terms, in order
-    fixed_keys: ClassVar[tuple[str, ...]] = ()  # keys of the run file that what a checkpoint keeps of it depends on
+    kinds: ClassVar[tuple[RowKind, ...]]  # supported kinds of rows
+    terms: ClassVar[tuple[str, ...]]  # names of the loss terms, in order
+    fixed_keys: ClassVar[tuple[str, ...]] = ()  # keys of the run file that its state in a checkpoint depends on
 
     @classmethod
     def method(cls) -> str:
-        """The `name` that chooses this section."""
+        """The `name` that selects this section."""
         return str(get_args(cls.model_fields["name"].annotation)[0])
 
     def pairing(self) -> PairingRule:
-        """How samples meet their translations."""
+        """How samples are paired with translations."""
         return PairingRule()
 
     def probe_size(self) -> int:
@@ -96,10 +96,10 @@ class ObjectiveConfig(Section):
 
     @abstractmethod
     def build(self, model: PreTrainedModel, parts: ObjectiveParts) -> Objective:
-        """The objective, its hooks and parameters placed on `model`. Called before the engine is made."""
+        """Builds the objective and adds its hooks and parameters to `model`. Called before the engine is built."""
 
     def export(self, checkpoint: Path, output: Path) -> None:
-        """Write beside the exported weights in `output` what the method keeps of a checkpoint."""
+        """Writes the method's state of a checkpoint to `output`, the folder of the exported weights."""
 
     def description(self) -> dict[str, Any]:
         """Entries of the export's `crosslift.json`."""
@@ -111,26 +111,29 @@ class ObjectiveConfig(Section):
 
 
 class Objective(ABC):
-    """Computes the loss. Runs one forward pass a micro-batch, with the same modules on every rank."""
+    """Computes the loss, with one forward pass per micro-batch and the same modules on all ranks."""
 
     @abstractmethod
     def loss_terms(self, engine: Engine, batch: Any) -> LossTerms:
-        """One forward pass and its loss terms, named as in `ObjectiveConfig.terms`; with and without gradients."""
+        """Runs one forward pass and returns its loss terms, named as in `ObjectiveConfig.terms`.
+
+        Also called without gradients.
+        """
 
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
-        """What is due before step `step` (from 0), such as a refresh of the language vectors; its metrics."""
+        """Called before step `step` (from 0), for example to refresh the language vectors; returns metrics."""
         return {}
 
     def save(self, engine: Engine, directory: Path) -> None:  # noqa: B027 - most objectives keep nothing
-        """Write what a resume or an export needs beside the weights. Every rank calls it, rank 0 writes."""
+        """Writes the state that a resume or an export needs besides the weights. Called on all ranks, rank 0 writes."""
 
     def load(self, directory: Path) -> None:  # noqa: B027
-        """Restore what `save` wrote."""
+        """Restores the state written by `save`."""
 
     def saved_loss(self, engine: Engine, batch: Any) -> Tensor:
-        """A scalar for counting activations on the meta device: keeps for backward what `loss_terms` keeps of size.
+        """A scalar for counting activations on the meta device; it saves the same large tensors as `loss_terms`.
 
-        To be overridden where `loss_terms` reads values, which tensors without data do not have.
+        Must be overridden if `loss_terms` reads values, which meta tensors do not have.
         """
         import torch
 

@@ -1,8 +1,7 @@
 """Held-out loss per language during training.
 
-In: the held-out items of the index. Out: `eval/loss/<language>`, and with `evaluation.swapped_prompts`
-`eval/loss_swapped/<language>`: the loss of the same answers behind another item's prompt. A model that reads
-the question does worse on those. Next: `trainer.py` logs them.
+The metrics are `eval/loss/<language>` and, with `evaluation.swapped_prompts`, `eval/loss_swapped/<language>`: the loss
+of the same answers after the prompt of another item, which is higher for a model that uses the prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class HeldOut:
     """A fixed held-out set, packed once, split over ranks."""
 
     def __init__(self, reader: Reader, packer: Packer, config: EvaluationConfig, rank: int, world_size: int) -> None:
-        """Raises ConfigError or DataError where a language has no held-out sample that fits, or is usable."""
+        """Raises ConfigError or DataError if a language has no held-out sample that is usable and not too long."""
         self.languages = reader.index.languages
         chosen = [_choose(reader, number, config.items) for number in range(len(self.languages))]
         sets = {"loss": [sample for _, of_language in chosen for sample in of_language]}
@@ -62,7 +61,7 @@ class HeldOut:
 
 
 def _choose(reader: Reader, language: int, items: int) -> tuple[list[int], list[Sample]]:
-    """The first held-out rows of a language that fit, and their samples."""
+    """The first held-out rows of a language that are usable and not too long, and their samples."""
     rows = reader.index.rows(language, heldout=True)
     usable = [int(row) for row in rows if not reader.index.bad[row]]
     found = reader.readable(usable[: 4 * items])

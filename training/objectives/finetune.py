@@ -1,4 +1,4 @@
-"""A task's loss on single texts: what zero-shot transfer and translate-train fine-tune encoders with.
+"""Fine-tuning of encoders on a task, for zero-shot transfer and translate-train.
 
 Shapes: R rows (texts), N label units (rows, words or tokens).
 """
@@ -49,7 +49,7 @@ class TaskFineTuning(Objective):
 
 
 def unit_losses(outputs: Any, batch: TaskBatch) -> Tensor:
-    """(N,) fp32 loss of each label unit of a task model's outputs, 0 at stand-ins."""
+    """(N,) fp32 loss of each label unit of a task model's outputs, 0 at placeholders."""
     from data_pipeline.batching.batch import ClassTargets, SpanTargets, TagTargets
     from modeling.tasks.task_losses import classification_losses, span_losses, tagging_losses
 

@@ -1,4 +1,4 @@
-"""Masked language modelling (BERT, arXiv 1810.04805, section 3.1): what an encoder is trained with from raw text.
+"""Masked language modelling (BERT, arXiv 1810.04805, section 3.1): pre-training of encoders on raw text.
 
 Shapes: N masked positions, V vocabulary.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MaskedLMConfig(ObjectiveConfig):
-    """Masked language modelling: what an encoder is first trained with, from raw text."""
+    """Masked language modelling: pre-training of encoders on raw text."""
 
     name: Literal["mlm"]
 
@@ -32,7 +32,7 @@ class MaskedLMConfig(ObjectiveConfig):
 
 
 class MaskedLM(TaskFineTuning):
-    """Cross-entropy on masked tokens; the LM head's matrix reads no other position."""
+    """Cross-entropy on masked tokens; the LM head's matrix is applied at these positions only."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         from modeling.label_head import LabelHead

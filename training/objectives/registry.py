@@ -1,4 +1,4 @@
-"""All objectives: one module of this folder a method, registered by one line."""
+"""The registry of objectives: each method is one module of this package and one entry of `METHODS`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHODS = (
 
 
 def _section(method: str) -> type[ObjectiveConfig]:
-    """The section of the run file that the module of this name defines."""
+    """The `ObjectiveConfig` that the module of this name defines."""
     module = import_module(f"training.objectives.{method}")
     (section,) = (
         each
@@ -30,5 +30,5 @@ OBJECTIVES: tuple[type[ObjectiveConfig], ...] = tuple(map(_section, METHODS))
 
 
 def fixed_keys(name: str) -> tuple[str, ...]:
-    """Keys of the run file without whose values what a checkpoint keeps of the objective `name` cannot be used."""
+    """Keys of the run file that must not change for the objective `name` to load its state from a checkpoint."""
     return next((each.fixed_keys for each in OBJECTIVES if each.method() == name), ())

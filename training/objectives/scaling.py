@@ -20,13 +20,13 @@ from training.objectives.base import LossTerm
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """What all ranks agree on before the first forward of a step."""
+    """Counts over all ranks, known before the first forward of a step."""
 
-    counts: Mapping[str, float]  # label tokens, pairs, ..., over all ranks
-    micro_batches: int  # the largest number any rank has
+    counts: Mapping[str, float]  # label tokens, pairs, ...
+    micro_batches: int  # the largest number on any rank
 
     def denominator(self, count: str) -> float:
-        """What sums are divided by; 1 where the step has nothing of the kind on any rank."""
+        """The count that sums are divided by; 1 if it is 0 on all ranks."""
         return max(self.counts[count], 1)
 
 
@@ -37,7 +37,7 @@ def step_loss_share(terms: Mapping[str, LossTerm], totals: StepTotals) -> Tensor
 
 
 def learning_rate(step: int, max_steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Learning rate of step `step` (0-based): a pure function, so nothing of it needs to be saved."""
+    """Learning rate of step `step` (0-based), a pure function, so that checkpoints need no scheduler state."""
     warmup = round(schedule.warmup_ratio * max_steps)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of decoders: cross-entropy on the answers' tokens. MSFT, the baseline, on several languages.
+"""Supervised fine-tuning of decoders: cross-entropy on answer tokens. On several languages it is MSFT, the baseline.
 
 Shapes: N label positions, V vocabulary.
 """
@@ -31,7 +31,7 @@ class SFTConfig(ObjectiveConfig):
 
 
 class SupervisedFineTuning(Objective):
-    """Cross-entropy on label tokens; the LM head reads no other position."""
+    """Cross-entropy on label tokens; the LM head computes logits at these positions only."""
 
     sft_weight = 1.0
 

@@ -1,7 +1,7 @@
 """ShifCon (arXiv 2410.19453): shift hidden states towards the dominant language, contrast translations, shift back.
 
-One forward pass a micro-batch: the fine-tuning forward is shifted, and its states feed the contrastive loss
-(docs/methods.md, section 1).
+There is one forward pass per micro-batch: the fine-tuning forward is shifted, and the contrastive loss uses its hidden
+states (docs/methods.md, section 1).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ContrastiveConfig(Section):
     """The multilingual contrastive loss (docs/methods.md, section 1.3)."""
 
     weight: float = Field(ge=0, description="b of loss = a * SFT + b * contrastive")
-    scale: float = Field(gt=0, description="what the cosine similarities are multiplied by; b means nothing without it")
+    scale: float = Field(gt=0, description="factor of the cosine similarities; b is meaningful only together with it")
     set_size: int = Field(16, gt=1, description="pairs in a contrast set; a set stays in one micro-batch")
 
 
@@ -56,7 +56,7 @@ class ShifConConfig(ObjectiveConfig):
     )
     sft_weight: float = Field(1.0, ge=0, description="a of loss = a * SFT + b * contrastive")
     contrastive: ContrastiveConfig
-    probe_items: int = Field(64, gt=0, description="samples a language that the language vectors are estimated on")
+    probe_items: int = Field(64, gt=0, description="samples per language for the estimate of the language vectors")
     refresh_every: int = Field(100, gt=0, description="steps between two estimates of the language vectors")
     shift_first_token: bool = Field(True, description="also shift a sequence's first token, an attention sink")
 
@@ -117,7 +117,7 @@ class ShifConConfig(ObjectiveConfig):
 
 
 class ShifCon(SupervisedFineTuning):
-    """The shift, the pooled content states, and the contrastive loss over the plan's contrast sets."""
+    """Supervised fine-tuning with shifted states, and the contrastive loss over the plan's contrast sets."""
 
     def __init__(
         self,
@@ -166,10 +166,10 @@ class ShifCon(SupervisedFineTuning):
         return self.refresh(engine)
 
     def refresh(self, engine: Engine) -> dict[str, float]:
-        """Estimate the language vectors on the probe set, then measure how well the shift is undone.
+        """Estimates the language vectors on the probe set, then measures the restoration error of the shift.
 
-        Two passes over the probe set without gradients: unshifted for the vectors, shifted for the restoration
-        error. Sums are fp64 and run over all ranks (docs/methods.md, section 1.1).
+        There are two passes over the probe set without gradients: unshifted for the vectors, shifted for the error.
+        Sums are in fp64 over all ranks (docs/methods.md, section 1.1).
         """
         from modeling.shifcon.language_vectors import restoration_error
 
@@ -183,7 +183,7 @@ class ShifCon(SupervisedFineTuning):
         return metrics | {f"shift/norm/{name}": value for name, value in self.shift.shift_norms().items()}
 
     def set_vectors(self, vectors: LanguageVectors) -> None:
-        """Shift with these vectors from now on."""
+        """Sets the vectors of the shift."""
         self.vectors = vectors
         self.shift.set_vectors(vectors)
 

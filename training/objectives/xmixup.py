@@ -1,6 +1,6 @@
-"""X-Mixup (arXiv 2205.04182): the states of a text are mixed at one layer with those of its partner text.
+"""X-Mixup (arXiv 2205.04182): mixes the hidden states of a text at one layer with those of its partner text.
 
-One forward pass a micro-batch: the targets and their sources are the halves of one batch (docs/methods.md, section 2).
+There is one forward pass per micro-batch, whose halves are the targets and their sources (docs/methods.md, section 2).
 
 Shapes: R rows (n targets, then their n sources), T tokens, H hidden, N label units (rows or words).
 """
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class XMixupConfig(ObjectiveConfig):
-    """X-Mixup (arXiv 2205.04182): states of the target text mixed with those of its source at one layer.
+    """X-Mixup (arXiv 2205.04182): mixes hidden states of the target text with those of its source at one layer.
 
-    The paper's ablations and the baseline translate-train + consistency are settings of it: `mix`, `ratio`,
-    `source_schedule`, `consistency_weight`.
+    The paper's ablations and the baseline translate-train + consistency are set by `mix`, `ratio`, `source_schedule`
+    and `consistency_weight`.
     """
 
     name: Literal["xmixup"]
@@ -41,7 +41,7 @@ class XMixupConfig(ObjectiveConfig):
     ratio: Literal["learned"] | float = Field(
         "learned", description="share of the cross-attention: learned from its entropy, or a fixed number"
     )
-    max_ratio: float = Field(0.5, gt=0, le=1, description="lambda_0, which the learned ratio stays below")
+    max_ratio: float = Field(0.5, gt=0, le=1, description="lambda_0, the upper bound of the learned ratio")
     entropy: Literal["true", "authors"] = Field(
         "true", description="'authors': their masked-score form, which padding changes; only for comparison"
     )
@@ -50,7 +50,7 @@ class XMixupConfig(ObjectiveConfig):
         gt=0,
         description="k of scheduled sampling: a step's sources are gold with k / (k + exp(step / k)); null: always",
     )
-    consistency_weight: float = Field(1.0, ge=0, description="of the consistency between both sides; 0: none")
+    consistency_weight: float = Field(1.0, ge=0, description="weight of the consistency loss; 0: none")
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("classification", "tagging", "qa")
     terms: ClassVar[tuple[str, ...]] = ("target", "source", "consistency", "mixup_ratio")
@@ -89,8 +89,8 @@ class XMixupConfig(ObjectiveConfig):
 class XMixup(TaskFineTuning):
     """`alpha * task(source) + (1 - alpha) * task(target) + consistency` (docs/methods.md, section 2.2).
 
-    With back-translations as sources, whose labels are not gold, only the target's task counts; a class stays the
-    class, so classification keeps both. `train/loss` is the target's.
+    With back-translations as sources, whose labels are not gold, only the target's task loss is used, except in
+    classification, where the label of both sides is the same. `train/loss` is the loss of the targets.
     """
 
     def __init__(self, model: PreTrainedModel, kind: RowKind, config: XMixupConfig, special_ids: Sequence[int]) -> None:
@@ -130,7 +130,7 @@ class XMixup(TaskFineTuning):
             return super().saved_loss(engine, batch)
 
     def save(self, engine: Engine, directory: Path) -> None:
-        """The settings and the learned ratio, for the export; a resume takes them from the engine's own state."""
+        """Writes the settings and the learned ratio for the export; a resume reads them from the engine's state."""
         from modeling.xmixup.mixup_state import MIXUP_FILE
         from training.distributed import rank
         from training.engine.engine import gathered
@@ -151,7 +151,7 @@ class XMixup(TaskFineTuning):
 
 
 def real_rows(batch: TaskBatch) -> Tensor:
-    """(R,) 1 for rows that a label counts for, 0 for those of an idle micro-batch."""
+    """(R,) 1 for rows with a label of weight above 0, 0 for those of an idle micro-batch."""
     import torch
 
     weights_R = batch.input_ids.new_zeros(len(batch.input_ids), dtype=torch.float32)
