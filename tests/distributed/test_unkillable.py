@@ -65,7 +65,7 @@ def test_an_undisturbed_run_ends_saved(cells: Path) -> None:
 
 
 def test_writing_in_the_background_saves_what_writing_at_once_saves(cells: Path) -> None:
-    """Byte for byte: the copies are taken before training goes on."""
+    """Byte for byte: the copies are taken before training continues."""
     files = [
         checkpoint.files_of(checkpoint.checkpoint_path(cells / each, STEPS)) for each in ("undisturbed", "foreground")
     ]
@@ -90,7 +90,7 @@ def test_a_skipped_update_costs_its_samples_and_nothing_else(cells: Path) -> Non
     assert list(json.loads(listed.read_text())["sample_ids"]) == ["1"]
 
 
-def test_a_roll_back_leaves_out_the_data_since_the_checkpoint(cells: Path) -> None:
+def test_a_rollback_skips_the_data_since_the_checkpoint(cells: Path) -> None:
     """Step 5 fails, 4 steps were saved: the data of steps 4 and 5 are left out, and no step is missing."""
     assert raised(cells, "roll back") == FINISHED
     before, data = fingerprints(cells, "undisturbed"), fingerprints(cells, "roll back")

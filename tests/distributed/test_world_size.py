@@ -1,4 +1,4 @@
-"""A run saved on two ranks goes on on one and on four: the same samples, and losses that differ by rounding alone."""
+"""A run saved on two ranks resumes on one and on four: the same samples, and losses equal up to rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""guard.py: which steps are spared, how often, and that a resumed run judges as the undisturbed one."""
+"""guard.py: which updates are skipped, the limit of events, and equal decisions after a resume."""
 
 from __future__ import annotations
 
