@@ -34,6 +34,7 @@ TESTS = {"test_seen": "known situations, new numbers", "test_unseen": "situation
 LEAST_ENGLISH, LEAST_GAP = 0.50, 0.10  # below these there is no dominance that a method could use
 ANSWER_TOKENS = 40
 RANKS = 2
+PROBLEMS = 50  # of each test and language
 
 Correct = dict[str, list[bool]]  # by language, in the order of the items
 
@@ -55,7 +56,7 @@ def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     started = time.monotonic()
     data = output / "data"
     _say(f"1/6  parallel word problems in {len(LANGUAGES)} languages: {data}")
-    write_corpus(data, CorpusSizes(), seed)
+    write_corpus(data, CorpusSizes(test_seen=PROBLEMS, test_unseen=PROBLEMS), seed)
     _say("2/6  tokenizer and an English-dominant toy Llama, from scratch")
     _train("quickstart-base", output / "base", data, seed)
     _say("3/6  plain SFT on all languages (MSFT), ZeRO-3 on 2 ranks")

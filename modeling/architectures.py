@@ -23,6 +23,14 @@ from modeling.errors import ModelError
 Architecture = Literal[
     "causal-lm", "masked-lm", "sequence-classification", "token-classification", "question-answering"
 ]
+# The architecture that is trained on rows of a kind: conversations, or those of an encoder's task.
+ARCHITECTURE_OF: dict[str, Architecture] = {
+    "chat": "causal-lm",
+    "classification": "sequence-classification",
+    "tagging": "token-classification",
+    "qa": "question-answering",
+    "text": "masked-lm",
+}
 
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),

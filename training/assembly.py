@@ -31,6 +31,7 @@ from data_pipeline.text.chat import Chat
 from data_pipeline.text.stage import ChatStage
 from data_pipeline.text.tokenizer import tokenizer_hash
 from modeling.adapters import add_adapters
+from modeling.architectures import ARCHITECTURE_OF
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
@@ -41,12 +42,12 @@ from training.checks.pairs import pair_warnings, refuse_unpaired
 from training.checks.survey import refuse_bad_rows
 from training.config import RunConfig
 from training.distributed import rank, world_size
-from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, freed_memory_goes_back
+from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, release_freed_memory
 from training.errors import ConfigError
 from training.objectives.base import Objective, ObjectiveParts
 from training.objectives.evaluation import HeldOut
 from training.run_folder.date import with_date
-from training.run_folder.prepare import Prepared, architecture, sample_rows
+from training.run_folder.prepare import Prepared, sample_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +143,7 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     ranks = world_size()
     settings = deepspeed_settings(config, ranks)
     directory = resolve_directory(prepared.model_dir)
-    embeddings = load_model_config(directory, architecture(config)).get_text_config().vocab_size
+    embeddings = load_model_config(directory, ARCHITECTURE_OF[config.data.kind]).get_text_config().vocab_size
     check_vocabulary(data.tokenizer, prepared.tokenizer_dir, embeddings)
     model = starting_model(config, directory, settings)
     objective = build_objective(config, model, data.tokenizer, _probe(config, data, ranks))
@@ -154,11 +155,11 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
 def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any]) -> PreTrainedModel:
     """The model of a directory with its weights, sharded as it is made and filled tensor by tensor (ZeRO-3)."""
     construction = Construction(settings)
-    with freed_memory_goes_back():
+    with release_freed_memory():
         model = build_model(
             directory, attention=config.model.attention, dtype=DTYPES[config.precision],
             gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
-            architecture=architecture(config),
+            architecture=ARCHITECTURE_OF[config.data.kind],
         )  # fmt: skip
         check_model(config, model)
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)

@@ -29,7 +29,7 @@ from training.engine.memory import GIB, memory_estimate, what_would_help
 from training.errors import ConfigError
 from training.loop.resume import permitted, schedule_change
 from training.run_folder.lock import make_folder, running_in
-from training.run_folder.prepare import Prepared, architecture, look, sample_rows
+from training.run_folder.prepare import Prepared, look, sample_rows
 from training.tracking.config import tracking_target
 
 COUNTED_STEPS = 64
@@ -174,13 +174,13 @@ def _model(
     gpu_memory_gib: float | None,
 ) -> Iterator[str]:
     from modeling.adapters import add_adapters
-    from modeling.architectures import auto_class
+    from modeling.architectures import ARCHITECTURE_OF, auto_class
     from modeling.layers import decoder_layers, position_limit
     from modeling.loading import load_config, resolve_attention, resolve_directory
     from training.checks.activations import count_activations
     from training.engine.engine import DTYPES
 
-    head = architecture(config)
+    head = ARCHITECTURE_OF[config.data.kind]
     model_config = load_config(resolve_directory(prepared.model_dir), head)
     attention = resolve_attention(config.model.attention, model_config, head)
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from training.distributed import barrier, gather_objects, rank
 from training.engine.engine import deepspeed_settings, process_group
 from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
-from training.loop.resume import go_on, permitted, schedule_change
+from training.loop.resume import permitted, resume_from, schedule_change
 from training.loop.trainer import Trainer
 from training.provenance import description
 from training.run_file import resolved
@@ -83,7 +83,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
     tracker = Tracker(config.output_dir, config.tracking) if rank() == 0 else None
     run = assemble(config, prepared)
     trainer = Trainer(run, tracker, stop)
-    start = go_on(trainer, found) if found is not None else 0
+    start = resume_from(trainer, found) if found is not None else 0
     for home in homes:
         checkpoint.set_aside_newer(home, start)
     if tracker is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from modeling.architectures import Architecture, auto_class
+from modeling.architectures import ARCHITECTURE_OF, Architecture, auto_class
 from modeling.errors import ModelError
 from modeling.loading import (
     AttentionName,
@@ -31,12 +31,7 @@ from modeling.weights.weight_match import OLD_BUFFERS, named
 from modeling.xmixup.mixup import encoder_layers
 
 TaskKind = Literal["classification", "tagging", "qa", "text"]
-TASK_ARCHITECTURES: dict[str, Architecture] = {
-    "classification": "sequence-classification",
-    "tagging": "token-classification",
-    "qa": "question-answering",
-    "text": "masked-lm",
-}
+TASK_ARCHITECTURES = {kind: each for kind, each in ARCHITECTURE_OF.items() if kind != "chat"}
 # weights of pretraining that a task does not use
 PRETRAINING_WEIGHTS = (
     r"^(cls|lm_head|generator_predictions|generator_lm_head|discriminator_predictions)\.",

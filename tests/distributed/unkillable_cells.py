@@ -30,7 +30,7 @@ from training.engine.engine import process_group
 from training.engine.saved_files import shard_of
 from training.errors import ConfigError
 from training.launch.stop import StopRequest
-from training.loop.resume import go_on
+from training.loop.resume import resume_from
 from training.loop.trainer import Trainer
 from training.run_file import validate
 from training.run_folder.prepare import prepare
@@ -224,7 +224,7 @@ def local_disks(data_dir: Path, work: Path) -> None:
     report["damaged"] = str(start)
     again = Trainer(assemble(config, prepared), None, StopRequest())
     losses = {}
-    for step in range(go_on(again, start), STEPS):
+    for step in range(resume_from(again, start), STEPS):
         batch = again.run.loader.load(step)
         losses[step + 1] = again.train_step(step, batch, again.agree(batch))["train/loss"]
     report["losses"] = losses

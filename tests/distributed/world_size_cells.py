@@ -27,7 +27,7 @@ from training.checkpoints import checkpoint
 from training.distributed import rank, world_size
 from training.engine.engine import process_group
 from training.loop import resume
-from training.loop.resume import go_on
+from training.loop.resume import resume_from
 from training.loop.trainer import Trainer
 from training.run_file import validate
 from training.run_folder.prepare import prepare
@@ -77,7 +77,7 @@ def main() -> None:
         trainer = Trainer(assemble(config, prepare(config, rank())), tracker=None)
         start = 0
         if world_size() != SAVING_RANKS:
-            start = go_on(trainer, checkpoint.checkpoint_path(config.output_dir, SAVED))
+            start = resume_from(trainer, checkpoint.checkpoint_path(config.output_dir, SAVED))
             assert start == SAVED
         metrics = {}
         for step in range(start, STEPS):

@@ -26,7 +26,7 @@ from training.checkpoints.search import find_checkpoint
 from training.distributed import barrier, gather_objects, rank
 from training.engine.engine import gathered, process_group
 from training.launch.stop import StoppedOnRequest
-from training.loop.resume import go_on
+from training.loop.resume import resume_from
 from training.loop.trainer import Trainer
 from training.run_file import validate
 from training.run_folder.prepare import prepare
@@ -96,7 +96,7 @@ def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Tr
 def resumed(trainer: Trainer) -> int:
     found = find_checkpoint("auto", trainer.disks)
     assert found is not None
-    return go_on(trainer, found)
+    return resume_from(trainer, found)
 
 
 def save_until(trainer: Trainer, last: int) -> None:

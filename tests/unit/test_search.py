@@ -17,7 +17,7 @@ from training.checkpoints.search import find_checkpoint
 from training.config import RunConfig
 from training.engine.saved_files import shard_of
 from training.errors import ConfigError
-from training.loop.resume import go_on
+from training.loop.resume import resume_from
 from training.loop.trainer import Trainer
 from training.run_file import resolved, validate
 
@@ -94,10 +94,10 @@ def test_fewer_bad_rows_than_were_met_are_refused_before_anything_is_loaded(conf
     run = SimpleNamespace(config=config, data=data, engine=SimpleNamespace(world_size=1))
     trainer = cast(Trainer, SimpleNamespace(run=run, restore=lambda path: 4))
     with pytest.raises(ConfigError) as refusal:
-        go_on(trainer, path)
+        resume_from(trainer, path)
     assert str(refusal.value) == (
         "data.max_bad_rows: 0, but 3 unusable rows were met before step-00000004 was saved; "
         "set data.max_bad_rows=3 or more"
     )
     run.config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 3})})
-    assert go_on(trainer, path) == 4
+    assert resume_from(trainer, path) == 4

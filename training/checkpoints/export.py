@@ -25,7 +25,6 @@ from training.config import RunConfig
 from training.errors import ConfigError, ExportCheckFailed
 from training.objectives.base import ObjectiveConfig
 from training.run_file import validate
-from training.run_folder.prepare import architecture
 
 if TYPE_CHECKING:
     import torch
@@ -149,12 +148,12 @@ def _planned(checkpoint: Path, config: RunConfig) -> dict[str, torch.Tensor]:
     """The export's weights by name on the meta device, in its number format; a tied weight has one name."""
     import torch
 
-    from modeling.architectures import auto_class
+    from modeling.architectures import ARCHITECTURE_OF, auto_class
     from modeling.weights.untrusted import read_config
     from training.engine.engine import DTYPES
 
     with torch.device("meta"):
-        model = auto_class(architecture(config)).from_config(read_config(checkpoint / "model_config"))
+        model = auto_class(ARCHITECTURE_OF[config.data.kind]).from_config(read_config(checkpoint / "model_config"))
     tied = model.all_tied_weights_keys
     return {
         name: tensor.to(DTYPES[config.precision]) if tensor.is_floating_point() else tensor
@@ -197,6 +196,7 @@ def _shown(weights: Iterable[tuple[str, torch.Tensor]], what: str, total: int) -
 def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel | None:
     """The base model of a LoRA run with the adapters of a checkpoint; None for a run of all weights."""
     from modeling.adapters import adapted_model
+    from modeling.architectures import ARCHITECTURE_OF
     from training.engine.state import consolidated
 
     if (lora := config.model.lora) is None:
@@ -204,11 +204,12 @@ def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel 
     base = _base(checkpoint, state.base or {}, config)
     weights = consolidated(checkpoint)
     trained = {name: tensor for name, tensor in weights if not config.objective.is_own_weight(name)}
-    return adapted_model(base, architecture(config), lora, trained)
+    return adapted_model(base, ARCHITECTURE_OF[config.data.kind], lora, trained)
 
 
 def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTrainedModel:
     """The model whose weights a LoRA run left frozen. Raises ConfigError where it is gone or another one."""
+    from modeling.architectures import ARCHITECTURE_OF
     from modeling.loading import load_pretrained
     from modeling.weights.weight_files import directory_hash
     from training.engine.engine import DTYPES
@@ -216,7 +217,7 @@ def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTr
     directory = Path(base["directory"])
     if not directory.is_dir() or directory_hash(directory) != base["hash"]:
         raise ConfigError(f"{checkpoint}: holds adapters to the model in {directory}, which is gone or has changed")
-    return load_pretrained(directory, DTYPES[config.precision], "eager", "cpu", architecture(config))
+    return load_pretrained(directory, DTYPES[config.precision], "eager", "cpu", ARCHITECTURE_OF[config.data.kind])
 
 
 def _description(config: RunConfig, step: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from modeling.architectures import ARCHITECTURE_OF
 from modeling.errors import ModelError
 from modeling.loading import load_config, load_pretrained, resolve_attention
 from modeling.weights.weight_files import one_line, stored_tensors
@@ -25,7 +26,6 @@ from training.checkpoints.checkpoint import REFERENCE_FILE
 from training.config import RunConfig
 from training.engine.engine import DTYPES
 from training.engine.start_checks import reference_inputs, reference_logits
-from training.run_folder.prepare import architecture
 
 if TYPE_CHECKING:
     from modeling.architectures import Architecture
@@ -99,7 +99,7 @@ def _check_logits(checkpoint: Path, config: RunConfig, output: Path) -> CheckRes
     with safe_open(checkpoint / REFERENCE_FILE, framework="pt") as file:
         ids, expected = file.get_tensor("input_ids"), file.get_tensor("logits")
         recorded = file.metadata() or {}
-    kind = architecture(config)
+    kind = ARCHITECTURE_OF[config.data.kind]
     attention = _attention(recorded, config, output, kind)
     scale = float(expected.abs().max())
 

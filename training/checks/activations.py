@@ -24,13 +24,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_pipeline.batching.batch import Batch, BatchShape
 from modeling.adapters import add_adapters
-from modeling.architectures import auto_class
+from modeling.architectures import ARCHITECTURE_OF, auto_class
 from modeling.label_head import CHUNK_ELEMENTS
 from modeling.layers import decoder_layers, hidden_size
 from training.config import RunConfig
 from training.engine.memory import Activations
 from training.objectives.base import ObjectiveParts
-from training.run_folder.prepare import architecture
 
 STAND_IN = "crosslift_counting"  # the attention that transformers is given while counting
 Kernel = Literal["eager", "sdpa", "flash_attention_2"]
@@ -53,7 +52,7 @@ def count_activations(
     """
     try:
         with torch.device("meta"), _stand_in(kernel):
-            model_class = auto_class(architecture(config))
+            model_class = auto_class(ARCHITECTURE_OF[config.data.kind])
             model = model_class.from_config(model_config, dtype=dtype, attn_implementation=STAND_IN).train()
             model.tie_weights()
             if (lora := config.model.lora) is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from training.checks.inputs import missing_inputs
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.run_folder.prepare import Prepared, architecture
+from training.run_folder.prepare import Prepared
 from training.tracking.config import tracking_target
 from training.tracking.mlflow_store import missing_folder
 
@@ -43,6 +43,7 @@ def check_model_files(config: RunConfig) -> None:
     Raises:
         ModelError, ConfigError: a line for each kind of mistake.
     """
+    from modeling.architectures import ARCHITECTURE_OF
     from modeling.loading import resolve_directory
     from modeling.tasks.encoders import TOKENIZER_FILES
     from modeling.weights.untrusted import read_tokenizer
@@ -51,7 +52,7 @@ def check_model_files(config: RunConfig) -> None:
     embeddings, task, trained = None, config.data.task, config.tokenizer.train
     if config.model.path is not None:
         labels = None if task is None else task.labels
-        model = check_directory(resolve_directory(config.model.path), architecture(config), labels)
+        model = check_directory(resolve_directory(config.model.path), ARCHITECTURE_OF[config.data.kind], labels)
         check_model(config, model)
         embeddings = model.config.get_text_config().vocab_size
     if trained is None:
@@ -74,10 +75,10 @@ def check_starting_model(config: RunConfig, prepared: Prepared) -> None:
         return
     import torch
 
-    from modeling.architectures import auto_class
+    from modeling.architectures import ARCHITECTURE_OF, auto_class
     from modeling.loading import load_config
 
-    head = architecture(config)
+    head = ARCHITECTURE_OF[config.data.kind]
     with torch.device("meta"):
         model: nn.Module = auto_class(head).from_config(load_config(Path(prepared.model_dir), head))
     check_model(config, model)

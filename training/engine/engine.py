@@ -146,7 +146,7 @@ class Construction:
 
 
 @contextmanager
-def freed_memory_goes_back() -> Iterator[None]:
+def release_freed_memory() -> Iterator[None]:
     """Context, for loading, in which freed blocks of 1 MiB and more are returned to the system.
 
     glibc otherwise raises that threshold when large blocks are freed and keeps them in its heap, and a rank's peak

@@ -1,7 +1,7 @@
 """Resuming from a checkpoint: checks that it belongs to the same run, and converts it to this number of ranks.
 
-`permitted` compares configs and data before anything is loaded, also for `crosslift check`, without ranks; `go_on`
-loads the state into a Trainer.
+`permitted` compares configs and data before anything is loaded, also for `crosslift check`, without ranks.
+`resume_from` loads the state into a Trainer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modeling.architectures import Architecture, auto_class
+from data_pipeline.config import RowKind
+from modeling.architectures import ARCHITECTURE_OF, Architecture, auto_class
 from modeling.loading import load_config as load_model_config
 from modeling.loading import resolve_directory
 from training.assembly import Run
@@ -31,7 +32,7 @@ from training.errors import ConfigError
 from training.loop.trainer import Trainer
 from training.objectives.scaling import learning_rate
 from training.run_file import resolved, validate
-from training.run_folder.prepare import POLL_SECONDS, Prepared, architecture
+from training.run_folder.prepare import POLL_SECONDS, Prepared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -60,7 +61,7 @@ def permitted(
         )
     found = differences(_with_defaults(state), fingerprint, resolved(config))
     if not any(each.fixed for each in found):
-        found += [Difference(line, fixed=True) for line in _other_shapes(path, config, prepared)]
+        found += [Difference(line, fixed=True) for line in _other_shapes(path, config.data.kind, prepared.model_dir)]
     if fixed := [each for each in found if each.fixed]:
         what = "cannot be loaded with" if accept_changes else "is another run's"
         listed = "; ".join(map(str, fixed if accept_changes else found))
@@ -84,11 +85,11 @@ def _with_defaults(state: RunState) -> RunState:
         return state
 
 
-def _other_shapes(path: Path, config: RunConfig, prepared: Prepared) -> Iterator[str]:
+def _other_shapes(path: Path, kind: RowKind, model_dir: str) -> Iterator[str]:
     """A line if the weights of a checkpoint do not fit the shapes of the configured model."""
-    head = architecture(config)
+    head = ARCHITECTURE_OF[kind]
     saved = load_model_config(path / "model_config", head)
-    now = load_model_config(resolve_directory(prepared.model_dir), head)
+    now = load_model_config(resolve_directory(model_dir), head)
     if saved.to_diff_dict() == now.to_diff_dict():
         return
     one, other = (_shapes(each, head) for each in (saved, now))
@@ -127,7 +128,7 @@ def schedule_change(state: RunState, config: RunConfig) -> str | None:
     )
 
 
-def go_on(trainer: Trainer, path: Path) -> int:
+def resume_from(trainer: Trainer, path: Path) -> int:
     """Loads a `permitted` checkpoint, saved on any number of ranks; returns the number of finished steps.
 
     Raises:

@@ -208,17 +208,10 @@ def _starting_weights(config: RunConfig, tokenizer_dir: str, scratch: Path | Non
     return str(_made_once(config.output_dir / "task_model", made_from, write, scratch))
 
 
-def architecture(config: RunConfig) -> Architecture:
-    """The head that the run's model has."""
-    from modeling.tasks.encoders import TASK_ARCHITECTURES
-
-    return "causal-lm" if config.data.task is None else TASK_ARCHITECTURES[config.data.task.kind]
-
-
 def _from_scratch(config: RunConfig, tokenizer_dir: str, scratch: Path | None) -> str:
     init = config.model.init
     assert init is not None  # the config model requires one
-    head: Architecture = "causal-lm" if config.data.task is None else "masked-lm"
+    head: Architecture = "causal-lm" if config.data.kind == "chat" else "masked-lm"
 
     def write(path: Path) -> None:
         from modeling.weights.initial_model import write_initial_model
