@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tiny_run import copy_preparation, rank_values
@@ -133,15 +134,15 @@ def misread(step: int, error: Exception) -> Disturb:
 
     def disturb(trainer: Trainer) -> None:
         loader = trainer.run.loader
-        read_share, read_row = loader.read, loader.reader.read
+        read_share, reader = loader.read, loader.reader
 
-        def fail(row, **options):
-            loader.reader.read = read_row  # once
+        def fail(slot):
+            loader.reader = reader  # once
             raise error
 
         def failing(plan, share):
             if share and plan.step == step and rank() == FAULTY_RANK:
-                loader.reader.read = fail
+                loader.reader = SimpleNamespace(index=reader.index, read=fail)
             return read_share(plan, share)
 
         loader.read = failing

@@ -253,7 +253,7 @@ def test_the_list_of_samples_costs_no_run(trainer: Made, full: bool, caplog: pyt
     file = made.config.output_dir / "not-finite-step-3.json"
     if full:
         file.symlink_to("/dev/full")
-    made._spare(3, Verdict("skip", "loss is not finite"), [("en-1", "sw-2")])
+    made._skip_update(3, Verdict("skip", "loss is not finite"), [("en-1", "sw-2")])
     (said,) = caplog.messages
     assert "step 3: loss is not finite; samples of rank 0: en-1, sw-2; " in said
     if full:
@@ -383,7 +383,7 @@ def test_a_step_that_is_not_finite_costs_no_checkpoint_that_is_being_written(tra
     made = trainer()
     made.save(4, {})
     with pytest.raises(NonFiniteStep):
-        made._spare(6, Verdict("stop", "loss is not finite"), [("en-1",)])
+        made._skip_update(6, Verdict("stop", "loss is not finite"), [("en-1",)])
     assert saved(made) == [4], "and none of the step in doubt"
 
 
