@@ -134,7 +134,7 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
     device, packer, loader = one_pass.engine.device, one_pass.data.packer, one_pass.loader
     # A plain SFT run has the same rows but no contrast sets: how its samples would be balanced over ranks.
     plain = config.model_copy(update={"objective": SFTConfig(name="sft")})
-    free = build_planner(plain, one_pass.data.index, tokens_per_byte(plain, one_pass.data.reader))
+    free = build_planner(plain, one_pass.data.reader, tokens_per_byte(plain, one_pass.data.reader))
     loaders = {"contrast sets": loader, "single samples": copy(loader)}
     loaders["single samples"].planner = free
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in OBJECTIVES}

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cache
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
@@ -163,9 +163,9 @@ class Progress:
         self.close()
 
 
-def track(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
-    """The items, with the progress of whoever takes them."""
-    with Progress(what, len(items), unit) as progress:
+def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[Item]:
+    """The `total` items, with the progress of whoever takes them."""
+    with Progress(what, total, unit) as progress:
         for item in items:
             yield item
             progress.advance()

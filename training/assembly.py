@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.batching.batch import Batch
 from data_pipeline.batching.chat import ChatCollator
-from data_pipeline.batching.packer import Collator, Layout, Packer
+from data_pipeline.batching.packer import Packer
 from data_pipeline.batching.tasks import TaskCollator
 from data_pipeline.loader import Loader, fixed_batches
 from data_pipeline.order.mixture import Quotas, language_weights
@@ -96,7 +96,7 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
     reader = build_reader(config, index, tokenizer)
     check_longest(reader)
-    planner = build_planner(config, index, tokens_per_byte(config, reader))
+    planner = build_planner(config, reader, tokens_per_byte(config, reader))
     packer = build_packer(config, prepared.model_dir, tokenizer)
     check_contrast_sets(config, planner, packer)
     return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
@@ -178,16 +178,16 @@ def build_objective(
     return config.objective.build(model, parts)
 
 
-def build_planner(config: RunConfig, index: DataIndex, costs: list[float] | None) -> Planner:
+def build_planner(config: RunConfig, reader: Reader, costs: list[float] | None) -> Planner:
     """The planner of a run; `costs` are tokens per byte by language."""
-    data = config.data
+    data, index = config.data, reader.index
     rows = {language: len(index.rows(number)) for number, language in enumerate(data.languages)}
     weights = language_weights(data.mixture, rows)
     pairing = PlannedPairing(
         dominant=data.languages.index(data.dominant),
         mode=data.mixture.pairing,
         set_size=config.objective.pairing().set_size,
-        partners=build_partners(config, index),
+        partners=reader.partners,
     )
     quotas = Quotas(weights, data.languages, data.mixture.period)
     return Planner(index, quotas, pairing, data.slots_per_step, config.seed, costs)
@@ -197,21 +197,17 @@ def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokeniz
     """The packer. The layout of conversations is chosen by a check on a tiny model unless the run file says."""
     data = config.data
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator: Collator = ChatCollator(int(pad or 0))
-    layout: Layout = "padded"
-    row_tokens = data.sequence_length
+    pad_id = int(pad or 0)
     if data.task is not None:
         has_types = "token_type_ids" in tokenizer.model_input_names
-        collator = TaskCollator(
-            int(tokenizer.pad_token_id or 0), data.task, config.objective.pairing().with_partner, has_types
-        )
-    else:
-        model_config = load_model_config(resolve_directory(model_dir))
-        attention = resolve_attention(config.model.attention, model_config)
-        layout = choose_layout(model_config, attention).layout if data.layout == "auto" else data.layout
-        # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
-        row_tokens = data.micro_batch_tokens if attention == "flash_attention_2" else row_tokens
-    return Packer(layout, data.micro_batch_tokens, row_tokens, collator)
+        tasks = TaskCollator(pad_id, data.task, config.objective.pairing().with_partner, has_types)
+        return Packer("padded", data.micro_batch_tokens, data.sequence_length, tasks)
+    model_config = load_model_config(resolve_directory(model_dir))
+    attention = resolve_attention(config.model.attention, model_config)
+    layout = choose_layout(model_config, attention).layout if data.layout == "auto" else data.layout
+    # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
+    row_tokens = data.micro_batch_tokens if attention == "flash_attention_2" else data.sequence_length
+    return Packer(layout, data.micro_batch_tokens, row_tokens, ChatCollator(pad_id))
 
 
 def tokens_per_byte(config: RunConfig, reader: Reader) -> list[float]:

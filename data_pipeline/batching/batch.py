@@ -97,7 +97,7 @@ class Batch(Generic[Targets]):
 
     def to(self, device: torch.device) -> Batch[Targets]:
         """The same micro-batch with every tensor on `device`."""
-        return replace(_moved(self, device), targets=_moved(self.targets, device))
+        return _moved(self, device)
 
 
 def _moved(value: Moved, device: torch.device) -> Moved:

@@ -120,7 +120,7 @@ def retrieve_tatoeba(
     missing = {each: absent.get(each, "not asked for") for each in task.languages if each not in chosen}
     pairs_of = {language: tatoeba_pairs(data_dir, language, layout) for language in chosen}
     gold_of, without_tokens = [], {}
-    for language, pairs in track(pairs_of.items(), "tatoeba", "languages"):
+    for language, pairs in track(pairs_of.items(), len(pairs_of), "tatoeba", "languages"):
         english, source = encoder.encode(pairs.english), encoder.encode(pairs.source)
         without = [
             f"{_file(data_dir, layout, language, is_english)}:{pairs.line(number, is_english)}: {text[:40]!r}"

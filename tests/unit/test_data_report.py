@@ -41,7 +41,7 @@ def changed(tmp_path: Path, tiny_run: Any, parts: DataParts) -> Changed:
             index = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=config.seed)
         stage = ChatStage(reader.stage.chat, data.sequence_length, data.overlong)
         new = replace(reader, index=index, stage=stage)
-        return config, replace(parts, index=index, reader=new, planner=build_planner(config, index, None))
+        return config, replace(parts, index=index, reader=new, planner=build_planner(config, new, None))
 
     return make
 

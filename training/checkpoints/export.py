@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import atomic_folder, recover
-from data_pipeline.console import Progress
+from data_pipeline.console import track
 from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, ExportInfo
 from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, defect
 from training.checkpoints.export_text import GENERATION_FILE, fixed_response_language, set_text_files
@@ -125,7 +125,7 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
         base = state.base or {}
         save_adapter(adapted, output / ADAPTER_FOLDER, config.model.path or base["directory"], base["hash"])
     weights = _weights(checkpoint, config.objective, planned, adapted)
-    write_weights(_shown(weights, "export", len(planned)), planned, output)
+    write_weights(track(weights, len(planned), "export", "weights"), planned, output)
     model_config = read_config(checkpoint / "model_config")
     model_config.dtype = DTYPES[config.precision]
     model_config.use_cache = config.data.task is None
@@ -182,15 +182,8 @@ def _weights(
 def _expected_weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
     """What the export must hold, made from the checkpoint again."""
     planned, adapted = _planned(checkpoint, config), _adapted(checkpoint, config, state)
-    yield from _shown(_weights(checkpoint, config.objective, planned, adapted), "check", len(planned))
-
-
-def _shown(weights: Iterable[tuple[str, torch.Tensor]], what: str, total: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, with the progress of whoever takes them."""
-    with Progress(what, total, "weights") as progress:
-        for weight in weights:
-            yield weight
-            progress.advance()
+    weights = _weights(checkpoint, config.objective, planned, adapted)
+    yield from track(weights, len(planned), "check", "weights")
 
 
 def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from data_pipeline.config import RowKind
 from training.objectives.base import ObjectiveConfig, ObjectiveParts
 from training.objectives.finetune import TaskFineTuning
+from training.objectives.sft import token_target_losses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +45,7 @@ class MaskedLM(TaskFineTuning):
 
     def _unit_losses(self, engine: Engine, batch: TaskBatch) -> Tensor:
         from data_pipeline.batching.batch import TokenTargets
-        from modeling.label_head import token_losses
 
-        labels = batch.targets.labels
-        assert isinstance(labels, TokenTargets)  # of kind text
-        with self.head.select(labels.positions):
-            logits_1NV = engine.forward(**batch.model_inputs()).logits
-        return token_losses(logits_1NV[0], labels.ids) * batch.label_weights
+        tokens = batch.targets.labels
+        assert isinstance(tokens, TokenTargets)  # of kind text
+        return token_target_losses(engine, self.head, batch, tokens)

@@ -5,7 +5,7 @@ Shapes: N label positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from data_pipeline.config import RowKind
 from training.objectives.base import LossTerm, LossTerms, Objective, ObjectiveConfig, ObjectiveParts
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from data_pipeline.batching.batch import ChatBatch
+    from data_pipeline.batching.batch import Batch, ChatBatch, TokenTargets
+    from modeling.label_head import LabelHead
     from training.engine.engine import Engine
 
 
@@ -47,8 +48,13 @@ class SupervisedFineTuning(Objective):
 
     def _token_losses(self, engine: Engine, batch: ChatBatch) -> Tensor:
         """(N,) fp32."""
-        from modeling.label_head import token_losses
+        return token_target_losses(engine, self.head, batch, batch.targets.tokens)
 
-        with self.head.select(batch.targets.tokens.positions):
-            logits_1NV = engine.forward(**batch.model_inputs()).logits
-        return token_losses(logits_1NV[0], batch.targets.tokens.ids) * batch.label_weights
+
+def token_target_losses(engine: Engine, head: LabelHead, batch: Batch[Any], tokens: TokenTargets) -> Tensor:
+    """(N,) fp32 losses of tokens to be predicted, 0 at placeholders; the LM head reads their positions alone."""
+    from modeling.label_head import token_losses
+
+    with head.select(tokens.positions):
+        logits_1NV = engine.forward(**batch.model_inputs()).logits
+    return token_losses(logits_1NV[0], tokens.ids) * batch.label_weights
