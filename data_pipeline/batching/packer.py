@@ -44,6 +44,7 @@ class Bin:
 
     rows: list[list[Sample]] = field(default_factory=list)
     units: list[SampleUnit] = field(default_factory=list)
+    longest: int = 0  # tokens of its longest sample
 
 
 class Collator(ABC):
@@ -84,18 +85,19 @@ class Packer:
             if not unit.samples:
                 continue
             for candidate in bins:
-                rows = self._place(candidate.rows, unit.samples, self.micro_batch_tokens)
+                rows = self._place(candidate.rows, candidate.longest, unit.samples, self.micro_batch_tokens)
                 if rows is not None:
                     break
             else:
                 candidate = Bin()
                 bins.append(candidate)
-                rows = self._place([], unit.samples, self.micro_batch_tokens)
+                rows = self._place([], 0, unit.samples, self.micro_batch_tokens)
                 if rows is None:
-                    rows = self._place([], unit.samples, None)
+                    rows = self._place([], 0, unit.samples, None)
                     self._warn(unit)
             assert rows is not None
             candidate.rows = rows
+            candidate.longest = max(candidate.longest, _longest(unit.samples))
             candidate.units.append(unit)
         return [self.collator.collate(each, self.layout) for each in bins]
 
@@ -110,7 +112,7 @@ class Packer:
 
     def tokens_alone(self, lengths: Sequence[int]) -> int:
         """Rows x longest row of a micro-batch of samples of these lengths."""
-        rows = self._place([], list(map(Blank, lengths)), None)
+        rows = self._place([], 0, list(map(Blank, lengths)), None)
         assert rows is not None
         return self.collator.sides * len(rows) * max(map(_row_tokens, rows))
 
@@ -123,13 +125,17 @@ class Packer:
                 what, needed, self.layout, self.micro_batch_tokens,
             )  # fmt: skip
 
-    def _place(self, rows: list[list[Item]], samples: Sequence[Item], budget: int | None) -> list[list[Item]] | None:
-        """The rows with `samples` added, or None if that exceeds the budget. Only lengths are used."""
-        placed = [list(row) for row in rows]
+    def _place(
+        self, rows: list[list[Item]], longest: int, samples: Sequence[Item], budget: int | None
+    ) -> list[list[Item]] | None:
+        """The rows, whose longest sample has `longest` tokens, with `samples` added; None if that exceeds the budget.
+
+        Only lengths are used. In the padded layout a full micro-batch is refused without a look at its rows.
+        """
         if self.layout == "padded":
-            placed += [[sample] for sample in samples]
-            cost = self.collator.sides * len(placed) * max(map(_row_tokens, placed))
-            return placed if budget is None or cost <= budget else None
+            cost = self.collator.sides * (len(rows) + len(samples)) * max(longest, _longest(samples))
+            return [*rows, *([sample] for sample in samples)] if budget is None or cost <= budget else None
+        placed = [list(row) for row in rows]
         room = [self.row_tokens - _row_tokens(row) for row in placed]
         for sample in sorted(samples, key=lambda sample: sample.row_length, reverse=True):
             length = sample.row_length
@@ -144,6 +150,10 @@ class Packer:
             else:
                 return None
         return placed
+
+
+def _longest(samples: Sequence[HasRowLength]) -> int:
+    return max(sample.row_length for sample in samples)
 
 
 def _row_tokens(row: Sequence[HasRowLength]) -> int:
