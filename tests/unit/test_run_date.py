@@ -137,7 +137,7 @@ def test_a_run_trains_with_its_date_and_writes_it_down(
         seen.append(config)
         raise InterruptedError
 
-    prepared = SimpleNamespace(tokenizer_dir=str(dated_tokenizer))
+    prepared = SimpleNamespace(tokenizer_dir=str(dated_tokenizer), model_dir="unused")
     monkeypatch.setattr(fit, "prepare", lambda config, rank: prepared)
     monkeypatch.setattr(fit, "assemble", stop)
     monkeypatch.setattr(fit, "fingerprint", lambda prepared: {})
