@@ -34,6 +34,7 @@ TESTS = {"test_seen": "known situations, new numbers", "test_unseen": "situation
 LEAST_ENGLISH, LEAST_GAP = 0.50, 0.10  # below these there is no dominance that a method could use
 ANSWER_TOKENS = 40
 RANKS = 2
+BATCH = 500  # answers generated together; a model this small is slow only by the number of batches
 PROBLEMS = 50  # of each test and language
 
 Correct = dict[str, list[bool]]  # by language, in the order of the items
@@ -134,7 +135,7 @@ def _answers(output: Path, model: str, test: str) -> Correct:
     """Right or wrong by language and item, generated unless it was already; `track` takes the scores."""
     data, scores = output / "data" / f"mgsm_{test}", output / "scores" / model / test
     generator, chat = open_model(str(output / model / "model"))
-    settings = MgsmSettings(LANGUAGES, max_new_tokens=ANSWER_TOKENS, batch_size=100)
+    settings = MgsmSettings(LANGUAGES, max_new_tokens=ANSWER_TOKENS, batch_size=BATCH)
     track_results(evaluate_mgsm(generator, chat, data, scores, settings), scores, test)
     correct: Correct = {}
     for language, file in find_files(data, ".tsv", LANGUAGES).items():

@@ -5,15 +5,17 @@ each rule, and `results.json`, which describes the run. `score_mgsm` judges kept
 later ones.
 
 The published protocol (MathOctopus, QAlign): zero-shot, greedy, up to 600 new tokens, the `alpaca` template. An
-interrupted evaluation is continued in its folder: finished languages are kept.
+interrupted evaluation is continued in its folder: finished languages are kept. Batches hold several languages where one
+has too few problems to fill them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -128,24 +130,29 @@ def evaluate_mgsm(
     }
     folder = Path(output)
     claim(folder, run)
-    scores = {}
+    kept = folder / "predictions"
+    rows = {
+        language: read_predictions(kept / f"mgsm_{language}.jsonl", language, chosen)
+        for language, chosen in problems.items()
+        if (kept / f"mgsm_{language}.jsonl").exists()
+    }
     with Progress("mgsm", sum(map(len, problems.values())), "problems") as progress:
-        for language, chosen in problems.items():
-            file = folder / "predictions" / f"mgsm_{language}.jsonl"
-            if file.exists():
-                rows = read_predictions(file, language, chosen)
-                progress.advance(len(rows))
-            else:
-                asked = [_prompt(chat, problem, language, response_language or language) for problem in chosen]
-                answers = generator.generate(
-                    asked, max_new_tokens, batch_size=settings.batch_size, progress=progress.advance
-                )
-                rows = [
-                    _judged(_row(chat, *parts), language)
-                    for parts in zip(range(len(chosen)), chosen, asked, answers, strict=True)
+        progress.advance(sum(map(len, rows.values())))
+        for group in _filling_batches(problems, rows, settings.batch_size):
+            asked = {
+                language: [_prompt(chat, problem, language, response_language or language) for problem in chosen]
+                for language, chosen in group.items()
+            }
+            prompts = list(chain.from_iterable(asked.values()))
+            answers = iter(generator.generate(prompts, max_new_tokens, 1, settings.batch_size, progress.advance))
+            for language, chosen in group.items():
+                rows[language] = [
+                    _judged(_row(chat, index, problem, prompt, next(answers)), language)
+                    for index, (problem, prompt) in enumerate(zip(chosen, asked[language], strict=True))
                 ]
-                write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            scores[language] = _score(rows, len(found[language]))
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[language]]
+                write_text(kept / f"mgsm_{language}.jsonl", "".join(lines))
+    scores = {language: _score(rows[language], len(every)) for language, every in found.items()}
     missing = dict.fromkeys(find_files(data_dir, ".tsv").keys() - files.keys(), "not asked for")
     results = {"run": run, **_summary(scores, generator.info.dominant, missing)}
     write_text(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
@@ -192,6 +199,21 @@ def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> 
             raise EvalError(f"{file}:{number + 1}: answers another question than problem {index} of the labels")
         rows[index] = _judged({**row, "gold": problems[index].gold}, language)
     return [rows[index] for index in sorted(rows)]
+
+
+def _filling_batches(
+    problems: Mapping[str, Sequence[Problem]], done: Collection[str], batch_size: int
+) -> Iterator[dict[str, Sequence[Problem]]]:
+    """The languages that are not `done`, joined until they fill a batch: with few problems each, batches stay full."""
+    group: dict[str, Sequence[Problem]] = {}
+    for language, chosen in problems.items():
+        if language not in done:
+            group[language] = chosen
+        if sum(map(len, group.values())) >= batch_size:
+            yield group
+            group = {}
+    if group:
+        yield group
 
 
 def _prompt(chat: Chat, problem: Problem, language: str, response_language: str) -> Prompt:

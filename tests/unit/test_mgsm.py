@@ -77,11 +77,13 @@ class ScriptedGenerator:
         self.info = ExportInfo(objective="shifcon", languages=("en", "bn", "de"), dominant="en")
         self.chat, self.dies_at = chat, dies_at
         self.prompts: list[Prompt] = []
+        self.calls: list[int] = []  # prompts of each call
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, num_beams: int = 1, batch_size: int = 16, progress=None
     ) -> list[Generation]:
         self.prompts += prompts
+        self.calls.append(len(prompts))
         answers = []
         for prompt in prompts:
             if prompt.language == self.dies_at:
@@ -187,20 +189,32 @@ def test_languages_limit_and_response_language_are_applied(tmp_path: Path, data:
 def test_finished_languages_survive_a_crash_and_the_evaluation_continues(
     tmp_path: Path, data: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, filled = tmp_path / "out", MgsmSettings(batch_size=1)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model", dies_at="de"), chat, data, out)
+        evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model", dies_at="de"), chat, data, out, filled)
     assert [file.name for file in (out / "predictions").iterdir()] == ["mgsm_bn.jsonl"]
     assert not (out / "results.json").exists()
 
     again = ScriptedGenerator(chat, tmp_path / "model")
     told: list[int] = []
     monkeypatch.setattr(mgsm.Progress, "advance", lambda self, n=1: told.append(n))
-    results = evaluate_mgsm(again, chat, data, out)
+    results = evaluate_mgsm(again, chat, data, out, filled)
     assert {prompt.language for prompt in again.prompts} == {"de", "en"}
     assert told == [2]
     whole = evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model"), chat, data, tmp_path / "whole")
     assert results == whole
+
+
+def test_languages_with_few_problems_share_batches(tmp_path: Path, data: Path, chat: Chat) -> None:
+    problems = [len(rows) for rows in QUESTIONS.values()]
+    for size, calls in ((1, problems), (sum(problems[:2]), [sum(problems[:2]), problems[2]]), (100, [sum(problems)])):
+        generator = ScriptedGenerator(chat, tmp_path / "model")
+        results = evaluate_mgsm(generator, chat, data, tmp_path / f"of {size}", MgsmSettings(batch_size=size))
+        assert generator.calls == calls
+        assert list(results["languages"]) == sorted(QUESTIONS)
+        for language in QUESTIONS:
+            name = f"predictions/mgsm_{language}.jsonl"
+            assert (tmp_path / f"of {size}" / name).read_bytes() == (tmp_path / "of 1" / name).read_bytes()
 
 
 def test_the_folder_of_another_evaluation_is_refused(tmp_path: Path, data: Path, chat: Chat) -> None:
