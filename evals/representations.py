@@ -227,7 +227,7 @@ def _measured(
 
     sums = [CrossCovariance(states.width, states.width, states.model.device) for _ in range(states.layers + 1)]
     for batch in _batches(pairs, BATCH_SIZE):
-        own, translated = (states.of(side) for side in zip(*batch, strict=True))
+        own, translated = (states.pooled(side) for side in zip(*batch, strict=True))
         for layer, covariance in enumerate(sums):
             covariance.add(translated[layer], own[layer])
         progress.advance(len(batch))

@@ -57,7 +57,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, seed: int) -> N
     """Adds adapters to linear layers in place, and freezes all other weights but those of a task's head.
 
     The adapters start at zero, so the model's outputs do not change. Under ZeRO-3 the model may be sharded; with DoRA,
-    whose magnitudes are the norms of the base weights, peft must then know of ZeRO-3 (`Construction.known_to_peft`).
+    whose magnitudes are the norms of the base weights, call it inside `Construction.known_to_peft`.
 
     Args:
         model: a model with its weights.
@@ -90,7 +90,7 @@ def adapted_model(
             the base's number format.
 
     Raises:
-        ModelError: a weight of an adapter is missing, or one has no place in the model.
+        ModelError: a weight of an adapter is missing, or the model has no such weight.
     """
     from peft import get_peft_model
 
@@ -103,7 +103,7 @@ def adapted_model(
     adapters = {name: weight for name, weight in trained.items() if name not in head}
     loaded = model.get_base_model().load_state_dict(adapters, strict=False)
     if loaded.unexpected_keys:
-        raise ModelError(f"lora: the model has no place for {named(loaded.unexpected_keys)}")
+        raise ModelError(f"lora: weights that the model does not have: {named(loaded.unexpected_keys)}")
     if missing := [name for name in loaded.missing_keys if f".{model.base_model.prefix}" in name]:
         raise ModelError(f"lora: weights of adapters are missing: {named(missing)}")
     return model
@@ -133,8 +133,10 @@ def _lora_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
     names = _linear_layers(model)
     known = {name.rpartition(".")[2] for name in names}
     if unknown := [target for target in settings.targets or () if target not in known]:
-        there = ", ".join(sorted(known))
-        raise ModelError(f"model.lora.targets: no linear layer {unknown[0]!r} in the model's blocks; there are {there}")
+        existing = ", ".join(sorted(known))
+        raise ModelError(
+            f"model.lora.targets: no linear layer {unknown[0]!r} in the model's blocks; there are {existing}"
+        )
     if settings.targets is not None:
         names = [name for name in names if name.rpartition(".")[2] in settings.targets]
     if not names:

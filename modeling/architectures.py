@@ -50,12 +50,12 @@ def model_class(config: PreTrainedConfig, architecture: Architecture) -> Any:
     """The model class of a config with this head.
 
     Raises:
-        ModelError: transformers has no such class, or a causal LM is wanted of an encoder's config. transformers has a
-            causal class for most encoders, but without `is_decoder` it attends to later tokens too.
+        ModelError: transformers has no such class, or a causal LM is requested for an encoder's config. transformers
+            has a causal class for most encoders, but without `is_decoder` it attends to later tokens too.
     """
     mapping = _CLASSES[architecture][1]
     if type(config) not in mapping:
-        what = "is no decoder language model" if architecture == "causal-lm" else f"has no {architecture} head"
+        what = "is not a decoder language model" if architecture == "causal-lm" else f"has no {architecture} head"
         raise ModelError(f"a {config.model_type} model {what}")
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if architecture == "causal-lm" and encoder:

@@ -97,7 +97,7 @@ class ShiftedGenerator:
             self.shift = LanguageShift(model, *vectors.area)
             self.shift.set_vectors(vectors)
         self.end_ids = _end_ids(model, tokenizer)
-        self.stops = Stops()  # what else ends an answer; set by callers that know the chat template
+        self.stops = Stops()  # further ends of an answer, set by callers from the chat template
         # Replaced, because sampling and penalties that the model's authors set would apply to every call of generate.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=self.end_ids, pad_token_id=self._padding_id()
@@ -153,15 +153,15 @@ class ShiftedGenerator:
         Raises:
             ModelError: a prompt without tokens, or without a position left for an answer.
         """
-        room = self._room(prompts, max_new_tokens)
+        limits = self._answer_limits(prompts, max_new_tokens)
         config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True)
         if sampling is not None:
             config.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
             torch.manual_seed(sampling.seed)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         answers: dict[int, Generation] = {}
-        for tokens, alike in groupby(order, key=room.__getitem__):
-            config.max_new_tokens, same = tokens, list(alike)
+        for limit, group in groupby(order, key=limits.__getitem__):
+            config.max_new_tokens, same = limit, list(group)
             for start in range(0, len(same), batch_size):
                 chosen = same[start : start + batch_size]
                 answers.update(zip(chosen, self._batch([prompts[i] for i in chosen], config), strict=True))
@@ -169,21 +169,21 @@ class ShiftedGenerator:
                     progress(len(chosen))
         return [answers[i] for i in range(len(prompts))]
 
-    def _room(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
+    def _answer_limits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
         """Most tokens of each prompt's answer."""
-        room = [max_new_tokens] * len(prompts)
+        limits = [max_new_tokens] * len(prompts)
         for i, prompt in enumerate(prompts):
             if not prompt.ids:
                 raise ModelError(f"prompt {i} has no tokens; it needs at least one")
             if self.positions is not None:
                 self.refuse_too_long(prompt.ids, f"prompt {i}: ")
-                room[i] = min(max_new_tokens, self.positions - len(prompt.ids))
-        if cut := sum(each < max_new_tokens for each in room):
+                limits[i] = min(max_new_tokens, self.positions - len(prompt.ids))
+        if cut := sum(each < max_new_tokens for each in limits):
             log.warning(
                 "%d of %d answers have room for fewer than %d tokens: the model has positions for %d, prompt included",
                 cut, len(prompts), max_new_tokens, self.positions,
             )  # fmt: skip
-        return room
+        return limits
 
     def refuse_too_long(self, ids: Sequence[int], where: str = "") -> None:
         """Raises ModelError, beginning with `where`, for a prompt that leaves no position for an answer."""
@@ -283,12 +283,12 @@ class ShiftedGenerator:
 def _own_vectors(directory: Path) -> LanguageVectors:
     file = directory / VECTORS_FILE
     if not file.is_file():
-        raise ModelError(f"{file}: missing, and a ShifCon model does not run without; copy it from the export")
+        raise ModelError(f"{file}: missing, and a ShifCon model does not run without it; copy it from the export")
     vectors = LanguageVectors.load(file)
     if vectors.model_hash != (found := directory_hash(directory)):
         raise ModelError(
-            f"{file}: of the model {vectors.model_hash or 'unnamed'}, but the weights beside it are {found}; "
-            "put the two back together or export again"
+            f"{file}: belongs to the weights {vectors.model_hash or '(no hash)'}, but those beside it are {found}; "
+            "copy both from one export, or export again"
         )
     return vectors
 

@@ -34,7 +34,7 @@ class LabelHead:
         """
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
-            raise ModelError(f"{type(model).__name__} has no output embedding: it is no language model")
+            raise ModelError(f"{type(model).__name__} has no output embedding: it is not a language model")
         self._positions: Tensor | None = None
         self._reached = False
         self._handle = head.register_forward_pre_hook(self._choose)

@@ -30,16 +30,16 @@ def _backbone(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face module that owns the layers, inside any wrappers."""
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if pretrained is None:
-        raise ModelError(f"{type(model).__name__} holds no Hugging Face model, so its layers cannot be found")
+        raise ModelError(f"{type(model).__name__} contains no Hugging Face model, so its layers cannot be found")
     return pretrained.get_decoder()
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The number of tokens that the model has positions for; None if its config does not say."""
+    """The number of tokens that the model has positions for; None if its config gives none."""
     table = position_table(model)
     if table is None:
         return getattr(_backbone(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
-    # the first rows of OPT's and RoBERTa's tables are no token's positions
+    # the first rows of OPT's and RoBERTa's tables belong to no token
     unused = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
     return int(table.num_embeddings - unused)
 
@@ -84,7 +84,7 @@ def state_hook(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor | Non
     Args:
         model: any model with layers.
         layer: 0..number of layers.
-        fn: takes the state (B, T, H). What it returns replaces the state; None leaves it as it is. Functions at the
+        fn: takes the state (B, T, H). What it returns replaces the state; None leaves it unchanged. Functions at the
             same layer run in the order of their installation, each on what the one before returned.
 
     Raises:

@@ -53,14 +53,14 @@ def resolve_attention(
     flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
     if name == "flash_attention_2" and not flash:
         raise ModelError("attention: flash_attention_2 needs flash-attn and an NVIDIA GPU; use auto or sdpa")
-    runs = {
+    supported = {
         "flash_attention_2": flash and (config is None or supports_attention(chosen, "flash_attention_2")),
         "sdpa": config is None or supports_attention(chosen, "sdpa"),
         "eager": True,
     }
     if name == "auto":
-        return next(choice for choice, does_run in runs.items() if does_run)
-    if not runs[name]:
+        return next(choice for choice, is_supported in supported.items() if is_supported)
+    if not supported[name]:
         raise ModelError(f"attention: {chosen.__name__} has no {name}; use auto or eager")
     return name
 
@@ -83,7 +83,8 @@ def resolve_directory(directory_or_name: str | Path) -> Path:
         )
     except (OSError, ValueError) as error:  # every hub error is one of the two
         raise ModelError(
-            f"model {str(directory_or_name)!r}: not a local directory, and the hub says: {one_line(error)}"
+            f"model {str(directory_or_name)!r}: not a local directory, and the download from the hub failed: "
+            f"{one_line(error)}"
         ) from error
 
 
@@ -103,7 +104,7 @@ def _exported(directory: Path) -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers logs errors only; the caller judges what it would warn of."""
+    """Inside, transformers logs errors only; the caller handles what it would warn about."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-EVERY = 8  # tokens between two checks, because a check decodes every row; tokens generated in between are cut off
+CHECK_INTERVAL = 8  # tokens, because a check decodes every row; tokens generated in between are cut off
 CHECKED_TOKENS = 160  # at the end of a row: longer than a header and the tokens between two checks
 
 
@@ -54,7 +54,7 @@ class TextStop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         """input_ids: (R, T). Returns (R,) bool."""
-        if (input_ids.shape[1] - self.prompt_length) % EVERY:
+        if (input_ids.shape[1] - self.prompt_length) % CHECK_INTERVAL:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         tails = input_ids[:, self.prompt_length :][:, -CHECKED_TOKENS:].tolist()
         found = [self.pattern.search(_text(tail, self.tokenizer)) is not None for tail in tails]

@@ -13,18 +13,18 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-__all__ = ["forget_attention", "no_init_weights", "obsolete_weights", "renamed_weights", "supports_attention"]
+__all__ = ["clear_attention", "no_init_weights", "obsolete_weights", "renamed_weights", "supports_attention"]
 
 # `no_init_weights`: `build_model` makes modules whose weights are all loaded afterwards. Without it, every rank would
 # draw random numbers for the whole model, tensor by tensor.
 
 
 def supports_attention(model_class: type[PreTrainedModel] | Any, name: str) -> bool:
-    """Whether a model class runs `sdpa` or `flash_attention_2`; transformers has no public way to ask a class."""
+    """Whether a model class runs `sdpa` or `flash_attention_2`; transformers has no public API for it."""
     return bool({"sdpa": model_class._supports_sdpa, "flash_attention_2": model_class._supports_flash_attn}[name])
 
 
-def forget_attention(config: PreTrainedConfig) -> None:
+def clear_attention(config: PreTrainedConfig) -> None:
     """Removes the attention that a config.json names: transformers would fetch and run a kernel from the hub."""
     config._attn_implementation = None
 

@@ -79,7 +79,7 @@ class SentenceEncoder:
         while order:
             size = max(BATCH_TOKENS // len(encoded[order[0]].ids), 1)
             batch, order = order[:size], order[size:]
-            found[batch] = self.states.of([encoded[number] for number in batch])[self.layer + 1].cpu().numpy()
+            found[batch] = self.states.pooled([encoded[number] for number in batch])[self.layer + 1].cpu().numpy()
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.float32(1e-12))
 
 

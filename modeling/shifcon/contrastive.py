@@ -21,7 +21,7 @@ from modeling.layers import membership, state_hook, without_autocast
 
 
 class ContentPooling:
-    """Mean content state of each segment at chosen layers, from a forward pass that is done anyway.
+    """Hooks that average the content states of each segment at chosen layers during the model's forward pass.
 
     Install it after the model's `LanguageShift` to pool shifted states: hooks at the same layer run in the order of
     their installation.
@@ -108,8 +108,8 @@ def contrastive_loss(
         dominant_KPH, other_KPH = F.normalize(states_KSH.float(), dim=-1)[:, pairs].unbind(dim=2)
         logits_KPP = scale * dominant_KPH @ other_KPH.mT
     shared_text = (content[:, None, :, None] == content[None, :, None, :]).flatten(2).any(dim=2)
-    no_negative = (groups[:, None] == groups) | shared_text | (sets[:, None] != sets)
-    no_negative.fill_diagonal_(False)  # the pair itself is the positive
-    logits_KPP = logits_KPP.masked_fill(no_negative, -torch.inf)
+    excluded = (groups[:, None] == groups) | shared_text | (sets[:, None] != sets)
+    excluded.fill_diagonal_(False)  # the pair itself is the positive
+    logits_KPP = logits_KPP.masked_fill(excluded, -torch.inf)
     both = logits_KPP.logsumexp(dim=2) + logits_KPP.logsumexp(dim=1)
     return (both / 2 - logits_KPP.diagonal(dim1=1, dim2=2)).sum() / len(pooled)

@@ -67,7 +67,7 @@ class LanguageVectors:
             raise ModelError(f"language vectors: dominant language {self.dominant!r} has no vector")
 
     def has(self, language: str) -> bool:
-        """Whether this language was measured; one that was not is never shifted."""
+        """Whether this language has a vector; a language without one is never shifted."""
         return language in self.languages and bool(self.tokens[self.languages.index(language)] > 0)
 
     def at(self, layer: int) -> Tensor:

@@ -29,7 +29,7 @@ def shift_tables(vectors: LanguageVectors) -> Tensor:
     """(2, L+1, H) fp32: what is added at `toward` and at `back`, for each language.
 
     The last row, at index -1, is "no language". Rows that must not move a state hold -0.0, the only number that leaves
-    every float as it is (0.0 would turn -0.0 into 0.0).
+    every float unchanged (0.0 would turn -0.0 into 0.0).
     """
     dominant = vectors.languages.index(vectors.dominant)
     toward, back = (vectors.at(layer) for layer in vectors.area)
@@ -100,7 +100,7 @@ class LanguageShift:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, nothing is shifted; vectors are measured so."""
+        """Inside, nothing is shifted, as when vectors are measured."""
         before, self._enabled = self._enabled, False
         try:
             yield

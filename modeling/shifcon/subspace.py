@@ -16,7 +16,7 @@ from torch import Tensor
 from modeling.errors import ModelError
 
 CHUNK_ROWS = 4096  # fp64 copies that exist at once
-# Share of the mean squared length that counts as rounding: repeated fp32 states vary by less.
+# Variation below this share of the mean squared length counts as rounding: repeated fp32 states vary by less.
 NO_VARIATION = 1e-12
 
 
@@ -93,8 +93,8 @@ class CrossCovariance:
         widths = self._centre_x.shape[0], self._centre_y.shape[0]
         if x_NX.dim() != 2 or y_NY.dim() != 2 or len(x_NX) != len(y_NY) or (x_NX.shape[1], y_NY.shape[1]) != widths:
             raise ModelError(
-                f"states of {tuple(x_NX.shape)} and {tuple(y_NY.shape)}: both sides need as many rows, and the widths "
-                f"{widths[0]} and {widths[1]}"
+                f"states of {tuple(x_NX.shape)} and {tuple(y_NY.shape)}: both sides need the same number of rows, "
+                f"and the widths {widths[0]} and {widths[1]}"
             )
         for x, y in zip(x_NX.detach().split(CHUNK_ROWS), y_NY.detach().split(CHUNK_ROWS), strict=True):
             self._add(x.to(self._centre_x), y.to(self._centre_y))
@@ -121,7 +121,7 @@ class CrossCovariance:
         states have about `width / (width + N)`, not 0.
 
         `debiased` takes the unbiased estimator of HSIC (Song et al. 2012, JMLR 13) in the same ratio: about 0 for
-        independent states whatever N, and perhaps below. NaN where a side does not vary, or N is too small (2; 4).
+        independent states at any N, possibly negative. NaN where a side does not vary or N is below 2 (debiased: 4).
         """
         undefined = torch.full_like(self._norm, torch.nan)
         x = _Side(self._sum_x / self.n, self._xx.ab.trace())
@@ -133,7 +133,7 @@ class CrossCovariance:
         ):
             return undefined
         of_x, of_y = self._xx.dependence(self.n, x, x, debiased), self._yy.dependence(self.n, y, y, debiased)
-        if of_x <= 0 or of_y <= 0:  # the unbiased estimator can be, of very few rows
+        if of_x <= 0 or of_y <= 0:  # the unbiased estimator may be negative for very few rows
             return undefined
         return self._xy.dependence(self.n, x, y, debiased) / (of_x * of_y).sqrt()
 

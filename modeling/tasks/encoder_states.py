@@ -1,6 +1,6 @@
-"""Keeps hidden states of an encoder from the forward pass that is done anyway.
+"""Captures hidden states of an encoder during its forward pass.
 
-By default these are the last states, which the head reads.
+By default these are the last states, the input of the head.
 
 Shapes: R rows, T tokens, H hidden.
 """
@@ -17,7 +17,7 @@ from modeling.layers import decoder_layers, state_hook
 
 
 class EncoderStates:
-    """Keeps states of the forward pass inside `batch()`; does nothing outside it:
+    """Captures the states of the forward pass inside `batch()`; does nothing outside it:
 
     with states.batch() as captured:
         logits = model(...).logits
@@ -37,7 +37,7 @@ class EncoderStates:
         self.last = len(decoder_layers(model))
         self.layers = (self.last,) if layers is None else tuple(layers)
         self._captured: dict[int, Tensor] | None = None
-        self._handles = [state_hook(model, layer, self._keeper(layer)) for layer in self.layers]
+        self._handles = [state_hook(model, layer, self._capturer(layer)) for layer in self.layers]
 
     @contextmanager
     def batch(self) -> Iterator[dict[int, Tensor]]:
@@ -60,11 +60,11 @@ class EncoderStates:
         for handle in self._handles:
             handle.remove()
 
-    def _keeper(self, layer: int) -> Callable[[Tensor], None]:
-        def keep(hidden_RTH: Tensor) -> None:
+    def _capturer(self, layer: int) -> Callable[[Tensor], None]:
+        def capture(hidden_RTH: Tensor) -> None:
             if self._captured is not None:
                 if layer in self._captured:
                     raise ModelError("a second forward pass inside one batch of encoder states: open a batch for each")
                 self._captured[layer] = hidden_RTH
 
-        return keep
+        return capture

@@ -49,8 +49,8 @@ def write_task_start(
     """Writes the pretrained encoder with a new task head, and its tokenizer files.
 
     It is made in plain PyTorch on the CPU, because a model built inside ZeRO-3's context skips initialisation. The
-    encoder keeps every bit; the head depends on its shape and `seed` alone. A model that already is one of this task,
-    with the same labels in the same order, keeps its head.
+    encoder keeps every bit; the head depends on its shape and `seed` alone. A model that already has this task's
+    head, with the same labels in the same order, keeps it.
 
     Args:
         directory_or_name: the pretrained encoder.
@@ -64,8 +64,8 @@ def write_task_start(
 
     Raises:
         ModelError: a decoder, or an encoder whose layers X-Mixup cannot mix (with the reason); weights other than the
-            head's are missing; or weights have no place in the task model, other than pretraining heads and a pooler.
-            Nothing is written then.
+            head's are missing; or there are weights that the task model does not have, other than pretraining heads
+            and a pooler. Nothing is written then.
     """
     directory, architecture = resolve_directory(directory_or_name), _architecture(kind, labels)
     config = encoder_config(directory, architecture)
@@ -77,7 +77,7 @@ def write_task_start(
 def write_task_config(
     directory_or_name: str | Path, kind: TaskKind, labels: Sequence[str], output: Path, pretrained: bool
 ) -> Path:
-    """Writes what `write_task_start` writes, without the weights, for a look at the model's shape.
+    """Writes what `write_task_start` writes, without the weights: enough to build the model on the meta device.
 
     Args:
         directory_or_name: the pretrained encoder, or only its config.
@@ -158,7 +158,7 @@ def _stored_labels(config: PreTrainedConfig) -> list[str]:
 def _check_labels(directory: Path, config: PreTrainedConfig, labels: Sequence[str]) -> None:
     if labels and _stored_labels(config) != list(labels):
         raise ModelError(
-            f"{directory}: its head is of the labels {', '.join(_stored_labels(config))}; the task's are "
+            f"{directory}: its head has the labels {', '.join(_stored_labels(config))}; the task's are "
             f"{', '.join(labels)}"
         )
 
@@ -179,10 +179,10 @@ def _with_head(
 ) -> PreTrainedModel:
     """The pretrained weights in a task model; head weights that are not stored are drawn from `seed`.
 
-    On the device "meta" it is only the model's shape.
+    On the device "meta" the model has shapes only.
     """
     stored_tensors(directory)  # checks that files are whole and safetensors
-    with quiet(), torch.random.fork_rng(devices=[]):  # the head that transformers draws is replaced below
+    with quiet(), torch.random.fork_rng(devices=[]):  # the head that transformers initialises is replaced below
         loaded: Any = auto_class(architecture).from_pretrained(
             directory, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
             use_safetensors=True, trust_remote_code=False, attn_implementation="eager", dtype="auto", device_map=device,
@@ -226,7 +226,7 @@ def in_head(model: PreTrainedModel, name: str) -> bool:
 def _initialise(model: PreTrainedModel, missing: set[str], seed: int) -> None:
     """Draws missing weights as these models do: normal with `initializer_range`, biases 0.
 
-    They are drawn in the order of their names from a separate generator, so the head does not depend on what else was
+    They are drawn in the order of their names from a separate generator, so the head depends on nothing else that was
     loaded.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -235,7 +235,9 @@ def _initialise(model: PreTrainedModel, missing: set[str], seed: int) -> None:
         parent, _, last = name.rpartition(".")
         module = model.get_submodule(parent)
         if not isinstance(module, nn.Linear):
-            raise ModelError(f"{type(model).__name__}: {name} is missing, and a {type(module).__name__} is not drawn")
+            raise ModelError(
+                f"{type(model).__name__}: {name} is missing, and a {type(module).__name__} is not initialised here"
+            )
         with torch.no_grad():
             if last == "bias":
                 module.bias.zero_()

@@ -43,10 +43,10 @@ class EncodedText(NamedTuple):
 
 
 class SentenceStates:
-    """States of sentences by one model, pooled at every layer.
+    """Computes pooled sentence states at every layer of one model.
 
-    Pooling "mean" averages the sentence's tokens without special ones, and in a decoder without the first token, which
-    attracts attention and has a huge norm. "first" takes the first token's state, in encoders only.
+    Pooling "mean" averages the sentence's tokens except special ones and, in a decoder, except the first token, an
+    attention sink with a huge norm. "first" takes the first token's state, in encoders only.
     """
 
     def __init__(
@@ -70,9 +70,11 @@ class SentenceStates:
         self.layers, self.width = len(decoder_layers(model)), hidden_size(model)
         self.is_decoder = _is_decoder(model.config)
         if pooling == "first" and self.is_decoder:
-            raise ModelError(f'{type(model).__name__}: a decoder\'s first token sees no other; take pooling "mean"')
+            raise ModelError(
+                f'{type(model).__name__}: a decoder\'s first token attends to no other; use pooling "mean"'
+            )
         self.max_length = min(max_length, position_limit(model) or max_length)
-        self.truncated = 0  # number of sentences that were too long so far
+        self.truncated = 0  # number of sentences cut so far
 
     @classmethod
     def open(
@@ -105,7 +107,7 @@ class SentenceStates:
         for number, (text, found) in enumerate(zip(texts, encoded, strict=True), 1):
             if not any(found.content):
                 shown = text if len(text) <= 40 else text[:40] + "..."
-                raise ModelError(f"sentence {number}, {shown!r}: has no token but special ones; leave it out")
+                raise ModelError(f"sentence {number}, {shown!r}: has special tokens only; leave it out")
         return encoded
 
     def encode_all(self, texts: Sequence[str]) -> list[EncodedText]:
@@ -119,24 +121,24 @@ class SentenceStates:
         return encoded
 
     @torch.inference_mode()
-    def of(self, encoded: Sequence[EncodedText]) -> Tensor:
+    def pooled(self, encoded: Sequence[EncodedText]) -> Tensor:
         """(L + 1, R, H) fp32 on the model's device, from one forward pass; padding and other rows have no effect."""
         ids_RT, mask_RT, content_RT = self._padded(encoded)
-        pooled: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
 
-        def keeper(layer: int) -> Callable[[Tensor], None]:
-            def keep(hidden_RTH: Tensor) -> None:
-                pooled[layer] = representations(hidden_RTH, content_RT if self.pooling == "mean" else None)
+        def pooler(layer: int) -> Callable[[Tensor], None]:
+            def pool(hidden_RTH: Tensor) -> None:
+                found[layer] = representations(hidden_RTH, content_RT if self.pooling == "mean" else None)
 
-            return keep
+            return pool
 
-        hooks = [state_hook(self.model, layer, keeper(layer)) for layer in range(self.layers + 1)]
+        hooks = [state_hook(self.model, layer, pooler(layer)) for layer in range(self.layers + 1)]
         try:
             self.model(input_ids=ids_RT, attention_mask=mask_RT)
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack([pooled[layer] for layer in range(self.layers + 1)])
+        return torch.stack([found[layer] for layer in range(self.layers + 1)])
 
     def _tokenized(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """(ids, 1 at special tokens) of each text; counts those that are cut."""
@@ -183,7 +185,7 @@ def _without_head(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"{directory}: a {config.model_type} model has an encoder and a decoder; take one with either")
     config.use_cache = False
     stored_tensors(directory)  # checks that files are whole and safetensors
-    with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored is drawn, with a warning
+    with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that is not stored is initialised, with a warning
         loaded: Any = AutoModel.from_pretrained(
             directory, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=True, use_safetensors=True, trust_remote_code=False,

@@ -1,6 +1,7 @@
-"""Reads configs and tokenizers of model directories without running code that they bring along.
+"""Reads configs and tokenizers of model directories without running code that these contain.
 
-A model that needs code of its own is refused. Weights are read from safetensors only (`weight_files.py`).
+A model that needs custom code (`trust_remote_code`) is refused. Weights are read from safetensors only
+(`weight_files.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling.errors import ModelError
-from modeling.transformers_internals import forget_attention
+from modeling.transformers_internals import clear_attention
 from modeling.weights.weight_files import one_line
 
 
@@ -19,13 +20,13 @@ def read_config(directory: Path) -> PreTrainedConfig:
     """The directory's config.
 
     Raises:
-        ModelError: it is missing, of an unknown type, or needs code of its own.
+        ModelError: it is missing, of an unknown type, or needs custom code.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{directory}: {_explained(error)}") from error
-    forget_attention(config)
+    clear_attention(config)
     return config
 
 
@@ -33,7 +34,7 @@ def read_tokenizer(directory_or_name: str | Path, local_files_only: bool = False
     """The tokenizer of a directory or hub name.
 
     Raises:
-        ModelError: there is none, or it needs code of its own.
+        ModelError: there is none, or it needs custom code.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -46,5 +47,5 @@ def read_tokenizer(directory_or_name: str | Path, local_files_only: bool = False
 
 def _explained(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return "needs code of its own, which is never run; take a model of a type that transformers has, or convert it"
+        return "needs custom code, which is never run; use a model of a type that transformers has, or convert it"
     return one_line(error)

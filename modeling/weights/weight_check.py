@@ -31,7 +31,7 @@ def check_directory(
     Args:
         directory: of the model.
         architecture: the head that it is opened with.
-        labels: of an encoder's task, whose head may be missing; None: every weight must be there.
+        labels: of an encoder's task, whose head may be missing; None: every weight must be stored.
 
     Returns:
         The model on the meta device.
@@ -78,13 +78,13 @@ def _check_config(directory: Path) -> None:
     if not file.is_file():
         if (directory / "adapter_config.json").is_file():
             raise ModelError(f"{directory}: {other_weights(directory)}")
-        raise ModelError(f"{file}: not there; copy it from the model's release")
+        raise ModelError(f"{file}: missing; copy it from the model's release")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        model_type, own_code = values.get("model_type"), "auto_map" in values
+        model_type, custom_code = values.get("model_type"), "auto_map" in values
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{file}: not a model's config in JSON ({one_line(error)})") from error
-    if model_type not in CONFIG_MAPPING and not own_code:
+    if model_type not in CONFIG_MAPPING and not custom_code:
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 1) if model_type else []
         hint = f"; did you mean {near[0]!r}?" if near else "; write the model's own"
         raise ModelError(f"{file}: model_type is {model_type!r}, which is not a model type of transformers{hint}")

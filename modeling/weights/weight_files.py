@@ -78,7 +78,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         files = [directory / name for name in sorted({Path(name).name for name in places.values()})]
         if absent := [file.name for file in files if not file.is_file()]:
             raise ModelError(
-                f"{index}: names {len(files)} files, {len(absent)} of them not there: {', '.join(absent[:5])}; "
+                f"{index}: names {len(files)} files, {len(absent)} of them missing: {', '.join(absent[:5])}; "
                 "copy all of them"
             )
     else:
@@ -91,7 +91,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             tensors[tensor.key] = tensor
     for key, name in places.items():
         if key not in tensors or tensors[key].file.name != Path(name).name:
-            raise ModelError(f"{index}: says that {key} is in {name}, which does not hold it; copy both of one release")
+            raise ModelError(f"{index}: lists {key} in {name}, which does not contain it; copy both from one release")
     return tensors
 
 
@@ -120,7 +120,7 @@ def other_weights(directory: Path) -> str:
     if found := sorted(directory.glob("*.gguf")):
         return f"only GGUF weights ({found[0].name}), which are quantised; take the model's safetensors release"
     shards = len(list(directory.glob("*.safetensors")))
-    named = f"; the {shards} files *.safetensors there need an index of their tensors" if shards else ""
+    named = f"; the {shards} *.safetensors files need an index of their tensors" if shards else ""
     return f"no model.safetensors and no model.safetensors.index.json there{named}"
 
 
@@ -147,7 +147,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
 
 
 def directory_hash(directory: str | Path) -> str:
-    """A hash of a model's weights that reads little of them.
+    """A hash of a model's weights, computed from a small part of each tensor.
 
     It covers every tensor's name, dtype, shape, first and last 256 bytes, and does not depend on the shards.
     """

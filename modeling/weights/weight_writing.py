@@ -24,8 +24,8 @@ def write_weights(
 ) -> None:
     """Writes `model.safetensors`, or shards and `model.safetensors.index.json`.
 
-    A shard is written as soon as its tensors have come, so what is held in memory is one shard where `weights` come in
-    the order of `planned`.
+    A shard is written as soon as all its tensors have been received, so one shard is in memory if `weights` follows the
+    order of `planned`.
 
     Args:
         weights: (name, tensor).
@@ -34,7 +34,7 @@ def write_weights(
         shard_bytes: most bytes of a shard that holds more than one tensor.
 
     Raises:
-        ModelError: a weight is not in `planned`, or one of these did not come.
+        ModelError: a weight is not in `planned`, or one of `planned` is missing.
     """
     split = split_torch_state_dict_into_shards(dict(planned), max_shard_size=shard_bytes)
     unwritten: dict[str, dict[str, Tensor]] = {file: {} for file in split.filename_to_tensors}

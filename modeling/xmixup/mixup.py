@@ -67,7 +67,7 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
         except AttributeError as error:
             raise ModelError(f"X-Mixup: the layers of {name} have no {part}{hint}") from error
     if name not in MODEL_TYPES:
-        raise ModelError(f"X-Mixup: the attention of {name} was not compared with the method{hint}")
+        raise ModelError(f"X-Mixup: the attention of {name} has not been tested with the method{hint}")
     if pretrained is not None and pretrained.config.is_decoder:
         raise ModelError(f"X-Mixup: this {name} is a decoder; set is_decoder to false in its config")
     return layers
@@ -140,8 +140,8 @@ class CrossLingualMixup:
         self._mixed_once = False
         attention = self._layer.attention
         self._handles = [
-            self._layer.register_forward_pre_hook(self._hand_over, with_kwargs=True),
-            attention.register_forward_pre_hook(self._take, with_kwargs=True),
+            self._layer.register_forward_pre_hook(self._add_keyword, with_kwargs=True),
+            attention.register_forward_pre_hook(self._remove_keyword, with_kwargs=True),
             attention.register_forward_hook(self._mix_output),
         ]
 
@@ -206,14 +206,14 @@ class CrossLingualMixup:
             raise ModelError("x-mixup: no forward pass reached the mixed layer, so nothing was mixed")
 
     def remove(self) -> None:
-        """Takes the hooks and the parameters off the model."""
+        """Removes the hooks and the parameters from the model."""
         for handle in self._handles:
             handle.remove()
         delattr(self._layer, _KEYWORD)
         if hasattr(self._layer, RATIO_MODULE):
             delattr(self._layer, RATIO_MODULE)
 
-    def _hand_over(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _add_keyword(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the layer: adds the batch to its keyword arguments, which checkpointing keeps."""
         if self._pairs is None:
             return None
@@ -225,15 +225,15 @@ class CrossLingualMixup:
             )
         return args, {**kwargs, _KEYWORD: self._pairs}
 
-    def _take(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the attention block, which does not know that argument."""
+    def _remove_keyword(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the attention block: removes that argument, which the block does not accept."""
         self._running = kwargs.get(_KEYWORD)
         if self._running is None:
             return None
         return args, {key: value for key, value in kwargs.items() if key != _KEYWORD}
 
     def _mix_output(self, _: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """After the attention block: the targets' part of its output, mixed; the sources' as it is."""
+        """After the attention block: the targets' part of its output, mixed; the sources' part unchanged."""
         pairs, self._running = self._running, None
         if pairs is None:
             return None

@@ -449,7 +449,7 @@ def test_an_untrainable_model_is_refused_before_any_rank_starts(
     monkeypatch.setattr("training.launch.launcher.launch", lambda *_: pytest.fail("ranks were started"))
     (tmp_path / "model").mkdir()
     stored = run_file(tmp_path, model={"path": str(tmp_path / "model")}, tokenizer={})
-    assert refused(cli(command, stored)).startswith(f"{tmp_path / 'model' / 'config.json'}: not there; copy it")
+    assert refused(cli(command, stored)).startswith(f"{tmp_path / 'model' / 'config.json'}: missing; copy it")
     assert not (tmp_path / "run").exists()
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "n_positions": 64}
     made = run_file(tmp_path, model={"init": {"model_type": "gpt2", **sizes}})

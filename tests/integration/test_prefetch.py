@@ -128,8 +128,8 @@ def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path
 def test_what_was_not_fetched_is_said_before_an_offline_job_is_queued(corpus: Path, tmp_path: Path) -> None:
     refused = submit_offline(run_file(tmp_path, corpus), tmp_path, **site_file(tmp_path, tmp_path / "empty"))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
-    told = f"model {MODEL!r}: not a local directory, and the hub says: Cannot find an appropriate cached snapshot"
-    assert told in refused.stderr
+    reason = "the download from the hub failed: Cannot find an appropriate cached snapshot"
+    assert f"model {MODEL!r}: not a local directory, and {reason}" in refused.stderr
     assert not (tmp_path / "fake" / "sbatch.calls").exists()
 
 

@@ -218,14 +218,14 @@ def test_a_model_of_the_task_keeps_its_head_if_its_labels_are_the_same(tmp_path:
     assert len(head(first)) == 4
     assert all(torch.equal(value, head(again)[key]) for key, value in head(first).items())
     for labels, message in (
-        (["yes", "no", "maybe"], "its head is of the labels no, yes, maybe; the task's are yes, no, maybe"),
+        (["yes", "no", "maybe"], "its head has the labels no, yes, maybe; the task's are yes, no, maybe"),
         (["no", "yes"], "2 weights of another shape than the task's: classifier.out_proj.bias"),
     ):
         with pytest.raises(ModelError, match=message):
             write_task_start(first, "classification", labels, tmp_path / "other", 1)
     assert not (tmp_path / "other").exists()
     load_task_model(first, "classification", LABELS["classification"], torch.float32, "sdpa", "cpu")
-    with pytest.raises(ModelError, match="its head is of the labels no, yes, maybe"):
+    with pytest.raises(ModelError, match="its head has the labels no, yes, maybe"):
         load_task_model(first, "classification", ["yes", "no", "maybe"], torch.float32, "sdpa", "cpu")
 
 
@@ -277,7 +277,7 @@ def test_an_architecture_that_a_model_type_lacks_is_refused(tmp_path: Path, toke
     with pytest.raises(ModelError, match="a llama model has no masked-lm head"):
         write_initial_model({"model_type": "llama", **sizes}, tokenizer, tmp_path / "made", 1, architecture="masked-lm")
     source = pretrained(tmp_path / "source", "distilbert")
-    with pytest.raises(ModelError, match="source: a distilbert model is no decoder language model"):
+    with pytest.raises(ModelError, match="source: a distilbert model is not a decoder language model"):
         load_config(source)
     with pytest.raises(ModelError, match="4 missing weights for DistilBert"):
         load_pretrained(source, torch.float32, "sdpa", "cpu", architecture="sequence-classification")

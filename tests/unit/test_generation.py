@@ -302,7 +302,7 @@ def test_shifcon_models_refuse_to_load_without_their_own_vectors(tmp_path: Path)
     other = write_export(tmp_path / "other", "qwen3", vectors=False)
     vectors = (whole / "language_vectors.safetensors").read_bytes()
     (other / "language_vectors.safetensors").write_bytes(vectors)
-    with pytest.raises(ModelError, match="but the weights beside it are"):
+    with pytest.raises(ModelError, match="but those beside it are"):
         ShiftedGenerator.from_directory(other)
     (whole / "language_vectors.safetensors").write_bytes(vectors[:-7])
     with pytest.raises(ModelError, match=r"language_vectors\.safetensors"):

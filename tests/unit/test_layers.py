@@ -113,7 +113,7 @@ def test_layers_of_an_encoder_are_found() -> None:
 
 
 def test_refusals_name_the_class_and_what_was_expected() -> None:
-    with pytest.raises(ModelError, match="Linear holds no Hugging Face model"):
+    with pytest.raises(ModelError, match="Linear contains no Hugging Face model"):
         decoder_layers(nn.Linear(2, 2))
     model = tiny("llama")
     with pytest.raises(ModelError, match=r"layer 5 does not exist: LlamaForCausalLM has states 0\.\.4"):

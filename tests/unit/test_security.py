@@ -135,7 +135,7 @@ def test_a_model_that_needs_its_own_code_is_refused(model: Path, canary: Path) -
     (model / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": own}))
     with pytest.raises(ModelError) as error:
         load_config(model)
-    assert one_line(error).startswith(f"{model}: needs code of its own, which is never run; take a model of a type")
+    assert one_line(error).startswith(f"{model}: needs custom code, which is never run; use a model of a type")
     assert not canary.exists()
 
 

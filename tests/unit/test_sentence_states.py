@@ -74,7 +74,7 @@ def test_states_of_an_encoder_in_a_padded_batch_equal_those_one_by_one(
     folder = saved(tmp_path, kind, auto)
     states = SentenceStates.open(folder, pooling=pooling)
     encoded = states.encode(TEXTS)
-    found = states.of(encoded)
+    found = states.pooled(encoded)
     assert found.shape == (4, 4, 16)
     assert found.dtype == torch.float32
     assert [text.ids for text in encoded][1] == [0, 13, 2]
@@ -91,7 +91,7 @@ def test_a_decoder_s_states_leave_the_first_token_out(tmp_path: Path, template: 
     folder = saved(tmp_path, "llama", AutoModelForCausalLM, template)
     states = SentenceStates.open(folder)
     encoded = states.encode(TEXTS)
-    found = states.of(encoded)
+    found = states.pooled(encoded)
     assert states.is_decoder
     for row, text in enumerate(encoded):
         first = 0 if text.ids == [13] else 1  # a lone word is better than none
@@ -110,19 +110,21 @@ def test_long_sentences_are_cut_and_counted(tmp_path: Path) -> None:
     # RoBERTa's 24 positions begin at 2, behind the padding's
     assert SentenceStates.open(folder).max_length == 22
     at_most = SentenceStates.open(folder)
-    assert at_most.of(at_most.encode([" ".join(WORDS * 4)])).isfinite().all()
+    assert at_most.pooled(at_most.encode([" ".join(WORDS * 4)])).isfinite().all()
     assert SentenceStates.open(saved(tmp_path / "bert", "bert", AutoModel)).max_length == 24
 
 
 def test_a_sentence_of_special_tokens_alone_is_named(tmp_path: Path) -> None:
     states = SentenceStates.open(saved(tmp_path, "bert", AutoModel))
-    with pytest.raises(ModelError, match=r"^sentence 2, ' \\u3000': has no token but special ones; leave it out$"):
+    with pytest.raises(ModelError, match=r"^sentence 2, ' \\u3000': has special tokens only; leave it out$"):
         states.encode(["one", " \u3000"])
 
 
 def test_what_cannot_be_pooled_or_opened_is_refused(tmp_path: Path) -> None:
     decoder = saved(tmp_path / "decoder", "llama", AutoModelForCausalLM)
-    with pytest.raises(ModelError, match='LlamaModel: a decoder\'s first token sees no other; take pooling "mean"'):
+    with pytest.raises(
+        ModelError, match='LlamaModel: a decoder\'s first token attends to no other; use pooling "mean"'
+    ):
         SentenceStates.open(decoder, pooling="first")
     both = tmp_path / "both"
     AutoModel.from_config(AutoConfig.for_model("bart", d_model=16, encoder_layers=1, decoder_layers=1)).save_pretrained(

@@ -148,7 +148,7 @@ def test_centroid_distance_equals_loops() -> None:
 
 def test_sides_that_do_not_fit_are_refused() -> None:
     x, y = pair()
-    with pytest.raises(ModelError, match=r"states of \(60, 7\) and \(59, 5\): both sides need as many rows"):
+    with pytest.raises(ModelError, match=r"states of \(60, 7\) and \(59, 5\): both sides need the same number of rows"):
         linear_cka(x, y[1:])
     with pytest.raises(ModelError, match="the widths 7 and 7"):
         CrossCovariance(7, 7).add(x, y)

@@ -134,17 +134,17 @@ MISTAKES: list[tuple[str, Change, str]] = [
     (
         "shards",
         file("model-00002*", None),
-        r"D/model\.safetensors\.index\.json: names 5 files, 1 of them not there: model-00002",
+        r"D/model\.safetensors\.index\.json: names 5 files, 1 of them missing: model-00002",
     ),
     (
         "shards",
         index,
-        r"D/model\.safetensors\.index\.json: says that model\.more\.weight is in model-00001.*does not hold it",
+        r"D/model\.safetensors\.index\.json: lists model\.more\.weight in model-00001.*does not contain it",
     ),
     (
         "shards",
         moved,
-        rf"D/model\.safetensors\.index\.json: says that {UP} is in model-0000.*, which does not hold it; copy both",
+        rf"D/model\.safetensors\.index\.json: lists {UP} in model-0000.*, which does not contain it; copy both",
     ),
     ("shards", file("model-00002*", POINTER), r"D/model-00002.*: a git-LFS pointer, .*`git lfs pull`"),
     ("one", file("model.safetensors", POINTER), r"D/model\.safetensors: a git-LFS pointer"),
@@ -206,7 +206,7 @@ MISTAKES: list[tuple[str, Change, str]] = [
         config(model_type="gpt2", architectures=None),
         r"D: the weights there are not a GPT2LMHeadModel's: .*model_type 'gpt2'",
     ),
-    ("one", file("config.json", None), r"D/config\.json: not there; copy it"),
+    ("one", file("config.json", None), r"D/config\.json: missing; copy it"),
     ("one", file("config.json", "{"), r"D/config\.json: not a model's config in JSON"),
     ("one", file("tokenizer.json", "{"), r"D: no usable tokenizer"),
 ]
