@@ -111,9 +111,9 @@ def prefetch(
         problems = [len(read_problems(file)) for file in find_files(tasks_dir, ".tsv", None).values()]
         print(f"tasks: {len(problems)} languages, {sum(problems):,} problems, local, in {tasks_dir}")
     if build_ops:
-        for line in ops.build_ops(settings):
+        for line in ops.build_ops(settings.deepspeed):
             print(line, flush=True)
-    elif needed := ops.required_ops(settings):
+    elif needed := ops.required_ops(settings.deepspeed):
         print(f"DeepSpeed ops to be compiled: {', '.join(needed)} (--build-ops compiles them before the job)")
 
 
@@ -164,8 +164,8 @@ def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> No
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; give a new folder")
     settings = load_config(config, overrides or [])
-    with cache_folder(settings) as cache:
-        train_tokenizer_of(settings, open_index(settings, cache), output)
+    with cache_folder(settings.output_dir) as cache:
+        train_tokenizer_of(settings.tokenizer.train, open_index(settings, cache), output, settings.seed)
     print(output)
 
 

@@ -161,7 +161,7 @@ def on_cpu(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if (lora := config.model.lora) is not None:
         add_adapters(model, lora, config.seed)
-    return model.train(), activations._forward(config, model, blank_of(config)(shape))
+    return model.train(), activations._forward(config.data, config.objective, model, blank_of(config)(shape))
 
 
 def step_peak(model: Any, forward: Callable[[], Tensor]) -> int:

@@ -85,7 +85,12 @@ def build_trainers(config: Any) -> dict[str, Any]:
     data = assemble_data(config, prepared)
     nproc = int(os.environ["WORLD_SIZE"])
     settings = deepspeed_settings(config, nproc)
-    shifcon = (config.objective, config.data.languages, config.data.dominant, _probe(config, data, nproc))
+    shifcon = (
+        config.objective,
+        config.data.languages,
+        config.data.dominant,
+        _probe(data, config.objective.probe_size(), nproc),
+    )
     makers: tuple[Callable[[Any], Any], ...] = (
         SupervisedFineTuning,
         lambda model: ShifCon(model, *shifcon),
@@ -133,8 +138,8 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run
     device, packer, loader = one_pass.engine.device, one_pass.data.packer, one_pass.loader
     # A plain SFT run has the same rows but no contrast sets: how its samples would be balanced over ranks.
-    plain = config.model_copy(update={"objective": SFTConfig(name="sft")})
-    free = build_planner(plain, one_pass.data.reader, tokens_per_byte(plain, one_pass.data.reader))
+    reader = one_pass.data.reader
+    free = build_planner(config.data, SFTConfig(name="sft"), reader, tokens_per_byte(config.data, reader))
     loaders = {"contrast sets": loader, "single samples": copy(loader)}
     loaders["single samples"].planner = free
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in OBJECTIVES}

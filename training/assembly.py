@@ -40,11 +40,11 @@ from training.checkpoints.search import newest_seen
 from training.checks.front import check_model, check_vocabulary
 from training.checks.pairs import pair_warnings, refuse_unpaired
 from training.checks.survey import refuse_bad_rows
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.distributed import rank, world_size
 from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, release_freed_memory
 from training.errors import ConfigError
-from training.objectives.base import Objective, ObjectiveParts
+from training.objectives.base import Objective, ObjectiveConfig, ObjectiveParts
 from training.objectives.evaluation import HeldOut
 from training.run_folder.date import with_date
 from training.run_folder.prepare import Prepared, sample_rows
@@ -92,38 +92,40 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
         DataError, ConfigError: a wrong label mask, a contrast set above the micro-batch budget.
     """
     index = prepared.index
-    refuse_unpaired(config, index)
+    refuse_unpaired(config.data, config.objective, index)
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
     reader = build_reader(config, index, tokenizer)
     check_longest(reader)
-    planner = build_planner(config, reader, tokens_per_byte(config, reader))
-    packer = build_packer(config, prepared.model_dir, tokenizer)
-    check_contrast_sets(config, planner, packer)
+    planner = build_planner(config.data, config.objective, reader, tokens_per_byte(config.data, reader))
+    packer = build_packer(config.data, config.objective, config.model.attention, prepared.model_dir, tokenizer)
+    check_contrast_sets(config.data, config.objective, config.max_steps, planner, packer)
     return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
 
 
 def build_reader(config: RunConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> Reader:
-    """What turns the run's rows into samples."""
-    return Reader(index, text_stage(config, tokenizer), config.seed, build_partners(config, index))
-
-
-def text_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TextStage:
-    """The text stage of the run's kind of rows."""
+    """The reader of the run's rows."""
     data = config.data
+    if data.task is None and data.template.name == "chat" and data.template.date is None:
+        # Training has fixed the date before; other commands take that of the run.
+        newest = newest_seen(config.output_dir, config.checkpoint.local_dir)
+        data = with_date(data, tokenizer, config.output_dir, newest)
+    partners = build_partners(data, config.objective, index, config.seed)
+    return Reader(index, text_stage(data, tokenizer), config.seed, partners)
+
+
+def text_stage(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TextStage:
+    """The text stage for the kind of rows."""
     if data.task is not None:
         return TaskStage(TaskTokenizer(tokenizer, data.task, data.sequence_length, data.languages), data.overlong)
-    template = data.template
-    if template.name == "chat" and template.date is None:  # fixed in a run; a command that looks takes the run's
-        template = with_date(config, tokenizer, newest_seen(config)).data.template
-    return ChatStage(Chat(tokenizer, template, data.languages), data.sequence_length, data.overlong)
+    return ChatStage(Chat(tokenizer, data.template, data.languages), data.sequence_length, data.overlong)
 
 
-def build_partners(config: RunConfig, index: DataIndex) -> Partners | None:
-    """What chooses the partners of samples, where the objective reads samples with their partners."""
-    rule, data = config.objective.pairing(), config.data
+def build_partners(data: DataConfig, objective: ObjectiveConfig, index: DataIndex, seed: int) -> Partners | None:
+    """Chooses the partners of samples; None if the objective reads samples without partners."""
+    rule = objective.pairing()
     if not rule.with_partner:
         return None
-    return Partners(index, data.languages.index(data.dominant), rule.gold_schedule, config.seed)
+    return Partners(index, data.languages.index(data.dominant), rule.gold_schedule, seed)
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:
@@ -138,7 +140,7 @@ def _fingerprint(index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> dict[s
 def assemble(config: RunConfig, prepared: Prepared) -> Run:
     """Everything; every rank calls it, under an initialised process group."""
     data = assemble_data(config, prepared)
-    for line in pair_warnings(config, data.index) if rank() == 0 else ():
+    for line in pair_warnings(config.data, config.objective, data.index) if rank() == 0 else ():
         log.warning("%s", line)
     ranks = world_size()
     settings = deepspeed_settings(config, ranks)
@@ -146,7 +148,8 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     embeddings = load_model_config(directory, ARCHITECTURE_OF[config.data.kind]).get_text_config().vocab_size
     check_vocabulary(data.tokenizer, prepared.tokenizer_dir, embeddings)
     model = starting_model(config, directory, settings)
-    objective = build_objective(config, model, data.tokenizer, _probe(config, data, ranks))
+    probe = _probe(data, config.objective.probe_size(), ranks)
+    objective = build_objective(config.data, config.objective, model, data.tokenizer, probe)
     engine = Engine(model, config, settings, ranks)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
     return Run(config, data, data.loader(rank(), ranks, config.data.workers), objective, engine, heldout, directory)
@@ -161,7 +164,7 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
             gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
             architecture=ARCHITECTURE_OF[config.data.kind],
         )  # fmt: skip
-        check_model(config, model)
+        check_model(config.data, config.objective, model)
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
     if (lora := config.model.lora) is not None:
         with construction.known_to_peft():
@@ -170,47 +173,51 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
 
 
 def build_objective(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: list[Batch[Any]]
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probe: list[Batch[Any]],
 ) -> Objective:
     """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
-    data = config.data
     parts = ObjectiveParts(data.kind, data.languages, data.dominant, tuple(tokenizer.all_special_ids), probe)
-    return config.objective.build(model, parts)
+    return objective.build(model, parts)
 
 
-def build_planner(config: RunConfig, reader: Reader, costs: list[float] | None) -> Planner:
+def build_planner(data: DataConfig, objective: ObjectiveConfig, reader: Reader, costs: list[float] | None) -> Planner:
     """The planner of a run; `costs` are tokens per byte by language."""
-    data, index = config.data, reader.index
+    index = reader.index
     rows = {language: len(index.rows(number)) for number, language in enumerate(data.languages)}
     weights = language_weights(data.mixture, rows)
     pairing = PlannedPairing(
         dominant=data.languages.index(data.dominant),
         mode=data.mixture.pairing,
-        set_size=config.objective.pairing().set_size,
+        set_size=objective.pairing().set_size,
         partners=reader.partners,
     )
     quotas = Quotas(weights, data.languages, data.mixture.period)
-    return Planner(index, quotas, pairing, data.slots_per_step, config.seed, costs)
+    return Planner(index, quotas, pairing, data.slots_per_step, reader.seed, costs)
 
 
-def build_packer(config: RunConfig, model_dir: str, tokenizer: PreTrainedTokenizerBase) -> Packer:
-    """The packer. The layout of conversations is chosen by a check on a tiny model unless the run file says."""
-    data = config.data
+def build_packer(
+    data: DataConfig, objective: ObjectiveConfig, attention: str, model_dir: str, tokenizer: PreTrainedTokenizerBase
+) -> Packer:
+    """The packer. With `data.layout: auto`, a check on a tiny model chooses the layout of conversations."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     pad_id = int(pad or 0)
     if data.task is not None:
         has_types = "token_type_ids" in tokenizer.model_input_names
-        tasks = TaskCollator(pad_id, data.task, config.objective.pairing().with_partner, has_types)
+        tasks = TaskCollator(pad_id, data.task, objective.pairing().with_partner, has_types)
         return Packer("padded", data.micro_batch_tokens, data.sequence_length, tasks)
     model_config = load_model_config(resolve_directory(model_dir))
-    attention = resolve_attention(config.model.attention, model_config)
-    layout = choose_layout(model_config, attention).layout if data.layout == "auto" else data.layout
+    resolved = resolve_attention(attention, model_config)
+    layout = choose_layout(model_config, resolved).layout if data.layout == "auto" else data.layout
     # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
-    row_tokens = data.micro_batch_tokens if attention == "flash_attention_2" else data.sequence_length
+    row_tokens = data.micro_batch_tokens if resolved == "flash_attention_2" else data.sequence_length
     return Packer(layout, data.micro_batch_tokens, row_tokens, ChatCollator(pad_id))
 
 
-def tokens_per_byte(config: RunConfig, reader: Reader) -> list[float]:
+def tokens_per_byte(data: DataConfig, reader: Reader) -> list[float]:
     """Measured on the first samples of every language's probe order; the plan's costs rest on it.
 
     Raises:
@@ -219,8 +226,8 @@ def tokens_per_byte(config: RunConfig, reader: Reader) -> list[float]:
     """
     ratios = []
     bad: list[BadRow] = []
-    for number, language in enumerate(config.data.languages):
-        looked_at = sample_rows(reader.index, number, COST_SAMPLES, config.seed)
+    for number, language in enumerate(data.languages):
+        looked_at = sample_rows(reader.index, number, COST_SAMPLES, reader.seed)
         found = reader.readable(looked_at)
         bad += found.bad
         if looked_at and not found.samples:
@@ -232,14 +239,14 @@ def tokens_per_byte(config: RunConfig, reader: Reader) -> list[float]:
                     f"{len(found.bad)} such{others})"
                 )
             raise ConfigError(
-                f"data.sequence_length: {config.data.sequence_length} tokens hold none of the {len(looked_at)} samples "
+                f"data.sequence_length: {data.sequence_length} tokens hold none of the {len(looked_at)} samples "
                 f"looked at in language {language!r}; raise it"
             )
         n_bytes = int(np.sum(reader.index.n_bytes[found.rows], dtype=np.int64))
         ratios.append(sum(len(sample) for sample in found.samples) / n_bytes if n_bytes else 1.0)
     refuse_bad_rows(
         bad,
-        config.data.max_bad_rows,
+        data.max_bad_rows,
         f" among the first {COST_SAMPLES} a language; crosslift check --all-rows reads all",
     )
     return ratios
@@ -263,14 +270,16 @@ def check_longest(reader: Reader) -> None:
                 raise overlong_error(index.origin(row), length, limit)
 
 
-def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> None:
+def check_contrast_sets(
+    data: DataConfig, objective: ObjectiveConfig, max_steps: int, planner: Planner, packer: Packer
+) -> None:
     """Refuse at the start what would not fit: a contrast set is one rank's, in one micro-batch."""
-    set_size = config.objective.pairing().set_size
+    set_size = objective.pairing().set_size
     if set_size is None:
         return
-    longest, budget = config.data.sequence_length, config.data.micro_batch_tokens
-    cut = config.data.overlong == "truncate"
-    units = (unit for step in range(min(config.max_steps, CHECKED_STEPS)) for unit in planner.step(step).units)
+    longest, budget = data.sequence_length, data.micro_batch_tokens
+    cut = data.overlong == "truncate"
+    units = (unit for step in range(min(max_steps, CHECKED_STEPS)) for unit in planner.step(step).units)
     sets = (
         [round(min(slot.cost, longest)) for slot in unit.slots if cut or slot.cost <= longest]
         for unit in units
@@ -285,12 +294,12 @@ def check_contrast_sets(config: RunConfig, planner: Planner, packer: Packer) -> 
         )
 
 
-def _probe(config: RunConfig, data: DataParts, ranks: int) -> list[Batch[Any]]:
-    n_items = config.objective.probe_size()
+def _probe(data: DataParts, n_items: int, ranks: int) -> list[Batch[Any]]:
+    """This rank's micro-batches of the probe set, which has `n_items` samples per language."""
     if not n_items:
         return []
     samples = []
-    for language in range(len(config.data.languages)):
-        rows = sample_rows(data.index, language, n_items, config.seed)
+    for language in range(len(data.index.languages)):
+        rows = sample_rows(data.index, language, n_items, data.reader.seed)
         samples += data.reader.readable(rows).samples
     return fixed_batches(samples, data.packer, rank(), ranks)

@@ -23,11 +23,12 @@ from training.checks.data_report import LOOKED_AT, contamination, mixture_table
 from training.checks.front import check_model, check_model_files, check_start, check_starting_model
 from training.checks.pairs import pair_warnings, show_pairs
 from training.checks.survey import by_reason, survey, without_limit
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.distributed import visible_gpus
 from training.engine.memory import GIB, memory_estimate, what_would_help
 from training.errors import ConfigError
 from training.loop.resume import permitted, schedule_change
+from training.objectives.base import ObjectiveConfig
 from training.run_folder.lock import make_folder, running_in
 from training.run_folder.prepare import Prepared, look, sample_rows
 from training.tracking.config import tracking_target
@@ -59,24 +60,25 @@ def check_run(
     check_start(config)
     check_model_files(config)
     with look(without_limit(config) if all_rows else config) as prepared:
-        check_starting_model(config, prepared)
+        check_starting_model(config.model, config.data, config.objective, prepared)
         yield from _rows(prepared.index)
         if all_rows:
-            yield from survey(config, build_reader(config, prepared.index, read_tokenizer(prepared.tokenizer_dir)))
+            tokenizer = read_tokenizer(prepared.tokenizer_dir)
+            yield from survey(config.data, build_reader(config, prepared.index, tokenizer))
         data = assemble_data(config, prepared)
-        if not all_rows:
-            yield from _unusable(config, data)
+        if not all_rows and config.data.max_bad_rows:
+            yield from _unusable(data)
         yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
         if config.data.mixture.pairing != "none":
             yield _pairs(data.planner, config.max_steps)
-        yield from show_pairs(config, data.index, data.planner)
-        yield from (f"warning: {line}" for line in pair_warnings(config, data.index))
+        yield from show_pairs(config.data, config.objective, config.max_steps, data.index, data.planner)
+        yield from (f"warning: {line}" for line in pair_warnings(config.data, config.objective, data.index))
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
         of_node = nproc_per_node or gpus or 1
         yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
-        yield from mixture_table(config, data, None if all_rows else LOOKED_AT)
+        yield from mixture_table(config.data, config.max_steps, data, None if all_rows else LOOKED_AT)
         yield "one sample a language, its labels checked:"
-        yield from _samples(data, config, 1)
+        yield from _samples(data, 1)
         tracking = config.tracking
         yield (
             str(tracking_target(tracking, config.output_dir)) if tracking.enabled else "MLflow: off (tracking.enabled)"
@@ -89,7 +91,7 @@ def _start(config: RunConfig, prepared: Prepared, accept_changes: bool) -> Itera
     make_folder(config.output_dir)
     if (holder := running_in(config.output_dir)) is not None:
         yield f"output_dir: {config.output_dir} is in use by {holder}: until it ends, train is refused"
-    path = newest_seen(config)
+    path = newest_seen(config.output_dir, config.checkpoint.local_dir)
     if path is None:
         yield "ready to train"
         return
@@ -107,16 +109,16 @@ def inspect_data(config: RunConfig, samples: int) -> Iterator[str]:
     """`samples` decoded samples a language, label and content marked."""
     with look(config) as prepared:
         yield from _rows(prepared.index)
-        yield from _samples(assemble_data(config, prepared), config, samples)
+        yield from _samples(assemble_data(config, prepared), samples)
 
 
 def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
     """One JSON-ready object a micro-batch: step, rank, micro_batch, ids, languages. Reads and packs for real."""
     with look(config) as prepared:
-        yield from _planned(config, assemble_data(config, prepared), steps, world_size)
+        yield from _planned(assemble_data(config, prepared), steps, world_size)
 
 
-def _planned(config: RunConfig, data: DataParts, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
+def _planned(data: DataParts, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
     for step in steps:
         for rank in range(world_size):
             for number, batch in enumerate(data.loader(rank, world_size).load(step).micro_batches):
@@ -125,7 +127,7 @@ def _planned(config: RunConfig, data: DataParts, steps: range, world_size: int) 
                     "rank": rank,
                     "micro_batch": number,
                     "ids": [sample.id for sample in batch.samples],
-                    "languages": [config.data.languages[sample.language] for sample in batch.samples],
+                    "languages": [data.index.languages[sample.language] for sample in batch.samples],
                 }
 
 
@@ -141,12 +143,10 @@ def _rows(index: DataIndex) -> Iterator[str]:
     yield from contamination(index)
 
 
-def _unusable(config: RunConfig, data: DataParts) -> Iterator[str]:
+def _unusable(data: DataParts) -> Iterator[str]:
     """Rows of the sample that have no tokens; more than `data.max_bad_rows` were refused before."""
-    if not config.data.max_bad_rows:
-        return
-    languages = range(len(config.data.languages))
-    rows = [row for each in languages for row in sample_rows(data.index, each, COST_SAMPLES, config.seed)]
+    languages = range(len(data.index.languages))
+    rows = [row for each in languages for row in sample_rows(data.index, each, COST_SAMPLES, data.reader.seed)]
     if bad := data.reader.readable(rows).bad:
         yield f"of the first {COST_SAMPLES} rows a language (crosslift check --all-rows reads all):"
         yield from by_reason(bad)
@@ -187,7 +187,7 @@ def _model(
         model = auto_class(head).from_config(model_config, attn_implementation=attention)
         model.tie_weights()
         layers = len(decoder_layers(model))
-        check_model(config, model)
+        check_model(config.data, config.objective, model)
         limit, longest = position_limit(model), config.data.sequence_length
         if (lora := config.model.lora) is not None:
             add_adapters(model, lora, config.seed)
@@ -201,7 +201,7 @@ def _model(
             f"warning: data.sequence_length is {longest}, but the model was made for {limit} positions "
             "(max_position_embeddings in its config.json)"
         )
-    shape = largest_batch(config, data, ranks)
+    shape = largest_batch(config.data, config.objective, data, ranks)
     yield (
         f"largest micro-batch: {shape.rows} rows of {shape.row_tokens} tokens"
         + (f", {shape.labels} of them labels" if shape.labels else "")
@@ -220,23 +220,23 @@ def _model(
         )
 
 
-def largest_batch(config: RunConfig, data: DataParts, ranks: int) -> BatchShape:
+def largest_batch(data: DataConfig, objective: ObjectiveConfig, parts: DataParts, ranks: int) -> BatchShape:
     """The largest micro-batch that a rank can meet; how many labels and samples are in it goes by the data.
 
     The first samples of every language are looked at, and the language with the most labels a token counts.
     """
-    settings, share, length = config.data, 0.0, float(config.data.sequence_length)
-    for language in range(len(settings.languages)):
-        samples = data.reader.readable(sample_rows(data.index, language, COST_SAMPLES, config.seed)).samples
+    share, length, reader = 0.0, float(data.sequence_length), parts.reader
+    for language in range(len(data.languages)):
+        samples = reader.readable(sample_rows(parts.index, language, COST_SAMPLES, reader.seed)).samples
         tokens = sum(map(len, samples))
         if tokens:
             share = max(share, sum(sample.n_labels for sample in samples) / tokens)
             length = min(length, tokens / len(samples))
-    row = data.packer.row_tokens if data.packer.layout == "packed" else settings.sequence_length
-    pairing = config.objective.pairing()
-    sides = 2 if pairing.with_partner or settings.mixture.pairing != "none" else 1
-    most = -(-settings.slots_per_step // ranks) * sides * settings.sequence_length  # a rank's share of a step
-    rows = max(min(settings.micro_batch_tokens, most) // row, 1)
+    row = parts.packer.row_tokens if parts.packer.layout == "packed" else data.sequence_length
+    pairing = objective.pairing()
+    sides = 2 if pairing.with_partner or data.mixture.pairing != "none" else 1
+    most = -(-data.slots_per_step // ranks) * sides * data.sequence_length  # a rank's share of a step
+    rows = max(min(data.micro_batch_tokens, most) // row, 1)
     if pairing.with_partner:
         rows = max(rows // 2, 1) * 2
     segments = max(int(rows * row / length), 1)
@@ -244,11 +244,11 @@ def largest_batch(config: RunConfig, data: DataParts, ranks: int) -> BatchShape:
     return BatchShape(rows, row, int(rows * row * share), segments, pairs)
 
 
-def _samples(data: DataParts, config: RunConfig, samples: int) -> Iterator[str]:
+def _samples(data: DataParts, samples: int) -> Iterator[str]:
     """Samples of each language as they are read for the first step, decoded, with their labels."""
     reader = data.reader
-    for number, language in enumerate(config.data.languages):
-        for row in sample_rows(data.index, number, samples, config.seed):
+    for number, language in enumerate(data.index.languages):
+        for row in sample_rows(data.index, number, samples, reader.seed):
             origin = data.index.origin(row)
             try:
                 sample = reader.read(reader.alone(row))

@@ -19,7 +19,7 @@ from data_pipeline.tasks.config import WINDOWED, TaskConfig
 from data_pipeline.text.chat import TemplateConfig
 from data_pipeline.text.tokenizer import TokenizerTrainingConfig
 from training.checks.metric_names import metric_names, unknown_metric
-from training.engine.settings import contradictions
+from training.engine.settings import contradictions, own_settings
 from training.launch.watchdog import WatchdogConfig
 from training.loop.guard import GuardConfig
 from training.objectives.base import ObjectiveConfig
@@ -81,6 +81,11 @@ class TokenizerConfig(Section):
         if self.path is not None and self.train is not None:
             raise ValueError("give 'path' or 'train', not both")
         return self
+
+    @property
+    def of_model(self) -> bool:
+        """Whether the tokenizer is the model's own."""
+        return self.path is None and self.train is None
 
 
 RESERVED_LANGUAGES = ("auto", "none")  # what `crosslift generate --language` takes besides codes
@@ -274,8 +279,9 @@ class RunConfig(Section):
 
     def _mistakes(self) -> Iterator[str]:
         """Conflicts between sections."""
-        yield from contradictions(self)
-        if self.model.init is not None and self.tokenizer.path is None and self.tokenizer.train is None:
+        own = own_settings(self.optimizer, self.precision, self.zero_stage, world_size=0, on_gpu=False)
+        yield from contradictions(self.deepspeed, own)
+        if self.model.init is not None and self.tokenizer.of_model:
             yield "'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'"
         if self.evaluation.every and not self.data.heldout_items:
             yield "'evaluation.every' needs held-out samples: set 'data.heldout_items'"

@@ -15,7 +15,7 @@ from training.checkpoints.disks import checkpoint_disks, led_by_this_rank
 from training.checkpoints.search import find_checkpoint
 from training.checks.data_report import contamination
 from training.conclusion import conclude
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.distributed import barrier, gather_objects, rank
 from training.engine.engine import deepspeed_settings, process_group
 from training.launch.heartbeat import heartbeat
@@ -66,13 +66,13 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         forget_preparation(config)
     barrier()  # no rank uses an earlier start's preparation
     prepared = prepare(config, rank())
-    disks = checkpoint_disks(config)
+    disks = checkpoint_disks(config.output_dir, config.checkpoint.local_dir, config.zero_stage)
     homes = led_by_this_rank(disks)
     for home in homes:
         checkpoint.clear_leftovers(home)
     barrier()
     found = find_checkpoint(resume, disks)
-    config = _dated(config, prepared, found)
+    config = config.model_copy(update={"data": _dated(config.data, config.output_dir, prepared, found)})
     if found is not None:
         state = permitted(found, config, prepared, fingerprint(prepared), accept_changes)
         if state.step >= config.max_steps:
@@ -112,13 +112,14 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
     return checkpoint.checkpoint_path(config.output_dir, config.max_steps), tracker
 
 
-def _dated(config: RunConfig, prepared: Prepared, found: Path | None) -> RunConfig:
-    """`config` with the day that the run's prompts name, where they name one: the same on all ranks."""
-    if config.data.template.name != "chat":
-        return config
-    mine = with_date(config, read_tokenizer(prepared.tokenizer_dir), found)  # an unusable template ends all ranks alike
-    dated: RunConfig = gather_objects(mine)[0]
-    if rank() == 0 and (day := dated.data.template.date) is not None:
+def _dated(data: DataConfig, output_dir: Path, prepared: Prepared, found: Path | None) -> DataConfig:
+    """`data` with the day that the run's prompts name, where they name one: the same on all ranks."""
+    if data.template.name != "chat":
+        return data
+    tokenizer = read_tokenizer(prepared.tokenizer_dir)
+    mine = with_date(data, tokenizer, output_dir, found)  # an unusable template ends all ranks alike
+    dated: DataConfig = gather_objects(mine)[0]
+    if rank() == 0 and (day := dated.template.date) is not None:
         log.info("the chat template prints the date: %s in all of this run, and in its export", day)
     return dated
 

@@ -23,6 +23,7 @@ from training.checks.front import check_model_files, check_start
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.run_file import validate
+from training.run_folder.prepare import CACHE
 
 if TYPE_CHECKING:
     from data_pipeline.config import SourceConfig
@@ -99,7 +100,7 @@ def prefetch(config: RunConfig) -> Iterator[str]:
     if tokenizer is not None and tokenizer != config.model.path:
         yield _tokenizer(tokenizer)
     for source in config.data.sources:
-        yield from _source(source, config)
+        yield from _source(source, config.data_dir, config.output_dir / CACHE)
     _check_offline(config)
     yield "opened again with HF_HUB_OFFLINE=1: model, tokenizer, data"
     yield f"jobs need: HF_HOME={HF_HOME} HF_HUB_OFFLINE=1"
@@ -111,7 +112,7 @@ def open_all(config: RunConfig) -> None:
 
     check_model_files(config)
     for source in config.data.sources:
-        open_source(source, config.data_dir, config.output_dir / "index")
+        open_source(source, config.data_dir, config.output_dir / CACHE)
 
 
 def _model(path: str) -> str:
@@ -156,17 +157,17 @@ def _snapshot(key: str, name: str, wanted: tuple[str, ...], ignored: tuple[str, 
         raise ConfigError(f"{key} {name!r}: {_why(error)}") from None
 
 
-def _source(source: SourceConfig, config: RunConfig) -> Iterator[str]:
-    """Lines about one source; hub data sets are downloaded and prepared."""
+def _source(source: SourceConfig, data_dir: Path | None, cache: Path) -> Iterator[str]:
+    """Lines about one source; hub data sets are downloaded and prepared, in `cache`."""
     from data_pipeline.records import DataError
     from data_pipeline.sources.sources import open_source
     from data_pipeline.sources.tables import HubSplit, load_hub
 
     what = f"data {source.name!r}"
     try:
-        shards = open_source(source, config.data_dir, config.output_dir / "index")
+        shards = open_source(source, data_dir, cache)
     except DataError as error:
-        if source.hub is None or Path(config.data_dir or "", source.hub).is_dir():
+        if source.hub is None or Path(data_dir or "", source.hub).is_dir():
             raise
         cause: BaseException | None = error.__cause__
         while cause is not None and not isinstance(cause, OSError | ValueError):  # datasets wraps a full disk's error

@@ -37,7 +37,7 @@ def train(
     check_model_files(settings)
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
     with held(settings.output_dir):
-        check_starting_model(settings, prepare(settings))
+        check_starting_model(settings.model, settings.data, settings.objective, prepare(settings))
         return launch(config, overrides, nproc or visible_gpus() or 1, options)
 
 

@@ -24,7 +24,7 @@ from tiny_run import copy_preparation, rank_values
 from data_pipeline.records import BadRow, DataError
 from training.assembly import assemble
 from training.checkpoints import saving
-from training.checkpoints.disks import checkpoint_disks
+from training.checkpoints.disks import Disk, checkpoint_disks
 from training.checkpoints.search import find_checkpoint
 from training.distributed import barrier, gather_objects, rank
 from training.engine.engine import process_group
@@ -210,17 +210,17 @@ def local_disks(data_dir: Path, work: Path) -> None:
     trainer = Trainer(assemble(config, prepared), _tracker(config), StopRequest())
     trainer.train(0)
     trainer.run.engine.destroy()
-    report: dict[str, Any] = {"shared": str(find_checkpoint("auto", checkpoint_disks(config)))}
+    report: dict[str, Any] = {"shared": str(find_checkpoint("auto", disks_of(config)))}
     if rank() == 0:
         shutil.rmtree(work / "local disks" / "checkpoints")
     barrier()
-    report["own"] = gather_objects(str(find_checkpoint("auto", checkpoint_disks(config))))
+    report["own"] = gather_objects(str(find_checkpoint("auto", disks_of(config))))
     shard = disks[FAULTY_RANK] / "run" / "checkpoints" / f"step-{STEPS - EVERY:08d}" / shard_of(FAULTY_RANK)
     content = shard.read_bytes()
     if rank() == 0:
         shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     barrier()
-    start = find_checkpoint("auto", checkpoint_disks(config))
+    start = find_checkpoint("auto", disks_of(config))
     assert start is not None
     report["damaged"] = str(start)
     again = Trainer(assemble(config, prepared), None, StopRequest())
@@ -232,11 +232,15 @@ def local_disks(data_dir: Path, work: Path) -> None:
     again.run.engine.destroy()
     os.environ["OWN_DISK"] = str(disks[1 - rank()])
     try:
-        find_checkpoint("auto", checkpoint_disks(config))
+        find_checkpoint("auto", disks_of(config))
     except ConfigError as error:
         report["swapped"] = str(error)
     if rank() == 0:
         (work / "local disks.json").write_text(json.dumps(report))
+
+
+def disks_of(config: Any) -> tuple[Disk, ...]:
+    return checkpoint_disks(config.output_dir, config.checkpoint.local_dir, config.zero_stage)
 
 
 def _tracker(config: Any) -> Tracker | None:

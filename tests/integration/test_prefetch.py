@@ -224,15 +224,15 @@ def test_local_paths_are_said_to_be_local(prepared_run: PreparedRun, corpus: Pat
     ],
 )
 def test_the_ops_that_settings_need(deepspeed: dict[str, Any], ops: list[str]) -> None:
-    assert list(required_ops(config_with(deepspeed))) == ops
+    assert list(required_ops(config_with(deepspeed).deepspeed)) == ops
 
 
 def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_with({"zero_optimization": {"offload_param": {"device": "nvme"}}})
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"--build-ops: async_io must be compiled, and there is no c\+\+ here; load"):
-        list(build_ops(config))
-    assert list(build_ops(config_with({}))) == ["DeepSpeed ops: none needed"]
+        list(build_ops(config.deepspeed))
+    assert list(build_ops(config_with({}).deepspeed)) == ["DeepSpeed ops: none needed"]
 
 
 def test_a_build_that_was_killed_is_said_instead_of_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_a_build_that_was_killed_is_said_instead_of_waited_for(tmp_path: Path, m
     lock.touch()
     config = config_with({"zero_optimization": {"offload_param": {"device": "nvme"}}})
     with pytest.raises(ConfigError, match=f"--build-ops: {lock}: another build is running; if it was killed, remo"):
-        list(build_ops(config))
+        list(build_ops(config.deepspeed))
 
 
 def config_with(deepspeed: dict[str, Any]) -> RunConfig:

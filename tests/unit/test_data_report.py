@@ -41,7 +41,7 @@ def changed(tmp_path: Path, tiny_run: Any, parts: DataParts) -> Changed:
             index = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=config.seed)
         stage = ChatStage(reader.stage.chat, data.sequence_length, data.overlong)
         new = replace(reader, index=index, stage=stage)
-        return config, replace(parts, index=index, reader=new, planner=build_planner(config, new, None))
+        return config, replace(parts, index=index, reader=new, planner=build_planner(data, config.objective, new, None))
 
     return make
 
@@ -57,7 +57,7 @@ def warnings(lines: list[str]) -> list[str]:
 def test_rows_slots_epochs_and_share_of_every_language(changed: Changed) -> None:
     weights = {"strategy": "explicit", "weights": {"en": 5, "de": 2, "sw": 1}}
     config, data = changed(max_steps=30, **{"data.mixture": {**weights, "pairing": "reuse"}})
-    lines = list(mixture_table(config, data))
+    lines = list(mixture_table(config.data, config.max_steps, data))
     assert lines[0] == "in 30 steps of 8 slots:"
     assert {language: cells[1:5] for language, cells in table(lines).items()} == {
         "en": ["40", "150", "3.75", "62.5%"], "de": ["40", "60", "1.50", "25.0%"],
@@ -73,7 +73,7 @@ def test_a_language_whose_rows_repeat_very_often_is_warned_of(changed: Changed, 
     folder = write_data(tmp_path / "data")
     (folder / "sw.jsonl").write_text(json.dumps(corpus_rows("sw")[0]) + "\n", encoding="utf-8")
     config, data = changed(folder, max_steps=340)
-    found = warnings(list(mixture_table(config, data)))
+    found = warnings(list(mixture_table(config.data, config.max_steps, data)))
     assert [line.split(";")[0] for line in found] == [
         "warning: en: each of its 40 rows is read 17 times", "warning: de: each of its 40 rows is read 17 times",
         "warning: sw: its one row is read 2.0 times in every step", "warning: zh: each of its 40 rows is read 17 times",
@@ -82,7 +82,7 @@ def test_a_language_whose_rows_repeat_very_often_is_warned_of(changed: Changed, 
 
 def test_rows_that_are_too_long_are_counted_by_language(changed: Changed) -> None:
     config, data = changed(**{"data.sequence_length": 60})
-    lines = list(mixture_table(config, data))
+    lines = list(mixture_table(config.data, config.max_steps, data))
     assert lines[1].endswith("over 60 tokens")
     expected = {}
     for number, language in enumerate(LANGUAGES):
@@ -100,10 +100,10 @@ def test_rows_that_are_too_long_are_counted_by_language(changed: Changed) -> Non
 
 def test_a_sample_says_its_size_and_all_rows_are_all_rows(changed: Changed) -> None:
     config, data = changed(**{"data.sequence_length": 60, "data.overlong": "truncate"})
-    for line in table(list(mixture_table(config, data, looked_at=7))).values():
+    for line in table(list(mixture_table(config.data, config.max_steps, data, looked_at=7))).values():
         assert " ".join(line[6:]) == "of 7 rows, a sample of 40"
-    whole = list(mixture_table(config, data, looked_at=None))
-    assert whole == list(mixture_table(config, data, looked_at=40))
+    whole = list(mixture_table(config.data, config.max_steps, data, looked_at=None))
+    assert whole == list(mixture_table(config.data, config.max_steps, data, looked_at=40))
     assert "are cut to fit: " in warnings(whole)[0]
     assert warnings(whole)[0].endswith("; raise data.sequence_length")
 
@@ -111,9 +111,9 @@ def test_a_sample_says_its_size_and_all_rows_are_all_rows(changed: Changed) -> N
 def test_one_in_a_hundred_is_not_warned_of(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
     config, data = changed(**{"data.sequence_length": 60})
     monkeypatch.setattr(data_report, "_lengths", lambda *arguments: data_report.Lengths(10, 1000, 5000))
-    assert not warnings(list(mixture_table(config, data)))
+    assert not warnings(list(mixture_table(config.data, config.max_steps, data)))
     monkeypatch.setattr(data_report, "_lengths", lambda *arguments: data_report.Lengths(11, 1000, 5000))
-    assert "en 1.1%, de 1.1%" in warnings(list(mixture_table(config, data)))[0]
+    assert "en 1.1%, de 1.1%" in warnings(list(mixture_table(config.data, config.max_steps, data)))[0]
 
 
 def test_where_too_long_is_an_error_the_longest_rows_are_held_against_the_limit_at_the_start(changed: Changed) -> None:
@@ -121,10 +121,10 @@ def test_where_too_long_is_an_error_the_longest_rows_are_held_against_the_limit_
     with pytest.raises(DataError, match=r"en\.jsonl:\d+: \d+ tokens, data.sequence_length is 60; shorten the row"):
         check_longest(data.reader)
     with pytest.raises(DataError, match=r"data\.sequence_length is 60"):
-        list(mixture_table(config, data))
+        list(mixture_table(config.data, config.max_steps, data))
     config, data = changed(**{"data.overlong": "error"})
     check_longest(data.reader)
-    assert not warnings(list(mixture_table(config, data)))
+    assert not warnings(list(mixture_table(config.data, config.max_steps, data)))
 
 
 def test_held_out_texts_in_training_are_counted_and_named_by_file_and_line(changed: Changed, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     checked: list[int] = []
 
     def write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
-        (output / EXPORT_FILE).write_text(json.dumps(export._description(config, state.step)))
+        (output / EXPORT_FILE).write_text(json.dumps(export._description(config.data, config.objective, state.step)))
         (output / "weights").write_text((checkpoint / "weights").read_text())
 
     def check(checkpoint: Path, config: RunConfig, weights: object, output: Path) -> CheckResult:
@@ -262,4 +262,4 @@ def test_the_response_language_is_fixed_only_where_every_answer_is_in_it(
 ) -> None:
     named = [{"name": str(number), "files": "*.jsonl", **source} for number, source in enumerate(sources)]
     config = validate(tiny_run(tmp_path, **{"data.sources": named}), "tiny run")
-    assert export._description(config, 1)["response_language"] == fixed
+    assert export._description(config.data, config.objective, 1)["response_language"] == fixed

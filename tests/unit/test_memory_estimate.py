@@ -159,7 +159,7 @@ def test_no_micro_batch_is_larger(
 ) -> None:
     config = validate(run_values(write(tmp_path / "data"), tmp_path / "run", **changes), "test")
     data = assemble_data(config, prepare(config))
-    shape = largest_batch(config, data, ranks)
+    shape = largest_batch(config.data, config.objective, data, ranks)
     met = [
         batch.input_ids
         for step in range(6)

@@ -100,7 +100,7 @@ def test_check_refuses_as_train_does(tmp_path: Path) -> None:
 
 def test_without_a_contrastive_loss_pairs_are_not_asked_for(tmp_path: Path) -> None:
     config = written(tmp_path, **{"data.sources": NO_ID, "objective.contrastive.weight": 0.0})
-    assert list(pair_warnings(config, prepare(config).index)) == []
+    assert list(pair_warnings(config.data, config.objective, prepare(config).index)) == []
 
 
 def test_unusable_rows_are_no_items_and_are_not_read_for_the_cause(tmp_path: Path) -> None:
@@ -124,12 +124,12 @@ def test_ids_in_nfd_are_those_in_nfc(tmp_path: Path) -> None:
     rows = [index.rows(language).tolist() for language in range(4)]
     for language in range(1, 4):
         assert [index.translation(row, 0) for row in rows[language]] == rows[0]
-    assert list(pair_warnings(config, index)) == []
+    assert list(pair_warnings(config.data, config.objective, index)) == []
 
 
 def test_a_language_without_pairs_is_warned_of_by_name(tmp_path: Path) -> None:
     config = written(tmp_path, with_ids(lambda language, _, name: f"x{name}" if language == "sw" else name))
-    (line,) = pair_warnings(config, open_index(config))
+    (line,) = pair_warnings(config.data, config.objective, open_index(config))
     assert line.startswith("language 'sw' has no pairs: none of its 40 items is in 'en' too; ids look like 'item-00', ")
 
 
@@ -163,7 +163,7 @@ def test_the_two_pairs_are_of_two_languages_where_one_has_most_of_a_step(tmp_pat
     changes = {"data.mixture": mixture, "data.slots_per_step": 32, "data.micro_batch_tokens": 768}
     config = written(tmp_path, **changes)
     data = assemble_data(config, prepare(config))
-    lines = list(show_pairs(config, data.index, data.planner))
+    lines = list(show_pairs(config.data, config.objective, config.max_steps, data.index, data.planner))
     heads = [n for n, line in enumerate(lines) if line.startswith("--- a pair of item ")]
     assert [lines[n + 1][:2] for n in heads] == ["en", "en"]
     assert len({lines[n + 2][:2] for n in heads}) == 2
@@ -184,7 +184,7 @@ def other_numbers(language: str, rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("change", [other_lengths, other_numbers])
 def test_one_sign_of_a_translation_is_enough(tmp_path: Path, change: Any) -> None:
     config = written(tmp_path, change)
-    assert list(pair_warnings(config, open_index(config))) == []
+    assert list(pair_warnings(config.data, config.objective, open_index(config))) == []
 
 
 def shuffled(language: str, rows: list[dict[str, Any]]) -> None:
@@ -196,7 +196,7 @@ def shuffled(language: str, rows: list[dict[str, Any]]) -> None:
 def test_ids_that_begin_anew_in_every_file_are_warned_of(tmp_path: Path) -> None:
     """Unrelated rows under the same number: neither numbers nor lengths of the texts agree more than by chance."""
     config = written(tmp_path, shuffled)
-    found = list(pair_warnings(config, open_index(config)))
+    found = list(pair_warnings(config.data, config.objective, open_index(config)))
     assert [line.split(":")[0] for line in found] == [
         f"the pairs of {language!r} and 'en' do not look like translations" for language in ("de", "sw", "zh")
     ]
@@ -211,7 +211,7 @@ def test_the_warnings_stand_in_the_log_of_a_run_too(
     monkeypatch.setattr("training.assembly.deepspeed_settings", stopped)
     with pytest.raises(InterruptedError):
         assemble(config, prepared)
-    assert caplog.messages == list(pair_warnings(config, prepared.index))
+    assert caplog.messages == list(pair_warnings(config.data, config.objective, prepared.index))
     assert len(caplog.messages) == 3
 
 
@@ -222,7 +222,11 @@ def stopped(*_: Any) -> None:
 
 def test_an_id_at_two_texts_of_a_language_is_warned_of(tmp_path: Path) -> None:
     config = written(tmp_path, with_ids(lambda language, number, name: "item-00" if number == 7 else name))
-    found = [line for line in pair_warnings(config, open_index(config)) if "is shared by different texts" in line]
+    found = [
+        line
+        for line in pair_warnings(config.data, config.objective, open_index(config))
+        if "is shared by different texts" in line
+    ]
     assert len(found) == 4
     file = tmp_path / "data" / "en.jsonl"
     assert found[0].startswith(
@@ -241,7 +245,11 @@ def test_a_row_that_is_there_twice_and_rows_of_one_group_are_no_repeated_ids(tmp
         (tmp_path / name).mkdir()
         sources = [{"name": "p", "files": "*.jsonl", "columns": columns | more}]
         config = written(tmp_path / name, twice, **{"data.sources": sources})
-        assert not [line for line in pair_warnings(config, open_index(config)) if "different texts" in line]
+        assert not [
+            line
+            for line in pair_warnings(config.data, config.objective, open_index(config))
+            if "different texts" in line
+        ]
 
 
 def task_run(folder: Path, change: Callable[[str, dict[str, Any]], None], **changes: Any) -> RunConfig:
@@ -284,7 +292,7 @@ def test_xmixup_pairs_by_back_translations_are_pairs_and_are_shown(tmp_path: Pat
 
     config = task_run(tmp_path, change)
     prepared = prepare(config)
-    (line,) = pair_warnings(config, prepared.index)
+    (line,) = pair_warnings(config.data, config.objective, prepared.index)
     assert line.startswith("language 'sw' has no pairs: ")
     lines = list(check_run(config))
     place = next(n for n, line in enumerate(lines) if line.startswith("pairs a step with 'en', over the first "))

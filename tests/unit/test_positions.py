@@ -42,7 +42,7 @@ COMPUTED = {"llama": {"intermediate_size": 64, "max_position_embeddings": 64}, "
 def begin_training(config: RunConfig) -> None:
     """What `crosslift train` does before any rank starts."""
     check_model_files(config)
-    check_starting_model(config, prepare(config))
+    check_starting_model(config.model, config.data, config.objective, prepare(config))
 
 
 @pytest.mark.parametrize("model_type", TABLES)

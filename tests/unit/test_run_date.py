@@ -68,7 +68,7 @@ def save(config: RunConfig, step: int = 4) -> Path:
 
 
 def day(config: RunConfig, tokenizer: Path, found: Path | None = None) -> dt.date | None:
-    return with_date(config, AutoTokenizer.from_pretrained(tokenizer), found).data.template.date
+    return with_date(config.data, AutoTokenizer.from_pretrained(tokenizer), config.output_dir, found).template.date
 
 
 def test_the_run_files_date_wins_then_the_saved_one_then_today(make: Make, dated_tokenizer: Path) -> None:

@@ -215,7 +215,7 @@ MISTAKES: list[tuple[str, Change, str]] = [
 def begin_training(config: RunConfig) -> None:
     """What `crosslift train` does before any rank starts."""
     check_model_files(config)
-    check_starting_model(config, prepare(config))
+    check_starting_model(config.model, config.data, config.objective, prepare(config))
 
 
 def checked(directory: Path, tmp_path: Path, **changes: Any) -> None:

@@ -11,7 +11,6 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import RunConfig
 from training.distributed import barrier, gather_objects, rank, world_size
 from training.engine.saved_files import needs_shared_disk
 from training.errors import ConfigError
@@ -50,7 +49,7 @@ def led_by_this_rank(disks: tuple[Disk, ...]) -> list[Path]:
     return [disk.home for disk in disks if disk.leader]
 
 
-def checkpoint_disks(config: RunConfig) -> tuple[Disk, ...]:
+def checkpoint_disks(output_dir: Path, local_dir: str | None, zero_stage: int) -> tuple[Disk, ...]:
     """The run's folder, and `checkpoint.local_dir` if it is set, which then takes the checkpoints before the last step.
 
     Every rank calls it: which ranks share a folder is found out by writing files.
@@ -58,7 +57,7 @@ def checkpoint_disks(config: RunConfig) -> tuple[Disk, ...]:
     Raises:
         ConfigError: `checkpoint.local_dir` names a variable that is not set, or a folder that cannot be written.
     """
-    own, local_dir = shared_disk(config.output_dir), config.checkpoint.local_dir
+    own = shared_disk(output_dir)
     if local_dir is None:
         return (own,)
     home, problem = Path(os.path.expanduser(os.path.expandvars(local_dir))), None
@@ -77,6 +76,6 @@ def checkpoint_disks(config: RunConfig) -> tuple[Disk, ...]:
     seen = frozenset(number for number, (name, _) in enumerate(told) if (home / name).exists())
     barrier()  # all have looked
     token.unlink()
-    if len(seen) < world_size() and (reason := needs_shared_disk(config.zero_stage)) is not None:
+    if len(seen) < world_size() and (reason := needs_shared_disk(zero_stage)) is not None:
         raise ConfigError(f"checkpoint.local_dir: {home} is not shared by all ranks, {reason}")
     return own, Disk(home, seen)

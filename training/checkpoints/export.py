@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import atomic_folder, recover
+from data_pipeline.config import RowKind
 from data_pipeline.console import track
 from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, ExportInfo
 from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, defect
 from training.checkpoints.export_text import GENERATION_FILE, fixed_response_language, set_text_files
 from training.checkpoints.run_state import RunState
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.errors import ConfigError, ExportCheckFailed
 from training.objectives.base import ObjectiveConfig
 from training.run_file import validate
@@ -120,7 +121,7 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     from modeling.weights.weight_writing import write_weights
     from training.engine.engine import DTYPES
 
-    planned, adapted = _planned(checkpoint, config), _adapted(checkpoint, config, state)
+    planned, adapted = _planned(checkpoint, config.data.kind, config.precision), _adapted(checkpoint, config, state)
     if adapted is not None:
         base = state.base or {}
         save_adapter(adapted, output / ADAPTER_FOLDER, config.model.path or base["directory"], base["hash"])
@@ -131,12 +132,12 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     model_config.use_cache = config.data.task is None
     tokenizer = read_tokenizer(checkpoint / "model_config", local_files_only=True)
     if config.data.task is None:
-        _write_json(
-            output / GENERATION_FILE, set_text_files(config, checkpoint / "model_config", model_config, tokenizer)
-        )
+        own = config.tokenizer.of_model
+        generation = set_text_files(config.data, checkpoint / "model_config", model_config, tokenizer, of_model=own)
+        _write_json(output / GENERATION_FILE, generation)
     model_config.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    _write_json(output / EXPORT_FILE, _description(config, state.step))
+    _write_json(output / EXPORT_FILE, _description(config.data, config.objective, state.step))
     config.objective.export(checkpoint, output)
 
 
@@ -144,7 +145,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _planned(checkpoint: Path, config: RunConfig) -> dict[str, torch.Tensor]:
+def _planned(checkpoint: Path, kind: RowKind, precision: str) -> dict[str, torch.Tensor]:
     """The export's weights by name on the meta device, in its number format; a tied weight has one name."""
     import torch
 
@@ -153,10 +154,10 @@ def _planned(checkpoint: Path, config: RunConfig) -> dict[str, torch.Tensor]:
     from training.engine.engine import DTYPES
 
     with torch.device("meta"):
-        model = auto_class(ARCHITECTURE_OF[config.data.kind]).from_config(read_config(checkpoint / "model_config"))
+        model = auto_class(ARCHITECTURE_OF[kind]).from_config(read_config(checkpoint / "model_config"))
     tied = model.all_tied_weights_keys
     return {
-        name: tensor.to(DTYPES[config.precision]) if tensor.is_floating_point() else tensor
+        name: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
         if name not in tied
     }
@@ -181,7 +182,7 @@ def _weights(
 
 def _expected_weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
     """What the export must hold, made from the checkpoint again."""
-    planned, adapted = _planned(checkpoint, config), _adapted(checkpoint, config, state)
+    planned, adapted = _planned(checkpoint, config.data.kind, config.precision), _adapted(checkpoint, config, state)
     weights = _weights(checkpoint, config.objective, planned, adapted)
     yield from track(weights, len(planned), "check", "weights")
 
@@ -194,13 +195,13 @@ def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel 
 
     if (lora := config.model.lora) is None:
         return None
-    base = _base(checkpoint, state.base or {}, config)
+    base = _base(checkpoint, state.base or {}, config.data.kind, config.precision)
     weights = consolidated(checkpoint)
     trained = {name: tensor for name, tensor in weights if not config.objective.is_own_weight(name)}
     return adapted_model(base, ARCHITECTURE_OF[config.data.kind], lora, trained)
 
 
-def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTrainedModel:
+def _base(checkpoint: Path, base: Mapping[str, str], kind: RowKind, precision: str) -> PreTrainedModel:
     """The model whose weights a LoRA run left frozen. Raises ConfigError where it is gone or another one."""
     from modeling.architectures import ARCHITECTURE_OF
     from modeling.loading import load_pretrained
@@ -210,12 +211,11 @@ def _base(checkpoint: Path, base: Mapping[str, str], config: RunConfig) -> PreTr
     directory = Path(base["directory"])
     if not directory.is_dir() or directory_hash(directory) != base["hash"]:
         raise ConfigError(f"{checkpoint}: holds adapters to the model in {directory}, which is gone or has changed")
-    return load_pretrained(directory, DTYPES[config.precision], "eager", "cpu", ARCHITECTURE_OF[config.data.kind])
+    return load_pretrained(directory, DTYPES[precision], "eager", "cpu", ARCHITECTURE_OF[kind])
 
 
-def _description(config: RunConfig, step: int) -> dict[str, Any]:
+def _description(data: DataConfig, objective: ObjectiveConfig, step: int) -> dict[str, Any]:
     """What `modeling.export_info` reads."""
-    data, objective = config.data, config.objective
     described: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
@@ -228,7 +228,7 @@ def _description(config: RunConfig, step: int) -> dict[str, Any]:
     return {
         **described,
         "template": data.template.model_dump(mode="json"),
-        "response_language": fixed_response_language(config),
+        "response_language": fixed_response_language(data.sources),
         "shift_first_token": True,
         **objective.description(),
     }

@@ -9,7 +9,7 @@ bound is a multiple of what bf16 changes in this model's own logits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,8 @@ def _check_logits(checkpoint: Path, config: RunConfig, output: Path) -> CheckRes
         ids, expected = file.get_tensor("input_ids"), file.get_tensor("logits")
         recorded = file.metadata() or {}
     kind = ARCHITECTURE_OF[config.data.kind]
-    attention = _attention(recorded, config, output, kind)
+    wanted = recorded.get("attention", config.model.attention)  # older checkpoints don't record it
+    attention = _attention(wanted, output, kind)
     scale = float(expected.abs().max())
 
     def logits(dtype: torch.dtype) -> Tensor:
@@ -128,9 +129,8 @@ def _check_logits(checkpoint: Path, config: RunConfig, output: Path) -> CheckRes
     return CheckResult(problem, attention, difference, bound, noise)
 
 
-def _attention(recorded: Mapping[str, str], config: RunConfig, output: Path, kind: Architecture) -> str:
+def _attention(wanted: str, output: Path, kind: Architecture) -> str:
     """The run's own attention, or the nearest that runs on a CPU, where exports are reopened."""
-    wanted = recorded.get("attention", config.model.attention)  # older checkpoints don't record it
     model_config = load_config(output, kind)
     if wanted in ("sdpa", "eager"):
         return resolve_attention(wanted, model_config, kind)

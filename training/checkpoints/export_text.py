@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.text.chat import Chat
 from data_pipeline.text.jinja_template import Defaults, jinja_template
-from training.config import RunConfig
+from training.config import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -26,26 +26,32 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def set_text_files(
-    config: RunConfig, base: Path, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    data: DataConfig,
+    base: Path,
+    model_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    of_model: bool,
 ) -> dict[str, Any]:
     """Put the trained chat template into `tokenizer`, special ids into `model_config`; the generation config's values.
 
-    `base` is a folder with the base model's generation config, if it has one.
+    Args:
+        base: a folder with the base model's generation config, if it has one.
+        of_model: whether the tokenizer is the base model's own.
     """
-    chat = Chat(tokenizer, config.data.template, config.data.languages)
+    chat = Chat(tokenizer, data.template, data.languages)
     file = base / GENERATION_FILE
     generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ids = _special_ids(config, chat, model_config, generation)
+    ids = _special_ids(chat, model_config, generation, of_model=of_model)
     for each in (model_config, model_config.get_text_config()):
         for name, value in ids.items():
             setattr(each, name, value)
-    sources = config.data.sources
-    fixed = fixed_response_language(config)
-    may_differ = any(source.response_language or source.columns.response_language for source in sources)
-    text, wrong = jinja_template(chat, Defaults(config.data.dominant, fixed, may_differ))
+    fixed = fixed_response_language(data.sources)
+    may_differ = any(source.response_language or source.columns.response_language for source in data.sources)
+    text, wrong = jinja_template(chat, Defaults(data.dominant, fixed, may_differ))
     if wrong is not None:
         log.warning("the exported chat template does not give the tokens of training for %s; `generate` does", wrong)
-    if isinstance(tokenizer.chat_template, dict) and config.data.template.name == "chat":
+    if isinstance(tokenizer.chat_template, dict) and data.template.name == "chat":
         tokenizer.chat_template = {**tokenizer.chat_template, "default": text}
     else:
         tokenizer.chat_template = text
@@ -56,7 +62,7 @@ def set_text_files(
 
 
 def _special_ids(
-    config: RunConfig, chat: Chat, model_config: PreTrainedConfig, generation: Mapping[str, Any]
+    chat: Chat, model_config: PreTrainedConfig, generation: Mapping[str, Any], *, of_model: bool
 ) -> dict[str, Any]:
     """Begin, end and padding. The taught end token comes first; the base model's own still end an answer.
 
@@ -64,7 +70,7 @@ def _special_ids(
     """
     tokenizer = chat.tokenizer
     text_config = model_config.get_text_config()
-    files = [generation, vars(text_config)] if config.tokenizer.path is None and config.tokenizer.train is None else []
+    files = [generation, vars(text_config)] if of_model else []
 
     def one(name: str) -> int | None:
         known = [getattr(tokenizer, name), *(file.get(name) for file in files)]
@@ -78,12 +84,11 @@ def _special_ids(
     return {"bos_token_id": one("bos_token_id"), "eos_token_id": eos, "pad_token_id": one("pad_token_id")}
 
 
-def fixed_response_language(config: RunConfig) -> str | None:
+def fixed_response_language(sources: Sequence[SourceConfig]) -> str | None:
     """The one language every answer is in, where the sources say so; else answers follow the prompt.
 
     A corpus of one language alone says nothing: its answers did follow their prompts.
     """
-    sources = config.data.sources
     said = {_response_language_of(source) for source in sources}
     return said.pop() if len(said) == 1 and any(source.response_language for source in sources) else None
 

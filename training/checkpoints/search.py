@@ -10,7 +10,6 @@ from pathlib import Path
 from training.checkpoints.checkpoint import checkpoint_root, defect, step_folders, step_of
 from training.checkpoints.disks import Disk, shared_disk
 from training.checkpoints.run_state import RunState
-from training.config import RunConfig
 from training.distributed import gather_objects, rank, world_size
 from training.engine.saved_files import shard_of
 from training.errors import ConfigError
@@ -62,11 +61,14 @@ def checkpoint_at(path: Path, *, content: bool = True) -> Path:
     return path
 
 
-def newest_seen(config: RunConfig) -> Path | None:
-    """The newest complete checkpoint that one process can see, its content not read; for commands that only look."""
-    homes = [config.output_dir]
-    if config.checkpoint.local_dir is not None:
-        homes.append(Path(os.path.expandvars(config.checkpoint.local_dir)))
+def newest_seen(output_dir: Path, local_dir: str | None) -> Path | None:
+    """The newest complete checkpoint that one process can see, its content not read; for commands that only look.
+
+    `local_dir` is `checkpoint.local_dir`.
+    """
+    homes = [output_dir]
+    if local_dir is not None:
+        homes.append(Path(os.path.expandvars(local_dir)))
     return find_checkpoint("auto", [shared_disk(home) for home in homes], content=False)
 
 

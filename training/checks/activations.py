@@ -27,9 +27,9 @@ from modeling.adapters import add_adapters
 from modeling.architectures import ARCHITECTURE_OF, auto_class
 from modeling.label_head import CHUNK_ELEMENTS
 from modeling.layers import decoder_layers, hidden_size
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.engine.memory import Activations
-from training.objectives.base import ObjectiveParts
+from training.objectives.base import ObjectiveConfig, ObjectiveParts
 
 STAND_IN = "crosslift_counting"  # the attention that transformers is given while counting
 Kernel = Literal["eager", "sdpa", "flash_attention_2"]
@@ -60,19 +60,20 @@ def count_activations(
                 for parameter in model.parameters():  # PEFT takes the base's format only where the base has data
                     parameter.data = parameter.data.to(dtype)
             model.config.use_cache = False
-            forward = _forward(config, model, blank(shape))
+            forward = _forward(config.data, config.objective, model, blank(shape))
             return _counted(model, forward, shape)
     except Exception:  # any class may fail on tensors without data in its own way
         text = model_config.get_text_config()
         return _by_formula(text.num_hidden_layers, text.hidden_size, text.vocab_size, dtype, shape)
 
 
-def _forward(config: RunConfig, model: PreTrainedModel, batch: Batch[Any]) -> Callable[[], Tensor]:
+def _forward(
+    data: DataConfig, objective: ObjectiveConfig, model: PreTrainedModel, batch: Batch[Any]
+) -> Callable[[], Tensor]:
     """The objective's own forward pass and losses, as far as they keep anything of size."""
-    data = config.data
-    objective = config.objective.build(model, ObjectiveParts(data.kind, data.languages, data.dominant))
+    built = objective.build(model, ObjectiveParts(data.kind, data.languages, data.dominant))
     engine: Any = _PlainEngine(model)
-    return lambda: objective.saved_loss(engine, batch)
+    return lambda: built.saved_loss(engine, batch)
 
 
 @dataclass

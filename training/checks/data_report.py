@@ -18,7 +18,7 @@ from data_pipeline.records import BadRow
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.config import WINDOWED
 from training.assembly import DataParts
-from training.config import RunConfig
+from training.config import DataConfig
 
 LOOKED_AT = 1000  # rows a language that the share of those that are too long is estimated on
 MOST_OVERLONG = 0.01  # share of a language's rows above which `check` warns
@@ -40,38 +40,40 @@ class Lengths:
         return self.overlong / max(self.looked_at, 1)
 
 
-def mixture_table(config: RunConfig, data: DataParts, looked_at: int | None = LOOKED_AT) -> Iterator[str]:
+def mixture_table(
+    data: DataConfig, max_steps: int, parts: DataParts, looked_at: int | None = LOOKED_AT
+) -> Iterator[str]:
     """Each language's slots, epochs and share of the planned steps, and how many of its rows are too long; warnings.
 
     `looked_at`: rows a language whose length is measured; None: all. Raises DataError for one that is too long where
     `data.overlong` is "error".
     """
-    languages, index, settings = config.data.languages, data.index, config.data
-    slots = data.planner.slots_by_language(config.max_steps)
-    windowed = settings.kind in WINDOWED  # no row is too long
-    yield f"in {config.max_steps:,} steps of {settings.slots_per_step:,} slots:"
-    header = ["language", "rows", "slots", "epochs", "share", f"over {settings.sequence_length} tokens"]
+    index = parts.index
+    slots = parts.planner.slots_by_language(max_steps)
+    windowed = data.kind in WINDOWED  # no row is too long
+    yield f"in {max_steps:,} steps of {data.slots_per_step:,} slots:"
+    header = ["language", "rows", "slots", "epochs", "share", f"over {data.sequence_length} tokens"]
     table_rows: list[list[str]] = []
     warnings: list[str] = []
     too_long: list[str] = []
-    for number, language in enumerate(languages):
+    for number, language in enumerate(data.languages):
         rows, share = len(index.rows(number)), slots[number] / max(sum(slots), 1)
         epochs = slots[number] / rows if rows else 0.0
-        lengths = None if windowed else _lengths(data.reader, number, looked_at)
+        lengths = None if windowed else _lengths(parts.reader, number, looked_at)
         table_rows.append([language, f"{rows:,}", f"{slots[number]:,}", f"{epochs:.2f}", f"{share:.1%}"])
         if lengths is not None:
             table_rows[-1].append(_measured(lengths))
-        warnings += _repeats(language, rows, epochs, slots[number] / config.max_steps)
+        warnings += _repeats(language, rows, epochs, slots[number] / max_steps)
         if lengths is not None and lengths.share > MOST_OVERLONG:
             too_long.append(f"{language} {lengths.share:.1%}")
     yield from table(header[:5] if windowed else header, table_rows, text=(0, 5)).splitlines()
     yield from warnings
     if too_long:
         done, other = "left out, their slots stay empty", ", or set data.overlong=truncate"
-        if settings.overlong == "truncate":
+        if data.overlong == "truncate":
             done, other = "cut to fit", ""
         yield (
-            f"warning: rows longer than data.sequence_length ({settings.sequence_length}) are {done}: "
+            f"warning: rows longer than data.sequence_length ({data.sequence_length}) are {done}: "
             f"{', '.join(too_long)}; raise data.sequence_length{other}"
         )
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.checks.inputs import missing_inputs
-from training.config import RunConfig
+from training.config import DataConfig, ModelConfig, RunConfig
 from training.errors import ConfigError
+from training.objectives.base import ObjectiveConfig
 from training.run_folder.prepare import Prepared
 from training.tracking.config import tracking_target
 from training.tracking.mlflow_store import missing_folder
@@ -53,7 +54,7 @@ def check_model_files(config: RunConfig) -> None:
     if config.model.path is not None:
         labels = None if task is None else task.labels
         model = check_directory(resolve_directory(config.model.path), ARCHITECTURE_OF[config.data.kind], labels)
-        check_model(config, model)
+        check_model(config.data, config.objective, model)
         embeddings = model.config.get_text_config().vocab_size
     if trained is None:
         path = config.tokenizer.path or config.model.path
@@ -69,19 +70,19 @@ def check_model_files(config: RunConfig) -> None:
         )
 
 
-def check_starting_model(config: RunConfig, prepared: Prepared) -> None:
+def check_starting_model(model: ModelConfig, data: DataConfig, objective: ObjectiveConfig, prepared: Prepared) -> None:
     """`check_model` of a model that the run makes itself. Raises ConfigError."""
-    if config.model.path is not None:
+    if model.path is not None:
         return
     import torch
 
     from modeling.architectures import ARCHITECTURE_OF, auto_class
     from modeling.loading import load_config
 
-    head = ARCHITECTURE_OF[config.data.kind]
+    head = ARCHITECTURE_OF[data.kind]
     with torch.device("meta"):
-        model: nn.Module = auto_class(head).from_config(load_config(Path(prepared.model_dir), head))
-    check_model(config, model)
+        built: nn.Module = auto_class(head).from_config(load_config(Path(prepared.model_dir), head))
+    check_model(data, objective, built)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, origin: str, embeddings: int | None) -> None:
@@ -94,7 +95,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, origin: str, embeddings
         )
 
 
-def check_model(config: RunConfig, model: nn.Module) -> None:
+def check_model(data: DataConfig, objective: ObjectiveConfig, model: nn.Module) -> None:
     """That the model reads the longest sample and has the layers that the objective names; needs no weights.
 
     Raises:
@@ -102,11 +103,11 @@ def check_model(config: RunConfig, model: nn.Module) -> None:
     """
     from modeling.layers import decoder_layers, position_limit, position_table
 
-    if mistakes := list(config.objective.model_mistakes(len(decoder_layers(model)))):
+    if mistakes := list(objective.model_mistakes(len(decoder_layers(model)))):
         raise ConfigError("\n".join(mistakes))
     limit = position_limit(model)
-    if limit is not None and position_table(model) is not None and config.data.sequence_length > limit:
+    if limit is not None and position_table(model) is not None and data.sequence_length > limit:
         raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} tokens, but the model has positions for {limit}; "
+            f"data.sequence_length: {data.sequence_length} tokens, but the model has positions for {limit}; "
             f"set data.sequence_length={limit} or less"
         )

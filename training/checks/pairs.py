@@ -5,60 +5,62 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from data_pipeline.order.pairing import PairingRule
 from data_pipeline.order.pairs import Shared, repeated_ids, shared_items, unlike_texts, why_unpaired
 from data_pipeline.order.plan import Planner, StepPlan
 from data_pipeline.records import DataError
 from data_pipeline.sources.index import DataIndex
-from training.config import RunConfig
+from training.config import DataConfig
+from training.objectives.base import ObjectiveConfig
 
 COUNTED_STEPS, COUNTED_SLOTS = 64, 2_048  # at most so many are looked at for the number of pairs a step
 SHOWN = 2
 TEXT = 200  # characters shown of a text
 
 
-def refuse_unpaired(config: RunConfig, index: DataIndex) -> None:
+def refuse_unpaired(data: DataConfig, objective: ObjectiveConfig, index: DataIndex) -> None:
     """Raises DataError where an objective learns from pairs and no language has any."""
-    if not config.objective.pairing().needed:
+    rule, dominant = objective.pairing(), index.languages.index(data.dominant)
+    if not rule.needed:
         return
-    found, dominant = _unpaired(config, index), index.languages.index(config.data.dominant)
+    found = _unpaired(rule, index, dominant)
     if len(found) < len(index.languages) - 1 or (not found and _has_back(index, dominant)):
         return
     counts = ", ".join(f"{index.languages[each]} {shared.shared} of {shared.items:,}" for each, shared in found.items())
     why = (
-        f"items shared with {config.data.dominant!r}: {counts}; {why_unpaired(index, next(iter(found)), dominant)}"
+        f"items shared with {data.dominant!r}: {counts}; {why_unpaired(index, next(iter(found)), dominant)}"
         if found
-        else f"{config.data.dominant!r} is the only language"
+        else f"{data.dominant!r} is the only language"
     )
-    raise DataError(f"objective {config.objective.name!r} learns from pairs of translations, and there are none: {why}")
+    raise DataError(f"objective {objective.name!r} learns from pairs of translations, and there are none: {why}")
 
 
-def pair_warnings(config: RunConfig, index: DataIndex) -> Iterator[str]:
+def pair_warnings(data: DataConfig, objective: ObjectiveConfig, index: DataIndex) -> Iterator[str]:
     """Languages without pairs, ids that repeat, and pairs whose texts look unrelated."""
-    if not config.objective.pairing().needed:
+    rule, dominant = objective.pairing(), index.languages.index(data.dominant)
+    if not rule.needed:
         return
-    dominant = index.languages.index(config.data.dominant)
-    found = _unpaired(config, index)
+    found = _unpaired(rule, index, dominant)
     for language, shared in found.items():
         yield (
             f"language {index.languages[language]!r} has no pairs: none of its {shared.items:,} items is in"
-            f" {config.data.dominant!r} too; {why_unpaired(index, language, dominant)}"
+            f" {data.dominant!r} too; {why_unpaired(index, language, dominant)}"
         )
     yield from repeated_ids(index)
     for language, code in enumerate(index.languages):
         if language != dominant and language not in found and (why := unlike_texts(index, language, dominant)):
             yield (
-                f"the pairs of {code!r} and {config.data.dominant!r} do not look like translations: {why}; are"
+                f"the pairs of {code!r} and {data.dominant!r} do not look like translations: {why}; are"
                 " their ids numbers that begin anew in every file?"
             )
 
 
-def _unpaired(config: RunConfig, index: DataIndex) -> dict[int, Shared]:
+def _unpaired(rule: PairingRule, index: DataIndex, dominant: int) -> dict[int, Shared]:
     """Languages that have neither an item in common with the dominant one nor, for X-Mixup, back-translations."""
-    dominant, with_partner = index.languages.index(config.data.dominant), config.objective.pairing().with_partner
     return {
         language: shared
         for language, shared in shared_items(index, dominant).items()
-        if not shared.shared and not (with_partner and _has_back(index, language))
+        if not shared.shared and not (rule.with_partner and _has_back(index, language))
     }
 
 
@@ -66,28 +68,30 @@ def _has_back(index: DataIndex, language: int) -> bool:
     return bool(index.has_back[index.rows(language)].any())
 
 
-def show_pairs(config: RunConfig, index: DataIndex, planner: Planner) -> Iterator[str]:
+def show_pairs(
+    data: DataConfig, objective: ObjectiveConfig, max_steps: int, index: DataIndex, planner: Planner
+) -> Iterator[str]:
     """Pairs a step by language, over the first steps, and two of them as text."""
-    if not config.objective.pairing().needed:
+    rule, dominant = objective.pairing(), index.languages.index(data.dominant)
+    if not rule.needed:
         return
-    n_steps = min(config.max_steps, COUNTED_STEPS, max(COUNTED_SLOTS // config.data.slots_per_step, 1))
-    planned = [pair for step in range(n_steps) for pair in _planned(config, index, planner.step(step))]
+    n_steps = min(max_steps, COUNTED_STEPS, max(COUNTED_SLOTS // data.slots_per_step, 1))
+    planned = [pair for step in range(n_steps) for pair in _planned(rule, index, dominant, planner.step(step))]
     counts = Counter(index.languages[index.language[other]] for _, other in planned)
-    each = (f"{code} {counts[code] / n_steps:.1f}" for code in index.languages if code != config.data.dominant)
-    yield f"pairs a step with {config.data.dominant!r}, over the first {n_steps} steps: {', '.join(each)}"
+    each = (f"{code} {counts[code] / n_steps:.1f}" for code in index.languages if code != data.dominant)
+    yield f"pairs a step with {data.dominant!r}, over the first {n_steps} steps: {', '.join(each)}"
     first_of_language = {int(index.language[pair[1]]): pair for pair in reversed(planned)}
     shown = [*first_of_language.values(), *planned]
     for first, other in list(dict.fromkeys(shown))[:SHOWN]:
         yield from _shown(index, first, other)
 
 
-def _planned(config: RunConfig, index: DataIndex, plan: StepPlan) -> Iterator[tuple[int, int]]:
+def _planned(rule: PairingRule, index: DataIndex, dominant: int, plan: StepPlan) -> Iterator[tuple[int, int]]:
     """(row in the dominant language, other row) of every pair; the same row twice: text and its back-translation."""
-    if not config.objective.pairing().with_partner:
+    if not rule.with_partner:
         for unit in plan.units:
             yield from ((unit.slots[one].row, unit.slots[other].row) for one, other in unit.pairs)
         return
-    dominant = index.languages.index(config.data.dominant)
     for slot in plan.slots:
         if slot.partner is None or slot.language == dominant or slot.partner.kind == "itself":
             continue

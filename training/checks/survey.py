@@ -12,13 +12,13 @@ import numpy as np
 from data_pipeline.console import Progress
 from data_pipeline.reader import Reader
 from data_pipeline.records import BadRow, DataError
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 
 CHUNK = 64  # rows that a thread reads at once
 NAMED = 3  # rows that are named of each kind
 
 
-def survey(config: RunConfig, reader: Reader) -> Iterator[str]:
+def survey(data: DataConfig, reader: Reader) -> Iterator[str]:
     """Reads every row of the index, held-out ones too; what is unusable, by reason.
 
     Raises:
@@ -28,7 +28,7 @@ def survey(config: RunConfig, reader: Reader) -> Iterator[str]:
     bad = [BadRow(origin, reason) for origin, reason in index.bad_rows]
     rows = np.flatnonzero(~index.bad)
     chunks = [rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK)]
-    with ThreadPoolExecutor(config.data.workers, thread_name_prefix="survey") as pool:
+    with ThreadPoolExecutor(data.workers, thread_name_prefix="survey") as pool:
         read = pool.map(lambda chunk: reader.readable(chunk).bad, chunks)
         with Progress("reading all rows", len(rows), "rows") as progress:
             for chunk, found in zip(chunks, read, strict=True):
@@ -36,7 +36,7 @@ def survey(config: RunConfig, reader: Reader) -> Iterator[str]:
                 progress.advance(len(chunk))
     yield f"all rows: {len(rows) + len(index.bad_rows):,} read, {len(bad):,} of them unusable"
     yield from by_reason(bad)
-    refuse_bad_rows(bad, config.data.max_bad_rows)
+    refuse_bad_rows(bad, data.max_bad_rows)
 
 
 def without_limit(config: RunConfig) -> RunConfig:

@@ -17,7 +17,7 @@ import ctypes
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     Raises:
         ConfigError: DeepSpeed rejects a value, or a key is unknown.
     """
-    own = own_settings(config, world_size, torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    own = own_settings(config.optimizer, config.precision, config.zero_stage, world_size=world_size, on_gpu=on_gpu)
     settings = merged(own, config.deepspeed)
     if lines := list(mistakes(settings, own, engine_state.read_settings, deepspeed.__version__)):
         raise ConfigError("\n".join(lines))
@@ -179,8 +180,8 @@ def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = Non
 
 
 @contextmanager
-def refusing(config: RunConfig) -> Iterator[None]:
-    """Context for building an engine: DeepSpeed's errors about a run's raw settings become ConfigErrors."""
+def refusing(raw: Mapping[str, Any]) -> Iterator[None]:
+    """Context for building an engine: DeepSpeed's errors about the run file's `deepspeed:` become ConfigErrors."""
     try:
         yield
     except (
@@ -192,7 +193,7 @@ def refusing(config: RunConfig) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        if not config.deepspeed:
+        if not raw:
             raise
         text = " ".join(str(error).split())
         raise ConfigError(f"deepspeed: refused by DeepSpeed: {type(error).__name__}: {text}") from error
@@ -207,7 +208,7 @@ class Engine:
         self._accumulated = False  # gradients of a step that is neither applied nor dropped
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         groups = _parameter_groups(model, config.optimizer.weight_decay)
-        with engine_state.zero_optimizer(), refusing(config):
+        with engine_state.zero_optimizer(), refusing(config.deepspeed):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, model_parameters=groups, config=settings
             )

@@ -10,7 +10,7 @@ allocator's fragmentation are an allowance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ def memory_estimate(
 
     `model` has the run's adapters, if it has any, and needs no memory.
     """
-    zero = _zero_settings(config)
+    zero = _zero_settings(config.zero_stage, config.deepspeed)
     sizes = _Sizes.of(model, ITEM[config.precision], ranks)
     parts = [*(_stage_3 if zero["stage"] == 3 else _stage_1_and_2)(sizes, zero)]
     parts.append(
@@ -258,10 +258,10 @@ def _to_host(offload: str | None) -> str | None:
     return "cpu" if offload == "nvme" else offload
 
 
-def _zero_settings(config: RunConfig) -> dict[str, Any]:
+def _zero_settings(stage: int, raw: Mapping[str, Any]) -> dict[str, Any]:
     """The `zero_optimization` section that DeepSpeed gets, defaults filled in, as numbers and places."""
-    given: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": True, "contiguous_gradients": True}
-    given |= config.deepspeed.get("zero_optimization", {})
+    given: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+    given |= raw.get("zero_optimization", {})
     settings: dict[str, Any] = {**given}
     for name, default in ZERO_DEFAULTS.items():
         value = given.get(name, given.get(name.removeprefix("stage3_"), default))

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.config import RunConfig
 from training.errors import ConfigError
 
 
-def required_ops(config: RunConfig) -> dict[str, str]:
-    """{op: the setting that needs it}; none for settings that PyTorch alone can execute, such as the default ones."""
-    zero = config.deepspeed.get("zero_optimization", {})
+def required_ops(raw: Mapping[str, Any]) -> dict[str, str]:
+    """{op: the setting that needs it}; none for settings that PyTorch alone can execute, such as the default ones.
+
+    `raw` is the run file's `deepspeed:` section.
+    """
+    zero = raw.get("zero_optimization", {})
     device: dict[str, str] = {
         name: (zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")
     }
-    optimizer: dict[str, Any] = config.deepspeed.get("optimizer", {})
+    optimizer: dict[str, Any] = raw.get("optimizer", {})
     torch_adam = optimizer.get("params", {}).get("torch_adam", True)
     needed = {}
     if not torch_adam:
@@ -42,14 +44,14 @@ def prebuilt() -> Path:
     return cache / "crosslift" / "torch_extensions" / "prebuilt"
 
 
-def build_ops(config: RunConfig) -> Iterator[str]:
+def build_ops(raw: Mapping[str, Any]) -> Iterator[str]:
     """Build the ops that `required_ops` returns; yields a line for each.
 
     Raises:
         ConfigError: there is no compiler, another build is running or was killed, or an op cannot be built, with the
             compiler's first error.
     """
-    needed = required_ops(config)
+    needed = required_ops(raw)
     if not needed:
         yield "DeepSpeed ops: none needed"
         return

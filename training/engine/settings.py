@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 if TYPE_CHECKING:
-    from training.config import RunConfig
+    from training.config import OptimizerConfig
 
 # Raw keys, including all below them, and the key of the run file from which they follow.
 FOLLOWS_FROM = {
@@ -61,29 +61,31 @@ MAX_LISTED = 30  # known keys in a message
 FREE = {"optimizer.params.torch_adam"}  # keys below the above that the user may choose
 
 
-def own_settings(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
+def own_settings(
+    optimizer: OptimizerConfig, precision: str, zero_stage: int, *, world_size: int, on_gpu: bool
+) -> dict[str, Any]:
     """The DeepSpeed settings that follow from the rest of a run file."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
-        "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "gradient_clipping": optimizer.max_grad_norm,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
-            "stage": config.zero_stage,
+            "stage": zero_stage,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
         },
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": config.optimizer.learning_rate,
-                "betas": list(config.optimizer.betas),
-                "eps": config.optimizer.eps,
-                "weight_decay": config.optimizer.weight_decay,
+                "lr": optimizer.learning_rate,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
                 "torch_adam": True,  # needs no compiled op; may be set to false for offloading
             },
         },
@@ -91,16 +93,16 @@ def own_settings(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, 
     }
 
 
-def contradictions(config: RunConfig) -> Iterator[str]:
-    """A line for each raw key with another value than the run file implies, and for each `auto`."""
-    own = dict(_leaves(own_settings(config, world_size=0, on_gpu=False)))
-    for path, value in _leaves(config.deepspeed):
+def contradictions(raw: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each raw key with another value than the run file implies (`own_settings`), and for each `auto`."""
+    implied = dict(_leaves(own))
+    for path, value in _leaves(raw):
         reason = _reason(path)
         if value == "auto":
             instead = f"it {reason}; leave it out" if reason else "give a value, or leave it out"
             yield f"'deepspeed.{path}' is 'auto', which only Hugging Face's Trainer replaces: {instead}"
             continue
-        agrees = own[path] == value if path in own else value is False and path.endswith(".enabled")
+        agrees = implied[path] == value if path in implied else value is False and path.endswith(".enabled")
         if reason is not None and not agrees:
             yield f"'deepspeed.{path}' {reason}; leave it out"
 

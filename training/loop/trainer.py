@@ -71,15 +71,16 @@ class Trainer:
     """Trains on one rank of a run."""
 
     def __init__(self, run: Run, tracker: Tracker | None, stop: StopRequest | None = None) -> None:
+        config = run.config
         self.run = run
-        self.config: RunConfig = run.config
+        self.config: RunConfig = config
         self.tracker = tracker  # rank 0 only
         self.stop = stop or StopRequest()
         self.saver = Saver(run)
-        self.disks = checkpoint_disks(run.config)
-        self.guard = Guard(run.config.guard)
-        self.stragglers = StragglerMonitor(run.config.watchdog.straggler_every, run.engine.device)
-        self.totals = RunTotals(run.config.data.languages)
+        self.disks = checkpoint_disks(config.output_dir, config.checkpoint.local_dir, config.zero_stage)
+        self.guard = Guard(config.guard)
+        self.stragglers = StragglerMonitor(config.watchdog.straggler_every, run.engine.device)
+        self.totals = RunTotals(config.data.languages)
         self.data_offset = 0  # step t reads the data of step t + data_offset, as rollbacks skip data
         self._metrics: dict[str, float] = {}
         self._first_step = True

@@ -19,7 +19,7 @@ from data_pipeline.text.templates import ChatTemplate, TemplateConfig
 from data_pipeline.yaml_values import read_yaml
 from modeling.weights.weight_files import one_line
 from training.checkpoints.run_state import RunState
-from training.config import RunConfig
+from training.config import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,20 +28,19 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"  # in a run's folder: the resolved run file of its last start
 
 
-def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase, found: Path | None) -> RunConfig:
-    """`config` with the date that its prompts name: the run file's, else the saved one, else today; none where no
+def with_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, output_dir: Path, found: Path | None) -> DataConfig:
+    """`data` with the date that the prompts name: the run file's, else the saved one, else today; none where no
     prompt names one.
 
     `found` is the checkpoint that the run resumes from.
     """
-    template = config.data.template
+    template = data.template
     if template.name != "chat":
-        return config
+        return data
     day = None
-    if config.data.task is None and prints_date(template, tokenizer):
-        day = template.date or _saved(config.output_dir, found) or _today()
-    data = config.data.model_copy(update={"template": template.model_copy(update={"date": day})})
-    return config.model_copy(update={"data": data})
+    if data.task is None and prints_date(template, tokenizer):
+        day = template.date or _saved(output_dir, found) or _today()
+    return data.model_copy(update={"template": template.model_copy(update={"date": day})})
 
 
 def prints_date(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -34,6 +34,7 @@ from training.errors import ConfigError
 from training.run_folder import lock as run_lock
 
 if TYPE_CHECKING:
+    from data_pipeline.text.tokenizer import TokenizerTrainingConfig
     from modeling.architectures import Architecture
 
 POLL_SECONDS = 0.2
@@ -61,7 +62,7 @@ def prepare(config: RunConfig, rank: int = 0) -> Prepared:
     if rank == 0:
         run_lock.make_folder(config.output_dir)
         index = open_index(config)
-        refuse_unpaired(config, index)
+        refuse_unpaired(config.data, config.objective, index)
         tokenizer_dir = _tokenizer(config, index)
         model_dir = _starting_weights(config, tokenizer_dir)
         write_text(_ready_file(config), json.dumps([tokenizer_dir, model_dir]), exclusive=True)
@@ -84,27 +85,27 @@ def look(config: RunConfig) -> Iterator[Prepared]:
     Inside, a model from scratch and a task's model are their config without weights where the run has not made them.
     Raises as `prepare`.
     """
-    with cache_folder(config) as cache, TemporaryDirectory(prefix="crosslift-") as scratch:
+    with cache_folder(config.output_dir) as cache, TemporaryDirectory(prefix="crosslift-") as scratch:
         index = open_index(config, cache)
         tokenizer_dir = _tokenizer(config, index, cache)
         yield Prepared(index, tokenizer_dir, _starting_weights(config, tokenizer_dir, Path(scratch)))
 
 
 @contextmanager
-def cache_folder(config: RunConfig) -> Iterator[Path]:
+def cache_folder(output_dir: Path) -> Iterator[Path]:
     """Where a command that only looks keeps its index: with the run, or where that folder is read-only, for a while.
 
     Raises:
         ConfigError: `output_dir` cannot be a folder.
     """
-    cache = config.output_dir / CACHE
+    cache = output_dir / CACHE
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix="probe-", dir=cache):
             pass
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise run_lock.cannot_write(config.output_dir, error) from None
+            raise run_lock.cannot_write(output_dir, error) from None
     else:
         yield cache
         return
@@ -136,13 +137,13 @@ def sample_rows(index: DataIndex, language: int, n: int, seed: int) -> list[int]
     return usable[:n]
 
 
-def training_texts(config: RunConfig, index: DataIndex, n: int) -> Iterator[str]:
+def training_texts(index: DataIndex, n: int, seed: int) -> Iterator[str]:
     """Up to `n` texts for tokenizer training, the same number from every language, held-out items left out."""
-    each = max(n // len(config.data.languages), 1)
-    for number, language in enumerate(config.data.languages):
+    each = max(n // len(index.languages), 1)
+    for number, language in enumerate(index.languages):
         rows = index.rows(number)
         for cursor in range(min(each, len(rows))):
-            row = row_at(rows, cursor, config.seed, language)
+            row = row_at(rows, cursor, seed, language)
             try:
                 record = index.record(row)
             except BadRow:
@@ -150,38 +151,41 @@ def training_texts(config: RunConfig, index: DataIndex, n: int) -> Iterator[str]
             yield from record.texts
 
 
-def train_tokenizer_of(config: RunConfig, index: DataIndex, output: Path) -> None:
+def train_tokenizer_of(settings: TokenizerTrainingConfig | None, index: DataIndex, output: Path, seed: int) -> None:
     """Train the tokenizer that `tokenizer.train` describes and save it as a Hugging Face tokenizer."""
     from data_pipeline.text.tokenizer import train_tokenizer
 
-    settings = config.tokenizer.train
     if settings is None:
         raise ConfigError("tokenizer.train: missing; it says how large a vocabulary to train")
-    train_tokenizer(training_texts(config, index, settings.max_sentences), output, settings)
+    train_tokenizer(training_texts(index, settings.max_sentences, seed), output, settings)
 
 
 def _tokenizer(config: RunConfig, index: DataIndex, cache: Path | None = None) -> str:
     """The run's own tokenizer, or with `cache` one for a command that only looks."""
-    if config.tokenizer.train is None:
+    settings = config.tokenizer.train
+    if settings is None:
         path = config.tokenizer.path or config.model.path
         assert path is not None  # the config model requires one
         return path
     made_from = {
-        "train": config.tokenizer.train.model_dump(mode="json"), "seed": config.seed,
+        "train": settings.model_dump(mode="json"), "seed": config.seed,
         "data": index.fingerprint, "heldout": config.data.heldout_items,
     }  # fmt: skip
     trained = (cache or config.output_dir / CACHE) / f"tokenizer-{_key(made_from)}"
     own = config.output_dir / "tokenizer"
 
+    def train(path: Path) -> None:
+        train_tokenizer_of(settings, index, path, config.seed)
+
     def copy(path: Path) -> None:
-        _made_by_key(trained, lambda path: train_tokenizer_of(config, index, path))
+        _made_by_key(trained, train)
         shutil.copytree(trained, path, dirs_exist_ok=True)
 
     if cache is None:
         return str(_made_once(own, made_from, copy))
     if _is_kept(own, made_from):
         return str(own)
-    return str(_made_by_key(trained, lambda path: train_tokenizer_of(config, index, path)))
+    return str(_made_by_key(trained, train))
 
 
 def _starting_weights(config: RunConfig, tokenizer_dir: str, scratch: Path | None = None) -> str:
