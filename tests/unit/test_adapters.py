@@ -50,11 +50,11 @@ def llama(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.eval().to(dtype)
 
 
-def encoder(made: type[PreTrainedModel]) -> PreTrainedModel:
+def encoder(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = BertConfig if made is BertForSequenceClassification else XLMRobertaConfig
+    config = BertConfig if model_class is BertForSequenceClassification else XLMRobertaConfig
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
-    return made(config(**sizes, num_hidden_layers=1, num_attention_heads=2)).eval()
+    return model_class(config(**sizes, num_hidden_layers=1, num_attention_heads=2)).eval()
 
 
 def adapted(targets: list[str] | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -73,7 +73,7 @@ def trained_names(model: PreTrainedModel) -> set[str]:
 
 
 def train(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Changes what a run would train; the trained weights."""
+    """Change every trainable weight, as a run would; returns them."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -82,7 +82,7 @@ def train(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_the_outputs_are_the_models_own_at_first(changes: dict[str, Any]) -> None:
+def test_new_adapters_do_not_change_the_outputs(changes: dict[str, Any]) -> None:
     assert torch.equal(logits(adapted(**changes)), logits(llama()))
 
 
@@ -107,13 +107,13 @@ def test_dora_also_trains_a_magnitude_for_each_output() -> None:
         torch.testing.assert_close(magnitude, llama().model.layers[block].self_attn.k_proj.weight.norm(dim=1))
 
 
-def test_a_tasks_head_is_trained_and_a_language_models_is_not() -> None:
+def test_a_task_head_is_trained_and_an_lm_head_is_not() -> None:
     heads_of = {
         XLMRobertaForTokenClassification: {"classifier.weight", "classifier.bias"},
         XLMRobertaForMaskedLM: set(),
     }
-    for made, heads in heads_of.items():
-        model = encoder(made)
+    for model_class, heads in heads_of.items():
+        model = encoder(model_class)
         add_adapters(model, options(targets=["query", "value"]), seed=0)
         assert {name for name in trained_names(model) if "lora_" not in name} == heads
 
@@ -124,18 +124,18 @@ def test_merged_weights_compute_what_the_adapters_do(changes: dict[str, Any]) ->
     weights = train(model)
     merged = adapted_model(llama(), "causal-lm", options(**changes), weights).merge_and_unload()
     plain = llama()
-    plain.load_state_dict(merged.state_dict())  # strict: the names are a plain model's
+    plain.load_state_dict(merged.state_dict())  # strict: the names are those of a plain model
     assert (logits(model) - logits(llama())).abs().max() > 0.1
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_rslora_divides_by_the_root_of_the_rank() -> None:
     weights = train(adapted(["q_proj"], use_rslora=True))
-    of = "model.layers.1.self_attn.q_proj"
+    module = "model.layers.1.self_attn.q_proj"
     merged = adapted_model(llama(), "causal-lm", options(targets=["q_proj"], use_rslora=True), weights)
-    found = merged.merge_and_unload().state_dict()[f"{of}.weight"]
-    product = weights[f"{of}.lora_B.default.weight"] @ weights[f"{of}.lora_A.default.weight"]
-    torch.testing.assert_close(found, llama().state_dict()[f"{of}.weight"] + ALPHA / RANK**0.5 * product)
+    found = merged.merge_and_unload().state_dict()[f"{module}.weight"]
+    product = weights[f"{module}.lora_B.default.weight"] @ weights[f"{module}.lora_A.default.weight"]
+    torch.testing.assert_close(found, llama().state_dict()[f"{module}.weight"] + ALPHA / RANK**0.5 * product)
 
 
 def test_a_bf16_model_is_merged_in_fp32_and_rounded_once() -> None:
@@ -164,7 +164,7 @@ def test_the_adapter_directory_opens_in_peft_and_gives_the_same_logits(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("made", "architecture"),
+    ("model_class", "architecture"),
     [
         (XLMRobertaForTokenClassification, "token-classification"),
         (XLMRobertaForSequenceClassification, "sequence-classification"),
@@ -173,21 +173,21 @@ def test_the_adapter_directory_opens_in_peft_and_gives_the_same_logits(tmp_path:
     ],
 )
 def test_the_adapter_directory_of_an_encoder_holds_its_trained_head(
-    tmp_path: Path, made: type[PreTrainedModel], architecture: Architecture
+    tmp_path: Path, model_class: type[PreTrainedModel], architecture: Architecture
 ) -> None:
-    model, lora = encoder(made), options(targets=["query", "value"])
+    model, lora = encoder(model_class), options(targets=["query", "value"])
     add_adapters(model, lora, seed=0)
     weights = train(model)
-    opened = adapted_model(encoder(made), architecture, lora, weights)
+    opened = adapted_model(encoder(model_class), architecture, lora, weights)
     save_adapter(opened, tmp_path / "adapter", "some/base", "1f2e")
-    reopened = PeftModel.from_pretrained(encoder(made), str(tmp_path / "adapter"))
+    reopened = PeftModel.from_pretrained(encoder(model_class), str(tmp_path / "adapter"))
     assert torch.equal(logits(reopened), logits(model))
     merged = opened.merge_and_unload()
-    assert merged.state_dict().keys() == encoder(made).state_dict().keys()
+    assert merged.state_dict().keys() == encoder(model_class).state_dict().keys()
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_every_rank_draws_the_same_and_other_random_numbers_are_untouched() -> None:
+def test_initial_adapters_depend_on_the_seed_only_and_the_global_rng_is_unchanged() -> None:
     one = llama()
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -200,12 +200,12 @@ def test_every_rank_draws_the_same_and_other_random_numbers_are_untouched() -> N
     assert any(not torch.equal(parameter, other[name]) for name, parameter in one.named_parameters())
 
 
-def test_mistakes_are_named() -> None:
+def test_unknown_targets_and_missing_or_unexpected_adapter_weights_are_named() -> None:
     with pytest.raises(ModelError, match=r"^model\.lora\.targets: no linear layer 'query' .* there are down_proj, "):
         adapted(["q_proj", "query"])
     weights = train(adapted())
-    lost = {name: weight for name, weight in weights.items() if "layers.1.mlp.up_proj.lora_A" not in name}
+    incomplete = {name: weight for name, weight in weights.items() if "layers.1.mlp.up_proj.lora_A" not in name}
     with pytest.raises(ModelError, match=r"weights of adapters are missing: .*layers\.1\.mlp\.up_proj\.lora_A"):
-        adapted_model(llama(), "causal-lm", options(), lost)
+        adapted_model(llama(), "causal-lm", options(), incomplete)
     with pytest.raises(ModelError, match=r"weights that the model does not have: .*layers\.0\.mlp\.up_proj\.lora_A"):
         adapted_model(llama(), "causal-lm", options(targets=["q_proj"]), weights)

@@ -1,4 +1,4 @@
-"""The robust rule finds correct answers in every form of every MGSM language, whatever else is on the line."""
+"""The `robust` rule extracts correct answers in all formats of every MGSM language."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COLONS = [
     "{noun}: $\\boxed{{{number}}}$", "{noun}: \\$\\text{{{number}}}", "{noun} (USD): {number}", "- {noun}: {number}",
     "{noun} {number}", "{noun}:\u202f{number}", "\u200b{noun}\u00a0: {number}",
 ]  # fmt: skip
-NO_LANGUAGE = [
+LANGUAGE_INDEPENDENT = [
     "#### {number}", "####{number}", "#### ${number}", "#### **{number}**", "＃＃＃＃ {number}",
     r"\boxed{{{number}}}", r"$\boxed{{\text{{{number}}}}}$", r"\boxed{{\${number}}}", r"\boxed{{{number}\%}}",
 ]  # fmt: skip
@@ -58,7 +58,7 @@ def forms(language: str) -> list[str]:
     written = [form for phrase in PHRASES[language] for form in (phrase, f"**{phrase}**", phrase + ".")]
     written += [phrase.replace("{}", "**{}**") for phrase in PHRASES[language]]
     phrases = [phrase.replace("{}", "{0}") for phrase in written]
-    return [*nouns, *phrases, *(form.replace("{number}", "{0}") for form in NO_LANGUAGE)]
+    return [*nouns, *phrases, *(form.replace("{number}", "{0}") for form in LANGUAGE_INDEPENDENT)]
 
 
 @pytest.mark.parametrize("language", NOUNS)
@@ -76,7 +76,7 @@ def test_a_correct_answer_is_found_in_every_form_of_every_language(language: str
 
 @pytest.mark.parametrize("language", NOUNS)
 def test_markers_of_every_language_count_in_every_language(language: str) -> None:
-    """Models answer a Swahili question in English, a Thai one in Chinese."""
+    """Models may answer a Swahili question in English, or a Thai one in Chinese."""
     for other in NOUNS:
         for form in forms(other)[::9]:
             assert robust(f"13 + 5\n{form.format('18')} (1 + 2)", language) == 18, (form, language)
@@ -85,7 +85,7 @@ def test_markers_of_every_language_count_in_every_language(language: str) -> Non
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        # "Answer:" over a whole solution is no marker of its first number
+        # "Answer:" before a whole solution does not mark its first number as the answer
         ("Answer: Janet sells 16 - 3 - 4 = 9 eggs a day. She makes 9 * 2 = $18 every day.", "18"),
         ("Answer:\nJanet has 16 eggs.\nShe makes 9 * 2 = 18.", "18"),
         ("Step-by-Step Answer: 5 balls and 2 cans of 3 are 5 + 6 = 11. The answer is 11.", "11"),
@@ -97,7 +97,7 @@ def test_markers_of_every_language_count_in_every_language(language: str) -> Non
         ("Answer: She has 18 eggs (9 * 2).", "18"),
         ("3 + 15 makes it.\nAnswer: She has 18 eggs for 2 days.", "18"),
         ("Each student must answer 5 questions in 90 minutes, so 18 a question.", "18"),
-        # what follows a next turn's header is somebody else's
+        # text after the header of a next turn is ignored
         ("18\n\n### Instruction:\nTom has 3 apples\n\n### Response: 3", "18"),
         ("She has 18 eggs.### Instruction: 5", "18"),
         ("### Response:\n18\n\n### Instruction:\n5", "18"),
@@ -211,8 +211,8 @@ def test_numbers_in_native_notations_are_read(text: str, language: str, value: i
     assert Fraction(found) == value
 
 
-def test_published_rules_keep_their_quirks() -> None:
-    """What the robust rule has learned, the published ones have not: their scores stand beside published scores."""
+def test_published_rules_extract_as_published() -> None:
+    """Improvements of the `robust` rule do not apply to them: their scores are compared with published scores."""
     text = "Answer: 3万5千\n\n### Instruction:\nTom has 7 apples"
     found = {name: rule.extract(text, "ja") for name, rule in RULES.items()}
     assert found == {"last_number": 7, "lm_eval_strict": None, "lm_eval_flexible": "7", "robust": 35000}

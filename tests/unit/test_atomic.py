@@ -1,4 +1,4 @@
-"""`data_pipeline.atomic`: what is written is whole or not there, on errors, kills and beside other writers."""
+"""`data_pipeline.atomic`: writes are all or nothing, also on errors, kills and with concurrent writers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from data_pipeline import atomic
 from data_pipeline.atomic import WriteError, atomic_file, atomic_folder, recover, write_text
 
-KILLED = """
+KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
 from data_pipeline import atomic
@@ -37,20 +37,20 @@ def text_in(folder: Path) -> str:
     return (folder / "inner" / "file").read_text()
 
 
-def test_a_file_replaces_the_one_before_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "new" / "a.jsonl"
     write_text(target, "one\r\n")
     assert target.read_bytes() == b"one\r\n"
     with atomic_file(target) as temporary:
         temporary.write_text("two")
         assert target.read_text() == "one\n"
-        assert not list(target.parent.glob("*.jsonl"))[1:], "the temporary name is none that readers look for"
+        assert not list(target.parent.glob("*.jsonl"))[1:], "the temporary name does not match readers' patterns"
     assert target.read_text() == "two"
     assert names(target.parent) == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_an_error_leaves_the_target_as_it_was(tmp_path: Path, exclusive: bool) -> None:
+def test_an_error_leaves_the_target_unchanged(tmp_path: Path, exclusive: bool) -> None:
     write_text(tmp_path / "file", "before")
     with atomic_folder(tmp_path / "folder") as temporary:
         fill(temporary, "before")
@@ -73,7 +73,7 @@ def test_an_error_leaves_the_target_as_it_was(tmp_path: Path, exclusive: bool) -
     assert names(tmp_path) == ["file", "folder"]
 
 
-def test_what_a_folder_finds_in_its_place(tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused_kept_or_replaced(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     with atomic_folder(target) as temporary:
         fill(temporary, "first")
@@ -92,19 +92,19 @@ def test_what_a_folder_finds_in_its_place(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
-def test_two_writers_of_one_target_do_not_meet(tmp_path: Path) -> None:
+def test_concurrent_writers_of_one_target_use_different_temporary_files(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "file") as one, atomic_file(tmp_path / "file") as other:
         assert one != other
         one.write_text("one")
         other.write_text("other")
-    assert (tmp_path / "file").read_text() == "one", "the last to finish"
+    assert (tmp_path / "file").read_text() == "one", "the last writer to finish replaces the file"
     assert names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("kind", ["atomic_file", "atomic_folder"])
-def test_what_a_killed_process_left_is_deleted_by_the_next(tmp_path: Path, kind: str) -> None:
+def test_leftovers_of_a_killed_process_are_deleted_by_the_next_writer(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "target"
-    done = subprocess.run([sys.executable, "-c", KILLED, kind, str(target)], check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, kind, str(target)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert names(tmp_path) == [".incomplete-target"]
     with getattr(atomic, kind)(target, exclusive=True) as temporary:
@@ -131,7 +131,7 @@ def test_an_interrupted_replacement_is_undone_or_completed(tmp_path: Path) -> No
     assert text_in(target) == "old"
 
 
-def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     sync = atomic.sync
     monkeypatch.setattr(atomic, "sync", lambda path: synced.append(path.name) or sync(path))
@@ -141,7 +141,7 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     assert synced[2:] == [".incomplete-folder", tmp_path.name]
 
 
-def test_the_disks_errors_name_the_target(tmp_path: Path) -> None:
+def test_disk_errors_name_the_target(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for target in (tmp_path / "file" / "below", tmp_path / "file" / "deep" / "below"):
         with pytest.raises(WriteError, match=rf"^{target}: cannot be written: ") as caught:
@@ -154,7 +154,7 @@ def test_the_disks_errors_name_the_target(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_other_errors_are_left_alone(tmp_path: Path) -> None:
+def test_errors_that_do_not_come_from_the_write_are_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="input") as caught, atomic_folder(tmp_path / "a"):
         (tmp_path / "input").read_text()
     assert not isinstance(caught.value, WriteError)

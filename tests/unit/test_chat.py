@@ -1,4 +1,4 @@
-"""Every token is marked right, in ten languages, with every template and several kinds of tokenizer."""
+"""Label, answer and content masks are correct in ten languages, with every template and several tokenizers."""
 
 import dataclasses
 import io
@@ -33,11 +33,11 @@ def make_chat(tokenizers, kind="spm", template=None):
 
 
 def make_record(*turns, language="en", response_language=None):
-    """Turns are user, assistant, user, ...; a leading ("system", text) is kept as it is."""
+    """Turns are user, assistant, user, ...; a leading ("system", text) is the system message."""
     system = [Message("system", turns[0][1])] if isinstance(turns[0], tuple) else []
     roles = ("user", "assistant") * len(turns)
-    spoken = [Message(role, text) for role, text in zip(roles, turns[len(system) :], strict=False)]
-    conversation = Conversation((*system, *spoken), response_language or language)
+    messages = [Message(role, text) for role, text in zip(roles, turns[len(system) :], strict=False)]
+    conversation = Conversation((*system, *messages), response_language or language)
     return Record("item-1", "g1", language, "file.jsonl:7", conversation)
 
 
@@ -53,7 +53,7 @@ def spans(chat, sample, mask):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_marks_are_right_in_ten_languages(tokenizers, kind, template, language):
+def test_masks_are_correct_in_ten_languages(tokenizers, kind, template, language):
     chat = make_chat(tokenizers, kind, template)
     question, answer = ITEMS[language]
     record = make_record(question, answer, language=language)
@@ -66,7 +66,7 @@ def test_marks_are_right_in_ten_languages(tokenizers, kind, template, language):
     assert sample.labels[-1]
     assert not sample.content[0]
     content = "".join(spans(chat, sample, sample.content))
-    if template["name"] == "plain" and chat.template.bos_id is None:  # the first token is the user's, and left out
+    if template["name"] == "plain" and chat.template.bos_id is None:  # the first token is never content
         assert question.endswith(content.lstrip("\ufffd").strip())
         assert len(content) > len(question) - 8
     else:
@@ -77,7 +77,7 @@ def test_marks_are_right_in_ten_languages(tokenizers, kind, template, language):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
-def test_training_begins_with_what_generation_feeds(tokenizers, kind, template):
+def test_training_samples_start_with_the_generation_prompt(tokenizers, kind, template):
     chat = make_chat(tokenizers, kind, template)
     turns = [("system", "Be brief."), "one  two ", "Uno\n", " three\n", " Tres 😀", "four", "Cuatro"]
     record = make_record(*turns, language="en", response_language="es")
@@ -92,14 +92,14 @@ def test_training_begins_with_what_generation_feeds(tokenizers, kind, template):
     assert not unlabelled.labels.any()
     assert not unlabelled.answer.any()
     assert unlabelled.content.tolist() == content.tolist()
-    # and the same at every earlier answer
+    # the same holds for the prompt of an earlier answer
     first, _ = chat.prompt_ids(record.conversation.messages[:2], "en", "es")
     assert sample.input_ids[: len(first)].tolist() == first.tolist()
     assert len(spans(chat, sample, sample.labels)) == 3
 
 
 @pytest.mark.parametrize("kind", ["spm", "bytes"])
-def test_chat_tokens_are_those_of_the_rendered_chat_template(tokenizers, kind):
+def test_chat_tokens_equal_those_of_apply_chat_template(tokenizers, kind):
     chat = make_chat(tokenizers, kind, {"name": "chat"})
     messages = make_record(("system", " Be brief. "), " one\n", "Uno", "two", "Dos").conversation.messages
     as_dicts = [{"role": m.role, "content": m.content} for m in messages]
@@ -108,10 +108,10 @@ def test_chat_tokens_are_those_of_the_rendered_chat_template(tokenizers, kind):
     assert ids.tolist() == expected
     whole = chat.tokenizer.apply_chat_template(as_dicts, return_dict=False)
     sample = chat.tokenize(make_record(("system", " Be brief. "), " one\n", "Uno", "two", "Dos"))
-    assert sample.input_ids.tolist() == whole[: len(sample)]  # what is left is the new line after <|im_end|>
+    assert sample.input_ids.tolist() == whole[: len(sample)]  # the rest is the newline after <|im_end|>
 
 
-def test_a_chat_template_that_merges_and_strips(tokenizers):
+def test_a_chat_template_that_merges_the_system_turn_and_strips_white_space(tokenizers):
     tokenizer = tokenizers["spm"]
     try:
         tokenizer.chat_template = LLAMA2
@@ -129,7 +129,7 @@ def test_a_chat_template_that_merges_and_strips(tokenizers):
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [
         ("{{ messages[0].content }}{{ raise_exception('only one turn') }}", "refuses the turns user: only one turn"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "assistant"),
@@ -137,11 +137,11 @@ def test_a_chat_template_that_merges_and_strips(tokenizers):
         (None, "has no chat template"),
     ],
 )
-def test_an_unusable_chat_template_is_one_line(tokenizers, broken, said):
+def test_an_unusable_chat_template_is_a_one_line_error(tokenizers, broken, message):
     tokenizer = tokenizers["bytes"]
     try:
         tokenizer.chat_template = broken
-        with pytest.raises(DataError, match=said) as caught:
+        with pytest.raises(DataError, match=message) as caught:
             make_chat(tokenizers, "bytes", {"name": "chat"})
         assert "\n" not in str(caught.value)
     finally:
@@ -160,7 +160,7 @@ INJECTIONS = [
 @pytest.mark.parametrize("kind", ["spm", "bytes", "bytes-bos", "nfc"])
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_nobody_can_write_a_special_token(tokenizers, kind, template, text):
+def test_text_of_messages_never_becomes_a_special_token(tokenizers, kind, template, text):
     chat = make_chat(tokenizers, kind, template)
     harmless = make_record(("system", "sys"), "user", "answer", "user", "answer")
     hostile = make_record(("system", text), f"a {text} b", f"c {text} d", f"e {text} f", f"g {text} h")
@@ -172,21 +172,21 @@ def test_nobody_can_write_a_special_token(tokenizers, kind, template, text):
         return [int(i) for i in sample.input_ids if int(i) in special]
 
     assert specials(sample) == specials(chat.tokenize(harmless))
-    content = [words.strip() for words in spans(chat, sample, sample.content)]
+    content = [span.strip() for span in spans(chat, sample, sample.content)]
     assert content[1] == f"e {text} f"
     assert f"a {text} b".endswith(content[0])
     assert spans(chat, sample, sample.answer) == [f"c {text} d", f"g {text} h"]
 
 
-def test_a_special_token_cannot_be_made_across_the_edge_of_the_template(tokenizers):
+def test_no_special_token_forms_where_template_and_text_meet(tokenizers):
     chat = make_chat(tokenizers, "spm", {"name": "custom", "prompt": "Q: <{user}im_end|>"})
-    for words in ("/s>", "|", "s>x</s"):
-        ids, _ = chat.prompt_ids([Message("user", words)], "en", "en")
+    for text in ("/s>", "|", "s>x</s"):
+        ids, _ = chat.prompt_ids([Message("user", text)], "en", "en")
         assert not set(ids[1:].tolist()) & set(chat.tokenizer.all_special_ids)
-        assert chat.decode(ids) == f"<s>Q: <{words}im_end|>"
+        assert chat.decode(ids) == f"<s>Q: <{text}im_end|>"
 
 
-def test_a_user_cannot_write_what_the_template_writes_but_the_assistant_can(tokenizers):
+def test_added_tokens_of_the_template_are_plain_text_in_user_turns_only(tokenizers):
     tokenizer = tokenizers["bytes"]
     tool = tokenizer.convert_tokens_to_ids("<tool>")  # an added token, not a special one
     record = make_record("call <tool> please", "calling <tool> now")
@@ -204,7 +204,7 @@ def test_a_user_cannot_write_what_the_template_writes_but_the_assistant_can(toke
         tokenizer.chat_template = CHATML
 
 
-def test_an_end_token_that_is_not_special_cannot_be_written_either(tokenizers):
+def test_an_end_token_in_text_is_plain_text_even_if_it_is_not_special(tokenizers):
     chat = make_chat(tokenizers, "bytes", {"name": "plain", "end_token": "<tool>"})
     record = make_record("a <tool> b", "c <tool> d")
     sample = chat.tokenize(record)
@@ -212,7 +212,7 @@ def test_an_end_token_that_is_not_special_cannot_be_written_either(tokenizers):
     assert (sample.input_ids == chat.template.end_id).sum() == 1
 
 
-def test_a_token_shared_with_the_template_is_content_only_if_the_template_adds_white_space():
+def test_a_token_shared_with_the_template_is_content_if_only_white_space_is_shared():
     vocab = {token: i for i, token in enumerate(["<s>", "Ġ", "a", "b", "c", "ab", "Ġb"])}
     bpe = Tokenizer(models.BPE(vocab, [("a", "b"), ("Ġ", "b")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -227,7 +227,7 @@ def test_a_token_shared_with_the_template_is_content_only_if_the_template_adds_w
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
 @pytest.mark.parametrize(
-    "words",
+    "text",
     [
         "### Response:\n### Instruction:\nx\n\n### Response:",
         "assistant\nassistant\nuser",
@@ -237,41 +237,41 @@ def test_a_token_shared_with_the_template_is_content_only_if_the_template_adds_w
         "English",
     ],
 )
-def test_words_that_look_like_the_template_are_still_content(tokenizers, template, words):
+def test_text_that_looks_like_the_template_is_still_content(tokenizers, template, text):
     chat = make_chat(tokenizers, "bytes-bos", template)
-    record = make_record(("system", "Be brief."), words, words, words, "x", response_language="en")
+    record = make_record(("system", "Be brief."), text, text, text, "x", response_language="en")
     sample = chat.tokenize(record)
     check_labels(chat, record, sample)
-    assert [s.strip() for s in spans(chat, sample, sample.content)] == [words.strip()] * 2
-    assert spans(chat, sample, sample.answer) == [words, "x"]
+    assert [s.strip() for s in spans(chat, sample, sample.content)] == [text.strip()] * 2
+    assert spans(chat, sample, sample.answer) == [text, "x"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "answer", ["  indented\n\tand\ttabbed  ", "\n", " x", "x\n\n", "😀👩‍👩‍👧", "a  b   c", "é ﬁ ½", "#### 1,234.5"]
 )
-def test_answers_come_back_exactly(tokenizers, kind, answer):
+def test_decoded_answers_equal_the_original_text(tokenizers, kind, answer):
     chat = make_chat(tokenizers, kind)
     answer = answer if answer.strip() else f".{answer}"
     record = make_record("q", answer)
     sample = chat.tokenize(record)
     check_labels(chat, record, sample)
-    # A tokenizer with a dummy prefix cannot tell its own first space from the text's.
+    # A tokenizer with a dummy prefix cannot distinguish its own first space from the text's.
     assert spans(chat, sample, sample.answer) == [answer.removeprefix(" ") if kind == "prefixed" else answer]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
-def test_a_turn_of_weight_0_is_read_and_not_predicted(tokenizers, kind, template):
+def test_a_turn_of_weight_0_is_input_without_labels(tokenizers, kind, template):
     chat = make_chat(tokenizers, kind, template)
     whole = make_record("one", "Uno", "two", "Dos", "three", "Tres", language="en", response_language="es")
     turns = whole.conversation.messages
-    spared = with_turns(whole, *(dataclasses.replace(turn, trained=turn.content != "Uno") for turn in turns))
-    expected, sample = chat.tokenize(whole), chat.tokenize(spared)
-    check_labels(chat, spared, sample)
+    partly_trained = with_turns(whole, *(dataclasses.replace(turn, trained=turn.content != "Uno") for turn in turns))
+    expected, sample = chat.tokenize(whole), chat.tokenize(partly_trained)
+    check_labels(chat, partly_trained, sample)
     assert sample.input_ids.tolist() == expected.input_ids.tolist()
     assert sample.content.tolist() == expected.content.tolist()
-    assert sample.answer.tolist() == expected.answer.tolist(), "still the assistant's words, in the answer's language"
+    assert sample.answer.tolist() == expected.answer.tolist(), "an untrained turn stays in the answer mask"
     end = chat.decode([chat.template.end_id])
     assert spans(chat, sample, sample.labels) == [f"Dos{end}", f"Tres{end}"]
     with pytest.raises(DataError, match="2 labelled runs of tokens for 3 answers"):
@@ -284,17 +284,17 @@ def test_a_turn_of_weight_0_is_read_and_not_predicted(tokenizers, kind, template
 
 
 @pytest.mark.parametrize(
-    ("does", "reason"),
+    ("expression", "reason"),
     [
         ("raise_exception('System role\\nnot supported')", "System role not supported"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("messages[0].content + 1", "TypeError: "),
     ],
 )
-def test_a_row_that_the_chat_template_refuses_is_bad_with_the_templates_reason(tokenizers, does, reason):
+def test_a_row_that_the_chat_template_refuses_is_a_bad_row_with_its_reason(tokenizers, expression, reason):
     tokenizer = tokenizers["bytes"]
     try:
-        tokenizer.chat_template = f"{{% if messages[0].role == 'system' %}}{{{{ {does} }}}}{{% endif %}}{CHATML}"
+        tokenizer.chat_template = f"{{% if messages[0].role == 'system' %}}{{{{ {expression} }}}}{{% endif %}}{CHATML}"
         chat = make_chat(tokenizers, "bytes", {"name": "chat"})
         chat.tokenize(make_record("q", "a"))
         with pytest.raises(BadRow) as refusal:
@@ -312,7 +312,7 @@ def broken(sample, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
-def test_every_broken_mask_is_refused(tokenizers, kind, template):
+def test_every_wrong_label_mask_is_refused(tokenizers, kind, template):
     chat = make_chat(tokenizers, kind, template)
     record = make_record(*ITEMS["sw"], language="sw")
     sample = chat.tokenize(record)
@@ -345,20 +345,20 @@ def test_every_broken_mask_is_refused(tokenizers, kind, template):
         "content first": (broken(sample, content=np.arange(len(sample)) == 0), "content token"),
     }
     check_labels(chat, record, sample)
-    for name, (bad, said) in refused.items():
-        with pytest.raises(DataError, match=f"file.jsonl:7: label mask: .*({said})") as caught:
+    for name, (bad, message) in refused.items():
+        with pytest.raises(DataError, match=f"file.jsonl:7: label mask: .*({message})") as caught:
             check_labels(chat, record, bad)
         assert not isinstance(caught.value, BadRow), name
 
 
-def test_an_answer_that_the_tokenizer_cannot_write_is_a_bad_row(tokenizers):
+def test_an_answer_that_the_tokenizer_cannot_round_trip_is_a_bad_row(tokenizers):
     chat = make_chat(tokenizers, "spm")
-    record = make_record("q", "a▁b")  # U+2581 is the space inside sentencepiece
+    record = make_record("q", "a▁b")  # sentencepiece uses U+2581 for the space
     with pytest.raises(BadRow, match=r"file.jsonl:7: the tokenizer writes 'a b' for 'a▁b': U\+2581 does not come"):
         check_labels(chat, record, chat.tokenize(record))
 
 
-def test_of_a_long_answer_that_the_tokenizer_cannot_write_the_first_difference_is_shown(tokenizers):
+def test_the_error_for_a_long_answer_shows_only_its_first_difference(tokenizers):
     chat = make_chat(tokenizers, "spm")
     start, end = "so many a word " * 40, " and on and on" * 40
     record = make_record("q", f"{start}here▁it is{end}")
@@ -372,7 +372,7 @@ def test_of_a_long_answer_that_the_tokenizer_cannot_write_the_first_difference_i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_response_language_is_named(tokenizers, kind):
+def test_the_prompt_names_the_response_language(tokenizers, kind):
     question, answer = ITEMS["sw"][0], ITEMS["en"][1]
     expected = {
         "plain": (f"{question}\n", f"{question}\nAnswer in English:\n"),
@@ -409,7 +409,7 @@ def test_a_system_message_is_never_content(tokenizers):
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "reason"),
     [
         ((), "last turn"),
         ((Message("user", "q"),), "last turn"),
@@ -419,10 +419,10 @@ def test_a_system_message_is_never_content(tokenizers):
         ((Message("user", "\ud800"), Message("assistant", "a")), "not valid Unicode"),
     ],
 )
-def test_unusable_records_are_bad_rows(tokenizers, messages, said):
+def test_unusable_records_are_bad_rows(tokenizers, messages, reason):
     record = Record("i", "g", "en", "file.jsonl:3", Conversation(messages, "en"))
     for template in TEMPLATES:
-        with pytest.raises(BadRow, match=f"file.jsonl:3: .*{said}"):
+        with pytest.raises(BadRow, match=f"file.jsonl:3: .*{reason}"):
             make_chat(tokenizers, "spm", template).tokenize(record)
 
 
@@ -431,12 +431,12 @@ def test_an_unknown_language_is_a_bad_row(tokenizers):
         make_chat(tokenizers).tokenize(make_record("q", "a", response_language="xx"))
 
 
-def test_a_prompt_ends_with_the_user(tokenizers):
+def test_a_prompt_must_end_with_a_user_turn(tokenizers):
     with pytest.raises(DataError, match="user's turn"):
         make_chat(tokenizers).prompt_ids([Message("user", "q"), Message("assistant", "a")], "en", "en")
 
 
-def test_others_settings_of_the_tokenizer_change_nothing(tokenizers):
+def test_truncation_and_padding_left_on_by_earlier_calls_have_no_effect(tokenizers):
     chat = make_chat(tokenizers, "bytes")
     record = make_record(*ITEMS["en"])
     before = chat.tokenize(record).input_ids.tolist()
@@ -446,17 +446,17 @@ def test_others_settings_of_the_tokenizer_change_nothing(tokenizers):
     assert chat.tokenize(record).input_ids.tolist() == before
 
 
-def test_threads_processes_and_exports_tokenise_alike(tokenizers):
+def test_tokens_are_equal_in_threads_and_after_pickle_and_json(tokenizers):
     chat = make_chat(tokenizers, "spm", {"name": "chat", "variables": {"enable_thinking": False}})
     records = [make_record(*item, language=language) for language, item in ITEMS.items()] * 20
-    alone = [chat.tokenize(record).input_ids.tolist() for record in records]
+    expected_ids = [chat.tokenize(record).input_ids.tolist() for record in records]
     with ThreadPoolExecutor(4) as pool:
-        assert [s.input_ids.tolist() for s in pool.map(chat.tokenize, records)] == alone
+        assert [s.input_ids.tolist() for s in pool.map(chat.tokenize, records)] == expected_ids
     saved = json.loads(json.dumps(chat.to_dict()))
     for again in (Chat.from_dict(saved, chat.tokenizer), pickle.loads(pickle.dumps(chat))):
         assert again.config == chat.config
         assert again.languages == chat.languages
-        assert [again.tokenize(record).input_ids.tolist() for record in records] == alone
+        assert [again.tokenize(record).input_ids.tolist() for record in records] == expected_ids
 
 
 def test_variables_reach_the_chat_template(tokenizers):
@@ -469,7 +469,7 @@ def test_variables_reach_the_chat_template(tokenizers):
         tokenizer.chat_template = CHATML
 
 
-def test_describe_shows_what_is_what(tokenizers):
+def test_describe_marks_content_and_labels(tokenizers):
     chat = make_chat(tokenizers, "spm", {"name": "chat"})
     text = describe(chat.tokenize(make_record("word", "Wort", "two", "zwei")), chat.tokenizer)
     assert "<|im_start|>user\n⟦content: word⟧<|im_end|>\n<|im_start|>assistant\n⟦label: Wort<|im_end|>⟧" in text
@@ -477,7 +477,7 @@ def test_describe_shows_what_is_what(tokenizers):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"name": "custom"}, "name: custom needs it"),
         ({"name": "plain", "prompt": "{user}"}, "no other template takes it"),
@@ -491,12 +491,12 @@ def test_describe_shows_what_is_what(tokenizers):
         ({"nam": "plain"}, "nam"),
     ],
 )
-def test_template_options_are_checked(options, said):
-    with pytest.raises(ValidationError, match=said):
+def test_template_options_are_checked(options, message):
+    with pytest.raises(ValidationError, match=message):
         TemplateConfig(**options)
 
 
-def test_tokens_that_do_not_exist_are_one_line(tokenizers):
+def test_missing_end_tokens_are_one_line_errors(tokenizers):
     with pytest.raises(DataError, match="'<eot>' is not one token"):
         make_chat(tokenizers, "spm", {"name": "plain", "end_token": "<eot>"})
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"x": 0}, [])))

@@ -1,4 +1,4 @@
-"""What a model, its batches or DeepSpeed cannot do is said before weights are read, by `check` and `train` alike."""
+"""Settings that the model, its batches or DeepSpeed do not support are refused before weights are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config_of(data: Path, tmp_path: Path, **changes: Any) -> Any:
     ("changes", "message"),
     [
         ({}, None),
-        ({"data.sequence_length": 128}, None),  # RoBERTa's positions begin at 2
+        ({"data.sequence_length": 128}, None),  # RoBERTa's positions start at 2
         (
             {"data.sequence_length": 129},
             r"^data\.sequence_length: 129 tokens, but the model has positions for 128; set",
@@ -39,7 +39,9 @@ def config_of(data: Path, tmp_path: Path, **changes: Any) -> Any:
         ({"objective": {**XMIXUP["objective"], "layer": 3}}, r"^objective\.layer: 3, but the model has layers 0 to 2"),
     ],
 )
-def test_an_encoder(tmp_path: Path, changes: dict[str, Any], message: str | None) -> None:
+def test_an_encoders_positions_and_mixed_layer_are_checked(
+    tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
     data = write_task_data(tmp_path / "data")
     config = config_of(
         data, tmp_path, **{**XMIXUP, "tokenizer.train": {"vocab_size": 120, "style": "encoder"}, **changes}
@@ -56,18 +58,18 @@ def test_an_encoder(tmp_path: Path, changes: dict[str, Any], message: str | None
         list(check_run(config))
 
 
-def test_a_decoder_without_a_table_of_positions_reads_on(tmp_path: Path) -> None:
+def test_a_decoder_with_rotary_positions_may_exceed_its_max_position_embeddings(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     config = config_of(data, tmp_path, **{"data.sequence_length": 384})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.model.init))
     check_model(config.data, config.objective, model)
-    beyond = config.objective.model_copy(update={"layers": (1, 3)})
+    missing_layer = config.objective.model_copy(update={"layers": (1, 3)})
     with pytest.raises(ConfigError, match=r"^objective\.layers: \[1, 3\], but the model has 2 layers"):
-        check_model(config.data, beyond, model)
+        check_model(config.data, missing_layer, model)
 
 
-def test_what_deepspeed_refuses_is_one_line_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_deepspeed_config_error_is_one_line_before_any_file_is_written(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     typo = config_of(data, tmp_path, deepspeed={"zero_optimization": {"stag": 3}})
     for run in (lambda: list(check_run(typo)), lambda: fit(typo)):
@@ -99,9 +101,7 @@ UNKNOWN = f"unknown to DeepSpeed {deepspeed.__version__}; "
         ({"gradient_predivide_factor": True}, "gradient_predivide_factor: must be a number (found True)"),
     ],
 )  # fmt: skip
-def test_a_raw_deepspeed_setting_that_deepspeed_does_not_take_is_named(
-    tmp_path: Path, settings: dict[str, Any], line: str
-) -> None:
+def test_an_invalid_raw_deepspeed_setting_is_named(tmp_path: Path, settings: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(f'deepspeed.{line}')}$"):
         deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=settings), 1)
 
@@ -110,13 +110,13 @@ def test_a_raw_deepspeed_setting_that_deepspeed_does_not_take_is_named(
     "settings",
     [{"flops_profiler": True}, {"log_level": "loud"}, {"sparse_attention": {"mode": "fixed"}}, {"aio": 3}],
 )
-def test_what_deepspeed_cannot_read_is_one_line(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_setting_that_deepspeed_cannot_parse_is_a_one_line_error(tmp_path: Path, settings: dict[str, Any]) -> None:
     (key,) = settings
     with pytest.raises(ConfigError, match=rf"^deepspeed\.{key}: refused by DeepSpeed [\d.]+: [^\n]+$"):
         deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=settings), 1)
 
 
-TAKEN: list[dict[str, Any]] = [
+VALID_SETTINGS: list[dict[str, Any]] = [
     {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5e7, "allgather_partitions": True,
                            "stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9,
                            "stage3_gather_16bit_weights_on_model_save": True, "round_robin_gradients": True}},
@@ -132,13 +132,13 @@ TAKEN: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", TAKEN)
-def test_raw_deepspeed_settings_that_are_deepspeeds_own_are_taken(tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", VALID_SETTINGS)
+def test_valid_raw_deepspeed_settings_are_passed_on(tmp_path: Path, settings: dict[str, Any]) -> None:
     found = deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=settings), 1)
     assert found == merged(found, settings)
 
 
-def test_what_an_engine_refuses_is_one_line_where_raw_settings_are_given() -> None:
+def test_errors_of_the_engine_are_one_line_if_raw_settings_are_given() -> None:
     with (
         pytest.raises(ConfigError, match=r"^deepspeed: refused by DeepSpeed: ValueError: no such op$"),
         refusing({"aio": {"queue_depth": 8}}),
@@ -149,8 +149,8 @@ def test_what_an_engine_refuses_is_one_line_where_raw_settings_are_given() -> No
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_a_contrast_set_that_fits_no_micro_batch_is_refused_with_both_numbers(tmp_path: Path, layout: str) -> None:
-    """Rows have a width: texts of unequal length fill the budget long before their tokens do."""
+def test_a_contrast_set_above_the_micro_batch_is_refused_with_both_sizes(tmp_path: Path, layout: str) -> None:
+    """Padding counts: rows of texts of unequal length exceed the budget before their tokens do."""
     folder = write_data(tmp_path / "data")
     for file in folder.glob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -172,7 +172,7 @@ def test_a_contrast_set_that_fits_no_micro_batch_is_refused_with_both_numbers(tm
 
 
 def largest_set(config: RunConfig) -> int:
-    """Rows x longest row of the run's largest contrast set, by packing each as if it were alone."""
+    """Rows x longest row of the run's largest contrast set, each packed alone."""
     data = assemble_data(config, prepare(config))
     sizes = []
     for step in range(config.max_steps):
@@ -190,8 +190,8 @@ def largest_set(config: RunConfig) -> int:
     return max(sizes)
 
 
-def test_a_sample_that_is_too_long_takes_no_room_in_its_set(tmp_path: Path) -> None:
-    """The reader leaves it out; counted at the width that it would have, it had the run refused."""
+def test_an_overlong_sample_does_not_count_toward_the_size_of_its_set(tmp_path: Path) -> None:
+    """The reader drops it, so the run is not refused for its length."""
     folder = write_data(tmp_path / "data")
     rows = [json.loads(line) for line in (folder / "sw.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows[::2]:
@@ -204,7 +204,7 @@ def test_a_sample_that_is_too_long_takes_no_room_in_its_set(tmp_path: Path) -> N
     assert max(costs) > 400
 
 
-def test_another_tokenizer_is_a_change_of_the_data(tmp_path: Path) -> None:
+def test_another_tokenizer_changes_the_fingerprint(tmp_path: Path) -> None:
     config = config_of(write_data(tmp_path / "data"), tmp_path)
     prepared = prepare(config)
     before = assemble_data(config, prepared).fingerprint
@@ -220,7 +220,7 @@ def test_another_tokenizer_is_a_change_of_the_data(tmp_path: Path) -> None:
     assert {name for name in before if before[name] != after[name]} == {"tokenizer"}
 
 
-def test_a_language_none_of_whose_samples_fits_is_named(tmp_path: Path) -> None:
+def test_a_language_without_a_sample_that_fits_is_named(tmp_path: Path) -> None:
     config = config_of(write_data(tmp_path / "data"), tmp_path, **{"data.sequence_length": 8})
     with pytest.raises(ConfigError, match=r"^data\.sequence_length: 8 tokens hold none of the 32 samples .* 'en'"):
         list(check_run(config))

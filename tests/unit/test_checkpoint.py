@@ -1,4 +1,4 @@
-"""checkpoint.py: a checkpoint exists when it is complete; the newest complete one is found, whatever was torn."""
+"""checkpoint.py: only complete checkpoints are valid; the newest complete one is found, torn ones are skipped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def state(step: int = 0) -> RunState:
 
 
 def save(output_dir: Path, step: int, keep: int = 9) -> Path:
-    """A checkpoint the way the trainer writes one."""
+    """Save a checkpoint as the trainer does."""
     directory = checkpoint.begin(output_dir, step)
     (directory / "zero").mkdir()
     (directory / "zero" / "rank_0.pt").write_bytes(b"x" * 1000)
@@ -103,7 +103,7 @@ def test_a_committed_checkpoint_is_complete_and_marks_every_file(tmp_path: Path)
     assert checkpoint.defect(path, ALL_CONTENT) is None
 
 
-def test_state_comes_back(tmp_path: Path) -> None:
+def test_the_state_is_read_as_written(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
     assert RunState.read(path) == state(7)
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("how", TORN)
-def test_a_torn_checkpoint_is_passed_over_and_the_log_says_why(
+def test_a_torn_checkpoint_is_skipped_and_the_log_gives_the_reason(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = save(tmp_path, 10), save(tmp_path, 20)
@@ -143,21 +143,21 @@ def test_a_torn_checkpoint_is_passed_over_and_the_log_says_why(
     assert reason in message
 
 
-def test_when_all_are_torn_there_is_none(tmp_path: Path) -> None:
+def test_no_checkpoint_is_found_if_all_are_torn(tmp_path: Path) -> None:
     for step in (10, 20):
         cut(save(tmp_path, step) / MARKER)
     assert newest(tmp_path) is None
     assert newest(tmp_path / "never started") is None
 
 
-def test_the_newest_is_by_number(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
     for step in (900, 1000, 99):
         save(tmp_path, step)
     assert newest(tmp_path) == checkpoint.checkpoint_path(tmp_path, 1000)
 
 
 @pytest.mark.parametrize("name", ["zero/rank_0.pt", "state.json"])
-def test_a_flipped_bit_is_damage_and_only_its_reader_sees_it(tmp_path: Path, name: str) -> None:
+def test_a_flipped_bit_is_found_only_if_content_is_verified(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 10)
     file = path / name
     content = bytearray(file.read_bytes())
@@ -171,7 +171,7 @@ def test_a_flipped_bit_is_damage_and_only_its_reader_sees_it(tmp_path: Path, nam
     )
 
 
-def test_damaged_content_is_refused_where_content_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_content_is_refused_if_content_is_verified(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     older, newer = save(tmp_path, 10), save(tmp_path, 20)
     (newer / "zero" / "rank_0.pt").write_bytes(b"y" * 1000)
     assert find("auto", tmp_path) == newer
@@ -185,7 +185,7 @@ def test_damaged_content_is_refused_where_content_is_read(tmp_path: Path, caplog
         find("never", tmp_path, content=True)
 
 
-def test_the_content_of_a_file_that_cannot_be_read_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_a_defect_if_content_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 10)
 
     def unreadable(file: Path) -> FileRecord:
@@ -203,7 +203,7 @@ def test_complete_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
     assert list(checkpoint.complete(tmp_path / "never started")) == []
 
 
-def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_file_that_rank_0_cannot_find_prevents_the_commit(tmp_path: Path) -> None:
     directory = checkpoint.begin(tmp_path, 10)
     state(10).write(directory)
     with pytest.raises(ConfigError, match=r"zero/rank_1\.pt: written by its rank, but not seen by rank 0"):
@@ -211,13 +211,13 @@ def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path) -> Non
     assert newest(tmp_path) is None
 
 
-def test_what_ranks_wrote_is_recorded_as_they_say(tmp_path: Path) -> None:
-    """A writer's own checksum, not one of what the disk made of it."""
+def test_checksums_reported_by_ranks_are_recorded(tmp_path: Path) -> None:
+    """The writer computes the checksum of what it wrote; it is not computed from the file on disk."""
     directory = checkpoint.begin(tmp_path, 10)
     state(10).write(directory)
     (directory / "rank_0.pt").write_bytes(b"abc")
-    meant = FileRecord(3, sha256(b"abd").hexdigest())
-    path = checkpoint.commit(tmp_path, 10, {"rank_0.pt": meant})
+    reported = FileRecord(3, sha256(b"abd").hexdigest())
+    path = checkpoint.commit(tmp_path, 10, {"rank_0.pt": reported})
     assert "rank_0.pt is not what was saved" in str(checkpoint.defect(path, ALL_CONTENT))
 
 
@@ -233,13 +233,13 @@ def test_what_ranks_wrote_is_recorded_as_they_say(tmp_path: Path) -> None:
         ({10: -1.0, 20: -2.0, 30: 0.0}, 2, 0, "min", {20, 30}),
     ],
 )
-def test_newest_kth_and_best_are_kept(
+def test_the_newest_every_kth_and_the_best_are_kept(
     values: dict[int, float | None], newest: int, every: int, mode: str, expected: set[int]
 ) -> None:
     assert kept(values, newest, every, mode) == expected
 
 
-def test_the_best_one_outlives_newer_ones(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_beside_newer_ones(tmp_path: Path) -> None:
     config = CheckpointConfig(keep=1, best="eval/loss")
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5)):
         directory = checkpoint.begin(tmp_path, step)
@@ -250,21 +250,21 @@ def test_the_best_one_outlives_newer_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
     for step in range(10, 60, 10):
         save(tmp_path, step, keep)
         assert steps_of(tmp_path) == list(range(10, step + 1, 10))[-keep:]
 
 
-def test_a_torn_one_does_not_count_as_kept(tmp_path: Path) -> None:
+def test_a_torn_checkpoint_does_not_count_toward_keep(tmp_path: Path) -> None:
     save(tmp_path, 10, keep=2)
     cut(save(tmp_path, 20, keep=2) / MARKER)
     save(tmp_path, 30, keep=2)
     assert [step for step in steps_of(tmp_path) if step != 20] == [10, 30]
 
 
-def test_what_was_just_saved_is_never_dropped(tmp_path: Path) -> None:
-    """A run resumed from an earlier checkpoint on purpose saves below the numbers that lie there."""
+def test_the_checkpoint_just_saved_is_never_deleted(tmp_path: Path) -> None:
+    """A run resumed from an earlier checkpoint saves steps below those of existing checkpoints."""
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
     assert save(tmp_path, 15, keep=2).is_dir()
@@ -273,8 +273,10 @@ def test_what_was_just_saved_is_never_dropped(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == [15, 17, 20, 30, 40]
 
 
-def test_nothing_has_its_final_name_before_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped before every single sync and before the rename: an older checkpoint is all there is to be found."""
+def test_a_checkpoint_gets_its_final_name_only_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each sync and at the rename, the older checkpoint is the only one that can be found."""
     older = save(tmp_path, 10)
     synced: list[Path] = []
     real_sync, real_rename = atomic.sync, os.rename
@@ -301,7 +303,7 @@ def test_nothing_has_its_final_name_before_it_is_complete(tmp_path: Path, monkey
     assert newest(tmp_path) == newer
 
 
-def test_a_save_that_died_is_begun_anew(tmp_path: Path) -> None:
+def test_begin_deletes_the_files_of_an_interrupted_save(tmp_path: Path) -> None:
     directory = checkpoint.begin(tmp_path, 10)
     (directory / "left over").write_text("x")
     assert newest(tmp_path) is None
@@ -318,12 +320,12 @@ def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     assert checkpoint.defect(path) is None
 
 
-def test_a_save_again_that_is_killed_or_fails_at_any_point_loses_nothing(
+def test_a_repeated_save_killed_at_any_point_leaves_a_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever renaming or deletion it dies at: the next start finds a whole checkpoint of the step."""
+    """Killed at each rename, deletion and sync in turn: the next start finds a complete checkpoint of the step."""
 
-    def begun() -> None:
+    def begin_save() -> None:
         directory = checkpoint.begin(tmp_path, 10)
         (directory / "new").write_text("x")
         state(10).write(directory)
@@ -331,50 +333,48 @@ def test_a_save_again_that_is_killed_or_fails_at_any_point_loses_nothing(
     class Killed(BaseException):
         pass
 
-    left = [0]
+    calls_left = [0]
 
-    def mortal(work: Callable[..., Any]) -> Callable[..., Any]:
-        def dies(*arguments: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
+    def killed_after(work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls_left[0] -= 1
+            if calls_left[0] < 0:
                 raise Killed
             return work(*arguments, **options)
 
-        return dies
+        return counted
 
-    for survived in range(20):
+    for calls in range(20):
         shutil.rmtree(checkpoint.checkpoint_root(tmp_path), ignore_errors=True)
         save(tmp_path, 10, keep=1)
-        begun()
-        left[0] = survived
+        begin_save()
+        calls_left[0] = calls
         with monkeypatch.context() as patched:
-            patched.setattr(os, "replace", mortal(os.replace))
-            patched.setattr(os, "rename", mortal(os.rename))
-            patched.setattr(shutil, "rmtree", mortal(shutil.rmtree))
-            patched.setattr(atomic, "sync", mortal(atomic.sync))
+            patched.setattr(os, "replace", killed_after(os.replace))
+            patched.setattr(os, "rename", killed_after(os.rename))
+            patched.setattr(shutil, "rmtree", killed_after(shutil.rmtree))
+            patched.setattr(atomic, "sync", killed_after(atomic.sync))
             try:
                 checkpoint.commit(tmp_path, 10, {})
                 retain(tmp_path, 10, CheckpointConfig(keep=1))
-                died = False
+                killed = False
             except Killed:
-                died = True
+                killed = True
         checkpoint.clear_leftovers(tmp_path)
         found = newest(tmp_path)
-        assert found is not None, f"killed at call {survived + 1}"
+        assert found is not None, f"killed at call {calls + 1}"
         assert checkpoint.defect(found, ALL_CONTENT) is None
-        assert [path.name for path in found.parent.iterdir()] == [found.name], "and nothing is left beside it"
-        if not died:
+        assert [path.name for path in found.parent.iterdir()] == [found.name], "no leftovers"
+        if not killed:
             assert (found / "new").exists()
-            assert survived > 4
+            assert calls > 4
             return
-    raise AssertionError("it never came to its end")
+    raise AssertionError("the save never completed")
 
 
 @pytest.mark.parametrize("committed", [True, False])
-def test_what_was_complete_before_a_failed_save_of_the_same_step_is_there_again(
-    tmp_path: Path, committed: bool
-) -> None:
-    """On node-local disks: whether this disk had its part already when another one's failed."""
+def test_a_failed_save_of_the_same_step_restores_the_earlier_checkpoint(tmp_path: Path, committed: bool) -> None:
+    """On node-local disks, whether or not this disk had committed its part when another disk failed."""
     path = save(tmp_path, 10)
     (path / "old").write_text("x")
     directory = checkpoint.begin(tmp_path, 10)
@@ -386,7 +386,7 @@ def test_what_was_complete_before_a_failed_save_of_the_same_step_is_there_again(
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_a_part_that_other_disks_lack_is_taken_back_and_older_checkpoints_stay(tmp_path: Path) -> None:
+def test_a_part_that_other_disks_lack_is_deleted_and_older_checkpoints_are_kept(tmp_path: Path) -> None:
     older = save(tmp_path, 10, keep=1)
     state(20).write(checkpoint.begin(tmp_path, 20))
     checkpoint.commit(tmp_path, 20, {})
@@ -395,8 +395,7 @@ def test_a_part_that_other_disks_lack_is_taken_back_and_older_checkpoints_stay(t
     assert steps_of(tmp_path) == [10]
 
 
-def test_what_a_person_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
-    """Neither found nor deleted nor in the way of what is."""
+def test_files_of_the_user_beside_checkpoints_are_neither_found_nor_deleted(tmp_path: Path) -> None:
     path = save(tmp_path, 10)
     copy = path.with_name(f"{path.name}-backup")
     shutil.copytree(path, copy)
@@ -408,24 +407,24 @@ def test_what_a_person_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
     assert copy.is_dir()
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_costs_no_save(
+def test_an_old_checkpoint_that_cannot_be_deleted_is_logged_and_fails_no_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     old = [save(tmp_path, step) for step in (10, 20, 30)]
     real = shutil.rmtree
 
-    def refuses(path: Path, *arguments: Any, **options: Any) -> None:
+    def failing_rmtree(path: Path, *arguments: Any, **options: Any) -> None:
         if path == old[1]:
             raise PermissionError(13, "Permission denied", str(path))
         real(path, *arguments, **options)
 
-    monkeypatch.setattr(shutil, "rmtree", refuses)
+    monkeypatch.setattr(shutil, "rmtree", failing_rmtree)
     save(tmp_path, 40, keep=1)
     assert steps_of(tmp_path) == [20, 40]
     assert f"{old[1]} need not be kept, but cannot be deleted: [Errno 13] Permission denied" in caplog.text
 
 
-def test_a_state_that_another_version_wrote_has_no_metric_and_costs_no_save(
+def test_an_unreadable_state_counts_as_without_metric_and_fails_no_save(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for content in ('{"format": 1}', "[]", "not json"):
@@ -438,7 +437,7 @@ def test_a_state_that_another_version_wrote_has_no_metric_and_costs_no_save(
         assert "step-00000010: its eval/loss is not known: " in caplog.text
 
 
-def test_what_killed_starts_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_starts_are_deleted(tmp_path: Path) -> None:
     kept_ones = [save(tmp_path, 10), save(tmp_path, 20)]
     checkpoint.set_aside_newer(tmp_path, 10)
     root = checkpoint.checkpoint_root(tmp_path)
@@ -455,9 +454,9 @@ def test_what_killed_starts_left_is_deleted_and_nothing_else(tmp_path: Path) -> 
     checkpoint.clear_leftovers(tmp_path / "never started")
 
 
-def test_the_metrics_that_may_be_meant_are_named() -> None:
-    there = ["train/loss", "eval/loss", "eval/loss/sw", "data/overlong", "memory/host_peak_gib"]
-    assert no_such_metric("eval_loss", 4, there) == (
+def test_the_error_for_an_unknown_metric_names_the_nearest_ones() -> None:
+    available = ["train/loss", "eval/loss", "eval/loss/sw", "data/overlong", "memory/host_peak_gib"]
+    assert no_such_metric("eval_loss", 4, available) == (
         "checkpoint.best: eval_loss: no such metric at step 4, whose checkpoint can thus not be the best; "
         "nearest: eval/loss, eval/loss/sw, train/loss"
     )
@@ -478,11 +477,11 @@ def test_find_never(tmp_path: Path) -> None:
     assert str(refusal.value).startswith(f"{path}: --resume never")
     assert "--resume auto" in str(refusal.value)
     cut(path / MARKER)
-    assert find("never", tmp_path) is None, "a torn one is nothing to lose"
+    assert find("never", tmp_path) is None, "a torn checkpoint does not count"
 
 
 def test_find_path(tmp_path: Path) -> None:
-    """A checkpoint or a run, of this or another run."""
+    """The path of a checkpoint or a run folder, of this or another run."""
     older, newer = save(tmp_path / "a", 10), save(tmp_path / "a", 20)
     here = tmp_path / "b"
     assert find(str(older), here) == older
@@ -501,7 +500,7 @@ def test_find_path(tmp_path: Path) -> None:
         ("empty", "not a complete checkpoint: no COMPLETE marker"),
     ],
 )
-def test_find_says_what_is_wrong_with_a_path(tmp_path: Path, name: str, message: str) -> None:
+def test_find_path_errors_state_what_is_wrong(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     cut(save(tmp_path / "torn", 10) / MARKER)
@@ -514,7 +513,7 @@ def test_newer_checkpoints_are_set_aside_on_resuming_from_an_older_one(tmp_path:
     older, newer = save(tmp_path, 10), save(tmp_path, 20)
     checkpoint.set_aside_newer(tmp_path, 10)
     assert newest(tmp_path) == older
-    assert (newer.parent / f"set-aside-{newer.name}" / MARKER).is_file(), "nothing is lost"
+    assert (newer.parent / f"set-aside-{newer.name}" / MARKER).is_file(), "renamed, not deleted"
     checkpoint.set_aside_newer(tmp_path, 10)
     assert newest(tmp_path) == older
 
@@ -568,7 +567,7 @@ def test_a_changed_key_is_named_with_both_values(key: str, value: Any, lines: li
         ("data.max_bad_rows", 4),
     ],
 )
-def test_keys_that_change_no_sample_and_no_gradient_are_free(key: str, value: Any) -> None:
+def test_keys_that_change_no_sample_and_no_gradient_may_differ(key: str, value: Any) -> None:
     assert differences(state(), FINGERPRINT, with_key(key, value)) == []
 
 
@@ -582,14 +581,14 @@ def test_dora_and_rslora_are_compared() -> None:
     assert [each.fixed for each in found] == [False]
 
 
-def test_what_becomes_of_overlong_samples_is_compared() -> None:
+def test_data_overlong_is_compared() -> None:
     old = replace(state(), config={"data": {"task": None, "overlong": "drop"}})
     assert list(map(str, differences(old, FINGERPRINT, {"data": {"task": None, "overlong": "truncate"}}))) == [
         "config data.overlong: was 'drop', now 'truncate'"
     ]
 
 
-def test_changed_new_and_gone_files_are_named() -> None:
+def test_changed_new_and_missing_files_are_named() -> None:
     now = {"en.jsonl": "aa", "de.jsonl": "changed", "fr.jsonl": "cc"}
     assert list(map(str, differences(state(), now, CONFIG))) == [
         "data de.jsonl: has changed",

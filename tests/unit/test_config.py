@@ -1,4 +1,4 @@
-"""config.py and run_file.py: one YAML file, every mistake named at once, and no option that nothing reads."""
+"""config.py and run_file.py: run files are loaded and checked, errors reported together, all options used."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from training.objectives.shifcon import ContrastiveConfig, ShifConConfig
 from training.run_file import _models_in, load_config, resolved, validate
 
 ROOT = Path(__file__).resolve().parents[2]
-# xtreme.yaml holds sections, which `crosslift xtreme run` makes one run file of: see test_xtreme_run_config.py
-OTHERS = ("xtreme.yaml", "slurm-site.example.yaml")  # no run files; each has a test of its own
+# `crosslift xtreme run` makes run files of the sections of xtreme.yaml: see test_xtreme_run_config.py
+OTHERS = ("xtreme.yaml", "slurm-site.example.yaml")  # not run files; other tests load them
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in OTHERS)
 ROOMS = ("crosslift.py", "training", "modeling", "data_pipeline", "evals", "slurm")
 Values = dict[str, Any]
@@ -35,7 +35,7 @@ def values(tiny_run: Callable[..., Values]) -> Values:
 
 
 def changed(values: Values, key: str, value: Any) -> Values:
-    """`values` with one dotted key set, or taken away."""
+    """`values` with one dotted key set or removed."""
     node: Any = values
     *parents, last = key.split(".")
     for name in parents:
@@ -48,7 +48,7 @@ def changed(values: Values, key: str, value: Any) -> Values:
 
 
 def mistakes(values: Values) -> list[str]:
-    """The lines of the refusal; each names the file."""
+    """The lines of the error, without the file name that starts each."""
     with pytest.raises(ConfigError) as refusal:
         validate(values, "run.yaml")
     assert refusal.value.exit_status == 2
@@ -57,7 +57,7 @@ def mistakes(values: Values) -> list[str]:
     return [line.removeprefix("run.yaml: ") for line in lines]
 
 
-def test_the_tiny_run_loads_and_never_changes(values: Values) -> None:
+def test_the_tiny_run_loads_and_is_frozen(values: Values) -> None:
     config = validate(values, "run.yaml")
     assert (config.data.languages, config.data.sources[0].name) == (("en", "de", "sw", "zh"), "problems")
     for section, field in ((config, "seed"), (config.data, "dominant"), (config.data.sources[0], "name")):
@@ -65,7 +65,7 @@ def test_the_tiny_run_loads_and_never_changes(values: Values) -> None:
             setattr(section, field, "x")
 
 
-def test_the_resolved_config_is_plain_and_gives_the_same_config_again(values: Values) -> None:
+def test_the_resolved_config_is_plain_and_validates_to_the_same_config(values: Values) -> None:
     config = validate(values, "run.yaml")
     plain = resolved(config)
     assert plain["data"]["mixture"]["period"] == 65536, "defaults are filled in"
@@ -87,11 +87,11 @@ def test_the_resolved_config_is_plain_and_gives_the_same_config_again(values: Va
         ("schedule.zzz", "schedule.zzz: unknown key; known keys: final_ratio, name, warmup_ratio"),
     ],
 )
-def test_an_unknown_key_gets_the_nearest_valid_one(values: Values, key: str, line: str) -> None:
+def test_the_error_for_an_unknown_key_suggests_the_nearest_valid_one(values: Values, key: str, line: str) -> None:
     assert mistakes(changed(values, key, 1)) == [line]
 
 
-def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -> None:
+def test_suggested_keys_belong_to_the_objective_of_the_run_file(values: Values) -> None:
     values["objective"] = {"name": "sft", "layers": [1, 2]}
     assert mistakes(values) == ["objective.layers: unknown key; known keys: name"]
 
@@ -125,13 +125,15 @@ def test_the_nearest_key_is_one_of_the_objective_that_is_named(values: Values) -
         ),
     ],
 )
-def test_a_wrong_value_is_named_with_what_was_found(values: Values, key: str, value: Any, line: str) -> None:
+def test_the_error_for_a_wrong_value_names_the_key_and_the_value(
+    values: Values, key: str, value: Any, line: str
+) -> None:
     (found,) = mistakes(changed(values, key, value))
     assert re.fullmatch(line, found)
 
 
 def floats(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Dotted keys of every float that may stand in a section or below it, in a value that is there."""
+    """Dotted keys of all float options in a section and its subsections."""
     for name, field in model.model_fields.items():
         if float in (field.annotation, *get_args(field.annotation)):
             yield ".".join((*path, name))
@@ -142,7 +144,7 @@ def floats(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[str]:
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), "nan"])
 @pytest.mark.parametrize("key", [key for key in floats(RunConfig) if not key.startswith("data.task")])
-def test_no_number_is_infinite_or_none(values: Values, key: str, value: Any) -> None:
+def test_non_finite_numbers_are_refused(values: Values, key: str, value: Any) -> None:
     if key.startswith("model.lora"):
         values["model"] = {"path": "model", "lora": {"rank": 1, "alpha": 1}}
     if key.startswith("tokenizer.train"):
@@ -150,7 +152,7 @@ def test_no_number_is_infinite_or_none(values: Values, key: str, value: Any) -> 
     assert any(line.startswith(f"{key}: ") for line in mistakes(changed(values, key, value)))
 
 
-def test_nor_one_inside_of_a_pair_a_mapping_or_a_raw_section(values: Values) -> None:
+def test_non_finite_numbers_in_lists_mappings_and_raw_sections_are_refused(values: Values) -> None:
     changed(values, "optimizer.betas", [0.9, float("nan")])
     changed(values, "data.mixture", {"strategy": "explicit", "weights": {"en": float("inf")}})
     changed(values, "model.init.rope_theta", float("inf"))
@@ -184,7 +186,7 @@ def test_nor_one_inside_of_a_pair_a_mapping_or_a_raw_section(values: Values) -> 
         ({"model.init.tie_word_embeddings": "no"}, "model.init: tie_word_embeddings is the text 'no'; .*"),
     ],
 )  # fmt: skip
-def test_a_value_that_cannot_work_is_refused(values: Values, changes: Values, line: str) -> None:
+def test_invalid_values_are_refused(values: Values, changes: Values, line: str) -> None:
     for key, value in changes.items():
         changed(values, key, value)
     (found,) = mistakes(values)
@@ -206,7 +208,7 @@ EVALUATED = {"evaluation.every": 2, "checkpoint.every": 2, "data.heldout_items":
         ("accuracy", ""),
     ],
 )
-def test_a_metric_that_no_checkpoint_has_is_refused_with_the_nearest(values: Values, best: str, hint: str) -> None:
+def test_a_best_metric_that_no_checkpoint_has_is_refused_with_the_nearest(values: Values, best: str, hint: str) -> None:
     for key, value in {**EVALUATED, "checkpoint.best": best}.items():
         changed(values, key, value)
     (found,) = mistakes(values)
@@ -215,7 +217,7 @@ def test_a_metric_that_no_checkpoint_has_is_refused_with_the_nearest(values: Val
 
 
 @pytest.mark.parametrize("best", ["eval/loss", "eval/loss/sw", "train/loss/zh", "train/contrastive", "train/grad_norm"])
-def test_a_metric_that_every_checkpoint_has_is_taken(values: Values, best: str) -> None:
+def test_a_best_metric_that_every_checkpoint_has_is_accepted(values: Values, best: str) -> None:
     for key, value in {**EVALUATED, "checkpoint.best": best}.items():
         changed(values, key, value)
     assert validate(values, "run.yaml").checkpoint.best == best
@@ -255,11 +257,13 @@ def test_a_tracking_address_that_mlflow_does_not_support_is_refused(values: Valu
         "databricks://profile",
     ],
 )
-def test_one_that_it_takes_is_taken(values: Values, uri: str) -> None:
+def test_a_tracking_address_that_mlflow_supports_is_accepted(values: Values, uri: str) -> None:
     assert validate(changed(values, "tracking.uri", uri), "run.yaml").tracking.uri == uri
 
 
-def test_paths_of_every_section_are_filled_in(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_and_tildes_in_paths_of_every_section_are_expanded(
+    values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("DISK", "/disk")
     values |= {"data_dir": "~/data", "output_dir": "${DISK}/run", "model": {"path": "$DISK/model"}}
@@ -275,7 +279,7 @@ def test_paths_of_every_section_are_filled_in(values: Values, monkeypatch: pytes
     assert config.data.sources[0].files == ("/disk/*.jsonl", "/home/ada/en.jsonl")
     assert config.data.sources[1].hub == "/home/ada/set"
     assert config.tracking.uri == "sqlite:////home/ada/mlflow.db"
-    assert config.checkpoint.local_dir == "$TMPDIR/run", "a node's own"
+    assert config.checkpoint.local_dir == "$TMPDIR/run", "expanded on each node"
     assert validate(resolved(config), "again") == config
 
 
@@ -290,7 +294,9 @@ def test_a_variable_that_is_not_set_is_named_with_its_key(
     assert all("model.init" in line or key in line for line in others)
 
 
-def test_numbers_and_languages_are_read_as_people_write_them(tmp_path: Path, run_file: Callable[..., Path]) -> None:
+def test_numbers_such_as_3e_3_and_the_language_no_are_read_as_meant(
+    tmp_path: Path, run_file: Callable[..., Path]
+) -> None:
     file = run_file(tmp_path, **{"data.languages": ["en", "sv"], "max_steps": 7})
     text = file.read_text(encoding="utf-8").replace("- sv", "- no").replace("max_steps: 7", "max_steps: 1_2e2")
     file.write_text(text.replace("learning_rate: 0.003", "learning_rate: 3e-3"), encoding="utf-8")
@@ -323,7 +329,7 @@ def test_all_mistakes_are_reported_at_once(values: Values) -> None:
     ]
 
 
-def test_all_that_does_not_fit_together_is_reported_at_once(values: Values) -> None:
+def test_all_contradictions_within_a_section_are_reported_at_once(values: Values) -> None:
     changed(values, "data.dominant", "fr")
     changed(values, "data.sequence_length", 400)
     changed(values, "data.mixture", {"strategy": "explicit", "weights": {"en": 1, "dee": 1}})
@@ -363,7 +369,7 @@ def test_mistakes_between_sections_are_reported_at_once(values: Values) -> None:
         {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}},
     ],
 )  # fmt: skip
-def test_deepspeed_settings_that_agree_with_the_run_are_taken(values: Values, settings: Values) -> None:
+def test_deepspeed_settings_that_agree_with_the_run_file_are_accepted(values: Values, settings: Values) -> None:
     assert validate(changed(values, "deepspeed", settings), "run.yaml").deepspeed == settings
 
 
@@ -389,7 +395,7 @@ def test_deepspeed_settings_that_agree_with_the_run_are_taken(values: Values, se
         ({"data_efficiency": {"enabled": True}}, "data_efficiency.enabled", "data"),
     ],
 )  # fmt: skip
-def test_a_raw_deepspeed_key_that_contradicts_the_run_file_is_refused_with_its_name_here(
+def test_a_raw_deepspeed_key_set_by_the_run_file_is_refused_with_the_run_files_key(
     values: Values, settings: Values, key: str, source: str
 ) -> None:
     assert mistakes(changed(values, "deepspeed", settings)) == [
@@ -410,16 +416,16 @@ def test_a_raw_deepspeed_key_that_the_loop_fixes_is_refused_with_the_reason(valu
     assert re.fullmatch(r"\(top level\): 'deepspeed\.[\w.]+' is fixed: .+; leave it out", found)
 
 
-def test_values_that_only_a_trainer_replaces_are_refused(values: Values) -> None:
+def test_auto_values_that_only_hugging_faces_trainer_replaces_are_refused(values: Values) -> None:
     settings = {"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}
-    said = "is 'auto', which only Hugging Face's Trainer replaces"
+    message = "is 'auto', which only Hugging Face's Trainer replaces"
     assert mistakes(changed(values, "deepspeed", settings)) == [
-        f"(top level): 'deepspeed.train_batch_size' {said}: it follows from 'data.slots_per_step'; leave it out",
-        f"(top level): 'deepspeed.zero_optimization.reduce_bucket_size' {said}: give a value, or leave it out",
+        f"(top level): 'deepspeed.train_batch_size' {message}: it follows from 'data.slots_per_step'; leave it out",
+        f"(top level): 'deepspeed.zero_optimization.reduce_bucket_size' {message}: give a value, or leave it out",
     ]
 
 
-def test_a_value_that_may_be_of_two_kinds_is_named_by_its_key_alone(values: Values) -> None:
+def test_an_error_in_an_option_of_two_types_names_only_its_key(values: Values) -> None:
     found = mistakes(changed(values, "data.sources.0.files", 5))
     assert [line.split(":")[0] for line in found] == ["data.sources.0.files"] * 2
     assert all(line.endswith("(found 5)") for line in found)
@@ -445,14 +451,14 @@ def test_the_contrastive_scale_has_no_default() -> None:
         ({"evaluation": {"every": 5}}, r"\(top level\): 'evaluation.every' needs held-out samples.*"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(values: Values, changes: Values, line: str) -> None:
+def test_contradicting_options_are_refused(values: Values, changes: Values, line: str) -> None:
     for key, value in changes.items():
         changed(values, key, value)
     (found,) = mistakes(values)
     assert re.fullmatch(line, found)
 
 
-def test_what_does_fit_together_is_taken(values: Values) -> None:
+def test_consistent_options_are_accepted(values: Values) -> None:
     changed(values, "data.mixture.pairing", "none")
     changed(values, "objective.contrastive.weight", 0)
     validate(values, "no contrastive loss, so no pairs are needed")
@@ -460,7 +466,7 @@ def test_what_does_fit_together_is_taken(values: Values) -> None:
     values["data"]["languages"] = ["en"]
     validate(values, "one language is enough for SFT")
     values["model"], values["tokenizer"] = {"path": "somewhere"}, {}
-    validate(values, "a model that exists brings its tokenizer")
+    validate(values, "an existing model has a tokenizer")
     changed(values, "data.heldout_items", 4)
     changed(values, "evaluation.every", 5)
     validate(values, "held-out items to evaluate on")
@@ -470,8 +476,8 @@ TASK_COLUMNS = {"classification": "text_a", "tagging": "words", "text": "text"}
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "text"])
-def test_a_task_cuts_long_texts_or_reads_them_in_windows(values: Values, kind: str) -> None:
-    """Conversations are left out by default; of the tasks, only classification has samples that can be too long."""
+def test_the_default_and_the_values_of_overlong_depend_on_the_task(values: Values, kind: str) -> None:
+    """The default is `drop` for conversations; among tasks, only samples of classification can be too long."""
     assert validate(values, "run.yaml").data.overlong == "drop"
     labels = [] if kind == "text" else ["no", "yes"]
     changed(values, "data.task", {"kind": kind, "labels": labels})
@@ -490,7 +496,7 @@ def test_a_task_cuts_long_texts_or_reads_them_in_windows(values: Values, kind: s
         ]
 
 
-def test_the_authors_preset_gives_their_numbers_and_yields_to_the_file(values: Values) -> None:
+def test_the_authors_preset_sets_their_values_and_the_run_file_overrides_it(values: Values) -> None:
     values["objective"] = {"name": "shifcon", "preset": "authors"}
     objective = validate(values, "run.yaml").objective
     assert isinstance(objective, ShifConConfig)
@@ -503,7 +509,7 @@ def test_the_authors_preset_gives_their_numbers_and_yields_to_the_file(values: V
     assert objective.contrastive == ContrastiveConfig(weight=2.0, scale=20.0, set_size=12)
 
 
-def test_a_preset_that_is_not_known_fills_in_nothing(values: Values) -> None:
+def test_an_unknown_preset_sets_no_values(values: Values) -> None:
     values["objective"] = {"name": "shifcon", "preset": "mine"}
     found = mistakes(values)
     assert {line.split(":")[0] for line in found} == {
@@ -524,7 +530,7 @@ def test_a_preset_that_is_not_known_fills_in_nothing(values: Values) -> None:
         ("a: !!python/object/apply:os.getcwd []", r":1: not valid YAML: .*"),
     ],
 )
-def test_a_file_that_is_no_run_file(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_a_file_that_is_not_a_run_file_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as refusal:
@@ -559,7 +565,7 @@ def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, te
     )
 
 
-def test_a_key_may_come_again_elsewhere_over_an_anchor_and_as_an_override(tmp_path: Path, values: Values) -> None:
+def test_a_key_may_repeat_in_other_sections_over_an_anchor_and_as_an_override(tmp_path: Path, values: Values) -> None:
     path = tmp_path / "run.yaml"
     del values["checkpoint"]
     sections = "checkpoint: &often {every: 3}\nevaluation: {<<: *often, every: 0, items: 5}\n"
@@ -569,7 +575,7 @@ def test_a_key_may_come_again_elsewhere_over_an_anchor_and_as_an_override(tmp_pa
     assert config.optimizer.learning_rate == 3
 
 
-def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such file$"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match=r": cannot be read: "):
@@ -624,8 +630,10 @@ def test_a_bad_override_is_quoted(tmp_path: Path, run_file: Callable[..., Path],
     assert message in str(refusal.value)
 
 
-def test_what_is_missing_is_reported_beside_other_mistakes(tmp_path: Path, run_file: Callable[..., Path]) -> None:
-    """Only then: whether a valid run file's inputs must be here is for the command to decide."""
+def test_missing_inputs_are_reported_together_with_other_mistakes(
+    tmp_path: Path, run_file: Callable[..., Path]
+) -> None:
+    """Only then: for a valid run file, the command decides whether its inputs must exist."""
     (tmp_path / "here.jsonl").touch()
     file = run_file(tmp_path, data_dir=str(tmp_path), tokenizer={"path": "/none/tokenizer"})
     files = "data.sources.0.files=[here.jsonl, none-*.jsonl, 's3://bucket/x.jsonl']"
@@ -641,7 +649,9 @@ def test_what_is_missing_is_reported_beside_other_mistakes(tmp_path: Path, run_f
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/model"])
-def test_a_name_that_may_be_a_hubs_is_not_missing(tmp_path: Path, run_file: Callable[..., Path], name: str) -> None:
+def test_a_model_name_that_may_be_on_the_hub_is_not_reported_as_missing(
+    tmp_path: Path, run_file: Callable[..., Path], name: str
+) -> None:
     with pytest.raises(ConfigError) as refusal:
         load_config(run_file(tmp_path, model={"path": name}), ["max_stepz=1"])
     (line,) = str(refusal.value).splitlines()
@@ -662,11 +672,11 @@ def test_there_are_configs() -> None:
     assert CONFIGS
 
 
-# --- no option that nothing reads
+# --- every option is described and read
 
 
 def sections() -> dict[type[BaseModel], set[type[BaseModel]]]:
-    """Every config model and those that hold it, directly or not, itself included."""
+    """Every config model, with itself and all models that contain it, directly or not."""
     holders: dict[type[BaseModel], set[type[BaseModel]]] = {}
 
     def walk(model: type[BaseModel], above: set[type[BaseModel]]) -> None:
@@ -680,20 +690,21 @@ def sections() -> dict[type[BaseModel], set[type[BaseModel]]]:
 
 
 @pytest.mark.parametrize("model", sections(), ids=lambda model: model.__name__)
-def test_every_option_says_what_it_is(model: type[BaseModel]) -> None:
-    """By a description; a section, and the one value that chooses it among others, by its class's docstring."""
+def test_every_option_has_a_description(model: type[BaseModel]) -> None:
+    """A section, and the only value of the option that selects it, are described by the class's docstring."""
     assert model.__doc__
     fields = model.model_fields.items()
-    silent = {name for name, field in fields if not (field.description or _models_in(field.annotation))}
-    assert not {name for name in silent if len(get_args(model.model_fields[name].annotation)) != 1}
+    undescribed = {name for name, field in fields if not (field.description or _models_in(field.annotation))}
+    assert not {name for name in undescribed if len(get_args(model.model_fields[name].annotation)) != 1}
 
 
-# What the rest of the code calls of an objective's section. What they read of it is read; a check of it alone is not.
+# Methods of an objective's section that other code calls: options that they read count as read, unlike options that
+# only a validator reads.
 METHODS_OF_OBJECTIVES = {"pairing", "probe_size", "build", "description", "export"}
 
 
 def reads(source: ast.AST, inside: str = "") -> Iterator[tuple[str, str]]:
-    """(attribute that code reads, the class that the code stands in; "" in those methods of an objective's section)."""
+    """(attribute that code reads, enclosing class; "" inside METHODS_OF_OBJECTIVES of an objective's section)."""
     if isinstance(source, ast.ClassDef):
         inside = source.name
     elif isinstance(source, ast.FunctionDef) and inside in OBJECTIVE_SECTIONS and source.name in METHODS_OF_OBJECTIVES:
@@ -704,14 +715,14 @@ def reads(source: ast.AST, inside: str = "") -> Iterator[tuple[str, str]]:
         yield from reads(child, inside)
 
 
-def names_known(source: ast.AST) -> set[str]:
+def class_names(source: ast.AST) -> set[str]:
     """Classes that a file imports or defines."""
     imported = {alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names}
     return imported | {node.name for node in ast.walk(source) if isinstance(node, ast.ClassDef)}
 
 
 def read_by_pydantic(model: type[BaseModel], field: str) -> bool:
-    """What chooses or fills in the other options while the file is loaded: an objective's name, a preset."""
+    """Options that select or fill in others while the file is loaded: an objective's name, a preset."""
     return (model, field) in {(SFTConfig, "name"), (ShifConConfig, "name"), (ShifConConfig, "preset")}
 
 
@@ -720,10 +731,10 @@ OBJECTIVE_SECTIONS = {each.__name__ for each in OBJECTIVES}
 
 @cache
 def sources() -> list[tuple[set[str], set[tuple[str, str]]]]:
-    """(classes it knows, attributes it reads) of every source file."""
+    """(classes imported or defined, attributes read) of every source file."""
     files = [file for room in ROOMS for file in ((ROOT / room).rglob("*.py") if "." not in room else [ROOT / room])]
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
-    return [(names_known(tree), set(reads(tree))) for tree in trees]
+    return [(class_names(tree), set(reads(tree))) for tree in trees]
 
 
 OPTIONS = [
@@ -734,7 +745,7 @@ OPTIONS = [
 ]
 
 
-def test_the_walk_finds_the_sections_of_every_room() -> None:
+def test_the_sections_of_every_room_are_found() -> None:
     found = {model.__name__ for model in sections()}
     assert found >= {"RunConfig", "DataConfig", "SourceConfig", "ColumnMap", "MixtureConfig", "TemplateConfig"}
     assert found >= {"TokenizerTrainingConfig", "SFTConfig", "ShifConConfig", "ContrastiveConfig", "TrackingConfig"}
@@ -742,11 +753,11 @@ def test_the_walk_finds_the_sections_of_every_room() -> None:
 
 @pytest.mark.parametrize(("model", "holders", "field"), OPTIONS)
 def test_every_option_is_read(model: type[BaseModel], holders: set[type[BaseModel]], field: str) -> None:
-    """In a file that knows the option's section, or one that holds it: `path.name` elsewhere counts for nothing."""
-    knowing = {each.__name__ for each in holders}
+    """By a file that imports or defines the option's section or one around it: `path.name` elsewhere does not count."""
+    section_names = {each.__name__ for each in holders}
     readers = [
         attributes
-        for known, attributes in sources()
-        if knowing & known and any(name == field and inside != model.__name__ for name, inside in attributes)
+        for classes, attributes in sources()
+        if section_names & classes and any(name == field and inside != model.__name__ for name, inside in attributes)
     ]
     assert readers, f"nothing reads {model.__name__}.{field}"

@@ -1,4 +1,4 @@
-"""The consistency of pairs against loops, and the representations it is taken on."""
+"""X-Mixup's consistency of pairs equals a plain loop; the representations that it compares."""
 
 import math
 
@@ -40,17 +40,17 @@ def test_consistency_of_each_pair_equals_loops() -> None:
     for pair in range(3):
         target, source = vectors[pair].tolist(), vectors[3 + pair].tolist()
         distance = sum((t - s) ** 2 for t, s in zip(target, source, strict=True)) / 4
-        chances = []
+        probabilities = []
         for row in (pair, 3 + pair):
             total = sum(math.exp(logit) for logit in logits[row].tolist())
-            chances.append([math.exp(logit) / total for logit in logits[row].tolist()])
-        divergence = sum(s * math.log(s / t) for t, s in zip(*chances, strict=True))  # of source from target
+            probabilities.append([math.exp(logit) / total for logit in logits[row].tolist()])
+        divergence = sum(s * math.log(s / t) for t, s in zip(*probabilities, strict=True))  # of source from target
         expected.append((distance, distance + divergence))
     torch.testing.assert_close(consistency(vectors, 3), torch.tensor([pair[0] for pair in expected]))
     both = consistency(vectors, 3, logits)
     torch.testing.assert_close(both, torch.tensor([pair[1] for pair in expected]))
     both.sum().backward()
-    assert (vectors.grad.abs().sum(dim=1) > 0).all()  # neither side is held still
+    assert (vectors.grad.abs().sum(dim=1) > 0).all()  # both sides get gradients
     assert (logits.grad.abs().sum(dim=1) > 0).all()
 
 

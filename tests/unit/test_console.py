@@ -15,15 +15,15 @@ from data_pipeline.console import Progress, print_line, table
 
 
 class Terminal(io.StringIO):
-    """A terminal that may be gone."""
+    """A terminal that can be disconnected."""
 
-    gone = False
+    disconnected = False
 
     def isatty(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        if self.gone:
+        if self.disconnected:
             raise OSError(5, "Input/output error")
         return super().write(text)
 
@@ -74,7 +74,7 @@ def test_no_table_is_wrapped_cut_or_coloured() -> None:
     assert "\x1b" not in text
 
 
-def test_a_row_of_another_width_is_refused() -> None:
+def test_a_row_with_another_number_of_cells_is_refused() -> None:
     with pytest.raises(ValueError, match="row 'en' has 1 cells for 2 columns"):
         table(["language", "n"], [("en",)])
 
@@ -89,30 +89,30 @@ def test_at_a_terminal_progress_is_a_bar(terminal: Terminal, clock: Clock) -> No
     shown = terminal.getvalue()
     assert "30/40" in shown
     assert "40/40" in shown
-    assert "10/40" not in shown, "drawn too soon after the first"
+    assert "10/40" not in shown, "redrawn too soon after the first time"
     assert "a message [1]\n" in shown
     print_line("after")
     assert terminal.getvalue().endswith("after\n")
 
 
-def test_elsewhere_progress_is_a_line_now_and_then(
+def test_without_a_terminal_progress_is_an_occasional_line(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    page = io.StringIO()
-    monkeypatch.setattr(console, "terminal", lambda: page)
+    output = io.StringIO()
+    monkeypatch.setattr(console, "terminal", lambda: output)
     with Progress("indexing", None, "rows") as unknown, Progress("answering", 4000, "problems", start=1000) as known:
         for done in (1, 2):
             clock.now += 10
             unknown.update(1000 * done)
             known.update(1000 + done, "de")
-    assert page.getvalue() == "indexing: 2,000 rows\nanswering: 1,002 of 4,000 problems  de\n"
+    assert output.getvalue() == "indexing: 2,000 rows\nanswering: 1,002 of 4,000 problems  de\n"
     with caplog.at_level(logging.INFO, logger="data_pipeline"), Progress("indexing", None, "rows") as progress:
         clock.now += 20
         progress.advance(5)
     assert caplog.messages == ["indexing: 5 rows"]
 
 
-def test_a_quick_task_and_what_is_not_shown_say_nothing(
+def test_quick_and_hidden_tasks_print_nothing(
     terminal: Terminal, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Progress("reading", 9, "rows", shown=False) as progress:
@@ -125,14 +125,14 @@ def test_a_quick_task_and_what_is_not_shown_say_nothing(
     assert terminal.getvalue() == ""
 
 
-def test_a_terminal_that_is_gone_does_not_end_the_task(terminal: Terminal, clock: Clock) -> None:
+def test_a_disconnected_terminal_does_not_end_the_task(terminal: Terminal, clock: Clock) -> None:
     with Progress("reading", 9, "rows") as progress:
-        terminal.gone = True
+        terminal.disconnected = True
         clock.now += 1
         progress.advance(5)
         progress.advance(4)
     assert progress.done == 9
-    terminal.gone = False
+    terminal.disconnected = False
     print_line("the next command")
     assert terminal.getvalue().endswith("the next command\n")
 

@@ -47,7 +47,7 @@ def corpus() -> list[dict[str, Any]]:
         lambda text: f" {text.upper()}\u00a0 ".replace(" ", " \t"),
         lambda text: text.replace("?", "\uff1f"),
     ],
-    ids=["as it is", "NFD", "case and white space", "full-width"],
+    ids=["unchanged", "NFD", "case and white space", "full-width"],
 )
 def test_a_held_out_text_in_training_is_found_despite_case_and_spacing(
     tmp_path: Path, columns: dict[str, str], written: Any
@@ -74,7 +74,7 @@ def test_a_held_out_text_in_training_is_found_despite_case_and_spacing(
     assert {row for row, _ in found} == {
         row for row in held_now if normalized(index.record(row).user_text) in in_training
     }
-    assert found, "copies of both languages' texts stand in English"
+    assert found, "English copies of texts of both languages"
 
 
 def test_translations_of_a_held_out_item_are_not_contamination(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_unusable_rows_and_runs_without_held_out_items_have_no_contamination(tmp
 
 
 def test_long_data_are_compared_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that repeat one another stand behind the first parts."""
+    """Duplicate rows come after the first chunks."""
     rows = [{**row, "question": "Same?"} if n > 20 else row for n, row in enumerate(corpus())]
     index = build(tmp_path, rows, CHAT, heldout_items=20)
     whole = contaminated_rows(index)

@@ -1,4 +1,4 @@
-"""Pooling is a plain mean of content states; the loss is the one a loop over pairs would write."""
+"""Pooling is the mean over content tokens; the contrastive loss equals a plain loop over pairs."""
 
 import math
 
@@ -15,7 +15,7 @@ from modeling.shifcon.shift import LanguageShift
 
 IDS = torch.arange(1, 21).view(2, 10)
 SEGMENTS = torch.tensor([[0, 0, 0, 0, 2, 2, 2, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1, 3, 3]])
-CONTENT = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 1, 0, 1, 0, 0]]).bool()  # 3 has none
+CONTENT = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 1, 0, 1, 0, 0]]).bool()  # segment 3 has none
 
 
 def tiny() -> LlamaForCausalLM:
@@ -25,12 +25,12 @@ def tiny() -> LlamaForCausalLM:
 
 
 def by_loop(pooled: list[Tensor], pairs: Tensor, sets: Tensor, groups: Tensor, content: Tensor, scale: float) -> float:
-    """The loss in words: for each layer and pair, both directions, over the candidates that may be there."""
+    """Reference implementation: each layer, each pair, both directions, over the permitted candidates."""
 
     def cosine(a: Tensor, b: Tensor) -> float:
         return float(a @ b / (a.norm() * b.norm()))
 
-    def may_stand_against(i: int, j: int) -> bool:
+    def is_candidate(i: int, j: int) -> bool:
         if i == j:
             return True
         same_text = bool({*content[i].tolist()} & {*content[j].tolist()})
@@ -39,11 +39,11 @@ def by_loop(pooled: list[Tensor], pairs: Tensor, sets: Tensor, groups: Tensor, c
     total = 0.0
     for states in (layer.detach() for layer in pooled):
         for i, (dominant, other) in enumerate(pairs.tolist()):
-            candidates = [j for j in range(len(pairs)) if may_stand_against(i, j)]
-            right = math.exp(scale * cosine(states[dominant], states[other]))
+            candidates = [j for j in range(len(pairs)) if is_candidate(i, j)]
+            positive = math.exp(scale * cosine(states[dominant], states[other]))
             row = sum(math.exp(scale * cosine(states[dominant], states[pairs[j, 1]])) for j in candidates)
             column = sum(math.exp(scale * cosine(states[pairs[j, 0]], states[other])) for j in candidates)
-            total += (-math.log(right / row) - math.log(right / column)) / 2 / len(pooled)
+            total += (-math.log(positive / row) - math.log(positive / column)) / 2 / len(pooled)
     return total
 
 
@@ -100,7 +100,7 @@ def test_layers_are_pooled_in_ascending_order_each_once() -> None:
         ContentPooling(model, [])
 
 
-def test_pooling_sees_shifted_states_in_fp32() -> None:
+def test_pooling_uses_shifted_states_in_fp32() -> None:
     model = tiny().to(torch.bfloat16)
     shift = LanguageShift(model, 1, 3)
     mean = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))
@@ -109,11 +109,11 @@ def test_pooling_sees_shifted_states_in_fp32() -> None:
     pooling = ContentPooling(model, range(1, 3))
     with pooling.batch(SEGMENTS, CONTENT, 4) as plain:
         model(IDS)
-    with shift.batch(torch.ones(2, 10, dtype=torch.long)), pooling.batch(SEGMENTS, CONTENT, 4) as moved:
+    with shift.batch(torch.ones(2, 10, dtype=torch.long)), pooling.batch(SEGMENTS, CONTENT, 4) as shifted:
         model(IDS)
-    assert moved[0].dtype == torch.float32
+    assert shifted[0].dtype == torch.float32
     difference = (mean[0, 0] - mean[1, 0]).expand(3, -1)
-    torch.testing.assert_close((moved[0] - plain[0])[:3], difference, rtol=0.02, atol=0.02)
+    torch.testing.assert_close((shifted[0] - plain[0])[:3], difference, rtol=0.02, atol=0.02)
 
 
 def test_a_batch_pools_one_forward_pass_and_nothing_is_pooled_outside() -> None:
@@ -192,20 +192,20 @@ def test_loss_of_perfect_and_reversed_alignment() -> None:
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_the_loss_without_pairs_is_a_zero_with_gradients_for_the_whole_area(idle: bool) -> None:
+def test_the_loss_without_pairs_is_zero_with_gradients_for_all_pooled_layers(idle: bool) -> None:
     model = tiny()
     pooling = ContentPooling(model, range(1, 3))
-    ids = torch.tensor([[1]]) if idle else IDS  # a short rank's micro-batch: one token, no content
+    ids = torch.tensor([[1]]) if idle else IDS  # an idle rank's micro-batch: one token, no content
     segments, content = (torch.tensor([[0]]), torch.tensor([[False]])) if idle else (SEGMENTS, CONTENT)
     with pooling.batch(segments, content, 1 if idle else 4) as pooled:
         model(ids)
     assert all(state.isfinite().all() for state in pooled)
-    nothing = {key: value[:0] for key, value in make_pairs(1).items()}
-    loss = contrastive_loss(pooled, **nothing, scale=3.0)
+    no_pairs = {key: value[:0] for key, value in make_pairs(1).items()}
+    loss = contrastive_loss(pooled, **no_pairs, scale=3.0)
     assert loss.item() == 0.0
     loss.backward()
-    reached = [parameter.grad for parameter in model.model.layers[:2].parameters()]
-    assert all(gradient is not None and (gradient == 0).all() for gradient in reached)
+    gradients = [parameter.grad for parameter in model.model.layers[:2].parameters()]
+    assert all(gradient is not None and (gradient == 0).all() for gradient in gradients)
 
 
 def test_pairs_whose_content_is_empty_give_finite_gradients() -> None:
@@ -230,8 +230,8 @@ def test_autocast_does_not_lower_the_precision() -> None:
     assert torch.equal(inside, contrastive_loss(states(14), **make_pairs(7), scale=9.0))
 
 
-def test_no_step_waits_for_a_value_on_the_device() -> None:
-    """Fake tensors hold no values: whatever would read one, and so wait for a GPU, raises."""
+def test_no_operation_synchronizes_with_the_device() -> None:
+    """Fake tensors have no values: an operation that reads one, and so waits for the GPU, raises."""
     norm, tokens = torch.ones(2, 2), torch.ones(2, dtype=torch.int64)
     mean = torch.ones(2, 2, 16)
     vectors = LanguageVectors(("en", "de"), "en", (1, 3), (1, 3), mean, norm, tokens, "", "")

@@ -1,4 +1,4 @@
-"""Entropies of small attention tables against numbers that can be had by hand."""
+"""Entropies of small attention matrices equal values computed by hand."""
 
 import math
 
@@ -25,11 +25,11 @@ def test_an_aligned_pair_has_zero_entropy() -> None:
     scores = 200 * torch.eye(4).expand(1, 2, 4, 4)
     every = torch.ones(1, 4, dtype=torch.bool)
     assert entropy(scores, every, every).abs() < 1e-6
-    turned = scores[..., [2, 0, 3, 1]]
-    assert entropy(turned, every, every).abs() < 1e-6
+    permuted = scores[..., [2, 0, 3, 1]]
+    assert entropy(permuted, every, every).abs() < 1e-6
     one_sided = scores.clone()
-    one_sided[..., 1:, :] = one_sided[..., :1, :]  # all target tokens look at one source token
-    assert entropy(one_sided, every, every) > 1  # seen from the source, which looks at all of them
+    one_sided[..., 1:, :] = one_sided[..., :1, :]  # all target tokens attend to one source token
+    assert entropy(one_sided, every, every) > 1  # the source token attends to all target tokens
 
 
 def test_gradients_equal_finite_differences() -> None:
@@ -58,8 +58,8 @@ def test_scores_of_padding_change_only_the_authors_form() -> None:
 @pytest.mark.parametrize("form", ["true", "authors"])
 def test_entropy_of_a_side_with_only_padding_is_finite(form: str) -> None:
     scores = torch.randn(1, 2, 3, 4, requires_grad=True)
-    nobody, every = torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
-    found = entropy(scores, every, nobody, form)
+    nothing, every = torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
+    found = entropy(scores, every, nothing, form)
     found.sum().backward()
     assert found.isfinite().all()
     assert scores.grad.isfinite().all()

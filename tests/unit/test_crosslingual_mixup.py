@@ -1,4 +1,4 @@
-"""Where X-Mixup's hooks stand, what they call, whom they refuse; numbers are in tests/parity/test_xmixup.py."""
+"""X-Mixup's hooks: which modules they call, which models they refuse. Numbers: tests/parity/test_xmixup.py."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return model(input_ids=IDS, attention_mask=MASK).logits
 
 
-def test_nothing_is_computed_twice() -> None:
+def test_no_module_runs_twice_on_the_same_rows() -> None:
     """Self-attention's projections on all rows once, the cross-attention's on one side each, one feed-forward pass."""
     model = tiny()
     mixup = CrossLingualMixup(model, 1)
@@ -48,7 +48,7 @@ def test_nothing_is_computed_twice() -> None:
         logits(model)
     both = ("self.query", "self.key", "self.value", "output.dense", "output.dropout", "output.LayerNorm")
     assert [rows[f"attention.{name}"] for name in both] == [[4, 2]] * len(both)
-    assert rows["attention.self.dropout"] == [2]  # sdpa does its own
+    assert rows["attention.self.dropout"] == [2]  # sdpa applies its own dropout
     assert rows["intermediate.dense"] == rows["output.dense"] == rows["output.LayerNorm"] == [4]
 
 
@@ -95,7 +95,7 @@ def test_only_the_chosen_layer_mixes(layer: int) -> None:
 
 
 def test_batches_of_pairs_without_content_are_finite() -> None:
-    """An idle micro-batch: one pair of one token, and even a row of padding alone."""
+    """An idle micro-batch of one pair of one token, and a row of padding only."""
     model = tiny().train()
     mixup = CrossLingualMixup(model, 1)
     for mask in (torch.ones(2, 1, dtype=torch.long), torch.tensor([[1, 1], [0, 0]])):
@@ -106,7 +106,7 @@ def test_batches_of_pairs_without_content_are_finite() -> None:
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_batches_that_do_not_fit_are_refused() -> None:
+def test_batches_of_another_shape_are_refused() -> None:
     model = tiny()
     mixup = CrossLingualMixup(model, 1)
     with pytest.raises(ModelError, match="3 pairs are 6 rows, but the mask has 4"), mixup.batch(MASK, 3):
@@ -115,12 +115,12 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         pass
     with pytest.raises(ModelError, match=r"forward pass of \(2, 6\)"), mixup.batch(MASK, 2):
         model(input_ids=IDS[:2], attention_mask=MASK[:2])
-    logits(model)  # and nothing of it is left
+    logits(model)  # no state of the failed batches is left
     with mixup.batch(MASK, 0):
         pass
 
 
-def test_settings_that_give_no_ratio_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     model = tiny()
     for settings, message in [
         ({"layer": 3}, r"layer 3 does not exist: the model has layers 0\.\.2"),
@@ -152,7 +152,7 @@ def test_settings_that_give_no_ratio_are_refused() -> None:
         ("llama", r"the layers of llama have no attention\.self\.query"),
     ],
 )
-def test_models_without_such_layers_are_refused_with_the_reason(name: str, message: str) -> None:
+def test_unsupported_models_are_refused_with_the_reason(name: str, message: str) -> None:
     sizes = {**SIZES, "embedding_size": 16} if name == "convbert" else SIZES
     model = AutoModel.from_config(AutoConfig.for_model(name, **sizes))
     with pytest.raises(ModelError, match=message) as caught:
@@ -167,7 +167,7 @@ def test_a_bert_with_is_decoder_is_refused() -> None:
 
 
 def exported(model: PreTrainedModel, mixup: CrossLingualMixup, directory: Path) -> None:
-    """As an exporter does it: plain weights and, in its own file, what X-Mixup learned."""
+    """Save plain weights and, in a separate file, X-Mixup's learned values, as an export does."""
     state = model.state_dict()
     learned = {name.rpartition(".")[2]: float(value) for name, value in state.items() if is_mixup_weight(name)}
     assert learned == {"w": 1.75, "b": -0.5}
@@ -192,7 +192,7 @@ def test_a_reopened_export_mixes_as_before(tmp_path: Path) -> None:
     with again.batch(MASK, 2):
         assert torch.equal(logits(loaded), expected)
     assert again.state() == mixup.state()
-    # other weights beside the file
+    # the state file of other weights is refused
     with torch.no_grad():
         loaded.roberta.encoder.layer[0].output.dense.bias[-1] += 1
     again.remove()
@@ -204,7 +204,7 @@ def test_a_reopened_export_mixes_as_before(tmp_path: Path) -> None:
         CrossLingualMixup.attach(loaded, tmp_path / "export")
 
 
-def test_a_fixed_ratio_has_no_parameters_and_is_kept(tmp_path: Path) -> None:
+def test_a_fixed_ratio_has_no_parameters_and_is_saved(tmp_path: Path) -> None:
     model = tiny()
     names = list(model.state_dict())
     mixup = CrossLingualMixup(model, 1, ratio=0.25)

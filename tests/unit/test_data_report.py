@@ -1,4 +1,4 @@
-"""data_report.py: what `check` says about epochs and shares, about rows that are too long, and about contamination."""
+"""data_report.py: what `check` reports about epochs, shares, overlong rows and contamination."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_rows_slots_epochs_and_share_of_every_language(changed: Changed) -> None
     assert not warnings(lines)
 
 
-def test_a_language_whose_rows_repeat_very_often_is_warned_of(changed: Changed, tmp_path: Path) -> None:
-    """One row fills a quarter of every step; and 40 rows are read 17 times each."""
+def test_a_warning_names_languages_whose_rows_repeat_very_often(changed: Changed, tmp_path: Path) -> None:
+    """One row fills a quarter of every step, and 40 rows are each read 17 times."""
     folder = write_data(tmp_path / "data")
     (folder / "sw.jsonl").write_text(json.dumps(corpus_rows("sw")[0]) + "\n", encoding="utf-8")
     config, data = changed(folder, max_steps=340)
@@ -80,7 +80,7 @@ def test_a_language_whose_rows_repeat_very_often_is_warned_of(changed: Changed, 
     ]  # fmt: skip
 
 
-def test_rows_that_are_too_long_are_counted_by_language(changed: Changed) -> None:
+def test_overlong_rows_are_counted_by_language(changed: Changed) -> None:
     config, data = changed(**{"data.sequence_length": 60})
     lines = list(mixture_table(config.data, config.max_steps, data))
     assert lines[1].endswith("over 60 tokens")
@@ -90,15 +90,15 @@ def test_rows_that_are_too_long_are_counted_by_language(changed: Changed) -> Non
         expected[language] = sum(data.reader.length(row) > 60 for row in rows) / len(rows)
         assert " ".join(table(lines)[language][5:]) == f"{expected[language]:.1%} of 40 rows"
     assert max(expected.values()) > 0
-    (said,) = warnings(lines)
+    (warning,) = warnings(lines)
     named = ", ".join(f"{language} {share:.1%}" for language, share in expected.items() if share > 0.01)
-    assert said == (
+    assert warning == (
         f"warning: rows longer than data.sequence_length (60) are left out, their slots stay empty: {named}; "
         "raise data.sequence_length, or set data.overlong=truncate"
     )
 
 
-def test_a_sample_says_its_size_and_all_rows_are_all_rows(changed: Changed) -> None:
+def test_overlong_rows_are_counted_in_a_sample_or_in_all_rows(changed: Changed) -> None:
     config, data = changed(**{"data.sequence_length": 60, "data.overlong": "truncate"})
     for line in table(list(mixture_table(config.data, config.max_steps, data, looked_at=7))).values():
         assert " ".join(line[6:]) == "of 7 rows, a sample of 40"
@@ -108,7 +108,7 @@ def test_a_sample_says_its_size_and_all_rows_are_all_rows(changed: Changed) -> N
     assert warnings(whole)[0].endswith("; raise data.sequence_length")
 
 
-def test_one_in_a_hundred_is_not_warned_of(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_percent_of_overlong_rows_gives_no_warning(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
     config, data = changed(**{"data.sequence_length": 60})
     monkeypatch.setattr(data_report, "_lengths", lambda *arguments: data_report.Lengths(10, 1000, 5000))
     assert not warnings(list(mixture_table(config.data, config.max_steps, data)))
@@ -116,7 +116,7 @@ def test_one_in_a_hundred_is_not_warned_of(changed: Changed, monkeypatch: pytest
     assert "en 1.1%, de 1.1%" in warnings(list(mixture_table(config.data, config.max_steps, data)))[0]
 
 
-def test_where_too_long_is_an_error_the_longest_rows_are_held_against_the_limit_at_the_start(changed: Changed) -> None:
+def test_with_overlong_error_the_longest_rows_are_checked_at_the_start(changed: Changed) -> None:
     config, data = changed(**{"data.sequence_length": 60, "data.overlong": "error"})
     with pytest.raises(DataError, match=r"en\.jsonl:\d+: \d+ tokens, data.sequence_length is 60; shorten the row"):
         check_longest(data.reader)
@@ -140,15 +140,15 @@ def test_held_out_texts_in_training_are_counted_and_named_by_file_and_line(chang
     index = build_index(config.data.sources, LANGUAGES, folder, tmp_path / "second", heldout_items=10, seed=3)
     again = index.rows(2, heldout=True).tolist()
     texts = {index.record(row).user_text.casefold() for row in index.rows(2).tolist()}
-    doubled = [row for row in again if index.record(row).user_text.casefold() in texts]
-    (said,) = contamination(index)
-    assert said.startswith(f"warning: sw: {len(doubled)} of {len(again)} held-out texts are also in training")
-    first = doubled[0]
+    duplicates = [row for row in again if index.record(row).user_text.casefold() in texts]
+    (warning,) = contamination(index)
+    assert warning.startswith(f"warning: sw: {len(duplicates)} of {len(again)} held-out texts are also in training")
+    first = duplicates[0]
     copy = next(
         row
         for row in index.rows(2).tolist()
         if index.record(row).user_text.casefold() == index.record(first).user_text.casefold()
     )
-    assert f"{index.record(first).origin} = {index.record(copy).origin}" in said
-    assert said.count(" = ") == min(len(doubled), 3)
-    assert (f" and {len(doubled) - 3} more" in said) == (len(doubled) > 3)
+    assert f"{index.record(first).origin} = {index.record(copy).origin}" in warning
+    assert warning.count(" = ") == min(len(duplicates), 3)
+    assert (f" and {len(duplicates) - 3} more" in warning) == (len(duplicates) > 3)

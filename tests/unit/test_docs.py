@@ -1,4 +1,4 @@
-"""What docs and comments refer to exists: files, sections, links, commands with their options, make targets."""
+"""Files, sections, links, commands with options and make targets that docs and comments name exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crosslift import app
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-# Files of other projects that comments name.
+# Names and files of other projects that docs and comments name.
 NAMES_ELSEWHERE = {"SBATCH_ACCOUNT"}
 ELSEWHERE = {"evaluate.py", "utils_preprocess.py", "datasets/xtreme/xtreme.py", "utils.py"}
 
@@ -28,7 +28,7 @@ PLACEHOLDER = re.compile(r"[*{}<>$]|\.\.\.|[A-Z]{3}")
 
 
 def tracked() -> list[str]:
-    """Files under version control, and those about to be."""
+    """Files under version control and new files that git does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return [name for name in listed if (ROOT / name).is_file()]
@@ -75,7 +75,7 @@ GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
 def command_faults(line: str) -> list[str]:
-    """What a line that starts with `crosslift` names and does not exist; alternatives are written `a|b`."""
+    """Commands and options in a `crosslift ...` line that do not exist; `a|b` are alternatives."""
     words = [word for word in re.split(r"\s+|(?<=\w)(?=\])", line.replace("[", " ").replace("]", " ")) if word][1:]
     if not words or words[0].startswith("-") or PLACEHOLDER.search(words[0]):
         return []
@@ -200,7 +200,7 @@ def test_commands_that_comments_and_messages_show_exist() -> None:
     assert not faults
 
 
-def test_what_does_not_exist_is_found() -> None:
+def test_unknown_commands_options_and_files_are_found() -> None:
     assert command_faults("crosslift compare A B") == ["command compare"]
     assert command_faults("crosslift data prepare CONFIG") == ["command data prepare"]
     assert command_faults("crosslift train CONFIG --gpus 8") == ["option --gpus"]

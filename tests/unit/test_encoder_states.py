@@ -1,4 +1,4 @@
-"""Encoder states are those that transformers reports, with gradients, checkpointed or not."""
+"""Encoder states equal those that transformers reports, with gradients, checkpointed or not."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def tiny(name: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta"])
-def test_states_of_the_forward_pass_inside_are_kept(name: str, checkpointing: bool) -> None:
+def test_states_of_the_forward_pass_in_a_batch_are_kept(name: str, checkpointing: bool) -> None:
     model = tiny(name)
     reported = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
     if checkpointing:
@@ -45,7 +45,7 @@ def test_states_of_the_forward_pass_inside_are_kept(name: str, checkpointing: bo
     torch.testing.assert_close(gradient(final[3]), gradient(reported[3]))
 
 
-def test_nothing_is_kept_outside_and_misuse_is_named() -> None:
+def test_no_states_are_kept_outside_a_batch_and_misuse_is_refused() -> None:
     model = tiny("bert").eval()
     states = EncoderStates(model)
     with states.batch() as captured:

@@ -1,4 +1,4 @@
-"""Task models start from the encoder's own bits and a head of the seed, are opened whole, and refuse the rest."""
+"""Task models: encoder weights are copied bit for bit, heads depend on the seed, misfits are refused."""
 
 import json
 import logging
@@ -65,9 +65,7 @@ def encoder_weights(directory: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", list(TASK_ARCHITECTURES))
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "electra"])
-def test_encoder_weights_are_unchanged_and_the_model_opens_for_training_and_evaluation(
-    tmp_path: Path, name: str, kind: str
-) -> None:
+def test_encoder_weights_are_unchanged_and_the_task_model_loads(tmp_path: Path, name: str, kind: str) -> None:
     source = pretrained(tmp_path / "source", name)
     labels = LABELS[kind]
     torch.manual_seed(5)
@@ -133,7 +131,7 @@ def test_the_head_depends_on_the_seed_and_not_on_the_encoder(tmp_path: Path, nam
 
 
 def test_checkpoints_with_pretraining_heads_and_pooler(tmp_path: Path) -> None:
-    """BERT's own release: its pooler is kept where the task reads it, its pretraining heads are dropped."""
+    """As in BERT's release: the pooler is kept if the task uses it, the pretraining heads are dropped."""
     source = pretrained(tmp_path / "source", "bert", AutoModelForPreTraining)
     pooler = load_file(source / "model.safetensors")["bert.pooler.dense.weight"]
     start = write_task_start(source, "classification", ["a", "b"], tmp_path / "classification", 0)
@@ -145,25 +143,25 @@ def test_checkpoints_with_pretraining_heads_and_pooler(tmp_path: Path) -> None:
     write_task_start(old, "qa", [], tmp_path / "qa", 0)
 
 
-def test_transformers_warns_of_nothing_that_was_checked(tmp_path: Path) -> None:
-    said: list[logging.LogRecord] = []
+def test_transformers_logs_no_warning_about_checked_weights(tmp_path: Path) -> None:
+    records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = said.append
+    handler.emit = records.append
     logging.getLogger("transformers").addHandler(handler)
     try:
         write_task_start(pretrained(tmp_path / "source"), "tagging", ["a", "b"], tmp_path / "start", 0)
     finally:
         logging.getLogger("transformers").removeHandler(handler)
-    assert [record.getMessage() for record in said] == []
+    assert [record.getMessage() for record in records] == []
 
 
-def test_stored_number_format_is_kept(tmp_path: Path) -> None:
+def test_the_stored_dtype_is_kept(tmp_path: Path) -> None:
     source = pretrained(tmp_path / "source", dtype=torch.float16)
     start = write_task_start(source, "tagging", ["a", "b"], tmp_path / "start", 0)
     assert {value.dtype for value in load_file(start / "model.safetensors").values()} == {torch.float16}
 
 
-def test_anything_else_missing_or_unexpected_is_named(tmp_path: Path) -> None:
+def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> None:
     key = "roberta.encoder.layer.1.output.dense.weight"
     cases: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any]]] = {
         f"1 missing weights: {key}": ("tagging", lambda t: t.pop(key)),
@@ -229,7 +227,7 @@ def test_a_model_of_the_task_keeps_its_head_if_its_labels_are_the_same(tmp_path:
         load_task_model(first, "classification", ["yes", "no", "maybe"], torch.float32, "sdpa", "cpu")
 
 
-def test_labels_that_fit_no_task(tmp_path: Path) -> None:
+def test_labels_that_do_not_fit_the_task_are_refused(tmp_path: Path) -> None:
     source = pretrained(tmp_path / "source")
     for kind, labels, message in [
         ("classification", ["one"], "needs two or more different ones"),
@@ -251,11 +249,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta"])
-def test_an_initial_masked_language_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def test_an_initial_masked_language_model_is_written_and_loaded(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
     config = {"model_type": name, **SIZES}
     made = write_initial_model(config, tokenizer, tmp_path / "made", 1, architecture="masked-lm")
     decoder = write_initial_model({**config, "is_decoder": True}, tokenizer, tmp_path / "decoding", 1)
-    assert load_config(decoder).is_decoder  # with a decoder's mask it is a causal LM as well
+    assert load_config(decoder).is_decoder  # with is_decoder it is a causal LM too
     with pytest.raises(ModelError, match=f"a {name} model is an encoder, not a decoder language model"):
         write_initial_model(config, tokenizer, tmp_path / "decoder", 1)
     model = load_pretrained(made, torch.float32, "sdpa", "cpu", architecture="masked-lm")

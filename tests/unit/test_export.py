@@ -1,4 +1,4 @@
-"""export.py: the run's export is that of its last checkpoint, whole or the one before, and nothing lies beside it."""
+"""export.py: an export is complete and of the last checkpoint, or the previous one stays; no leftovers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Save = Callable[[int], Path]
 
 @pytest.fixture
 def save(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> Save:
-    """`save(step)`: a complete checkpoint that holds one file of weights, which says what it is."""
+    """`save(step)`: a complete checkpoint with one file of weights, which contains the step."""
     config = resolved(validate(tiny_run(tmp_path), "tiny run"))
 
     def make(step: int) -> Path:
@@ -39,9 +39,9 @@ def save(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> Save:
 
 
 @pytest.fixture(autouse=True)
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Instead of a model, an export holds the checkpoint's file; the steps of those that were made and checked."""
-    checked: list[int] = []
+def checked_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Exports copy the checkpoint's file instead of writing a model; the steps of the exports that were checked."""
+    steps: list[int] = []
 
     def write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -> None:
         (output / EXPORT_FILE).write_text(json.dumps(export._description(config.data, config.objective, state.step)))
@@ -49,12 +49,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def check(checkpoint: Path, config: RunConfig, weights: object, output: Path) -> CheckResult:
         assert output.name.startswith(".incomplete-"), "checked under its temporary name"
-        checked.append(RunState.read(checkpoint).step)
+        steps.append(RunState.read(checkpoint).step)
         return CheckResult(None, "sdpa", 0.0, 1e-4)
 
     monkeypatch.setattr(export, "_write", write)
     monkeypatch.setattr(export_check, "check_export", check)
-    return checked
+    return steps
 
 
 def weights(model: Path) -> str:
@@ -72,39 +72,41 @@ def beside(model: Path) -> set[str]:
     return {path.name for path in model.parent.iterdir()} - {"checkpoints"}
 
 
-def test_an_export_is_made_once(save: Save, made: list[int], tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_once(save: Save, checked_steps: list[int], tmp_path: Path) -> None:
     model = tmp_path / "model"
     export_newest(save(10), model)
-    assert (weights(model), made) == ("weights after 10", [10])
+    assert (weights(model), checked_steps) == ("weights after 10", [10])
     export_newest(checkpoint.checkpoint_path(tmp_path, 10), model)
-    assert made == [10]
+    assert checked_steps == [10]
     assert beside(model) == {"model"}
 
 
-def test_an_export_of_another_step_is_replaced(save: Save, made: list[int], tmp_path: Path) -> None:
+def test_an_export_of_another_step_is_replaced(save: Save, checked_steps: list[int], tmp_path: Path) -> None:
     model = tmp_path / "model"
     export_newest(save(10), model)
     (model / "only in the old one").touch()
     export_newest(save(20), model)
-    assert (ExportInfo.read(model).step, weights(model), made) == (20, "weights after 20", [10, 20])
+    assert (ExportInfo.read(model).step, weights(model), checked_steps) == (20, "weights after 20", [10, 20])
     assert not (model / "only in the old one").exists()
     assert beside(model) == {"model"}
 
 
-def test_an_export_of_the_same_step_of_another_branch_is_replaced(save: Save, made: list[int], tmp_path: Path) -> None:
-    """Resumed from an earlier checkpoint with changes, a run comes to the same step with other weights."""
+def test_an_export_of_the_same_step_of_another_branch_is_replaced(
+    save: Save, checked_steps: list[int], tmp_path: Path
+) -> None:
+    """Resumed from an earlier checkpoint with changes, a run reaches the same step with other weights."""
     model = tmp_path / "model"
     export_newest(save(10), model)
     again = save(10)
     later = (model / EXPORT_FILE).stat().st_mtime_ns + 1
     os.utime(again / MARKER, ns=(later, later))
     export_newest(again, model)
-    assert made == [10, 10]
+    assert checked_steps == [10, 10]
 
 
 @pytest.mark.parametrize(("module", "where"), [(export, "_write"), (export_check, "check_export")])
 @pytest.mark.parametrize("error", [OSError(28, "disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_where_the_new_export_cannot_be_written_the_old_one_stays(
+def test_if_the_new_export_fails_the_old_one_stays(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, where: str, error: BaseException
 ) -> None:
     model = tmp_path / "model"
@@ -113,7 +115,7 @@ def test_where_the_new_export_cannot_be_written_the_old_one_stays(
 
     def fail(*arguments: Any) -> None:
         real(*arguments)
-        assert weights(model) == "weights after 10", "in its place all the while: a killed process loses nothing"
+        assert weights(model) == "weights after 10", "the old export stays in place while the new one is written"
         raise error
 
     monkeypatch.setattr(module, where, fail)
@@ -128,8 +130,12 @@ def failed(*arguments: Any) -> CheckResult:
     return CheckResult("w differs from the checkpoint's")
 
 
-def test_an_export_that_fails_its_check_is_kept_and_marked_and_made_anew_by_the_next_call(
-    save: Save, made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_export_that_fails_its_check_is_kept_marked_and_replaced_by_the_next(
+    save: Save,
+    checked_steps: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for export_to, model in ((export_newest, tmp_path / "model"), (export_checkpoint, tmp_path / "other")):
         with monkeypatch.context() as patch:
@@ -145,7 +151,7 @@ def test_an_export_that_fails_its_check_is_kept_and_marked_and_made_anew_by_the_
     assert export_newest(checkpoint.checkpoint_path(tmp_path, 10), tmp_path / "model")
     passed = ExportInfo.read(tmp_path / "model")
     passed.warn_if_check_failed(tmp_path / "model")
-    assert (passed.check_failed, made) == (False, [10])
+    assert (passed.check_failed, checked_steps) == (False, [10])
     assert not [text for text in caplog.messages if "did not pass" in text]
     assert beside(tmp_path / "model") == {"model", "other"}
 
@@ -165,7 +171,7 @@ def test_an_earlier_export_that_passed_is_kept_beside_one_that_failed(
     assert beside(model) == {"model", "model-step-00000010"}
 
 
-def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_killed_export_are_deleted(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, replaced = tmp_path / "model", tmp_path / ".replaced-model"
     export_newest(save(10), model)
     model.rename(replaced)  # killed between the two renames
@@ -176,7 +182,7 @@ def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path, m
         patch.setattr(export_check, "check_export", fail_with(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             export_newest(newer, model)
-    assert weights(model) == "weights after 10", "back in its place"
+    assert weights(model) == "weights after 10", "moved back"
     shutil.copytree(model, replaced)  # killed after the two renames
     export_newest(checkpoint.checkpoint_path(tmp_path, 10), model)
     assert beside(model) == {"model"}
@@ -187,14 +193,16 @@ def test_what_a_killed_export_left_is_cleared_away(save: Save, tmp_path: Path, m
     assert beside(model) == {"model"}
 
 
-def test_what_is_no_export_is_left_alone(save: Save, made: list[int], tmp_path: Path) -> None:
-    mine = tmp_path / "model"
-    mine.mkdir()
-    (mine / "config.json").touch()
+def test_a_folder_that_is_not_an_export_is_refused_and_not_changed(
+    save: Save, checked_steps: list[int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").touch()
     with pytest.raises(ConfigError, match=r"model: in the way of the export, and no export itself; move it"):
-        export_newest(save(10), mine)
-    assert {path.name for path in mine.iterdir()} == {"config.json"}
-    assert not made
+        export_newest(save(10), folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json"}
+    assert not checked_steps
 
 
 def test_a_torn_checkpoint_is_not_exported(save: Save, tmp_path: Path) -> None:
@@ -210,8 +218,10 @@ def test_a_torn_checkpoint_is_not_exported(save: Save, tmp_path: Path) -> None:
     assert beside(model) == {"model"}
 
 
-def test_a_checkpoint_that_is_not_what_was_saved_is_not_exported(save: Save, made: list[int], tmp_path: Path) -> None:
-    """Its sizes are right: its content is looked at before anything of it is loaded."""
+def test_a_checkpoint_with_a_wrong_checksum_is_not_exported(
+    save: Save, checked_steps: list[int], tmp_path: Path
+) -> None:
+    """The file sizes are right: checksums are verified before anything is loaded."""
     damaged = save(10)
     (damaged / "weights").write_text("weights after 11")
     for export_to in (export_newest, export_checkpoint):
@@ -219,21 +229,21 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_not_exported(save: Save, mad
             ConfigError, match="step-00000010: not a complete checkpoint: weights is not what was saved"
         ):
             export_to(damaged, tmp_path / "model")
-    assert not made
+    assert not checked_steps
     assert not (tmp_path / "model").exists()
 
 
-def test_export_to_a_folder_that_is_there_is_refused(save: Save, made: list[int], tmp_path: Path) -> None:
+def test_export_to_an_existing_folder_is_refused(save: Save, checked_steps: list[int], tmp_path: Path) -> None:
     assert export_checkpoint(save(10), tmp_path / "a" / "b") == tmp_path / "a" / "b"
     with pytest.raises(ConfigError, match="b: exists already; give a new folder"):
         export_checkpoint(save(20), tmp_path / "a" / "b")
     assert weights(tmp_path / "a" / "b") == "weights after 10"
-    assert made == [10]
+    assert checked_steps == [10]
 
 
 LONG = {"id": "id", "language": "language", "prompt": "question", "completion": "answer"}
-OF_ONE = {name: column for name, column in LONG.items() if name != "language"}
-SAYS = {**LONG, "response_language": "said"}
+WITHOUT_LANGUAGE = {name: column for name, column in LONG.items() if name != "language"}
+WITH_RESPONSE = {**LONG, "response_language": "answer_language"}
 WIDE = {"id": "id", "prompt": "question_{language}", "completion": "answer"}
 
 
@@ -242,22 +252,28 @@ WIDE = {"id": "id", "prompt": "question_{language}", "completion": "answer"}
     [
         ([{"columns": LONG}], None),
         ([{"columns": LONG, "response_language": "en"}], "en"),
-        ([{"columns": SAYS, "response_language": "en"}], None),  # a row may say otherwise
-        ([{"columns": SAYS, "response_language": "en"}, {"columns": OF_ONE, "language": "en"}], None),
-        ([{"columns": LONG, "response_language": "en"}, {"columns": OF_ONE, "language": "en"}], "en"),
-        ([{"columns": LONG, "response_language": "en"}, {"columns": OF_ONE, "language": "sw"}], None),
-        ([{"columns": OF_ONE, "language": "sw", "response_language": "en"}], "en"),
-        ([{"columns": LONG, "language": "en"}], None),  # where a row does not say its language
+        ([{"columns": WITH_RESPONSE, "response_language": "en"}], None),  # a row may have another one
+        (
+            [{"columns": WITH_RESPONSE, "response_language": "en"}, {"columns": WITHOUT_LANGUAGE, "language": "en"}],
+            None,
+        ),
+        ([{"columns": LONG, "response_language": "en"}, {"columns": WITHOUT_LANGUAGE, "language": "en"}], "en"),
+        ([{"columns": LONG, "response_language": "en"}, {"columns": WITHOUT_LANGUAGE, "language": "sw"}], None),
+        ([{"columns": WITHOUT_LANGUAGE, "language": "sw", "response_language": "en"}], "en"),
+        ([{"columns": LONG, "language": "en"}], None),  # `language` applies to rows without one
         ([{"columns": WIDE, "languages": ["en", "sw"]}], None),
         ([{"columns": WIDE, "languages": ["en", "sw"], "response_language": "en"}], "en"),
-        ([{"columns": WIDE, "languages": ["sw"]}, {"columns": OF_ONE, "language": "sw"}], None),
+        ([{"columns": WIDE, "languages": ["sw"]}, {"columns": WITHOUT_LANGUAGE, "language": "sw"}], None),
         (
-            [{"columns": WIDE, "languages": ["sw"]}, {"columns": OF_ONE, "language": "en", "response_language": "sw"}],
+            [
+                {"columns": WIDE, "languages": ["sw"]},
+                {"columns": WITHOUT_LANGUAGE, "language": "en", "response_language": "sw"},
+            ],
             "sw",
         ),
     ],
 )
-def test_the_response_language_is_fixed_only_where_every_answer_is_in_it(
+def test_the_response_language_is_fixed_only_if_every_answer_is_in_it(
     sources: list[dict[str, Any]], fixed: str | None, tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]
 ) -> None:
     named = [{"name": str(number), "files": "*.jsonl", **source} for number, source in enumerate(sources)]

@@ -1,4 +1,4 @@
-"""export_check.py: an export passes where it computes what the run computed, in the run's format, and only there."""
+"""export_check.py: an export passes only if its weights and logits are those of the run, in its number format."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gemma(precision: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Like Gemma 3 in that eager attention in bf16 is far from sdpa: its scores are large, and eager rounds them."""
+    """Like Gemma 3: in bf16, eager attention is far from sdpa, because it rounds large scores."""
     torch.manual_seed(1)
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
@@ -63,7 +63,7 @@ def logits_of(model: PreTrainedModel) -> Tensor:
 def make(
     tmp_path: Path, tokenizer: Path, tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> Make:
-    """`make(precision)`: a complete checkpoint of the model above, as a run with that attention leaves it."""
+    """`make(precision)`: a complete checkpoint of the model above, as a run with that attention saves it."""
 
     def make(precision: str = "bf16", attention: str = "sdpa", change: float = 1.0, recorded: bool = True) -> Path:
         from modeling.weights.untrusted import read_tokenizer
@@ -95,7 +95,7 @@ def checked(output: Path) -> dict[str, Any]:
 
 
 def refused(folder: Path, output: Path) -> str:
-    """Why the check failed; the export is there and says so."""
+    """The reason why the check failed, as raised and as recorded in the export, which is kept."""
     with pytest.raises(ExportCheckFailed) as raised:
         export_checkpoint(folder, output)
     problem = checked(output)["problem"]
@@ -108,15 +108,15 @@ def refused(folder: Path, output: Path) -> str:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bf16_is_reopened_with_the_attention_of_the_run(make: Make, tmp_path: Path, attention: str) -> None:
     one, other = (logits_of(gemma("bf16", name)) for name in ("sdpa", "eager"))
-    assert float((one - other).abs().max() / one.abs().max()) > 5e-2, "what the check once refused"
+    assert float((one - other).abs().max() / one.abs().max()) > 5e-2, "the two differ by more than rounding"
     check = checked(export_checkpoint(make("bf16", attention), tmp_path / "model"))
     assert (check["passed"], check["attention"], check["difference"]) == (True, attention, 0.0)
 
 
-def test_an_attention_that_does_not_run_here_is_replaced_and_judged_by_the_models_own_noise(
+def test_an_unavailable_attention_is_replaced_by_sdpa_and_bounded_by_bf16_noise(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The reference is eager's, which is as far from sdpa as another right implementation can be."""
+    """The reference logits are eager's, which differ from sdpa's as much as another correct kernel's can."""
     check = checked(export_checkpoint(make("bf16", "flash_attention_2"), tmp_path / "model"))
     assert "the run's attention, flash_attention_2, does not run on a CPU: the export is reopened with sdpa" in (
         caplog.messages
@@ -132,12 +132,12 @@ def test_a_checkpoint_that_does_not_name_its_attention_is_reopened_with_sdpa(mak
 
 
 @pytest.mark.parametrize(("precision", "change"), [("bf16", 1.9), ("fp32", 1.0003)])
-def test_other_logits_than_the_runs_are_found(make: Make, tmp_path: Path, precision: str, change: float) -> None:
+def test_logits_that_differ_from_the_runs_are_found(make: Make, tmp_path: Path, precision: str, change: float) -> None:
     problem = refused(make(precision, change=change), tmp_path / "model")
     assert "reopened with sdpa attention, its logits differ from the run's by" in problem
 
 
-def test_fp32_is_held_to_a_tight_bound(make: Make, tmp_path: Path) -> None:
+def test_fp32_has_a_tight_bound(make: Make, tmp_path: Path) -> None:
     check = checked(export_checkpoint(make("fp32"), tmp_path / "model"))
     assert (check["bound"], check["noise"]) == (1e-4, None)
     assert check["difference"] < 1e-6
@@ -154,7 +154,7 @@ def changed_after_writing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Pat
 
 
 def flip_one_bit(output: Path) -> None:
-    """The lowest bit of one weight: no logit tells."""
+    """Flip the lowest bit of one weight, which changes the logits too little to be noticed."""
     weights = load_file(output / "model.safetensors")
     with safe_open(output / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -168,7 +168,7 @@ def test_one_flipped_bit_of_one_weight_is_found(make: Make, tmp_path: Path, monk
     assert problem == "model.layers.3.mlp.up_proj.weight differs from the checkpoint's"
 
 
-def test_the_command_tells_a_kept_export_that_failed_its_check_by_its_status(
+def test_the_command_ends_with_status_3_if_the_kept_export_failed_its_check(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import crosslift
@@ -184,17 +184,17 @@ def test_the_command_tells_a_kept_export_that_failed_its_check_by_its_status(
     )
 
 
-def other_positions(output: Path) -> None:
+def change_rope_theta(output: Path) -> None:
     file = output / "config.json"
     text = file.read_text()
     assert '"rope_theta": 1000000.0' in text
     file.write_text(text.replace('"rope_theta": 1000000.0', '"rope_theta": 10.0').replace("10000.0", "10.0"))
 
 
-def test_a_config_that_computes_something_else_is_found(
+def test_a_changed_rope_theta_is_found_by_the_logits(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed_after_writing(monkeypatch, other_positions)
+    changed_after_writing(monkeypatch, change_rope_theta)
     assert "4 times what bf16 changes in this model" in refused(make(), tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""export_text.py: plain transformers prompts an export as training did, and stops where training taught it to."""
+"""export_text.py: plain transformers gives an export the prompts and the end tokens of training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def always(token: int, vocabulary: int, **ids: Any) -> Any:
-    """A model that gives this token after any text."""
+    """A model that always generates this token."""
     config = GPT2Config(
         vocab_size=vocabulary, n_embd=8, n_layer=1, n_head=2, n_positions=256, tie_word_embeddings=False
     )
@@ -55,7 +55,7 @@ def always(token: int, vocabulary: int, **ids: Any) -> Any:
 def export(
     tmp_path: Path, tokenizers: dict[str, Any], tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> Export:
-    """`export(template, emits)`: the export of a ChatML base, trained with the template until it emits that token."""
+    """`export(template, emits)`: the export of a ChatML base trained with the template; it emits that token."""
 
     def make(
         template: dict[str, Any],
@@ -95,7 +95,7 @@ def answer_length(folder: Path, messages: list[dict[str, str]]) -> int:
 
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3 + 4?"}]
-TAUGHT = [
+END_TOKENS = [
     ({"name": "chat"}, "<|im_end|>"),
     ({"name": "alpaca"}, "<|endoftext|>"),
     ({"name": "plain", "end_token": "</s>"}, "</s>"),
@@ -103,22 +103,22 @@ TAUGHT = [
 ]
 
 
-@pytest.mark.parametrize(("template", "end"), TAUGHT, ids=[template["name"] for template, _ in TAUGHT])
-def test_plain_generate_stops_at_the_end_token_that_training_taught(
+@pytest.mark.parametrize(("template", "end"), END_TOKENS, ids=[template["name"] for template, _ in END_TOKENS])
+def test_plain_generate_stops_at_the_end_token_of_training(
     export: Export, tokenizers: dict[str, Any], template: dict[str, Any], end: str
 ) -> None:
     base_end = tokenizers["bytes"].eos_token_id
-    taught = tokenizers["bytes"].convert_tokens_to_ids(end)
+    trained_end = tokenizers["bytes"].convert_tokens_to_ids(end)
     folder = export(template, end, {"eos_token_id": base_end, "transformers_version": "4.40.0", **SAMPLING})
     assert answer_length(folder, QUESTION) == 1
-    wanted = taught if taught == base_end else [taught, base_end]
+    expected = trained_end if trained_end == base_end else [trained_end, base_end]
     generation = json.loads((folder / "generation_config.json").read_text())
     assert {key: generation[key] for key in SAMPLING} == SAMPLING
-    assert generation["eos_token_id"] == json.loads((folder / "config.json").read_text())["eos_token_id"] == wanted
+    assert generation["eos_token_id"] == json.loads((folder / "config.json").read_text())["eos_token_id"] == expected
 
 
-@pytest.mark.parametrize("template", [template for template, _ in TAUGHT], ids=lambda each: each["name"])
-def test_the_export_has_the_template_that_was_trained(
+@pytest.mark.parametrize("template", [template for template, _ in END_TOKENS], ids=lambda each: each["name"])
+def test_the_export_has_the_chat_template_of_training(
     export: Export, tokenizers: dict[str, Any], template: dict[str, Any]
 ) -> None:
     folder = export(template, "<|im_end|>")
@@ -133,7 +133,7 @@ def test_the_export_has_the_template_that_was_trained(
         assert found == chat.prompt_ids(messages, language, language)[0].tolist()
 
 
-def test_all_end_tokens_of_the_base_go_on_ending_an_answer(export: Export, tokenizers: dict[str, Any]) -> None:
+def test_all_end_tokens_of_the_base_model_still_end_an_answer(export: Export, tokenizers: dict[str, Any]) -> None:
     number = tokenizers["bytes"].convert_tokens_to_ids
     folder = export({"name": "chat"}, "</s>", {"eos_token_id": [number("</s>"), number("<|im_end|>"), 5000]})
     config = GenerationConfig.from_pretrained(folder)
@@ -141,9 +141,7 @@ def test_all_end_tokens_of_the_base_go_on_ending_an_answer(export: Export, token
     assert answer_length(folder, QUESTION) == 1
 
 
-def test_a_tokenizer_that_is_not_the_bases_brings_its_own_special_tokens(
-    export: Export, tokenizers: dict[str, Any]
-) -> None:
+def test_special_tokens_are_those_of_the_runs_own_tokenizer(export: Export, tokenizers: dict[str, Any]) -> None:
     folder = export({"name": "chat"}, "<|im_end|>", {"eos_token_id": 7, "bos_token_id": 8}, tokenizer={"path": "own"})
     number = tokenizers["bytes"].convert_tokens_to_ids
     for file in ("config.json", "generation_config.json"):
@@ -152,7 +150,7 @@ def test_a_tokenizer_that_is_not_the_bases_brings_its_own_special_tokens(
         assert values.get("bos_token_id") is None
 
 
-def test_begin_and_padding_are_the_tokenizers(export: Export, tokenizers: dict[str, Any]) -> None:
+def test_bos_and_pad_tokens_are_those_of_the_tokenizer(export: Export, tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["spm"]
     folder = export({"name": "plain"}, "</s>", {"bos_token_id": 77, "pad_token_id": 78}, kind="spm")
     for file in ("config.json", "generation_config.json"):
@@ -165,7 +163,7 @@ def _listed(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value]
 
 
-def test_sampling_defaults_that_transformers_finds_fault_with_cost_no_export(export: Export) -> None:
+def test_sampling_defaults_that_transformers_refuses_are_exported_unchanged(export: Export) -> None:
     """Llama 2's file: a temperature without sampling, which `save_pretrained` refuses."""
     folder = export({"name": "chat"}, "<|im_end|>", {"temperature": 0.9, "top_p": 0.6, "_from_model_config": True})
     values = json.loads((folder / "generation_config.json").read_text())
@@ -174,7 +172,7 @@ def test_sampling_defaults_that_transformers_finds_fault_with_cost_no_export(exp
     assert answer_length(folder, QUESTION) == 1
 
 
-def test_a_checkpoint_keeps_the_bases_generation_config(
+def test_a_checkpoint_keeps_the_base_models_generation_config(
     tmp_path: Path, tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "base").mkdir()

@@ -1,4 +1,4 @@
-"""fit.py: how a run ends, whatever becomes of its plots; and what it clears away before it begins."""
+"""fit.py: the status with which a run ends, also if plots or the export fail; cleanup at its start."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def config(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> RunConfig
 
 
 @pytest.fixture
-def ends(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], Path]:
-    """`ends(error)`: a run without a model that logs one step and then ends so."""
+def run_fit(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], Path]:
+    """`run_fit(error)`: a run without a model that logs one step, then raises the error or finishes."""
 
     def run(error: Exception | None) -> Path:
         def trainer(run: object, tracker: Any, stop: StopRequest) -> SimpleNamespace:
@@ -86,37 +86,37 @@ def full_disk(output_dir: Path) -> None:
     (output_dir / "plots" / "train_loss.png").symlink_to("/dev/full")
 
 
-@pytest.mark.parametrize("trouble", [folder_in_the_way, file_in_the_way, full_disk])
+@pytest.mark.parametrize("obstruct", [folder_in_the_way, file_in_the_way, full_disk])
 @pytest.mark.parametrize(("error", "status"), [(None, "FINISHED"), (STOPPED, "SCHEDULED"), (OSError(5, "x"), "FAILED")])
-def test_a_plot_that_cannot_be_drawn_changes_no_runs_end(
+def test_a_plot_that_cannot_be_drawn_does_not_change_the_status_of_the_run(
     config: RunConfig,
-    ends: Callable[[Exception | None], Path],
-    trouble: Callable[[Path], None],
+    run_fit: Callable[[Exception | None], Path],
+    obstruct: Callable[[Path], None],
     error: Exception | None,
     status: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    trouble(config.output_dir)
+    obstruct(config.output_dir)
     if error is None:
-        assert ends(None) == checkpoint.checkpoint_path(config.output_dir, config.max_steps)
+        assert run_fit(None) == checkpoint.checkpoint_path(config.output_dir, config.max_steps)
     else:
         with pytest.raises(type(error)) as raised:
-            ends(error)
+            run_fit(error)
         assert raised.value is error
     last = last_event(config)
     assert (last["kind"], last["status"]) == ("finish", status)
     assert f"{config.output_dir}: its plots are not all drawn: " in caplog.text
 
 
-def test_ctrl_c_while_plots_are_drawn_ends_the_record_of_a_run_that_is_not_exported(
-    config: RunConfig, ends: Callable[[Exception | None], Path], monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_while_plots_are_drawn_ends_the_record_as_killed(
+    config: RunConfig, run_fit: Callable[[Exception | None], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(output_dir: Path) -> NoReturn:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fit, "draw_plots", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ends(None)
+        run_fit(None)
     assert last_event(config)["status"] == "KILLED"
 
 
@@ -131,7 +131,7 @@ CHECK = "run/model: the export is kept, but its check failed: w differs"
 
 
 @pytest.mark.parametrize(
-    ("error", "expected", "exit_status", "said", "tag"),
+    ("error", "expected", "exit_status", "message", "tag"),
     [
         (ExportCheckFailed(CHECK), ExportCheckFailed, 3, f"training finished, all steps are saved; {CHECK}",
          "kept, but its check failed: w differs"),
@@ -142,14 +142,14 @@ CHECK = "run/model: the export is kept, but its check failed: w differs"
     ],
     ids=["check", "disk", "in the way"],
 )  # fmt: skip
-def test_a_run_whose_export_failed_does_not_end_as_finished_in_its_record_and_in_mlflow(
+def test_a_run_whose_export_failed_ends_as_failed_in_its_record_and_in_mlflow(
     config: RunConfig,
-    ends: Callable[[Exception | None], Path],
+    run_fit: Callable[[Exception | None], Path],
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     expected: type[Exception],
     exit_status: int,
-    said: str,
+    message: str,
     tag: str,
 ) -> None:
     from mlflow.tracking import MlflowClient
@@ -158,8 +158,8 @@ def test_a_run_whose_export_failed_does_not_end_as_finished_in_its_record_and_in
 
     monkeypatch.setattr(conclusion, "export_newest", raises(error))
     with pytest.raises(expected) as raised:
-        ends(None)
-    assert said in str(raised.value)
+        run_fit(None)
+    assert message in str(raised.value)
     assert raised.value.exit_status == exit_status  # type: ignore[attr-defined]
     assert last_event(config)["status"] == "FAILED"
     store = f"sqlite:///{config.output_dir}/mlflow.db"
@@ -169,19 +169,19 @@ def test_a_run_whose_export_failed_does_not_end_as_finished_in_its_record_and_in
     assert run.data.tags["crosslift.export"] == tag
 
 
-def test_a_run_is_finished_in_its_record_once_it_is_exported(
-    config: RunConfig, ends: Callable[[Exception | None], Path], monkeypatch: pytest.MonkeyPatch
+def test_the_record_ends_as_finished_only_after_the_export(
+    config: RunConfig, run_fit: Callable[[Exception | None], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
     monkeypatch.setattr(conclusion, "export_newest", lambda *_: seen.append(last_event(config)["kind"]) or True)
-    ends(None)
-    assert seen == ["artifact"], "the record has no end while the export is made"
+    run_fit(None)
+    assert seen == ["artifact"], "the record has no final status while the export is made"
     assert last_event(config)["status"] == "FINISHED"
 
 
 def test_the_next_start_of_a_finished_run_exports_it_and_ends_its_record_as_finished(
     config: RunConfig,
-    ends: Callable[[Exception | None], Path],
+    run_fit: Callable[[Exception | None], Path],
     exported: list[Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -189,30 +189,30 @@ def test_the_next_start_of_a_finished_run_exports_it_and_ends_its_record_as_fini
     with monkeypatch.context() as patch:
         patch.setattr(conclusion, "export_newest", raises(OSError(28, "No space left")))
         with pytest.raises(NotExported):
-            ends(None)
+            run_fit(None)
     last = tmp_path / "last"
     last.mkdir()
     RunState(step=config.max_steps, world_size=1, fingerprint={}, config=resolved(config), versions={}).write(last)
     monkeypatch.setattr(fit, "find_checkpoint", lambda *_: last)
     monkeypatch.setattr(fit, "permitted", lambda found, *_: RunState.read(found))
     monkeypatch.setattr(fit, "fingerprint", lambda prepared: {})
-    assert ends(None) == last
+    assert run_fit(None) == last
     assert exported == [last]
     assert last_event(config)["status"] == "FINISHED"
     events = [event for _, event in read_events(config.output_dir / "record.jsonl")]
     assert [event["status"] for event in events if event["kind"] == "finish"] == ["FAILED", "FINISHED"]
-    monkeypatch.setattr(conclusion, "export_newest", lambda *_: False)  # as it finds it there
-    ends(None)
+    monkeypatch.setattr(conclusion, "export_newest", lambda *_: False)  # the export exists already
+    run_fit(None)
     assert [event for _, event in read_events(config.output_dir / "record.jsonl")] == events, "nothing new"
 
 
-def test_a_start_clears_away_what_killed_starts_left(
-    config: RunConfig, ends: Callable[[Exception | None], Path]
+def test_a_start_deletes_leftovers_of_killed_starts(
+    config: RunConfig, run_fit: Callable[[Exception | None], Path]
 ) -> None:
     left = [checkpoint.incomplete_path(config.output_dir, 6), checkpoint.universal_path(config.output_dir, 4)]
     for folder in left:
         folder.mkdir(parents=True)
-    ends(None)
+    run_fit(None)
     assert not any(folder.exists() for folder in left)
 
 
@@ -237,4 +237,4 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_a_mark_in_the_plot(
         assert list(steps) == [1, 2, 3, 4, 5]
         assert math.isnan(float(losses[2]))
     bottom, top = axes.get_ylim()
-    assert 1.3 < bottom < 1.5 < 3.0 < top, "the mark is no value"
+    assert 1.3 < bottom < 1.5 < 3.0 < top, "the mark does not change the limits of the axis"

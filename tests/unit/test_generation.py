@@ -47,7 +47,7 @@ def write_export(directory: Path, model_type: str = "llama", vectors: bool = Tru
         pad_token_id=2,
         **extra,
     )
-    config.use_cache = False  # as a training run leaves it
+    config.use_cache = False  # as a training run saves it
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=5.0, repetition_penalty=9.0, eos_token_id=[END]
@@ -88,8 +88,8 @@ def prompts() -> list[Prompt]:
     ]
 
 
-def slow(generator: ShiftedGenerator, prompt: Prompt, tokens: int) -> list[int]:
-    """The definition: no cache, no batch, every token's shift added to the states by hand."""
+def reference(generator: ShiftedGenerator, prompt: Prompt, tokens: int) -> list[int]:
+    """Reference implementation: no cache, no batch, each token's shift added to the states in a hook."""
     vectors, ids = generator.vectors, list(prompt.ids)
     response = prompt.response_language or generator.info.response_language or prompt.language
     for _ in range(tokens):
@@ -122,10 +122,10 @@ def slow(generator: ShiftedGenerator, prompt: Prompt, tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gpt_neox"])
-def test_batched_cached_generation_equals_the_definition(tmp_path: Path, model_type: str, first: bool) -> None:
+def test_batched_cached_generation_equals_the_reference(tmp_path: Path, model_type: str, first: bool) -> None:
     generator = ShiftedGenerator.from_directory(write_export(tmp_path, model_type, shift_first_token=first))
     answers = generator.generate(prompts(), max_new_tokens=8, batch_size=4)
-    expected = [slow(generator, prompt, 8) for prompt in prompts()]
+    expected = [reference(generator, prompt, 8) for prompt in prompts()]
     assert [answer.token_ids for answer in answers] == expected
     assert [answer.shifted for answer in answers] == [True, True, True, False, False, True]
     for answer in answers:
@@ -167,9 +167,9 @@ def test_samples_are_drawn_from_the_shifted_distribution(tmp_path: Path) -> None
     assert {END if each.finished else each.token_ids[0] for each in few} == likeliest
 
 
-def test_a_prompt_beyond_the_positions_has_no_nearest_language(tmp_path: Path) -> None:
+def test_nearest_language_refuses_a_prompt_beyond_the_models_positions(tmp_path: Path) -> None:
     generator = ShiftedGenerator.from_directory(write_export(tmp_path))
-    generator.positions = 8  # as of a model with a table of so many
+    generator.positions = 8  # as of a model with 8 position embeddings
     assert generator.nearest_language([5] * 7, [True] * 7) in LANGUAGES
     with pytest.raises(ModelError, match=r"^a prompt of 9 tokens leaves no room for an answer: .* positions for 8"):
         generator.nearest_language([5] * 9, [True] * 9)
@@ -177,18 +177,18 @@ def test_a_prompt_beyond_the_positions_has_no_nearest_language(tmp_path: Path) -
 
 def test_answers_keep_the_order_of_prompts_for_every_batch_size(tmp_path: Path) -> None:
     generator = ShiftedGenerator.from_directory(write_export(tmp_path))
-    told: list[int] = []
+    counts: list[int] = []
     many = prompts() * 2
-    answers = generator.generate(many, max_new_tokens=4, batch_size=5, progress=told.append)
-    assert told == [5, 5, 2]
+    answers = generator.generate(many, max_new_tokens=4, batch_size=5, progress=counts.append)
+    assert counts == [5, 5, 2]
     assert answers[:6] == answers[6:] == generator.generate(prompts(), max_new_tokens=4, batch_size=1)
     assert generator.generate([], max_new_tokens=4) == []
     with pytest.raises(ModelError, match="prompt 1 has no tokens"):
         generator.generate([Prompt([5]), Prompt([])], max_new_tokens=4)
 
 
-def slow_nearest(generator: ShiftedGenerator, ids: list[int], content: list[bool]) -> str:
-    """The definition of routing: one token at a time, one language at a time."""
+def reference_nearest(generator: ShiftedGenerator, ids: list[int], content: list[bool]) -> str:
+    """Reference implementation: one token at a time, one language at a time."""
     with torch.no_grad():
         states = generator.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[AREA[0]][0].double()
     total, n = torch.zeros(32).double(), 0
@@ -219,7 +219,7 @@ def test_auto_is_the_language_nearest_to_the_content_tokens(tmp_path: Path) -> N
         content = (torch.rand(len(ids), generator=drawn) < (0.4, 0.0)[case % 5 == 4]).tolist()
         with torch.no_grad():
             states = generator.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[AREA[0]][0]
-        # each language lies where the wrong tokens would lead, and one where the right ones do
+        # one language's mean is that of the right tokens, the others' are those of wrong ones
         chosen = [place for place, inside in enumerate(content) if inside and place]
         places = [chosen or [*range(1, len(ids))], [*range(len(ids))], [0]]
         vectors = replace(generator.vectors, mean=generator.vectors.mean.clone())
@@ -228,19 +228,19 @@ def test_auto_is_the_language_nearest_to_the_content_tokens(tmp_path: Path) -> N
         generator.vectors = vectors
         generator.shift.set_vectors(vectors)
         language = generator.nearest_language(ids, content)
-        assert language == slow_nearest(generator, ids, content), (ids, content)
+        assert language == reference_nearest(generator, ids, content), (ids, content)
         found.add(language)
     assert found == {"en", "de", "sw"}
-    assert generator.nearest_language([9], [False]) == slow_nearest(generator, [9], [False])
+    assert generator.nearest_language([9], [False]) == reference_nearest(generator, [9], [False])
 
 
-def test_auto_does_not_read_template_tokens(tmp_path: Path) -> None:
-    """Other template tokens, as many as one likes, change no answer, even from layers that look only at themselves."""
+def test_auto_ignores_template_tokens(tmp_path: Path) -> None:
+    """Any number of template tokens leaves the result unchanged, also without attention between tokens."""
     generator = ShiftedGenerator.from_directory(write_export(tmp_path))
     assert generator.vectors is not None
     with torch.no_grad():
         for layer in generator.model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()  # each token's state is its own
+            layer.self_attn.o_proj.weight.zero_()  # no attention between tokens
         states = generator.model(torch.arange(64)[None], output_hidden_states=True).hidden_states[AREA[0]][0]
     for language, token in enumerate((30, 40, 50)):
         generator.vectors.mean[language, 0] = states[token]
@@ -252,17 +252,17 @@ def test_auto_does_not_read_template_tokens(tmp_path: Path) -> None:
                 assert generator.nearest_language(ids, content) == language
 
 
-def test_the_export_s_response_language_is_the_default(tmp_path: Path) -> None:
+def test_the_response_language_of_the_export_is_the_default(tmp_path: Path) -> None:
     generator = ShiftedGenerator.from_directory(write_export(tmp_path, response_language="en"))
     (ids, _, _) = (prompt.ids for prompt in prompts()[:3])
-    implied, said, other = generator.generate(
+    implied, explicit, other = generator.generate(
         [Prompt(ids, "de"), Prompt(ids, "de", "en"), Prompt(ids, "de", "de")], max_new_tokens=8
     )
-    assert implied == said != other
+    assert implied == explicit != other
 
 
 def test_without_any_language_nothing_is_shifted(tmp_path: Path) -> None:
-    """Not even the answer of a model whose answers are always in one language."""
+    """Nor is the answer of a model with a fixed response language."""
     generator = ShiftedGenerator.from_directory(write_export(tmp_path, response_language="sw"))
     assert generator.shift is not None
     unknown = [Prompt(prompt.ids) for prompt in prompts()]
@@ -291,7 +291,7 @@ def test_a_plain_directory_runs_unshifted(tmp_path: Path) -> None:
     (tmp_path / "crosslift.json").unlink()
     generator = ShiftedGenerator.from_directory(tmp_path)
     answers = generator.generate(prompts(), max_new_tokens=5)
-    assert [answer.token_ids for answer in answers] == [slow(generator, prompt, 5) for prompt in prompts()]
+    assert [answer.token_ids for answer in answers] == [reference(generator, prompt, 5) for prompt in prompts()]
     assert not any(answer.shifted for answer in answers)
 
 

@@ -1,4 +1,4 @@
-"""The index: what it says of every row, who is held out, bad rows in their places, and its life on disk."""
+"""The index: its arrays, held-out items, bad rows, and its files on disk."""
 
 import json
 import multiprocessing
@@ -53,7 +53,7 @@ def parallel(tmp_path: Path) -> Path:
 
 
 def check_whole(index: DataIndex) -> None:
-    """Everything the arrays say, recomputed from the Records one by one."""
+    """All arrays, recomputed from the records one by one."""
     sections: dict[tuple[int, bool], list[int]] = {}
     for number in range(len(index)):
         record = index.record(number)
@@ -92,7 +92,7 @@ def test_wide_parquet_agrees_with_the_records(tmp_path: Path) -> None:
     check_whole(index)
 
 
-# Columns that a row of JSONL may do without, and rows of which each lacks some of them.
+# Columns that rows of JSONL may lack, and rows of which each lacks some of them.
 GAPS: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     (
         {"languages": LANGUAGES, "columns": {"id": "id", "prompt": "q_{language}", "completion": "a_{language}"}},
@@ -126,7 +126,7 @@ def test_which_row_lacks_a_column_does_not_matter(
         found.append(sorted(records, key=lambda record: (record.id, record.language)))
         check_whole(index)
     assert found == [found[0]] * len(found)
-    write(tmp_path / "empty.jsonl", [])  # nor that a file has no row, or only some of the columns
+    write(tmp_path / "empty.jsonl", [])  # nor do empty files or files with only some of the columns
     for number, each in enumerate(rows):
         write(tmp_path / f"{number}.jsonl", [each])
     assert len(build(tmp_path, source(**changes))) == len(found[0])
@@ -142,7 +142,7 @@ def test_which_row_lacks_a_column_does_not_matter(
         ({"language": "en", "columns": COLUMNS | {"language": "code"}}, "code"),
     ],
 )
-def test_a_column_that_no_row_has_is_refused_with_those_that_are_there(
+def test_a_column_that_no_row_has_is_refused_with_the_existing_ones(
     changes: dict[str, Any], column: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "x.jsonl", ["{", *(row(item, code) | {"en": "One?"} for item in range(2) for code in LANGUAGES)])
@@ -157,7 +157,7 @@ def test_a_column_that_no_row_has_is_refused_with_those_that_are_there(
         build(tmp_path, source(**changes))
 
 
-def test_held_out_items_are_so_in_every_language_and_by_seed(parallel: Path) -> None:
+def test_items_are_held_out_in_every_language_and_depend_on_the_seed(parallel: Path) -> None:
     index = build(parallel, heldout_items=6, seed=1)
     expected = sorted((stable_hash(i) for i in range(40)), key=lambda group: stable_hash(1, group))[:6]
     assert index.groups_heldout.tolist() == sorted(expected)
@@ -171,7 +171,7 @@ def test_held_out_items_are_so_in_every_language_and_by_seed(parallel: Path) -> 
         build(parallel, heldout_items=40)
 
 
-def test_a_translation_of_the_same_source_comes_first(tmp_path: Path) -> None:
+def test_a_translation_from_the_same_source_is_preferred(tmp_path: Path) -> None:
     """Ids that start at 0 in every data set are common."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -184,7 +184,7 @@ def test_a_translation_of_the_same_source_comes_first(tmp_path: Path) -> None:
     assert [index.translation(number, 1) for number in (0, 1, 6, 7)] == [3, 4, 9, 9]  # the first of several
 
 
-def test_rows_without_ids_are_items_of_their_own(tmp_path: Path) -> None:
+def test_rows_without_ids_are_separate_items(tmp_path: Path) -> None:
     for code in ("en", "sw"):
         (tmp_path / code).mkdir()
         write(tmp_path / code / "train.jsonl", [row(item, code) for item in range(3)])
@@ -205,14 +205,14 @@ def test_too_many_bad_rows_name_the_first(tmp_path: Path) -> None:
         assert str(error.value) == f"{one} (and 2 more); max_bad_rows is {limit}"
     index = build(tmp_path, languages=["en"], max_bad_rows=3)
     assert [origin.rsplit(":")[-1] for origin, _ in index.bad_rows] == ["2", "3", "4"]
-    # the row with no answer says it is English, the broken one is in a file of English; "xx" is neither
+    # the row without answer is marked English, the broken one is in an English file; "xx" is neither
     assert index.rows(0).tolist() == [0, 1, 2, 3]
     assert index.bad.tolist() == [False, True, True, False]
     for number in (1, 2):
         with pytest.raises(BadRow):
             index.record(number)
         assert index.translation(number, 0) == -1
-    with pytest.raises(DataError, match="and 2 more"):  # a limit lowered later holds for the cached index too
+    with pytest.raises(DataError, match="and 2 more"):  # a lower limit applies to the cached index too
         build(tmp_path, languages=["en"], max_bad_rows=2)
 
 
@@ -238,7 +238,7 @@ def test_a_broken_row_keeps_its_place_only_where_its_language_is_known(tmp_path:
     assert index.bad.tolist() == [False, False, True, True, True, False]
 
 
-def test_nothing_to_train_on(parallel: Path) -> None:
+def test_sources_and_languages_without_training_rows_are_refused(parallel: Path) -> None:
     (parallel / "empty.jsonl").write_bytes(b"\n\n")
     (parallel / "header.csv").write_text("id,lang,question,answer\n")
     assert len(build(parallel)) == 110  # an empty file among others is no error
@@ -255,11 +255,11 @@ def test_nothing_to_train_on(parallel: Path) -> None:
         build(parallel, source(files="few.jsonl"))
 
 
-def test_a_damaged_parquet_file_is_an_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_an_error_and_leaves_no_files(tmp_path: Path) -> None:
     rows = [row(item, "en") for item in range(2000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", use_dictionary=False)
     content = bytearray((tmp_path / "x.parquet").read_bytes())
-    content[60:3_000] = bytes(2_940)  # the footer is whole
+    content[60:3_000] = bytes(2_940)  # the footer is intact
     (tmp_path / "x.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.parquet: cannot be read \(") as error:
         build(tmp_path, source(files="x.parquet"), languages=["en"])
@@ -292,7 +292,7 @@ def test_the_index_is_built_once_and_again_when_a_file_changes(parallel: Path, m
     first = build(parallel)
     assert scanned == ["en.jsonl", "sw.jsonl", "th.jsonl"]
     assert build(parallel).fingerprint == first.fingerprint
-    assert build(parallel, seed=5).fingerprint == first.fingerprint  # nothing is held out: the seed is not asked
+    assert build(parallel, seed=5).fingerprint == first.fingerprint  # nothing is held out: the seed is not used
     assert len(scanned) == 3
     text = (parallel / "sw.jsonl").read_text()
     (parallel / "sw.jsonl").write_text(text.replace("สวัสดี 5", "สวัสดี 6"))  # same size
@@ -304,7 +304,7 @@ def test_the_index_is_built_once_and_again_when_a_file_changes(parallel: Path, m
         first.record(int(first.rows(1)[3]))
 
 
-def test_fingerprint_is_of_contents_and_settings_not_of_places(parallel: Path, tmp_path_factory: Any) -> None:
+def test_the_fingerprint_depends_on_contents_and_settings_not_on_paths(parallel: Path, tmp_path_factory: Any) -> None:
     moved = tmp_path_factory.mktemp("moved")
     for name in ("en", "sw", "th"):
         (moved / f"{name}.jsonl").write_bytes((parallel / f"{name}.jsonl").read_bytes())
@@ -339,42 +339,42 @@ def test_a_torn_index_is_built_again(parallel: Path, name: str) -> None:
     (folder / name).write_bytes(whole[: len(whole) // 2])
     check_whole(build(parallel))
     assert (folder / name).read_bytes() == whole
-    assert [path.name for path in (parallel / "cache").iterdir()] == [folder.name]  # no temporary folder stays
+    assert [path.name for path in (parallel / "cache").iterdir()] == [folder.name]  # no temporary folder is left
 
 
 def test_an_index_that_another_process_built_first_is_left_alone(
     parallel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others may have mapped its files already, which on a network disk must not be replaced."""
+    """Other processes may have mapped its files already; on a network disk these must not be replaced."""
     files: dict[Path, int] = {}
 
-    def someone_is_first(scan: Scan) -> Arrays:
+    def another_process_is_first(scan: Scan) -> Arrays:
         monkeypatch.undo()
         build(parallel)
         files.update({path: path.stat().st_ino for path in (parallel / "cache").rglob("*")})
         return scan.arrays()
 
-    monkeypatch.setattr(Scan, "arrays", someone_is_first)
+    monkeypatch.setattr(Scan, "arrays", another_process_is_first)
     check_whole(build(parallel))
     assert len(files) > 10
     assert {path: path.stat().st_ino for path in (parallel / "cache").rglob("*")} == files
 
 
-def _build_at_once(folder: Path, barrier: Any, answers: Any) -> None:
+def _build_at_once(folder: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
     index = build(folder, source(), source(name="table", files="*.parquet"), heldout_items=3)
-    answers.put((len(index), index.group.tolist(), index.record(len(index) - 1).id, index.fingerprint))
+    results.put((len(index), index.group.tolist(), index.record(len(index) - 1).id, index.fingerprint))
 
 
 def test_processes_that_build_at_once_agree(parallel: Path) -> None:
     rows = [row(f"p{item}", code) for code in LANGUAGES for item in range(1500)]
     pq.write_table(pa.Table.from_pylist(rows), parallel / "x.parquet")
     context = multiprocessing.get_context("spawn")
-    barrier, answers = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_build_at_once, args=(parallel, barrier, answers)) for _ in range(2)]
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_build_at_once, args=(parallel, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=120) for _ in processes]
+    found = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0
@@ -396,7 +396,7 @@ def test_reading_from_threads_and_through_pickle(parallel: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_memory_stays_flat(tmp_path: Path, kind: str) -> None:
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
     """A 50 MB file is indexed within a few MB of Python's and Arrow's memory; in Parquet it is one row group."""
     questions = [f"{number} " + "x" * 10_000 for number in range(5_000)]
     path = tmp_path / f"x.{kind}"

@@ -1,4 +1,4 @@
-"""jinja_template.py: the exported chat template writes training's prompt, token for token."""
+"""jinja_template.py: the exported chat template gives the prompts of training, token for token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def exported(chat: Chat, defaults: Defaults, folder: Path) -> Any:
-    """The tokenizer as it is opened from an export."""
+    """The tokenizer as loaded from an export."""
     tokenizer = copy.deepcopy(chat.tokenizer)
     tokenizer.chat_template, wrong = jinja_template(chat, defaults)
     assert wrong is None
@@ -41,8 +41,8 @@ def conversations(question: str) -> list[list[Message]]:
 
 
 def ids(tokenizer: Any, messages: list[Message], **variables: Any) -> list[int]:
-    spoken = [{"role": message.role, "content": message.content} for message in messages]
-    return list(tokenizer.apply_chat_template(spoken, add_generation_prompt=True, return_dict=False, **variables))
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **variables))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,24 +51,24 @@ def test_apply_chat_template_gives_the_prompt_of_training(
     tokenizers: dict[str, Any], kind: str, template: dict[str, Any], tmp_path: Path
 ) -> None:
     if (kind, template["name"]) == ("prefixed", "chat"):
-        pytest.skip("a space where training cut the turns, which the model's own template cannot write")
+        pytest.skip("the tokenizer adds a space where training splits the turns, which the model's own template cannot")
     chat = Chat(tokenizers[kind], TemplateConfig(**template), LANGUAGES)
     tokenizer = exported(chat, Defaults("en"), tmp_path)
     for language, (question, _) in ITEMS.items():
         for messages in conversations(question):
-            wanted = chat.prompt_ids(messages, language, language)[0].tolist()
-            assert ids(tokenizer, messages, language=language) == wanted
+            expected = chat.prompt_ids(messages, language, language)[0].tolist()
+            assert ids(tokenizer, messages, language=language) == expected
             if language == "en":
-                assert ids(tokenizer, messages) == wanted, "without a language: the dominant one"
+                assert ids(tokenizer, messages) == expected, "without a language: the dominant one"
             assert ids(tokenizer, messages, language=language, response_language="sw") == (
                 chat.prompt_ids(messages, language, "sw")[0].tolist()
                 if template["name"] != "chat"
-                else wanted  # training had no answers in another language, so its template asks for none
+                else expected  # training had no answers in another language, so the template names none
             )
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda each: each["name"])
-def test_answers_in_one_language_are_asked_for_as_in_training(
+def test_a_fixed_response_language_is_requested_as_in_training(
     tokenizers: dict[str, Any], template: dict[str, Any], tmp_path: Path
 ) -> None:
     chat = Chat(tokenizers["bytes-bos"], TemplateConfig(**template), LANGUAGES)
@@ -78,8 +78,8 @@ def test_answers_in_one_language_are_asked_for_as_in_training(
         assert ids(tokenizer, messages, language="sw") == chat.prompt_ids(messages, "sw", "de")[0].tolist()
         named = ids(tokenizer, messages, language="sw", response_language="sw")
         assert named == chat.prompt_ids(messages, "sw", "sw")[0].tolist()
-    asked = tokenizer.decode(ids(tokenizer, [Message("user", "q")], language="sw"))
-    assert "German" in asked
+    prompt = tokenizer.decode(ids(tokenizer, [Message("user", "q")], language="sw"))
+    assert "German" in prompt
 
 
 def test_a_language_may_be_given_by_its_name(tokenizers: dict[str, Any], tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_turns_that_training_refuses_are_refused(tokenizers: dict[str, Any], tmp
             ids(tokenizer, [Message(role, "x") for role in roles])  # type: ignore[arg-type]
 
 
-def test_without_a_generation_prompt_a_conversation_is_what_training_saw(
+def test_without_a_generation_prompt_a_conversation_equals_the_training_sample(
     tokenizers: dict[str, Any], tmp_path: Path
 ) -> None:
     from data_pipeline.records import Record
@@ -108,8 +108,8 @@ def test_without_a_generation_prompt_a_conversation_is_what_training_saw(
         tokenizer = exported(chat, Defaults("en"), tmp_path / str(number))
         messages = (Message("user", "one"), Message("assistant", "Uno"))
         sample = chat.tokenize(Record("1", "1", "en", "", Conversation(messages, "en")))
-        spoken = [{"role": message.role, "content": message.content} for message in messages]
-        assert tokenizer.apply_chat_template(spoken, return_dict=False) == sample.input_ids.tolist()
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        assert tokenizer.apply_chat_template(turns, return_dict=False) == sample.input_ids.tolist()
 
 
 DATED = (  # as Llama 3's: the date is a variable, by default today's
@@ -122,27 +122,27 @@ DATED = (  # as Llama 3's: the date is a variable, by default today's
 )
 
 
-def test_the_date_and_the_variables_of_training_are_the_exports(tokenizers: dict[str, Any], tmp_path: Path) -> None:
+def test_the_export_keeps_the_date_and_the_variables_of_training(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tokenizers["bytes"])
     tokenizer.chat_template = DATED + "{{ 'thinking' if enable_thinking else 'not thinking' }}{{ level }}{{ who }}"
     variables = {"enable_thinking": False, "level": 3, "who": 'a "b"'}
     template = TemplateConfig(name="chat", date=dt.date(2024, 2, 5), variables=variables)
     chat = Chat(tokenizer, template, LANGUAGES)
     messages = [Message("user", "q")]
-    wanted = chat.prompt_ids(messages, "en", "en")[0].tolist()
+    expected = chat.prompt_ids(messages, "en", "en")[0].tolist()
     opened = exported(chat, Defaults("en"), tmp_path)
-    assert ids(opened, messages) == wanted
-    said = tokenizer.decode(wanted)
-    assert said.startswith("05 Feb 2024 Monday, 5.02.24|")
-    assert said.endswith('not thinking3a "b"')
+    assert ids(opened, messages) == expected
+    prompt = tokenizer.decode(expected)
+    assert prompt.startswith("05 Feb 2024 Monday, 5.02.24|")
+    assert prompt.endswith('not thinking3a "b"')
     assert "thinking3" in tokenizer.decode(ids(opened, messages, enable_thinking=True, date_string="today"))
     assert tokenizer.decode(ids(opened, messages, date_string="today")).startswith("today Monday, 5.02.24|")
-    # and a reopened export, as `generate` opens it, writes the same
+    # a reopened export, as `generate` loads it, gives the same prompt
     again = Chat(opened, TemplateConfig(**template.model_dump(mode="json")), LANGUAGES)
-    assert again.prompt_ids(messages, "en", "en")[0].tolist() == wanted
+    assert again.prompt_ids(messages, "en", "en")[0].tolist() == expected
 
 
-def test_what_cannot_be_written_alike_is_named(tokenizers: dict[str, Any]) -> None:
+def test_turns_that_the_template_cannot_reproduce_are_named(tokenizers: dict[str, Any]) -> None:
     chat = Chat(tokenizers["prefixed"], TemplateConfig(name="chat"), LANGUAGES)
     _, wrong = jinja_template(chat, Defaults("en"))
     assert wrong == "turns user, assistant, user (default)"

@@ -1,4 +1,4 @@
-"""Selected positions get the logits and gradients they get in the whole forward pass; losses are exact."""
+"""Selected positions get the same logits and gradients as in a full forward pass; chunked losses are exact."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_chosen_logits_and_gradients_equal_those_of_all_positions(model_type: st
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
-    assert model(ids, use_cache=False).logits.shape == (2, 8, 50)  # outside: nothing is changed
+    assert model(ids, use_cache=False).logits.shape == (2, 8, 50)  # unchanged outside `select`
     head.remove()
 
 
@@ -96,4 +96,4 @@ def test_chunked_losses_equal_whole_ones(monkeypatch: pytest.MonkeyPatch, dtype:
     assert torch.equal(losses, expected)
     assert torch.equal(gradient, expected_gradient)
     assert max(largest) == 5 * 11
-    assert len(largest) == 10  # five chunks, each once more in the backward pass
+    assert len(largest) == 10  # five chunks, each recomputed in the backward pass

@@ -1,4 +1,4 @@
-"""Vectors are plain means, their file is checked, and the restoration error is what the formula says."""
+"""Vectors equal plain means, their file is checked, and the restoration error equals its formula."""
 
 import dataclasses
 import hashlib
@@ -48,10 +48,10 @@ def test_means_and_norms_equal_those_of_transformers_hidden_states() -> None:
     assert (vectors.mean[2] == 0).all()
     assert vectors.has("sw")
     assert not vectors.has("xx")
-    assert not vectors.has("unheard of")
+    assert not vectors.has("unknown")
 
 
-def test_measuring_sees_shifted_states_and_leaves_no_hook() -> None:
+def test_measuring_uses_shifted_states_and_leaves_no_hook() -> None:
     model = tiny()
     shift = LanguageShift(model, 1, 3)
     shift.set_vectors(measured(model))
@@ -67,19 +67,19 @@ def test_measuring_sees_shifted_states_and_leaves_no_hook() -> None:
     assert sum(len(layer._forward_pre_hooks) for layer in model.model.layers) == 3  # the shift's own
 
 
-def test_restoration_error_by_hand() -> None:
+def test_the_restoration_error_equals_values_computed_by_hand() -> None:
     model = tiny()
     vectors = measured(model)
     back = vectors.at(3)
     assert list(restoration_error(vectors, back)) == ["de", "sw"]
     assert all(error == 0 for error in restoration_error(vectors, back).values())
     away = back.clone()
-    away[1] = back[0]  # never came back: one whole way off
+    away[1] = back[0]  # not shifted back at all: an error of 1
     away[3] += 0.25 * (back[3] - back[0])
     errors = restoration_error(vectors, away)
     assert errors["de"] == pytest.approx(1.0)
     assert errors["sw"] == pytest.approx(0.25)
-    # The way a refresh measures it: mean h[back] with the shift on, against the unshifted vector.
+    # As a refresh measures it: mean h[back] with the shift on, against the unshifted vector.
     shift = LanguageShift(model, 1, 3)
     shift.set_vectors(vectors)
     states: list[Tensor] = []
@@ -117,7 +117,7 @@ def test_a_loaded_file_equals_what_was_saved_bit_for_bit(tmp_path: Path) -> None
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """As versions before the shared format wrote it, spelled out."""
+    """As versions before the shared format wrote it, written out in full."""
     vectors = measured(tiny())
     tensors = {"mean": vectors.mean, "state_norm": vectors.state_norm, "tokens": vectors.tokens}
     header = json.dumps({

@@ -23,16 +23,16 @@ from training.launch.launcher import Launcher
 from training.launch.status_exchange import NodePlace, StatusExchange
 
 HOST = socket.gethostname()
-# Handles the signals as a training rank does: records them and ends with 75 at its next step.
+# Handles the signals as a training rank does: records them and exits with status 75 at its next step.
 STOPPABLE = """
     import os, signal, sys, time
-    asked = []
+    received = []
     for name in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
-        signal.signal(getattr(signal, name), lambda number, frame: asked.append(number))
+        signal.signal(getattr(signal, name), lambda number, frame: received.append(number))
     open(f"{FOLDER}/ready-{os.environ['RANK']}", "w").close()
-    while not asked:
+    while not received:
         time.sleep(0.01)
-    open(f"{FOLDER}/asked-{os.environ['RANK']}", "w").write(signal.Signals(asked[0]).name)
+    open(f"{FOLDER}/received-{os.environ['RANK']}", "w").write(signal.Signals(received[0]).name)
     sys.exit(75)
 """
 IGNORES_SIGNALS = """
@@ -106,16 +106,16 @@ def test_the_run_ends_with_the_status_of_its_ranks(statuses: tuple[int, int], ex
 
 
 @pytest.mark.parametrize(
-    ("number", "seen"),
+    ("number", "forwarded"),
     [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGUSR2, "SIGUSR2"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGTERM")],
 )
 def test_a_stop_signal_is_forwarded_to_every_rank(
-    number: signal.Signals, seen: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    number: signal.Signals, forwarded: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     send_when_ready(tmp_path, 2, number)
     assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, STOPPABLE), 2).run() == 75
     assert signal.getsignal(number) == signal.SIG_DFL
-    assert [(tmp_path / f"asked-{rank}").read_text() for rank in range(2)] == [seen, seen]
+    assert [(tmp_path / f"received-{rank}").read_text() for rank in range(2)] == [forwarded, forwarded]
     assert capfd.readouterr().err == (
         f"crosslift: stopped by {number.name}; the same command resumes from the last checkpoint\n"
     )
@@ -318,7 +318,7 @@ FAILS_AFTER_RANK_0 = """
     for name in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     open(f"{FOLDER}/ready-{RANK}", "w").close()
-    while not os.path.exists(f"{FOLDER}/asked-0"):
+    while not os.path.exists(f"{FOLDER}/received-0"):
         time.sleep(0.01)
     print("RuntimeError: Connection closed by peer", file=sys.stderr)
     os._exit(1)
@@ -338,7 +338,7 @@ def test_ranks_that_fail_because_another_was_stopped_before_training_are_not_fai
     assert "the first to end" not in printed
 
 
-def test_nor_are_they_on_another_node(
+def test_ranks_of_another_node_that_fail_because_of_a_stop_are_not_failures(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "PROPAGATION_S", 4.0)  # a busy machine may take long
@@ -372,7 +372,7 @@ def test_after_a_stop_before_the_first_step_the_other_ranks_get_no_time_to_save(
 
 @pytest.mark.parametrize("status", [0, 75])
 def test_child_processes_of_a_rank_end_with_it(tmp_path: Path, status: int) -> None:
-    """Such as the process that converts a checkpoint, under a rank that is stopped."""
+    """Such as the process that converts a checkpoint."""
     program = f"""
         import subprocess, sys
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], stderr=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""The layer stack is found in any model and wrapper; hooks stand exactly at h[l], once a pass."""
+"""The layer stack is found in any model and wrapper; hooks run exactly at h[l], once per forward pass."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_hooks_get_the_hidden_states_that_transformers_reports(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_what_the_hook_returns_replaces_the_state(name: str) -> None:
+def test_the_return_value_of_a_hook_replaces_the_state(name: str) -> None:
     model = tiny(name)
     ids = torch.arange(1, 11).view(2, 5)
     plain = model(ids).logits
@@ -112,7 +112,7 @@ def test_layers_of_an_encoder_are_found() -> None:
     assert len(decoder_layers(AutoModel.from_config(AutoConfig.for_model("xlm-roberta", **SIZES)))) == 4
 
 
-def test_refusals_name_the_class_and_what_was_expected() -> None:
+def test_errors_name_the_class_and_what_was_expected() -> None:
     with pytest.raises(ModelError, match="Linear contains no Hugging Face model"):
         decoder_layers(nn.Linear(2, 2))
     model = tiny("llama")

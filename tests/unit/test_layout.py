@@ -1,4 +1,4 @@
-"""The start-up check tells classes that keep packed samples apart from those that do not."""
+"""The start-up check finds out which model classes keep packed samples apart."""
 
 import time
 
@@ -21,13 +21,13 @@ KNOWN = {
     "bloom": "padded",
     "opt": "padded",
     "mpt": "padded",
-    # Its mask is given the position ids since 5.24. The choice is measured, so it follows the version that is there.
+    # Its mask uses position ids since 5.24. The choice is measured, so it depends on the installed version.
     "falcon": "packed" if version.parse(transformers.__version__) >= version.parse("5.24") else "padded",
 }
 
 
 def full_size(model_type: str) -> PreTrainedConfig:
-    """Sizes of a released model: the check must be small all the same."""
+    """Sizes of a released model, for which the check must be fast too."""
     extra = {"sliding_window": 4096} if model_type == "mistral" else {}
     return AutoConfig.for_model(model_type, **extra)
 
@@ -44,7 +44,7 @@ def test_layout_of_known_model_classes(model_type: str, attention: str) -> None:
         assert choice.max_difference is not None
         assert choice.max_difference < 1e-5
     elif choice.max_difference is not None:
-        assert choice.max_difference > 0.1  # nowhere near the limit
+        assert choice.max_difference > 0.1  # far from the limit
 
 
 def test_attention_between_packed_samples_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_attention_between_packed_samples_is_detected(monkeypatch: pytest.Monkey
     original = type(model).forward
 
     def leaking(self: torch.nn.Module, **kwargs: object) -> object:
-        return original(self, **{**kwargs, "use_cache": True})  # transformers then packs nothing apart
+        return original(self, **{**kwargs, "use_cache": True})  # transformers then does not separate packed samples
 
     monkeypatch.setattr(type(model), "forward", leaking)
     assert packing_difference(model) > 0.1
@@ -78,10 +78,10 @@ def test_the_tiny_model_has_one_layer_of_each_kind() -> None:
     assert tiny.layer_types == ["sliding_attention", "full_attention"]
     assert (tiny.head_dim, tiny.rope_parameters) == (config.head_dim, config.rope_parameters)
     assert tiny_config(full_size("llama")).num_hidden_layers == 2
-    assert config.num_hidden_layers == 26  # the run's own config is left alone
+    assert config.num_hidden_layers == 26  # the run's own config is unchanged
 
 
-def test_a_class_that_fails_runs_padded_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_class_that_fails_runs_padded_and_the_log_gives_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         choice = choose_layout(full_size("mamba2"), "sdpa")
     assert (choice.layout, choice.max_difference) == ("padded", None)

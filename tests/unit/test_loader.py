@@ -1,4 +1,4 @@
-"""loader.py: ranks share a step without loss, an empty slot moves nothing, steps come in order."""
+"""loader.py: ranks split a step without loss, an empty slot moves no other sample, steps are in order."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read(reader: Reader, row: int) -> ChatSample | None:
 
 @pytest.fixture
 def make(reader: Reader) -> Callable[..., Loader]:
-    """A loader of one rank; what is not asked for is the same each time."""
+    """`make(rank, world_size, ...)`: one rank's loader; everything else is the same each time."""
 
     def loader(
         rank: int = 0,
@@ -112,7 +112,7 @@ def same(one: Step, other: Step) -> bool:
 
 @pytest.mark.parametrize("pairing", ["none", "reuse", "fill"])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_share_a_step_whatever_their_number(
+def test_a_step_is_the_same_for_any_number_of_ranks(
     make: Callable[..., Loader], pairing: Pairing, world_size: int
 ) -> None:
     alone = make(pairing=pairing)
@@ -128,14 +128,16 @@ def test_ranks_share_a_step_whatever_their_number(
         assert np.array_equal(np.sum([share.samples for share in shares], axis=0), whole.samples)
 
 
-def test_slots_are_all_there_and_pairs_too(make: Callable[..., Loader]) -> None:
+def test_each_pairing_gives_all_slots_and_its_pairs(make: Callable[..., Loader]) -> None:
     """`none`: the plan's slots and no pair; `reuse`: as many samples, with pairs; `fill`: more samples and pairs."""
     steps = {pairing: [make(pairing=pairing).load(t) for t in range(STEPS)] for pairing in ("none", "reuse", "fill")}
     counts = {pairing: (names_of(*each).total(), pairs_of(*each).total()) for pairing, each in steps.items()}
     assert counts["none"] == (SLOTS * STEPS, 0)
     assert counts["reuse"][0] == SLOTS * STEPS
     assert 0 < counts["reuse"][1] < counts["fill"][1]
-    assert counts["fill"][0] - SLOTS * STEPS == counts["fill"][1] - counts["reuse"][1], "a fill a pair more"
+    assert counts["fill"][0] - SLOTS * STEPS == counts["fill"][1] - counts["reuse"][1], (
+        "one fill for each additional pair"
+    )
     for pairing, each in steps.items():
         for step in each:
             assert step.counts["pairs"] == pairs_of(step).total()
@@ -159,24 +161,24 @@ def test_counts_are_those_of_the_micro_batches(make: Callable[..., Loader]) -> N
         assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
 
 
-def test_every_rank_knows_the_pairs_that_the_plan_dropped(
+def test_every_rank_reports_the_pairs_that_the_plan_dropped(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Planner._judge
 
-    def first_is_the_same(planner: Planner, rows: Any, pairs: Any) -> Any:
+    def first_pairs_are_identical(planner: Planner, rows: Any, pairs: Any) -> Any:
         bad, same = judge(planner, rows, pairs)
         return bad, [True] * min(2, len(same)) + same[2:]
 
     before = [make(rank, 2).load(3) for rank in range(2)]
     assert [step.dropped_pairs for step in before] == [0, 0]
-    monkeypatch.setattr(Planner, "_judge", first_is_the_same)
+    monkeypatch.setattr(Planner, "_judge", first_pairs_are_identical)
     after = [make(rank, 2).load(3) for rank in range(2)]
     assert [step.dropped_pairs for step in after] == [2, 2]
     assert pairs_of(*after).total() == pairs_of(*before).total() - 2
 
 
-def test_the_fingerprint_tells_other_samples_apart(make: Callable[..., Loader]) -> None:
+def test_steps_of_different_samples_have_different_fingerprints(make: Callable[..., Loader]) -> None:
     fingerprints = [make().load(number).fingerprint for number in range(STEPS)]
     assert len(set(fingerprints)) == STEPS
     assert max(fingerprints) < 2**53, "a float holds it exactly"
@@ -189,11 +191,11 @@ def test_a_step_depends_on_its_number_alone(make: Callable[..., Loader]) -> None
     assert all(map(same, forwards, backwards))
 
 
-# --- what cannot be read leaves its slot empty
+# --- overlong and unreadable samples leave their slots empty
 
 
-def kept_pairs(pairs: Counter[tuple[Name, Name]], gone: set[Name]) -> Counter[tuple[Name, Name]]:
-    return Counter({pair: count for pair, count in pairs.items() if not gone & set(pair)})
+def kept_pairs(pairs: Counter[tuple[Name, Name]], dropped: set[Name]) -> Counter[tuple[Name, Name]]:
+    return Counter({pair: count for pair, count in pairs.items() if not dropped & set(pair)})
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -206,8 +208,8 @@ def test_an_overlong_sample_leaves_its_slot_empty(make: Callable[..., Loader], r
             whole = make(rank, world_size).load(number)
             cut = make(rank, world_size, reader=short).load(number)
             fits = Counter((s.id, s.language) for s in samples_of(whole) if len(s) <= limit)
-            assert names_of(cut) == fits, "the same rank reads the same others"
-            # a fill is shorter than the same sample with its answer, so a pair may stay that this expects to go
+            assert names_of(cut) == fits, "the same rank reads the same other samples"
+            # a fill is shorter than the same sample with its answer, so a pair that is expected to be dropped may stay
             long = {(s.id, s.language) for s in samples_of(whole) if len(s) > limit}
             assert pairs_of(cut) >= kept_pairs(pairs_of(whole), long)
             assert set(pairs_of(cut)) <= set(pairs_of(whole))
@@ -219,8 +221,8 @@ def test_an_overlong_sample_leaves_its_slot_empty(make: Callable[..., Loader], r
     assert lost_pairs > 3
 
 
-def test_a_cut_sample_fills_its_slot_and_keeps_its_pair(make: Callable[..., Loader], reader: Reader) -> None:
-    """Under `truncate`: every slot and every pair of the plan; answers are whole, and what fits is as it was."""
+def test_a_truncated_sample_fills_its_slot_and_keeps_its_pair(make: Callable[..., Loader], reader: Reader) -> None:
+    """With `truncate`: every slot and every pair of the plan; answers are whole, samples that fit are unchanged."""
     limit = 50
     short = reader_of(reader.index, chat_of(reader), limit, "truncate")
     truncated = 0
@@ -243,7 +245,7 @@ def test_a_cut_sample_fills_its_slot_and_keeps_its_pair(make: Callable[..., Load
     assert truncated > 10
 
 
-def test_an_overlong_row_is_named_with_its_length_where_that_is_an_error(reader: Reader) -> None:
+def test_with_overlong_error_an_overlong_row_is_named_with_its_length(reader: Reader) -> None:
     row = int(reader.index.rows(0)[1])
     length = reader.length(row)
     with pytest.raises(DataError) as refusal:
@@ -263,10 +265,10 @@ def test_a_sample_whose_answer_alone_is_too_long_is_left_out(reader: Reader, ove
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_what_became_of_each_language_s_slots_is_counted(
+def test_filled_and_empty_slots_are_counted_by_language(
     make: Callable[..., Loader], reader: Reader, world_size: int
 ) -> None:
-    """Over ranks, filled and empty ones are the planned ones; label-free fills are no slots."""
+    """Summed over ranks, filled and empty slots are the planned ones; label-free fills are not slots."""
     broken = broken_reader(reader, set(range(0, len(reader.index), 9)), longest=50)
     total = no_slots(4)
     for number in range(STEPS):
@@ -284,13 +286,13 @@ def test_what_became_of_each_language_s_slots_is_counted(
 
 @dataclass(frozen=True)
 class BrokenReader(Reader):
-    """Some rows turn out to be unusable when they are read."""
+    """A reader for which the rows in `broken` are bad."""
 
     broken: frozenset[int] = frozenset()
 
     def read(self, slot: Slot) -> Any:
         if slot.row in self.broken:
-            raise BadRow(f"file.jsonl:{slot.row}", "the tokenizer cannot write it")
+            raise BadRow(f"file.jsonl:{slot.row}", "the tokenizer cannot round-trip it")
         return super().read(slot)
 
 
@@ -298,17 +300,17 @@ def broken_reader(reader: Reader, broken: set[int], longest: int = 96) -> Reader
     return BrokenReader(reader.index, ChatStage(chat_of(reader), longest), broken=frozenset(broken))
 
 
-def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Callable[..., Loader], reader: Reader) -> None:
+def test_a_row_that_is_bad_when_read_leaves_its_slot_empty(make: Callable[..., Loader], reader: Reader) -> None:
     broken = set(range(0, len(reader.index), 9))
-    gone = {(reader.index.record(row).id, int(reader.index.language[row])) for row in broken}
+    dropped = {(reader.index.record(row).id, int(reader.index.language[row])) for row in broken}
     empty = lost_pairs = 0
     for number in range(STEPS):
         whole, torn = make().load(number), make(reader=broken_reader(reader, broken)).load(number)
-        left = Counter({name: count for name, count in names_of(whole).items() if name not in gone})
+        left = Counter({name: count for name, count in names_of(whole).items() if name not in dropped})
         assert names_of(torn) == left
-        assert pairs_of(torn) == kept_pairs(pairs_of(whole), gone)
+        assert pairs_of(torn) == kept_pairs(pairs_of(whole), dropped)
         assert len(torn.bad_rows) == names_of(whole).total() - left.total()
-        assert all(row.reason == "the tokenizer cannot write it" for row in torn.bad_rows)
+        assert all(row.reason == "the tokenizer cannot round-trip it" for row in torn.bad_rows)
         assert torn.counts["pairs"] == pairs_of(torn).total()
         empty += len(torn.bad_rows)
         lost_pairs += whole.counts["pairs"] - torn.counts["pairs"]
@@ -333,12 +335,12 @@ def test_a_broken_line_moves_no_other_slot(
     index: DataIndex = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=3, max_bad_rows=1)
     torn_reader = reader_of(index, chat_of(reader), 96)
     bad_rows: list[BadRow] = []
-    gone = ("item-17", 1)
+    dropped = ("item-17", 1)
     for number in range(STEPS):
         whole, torn = make(pairing="none").load(number), make(reader=torn_reader, pairing="none").load(number)
-        assert names_of(torn) == names_of(whole) - Counter({gone: names_of(whole)[gone]})
+        assert names_of(torn) == names_of(whole) - Counter({dropped: names_of(whole)[dropped]})
         bad_rows += torn.bad_rows
-    assert bad_rows, "the row came up"
+    assert bad_rows, "the broken row was read"
     assert all(str(row).startswith(f"{folder / 'de.jsonl'}:18: not valid JSON") for row in bad_rows)
     plan = make(reader=torn_reader, pairing="none").planner
     slots = [slot for number in range(STEPS) for slot in plan.step(number).slots]
@@ -346,7 +348,7 @@ def test_a_broken_line_moves_no_other_slot(
 
 
 @pytest.mark.parametrize("pairing", ["reuse", "fill"])
-def test_a_broken_line_is_no_ones_translation_and_changes_partners_alone(
+def test_a_broken_line_is_in_no_pair_and_changes_only_dominant_slots(
     make: Callable[..., Loader],
     reader: Reader,
     prepared_run: Any,
@@ -354,7 +356,7 @@ def test_a_broken_line_is_no_ones_translation_and_changes_partners_alone(
     tmp_path: Path,
     pairing: Pairing,
 ) -> None:
-    """Its item cannot be read: dominant slots take other items, and every other slot keeps the row it had."""
+    """Dominant slots take other items instead of the broken one; all other slots keep their rows."""
     data = prepared_run.config.data
     folder = broken_corpus(corpus, tmp_path / "data", line=18)
     index = build_index(data.sources, data.languages, folder, tmp_path / "index", seed=3, max_bad_rows=1)
@@ -401,23 +403,23 @@ def test_steps_come_in_order_from_any_start(
     assert sorted(begun) == list(range(3, 11)), "each is made once, and none beyond the last"
 
 
-def test_no_steps(make: Callable[..., Loader]) -> None:
+def test_an_empty_range_has_no_steps(make: Callable[..., Loader]) -> None:
     assert list(make().steps(5, 5)) == []
 
 
-def test_an_error_comes_up_at_its_own_step(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_raised_at_its_own_step(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
     loader = make(workers=2)
     load = loader.load
 
     def failing_load(step: int) -> Step:
         if step == 3:
-            raise OSError("the disk is gone")
+            raise OSError("the disk failed")
         return load(step)
 
     monkeypatch.setattr(loader, "load", failing_load)
     steps = loader.steps(0, 9)
     assert [next(steps).step for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OSError, match="the disk failed"):
         next(steps)
 
 
@@ -432,7 +434,7 @@ def test_stopping_early_leaves_no_thread(make: Callable[..., Loader]) -> None:
 
 @pytest.mark.parametrize("n_samples", [0, 1, 3, 25])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_fixed_batches_are_equal_in_number_and_cover_all(
+def test_ranks_get_equally_many_fixed_batches_that_cover_all_samples(
     make: Callable[..., Loader], reader: Reader, n_samples: int, world_size: int
 ) -> None:
     rows = np.linspace(0, len(reader.index) - 1, n_samples).astype(int).tolist()
@@ -447,7 +449,7 @@ def test_fixed_batches_are_equal_in_number_and_cover_all(
     assert all(batch.label_weights.sum() == 0 and (batch.targets.languages == -1).all() for batch in idle)
 
 
-def test_read_keeps_to_the_limit(reader: Reader) -> None:
+def test_read_applies_the_length_limit(reader: Reader) -> None:
     """A sample of exactly `sequence_length` tokens is taken, a longer one is not."""
     sample = read(reader, 0)
     assert sample is not None
@@ -475,7 +477,7 @@ def test_labels_are_checked_when_a_sample_is_read(reader: Reader, monkeypatch: p
     assert not sample.labels.any()
 
 
-def test_the_corpus_is_what_these_tests_take_it_for(corpus: Path, reader: Reader) -> None:
+def test_the_corpus_meets_the_assumptions_of_these_tests(corpus: Path, reader: Reader) -> None:
     """Parallel, and with samples both above and below the limit that the tests set."""
     ids = [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in corpus.glob("*.jsonl")]
     assert len(ids) == 4

@@ -1,4 +1,4 @@
-"""Models are written once, filled tensor by tensor as from_pretrained fills them, and never half."""
+"""Weights are loaded tensor by tensor as from_pretrained loads them, or refused; initial models are written."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def save_model(directory: Path, model_type: str, native_format: bool = True, **c
     config = AutoConfig.for_model(model_type, **{**SIZES, "vocab_size": 32, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, buffer in model.named_buffers():
-        if name.endswith("bias"):  # a router's, which is stored: one left unread shows
+        if name.endswith("bias"):  # a router's bias, which is stored: one that is not loaded changes the logits
             buffer.normal_()
     model.save_pretrained(directory, save_original_format=native_format is False)
     return model
@@ -65,7 +65,7 @@ def filled(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMod
     model = build_model(directory, attention="auto", dtype=dtype, gradient_checkpointing=False)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(torch.nan)  # whatever is not written shows
+            parameter.fill_(torch.nan)  # a weight that is not written gives NaN logits
     load_weights(model, directory, plain_copy, is_reader=True)
     return model.eval()
 
@@ -103,11 +103,11 @@ def test_loaded_model_equals_from_pretrained(tmp_path: Path, model_type: str, ch
     assert torch.equal(whole(ids).logits, expected(ids).logits)
 
 
-def test_shards_number_formats_and_name_prefixes_are_loaded(tmp_path: Path) -> None:
+def test_shards_other_dtypes_and_name_prefixes_are_loaded(tmp_path: Path) -> None:
     model = save_model(tmp_path / "one", "llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "many", max_shard_size="10KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
-    model.model.save_pretrained(tmp_path / "base")  # a base model's names, its head tied to what it has
+    model.model.save_pretrained(tmp_path / "base")  # names of a base model; the head is tied to its embedding
     for name in ("many", "base"):
         for key, tensor in filled(tmp_path / name).state_dict().items():
             assert torch.equal(tensor, model.state_dict()[key])
@@ -143,7 +143,7 @@ def test_every_rank_writes_the_same_parameters_and_only_the_reader_reads(tmp_pat
 def test_partitioned_parameters_are_checked_by_their_whole_shape(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
     model = build_model(tmp_path, attention="sdpa", dtype=torch.float32, gradient_checkpointing=False)
-    for parameter in model.parameters():  # as ZeRO-3 leaves them
+    for parameter in model.parameters():  # as under ZeRO-3
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
     load_weights(model, tmp_path, lambda parameter, read: None, is_reader=False)
@@ -173,7 +173,7 @@ def test_construction_context_is_open_while_modules_are_made(tmp_path: Path) -> 
 
 
 def test_construction_that_rounds_rotary_frequencies_is_refused(tmp_path: Path) -> None:
-    """What bare zero.Init does in a bf16 run, with no error of its own."""
+    """What zero.Init alone does in a bf16 run, without an error."""
     save_model(tmp_path, "llama")
 
     @contextmanager
@@ -197,7 +197,7 @@ def test_construction_that_rounds_rotary_frequencies_is_refused(tmp_path: Path) 
         )
 
 
-def test_stops_on_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     key = "model.layers.1.mlp.up_proj.weight"
     cases: dict[str, Callable[[dict[str, Tensor]], Any]] = {
         r"1 missing weights for LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj": lambda t: t.pop(key),
@@ -221,14 +221,14 @@ def test_stops_on_weights_that_do_not_fit(tmp_path: Path) -> None:
                 load_pretrained(directory, torch.float32, "sdpa", "cpu")
 
 
-def test_stops_on_tied_weights_that_differ(tmp_path: Path) -> None:
+def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, "llama", tie_word_embeddings=True)
     change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(ModelError, match=r"differ, but config\.json ties them"):
         filled(tmp_path)
 
 
-def test_stops_on_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_damaged_missing_and_unsupported_weight_files_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "cut", "llama")
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -260,7 +260,7 @@ def test_layouts_that_need_conversion_are_refused_with_the_conversion(tmp_path: 
     sizes = {"num_local_experts": 4, "num_key_value_heads": 2}
     model = save_model(
         tmp_path / "hub", "mixtral", native_format=False, **sizes
-    )  # saved as the hub has it, an expert a tensor
+    )  # as on the hub: one tensor per expert
     with pytest.raises(ModelError, match="save_original_format=False"):
         filled(tmp_path / "hub")
     AutoModelForCausalLM.from_pretrained(tmp_path / "hub").save_pretrained(tmp_path / "new", save_original_format=False)

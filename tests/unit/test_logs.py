@@ -180,7 +180,7 @@ def test_a_closed_stdout_does_not_block_the_ranks(tmp_path: Path) -> None:
 
 
 def test_a_slow_reader_of_stdout_gets_every_line(tmp_path: Path) -> None:
-    launcher = launched(tmp_path, 550)  # ranks can end, as their own pipes hold it; the launcher's holds half of it
+    launcher = launched(tmp_path, 550)  # fits the ranks' own pipes, so that they can end, but not the launcher's pipe
     assert launcher.stdout is not None
     time.sleep(3 * DRAIN_TIMEOUT_S)  # longer than the wait for the end of a rank's output
     assert launcher.poll() is None
@@ -189,7 +189,7 @@ def test_a_slow_reader_of_stdout_gets_every_line(tmp_path: Path) -> None:
     assert sorted(lines) == sorted(f"{number} {'x' * 100}" for number in range(550) for _ in range(2))
 
 
-def test_the_next_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+def test_a_line_after_a_torn_one_starts_on_a_new_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"whole": 1}\n{"to')
     Appender(path).write('{"next": 1}\n')

@@ -1,6 +1,6 @@
-"""What a run's memory is made of, and what `check` says of it: no rank is started here.
+"""The parts of the memory estimate, and what `check` reports of it; no rank is started.
 
-That the arithmetic is the engine's is shown by `tests/distributed/test_memory.py`.
+`tests/distributed/test_memory.py` compares the estimate with the engine's buffers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def eight_billion() -> Any:
         )  # fmt: skip
 
 
-def test_the_defaults_are_deepspeeds() -> None:
+def test_the_zero_defaults_equal_deepspeeds() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
@@ -59,14 +59,16 @@ def test_eight_billion_parameters_on_eight_gpus() -> None:
     small = 2 * sum(each.numel() for each in model.parameters() if each.numel() <= 100_000)
     assert always == 18 * n // 8 + 2_000_000_000 + small
     assert estimate.host_bytes == estimate.nvme_bytes == 0
-    # The embedding and the head are larger than the bucket: their gradients go alone, in fp32, beside it.
+    # The embedding and the head are larger than the bucket: their gradients are reduced alone, in fp32, outside it.
     embedding = 128256 * 4096
     assert parts["gradients being reduced"].gpu == (2 + 4 + 4) * embedding
 
 
 @pytest.mark.parametrize(("device", "gpu", "host", "nvme"), [(None, 18, 0, 0), ("cpu", 2, 20, 0), ("nvme", 2, 8, 12)])
-def test_what_is_offloaded_is_on_the_node(device: str | None, gpu: int, host: int, nvme: int) -> None:
-    """Bytes a parameter, on 4 nodes of 2 GPUs."""
+def test_offloaded_optimizer_states_count_as_host_memory_or_nvme(
+    device: str | None, gpu: int, host: int, nvme: int
+) -> None:
+    """Bytes per parameter, on 4 nodes of 2 GPUs."""
     model = eight_billion()
     n = sum(each.numel() for each in model.parameters())
     deepspeed = {} if device is None else {"zero_optimization": {"offload_optimizer": {"device": device}}}
@@ -92,7 +94,7 @@ def test_the_peak_is_the_larger_of_backward_and_update() -> None:
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_frozen_weights_have_no_optimiser(use_dora: bool) -> None:
+def test_frozen_weights_have_no_optimizer_states(use_dora: bool) -> None:
     from modeling.adapters import add_adapters
 
     model = eight_billion()
@@ -107,19 +109,19 @@ def test_frozen_weights_have_no_optimiser(use_dora: bool) -> None:
     assert parts["weights, sharded"] == 4 * sum(each.numel() for each in model.parameters())
 
 
-def test_what_would_help_is_named_with_what_it_takes() -> None:
+def test_suggested_settings_are_listed_with_the_memory_they_need() -> None:
     config, model = config_of(precision="bf16", zero_stage=2), eight_billion()
     now = memory_estimate(config, model, LARGE, ranks=8, gpus_per_node=8).gpu_bytes
-    helps = dict(what_would_help(config, model, LARGE, ranks=8, gpus_per_node=8))
-    assert list(helps.values()) == sorted(helps.values())
-    assert max(helps.values()) < now
-    assert {"gradient_checkpointing=true", "zero_stage=3", "data.micro_batch_tokens=192"} <= helps.keys()
+    suggested = dict(what_would_help(config, model, LARGE, ranks=8, gpus_per_node=8))
+    assert list(suggested.values()) == sorted(suggested.values())
+    assert max(suggested.values()) < now
+    assert {"gradient_checkpointing=true", "zero_stage=3", "data.micro_batch_tokens=192"} <= suggested.keys()
     changed = config.model_copy(update={"gradient_checkpointing": True})
-    assert helps["gradient_checkpointing=true"] == memory_estimate(changed, model, LARGE, 8, 8).gpu_bytes
+    assert suggested["gradient_checkpointing=true"] == memory_estimate(changed, model, LARGE, 8, 8).gpu_bytes
     assert "zero_stage=3" not in dict(what_would_help(config_of(), model, LARGE, 8, 8))
 
 
-def test_check_says_what_is_needed_and_refuses_what_is_not_there(prepared_run: PreparedRun) -> None:
+def test_check_reports_the_peak_and_refuses_a_gpu_that_is_too_small(prepared_run: PreparedRun) -> None:
     lines = list(check_run(prepared_run.config, nodes=2, gpus_per_node=4, gpu_memory_gib=80))
     (peak,) = [line for line in lines if line.startswith("  peak")]
     assert peak.endswith("on each of 8 GPUs, 4 a node")
@@ -131,7 +133,7 @@ def test_check_says_what_is_needed_and_refuses_what_is_not_there(prepared_run: P
     assert "\n" not in str(refused.value)
 
 
-def test_ranks_on_cpus_are_told_of_the_nodes_memory_and_never_of_gpus(prepared_run: PreparedRun) -> None:
+def test_for_cpu_ranks_check_reports_host_memory_and_no_gpus(prepared_run: PreparedRun) -> None:
     lines = list(check_run(prepared_run.config, nodes=2, gpus_per_node=0, nproc_per_node=2))
     assert not [line for line in lines if "GPU" in line or "CUDA" in line]
     (peak,) = [line for line in lines if line.startswith("  peak")]
@@ -154,17 +156,17 @@ def test_ranks_on_cpus_are_told_of_the_nodes_memory_and_never_of_gpus(prepared_r
     ],
     ids=["packed", "padded", "alone", "pairs"],
 )
-def test_no_micro_batch_is_larger(
+def test_no_micro_batch_exceeds_the_largest_estimated_one(
     tmp_path: Path, ranks: int, write: Callable[[Path], Path], changes: dict[str, Any]
 ) -> None:
     config = validate(run_values(write(tmp_path / "data"), tmp_path / "run", **changes), "test")
     data = assemble_data(config, prepare(config))
     shape = largest_batch(config.data, config.objective, data, ranks)
-    met = [
+    batches = [
         batch.input_ids
         for step in range(6)
         for rank in range(ranks)
         for batch in data.loader(rank, ranks).load(step).micro_batches
     ]
-    assert max(each.numel() for each in met) <= shape.rows * shape.row_tokens <= config.data.micro_batch_tokens
-    assert max(each.shape[1] for each in met) <= shape.row_tokens
+    assert max(each.numel() for each in batches) <= shape.rows * shape.row_tokens <= config.data.micro_batch_tokens
+    assert max(each.shape[1] for each in batches) <= shape.row_tokens

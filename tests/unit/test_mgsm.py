@@ -67,15 +67,15 @@ def data(tmp_path: Path) -> Path:
 
 
 class ScriptedGenerator:
-    """Answers from a script; every language but Bengali has a vector. `dies_at`: a language that crashes."""
+    """Gives prepared answers; all languages but Bengali have a vector. Raises at `interrupted_at`."""
 
-    def __init__(self, chat: Chat, folder: Path | None, dies_at: str | None = None) -> None:
+    def __init__(self, chat: Chat, folder: Path | None, interrupted_at: str | None = None) -> None:
         if folder is not None:
             folder.mkdir(exist_ok=True)
             save_file({"weight": np.ones(2, np.float32)}, folder / "model.safetensors")
         self.model = SimpleNamespace(name_or_path=str(folder or ""), dtype=torch.float32)
         self.info = ExportInfo(objective="shifcon", languages=("en", "bn", "de"), dominant="en")
-        self.chat, self.dies_at = chat, dies_at
+        self.chat, self.interrupted_at = chat, interrupted_at
         self.prompts: list[Prompt] = []
         self.calls: list[int] = []  # prompts of each call
 
@@ -86,7 +86,7 @@ class ScriptedGenerator:
         self.calls.append(len(prompts))
         answers = []
         for prompt in prompts:
-            if prompt.language == self.dies_at:
+            if prompt.language == self.interrupted_at:
                 raise KeyboardInterrupt
             question = self.chat.decode(prompt.ids).split("### Instruction:\n")[1].split("\n\n### Response:")[0]
             text = ANSWERS[question]
@@ -191,16 +191,16 @@ def test_finished_languages_survive_a_crash_and_the_evaluation_continues(
 ) -> None:
     out, filled = tmp_path / "out", MgsmSettings(batch_size=1)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model", dies_at="de"), chat, data, out, filled)
+        evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model", interrupted_at="de"), chat, data, out, filled)
     assert [file.name for file in (out / "predictions").iterdir()] == ["mgsm_bn.jsonl"]
     assert not (out / "results.json").exists()
 
     again = ScriptedGenerator(chat, tmp_path / "model")
-    told: list[int] = []
-    monkeypatch.setattr(mgsm.Progress, "advance", lambda self, n=1: told.append(n))
+    advanced: list[int] = []
+    monkeypatch.setattr(mgsm.Progress, "advance", lambda self, n=1: advanced.append(n))
     results = evaluate_mgsm(again, chat, data, out, filled)
     assert {prompt.language for prompt in again.prompts} == {"de", "en"}
-    assert told == [2]
+    assert advanced == [2]
     whole = evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model"), chat, data, tmp_path / "whole")
     assert results == whole
 
@@ -276,7 +276,7 @@ def test_malformed_predictions_are_named(tmp_path: Path, data: Path, lines: list
 def test_the_table_marks_languages_without_a_vector(tmp_path: Path, data: Path, chat: Chat) -> None:
     shifcon = evaluate_mgsm(ScriptedGenerator(chat, tmp_path / "model"), chat, data, tmp_path / "out")
     plain = json.loads(json.dumps(shifcon))
-    plain["run"]["model"]["objective"] = "sft"  # a model without vectors has nothing to be marked
+    plain["run"]["model"]["objective"] = "sft"  # a model without vectors gets no marks
     for score in plain["languages"].values():
         score["shifted"] = False
     del plain["languages"]["de"]

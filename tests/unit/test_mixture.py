@@ -1,4 +1,4 @@
-"""mixture.py: weights as asked for, and counts within one of their share at every slot."""
+"""mixture.py: the weights of each strategy, and counts within one of their share at every slot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def quotas(weights: list[float], period: int) -> Quotas:
     return Quotas(dict(zip(codes(len(weights)), weights, strict=True)), codes(len(weights)), period)
 
 
-def test_strategies() -> None:
+def test_weights_of_each_strategy() -> None:
     assert language_weights(MixtureConfig(), ROWS) == pytest.approx(
         {"en": 8000 / 9001, "de": 1000 / 9001, "sw": 1 / 9001}
     )
@@ -56,7 +56,7 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
         {"pairings": "reuse"},
     ],
 )
-def test_config_refuses(options: dict[str, object]) -> None:
+def test_invalid_configs_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         MixtureConfig.model_validate(options)
 
@@ -69,7 +69,7 @@ def test_weights_must_fit_the_data() -> None:
             language_weights(config, {**ROWS, "sw": 0})
 
 
-def test_too_many_languages_for_the_period() -> None:
+def test_more_languages_than_the_period_has_slots_are_refused() -> None:
     assert Quotas(dict.fromkeys(codes(5), 1.0), codes(5), 5).counts.tolist() == [1] * 5
     with pytest.raises(DataError, match="period is 4, too short for 5 languages; give at least 5"):
         Quotas(dict.fromkeys(codes(5), 1.0), codes(5), 4)
@@ -131,7 +131,7 @@ def test_cursors_count_earlier_slots_across_periods() -> None:
         seen[language] += 1
 
 
-def test_seek_is_a_divmod() -> None:
+def test_seeking_takes_constant_time() -> None:
     built = quotas([0.6, 0.3, 0.1], 65536)
     far = 10**9 * 65536 + 123
     start = time.process_time()
@@ -148,8 +148,8 @@ def test_a_declared_language_without_weight_has_no_slot() -> None:
     assert set(built.between(0, 16)[0].tolist()) == {1, 2}
 
 
-def test_short_steps_do_not_see_the_same_languages_together() -> None:
-    """Eight equal languages in steps of four: with ties by index, 0-3 and 4-7 would never meet."""
+def test_short_steps_combine_all_pairs_of_languages() -> None:
+    """Eight equal languages in steps of four: with ties by index, 0-3 and 4-7 would never share a step."""
     built = quotas([1.0] * 8, 65536)
     steps = [frozenset(built.between(4 * t, 4 * t + 4)[0].tolist()) for t in range(2000)]
     together = {(a, b) for step in steps for a in step for b in step}

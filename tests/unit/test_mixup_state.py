@@ -1,4 +1,4 @@
-"""X-Mixup's file is whole and what was saved, or refused in one line."""
+"""X-Mixup's state file is loaded exactly as it was saved, or refused in one line."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def test_a_loaded_file_equals_what_was_saved_bit_for_bit(tmp_path: Path) -> None
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """As versions before the shared format wrote it, spelled out."""
+    """As versions before the shared format wrote it, written out in full."""
     tensors = {"b": torch.tensor([STATE.b], dtype=torch.float64), "w": torch.tensor([STATE.w], dtype=torch.float64)}
     header = json.dumps({"layer": 3, "lam0": 0.4, "entropy": "authors", "ratio": "learned", "model_hash": "abc"})
     content = hashlib.sha256(header.encode())
