@@ -1,11 +1,10 @@
 """Files and folders that are written whole or not at all.
 
 Content is written under a temporary name beside its target, synced to disk, and then renamed: after a crash the target
-is either as it was or complete. On an error nothing is left behind. Temporary names begin with `.incomplete-`; what is
-being replaced is renamed to `.replaced-NAME`.
+is either unchanged or complete. After an error, temporary files are removed. Temporary names begin with
+`.incomplete-`; what is being replaced is renamed to `.replaced-NAME`.
 
-It lies in the lowest room, and imports the standard library only, so that `slurm`, `evals` and `training` can all use
-it.
+This module imports the standard library only, so that `slurm`, `evals` and `training` can all use it.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def atomic_file(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
             what a killed process left under it is deleted first.
 
     Raises:
-        WriteError: the disk refuses the file.
+        WriteError: the file cannot be written.
     """
     with _temporary(path, exclusive) as temporary:
         yield temporary
@@ -70,13 +69,13 @@ def atomic_folder(
 
     Args:
         path: the target. Folders above it are created.
-        exists: what happens if `path` holds something at the end. "refuse": a WriteError. "keep": it stays, because
-            another process was first with the same content. "replace": it is deleted once the new folder has its name.
+        exists: what happens if `path` exists at the end. "refuse": a WriteError. "keep": it stays, because another
+            process wrote the same content first. "replace": it is deleted once the new folder is renamed to `path`.
         exclusive: as for `atomic_file`. A replacement that a killed process left between its two renames is undone
             first, as `recover` does.
 
     Raises:
-        WriteError: the disk refuses the folder, or `path` holds something that must stay.
+        WriteError: the folder cannot be written, or `path` is not empty and must be kept.
     """
     if exclusive and exists == "replace":
         recover(path)
@@ -98,7 +97,7 @@ def atomic_folder(
 
 
 def swap(new: Path, path: Path, replaced: Path) -> None:
-    """Rename the folder `new` to `path`, and before that what `path` holds to `replaced`, which is deleted first."""
+    """Rename the folder `new` to `path`; an existing `path` is renamed to `replaced` before, which is deleted first."""
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
@@ -107,7 +106,7 @@ def swap(new: Path, path: Path, replaced: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Complete the replacement of a folder, or undo it where the new one did not get its name. Raises OSError."""
+    """Complete the replacement of a folder, or undo it if the new one was not renamed yet. Raises OSError."""
     replaced = replaced_path(path)
     if not replaced.exists():
         return
@@ -149,7 +148,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _temporary(path: Path, exclusive: bool) -> Iterator[Path]:
-    """A temporary path at which nothing is at the beginning and at the end; errors of its disk become WriteErrors."""
+    """A temporary path, removed before and after the block; errors of its disk become WriteErrors."""
     temporary = incomplete_path(path) if exclusive else _beside(path, "incomplete", uuid.uuid4().hex[:8])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,12 +63,12 @@ class ColumnMap(Section):
     group: str | None = Field(
         None,
         description="The item: rows with the same value in other languages, in any file or source, are its"
-        " translations; values are compared in Unicode form NFC. Default: the id column; without one, every row is an"
-        " item of its own.",
+        " translations; values are compared in Unicode form NFC. Default: the id column; without one, every row is a"
+        " separate item.",
     )
     language: str | None = Field(None, description="The language of the prompt, a code of data.languages.")
     response_language: str | None = Field(None, description="The language of the answer.")
-    prompt: str | None = Field(None, description="The user's words.")
+    prompt: str | None = Field(None, description="The user's message.")
     completion: str | None = Field(None, description="The answer.")
     messages: str | None = Field(
         None,
@@ -124,8 +124,8 @@ class ColumnMap(Section):
             if (found := [what for what in (*needed, *others) if what in mapped])
         }
         if len(used) > 1:
-            (kind, found), (other, too), *_ = used.items()
-            raise ValueError(f"{found[0]!r} belongs to {kind} and {too[0]!r} to {other}: a source is of one kind")
+            (kind, found), (other, others), *_ = used.items()
+            raise ValueError(f"{found[0]!r} belongs to {kind} and {others[0]!r} to {other}: a source is of one kind")
         for kind, found in used.items():
             for what in found:
                 for needed in (*families[kind][0], *NEEDED_WITH.get(what, ())):
@@ -136,7 +136,7 @@ class ColumnMap(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> ColumnMap:
+    def _no_conflicting_columns(self) -> ColumnMap:
         if self.language is not None and PLACEHOLDER in self.language:
             raise ValueError('language names a column of the long layout and cannot hold "{language}"')
         if self.kind != "chat":

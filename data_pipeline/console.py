@@ -1,7 +1,7 @@
-"""What commands show people: aligned tables, and progress as a bar at a terminal or as lines elsewhere. Drawn by rich.
+"""Console output: aligned tables, and progress as a bar on a terminal or as lines elsewhere. Rendered by rich.
 
-It lies in the lowest room because scans of data show progress too, and so that `training`, `evals` and `slurm` can use
-it. rich is imported inside the functions: `--help` does not wait for it.
+It is in `data_pipeline` because scans of data show progress, and because `training`, `evals` and `slurm` may import
+from here. rich is imported inside the functions, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 TERMINAL = "CROSSLIFT_TERMINAL"  # environment variable: the launcher's stderr as a file descriptor of the rank
-MARK = "*"  # behind a number, for a note below the table
-REFRESH_S = 0.1  # least time between two drawings of a bar
-LINE_INTERVAL_S = 15.0  # least time between two lines
-_BLANK = "\ue000"  # a space that rich does not strip; a character of no script
+MARK = "*"  # after a number that a note below the table explains
+REFRESH_S = 0.1  # minimum time between two updates of a bar
+LINE_INTERVAL_S = 15.0  # minimum time between two lines
+_BLANK = "\ue000"  # a space that rich does not strip; a private-use character
 _WIDE = 100_000  # columns: no table is wrapped or cut
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-_bars: list[RichProgress] = []  # that are drawn now
+_bars: list[RichProgress] = []  # those displayed now
 
 
 def terminal() -> TextIO:
@@ -44,7 +44,7 @@ def _stream(descriptor: int) -> TextIO:
 def table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, text: Collection[int] = (0,), notes: Sequence[str] = ()
 ) -> str:
-    """Lines of aligned columns under a header, by the width of the characters at a terminal; no colours, never wrapped.
+    """Lines of aligned columns under a header, by the width of the characters on a terminal; no colours, never wrapped.
 
     Args:
         rows: one cell per column; None is shown as "-". A number may end with a star (MARK).
@@ -79,7 +79,7 @@ def table(
 
 
 def print_line(line: str) -> None:
-    """Print a line on the user's terminal, above a bar that is drawn there."""
+    """Print a line on the user's terminal, above a progress bar if there is one."""
     if _bars:
         from rich.text import Text
 
@@ -91,23 +91,23 @@ def print_line(line: str) -> None:
 class Progress:
     """Progress of one long task, shown on the user's terminal.
 
-    At a terminal it is a bar. Elsewhere it is a line every now and then, in the log where messages are logged (a rank's
-    process), else on stderr; a task that is quickly done writes none.
+    On a terminal it is a bar. Elsewhere it is a line every `LINE_INTERVAL_S` seconds, in the log if the process logs
+    messages (a rank), else on stderr; a short task writes none.
     """
 
     def __init__(self, what: str, total: int | None, unit: str, *, start: int = 0, shown: bool = True) -> None:
         """
         Args:
-            what: such as "training".
-            total: None where it is not known.
+            what: name of the task, such as "training".
+            total: None if it is not known.
             unit: what is counted, in the plural.
-            start: what was done before.
-            shown: False: nothing is shown, such as on all ranks but the first.
+            start: number done before.
+            shown: False shows nothing, as on all ranks but the first.
         """
         self.what, self.total, self.unit, self.done = what, total, unit, start
         self._shown = shown
         self._bar = _bar(unit) if shown and not _bars and terminal().isatty() else None
-        self._drawn = self._told = time.monotonic()
+        self._last_draw = self._last_line = time.monotonic()
         if self._bar is not None:
             self._task = self._bar.add_task(what, total=total, completed=start, details="")
             self._bar.start()
@@ -115,26 +115,26 @@ class Progress:
 
     @property
     def is_bar(self) -> bool:
-        """Whether a bar is drawn; else lines are written."""
+        """Whether a bar is displayed; otherwise lines are written."""
         return self._bar is not None
 
     def advance(self, n: int = 1) -> None:
-        """`n` more are done."""
+        """Add `n` to the number done."""
         self.update(self.done + n)
 
     def update(self, done: int, details: str = "") -> None:
-        """`done` are done, which may be fewer than before; `details` stand beside the bar."""
+        """Set the number done, which may decrease; `details` are shown beside the bar."""
         self.done, now = done, time.monotonic()
         if self._bar is not None:
-            if now - self._drawn >= REFRESH_S or done == self.total:
-                self._drawn = now
+            if now - self._last_draw >= REFRESH_S or done == self.total:
+                self._last_draw = now
                 self._bar.update(self._task, completed=done, details=details)
                 self._draw(self._bar.refresh)
-        elif self._shown and now - self._told >= LINE_INTERVAL_S:
-            self._told = now
-            self._say(details)
+        elif self._shown and now - self._last_line >= LINE_INTERVAL_S:
+            self._last_line = now
+            self._write_line(details)
 
-    def _say(self, details: str) -> None:
+    def _write_line(self, details: str) -> None:
         of = "" if self.total is None else f" of {self.total:,}"
         line = f"{self.what}: {self.done:,}{of} {self.unit}{f'  {details}' if details else ''}"
         if log.isEnabledFor(logging.INFO):
@@ -153,7 +153,7 @@ class Progress:
     def _draw(self, draw: Callable[[], None]) -> None:
         try:
             draw()
-        except OSError:  # the terminal is gone, which must not end the task
+        except OSError:  # the terminal was closed, which must not end the task
             self.close()
 
     def __enter__(self) -> Self:
@@ -164,7 +164,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[Item]:
-    """The `total` items, with the progress of whoever takes them."""
+    """Yield the items, showing how many of `total` have been processed."""
     with Progress(what, total, unit) as progress:
         for item in items:
             yield item

@@ -74,7 +74,7 @@ class _Reading:
 
 
 class Loader:
-    """Loads the steps of one rank in advance, in `workers` threads (tokenisers release the interpreter lock)."""
+    """Loads the steps of one rank in advance, in `workers` threads (tokenizers release the GIL)."""
 
     def __init__(
         self, reader: Reader, planner: Planner, packer: Packer, rank: int, world_size: int, workers: int = 1

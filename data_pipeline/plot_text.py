@@ -20,7 +20,7 @@ class PlotText:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> PlotText:
-        """Looks for fonts only where matplotlib's own one lacks a character."""
+        """Searches for fonts only if matplotlib's own lacks a character."""
         missing = {char for char in "".join(texts) if not char.isspace()} - _glyphs_of_default()
         families = [DEFAULT_FONT]
         fonts = _installed_fonts() if missing else {}
@@ -56,7 +56,7 @@ def _glyphs_of_default() -> frozenset[str]:
 
 @cache
 def _installed_fonts() -> dict[str, frozenset[str]]:
-    """Characters of each plain font family on this machine. Takes milliseconds a font."""
+    """Characters of each plain font family on this machine. Takes milliseconds per font."""
     from matplotlib import font_manager
 
     known = {entry.fname for entry in font_manager.fontManager.ttflist}
@@ -64,7 +64,7 @@ def _installed_fonts() -> dict[str, frozenset[str]]:
         if path not in known:
             try:
                 font_manager.fontManager.addfont(path)
-            except (OSError, RuntimeError, ValueError):  # no font that matplotlib can read
+            except (OSError, RuntimeError, ValueError):  # a font that matplotlib cannot read
                 continue
     found: dict[str, frozenset[str]] = {}
     for entry in font_manager.fontManager.ttflist:
@@ -79,5 +79,5 @@ def _glyphs(path: str | os.PathLike[str]) -> frozenset[str]:
 
     try:
         return frozenset(map(chr, FT2Font(path).get_charmap()))
-    except (OSError, RuntimeError):  # bitmaps only, or gone since matplotlib made its list
+    except (OSError, RuntimeError):  # bitmaps only, or deleted since matplotlib made its list
         return frozenset()

@@ -21,7 +21,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def without_login(address: str) -> str:
-    """The address without its password. http(s) addresses lose the user too: half a login would be tried."""
+    """The address without its password; http(s) addresses without the user too, as clients would try the user alone."""
     return _PASSWORD.sub(r"\1@", _HTTP_LOGIN.sub(r"\1", address))
 
 

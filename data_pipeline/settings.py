@@ -52,7 +52,7 @@ def _finite(values: Values) -> Values:
     return values
 
 
-def _no_words(values: Values) -> Values:
+def _no_boolean_words(values: Values) -> Values:
     for path, value in _leaves(values):
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
             raise ValueError(f"{path} is the text {value!r}; write true or false")
@@ -62,7 +62,7 @@ def _no_words(values: Values) -> Values:
 # Settings passed on to another library, for which there is no schema. Numbers must be finite; in `Plain`, texts such
 # as "yes" that are meant as booleans are errors.
 Raw = Annotated[Values, AfterValidator(_finite)]
-Plain = Annotated[Values, AfterValidator(_finite), AfterValidator(_no_words)]
+Plain = Annotated[Values, AfterValidator(_finite), AfterValidator(_no_boolean_words)]
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -89,7 +89,10 @@ def read_questions(
                     raise row
                 cells = Cells(row, shard.origin(place))
                 *before, last = _turns(cells, system)
-                asked = cells.given("language") or language, cells.given("response_language") or response_language
+                asked = (
+                    cells.optional_text("language") or language,
+                    cells.optional_text("response_language") or response_language,
+                )
                 questions.append(Question(last.content, *asked, cells.origin, tuple(before), row))
     except OSError as error:
         raise EvalError(f"{file}: cannot be read: {error.strerror}") from error
@@ -100,7 +103,7 @@ def read_questions(
 
 def _turns(cells: Cells, system: str | None) -> tuple[Message, ...]:
     """The conversation of a row, up to the turn to be answered; `system` if the row has no such message."""
-    system = cells.given("system") or system
+    system = cells.optional_text("system") or system
     if not cells.has("messages"):
         return (*system_message(system), Message("user", cells.text("prompt")))
     if cells.has("prompt"):

@@ -76,7 +76,7 @@ class TaskCollator(Collator):
         for (sample,) in filled.rows:
             assert isinstance(sample, TaskSample)  # made by TaskStage
             samples.append(sample)
-        rows = self._rows(samples) or [self._stand_in(is_source=number > 0) for number in range(self.sides)]
+        rows = self._rows(samples) or [self._placeholder(is_source=number > 0) for number in range(self.sides)]
         shape = (len(rows), max(len(row.side) for row in rows))
         input_ids = np.full(shape, self.pad_id, np.int64)
         attention_mask, token_type_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -129,7 +129,7 @@ class TaskCollator(Collator):
                 rows.append(_Row(source.side, source.labels, source.language, sample.language, weight, True))
         return rows
 
-    def _stand_in(self, is_source: bool) -> _Row:
+    def _placeholder(self, is_source: bool) -> _Row:
         one = np.zeros(1, np.int32)
         labels = SideLabels()
         if self.task.labels:

@@ -72,7 +72,7 @@ def language_weights(config: MixtureConfig, rows_per_language: Mapping[str, int]
     languages = [code for code in rows_per_language if config.strategy != "explicit" or weights.get(code)]
     for language in languages:
         if rows_per_language[language] < 1:
-            raise DataError(f"data.mixture: language '{language}' has no training rows; give it some or leave it out")
+            raise DataError(f"data.mixture: language '{language}' has no training rows; add rows or leave it out")
     if config.strategy == "explicit":
         raw = [weights[code] for code in languages]
     elif config.strategy == "uniform":

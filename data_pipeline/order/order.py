@@ -68,7 +68,7 @@ def shuffled(position: int, n: int, key: int) -> int:
 
 
 def order_key(seed: int, language: str) -> int:
-    """The key of a language's order. It depends on the code, not the index: adding a language reorders no other."""
+    """The key of a language's order; from the code, not the index, so adding a language reorders no other language."""
     return stable_hash("order", seed, language)
 
 

@@ -18,9 +18,9 @@ from data_pipeline.records import Record
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.text.templates import language_name
 
-LOOKED_AT = 2_000  # rows per language whose ids are compared
-COMPARED = 200  # pairs per language whose texts are compared
-FEWEST = 20  # pairs below which the texts are not judged
+MAX_IDS = 2_000  # rows per language whose ids are compared
+MAX_PAIRS = 200  # pairs per language whose texts are compared
+MIN_PAIRS = 20  # with fewer pairs, the texts are not compared
 RANDOM_Z = 2.33  # standard errors that the correlation of unrelated texts exceeds with probability 0.01
 EXAMPLES = 2
 
@@ -52,7 +52,7 @@ def why_unpaired(index: DataIndex, language: int, dominant: int) -> str:
         source = index.source(row)
         if source.columns.id is None and source.columns.group is None and source.languages is None:
             return (
-                f"source {source.name!r} maps no id and no group column, so each of its rows is an item of its own; set"
+                f"source {source.name!r} maps no id and no group column, so each of its rows is a separate item; set"
                 " columns.id to the column that is the same in translations"
             )
     shown = " and ".join(
@@ -105,28 +105,28 @@ def unlike_texts(index: DataIndex, language: int, dominant: int) -> str | None:
     """
     usable = _usable(index, language)
     paired = usable[np.isin(index.group[usable], index.group[_usable(index, dominant)])]
-    rows = paired[:: max(len(paired) // COMPARED, 1)][:COMPARED].tolist()
+    rows = paired[:: max(len(paired) // MAX_PAIRS, 1)][:MAX_PAIRS].tolist()
     texts = [index.record(row).user_text for row in rows]
     others = [index.record(index.translation(row, dominant)).user_text for row in rows]
     numbers, lengths = _numbers_agree(texts, others), _lengths_agree(texts, others)
-    signs = [sign for sign in (numbers, lengths) if sign is not None]
-    if not signs or any(agrees for agrees, _ in signs):
+    results = [result for result in (numbers, lengths) if result is not None]
+    if not results or any(agrees for agrees, _ in results):
         return None
-    return " and ".join(said for _, said in signs)
+    return " and ".join(finding for _, finding in results)
 
 
 def _numbers_agree(texts: Sequence[str], others: Sequence[str]) -> tuple[bool, str] | None:
     found = [(_numbers(one), _numbers(other)) for one, other in zip(texts, others, strict=True)]
     found = [(one, other) for one, other in found if one and other]
-    if len(found) < FEWEST:
+    if len(found) < MIN_PAIRS:
         return None
     agree = float(np.mean([bool(one & other) for one, other in found]))
-    strangers = [
-        bool(one & found[(place + turn) % len(found)][1])
-        for turn in range(1, FEWEST // 2)
+    unrelated = [
+        bool(one & found[(place + offset) % len(found)][1])
+        for offset in range(1, MIN_PAIRS // 2)
         for place, (one, _) in enumerate(found)
     ]
-    chance = float(np.mean(strangers))
+    chance = float(np.mean(unrelated))
     if chance > 0.5:  # the same few numbers occur in most texts
         return None
     spread = np.sqrt(max(chance, 1 / len(found)) / len(found))
@@ -137,7 +137,7 @@ def _numbers_agree(texts: Sequence[str], others: Sequence[str]) -> tuple[bool, s
 
 def _lengths_agree(texts: Sequence[str], others: Sequence[str]) -> tuple[bool, str] | None:
     ranks = [_ranks(np.array([len(text) for text in each])) for each in (texts, others)]
-    if len(texts) < FEWEST or any(np.ptp(each) == 0 for each in ranks):
+    if len(texts) < MIN_PAIRS or any(np.ptp(each) == 0 for each in ranks):
         return None
     correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     return bool(correlation * np.sqrt(len(texts) - 1) > RANDOM_Z), (
@@ -162,7 +162,7 @@ def _usable(index: DataIndex, language: int) -> npt.NDArray[np.int64]:
 
 
 def _records(index: DataIndex, language: int) -> list[Record]:
-    return [index.record(int(row)) for row in _usable(index, language)[:LOOKED_AT]]
+    return [index.record(int(row)) for row in _usable(index, language)[:MAX_IDS]]
 
 
 def _pairs_by_id(index: DataIndex, row: int) -> bool:

@@ -155,7 +155,7 @@ class Planner:
         for language in np.flatnonzero(quotas.counts).tolist():
             if not len(self._rows[language]):
                 code = index.languages[language]
-                raise DataError(f"data.mixture: language '{code}' takes part, but has no training rows")
+                raise DataError(f"data.mixture: language '{code}' is in the mixture, but has no training rows")
         self._sizes = np.array([len(rows) for rows in self._rows], np.int64)
         self._keys = np.array([order_key(seed, code) for code in index.languages], np.uint64)
         self._tokens_per_byte = np.ones(len(index.languages)) if tokens_per_byte is None else np.array(tokens_per_byte)
@@ -171,11 +171,11 @@ class Planner:
         places = places_at(cursors, self._sizes[languages], self._keys[languages])
         rows = [int(self._rows[i][place]) for i, place in zip(languages.tolist(), places.tolist(), strict=True)]
         pairs = [] if self._pairing.mode == "none" else self._pair(t, rows, languages.tolist())
-        broken, same = self._judge(rows, pairs)
+        broken, same = self._check_pairs(rows, pairs)
         kept = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
         slots = self._slots(t, rows, languages)
         # Pairs with a bad row are removed after the split into sets, so that no other pair changes its set.
-        sets = [[pair for pair in chunk if pair not in broken] for chunk in _cut(kept, self._set_size)]
+        sets = [[pair for pair in chunk if pair not in broken] for chunk in _split_into_sets(kept, self._set_size)]
         units = [
             Unit(
                 tuple(slots[position] for pair in chunk for position in pair),
@@ -201,22 +201,22 @@ class Planner:
                 translation = self._index.translation(row, self._dominant)
                 if translation >= 0:
                     items[group] = (position, translation)
-        turned = list(items.values())
-        if turned:
-            turn = stable_hash("pairing", self._seed, t) % len(turned)
-            turned = turned[turn:] + turned[:turn]
+        rotated = list(items.values())
+        if rotated:
+            offset = stable_hash("pairing", self._seed, t) % len(rotated)
+            rotated = rotated[offset:] + rotated[:offset]
         dominant_slots = [place for place, language in enumerate(languages) if language == self._dominant]
         pairs = []
-        for place, (position, translation) in zip(dominant_slots, turned, strict=False):
+        for place, (position, translation) in zip(dominant_slots, rotated, strict=False):
             rows[place] = translation
             pairs.append((place, position))
         if self._pairing.mode == "fill":
-            for position, translation in turned[len(dominant_slots) :]:
+            for position, translation in rotated[len(dominant_slots) :]:
                 pairs.append((len(rows), position))
                 rows.append(translation)
         return sorted(pairs, key=lambda pair: pair[1])
 
-    def _judge(self, rows: list[int], pairs: list[Pair]) -> tuple[set[Pair], list[bool]]:
+    def _check_pairs(self, rows: list[int], pairs: list[Pair]) -> tuple[set[Pair], list[bool]]:
         """The pairs with a bad row; and for each pair, whether both texts are identical (False if one is bad)."""
         ids = np.array(rows)[np.array(pairs, np.int64).reshape(-1, 2)]
         bad = self._index.bad[ids].any(axis=1)
@@ -241,7 +241,7 @@ class Planner:
         ]  # fmt: skip
 
 
-def _cut(pairs: list[Pair], set_size: int | None) -> list[list[Pair]]:
+def _split_into_sets(pairs: list[Pair], set_size: int | None) -> list[list[Pair]]:
     """Splits pairs into sets of `set_size` in order; the last set takes the remainder. Without `set_size`: no sets."""
     if set_size is None or not pairs:
         return []

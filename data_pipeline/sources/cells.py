@@ -33,7 +33,7 @@ class Cells:
     def text(self, column: str) -> str:
         return self.checked(self.value(column), repr(column))
 
-    def given(self, column: str | None) -> str | None:
+    def optional_text(self, column: str | None) -> str | None:
         """The text of a column that may be unmapped or empty in this row."""
         return self.text(column) if column is not None and self.has(column) else None
 

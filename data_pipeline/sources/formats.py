@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BOM = "\ufeff"
 _QUOTED_FIELD = re.compile(rb'(^|\t)"')
-FIELD_LIMIT = 1 << 24  # characters of one CSV field: limits what an unclosed quote can swallow
+FIELD_LIMIT = 1 << 24  # characters of one CSV field: limits how much an unclosed quote can include
 
 Row = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """A row's place: a number for people (its line, in tables its row; from 1) and two for the shard."""
+    """A row's place: its number in messages (the line; in tables the row; from 1), and two values for the shard."""
 
     number: int
     offset: int  # text: the row's first byte; Parquet: the batch; hub: the row
@@ -126,32 +126,32 @@ class JsonLines(TextShard):
 
 
 class _Lines:
-    """Decoded lines for the CSV parser, which keeps the bytes of the current record.
+    """Decoded lines for the CSV parser; keeps the bytes of the current record.
 
     After an error only the record's first line is dropped and the others are parsed again, so that an unbalanced quote
-    does not swallow the following rows.
+    does not absorb the following rows.
     """
 
     def __init__(self, file: IO[bytes], at_start: bool) -> None:
         self.file = file
         self.at_start = at_start
-        self.taken: list[bytes] = []
-        self.again: deque[bytes] = deque()
+        self.read_lines: list[bytes] = []
+        self.unread_lines: deque[bytes] = deque()
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self.again.popleft() if self.again else next(self.file)
-        self.taken.append(line)
+        line = self.unread_lines.popleft() if self.unread_lines else next(self.file)
+        self.read_lines.append(line)
         text = line.decode(errors="surrogateescape")  # RecordReader refuses text that was not UTF-8
         if self.at_start:
             text, self.at_start = text.removeprefix(BOM), False
         return text
 
-    def give_back(self) -> None:
-        self.again.extendleft(reversed(self.taken[1:]))
-        del self.taken[1:]
+    def unread(self) -> None:
+        self.unread_lines.extendleft(reversed(self.read_lines[1:]))
+        del self.read_lines[1:]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Delimited(TextShard):
 
     def read(self, place: Place) -> Row:
         records = self._records(io.BytesIO(self.bytes_at(place)), place)
-        _, fields = next(records, (place, BadRow(self.origin(place), "the line is gone")))
+        _, fields = next(records, (place, BadRow(self.origin(place), "the line no longer exists")))
         return self._row(self._header, fields, place)
 
     @cached_property
@@ -189,26 +189,26 @@ class Delimited(TextShard):
             return next(self._records(file, Place(1, 0, 0)))[1]
 
     def _warn_of_quotes(self) -> Callable[[int, bytes], None] | None:
-        """For TSV, which by most corpora's rules has no quoting: says once where quotes are taken for such."""
+        """For TSV, which in most corpora has no quoting: a function that warns once if a field begins with a quote."""
         if not self.quoting or self.delimiter != "\t":
             return None
-        said = False
+        warned = False
 
-        def look(number: int, line: bytes) -> None:
-            nonlocal said
-            if not said and _QUOTED_FIELD.search(line):
-                said = True
+        def check(number: int, line: bytes) -> None:
+            nonlocal warned
+            if not warned and _QUOTED_FIELD.search(line):
+                warned = True
                 log.warning(
                     "%s:%d: a field begins with a quote, so it is read as CSV reads it: without its quotes; where "
-                    "quotes are characters like others, set the source's quoting: none", self.address, number,
+                    "quotes are ordinary characters, set the source's quoting: none", self.address, number,
                 )  # fmt: skip
 
-        return look
+        return check
 
     def _records(
-        self, file: IO[bytes], start: Place, look: Callable[[int, bytes], None] | None = None
+        self, file: IO[bytes], start: Place, check: Callable[[int, bytes], None] | None = None
     ) -> Iterator[tuple[Place, list[str] | BadRow]]:
-        """Every record with its place; `look` gets each one's line number and bytes."""
+        """Every record with its place; `check` gets the line number and bytes of each."""
         csv.field_size_limit(FIELD_LIMIT)
         lines = _Lines(file, at_start=start.offset == 0)
         if self.quoting:
@@ -218,18 +218,18 @@ class Delimited(TextShard):
         number, offset = start.number, start.offset
         fields: list[str] | BadRow
         while True:
-            lines.taken.clear()
+            lines.read_lines.clear()
             try:
                 fields = next(parser)
             except StopIteration:
                 return
             except csv.Error as error:
-                lines.give_back()
+                lines.unread()
                 fields = BadRow(f"{self.address}:{number}", _reason(str(error), self.quoting))
-            place = Place(number, offset, sum(map(len, lines.taken)))
-            if look is not None:
-                look(number, b"".join(lines.taken))
-            number, offset = number + len(lines.taken), offset + place.length
+            place = Place(number, offset, sum(map(len, lines.read_lines)))
+            if check is not None:
+                check(number, b"".join(lines.read_lines))
+            number, offset = number + len(lines.read_lines), offset + place.length
             if fields:
                 yield place, fields
 
@@ -247,10 +247,10 @@ def _reason(error: str, quoting: bool) -> str:
         unclosed = "; is a quote not closed, or meant as a character (quoting: none)?" if quoting else ""
         return f"a field is longer than {FIELD_LIMIT:,} characters{unclosed}"
     if "new-line" in error:
-        return "a carriage return stands alone within the line; lines end with a line feed, with or without one before"
+        return "a carriage return without a line feed within the line; lines end with LF or CR LF"
     return (
         "wrongly quoted: a quoted field ends with the quote, and a quote within is doubled; where quotes are "
-        "characters like others, set the source's quoting: none"
+        "ordinary characters, set the source's quoting: none"
     )
 
 
@@ -259,11 +259,11 @@ def _other_encoding(header: list[str]) -> str | None:
     text = "".join(header).encode(errors="surrogateescape")
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "is UTF-16"
-    return "is UTF-16 or no text (its first line holds NUL characters)" if b"\0" in text else None
+    return "is UTF-16 or not text (its first line holds NUL characters)" if b"\0" in text else None
 
 
 class _Digesting(io.RawIOBase):
-    """Hashes everything that passes through it."""
+    """A stream that hashes everything read through it."""
 
     def __init__(self, source: IO[bytes], digest: _Hash) -> None:
         self.source = source

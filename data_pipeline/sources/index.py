@@ -267,7 +267,7 @@ def _check_languages(sources: Sequence[SourceConfig], languages: Sequence[str]) 
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"two sources are named {name!r}; each needs a name of its own")
+            raise DataError(f"two sources are named {name!r}; each needs a unique name")
     for source in sources:
         for language in (*(source.languages or ()), source.language, source.response_language):
             if language is not None and language not in languages:

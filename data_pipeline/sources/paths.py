@@ -21,7 +21,7 @@ class PathError(ValueError):
 
 
 def expanded(text: str) -> str:
-    """`text` with its `~` and environment variables expanded; a name that exists is used as it is.
+    """`text` with its `~` and environment variables expanded; a name that exists is returned unchanged.
 
     Raises:
         PathError: an unset variable or an unknown user.
@@ -32,7 +32,9 @@ def expanded(text: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if not (found := os.environ.get(name)):
-            raise PathError(f"{text!r} names the variable {name}, which is not set here; set it, or write the path out")
+            raise PathError(
+                f"{text!r} names the variable {name}, which is not set here; set it, or give the path itself"
+            )
         return found
 
     filled = _VARIABLE.sub(value, text)
@@ -67,7 +69,7 @@ def literal_folders(pattern: str, exists: Callable[[str], bool] = os.path.lexist
 
 @contextmanager
 def without_patterns(folder: Path) -> Iterator[Path]:
-    """A name for the folder that no glob reads as a pattern, for libraries that search files in it with one."""
+    """A path of the folder without glob characters, for libraries that search it with a glob."""
     if not MAGIC.search(str(folder)):
         yield folder
         return
@@ -89,6 +91,6 @@ def check_folder(path: Path, name: str) -> None:
     above = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
     if not above.is_dir():
         where = "is a file" if above == path else f"lies below {above}, which is a file"
-        raise PathError(f"{name} {path}: {where}; name a folder, or a place where one can be made")
+        raise PathError(f"{name} {path}: {where}; give a folder, or a path where one can be created")
     if above != path and not os.access(above, os.W_OK | os.X_OK):
-        raise PathError(f"{name} {path}: cannot be made, as {above} cannot be written; name a folder of your own")
+        raise PathError(f"{name} {path}: cannot be created, as {above} is not writable; give a writable folder")

@@ -1,4 +1,4 @@
-"""Retries for storage that is temporarily unreadable: a hanging network disk, a refusing bucket, a moved file."""
+"""Retries for storage that is temporarily unreadable: a hanging network disk, an unavailable bucket, a moved file."""
 
 from __future__ import annotations
 

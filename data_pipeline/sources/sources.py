@@ -67,9 +67,9 @@ def open_source(source: SourceConfig, data_dir: Path | None, cache_dir: Path) ->
                 f" the columns are {', '.join(map(repr, present))}"
             )
         if isinstance(shard, Parquet | HubSplit):
-            beside = {field for each in source.column_maps().values() for field in unsupported_fields(each)}
+            unsupported = {field for each in source.column_maps().values() for field in unsupported_fields(each)}
             kept = [name for name in wanted if name not in missing]
-            shards[number] = replace(shard, wanted=(*kept, *sorted(beside.intersection(present).difference(kept))))
+            shards[number] = replace(shard, wanted=(*kept, *sorted(unsupported.intersection(present).difference(kept))))
     return shards
 
 
@@ -132,7 +132,7 @@ def _file_shard(
         return JsonLines(address, name, identity)
     if kind is None:
         raise DataError(
-            f"{address}: source {source.name!r} has format: auto, and the suffix {suffix!r} tells no format;"
+            f"{address}: source {source.name!r} has format: auto, and the suffix {suffix!r} indicates no format;"
             " set format: jsonl, parquet, csv or tsv (compressed text must be unpacked first)"
         )
     return Delimited(address, name, identity, "," if kind == "csv" else "\t", quoting=source.quoting != "none")
@@ -223,12 +223,12 @@ class RecordReader:
             if self.task is not None:
                 check_example(example, self.task, cells.origin)
             return Record(id, group, language, cells.origin, example, back)
-        response = cells.given(columns.response_language) or self.source.response_language or language
+        response = cells.optional_text(columns.response_language) or self.source.response_language or language
         self._declared(response, cells)
         return Record(id, group, language, cells.origin, Conversation(_messages(cells, columns), response))
 
     def _language(self, cells: Cells) -> str:
-        language = cells.given(self.source.columns.language) or self.source.language
+        language = cells.optional_text(self.source.columns.language) or self.source.language
         if language is None:
             raise cells.bad(f"{self.source.columns.language!r} is empty; it must name the row's language")
         return language
@@ -242,8 +242,8 @@ class RecordReader:
 def _messages(cells: Cells, columns: ColumnMap) -> tuple[Message, ...]:
     if columns.messages is not None:
         return read_turns(cells, columns)
-    system = cells.given(columns.system)
-    prompt, completion = cast(str, columns.prompt), cast(str, columns.completion)  # the config's check
+    system = cells.optional_text(columns.system)
+    prompt, completion = cast(str, columns.prompt), cast(str, columns.completion)  # checked by ColumnMap
     start = () if system is None else (Message("system", system),)
     question = Message("user", cells.text(prompt))
     return (*start, question, Message("assistant", cells.text(completion)))

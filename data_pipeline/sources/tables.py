@@ -135,7 +135,7 @@ def load_hub(path: str, config: str | None, split: str) -> Dataset:
             loaded = datasets.load_from_disk(path)
             return loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
         if Path(path).is_dir() and (found := MAGIC.search(path)):
-            raise DataError(f"{path}: datasets takes {found[0]!r} in a folder's name for a pattern; rename the folder")
+            raise DataError(f"{path}: datasets reads {found[0]!r} in a folder's name as a pattern; rename the folder")
         return cast("Dataset", datasets.load_dataset(path, config, split=split))
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: split {split!r} cannot be loaded ({' '.join(str(error).split())})") from error

@@ -30,10 +30,10 @@ def mask_tokens(
     chosen = candidates[generator.random(len(candidates)) < probability]
     if not len(chosen):
         chosen = generator.choice(candidates, 1)
-    fate = generator.random(len(chosen))
+    draw = generator.random(len(chosen))
     others = ordinary_ids[generator.integers(len(ordinary_ids), size=len(chosen))]
-    covered = input_ids.copy()
-    covered[chosen] = np.where(
-        fate < MASKED, np.int32(mask_id), np.where(fate < MASKED + REPLACED, others, input_ids[chosen])
+    masked = input_ids.copy()
+    masked[chosen] = np.where(
+        draw < MASKED, np.int32(mask_id), np.where(draw < MASKED + REPLACED, others, input_ids[chosen])
     )
-    return covered, chosen.astype(np.int32)
+    return masked, chosen.astype(np.int32)

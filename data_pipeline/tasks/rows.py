@@ -99,7 +99,7 @@ def _classification(cells: Cells, columns: ColumnMap) -> Sides:
 
 
 def _pair(cells: Cells, first: str | None, second: str | None) -> tuple[str, ...]:
-    text = cells.text(cast(str, first))  # the column map's check
+    text = cells.text(cast(str, first))  # checked by ColumnMap
     return (text,) if second is None else (text, cells.text(second))
 
 

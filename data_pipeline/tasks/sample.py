@@ -37,7 +37,7 @@ class SourceSide:
         language: index of its language.
         is_gold: False for a back-translation.
         counts: its labels are correct and contribute to the loss.
-        is_itself: there was no other text, so the sample is its own source.
+        is_itself: the row has no other text, so the sample is its own source.
     """
 
     side: EncodedSide

@@ -68,7 +68,7 @@ class TaskStage(TextStage):
         kind = slot.partner.kind
         example, origin = (record.example, record.origin) if partner is None else (partner.example, partner.origin)
         if kind == "back-translation":
-            assert record.back is not None  # the plan chose it because the index holds one
+            assert record.back is not None  # the plan chooses it only if the index has one
             example = record.back
         is_gold = kind != "back-translation"
         counts = self.tokenizer.config.kind == "classification" or (is_gold and slot.partner.gold_step)
@@ -111,14 +111,14 @@ class TaskStage(TextStage):
             return side, SideLabels(classes=self._tag_classes(example, side, origin, as_source, counts))
         if config.kind == "qa":
             if counts and side.span is None:
-                why = "no answers, which training needs" if not example.answers else "no token stands for the answer"
+                why = "no answers, which training needs" if not example.answers else "no token covers the answer"
                 raise BadRow(origin, why)
             return side, SideLabels()
-        covered, positions = mask_tokens(
+        masked, positions = mask_tokens(
             side.input_ids, side.content, config.mask_probability, self.tokenizer.mask_id,
             self.tokenizer.ordinary_ids, mask_seed,
         )  # fmt: skip
-        return replace(side, input_ids=covered), SideLabels(positions=positions, ids=side.input_ids[positions])
+        return replace(side, input_ids=masked), SideLabels(positions=positions, ids=side.input_ids[positions])
 
     def _tag_classes(
         self, example: Example, side: EncodedSide, origin: str, as_source: bool, counts: bool

@@ -280,7 +280,7 @@ class TaskTokenizer:
         if order != wanted or encoding.ids[0] != self.tokenizer.cls_token_id:
             raise DataError(
                 f"tokenizer {self.tokenizer.name_or_path!r} does not put {self.tokenizer.cls_token} before a text and"
-                f" {self.tokenizer.sep_token} behind it, as an encoder's does"
+                f" {self.tokenizer.sep_token} after it, as an encoder's does"
             )
         special = [run for kind, run in runs if kind is None]
         return _Frame(
@@ -292,11 +292,11 @@ class TaskTokenizer:
     def _check_tokens(self) -> None:
         name = f"tokenizer {self.tokenizer.name_or_path!r}"
         if not self.tokenizer.is_fast:
-            raise DataError(f"{name} is not a fast tokenizer, so it does not say which word a token belongs to")
+            raise DataError(f"{name} is not a fast tokenizer, so it does not map tokens to words")
         needed = ["cls_token", "sep_token", "pad_token", "unk_token"]
         for token in [*needed, "mask_token"] if self.config.kind == "text" else needed:
             if getattr(self.tokenizer, token) is None:
-                raise DataError(f"{name} has no {token}; take an encoder's, or train one with style: encoder")
+                raise DataError(f"{name} has no {token}; use an encoder's, or train one with style: encoder")
 
     def _check_length(self) -> None:
         if self.config.kind == "qa":

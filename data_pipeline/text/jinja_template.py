@@ -64,7 +64,7 @@ def _of_pattern(chat: Chat, template: PatternTemplate, defaults: Defaults, first
     names_languages = template.same != template.differs or any(
         field in ("language", "response_language") for _, field in template.same
     )
-    in_front, behind = (
+    before_user, after_user = (
         f"({same} if code == answer_code else {differs})" if same != differs else same
         for same, differs in zip(_around_user(template.same), _around_user(template.differs), strict=True)
     )
@@ -78,8 +78,8 @@ def _of_pattern(chat: Chat, template: PatternTemplate, defaults: Defaults, first
             "{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}"
             "{{- raise_exception('the turns must be an optional system, then user and assistant in turn') -}}"
             "{%- endif -%}{%- if message['role'] == 'user' -%}",
-            f"{{{{- ({_quoted(first)} if loop.first else {_quoted(later)}) ~ {in_front} ~ message['content'] -}}}}",
-            f"{{%- if not loop.last or add_generation_prompt -%}}{{{{- {behind} -}}}}{{%- endif -%}}",
+            f"{{{{- ({_quoted(first)} if loop.first else {_quoted(later)}) ~ {before_user} ~ message['content'] -}}}}",
+            f"{{%- if not loop.last or add_generation_prompt -%}}{{{{- {after_user} -}}}}{{%- endif -%}}",
             f"{{%- else -%}}{{{{- {_quoted(answer)} ~ message['content'] ~ {_quoted(end)} -}}}}",
             "{%- endif -%}{%- endfor -%}",
         ]
@@ -104,8 +104,8 @@ def _around_user(pattern: Sequence[tuple[str, str | None]]) -> tuple[str, str]:
             side = 1
         elif field is not None:
             sides[side].append(fields[field])
-    in_front, behind = (" ~ ".join(parts) or "''" for parts in sides)
-    return f"({in_front})", f"({behind})"
+    before_user, after_user = (" ~ ".join(parts) or "''" for parts in sides)
+    return f"({before_user})", f"({after_user})"
 
 
 def _languages(chat: Chat, defaults: Defaults) -> str:
@@ -158,7 +158,7 @@ def _differences(chat: Chat, template: str, defaults: Defaults) -> list[str]:
         response = asked.get("response_language") or defaults.response_language or language
         try:
             wanted = chat.prompt_ids(messages, language, response)[0].tolist()
-        except DataError:  # a template that refuses such turns
+        except DataError:  # a template that rejects such turns
             continue
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:

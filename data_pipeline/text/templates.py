@@ -72,7 +72,7 @@ class TemplateConfig(Section):
     prompt: str | None = Field(
         None,
         description="custom only: the text before an answer. Holds {user}; may hold {system}, and {language}"
-        " and {response_language}, which become English names. Special tokens are written as they are spelled.",
+        " and {response_language}, which become English names. Special tokens are written by their text.",
     )
     end_token: str | None = Field(
         None,
@@ -91,19 +91,19 @@ class TemplateConfig(Section):
 
     @field_validator("date", mode="before")
     @classmethod
-    def _is_no_number(cls, value: Any) -> Any:
+    def _is_a_date(cls, value: Any) -> Any:
         if isinstance(value, int | float):  # pydantic would read a number as seconds since 1970
             raise ValueError("must be a day, written 2026-01-31")
         return value
 
     @model_validator(mode="after")
-    def _belongs_together(self) -> TemplateConfig:
+    def _consistent(self) -> TemplateConfig:
         if (self.name == "custom") != (self.prompt is not None):
-            raise ValueError("prompt: name: custom needs it, and no other template takes it")
+            raise ValueError("prompt: name: custom needs it, and no other template accepts it")
         if self.variables and self.name != "chat":
-            raise ValueError("variables: only name: chat takes them")
+            raise ValueError("variables: only name: chat accepts them")
         if self.date is not None and self.name != "chat":
-            raise ValueError("date: only name: chat takes one")
+            raise ValueError("date: only name: chat accepts one")
         if self.prompt is not None:
             fields = [part[1:] for part in Formatter().parse(self.prompt) if part[1] is not None]
             if any(field not in _FIELDS or spec or conversion for field, spec, conversion in fields):

@@ -47,7 +47,7 @@ class TokenizerTrainingConfig(Section):
     max_sentences: int = Field(100_000, gt=0, description="Samples to train on, the same number from every language.")
 
     @model_validator(mode="after")
-    def _room_for_bytes(self) -> TokenizerTrainingConfig:
+    def _vocabulary_holds_bytes(self) -> TokenizerTrainingConfig:
         if self.style == "decoder" and self.vocab_size <= 260:
             raise ValueError("'vocab_size' must be greater than 260: bytes and special tokens take that many")
         return self

@@ -26,7 +26,7 @@ _REASONING = (
     "a reasoning text apart from the answer is not supported in training; write it into the answer, as the model's"
     " template does, or remove the key"
 )
-_WEIGHT = "say which answers are trained on by 'weight': 1 or 0"
+_WEIGHT = "mark the answers to train on by 'weight': 1 or 0"
 _MEDIA = "only text is trained on; leave such conversations out"
 # Keys that a turn must not have, and the remedy.
 UNSUPPORTED_KEYS: dict[str, str] = {
@@ -36,7 +36,7 @@ UNSUPPORTED_KEYS: dict[str, str] = {
     **dict.fromkeys(("loss", "loss_weight", "loss_mask", "mask", "masked"), _WEIGHT),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
     "refusal": "a refusal apart from the content is not supported; write it into 'content'",
-    "prefix": "an answer's given beginning is not supported; write it into the prompt",
+    "prefix": "a given beginning of the answer is not supported; write it into the prompt",
 }
 # Fields of a row, besides its turns, that change what a chat template writes.
 UNSUPPORTED_FIELDS: dict[str, str] = {
@@ -50,7 +50,7 @@ _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observ
 def read_turns(cells: Cells, columns: ColumnMap) -> tuple[Message, ...]:
     """The messages of a row, after the system message of another column if there is one. Raises BadRow."""
     column = cast(str, columns.messages)
-    messages = read_conversation(cells, column, cells.given(columns.system), unsupported_fields(columns))
+    messages = read_conversation(cells, column, cells.optional_text(columns.system), unsupported_fields(columns))
     if messages[-1].role != "assistant" or all(turn.role != "user" for turn in messages):
         raise cells.bad(f"{column!r} must hold a user turn and end with the assistant's answer")
     if not any(message.trained for message in messages if message.role == "assistant"):

@@ -35,7 +35,7 @@ class ToyItem:
 
     structure: Structure
     numbers: Mapping[str, int]
-    name: int  # index into each language's names; 0 if the structure names nobody
+    name: int  # index into each language's names; 0 if the structure has no {name}
 
     @property
     def id(self) -> str:
@@ -85,7 +85,7 @@ def split_of(structure: Structure, numbers: Mapping[str, int], seed: int) -> Spl
 
 
 def items_of(split: Split, n: int, seed: int) -> list[ToyItem]:
-    """The first `n` items of a split, structures taking turns, in an order fixed by the seed.
+    """The first `n` items of a split, alternating over structures, in an order fixed by the seed.
 
     Raises:
         DataError: the split has fewer items.

@@ -160,11 +160,11 @@ def drop_words(text: str, language: str, share: float, *key: object) -> str:
     return glue.join(
         unit
         for place, unit in enumerate(units)
-        if not _may_go(unit, language) or stable_hash(*key, place) >= share * 2**63
+        if not _may_drop(unit, language) or stable_hash(*key, place) >= share * 2**63
     )
 
 
-def _may_go(unit: str, language: str) -> bool:
+def _may_drop(unit: str, language: str) -> bool:
     if language in UNSPACED:
         return unit[0].isalpha() and not unit.isascii()
     return not any(letter.isdigit() for letter in unit)
@@ -184,16 +184,16 @@ def _letters(text: str) -> list[str]:
 def _labelled_row(item: ToyItem, split: Split, language: str, noise: float, seed: int) -> dict[str, Any]:
     written, translated = wordings(item, split, seed)
 
-    def text(of: str, by_machine: bool) -> str:
-        whole, _ = render(item, of, translated if by_machine else written)
-        return drop_words(whole, of, noise, seed, "drop", item.id, language, of) if by_machine else whole
+    def text(of: str, is_translation: bool) -> str:
+        whole, _ = render(item, of, translated if is_translation else written)
+        return drop_words(whole, of, noise, seed, "drop", item.id, language, of) if is_translation else whole
 
     row = {
         "id": f"{item.id}-{language}", "group": item.id, "language": language,
-        "text_a": text(language, by_machine=split == "train" and language != DOMINANT),
+        "text_a": text(language, is_translation=split == "train" and language != DOMINANT),
         "label": label_of(item.structure),
     }  # fmt: skip
-    return row if language == DOMINANT else row | {"back_text_a": text(DOMINANT, by_machine=True)}
+    return row if language == DOMINANT else row | {"back_text_a": text(DOMINANT, is_translation=True)}
 
 
 def _text_rows(counts: Mapping[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:

@@ -20,10 +20,10 @@ class Operation:
     ranges: Mapping[str, tuple[int, int]]
     """Inclusive range of each drawn number."""
     derived: Mapping[str, Callable[[Mapping[str, int]], int]]
-    """Computed numbers; each sees the drawn ones and the computed ones before it. `result` is the answer."""
+    """Computed numbers; each may use the drawn ones and those computed before it. `result` is the answer."""
     working: str
     placeholders: tuple[str, ...]
-    """Numbers that the question states; each phrasing holds exactly these."""
+    """Numbers that the question contains; each phrasing has exactly these placeholders."""
 
 
 ADD = Operation(
@@ -81,7 +81,7 @@ class Structure:
 
     @property
     def placeholders(self) -> frozenset[str]:
-        """What each phrasing holds, in every language."""
+        """The placeholders of each phrasing, in every language."""
         return frozenset(self.operation.placeholders) | ({"name"} if self.named else frozenset())
 
     def draws(self) -> Iterator[dict[str, int]]:

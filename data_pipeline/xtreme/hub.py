@@ -56,7 +56,7 @@ def source(task: XtremeTask, split: Split, language: str, data_dir: Path | str) 
 def hub_bucc_gold(data_dir: Path | str, language: str, split: Split) -> set[tuple[str, str]]:
     """BUCC's {(source id, English id)}. The hub has only the sentences of gold pairs, so nothing can be mined."""
     dataset = _load(str(data_dir), f"bucc18.{language}", "validation" if split == "dev" else "test")
-    return set(zip(dataset["source_lang"], dataset["target_lang"], strict=True))  # so these columns are named
+    return set(zip(dataset["source_lang"], dataset["target_lang"], strict=True))  # the columns of the ids
 
 
 def _place(task: XtremeTask, split: Split, language: str) -> tuple[str, str] | None:
@@ -151,7 +151,7 @@ def _check_labels(labels: Sequence[str], task: XtremeTask, place: str) -> None:
 
 def _entries(row: dict[str, Any]) -> list[dict[str, Any]]:
     given = row["answers"]
-    if isinstance(given, dict):  # how `datasets` keeps a list of {text, answer_start}
+    if isinstance(given, dict):  # as `datasets` stores a list of {text, answer_start}
         given = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
     return list(given)
 

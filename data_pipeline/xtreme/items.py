@@ -64,8 +64,8 @@ class Sentence:
 class Question:
     """A question on a context. `answers`: (text, its character offset in the context).
 
-    `misplaced`: the reason why an answer is left out, because it is not where the file says. `unanswerable`: the file
-    says that there is no answer (SQuAD 2.0), as opposed to an erased one.
+    `misplaced`: the reason why an answer is left out, because it is not at the offset in the file. `unanswerable`: the
+    file marks it as without an answer (SQuAD 2.0), as opposed to an erased one.
     """
 
     place: str
@@ -184,7 +184,7 @@ def checked_test(task: XtremeTask, items: Iterable[Item], where: str, allow_unla
     exist.
     """
     found = list(items)
-    if task.name == "bucc2018":  # its gold pairs are a file of their own
+    if task.name == "bucc2018":  # its gold pairs are in a separate file
         return found
     filled = [item for item in found if not (is_empty(item) or is_left_out(item))]
     without = [item for item in filled if item.answer is None]

@@ -69,7 +69,7 @@ def read_items(task: XtremeTask, split: Split, source: Source, allow_unlabelled_
     for item in items:
         unlabelled = item.answer is None and not is_empty(item) and not is_left_out(item)
         if split != "test" and unlabelled and task.kind != "retrieval":
-            raise DataError(f"{item.place}: no label; only test rows may be without")
+            raise DataError(f"{item.place}: no label; only test rows may lack one")
         if split != "train" and isinstance(item, Question) and repeated_id([item]) is not None:
             raise DataError(f"{item.place}: the id is repeated; predictions need unique ids")
         yield item
@@ -89,19 +89,17 @@ def detect_layout(task: XtremeTask, data_dir: Path | str, layout: str = "auto") 
         return layout
     if not Path(data_dir).is_dir():
         raise DataError(f"{data_dir}: no such folder; for the dataset google/xtreme give layout hub")
-    found = [name for name in SOURCES if _there(task, name, data_dir)]
+    found = [name for name in SOURCES if _has_files(task, name, data_dir)]
     if len(found) > 1:
         raise DataError(
-            f"{data_dir}: has files of {task.name} in the layouts {' and '.join(found)}; name the one meant"
+            f"{data_dir}: has files of {task.name} in the layouts {' and '.join(found)}; give one of them as the layout"
         )
     if not found:
-        raise DataError(
-            f"{data_dir}: no files of {task.name}; it would be one of {'; '.join(_examples(task, data_dir))}"
-        )
+        raise DataError(f"{data_dir}: no files of {task.name}; expected one of {'; '.join(_examples(task, data_dir))}")
     return found[0]
 
 
-def _there(task: XtremeTask, layout: str, data_dir: Path | str) -> bool:
+def _has_files(task: XtremeTask, layout: str, data_dir: Path | str) -> bool:
     """Whether a layout has test or dev files of the task; training files are the same in several layouts."""
     for split in ("test", "dev", "train") if layout == "conllu" else ("test", "dev"):
         for language in task.languages:

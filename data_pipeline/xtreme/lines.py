@@ -155,7 +155,7 @@ def _same_lines(
     for number, (line, other) in enumerate(zip_longest(lines, others), 2):
         if line is None or other is None:
             longer, shorter = (codes, file) if line is None else (file, codes)
-            raise DataError(f"{shorter}:{number}: missing, but {longer} has it; they must go together line by line")
+            raise DataError(f"{shorter}:{number}: missing, but {longer} has it; they must match line by line")
         yield line[0], other[1], line[2]
 
 
@@ -189,7 +189,7 @@ def read_soft(file: Path, task: XtremeTask, labels: Path) -> Iterator[Sentence]:
     """Lines of WORD<tab>P;P;... with a probability for each label, in the order of the file `labels`.
 
     The result is in the task's label order and sums to one. Raises DataError: a wrong number of values, or values that
-    are no probabilities.
+    are not probabilities.
     """
     order = _label_order(labels, task)
     places = [order.index(label) for label in task.labels]

@@ -65,15 +65,15 @@ class PrepareOptions:
 
     Attributes:
         languages: languages of dev, test and translations; default: all that exist.
-        layout: the layout of the files; "auto" finds it out.
+        layout: the layout of the files; "auto" detects it.
         splits: {split to write: split to read}, such as {"train": "dev", "test": "test"} for treebanks without train.
         translations: the folder of machine translations, in the X-Mixup authors' or the bucket's layout.
-        allow_unlabelled_test: erased test labels are no error; the rows have no labels.
+        allow_unlabelled_test: accept test files whose labels are erased; the rows have no labels.
         train_languages: languages of the labelled training items; XTREME trains on English only.
         remake: replace an `output` that was made from other files or with other options.
-        max_bad_rows: how many questions of a file may have answers that are not where it says. Such questions lose
-            these answers, or are left out if they have no others, and are counted.
-        remedy: advice for an `output` that was made otherwise, in terms of the calling command.
+        max_bad_rows: how many questions of a file may have answers that are not at the given offset. Such questions
+            lose these answers, or are left out if they have no others, and are counted.
+        remedy: end of the error message for an `output` with other inputs, in terms of the calling command.
     """
 
     languages: Sequence[str] | None = None
@@ -101,7 +101,7 @@ def prepare_task(task: str, data_dir: Path | str, output: Path | str, options: P
 
     Raises:
         DataError: no such task, language, layout or file, or one that violates its format; erased test labels;
-            translations that do not match their originals; an `output` that holds something else.
+            translations that do not match their originals; an `output` with other content.
     """
     options = options or PrepareOptions()
     translations, max_bad_rows = options.translations, options.max_bad_rows
@@ -113,7 +113,7 @@ def prepare_task(task: str, data_dir: Path | str, output: Path | str, options: P
     )
     if translations is not None and not any(part.translated or part.back for part in plan.parts):
         raise DataError(
-            f"{translations}: no translation of what is prepared of {task}, in the X-Mixup authors' layout"
+            f"{translations}: no translation of the requested files of {task}, in the X-Mixup authors' layout"
             " or in that of XTREME's bucket"
         )
     made_from = {
@@ -240,7 +240,7 @@ def _rows(
             written = True
             yield to_row(task, part.read, part.language, item, back=version)
     if lost[UNANSWERABLE] and not written:
-        raise DataError(f"{part.gold.name}: no question has an answer; only test rows may be without")
+        raise DataError(f"{part.gold.name}: no question has an answer; only test rows may lack one")
 
 
 def _is_usable(item: Item, part: _Part, lost: Counter[str], max_bad_rows: int) -> bool:
@@ -254,12 +254,12 @@ def _is_usable(item: Item, part: _Part, lost: Counter[str], max_bad_rows: int) -
             return True
         raise DataError(f"{item.place}: {mt.EMPTY}; each {part.read} item must have some")
     if isinstance(item, Question):
-        if item.unanswerable:  # XTREME's tests have no unanswerable questions, so training on them would only cost time
+        if item.unanswerable:  # XTREME's tests have no unanswerable questions, so training on them is not useful
             lost[UNANSWERABLE] += 1
             return False
         if item.misplaced is not None:
             if lost[MISPLACED] >= max_bad_rows:
-                raise DataError(f"{item.misplaced}; --max-bad-rows N leaves out so many of a file and counts them")
+                raise DataError(f"{item.misplaced}; --max-bad-rows N leaves out up to N of a file and counts them")
             lost[MISPLACED] += 1
     return not is_left_out(item)
 
@@ -298,7 +298,7 @@ def _identities(parts: Iterable[_Part]) -> dict[str, str]:
 
 
 def _kept(output: Path, made_from: dict[str, Any], remake: bool, remedy: str) -> Counts | None:
-    """The counts of an existing output of the same inputs. Raises DataError if it holds something else."""
+    """The counts of an existing output of the same inputs. Raises DataError if its content is something else."""
     if not output.exists():
         return None
     try:

@@ -2,8 +2,9 @@
 
 Reads XTREME's files (`tatoeba/de-en.de`, `bucc2018/de-en.dev.de`), LASER's (`tatoeba.deu-eng.deu`) or the hub's.
 
-XTREME sorts Tatoeba's English sentences by code points and asks, for each, for the number (from 0) of its source
-sentence. So gold is the order that sorts LASER's English side. XTREME's own files are sorted already and hold no gold.
+XTREME sorts Tatoeba's English sentences by code points; the task is to predict, for each, the number (from 0) of its
+source sentence. So gold is the order that sorts LASER's English side. XTREME's own files are sorted already and contain
+no gold.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from data_pipeline.xtreme.tasks import TATOEBA_CODES, XtremeTask
 
 
 class TatoebaPairs(NamedTuple):
-    """`gold[i]`: the number of the source line that translates `english[i]`; None if the files do not show it."""
+    """`gold[i]`: the number of the source line that translates `english[i]`; None if the files do not contain it."""
 
     source: list[str]
     english: list[str]
     gold: list[int] | None
 
     def line(self, number: int, english: bool) -> int:
-        """The line, from 1, on which a sentence of a side stands in its file."""
+        """The line, from 1, of a sentence of a side in its file."""
         return (number if self.gold is None or not english else self.gold[number]) + 1
 
 
 def tatoeba_files(data_dir: Path, language: str) -> tuple[Path, Path]:
-    """(source, English): LASER's files if they exist, because only they show the gold; otherwise XTREME's."""
+    """(source, English): LASER's files if they exist, because only they give the gold; otherwise XTREME's."""
     folder = data_dir / "tatoeba" if (data_dir / "tatoeba").is_dir() else data_dir
     code = TATOEBA_CODES.get(language, language)
     laser = folder / f"tatoeba.{code}-eng.{code}", folder / f"tatoeba.{code}-eng.eng"

@@ -30,10 +30,10 @@ def read_gold(file: Path) -> Iterator[Question]:
             if start >= 0 and question.context.startswith(text, start):
                 answers.append((text, start))
                 continue
-            there = question.context[max(start, 0) : max(start, 0) + len(text)][:40]
+            found = question.context[max(start, 0) : max(start, 0) + len(text)][:40]
             misplaced = misplaced or (
                 f"{question.place}: answer {text[:40]!r} is not at character {start} of the context, where there is"
-                f" {there!r}"
+                f" {found!r}"
             )
         yield replace(_numbered(question, index, tuple(answers), seen), misplaced=misplaced)
 

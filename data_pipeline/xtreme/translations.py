@@ -1,6 +1,6 @@
 """Match machine translations with labelled items: training items in other languages, any item back in English.
 
-A training translation has the `group` of its English original, so that readers find the pair; an English version is in
+A training translation has the `group` of its English original, which pairs the two; an English version is in
 the `back_*` fields. Files that do not match are refused, with both names and the first difference. What a translation
 lost (an answer that is no longer in the context, an empty text) is left out and counted.
 """
@@ -32,7 +32,7 @@ from data_pipeline.xtreme.squad import repeated_id
 from data_pipeline.xtreme.tasks import XtremeTask
 
 T = TypeVar("T")
-MATCHED_SHARE = 0.9  # share of translations whose original must be found for the files to belong together
+MATCHED_SHARE = 0.9  # share of translations whose original must be found for the files to match
 LOST_ANSWER, EMPTY, NO_ORIGINAL = "answer not in the context", "empty text", "no such English original"
 LOST_BACK = "back-translation missing or empty (row kept)"
 
@@ -85,7 +85,7 @@ def with_versions(
 def _together(items: Iterable[T], versions: Iterator[Item | None]) -> Iterator[tuple[T, Item | None]]:
     for item in items:
         yield item, next(versions, None)
-    next(versions, None)  # so that it checks whether its files end together
+    next(versions, None)  # resumes the generator, which checks that its files have the same length
 
 
 def _versions(split: Split, items: Source, back: Source | None) -> Iterator[Item | None]:
@@ -116,8 +116,8 @@ def _in_place(first: Source, second: Source) -> Iterator[tuple[Item, Item]]:
             if _is_blank_line(extra) and not rest:
                 break
             raise DataError(
-                f"{shorter.name}: {n_items} items, but {longer.name} has {n_items + 1 + len(rest)}: nothing goes with"
-                f" {extra.place}; the files must go together item by item"
+                f"{shorter.name}: {n_items} items, but {longer.name} has {n_items + 1 + len(rest)}: no match for"
+                f" {extra.place}; the files must match item by item"
             )
         n_items += 1
         if isinstance(one, Pair) and isinstance(other, Pair):
@@ -127,8 +127,8 @@ def _in_place(first: Source, second: Source) -> Iterator[tuple[Item, Item]]:
         yield one, other
     if differs is not None and n_other > (1 - MATCHED_SHARE) * n_items:
         raise DataError(
-            f"{differs.place}: translates another text than {first.name} has there, as {n_other} of {n_items} lines do;"
-            " the files must go together line by line"
+            f"{differs.place}: is a translation of another text than {first.name} has at this place, like {n_other} of"
+            f" {n_items} lines; the files must match line by line"
         )
 
 
@@ -141,8 +141,7 @@ def _check_same(one: Pair, other: Pair) -> None:
     for what, ours, theirs in (("label", one.label, other.label), ("id", one.name, other.name)):
         if ours is not None and theirs is not None and ours != theirs:
             raise DataError(
-                f"{other.place}: {what} {theirs!r}, but {one.place} has {ours!r};"
-                " the files must go together line by line"
+                f"{other.place}: {what} {theirs!r}, but {one.place} has {ours!r}; the files must match line by line"
             )
 
 
@@ -202,13 +201,13 @@ def _partners(source: Source, other: Source, every: bool) -> list[Question | Non
 def _check_places(
     source: Source, other: Source, questions: Sequence[Question], others: Sequence[Question], repeated: str
 ) -> None:
-    told = f"id {repeated!r} is given to several questions, so only their places tell which is which"
+    reason = f"id {repeated!r} is given to several questions, so questions are matched by their places"
     if len(questions) != len(others):
-        raise DataError(f"{other.name}: {len(others)} questions, but {source.name} has {len(questions)}; {told}")
+        raise DataError(f"{other.name}: {len(others)} questions, but {source.name} has {len(questions)}; {reason}")
     for one, two in zip(questions, others, strict=True):
         short, long = sorted((one.id.partition("#")[0], two.id.partition("#")[0]), key=len)
         if not long.endswith(short):  # XTREME's download script cuts "english-123-1" to "1"
-            raise DataError(f"{two.place}: stands where {source.name} has question {one.id!r}; {told}")
+            raise DataError(f"{two.place}: is at the place of question {one.id!r} in {source.name}; {reason}")
 
 
 def _questions(source: Source) -> list[Question]:

@@ -480,7 +480,7 @@ def test_describe_marks_content_and_labels(tokenizers):
     ("options", "message"),
     [
         ({"name": "custom"}, "name: custom needs it"),
-        ({"name": "plain", "prompt": "{user}"}, "no other template takes it"),
+        ({"name": "plain", "prompt": "{user}"}, "no other template accepts it"),
         ({"name": "custom", "prompt": "no slot"}, "exactly once"),
         ({"name": "custom", "prompt": "{user}{user}"}, "exactly once"),
         ({"name": "custom", "prompt": "{user} {usr}"}, "may hold"),

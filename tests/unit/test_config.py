@@ -311,7 +311,7 @@ def test_numbers_such_as_3e_3_and_the_language_no_are_read_as_meant(
 def test_an_output_below_a_file_is_refused(tmp_path: Path, run_file: Callable[..., Path]) -> None:
     file = run_file(tmp_path)
     for place in (file, file / "a" / "b"):
-        with pytest.raises(ConfigError, match=rf"^{file}: output_dir: .*{file}.* is a file; name a folder"):
+        with pytest.raises(ConfigError, match=rf"^{file}: output_dir: .*{file}.* is a file; give a folder"):
             load_config(file, [f"output_dir={place}"])
 
 

@@ -164,15 +164,15 @@ def test_counts_are_those_of_the_micro_batches(make: Callable[..., Loader]) -> N
 def test_every_rank_reports_the_pairs_that_the_plan_dropped(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = Planner._judge
+    check_pairs = Planner._check_pairs
 
     def first_pairs_are_identical(planner: Planner, rows: Any, pairs: Any) -> Any:
-        bad, same = judge(planner, rows, pairs)
+        bad, same = check_pairs(planner, rows, pairs)
         return bad, [True] * min(2, len(same)) + same[2:]
 
     before = [make(rank, 2).load(3) for rank in range(2)]
     assert [step.dropped_pairs for step in before] == [0, 0]
-    monkeypatch.setattr(Planner, "_judge", first_pairs_are_identical)
+    monkeypatch.setattr(Planner, "_check_pairs", first_pairs_are_identical)
     after = [make(rank, 2).load(3) for rank in range(2)]
     assert [step.dropped_pairs for step in after] == [2, 2]
     assert pairs_of(*after).total() == pairs_of(*before).total() - 2

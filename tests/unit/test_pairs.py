@@ -92,7 +92,7 @@ def test_no_pairs_at_all_is_refused_with_the_cause(tmp_path: Path, change: Any, 
 def test_check_refuses_as_train_does(tmp_path: Path) -> None:
     config = written(tmp_path, **{"data.sources": NO_ID})
     with pytest.raises(
-        DataError, match=r"source 'p' maps no id and no group column, so each of its rows is an item of"
+        DataError, match=r"source 'p' maps no id and no group column, so each of its rows is a separate item"
     ):
         list(check_run(config))
     prepare(config.model_copy(update={"objective": SFTConfig(name="sft")}))  # what learns from no pairs needs none

@@ -289,7 +289,7 @@ def test_a_scarce_language_repeats_evenly_and_moves_no_other() -> None:
 
 def test_a_language_of_the_mixture_needs_rows() -> None:
     index = FakeIndex(LANGUAGES, [[1], [1], []])
-    with pytest.raises(DataError, match="'sw' takes part, but has no training rows"):
+    with pytest.raises(DataError, match="'sw' is in the mixture, but has no training rows"):
         planner(index)
     assert planner(index, weights={"en": 1.0, "de": 1.0}).step(0).slots
 

@@ -200,7 +200,7 @@ USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content"
         ([USER, ANSWER | {"function_call": {"name": "f"}}], "'turns'[1] has 'function_call': functions (tools)"),
         ([USER, {"role": "tool", "content": "3"}, ANSWER], "'turns'[1] has role 'tool': functions (tools) are not"),
         ([USER, {"from": "observation", "value": "3"}, ANSWER], "'turns'[1] has role 'observation': functions"),
-        ([USER, ANSWER | {"train": False}], "'turns'[1] has 'train': say which answers are trained on by 'weight'"),
+        ([USER, ANSWER | {"train": False}], "'turns'[1] has 'train': mark the answers to train on by 'weight'"),
         ([USER | {"images": ["a.png"]}, ANSWER], "'turns'[0] has 'images': only text is trained on"),
         ([USER, {"from": "robot", "value": "!"}], "'turns'[1] is from 'robot'; it must be one of human, user, gpt"),
         ([USER, ANSWER | {"from": "gpt"}], "'turns'[1] has both 'role' and 'from'; give one"),
@@ -349,7 +349,7 @@ def test_quotes_that_are_taken_for_quoting_in_a_tsv_are_said_once(
 
 def test_a_dataset_folder_whose_name_is_a_pattern_is_refused_by_its_name(tmp_path: Path) -> None:
     write("hub", tmp_path / "data [v1]", ROWS)
-    with pytest.raises(DataError, match=r"\[v1\]/data: datasets takes '\[' in a folder's name for a pattern; rename"):
+    with pytest.raises(DataError, match=r"\[v1\]/data: datasets reads '\[' in a folder's name as a pattern; rename"):
         scan(tmp_path / "data [v1]", hub="data")
     write("saved", tmp_path / "saved [v1]", ROWS)
     assert len(scan(tmp_path / "saved [v1]", hub="data")) == len(ROWS)
@@ -365,7 +365,7 @@ def test_quoting_goes_with_csv_and_tsv(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("encoding", "said"),
-    [("utf-16", "is UTF-16, where"), ("utf-16-le", "is UTF-16 or no text"), ("utf-16-be", "is UTF-16 or")],
+    [("utf-16", "is UTF-16, where"), ("utf-16-le", "is UTF-16 or not text"), ("utf-16-be", "is UTF-16 or")],
 )
 @pytest.mark.parametrize("quoting", [None, "none"])
 def test_another_encoding_is_named_and_not_called_wrongly_quoted(
@@ -390,7 +390,7 @@ def test_a_field_beyond_the_limit_is_called_too_long(tmp_path: Path) -> None:
 
 def test_a_carriage_return_within_a_line_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"id,lang,question,answer\n1,en,a\rb,c\n2,en,a,b\n")
-    assert ": a carriage return stands alone within the line" in one_bad(tmp_path, files="x.csv")
+    assert ": a carriage return without a line feed within the line" in one_bad(tmp_path, files="x.csv")
 
 
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:

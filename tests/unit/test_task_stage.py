@@ -308,12 +308,12 @@ def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
     reader = make("qa", rows)
     assert read(reader, 3, 0).target.span is not None
     tokenizer_of(reader)._backend.normalizer = Replace("\u200b", "")
-    with pytest.raises(BadRow, match=r"rows\.jsonl:5: no token stands for the answer"):
+    with pytest.raises(BadRow, match=r"rows\.jsonl:5: no token covers the answer"):
         read(reader, 4, 0)
     found = reader.readable([3, 4, 5])
     assert found.rows == [3, 5]
     (bad,) = found.bad
-    assert str(bad).endswith("rows.jsonl:5: no token stands for the answer"), "which check --all-rows tells"
+    assert str(bad).endswith("rows.jsonl:5: no token covers the answer"), "which check --all-rows tells"
 
 
 # --- windows

@@ -326,10 +326,10 @@ def test_a_tokenizer_that_is_no_encoders_is_refused(hf: Any, tmp_path: Any) -> N
     from transformers import LlamaTokenizer
 
     decoder = LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, merges=[])
-    with pytest.raises(DataError, match=r"tokenizer '.*' has no cls_token; take an encoder's, or train one with style"):
+    with pytest.raises(DataError, match=r"tokenizer '.*' has no cls_token; use an encoder's, or train one with style"):
         make(decoder, "classification", 20)
     decoder.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<unk>"})
-    with pytest.raises(DataError, match=r"does not put <s> before a text and </s> behind it"):
+    with pytest.raises(DataError, match=r"does not put <s> before a text and </s> after it"):
         make(decoder, "classification", 20)
 
     class Slow:

@@ -139,7 +139,7 @@ def test_a_file_with_only_some_labels_is_refused(tmp_path: Path) -> None:
     for allowed in (False, True):
         assert f"{file}:2: has no label" in failure("xnli", "test", "de", tmp_path / "d", allow_unlabelled_test=allowed)
     file = tsv(tmp_path / "d/xnli/dev-de.tsv", [("a", "b", "neutral"), ("a", "b")])
-    assert f"{file}:2: no label; only test rows may be without" in failure("xnli", "dev", "de", tmp_path / "d")
+    assert f"{file}:2: no label; only test rows may lack one" in failure("xnli", "dev", "de", tmp_path / "d")
     squad(tmp_path / "d/mlqa/MLQA_V1/test/test-context-de-question-de.json", SQUAD, SQUAD)
     assert "question 5733be: the id is repeated" in failure("mlqa", "test", "de", tmp_path / "d")
 
@@ -352,7 +352,7 @@ def test_missing_and_ambiguous_files_and_unknown_names_are_refused(tmp_path: Pat
     write_download(tmp_path / "data", erased=False)
     xnli(tmp_path / "data/xnli/XNLI-1.0/xnli.test.tsv", [("de", "neutral", "a", "b")])
     assert failure("xnli", "test", "de", tmp_path / "data") == (
-        f"{tmp_path}/data: has files of xnli in the layouts download and xmixup; name the one meant"
+        f"{tmp_path}/data: has files of xnli in the layouts download and xmixup; give one of them as the layout"
     )
     assert len(rows("xnli", "test", "de", tmp_path / "data", "download")) == 3
     (tmp_path / "empty").mkdir()

@@ -188,7 +188,7 @@ def test_questions_with_misplaced_answers_are_counted_up_to_a_limit(tmp_path: Pa
         squad(tmp_path / "data" / name, (context, [good, bad, both]))
         message = refused("xquad", tmp_path / "data", tmp_path / "output", max_bad_rows=int(split == "train"))
         assert "answer 'Donau' is not at character" in message
-        assert message.endswith("--max-bad-rows N leaves out so many of a file and counts them")
+        assert message.endswith("--max-bad-rows N leaves out up to N of a file and counts them")
     assert not (tmp_path / "output").exists()
     counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", PrepareOptions(max_bad_rows=2))
     assert counts["skipped"] == {
@@ -218,7 +218,7 @@ def test_unanswerable_questions_are_left_out_and_counted(tmp_path: Path) -> None
     for file in ("train/en", "dev/en", "test/de"):
         assert [row["id"] for row in jsonl(tmp_path / "output" / f"{file}.jsonl")] == ["1", "5"]
     squad(tmp_path / "data/squad/train-v1.1.json", (context, [question("3", "Wann?")]))
-    assert "no question has an answer; only test rows may be without" in refused(
+    assert "no question has an answer; only test rows may lack one" in refused(
         "xquad", tmp_path / "data", tmp_path / "b"
     )
 

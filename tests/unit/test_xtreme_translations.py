@@ -92,13 +92,13 @@ def test_the_authors_xnli_translations_are_matched(tmp_path: Path) -> None:
         (
             "XNLI-MT-1.0/multinli/multinli.train.de.tsv",
             [HEADER, *GERMAN[:2]],
-            "{0}: 2 items, but {1}/XNLI-MT-1.0/multinli/multinli.train.en.tsv has 3: nothing goes with"
+            "{0}: 2 items, but {1}/XNLI-MT-1.0/multinli/multinli.train.en.tsv has 3: no match for"
             " {1}/XNLI-MT-1.0/multinli/multinli.train.en.tsv:4",
         ),
         (
             "translate-train-en/multinli.train.de-en.tsv",
             [HEADER, *BACK, *BACK],
-            "XNLI-MT-1.0/multinli/multinli.train.de.tsv: 3 items, but {0} has 6: nothing goes with {0}:5",
+            "XNLI-MT-1.0/multinli/multinli.train.de.tsv: 3 items, but {0} has 6: no match for {0}:5",
         ),
         (
             "XNLI-MT-1.0/multinli/multinli.train.de.tsv",
@@ -106,7 +106,7 @@ def test_the_authors_xnli_translations_are_matched(tmp_path: Path) -> None:
             "{0}:3: label 'entailment', but {1}/XNLI-MT-1.0/multinli/multinli.train.en.tsv:3 has 'neutral'",
         ),
         ("translate-test/test.de.tsv", [("Five.", "Six.", "entailment")], "{0}:1: label 'entailment', but"),
-        ("translate-test/test.de.tsv", [("Five.", "Six.", "neutral")] * 2, "has 2: nothing goes with {0}:2"),
+        ("translate-test/test.de.tsv", [("Five.", "Six.", "neutral")] * 2, "has 2: no match for {0}:2"),
     ],
 )
 def test_pairs_that_do_not_match_are_refused(tmp_path: Path, file: str, rows: Rows, expected: str) -> None:
@@ -187,7 +187,7 @@ def test_sentences_that_do_not_match_are_refused(tmp_path: Path) -> None:
     tagged(base / "translate-train-logits/de.txt", [[("Anna", SOFT[1])]])
     message = refused("panx", tmp_path / "data", languages=["de"], splits={"train": "train"})
     assert message.startswith(f"{base}/translate-train-logits/de.txt: 1 items, but {base}/en/train.tsv has 2")
-    assert f"nothing goes with {base}/en/train.tsv:4" in message
+    assert f"no match for {base}/en/train.tsv:4" in message
 
 
 CONTEXT = "Ulm lies on the Danube."
@@ -272,7 +272,7 @@ def test_repeated_ids_are_matched_by_place(tmp_path: Path) -> None:
     assert len({row["group"] for row in rows["train/en"]}) == 3
     for translated, expected in (
         (["1", "0"], "has 2; id '1' is given to several questions"),
-        (["1", "1", "0"], "question 0: stands where"),
+        (["1", "1", "0"], "question 0: is at the place of question"),
     ):
         other = tmp_path / translated[1]
         write_tydiqa(other, ["1", "0", "1"], translated)
@@ -325,7 +325,9 @@ def test_a_bucket_with_other_originals_is_refused(tmp_path: Path) -> None:
         [(f"T{n}", "b", f"E{n}", "b (en)", "neutral") for n in (1, 2, 0)],
     )
     message = refused("xnli", tmp_path / "data", languages=["de"], translations=tmp_path / "mt")
-    assert message.startswith(f"{file}:1: translates another text than {tmp_path}/data/xnli/test-de.tsv has there")
+    assert message.startswith(
+        f"{file}:1: is a translation of another text than {tmp_path}/data/xnli/test-de.tsv has at this place"
+    )
 
 
 def test_the_buckets_questions_are_matched(tmp_path: Path) -> None:
@@ -348,7 +350,7 @@ def test_folders_without_matching_translations_are_refused(tmp_path: Path) -> No
     write_bucket(tmp_path, extra=0)
     write(tmp_path / "other/README", "")
     message = refused("xnli", tmp_path / "data", languages=["de"], translations=tmp_path / "other")
-    assert message.startswith(f"{tmp_path}/other: no translation of what is prepared of xnli")
+    assert message.startswith(f"{tmp_path}/other: no translation of the requested files of xnli")
     (tmp_path / "data/xnli/train-en.tsv").unlink()
     message = refused("xnli", tmp_path / "data", languages=["de"], translations=tmp_path / "mt")
     assert "translates xnli's English training items, which are missing" in message
