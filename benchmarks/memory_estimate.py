@@ -237,7 +237,7 @@ def rank_main(folder: Path) -> None:
     from training.assembly import assemble
     from training.distributed import rank, world_size
     from training.engine.engine import process_group
-    from training.engine.memory import Activations, memory_estimate
+    from training.engine.memory import Activations, Ranks, memory_estimate
     from training.run_folder.prepare import prepare
 
     warnings.simplefilter("ignore")  # warnings of PyTorch about DeepSpeed's calls
@@ -254,7 +254,7 @@ def rank_main(folder: Path) -> None:
                 with torch.device("meta"):
                     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(prepared.model_dir))
                 nothing = Activations((), 0, 0, 0, 0, counted=True)
-                parts = memory_estimate(config, model, nothing, world_size(), world_size()).parts
+                parts = memory_estimate(config, model, nothing, Ranks(world_size(), world_size())).parts
                 said = {what: sum(part.gpu for part in parts if part.name in names) for what, names in NAMES.items()}
                 rows.append({"stage": stage, "precision": precision, "held": held, "estimated": said})
                 run.engine.destroy()

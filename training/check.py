@@ -25,7 +25,7 @@ from training.checks.pairs import pair_warnings, show_pairs
 from training.checks.survey import by_reason, survey, without_limit
 from training.config import DataConfig, RunConfig
 from training.distributed import visible_gpus
-from training.engine.memory import GIB, memory_estimate, what_would_help
+from training.engine.memory import GIB, Ranks, memory_estimate, what_would_help
 from training.errors import ConfigError
 from training.loop.resume import permitted, schedule_change
 from training.objectives.base import ObjectiveConfig
@@ -75,7 +75,7 @@ def check_run(
         yield from (f"warning: {line}" for line in pair_warnings(config.data, config.objective, data.index))
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
         of_node = nproc_per_node or gpus or 1
-        yield from _model(config, prepared, data, nodes * of_node, of_node, gpus > 0, gpu_memory_gib)
+        yield from _model(config, prepared, data, Ranks(nodes * of_node, of_node, on_gpus=gpus > 0), gpu_memory_gib)
         yield from mixture_table(config.data, config.max_steps, data, None if all_rows else LOOKED_AT)
         yield "one sample a language, its labels checked:"
         yield from _samples(data, 1)
@@ -168,9 +168,7 @@ def _model(
     config: RunConfig,
     prepared: Prepared,
     data: DataParts,
-    ranks: int,
-    ranks_per_node: int,
-    on_gpus: bool,
+    ranks: Ranks,
     gpu_memory_gib: float | None,
 ) -> Iterator[str]:
     from modeling.adapters import add_adapters
@@ -201,7 +199,7 @@ def _model(
             f"warning: data.sequence_length is {longest}, but the model was made for {limit} positions "
             "(max_position_embeddings in its config.json)"
         )
-    shape = largest_batch(config.data, config.objective, data, ranks)
+    shape = largest_batch(config.data, config.objective, data, ranks.total)
     yield (
         f"largest micro-batch: {shape.rows} rows of {shape.row_tokens} tokens"
         + (f", {shape.labels} of them labels" if shape.labels else "")
@@ -209,10 +207,10 @@ def _model(
     )
     blank = data.packer.collator.blank
     kept = count_activations(config, model_config, attention, DTYPES[config.precision], shape, blank)  # type: ignore[arg-type]
-    estimate = memory_estimate(config, model, kept, ranks, ranks_per_node, on_gpus)
+    estimate = memory_estimate(config, model, kept, ranks)
     yield from estimate.table()
     if gpu_memory_gib is not None and estimate.gpu_bytes > gpu_memory_gib * GIB:
-        helps = what_would_help(config, model, kept, ranks, ranks_per_node)
+        helps = what_would_help(config, model, kept, ranks)
         named = ", ".join(f"{change} ({peak / GIB:.1f})" for change, peak in helps) or "a smaller model"
         raise ConfigError(
             f"a GPU of {gpu_memory_gib:g} GiB is too small: {estimate.gpu_bytes / GIB:.1f} GiB are needed; "

@@ -14,7 +14,7 @@ from tiny_run import RANK_ITEMS, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory_estimate import NAMES
-from training.engine.memory import Activations, MemoryEstimate, memory_estimate
+from training.engine.memory import Activations, MemoryEstimate, Ranks, memory_estimate
 from training.run_file import validate
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)
@@ -41,7 +41,7 @@ def estimate(data: Path, cell: str, ranks: int) -> MemoryEstimate:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**config.model.init or {}, vocab_size=config.tokenizer.train.vocab_size)  # type: ignore[union-attr]
         )
-    return memory_estimate(config, model, NOTHING, ranks, gpus_per_node=ranks)
+    return memory_estimate(config, model, NOTHING, Ranks(ranks, ranks))
 
 
 @pytest.mark.parametrize("cell", CELLS)

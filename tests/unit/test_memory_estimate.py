@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from training.assembly import assemble_data
 from training.check import check_run, largest_batch
 from training.config import LoraSettings, RunConfig
-from training.engine.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, Activations, memory_estimate, what_would_help
+from training.engine.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, Activations, Ranks, memory_estimate, what_would_help
 from training.errors import ConfigError
 from training.run_file import validate
 from training.run_folder.prepare import prepare
@@ -50,7 +50,7 @@ def test_eight_billion_parameters_on_eight_gpus() -> None:
     """18 bytes a parameter (bf16 weight, fp32 master, gradient, two moments) over the ranks, and one bucket."""
     model = eight_billion()
     n = sum(each.numel() for each in model.parameters())
-    estimate = memory_estimate(config_of(precision="bf16"), model, NOTHING, ranks=8, gpus_per_node=8)
+    estimate = memory_estimate(config_of(precision="bf16"), model, NOTHING, Ranks(8, 8))
     parts = {part.name: part for part in estimate.parts}
     assert parts["weights, sharded"].gpu == 2 * n // 8
     assert parts["AdamW's two moments, fp32"].gpu == n
@@ -73,7 +73,7 @@ def test_offloaded_optimizer_states_count_as_host_memory_or_nvme(
     n = sum(each.numel() for each in model.parameters())
     deepspeed = {} if device is None else {"zero_optimization": {"offload_optimizer": {"device": device}}}
     config = config_of(precision="bf16", deepspeed=deepspeed)
-    estimate = memory_estimate(config, model, NOTHING, ranks=8, gpus_per_node=2)
+    estimate = memory_estimate(config, model, NOTHING, Ranks(8, 2))
     sharded = ("weights, sharded", "master weights, fp32", "AdamW's two moments, fp32", "gradients, fp32")
     assert sum(part.gpu for part in estimate.parts if part.name in sharded) == gpu * n // 8
     assert (estimate.host_bytes, estimate.nvme_bytes) == (host * n // 4, nvme * n // 4)
@@ -84,7 +84,7 @@ def test_the_peak_is_the_larger_of_backward_and_update() -> None:
     fast = {"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}
     config = config_of(precision="bf16", deepspeed=fast)
     for kept, when in ((LARGE, "in forward and backward"), (NOTHING, "in the update")):
-        estimate = memory_estimate(config, model, kept, ranks=2, gpus_per_node=2)
+        estimate = memory_estimate(config, model, kept, Ranks(2, 2))
         by_time = {
             name: sum(part.gpu for part in estimate.parts if part.when == name)
             for name in ("always", "in forward and backward", "in the update")
@@ -104,21 +104,21 @@ def test_frozen_weights_have_no_optimizer_states(use_dora: bool) -> None:
     outputs = 32 * (2 * 14336 + 3 * 4096 + 2 * 1024)  # gate, up; q, o, down; k, v
     assert magnitudes == (outputs if use_dora else 0)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    parts = {part.name: part.gpu for part in memory_estimate(config_of(), model, NOTHING, 1, 1).parts}
+    parts = {part.name: part.gpu for part in memory_estimate(config_of(), model, NOTHING, Ranks(1, 1)).parts}
     assert parts["AdamW's two moments, fp32"] == 8 * trained
     assert parts["weights, sharded"] == 4 * sum(each.numel() for each in model.parameters())
 
 
 def test_suggested_settings_are_listed_with_the_memory_they_need() -> None:
     config, model = config_of(precision="bf16", zero_stage=2), eight_billion()
-    now = memory_estimate(config, model, LARGE, ranks=8, gpus_per_node=8).gpu_bytes
-    suggested = dict(what_would_help(config, model, LARGE, ranks=8, gpus_per_node=8))
+    now = memory_estimate(config, model, LARGE, Ranks(8, 8)).gpu_bytes
+    suggested = dict(what_would_help(config, model, LARGE, Ranks(8, 8)))
     assert list(suggested.values()) == sorted(suggested.values())
     assert max(suggested.values()) < now
     assert {"gradient_checkpointing=true", "zero_stage=3", "data.micro_batch_tokens=192"} <= suggested.keys()
     changed = config.model_copy(update={"gradient_checkpointing": True})
-    assert suggested["gradient_checkpointing=true"] == memory_estimate(changed, model, LARGE, 8, 8).gpu_bytes
-    assert "zero_stage=3" not in dict(what_would_help(config_of(), model, LARGE, 8, 8))
+    assert suggested["gradient_checkpointing=true"] == memory_estimate(changed, model, LARGE, Ranks(8, 8)).gpu_bytes
+    assert "zero_stage=3" not in dict(what_would_help(config_of(), model, LARGE, Ranks(8, 8)))
 
 
 def test_check_reports_the_peak_and_refuses_a_gpu_that_is_too_small(prepared_run: PreparedRun) -> None:

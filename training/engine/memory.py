@@ -11,7 +11,7 @@ allocator's fragmentation are an allowance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -34,6 +34,15 @@ ZERO_DEFAULTS: dict[str, int] = {
     "stage3_max_live_parameters": 1_000_000_000,
 }
 When = Literal["always", "in forward and backward", "in the update"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks of a run: how many in all and on a node, and whether each has a GPU or runs on CPUs."""
+
+    total: int
+    per_node: int
+    on_gpus: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,40 +80,39 @@ class MemoryEstimate:
     """What every rank takes; `parts` are not all there at once."""
 
     parts: tuple[Part, ...]
-    ranks: int
-    gpus_per_node: int
+    ranks: Ranks  # parts of ranks on CPUs all lie in the node's memory
     counted: bool  # activations were counted, not estimated by a formula
-    on_gpus: bool = True  # False: ranks on CPUs, whose parts all lie in the node's memory
 
     @property
     def gpu_bytes(self) -> int:
         """Peak of one rank's device: what is always there, and the larger of forward and backward and the update."""
         most = max(self._sum("gpu", "in forward and backward"), self._sum("gpu", "in the update"))
-        return self._sum("gpu", "always") + most + (ALLOWANCE if self.on_gpus else CPU_ALLOWANCE)
+        return self._sum("gpu", "always") + most + (ALLOWANCE if self.ranks.on_gpus else CPU_ALLOWANCE)
 
     @property
     def host_bytes(self) -> int:
         """Peak of a node's host memory: what is offloaded, models that each rank loads whole, and CPU ranks' all."""
-        of_rank = sum(part.host for part in self.parts) + (0 if self.on_gpus else self.gpu_bytes)
-        return min(self.gpus_per_node, self.ranks) * of_rank
+        of_rank = sum(part.host for part in self.parts) + (0 if self.ranks.on_gpus else self.gpu_bytes)
+        return min(self.ranks.per_node, self.ranks.total) * of_rank
 
     @property
     def nvme_bytes(self) -> int:
         """On a node's NVMe."""
-        return min(self.gpus_per_node, self.ranks) * sum(part.nvme for part in self.parts)
+        return min(self.ranks.per_node, self.ranks.total) * sum(part.nvme for part in self.parts)
 
     def table(self) -> Iterator[str]:
         """Lines for people, in GiB."""
-        device = "GPU" if self.on_gpus else "CPU rank"
+        device = "GPU" if self.ranks.on_gpus else "CPU rank"
         yield f"{f'memory of each {device}':<44}{'GiB':>8}"
         for part in self.parts:
             if part.gpu:
                 yield f"  {part.name:<42}{_gib(part.gpu):>8}  {part.when}"
-        if self.on_gpus:
+        if self.ranks.on_gpus:
             yield f"  {'CUDA, NCCL, fragmentation':<42}{_gib(ALLOWANCE):>8}  an allowance, not measured"
         else:
             yield f"  {'Python and its libraries':<42}{_gib(CPU_ALLOWANCE):>8}  an allowance"
-        yield f"  {'peak':<42}{_gib(self.gpu_bytes):>8}  on each of {self.ranks} {device}s, {self.gpus_per_node} a node"
+        where = f"on each of {self.ranks.total} {device}s, {self.ranks.per_node} a node"
+        yield f"  {'peak':<42}{_gib(self.gpu_bytes):>8}  {where}"
         if self.host_bytes:
             yield f"  {'host memory of a node':<42}{_gib(self.host_bytes):>8}"
         if self.nvme_bytes:
@@ -116,52 +124,47 @@ class MemoryEstimate:
         return sum(getattr(part, place) for part in self.parts if part.when == when)
 
 
-def memory_estimate(
-    config: RunConfig, model: nn.Module, activations: Activations, ranks: int, gpus_per_node: int, on_gpus: bool = True
-) -> MemoryEstimate:
-    """The estimate for a run of `ranks` GPUs, or ranks on CPUs with as many a node.
-
-    `model` has the run's adapters, if it has any, and needs no memory.
-    """
+def memory_estimate(config: RunConfig, model: nn.Module, activations: Activations, ranks: Ranks) -> MemoryEstimate:
+    """The estimate for a run on `ranks`; `model` has the run's adapters, if it has any, and needs no memory."""
     zero = _zero_settings(config.zero_stage, config.deepspeed)
-    sizes = _Sizes.of(model, ITEM[config.precision], ranks)
+    sizes = _Sizes.of(model, ITEM[config.precision], ranks.total)
     parts = [*(_stage_3 if zero["stage"] == 3 else _stage_1_and_2)(sizes, zero)]
     parts.append(
         Part("activations of a micro-batch", "in forward and backward", activations.peak(config.gradient_checkpointing))
     )
-    return MemoryEstimate(tuple(part for part in parts if part != Part(part.name, part.when)), ranks, gpus_per_node,
-                          activations.counted, on_gpus)  # fmt: skip
+    kept = tuple(part for part in parts if part != Part(part.name, part.when))
+    return MemoryEstimate(kept, ranks, activations.counted)
 
 
 def what_would_help(
-    config: RunConfig, model: nn.Module, activations: Activations, ranks: int, gpus_per_node: int
+    config: RunConfig, model: nn.Module, activations: Activations, ranks: Ranks
 ) -> Iterator[tuple[str, int]]:
     """(change, peak bytes of a GPU with it), for each change that makes the peak smaller, the smallest peak first.
 
     What saves less than a hundredth is left out.
     """
-    now = memory_estimate(config, model, activations, ranks, gpus_per_node).gpu_bytes
+    now = memory_estimate(config, model, activations, ranks).gpu_bytes
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     small_bucket = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
     halves = Activations(
         tuple(each // 2 for each in activations.layers), activations.outside // 2, activations.layer_input // 2,
         activations.layer_work // 2, activations.outside_work // 2, activations.counted,
     )  # fmt: skip
-    changes: list[tuple[str, dict[str, Any], Activations, int]] = [
+    changes: list[tuple[str, dict[str, Any], Activations, Ranks]] = [
         ("gradient_checkpointing=true", {"gradient_checkpointing": True}, activations, ranks),
         ("zero_stage=3", {"zero_stage": 3}, activations, ranks),
         ("deepspeed.zero_optimization.offload_optimizer.device=cpu",
          {"deepspeed": merged(config.deepspeed, offload)}, activations, ranks),
         ("deepspeed.zero_optimization.reduce_bucket_size=50000000",
          {"deepspeed": merged(config.deepspeed, small_bucket)}, activations, ranks),
-        ("twice the GPUs", {}, activations, 2 * ranks),
+        ("twice the GPUs", {}, activations, replace(ranks, total=2 * ranks.total)),
     ]  # fmt: skip
     half = config.data.micro_batch_tokens // 2
     if half >= config.data.sequence_length:
         changes.append((f"data.micro_batch_tokens={half}", {}, halves, ranks))
     found = [
-        (name, memory_estimate(config.model_copy(update=update), model, kept, n, gpus_per_node).gpu_bytes)
-        for name, update, kept, n in changes
+        (name, memory_estimate(config.model_copy(update=update), model, kept, on).gpu_bytes)
+        for name, update, kept, on in changes
     ]
     yield from sorted(((name, peak) for name, peak in found if peak < 0.99 * now), key=lambda each: each[1])
 
