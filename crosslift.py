@@ -190,17 +190,15 @@ def xtreme_run(
     model: Annotated[str, typer.Option(help="a name in CONFIG's models")],
     method: Annotated[str, typer.Option(help="a name in CONFIG's methods")],
     data_dir: Annotated[Path, typer.Option(help="XTREME's files, or a folder that `xtreme prepare` wrote")],
-    output: Annotated[Path, typer.Option(help="folder for everything; a second call continues the run")],
+    output: Annotated[Path, typer.Option(help="folder of the run; a second call resumes it")],
     overrides: Overrides = None,
     translations: Annotated[Path | None, typer.Option(help="folder of translation files")] = None,
     soft_labels: Annotated[Path | None, typer.Option(help="taggers: folder that `xtreme soft-labels` wrote")] = None,
     layout: Annotated[str, typer.Option(help="layout of the data: auto, download, hub, conllu, xmixup")] = "auto",
-    baseline: Annotated[Path | None, typer.Option(help="output of another run, for the transfer gap")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="output of another run, to compare the transfer gap")] = None,
     mixup: Annotated[Literal["auto", "on", "off"], typer.Option(help="mixing in prediction")] = "auto",
     unlabelled: Annotated[bool, typer.Option(help="test labels are erased: only predict")] = False,
-    max_bad_rows: Annotated[
-        int, typer.Option(min=0, help="questions a file may have whose answers are not where it says")
-    ] = 0,
+    max_bad_rows: Annotated[int, typer.Option(min=0, help="questions per file whose answers may be misplaced")] = 0,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
 ) -> None:
     """Fine-tune, select, predict, score. Example: crosslift xtreme run configs/xtreme.yaml --task xnli ..."""
@@ -246,13 +244,13 @@ def ui(
 
 
 def _with_expanded_paths(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a command so that `~` and variables in its path options are expanded; no shell does so in `--output=~/a`.
+    """Wrap a command so that `~` and variables in its path options are expanded; no shell expands `--output=~/a`.
 
     An `--output` where no folder can be created is refused before the command starts.
     """
 
     @functools.wraps(command)
-    def called(**arguments: Any) -> Any:
+    def wrapped(**arguments: Any) -> Any:
         for name, value in arguments.items():
             option = f"--{name.replace('_', '-')}"
             if isinstance(value, Path):
@@ -263,7 +261,7 @@ def _with_expanded_paths(command: Callable[..., Any]) -> Callable[..., Any]:
                 check_folder(arguments[name], option)
         return command(**arguments)
 
-    return called
+    return wrapped
 
 
 def _expand_paths_in(group: typer.Typer) -> None:

@@ -33,14 +33,16 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="one question")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="JSONL: prompt, or messages; optionally system, language, response_language; more is kept"),
+        typer.Option(
+            help="JSONL: prompt, or messages; optionally system, language, response_language; others are kept"
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="system message, where --file does not say")] = None,
+    system: Annotated[str | None, typer.Option(help="system message, if --file gives none")] = None,
     language: Annotated[
-        str, typer.Option(help="the questions', where --file does not say; auto: nearest vector; none: no shift")
+        str, typer.Option(help="of the questions, if --file gives none; auto: nearest vector; none: no shift")
     ] = "auto",
     response_language: Annotated[
-        str | None, typer.Option(help="the answers', where --file does not say; default: the model's, else the same")
+        str | None, typer.Option(help="of the answers, if --file gives none; default: the model's, else the question's")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
@@ -115,7 +117,7 @@ def score(
     tasks: Annotated[str | None, typer.Option(help="xtreme: comma-separated; default: all with predictions")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Judge kept outputs. Example: crosslift score xtreme --predictions runs/a/predictions --labels xtreme-labels"""
+    """Score saved outputs. Example: crosslift score xtreme --predictions runs/a/predictions --labels xtreme-labels"""
     if task == "xtreme":
         from evals.xtreme.score import score_directory, score_table
 
@@ -139,15 +141,15 @@ def xtreme_prepare(
     data_dir: Annotated[Path, typer.Option(help="XTREME's files")],
     output: Annotated[Path, typer.Option(help="folder for train/, dev/, test/ with XX.jsonl")],
     translations: Annotated[Path | None, typer.Option(help="folder of translation files")] = None,
-    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all available")] = None,
     layout: Annotated[str, typer.Option(help="auto, download, hub, conllu, xmixup")] = "auto",
     splits: Annotated[
         str | None, typer.Option(help="split to write=split to read, such as train=dev,test=test")
     ] = None,
-    unlabelled: Annotated[bool, typer.Option(help="erased test labels are no error")] = False,
+    unlabelled: Annotated[bool, typer.Option(help="accept erased test labels")] = False,
     remake: Annotated[bool, typer.Option(help="replace an output made from other files or options")] = False,
     max_bad_rows: Annotated[
-        int, typer.Option(min=0, help="questions of a file whose answers are not where it says: left out, counted")
+        int, typer.Option(min=0, help="questions per file with misplaced answers: left out, counted")
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="counts as JSON")] = False,
 ) -> None:
@@ -192,7 +194,7 @@ def xtreme_retrieve(
     data_dir: Annotated[Path, typer.Option(help="Tatoeba's files")],
     output: Annotated[Path, typer.Option(help="folder for predictions and scores")],
     layer: Annotated[int | None, typer.Option(min=0, help="layer whose states are compared; default: XTREME's")] = None,
-    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all available")] = None,
     layout: Annotated[str, typer.Option(help="auto, download, hub")] = "auto",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -209,10 +211,10 @@ def xtreme_retrieve(
     elif scores is not None:
         print(score_table(scores))
     else:
-        print(f"{output}: predictions; the data's order tells no gold\nmissing: {by_reason(results['missing'])}")
+        print(f"{output}: predictions; the files contain no gold order\nmissing: {by_reason(results['missing'])}")
     for language, sentences in results["without_tokens"].items():
         for sentence in sentences:
-            print(f"{language}: {sentence} has no tokens, so it is nearest to nothing", file=sys.stderr)
+            print(f"{language}: {sentence} has no tokens, so it has no nearest sentence", file=sys.stderr)
 
 
 @xtreme_app.command("analyse")
@@ -221,7 +223,7 @@ def xtreme_analyse(
     texts: Annotated[Path, typer.Option(help="folder of parallel texts: XX.jsonl rows, or Tatoeba's files")],
     output: Annotated[Path, typer.Option(help="folder for JSON and plot")],
     dominant: Annotated[str, typer.Option()] = "en",
-    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all that are there")] = None,
+    languages: Annotated[str | None, typer.Option(help="comma-separated; default: all available")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="sentences of each language")] = None,
 ) -> None:
     """CKA and centroids by layer. Example: crosslift xtreme analyse --model a=DIR --texts tatoeba --output OUT"""
@@ -246,7 +248,7 @@ def _sampling(temperature: float, top_p: float | None, top_k: int | None, seed: 
     if not temperature:
         for name, value in (("--top-p", top_p), ("--top-k", top_k)):
             if value is not None:
-                raise EvalError(f"{name} {value}: goes with sampling; give --temperature above 0, such as 1")
+                raise EvalError(f"{name} {value}: needs sampling; give --temperature above 0, such as 1")
         return None
     if num_beams > 1:
         raise EvalError(f"--num-beams {num_beams}: beam search does not sample; leave it or --temperature out")

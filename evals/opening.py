@@ -58,14 +58,14 @@ def open_model(
     generator = ShiftedGenerator.from_directory(
         path, dtype=number_format, device="cuda" if on_gpu else "cpu", attention=attention
     )
-    own = generator.info.template
+    trained_template = generator.info.template
     if template is not None:
         chosen = TemplateConfig(name=template)
-    elif own is not None:
-        chosen = TemplateConfig(**own)
+    elif trained_template is not None:
+        chosen = TemplateConfig(**trained_template)
     else:
         chosen = TemplateConfig(name="chat" if generator.tokenizer.chat_template else "plain")
-    trained = TemplateConfig(**own) if own is not None else chosen
+    trained = TemplateConfig(**trained_template) if trained_template is not None else chosen
     for each in (chosen, trained):  # a model continues in the format that it was trained or prompted with
         found = next_turn(each, generator.tokenizer)
         generator.stops |= Stops(found.ids, found.patterns)
@@ -89,11 +89,11 @@ def read_questions(
                     raise row
                 cells = Cells(row, shard.origin(place))
                 *before, last = _turns(cells, system)
-                asked = (
+                languages = (
                     cells.optional_text("language") or language,
                     cells.optional_text("response_language") or response_language,
                 )
-                questions.append(Question(last.content, *asked, cells.origin, tuple(before), row))
+                questions.append(Question(last.content, *languages, cells.origin, tuple(before), row))
     except OSError as error:
         raise EvalError(f"{file}: cannot be read: {error.strerror}") from error
     if not questions:
@@ -142,15 +142,15 @@ def answer(
 
     The fields of a question's row are kept, except those that the answer fills. A question whose language is NEAREST
     takes the language of the nearest vector (docs/methods.md, section 1.2). Raises EvalError for a language that the
-    model does not have, or that its template needs and that is unknown.
+    model does not have, or for an unknown language that its template needs.
     """
     for question in questions:
         _check_languages(question, generator.info.languages)
-    asked = [_asked(generator, chat, question) for question in questions]
-    prompts = [each.prompt for each in asked]
+    encoded = [_encode(generator, chat, question) for question in questions]
+    prompts = [each.prompt for each in encoded]
     with Progress("generate", len(prompts), "answers") as progress:
         answers = generator.generate(prompts, max_new_tokens, num_beams, batch_size, progress.advance, sampling)
-    for question, each, generated in zip(questions, asked, answers, strict=True):
+    for question, each, generated in zip(questions, encoded, answers, strict=True):
         yield {
             **question.fields,
             **({} if "messages" in question.fields else {"prompt": question.text}),
@@ -165,7 +165,7 @@ def answer(
 def without_vector(generator: ShiftedGenerator, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The languages whose tokens ran unshifted in these answers, because the model has no vector for them.
 
-    None for a model that shifts nothing, and for questions that asked for no shift.
+    Empty for a model that does not shift, and for questions without a shift.
     """
     vectors = generator.vectors
     if vectors is None:
@@ -175,7 +175,7 @@ def without_vector(generator: ShiftedGenerator, rows: Iterable[Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _EncodedQuestion:
     """A question as tokens, and its languages as far as they are known."""
 
     prompt: Prompt
@@ -183,8 +183,8 @@ class _Asked:
     response_language: str | None
 
 
-def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Asked:
-    """Tokenise a question with two languages: the one of the shift, and the one with which the template writes it.
+def _encode(generator: ShiftedGenerator, chat: Chat, question: Question) -> _EncodedQuestion:
+    """Tokenise a question with two languages: that of the shift, and that of the template.
 
     An unknown language is not shifted. A template that names a language then gets the dominant one, or the only one.
     """
@@ -192,14 +192,14 @@ def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Aske
     from modeling.generation import Prompt
 
     info = generator.info
-    stand_in = info.dominant or (info.languages[0] if len(info.languages) == 1 else None)
-    said = question.response_language or info.response_language
+    default = info.dominant or (info.languages[0] if len(info.languages) == 1 else None)
+    response_language = question.response_language or info.response_language
     messages = [*question.before, Message("user", question.text)]
 
-    def written(language: str | None) -> tuple[list[int], list[bool]]:
-        prompt_language = language or stand_in or ""
+    def tokens(language: str | None) -> tuple[list[int], list[bool]]:
+        prompt_language = language or default or ""
         try:
-            ids, content = chat.prompt_ids(messages, prompt_language, said or prompt_language)
+            ids, content = chat.prompt_ids(messages, prompt_language, response_language or prompt_language)
             generator.refuse_too_long(ids.tolist())
         except (DataError, ModelError) as error:
             raise EvalError(f"{_where(question)}{error}") from error
@@ -207,11 +207,11 @@ def _asked(generator: ShiftedGenerator, chat: Chat, question: Question) -> _Aske
 
     language = None if question.language in (NO_SHIFT, NEAREST) else question.language
     if question.language == NEAREST:
-        language = generator.nearest_language(*written(None))
-    ids, _ = written(language)
-    response = said or language
+        language = generator.nearest_language(*tokens(None))
+    ids, _ = tokens(language)
+    response = response_language or language
     shift = (None, None) if question.language == NO_SHIFT else (language, response)
-    return _Asked(Prompt(ids, *shift), language, response)
+    return _EncodedQuestion(Prompt(ids, *shift), language, response)
 
 
 def _check_languages(question: Question, known: Sequence[str]) -> None:
@@ -220,7 +220,7 @@ def _check_languages(question: Question, known: Sequence[str]) -> None:
         return
     if question.language not in (NO_SHIFT, NEAREST, *known):
         raise EvalError(
-            f"{_where(question)}language {question.language!r}: the model has {', '.join(known)}; or say auto or none"
+            f"{_where(question)}language {question.language!r}: the model has {', '.join(known)}; or use auto or none"
         )
     if question.response_language not in (None, *known):
         raise EvalError(

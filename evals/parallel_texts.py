@@ -49,7 +49,7 @@ def text_files(folder: Path, languages: Sequence[str] | None = None) -> dict[str
                 found[names.get(code, code)] = file
     if not found and any(folder.glob("*-en.en")):
         raise EvalError(
-            f"{folder}: XTREME's Tatoeba files have their English side sorted, so lines do not match; take LASER's, "
+            f"{folder}: XTREME's Tatoeba files have their English side sorted, so lines do not match; use LASER's, "
             "such as tatoeba.deu-eng.deu"
         )
     if not found:
@@ -145,7 +145,7 @@ def _rows(file: Path, language: str) -> Iterator[_Row]:
 
 def _row(row: dict[str, Any], place: str, language: str) -> _Row:
     if row.get("group") is None:
-        raise EvalError(f"{place}: no `group`, which tells what it is a translation of")
+        raise EvalError(f"{place}: no `group`, which identifies the item it translates")
     if row.get("language", language) != language:
         raise EvalError(f"{place}: language {row['language']!r} in a file of {language!r}; a file has one language")
     field = next((name for name in TEXT_FIELDS if row.get(name)), None)
@@ -154,5 +154,5 @@ def _row(row: dict[str, Any], place: str, language: str) -> _Row:
     text = " ".join(map(str, row[field])) if isinstance(row[field], list) else row[field]
     translation = row.get("translation")
     if not isinstance(text, str) or not text.strip() or not (translation is None or isinstance(translation, str)):
-        raise EvalError(f"{place}: `{field}` or `translation` is no text, but {str(row[field])[:40]!r}")
+        raise EvalError(f"{place}: `{field}` or `translation` is not text, but {str(row[field])[:40]!r}")
     return _Row(place, item_key(str(row["group"])), text.strip(), translation)

@@ -1,7 +1,7 @@
 """Plots of a `RepresentationReport`: CKA and centroid distance by layer, one colour a model.
 
-Bold: the mean over languages. Thin: each language; those of the last model are named at the right edge, at the height
-of their last value. Colours are those of Okabe and Ito, which colour-blind people can distinguish; models also differ
+Bold: the mean over languages. Thin: each language; the last model's are labelled at the right edge, at the height of
+their last value. Colours are those of Okabe and Ito, which colour-blind people can distinguish; models also differ
 in the line's pattern.
 """
 

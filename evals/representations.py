@@ -4,7 +4,7 @@ A `RepresentationReport` holds linear CKA and the distance between centroids of 
 states of translated sentences (docs/methods.md, section 6); as JSON, as a table, and drawn by
 `representation_plots.py`.
 
-Models run plainly: an X-Mixup model unmixed, a ShifCon model unshifted. The changes are in the weights.
+Models run without their method: an X-Mixup model unmixed, a ShifCon model unshifted. What is compared is the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Curve = tuple[float | None, ...]  # h[0] (the embeddings) to h[number of layers]
 
 MEASURES = {
     "cka": "linear CKA of the states of translations (Kornblith et al. 2019); biased upwards with few sentences",
-    "cka_debiased": "the same with the unbiased estimator of HSIC; compare languages of unlike size by this one",
+    "cka_debiased": "the same with the unbiased estimator of HSIC; comparable for different numbers of sentences",
     "centroid_distance": "|mean(x) - mean(y)| / mean(|x_i| + |y_i|) * 2, of the states x_i, y_i of translations",
     "centroid_cosine": "1 - cosine(mean(x), mean(y))",
 }

@@ -1,4 +1,4 @@
-"""Results that describe their own run, in files that are complete or absent."""
+"""The description of an evaluation beside its results, in files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def described_model(generator: ShiftedGenerator) -> dict[str, Any]:
 
 
 def claim(folder: Path, run: Mapping[str, Any]) -> None:
-    """Mark `folder` as this evaluation's, or check that it already is. Raises EvalError if it is another's."""
+    """Mark `folder` as this evaluation's, or check that it already is. Raises EvalError if it belongs to another."""
     file = folder / RUN_FILE
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
-            raise EvalError(f"{folder}: not empty, and no evaluation's folder; name a new one")
+            raise EvalError(f"{folder}: not empty, and not an evaluation's folder; name a new one")
         write_text(file, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
         return
     if (before := read_run(folder) or {}) != run:
@@ -52,7 +52,7 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What `claim` wrote there, None if it never did. Raises EvalError if that is unreadable."""
+    """What `claim` wrote into the folder; None if nothing. Raises EvalError if it is unreadable."""
     file = folder / RUN_FILE
     if not file.is_file():
         return None
@@ -60,7 +60,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         run = json.loads(file.read_bytes())
         run["model"]["hash"], run["model"]["dominant"], run["model"]["objective"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvalError(f"{file}: describes no evaluation; name a new folder") from error
+        raise EvalError(f"{file}: does not describe an evaluation; name a new folder") from error
     return dict(run)
 
 

@@ -42,7 +42,7 @@ def clustered_mean(values_by_item: Sequence[Sequence[float]], confidence: float 
     """Mean over items of each item's mean, with Student's t interval over items: (mean, low, high).
 
     For scores over several languages that share their items: the languages' answers to one item are not
-    independent, so the item is what counts. ValueError with fewer than two items.
+    independent, so the interval is over items. ValueError with fewer than two items.
     """
     from scipy.stats import t
 

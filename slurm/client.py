@@ -1,7 +1,7 @@
 """Slurm's programs: the only file that runs sbatch, squeue, scontrol, sacct and scancel.
 
 It handles the differences between Slurm's versions and sites: job numbers with and without `--parsable`'s form,
-warnings around them, jobs that Slurm has forgotten, clusters without accounting.
+warnings around them, jobs that Slurm no longer lists, clusters without accounting.
 """
 
 from __future__ import annotations
@@ -104,17 +104,19 @@ def queued(jobs: Sequence[JobId]) -> list[JobState]:
     for cluster, numbers in _by_cluster(jobs):
         answer = _call(["squeue", "--noheader", "--array", *_cluster(cluster), f"--jobs={','.join(numbers)}",
                         "--format=%i|%T|%r|%M|%N"])  # fmt: skip
-        if answer.returncode != 0 and "Invalid job id" not in answer.stderr:  # Slurm has forgotten the job: not queued
+        if (
+            answer.returncode != 0 and "Invalid job id" not in answer.stderr
+        ):  # Slurm no longer lists the job: not queued
             raise SlurmError(f"squeue: {_reason(answer.stderr)}")
         for line in answer.stdout.splitlines():
-            if line.count("|") == 4:  # not the headline of a cluster
+            if line.count("|") == 4:  # not a cluster's header line
                 job, state, reason, elapsed, nodes = line.split("|")
                 found.append(JobState(job, state, _known(reason), _known(elapsed), _known(nodes)))
     return found
 
 
 def past(job: JobId) -> list[JobState]:
-    """States of a job that is no longer queued: from accounting, else from the controller's memory."""
+    """States of a job that is no longer queued: from accounting, else from the controller."""
     return _from_accounting(job) or _from_controller(job)
 
 
@@ -164,14 +166,14 @@ def _field(text: str, name: str) -> str | None:
 
 
 def output_file(job: JobId) -> str | None:
-    """Slurm's output file of a job; None if the controller has forgotten the job."""
+    """Slurm's output file of a job; None if the controller no longer lists the job."""
     answer = _call(["scontrol", "show", *_cluster(job.cluster), "job", job.number])
     found = re.search(r"(?m)^ *StdOut=(.*)$", answer.stdout) if answer.returncode == 0 else None
     return found[1] if found else None
 
 
 def cancel(jobs: Sequence[JobId], *options: str) -> None:
-    """Run `scancel` with options such as CHECKPOINT_FIRST; jobs that have ended meanwhile are no error."""
+    """Run `scancel` with options such as CHECKPOINT_FIRST; jobs that have already ended are ignored."""
     for cluster, numbers in _by_cluster(jobs):
         answer = _call(["scancel", *options, *_cluster(cluster), *numbers])
         if answer.returncode != 0 and not any(each in answer.stderr for each in HAS_ENDED):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from slurm.request import Request
     from training.run_folder.status import RunStatus
 
-NOT_QUEUED = ("submit", "status", "logs", "cancel", "ui")  # commands for the login node, not for `--then`
-POLL_S = 2.0  # between two checks whether a local run is alive, while its log is followed
+NOT_QUEUEABLE = ("submit", "status", "logs", "cancel", "ui")  # commands for the login node, not for `--then`
+POLL_S = 2.0  # between two checks whether a local run is alive, while following its log
 Target = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or a job's number")]
 
 
@@ -107,7 +107,7 @@ def status(
         print(f"{_job_line(each)}; {done}" if done else _job_line(each))
     if steps:
         print(steps)
-    for started in local_runs(target.run):  # it may also have been started without Slurm
+    for started in local_runs(target.run):  # the run may also have been started without Slurm
         if started.alive() and not started.job:
             print(started)
 
@@ -151,7 +151,7 @@ def cancel(run: Target) -> None:
 def _queueable_commands(context: typer.Context) -> list[str]:
     """Names of the commands that `--then` may queue."""
     root = context.find_root().command
-    return [name for name in root.list_commands(context) if name not in NOT_QUEUED]  # type: ignore[attr-defined]
+    return [name for name in root.list_commands(context) if name not in NOT_QUEUEABLE]  # type: ignore[attr-defined]
 
 
 def _local_runs(text: str) -> Sequence[RunStatus]:
@@ -225,7 +225,9 @@ def _job_title(job: SubmittedJob, request: Request) -> str:
 def _job_line(job: JobReport) -> str:
     """The state of one job in one line."""
     details = [
-        job.state.lower() if job.state != "UNKNOWN" else "forgotten by Slurm; its log and record show how it ended",
+        job.state.lower()
+        if job.state != "UNKNOWN"
+        else "no longer listed by Slurm; its log and record show how it ended",
         job.reason and f"({job.reason})",
         job.elapsed and f"for {job.elapsed}",
         job.nodes and f"on {job.nodes}",

@@ -32,7 +32,7 @@ def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> s
     if not place and (key := message.partition(": ")[0]) in origins:  # found when the keys were validated together
         place, message = [key], message.partition(": ")[2]
     origin = origins.get(place[0]) if place else None
-    # An option names itself; a file's key comes after the file.
+    # For an option, the origin is the key; for a file, the key follows the file's name.
     of_option = [part for part in place[1:] if not part.isdigit()]
     path = ".".join(of_option if origin and origin.startswith("--") else place)
     where = ": ".join(filter(None, [origin, path]))

@@ -16,7 +16,7 @@ from training.tracking.run_record import RECORD_NAME, read_events
 
 FOLLOW_INTERVAL_S = 0.5
 QUERY_INTERVAL_S = 15.0  # between two queries of Slurm while a log is followed
-FORGOTTEN = "UNKNOWN"
+UNLISTED = "UNKNOWN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class JobReport:
 
     job: str
     what: str  # "train", or a crosslift command
-    state: str  # Slurm's; UNKNOWN if Slurm has forgotten the job
+    state: str  # Slurm's; UNKNOWN if Slurm no longer lists the job
     reason: str | None
     elapsed: str | None
     nodes: str | None
@@ -97,7 +97,7 @@ def report(target: Target) -> list[JobReport]:
         if len(states) < job.elements:  # the others have ended
             past = [each for each in client.past(job.id) if each.job not in known and belongs_to(each, job)]
             states = [*past, *states]
-        found += [_report(job, state) for state in states or [JobState(job.job, FORGOTTEN)]]
+        found += [_report(job, state) for state in states or [JobState(job.job, UNLISTED)]]
     return found
 
 
@@ -114,10 +114,10 @@ def _report(job: SubmittedJob, state: JobState) -> JobReport:
 
 
 def cancel(target: Target) -> tuple[list[str], list[str]]:
-    """Cancel these jobs: numbers of those that were ended at once, and of those that save a checkpoint first."""
+    """Cancel these jobs: numbers of those cancelled at once, and of those that save a checkpoint first."""
     at_once: list[JobId] = []
     saving: list[JobId] = []
-    for job in reversed(target.jobs):  # dependent jobs first, or Slurm would cancel them in between
+    for job in reversed(target.jobs):  # dependent jobs first, as Slurm would cancel them itself
         states = [each for each in client.queued([job.id]) if belongs_to(each, job)]
         running = [JobId(each.job, job.cluster) for each in states if job.trains and each.state == "RUNNING"]
         saving += running
@@ -185,4 +185,4 @@ def follow_file(file: Path, has_ended: Callable[[], bool] | None, query_interval
         time.sleep(FOLLOW_INTERVAL_S)
         if time.monotonic() - queried > query_interval:
             queried = time.monotonic()
-            ended = has_ended()  # the rest is read once more
+            ended = has_ended()  # the end of the file is read in one more pass

@@ -1,7 +1,7 @@
 """The program that a job runs once per node: checks the node, then starts the launcher or another crosslift command.
 
-It imports only the standard library, so that a package that is missing on a node is reported in one line with the
-node's name, not by a traceback.
+It imports only the standard library, so that a missing package is reported in one line with the node's name, not by a
+traceback.
 
 It stays the launcher's parent, because srun must get 0, not 75, from a node that stopped on request:
 `--kill-on-bad-exit` would kill the nodes that take a moment longer. Node 0 writes the real status into the outcome
@@ -33,12 +33,12 @@ from pathlib import Path
 STOPPED, USER_ERROR = 75, 2
 OLDEST_PYTHON = (3, 11)
 NEEDED = ("torch", "deepspeed", "transformers", "pydantic", "yaml", "typer")
-OTHER_NODES_S = 5  # a node with problems waits so long: when it ends, srun kills the others, which may have some too
+OTHER_NODES_S = 5  # delay of a node with problems: when it exits, srun kills the others before they report theirs
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check and prepare this node, run the work; this node's status for srun."""
+    """Check and prepare this node and run the work. Returns this node's status for srun."""
     options = _options(arguments)
     node = Node(options)
     if problems := node.problems():
@@ -65,8 +65,8 @@ class Node:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.rank = int(os.environ.get("SLURM_NODEID", "0"))
-        host, slurms = socket.gethostname(), os.environ.get("SLURMD_NODENAME")
-        self.name = host if slurms in (None, host, host.partition(".")[0]) else f"{slurms} ({host})"
+        host, slurm_name = socket.gethostname(), os.environ.get("SLURMD_NODENAME")
+        self.name = host if slurm_name in (None, host, host.partition(".")[0]) else f"{slurm_name} ({host})"
 
     def problems(self) -> list[str]:
         """One line per reason why this node cannot run the work."""
@@ -77,7 +77,7 @@ class Node:
         if missing:
             found.append(
                 f"{sys.executable} lacks {', '.join(missing)}; the environment that crosslift is installed in must be "
-                "on every node: give its interpreter (python), or the setup lines or container that bring it"
+                "on every node: give its interpreter (python), or the setup lines or container that provide it"
             )
         if os.getcwd() != str(options.chdir) and not _same_folder(options.chdir):
             found.append(f"cannot enter {options.chdir}; it must be on a disk that all nodes share")
@@ -92,7 +92,7 @@ class Node:
         return found
 
     def prepare(self) -> list[str]:
-        """Set this node's environment variables, except those that the user has set; what was set, for the log."""
+        """Set this node's environment variables, except those set by the user. Returns what was set, for the log."""
         done = []
         # Compiled ops: nodes differ in GPUs and compilers, and two that build in the same folder block each other.
         # `prebuilt` is the folder of `training.engine.ops.prebuilt`, which this program cannot import.
@@ -135,7 +135,7 @@ class Work:
         self._forwarded: signal.Signals | None = None
 
     def run(self) -> int:
-        """Run it; its exit status: 128 + n for signal n, but 75 if a stop signal came before its handler."""
+        """Run it. Returns the exit status: 128 + n for signal n, but 75 for a stop signal before its handler."""
         # Signals are awaited, not handled: a handler could miss one between two calls, and none runs at Python's exit.
         awaited = {*STOP_SIGNALS, signal.SIGCHLD}
         signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
@@ -147,7 +147,7 @@ class Work:
         while (status := process.poll()) is None:
             number = signal.Signals(signal.sigwait(awaited))
             if number != signal.SIGCHLD:
-                # Slurm signals every process of a step, others perhaps this one only. Twice is harmless.
+                # Slurm signals every process of a step, others perhaps only this one. A second signal is harmless.
                 self._forwarded = number
                 process.send_signal(number)
         if status < 0:

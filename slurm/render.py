@@ -144,10 +144,10 @@ _UNSET = "\n".join([
     "unset " + " ".join(f'"${{!{prefix}@}}"' for prefix in FOREIGN),
 ])  # fmt: skip
 
-_MEETING = f"""
+_RENDEZVOUS = f"""
 # The number of nodes may have been changed while the job was pending.
 nodes=$SLURM_JOB_NUM_NODES
-# The nodes meet at a free port of the first one, on which this script runs.
+# The rendezvous of the nodes: a free port of the first one, on which this script runs.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))
 while (: > "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 1)); done"""
@@ -166,7 +166,7 @@ def _work(spec: JobSpec) -> list[str]:
     if spec.kind == "command":
         return ["", _step(spec)]
     return [
-        _MEETING, _DEADLINE, _STEP_BEGINS, f"{_step(spec)} &", _WAIT,
+        _RENDEZVOUS, _DEADLINE, _STEP_BEGINS, f"{_step(spec)} &", _WAIT,
         _END.format(max_requeues=spec.settings.max_requeues, probe=_every_node(spec), probe_seconds=PROBE_TIMEOUT_S,
                     idle_requeues=IDLE_REQUEUES),
     ]  # fmt: skip
@@ -202,7 +202,7 @@ def _every_node(spec: JobSpec) -> str:
 
 
 _STEP_BEGINS = r"""
-# This shell survives the signals that end a job, to handle the end of its step. Slurm itself signals the step's
+# This shell traps the signals that end a job, to handle the end of its step. Slurm itself signals the step's
 # processes. ALRM comes from `crosslift cancel`, to this shell only: plain scancel gives ranks KillWait to save, and a
 # TERM that reaches srun kills them at once. (A shell cannot trap HUP if slurmd was started with nohup.)
 rm -f "$outcome"
@@ -218,7 +218,7 @@ trap 'stop' USR1 USR2
 trap 'ended=1 cancelled=1; stop' ALRM"""
 
 # Each node looks for its interpreter first, since Slurm's message about a missing one does not name it. The first node
-# that ends with an error makes srun kill the others: it waits until they have printed what they lack.
+# that ends with an error makes srun kill the others: it waits until they have printed their problems.
 _PROGRAM = f"""bash -c '
     command -v "$1" > /dev/null && exec "$@"
     trap "exit 2" TERM

@@ -141,7 +141,7 @@ def build_request(options: SubmitOptions, commands: Collection[str]) -> Request:
 
 
 def job_specs(request: Request, folder: Path) -> list[JobSpec]:
-    """The jobs of a request, the run first. Those that follow lack the number of the job before, not known yet.
+    """The jobs of a request, the run first. Those that follow lack the number of the previous job, not known yet.
 
     Args:
         folder: of the submission.

@@ -24,7 +24,7 @@ OPTION = re.compile(r"[a-z][a-z0-9-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NOT_IN_SCRIPTS = "and job scripts are files; set it in the shell that submits, from which jobs inherit it"
 # Prefixes of variables that belong to the processes of another job, launcher or MPI. If the submitting shell has some,
-# the job's ranks would take over another allocation's deadline, rank or address.
+# the job's ranks would inherit another allocation's deadline, rank or address.
 FOREIGN = (
     "CROSSLIFT_", "SRUN_", "SALLOC_", "PMI", "OMPI_", "PRTE_", "HYDI_", "MPI_LOCAL", "MV2_COMM_", "TORCHELASTIC_",
     "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_",
@@ -52,7 +52,9 @@ def printable(text: str) -> str:
 def _path(path: Path) -> Path:
     printable(str(path))
     if "\\" in str(path):
-        raise ValueError(f"{str(path)!r} holds a backslash, with which Slurm puts no job number into file names")
+        raise ValueError(
+            f"{str(path)!r} holds a backslash, which prevents Slurm from putting job numbers into file names"
+        )
     return path
 
 
@@ -148,7 +150,7 @@ class JobSettings(Section):
     gpu_memory_gib: float | None = Field(None, gt=0, description="memory of a GPU, compared with what the run needs")
     grace_seconds: int | None = Field(
         None, ge=1, le=65535,
-        description="seconds before the time limit at which ranks are told to stop; by default 300, or a quarter of it",
+        description="seconds before the time limit at which ranks are stopped; by default 300, or a quarter of it",
     )  # fmt: skip
     max_requeues: int = Field(20, ge=0, description="how often a stopped job requeues itself")
     sbatch: Plain[dict[str, str | int | bool]] = Field(
@@ -161,7 +163,7 @@ class JobSettings(Section):
             if not VARIABLE.fullmatch(name):
                 raise ValueError(f"environment: {name!r} is not a valid name of a variable")
             if is_secret_name(name):
-                raise ValueError(f"environment: {name} looks secret, {NOT_IN_SCRIPTS}")
+                raise ValueError(f"environment: {name} looks like a secret, {NOT_IN_SCRIPTS}")
             if without_login(self.environment[name]) != self.environment[name]:
                 raise ValueError(f"environment: {name} holds an address with a login, {NOT_IN_SCRIPTS}")
             if "\0" in self.environment[name]:
@@ -169,7 +171,7 @@ class JobSettings(Section):
         for name, value in self.sbatch.items():
             if name in OWN_OPTIONS:
                 instead = OWN_OPTIONS[name]
-                raise ValueError(f"sbatch: {name} is crosslift's own" + (f"; use {instead}" if instead else ""))
+                raise ValueError(f"sbatch: {name} is set by crosslift" + (f"; use {instead}" if instead else ""))
             if not OPTION.fullmatch(name):
                 raise ValueError(
                     f"sbatch: {name!r} is not an option; write it as sbatch does, such as constraint: a100"
@@ -189,7 +191,7 @@ class JobSettings(Section):
 
     @property
     def grace(self) -> int:
-        """Seconds before the time limit at which ranks are told to stop."""
+        """Seconds before the time limit at which ranks are stopped."""
         quarter = self.time_limit // 4 if self.time_limit else GRACE_SECONDS
         return self.grace_seconds or max(min(GRACE_SECONDS, quarter), 1)
 

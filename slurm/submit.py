@@ -33,7 +33,7 @@ from training.provenance import git_state
 
 SOURCE = Path(__file__).resolve().parent.parent
 PACKAGES = ("training", "modeling", "data_pipeline", "evals", "slurm")
-FRONT_DOOR = "crosslift.py"
+ENTRY_POINT = "crosslift.py"
 SUFFIXES = (".py", ".yaml")  # yaml: the data of packages
 
 
@@ -64,10 +64,10 @@ def submit(request: Request) -> list[SubmittedJob]:
 
 
 def refuse_if_queued(request: Request) -> None:
-    """Refuse a run that has a pending or running job: two would write the same checkpoints.
+    """Check that the run has no pending or running job, because two jobs would write the same checkpoints.
 
     Raises:
-        SlurmError: naming the job.
+        SlurmError: it has one; names the job.
     """
     for folder in dict.fromkeys((request.folder, *(run.folder for run in request.runs))):
         # Only jobs that train: a command queued behind a run only reads it.
@@ -89,14 +89,14 @@ def dry_run(request: Request) -> Iterator[tuple[str, list[str]]]:
 
 
 def freeze_source(target: Path, git: dict[str, str], source: Path = SOURCE) -> int:
-    """Copy crosslift.py and all packages into the new folder `target`; the number of files.
+    """Copy crosslift.py and all packages into the new folder `target`. Returns the number of files.
 
-    Only source files are copied, by their suffix: no hidden file, and nothing else that is in a checkout.
+    Only source files are copied, by their suffix: no hidden files and no other files of a checkout.
 
     Args:
-        git: commit and whether it is dirty, written beside the copy, which is not a checkout; empty: unknown.
+        git: commit and whether it is dirty, written into the copy, which is not a checkout; empty: unknown.
     """
-    files = [source / FRONT_DOOR]
+    files = [source / ENTRY_POINT]
     for package in PACKAGES:
         for folder, names, found in os.walk(source / package):
             names[:] = sorted(name for name in names if not name.startswith((".", "__pycache__")))

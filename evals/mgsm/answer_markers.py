@@ -2,7 +2,8 @@
 
 Every language has the same forms, each with its own words: "Answer: 18", "**Answer**: 18", "The answer is 18", "Answer
 - 18", "Answer = 18", and at the start of a line or sentence "Answer 18". "#### 18" and "\\boxed{18}" belong to no
-language. The forms of all languages count in all texts: models fall back to English, or to the question's language.
+language. The forms of all languages count in all texts, because models may answer in English or in the question's
+language.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ _TURN_HEADER = re.compile(
 )
 
 
-def own_turn(text: str) -> str:
-    """The output without the header of a next turn and everything after it, and without leading headers.
+def until_next_turn(text: str) -> str:
+    """The output up to the header of a next turn, without leading headers.
 
     Text that only looks like a next question ("Question: ...") ends the answer only after a number.
     """

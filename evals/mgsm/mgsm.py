@@ -1,7 +1,7 @@
-"""MGSM: grade-school problems in many languages, answered by a model and judged by every rule of `numbers.py`.
+"""MGSM: grade-school problems in many languages, answered by a model and scored by every rule of `numbers.py`.
 
 Reads `mgsm_XX.tsv` files (question TAB gold). Writes `predictions/mgsm_XX.jsonl`, every raw output with the result of
-each rule, and `results.json`, which describes the run. `score_mgsm` judges kept outputs again, by the same rules or by
+each rule, and `results.json`, which describes the run. `score_mgsm` scores saved outputs again, by the same rules or by
 later ones.
 
 The published protocol (MathOctopus, QAlign): zero-shot, greedy, up to 600 new tokens, the `alpaca` template. An
@@ -104,7 +104,7 @@ def evaluate_mgsm(
 ) -> dict[str, Any]:
     """Run MGSM and return what it wrote to `output/results.json`.
 
-    Raises EvalError for malformed data, or if `output` holds another evaluation.
+    Raises EvalError for malformed data, or if `output` contains another evaluation.
     """
     settings = settings or MgsmSettings()
     limit, max_new_tokens = settings.limit, settings.max_new_tokens
@@ -139,28 +139,28 @@ def evaluate_mgsm(
     with Progress("mgsm", sum(map(len, problems.values())), "problems") as progress:
         progress.advance(sum(map(len, rows.values())))
         for group in _filling_batches(problems, rows, settings.batch_size):
-            asked = {
+            prompts_of = {
                 language: [_prompt(chat, problem, language, response_language or language) for problem in chosen]
                 for language, chosen in group.items()
             }
-            prompts = list(chain.from_iterable(asked.values()))
+            prompts = list(chain.from_iterable(prompts_of.values()))
             answers = iter(generator.generate(prompts, max_new_tokens, 1, settings.batch_size, progress.advance))
             for language, chosen in group.items():
                 rows[language] = [
-                    _judged(_row(chat, index, problem, prompt, next(answers)), language)
-                    for index, (problem, prompt) in enumerate(zip(chosen, asked[language], strict=True))
+                    _scored(_row(chat, index, problem, prompt, next(answers)), language)
+                    for index, (problem, prompt) in enumerate(zip(chosen, prompts_of[language], strict=True))
                 ]
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[language]]
                 write_text(kept / f"mgsm_{language}.jsonl", "".join(lines))
     scores = {language: _score(rows[language], len(every)) for language, every in found.items()}
-    missing = dict.fromkeys(find_files(data_dir, ".tsv").keys() - files.keys(), "not asked for")
+    missing = dict.fromkeys(find_files(data_dir, ".tsv").keys() - files.keys(), "not requested")
     results = {"run": run, **_summary(scores, generator.info.dominant, missing)}
     write_text(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     return results
 
 
 def score_mgsm(predictions: str | Path, labels: str | Path) -> dict[str, Any]:
-    """Judge kept outputs again: `predictions` is an evaluation's folder, its predictions, or one file of them.
+    """Score saved outputs again: `predictions` is an evaluation's folder, its predictions, or one file of them.
 
     A line needs only `output`; `index` (0-based; default: the line's place), `question`, `response_language`,
     `finished`, `shifted` and `tokens` are used if present. `labels`: the folder of `mgsm_XX.tsv`. Returns what
@@ -182,7 +182,7 @@ def score_mgsm(predictions: str | Path, labels: str | Path) -> dict[str, Any]:
 
 
 def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Kept rows, judged again against `problems`. Raises EvalError naming file and line."""
+    """Saved rows, scored again against `problems`. Raises EvalError naming file and line."""
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(file.read_bytes().removesuffix(b"\n").split(b"\n")):
         try:
@@ -193,18 +193,18 @@ def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> 
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvalError(f'{file}:{number + 1}: not an answer; a line is {{"output": TEXT}}') from error
         if not 0 <= index < len(problems) or index in rows:
-            fault = "comes twice" if index in rows else f"is not one of the {len(problems)} there are"
+            fault = "comes twice" if index in rows else f"is not one of the {len(problems)} problems"
             raise EvalError(f"{file}:{number + 1}: problem {index} {fault}")
         if row.get("question", problems[index].question) != problems[index].question:
             raise EvalError(f"{file}:{number + 1}: answers another question than problem {index} of the labels")
-        rows[index] = _judged({**row, "gold": problems[index].gold}, language)
+        rows[index] = _scored({**row, "gold": problems[index].gold}, language)
     return [rows[index] for index in sorted(rows)]
 
 
 def _filling_batches(
     problems: Mapping[str, Sequence[Problem]], done: Collection[str], batch_size: int
 ) -> Iterator[dict[str, Sequence[Problem]]]:
-    """The languages that are not `done`, joined until they fill a batch: with few problems each, batches stay full."""
+    """Groups of the languages that are not `done`, each with enough problems to fill a batch."""
     group: dict[str, Sequence[Problem]] = {}
     for language, chosen in problems.items():
         if language not in done:
@@ -238,25 +238,25 @@ def _row(chat: Chat, index: int, problem: Problem, prompt: Prompt, answer: Gener
     }
 
 
-def _judged(row: dict[str, Any], language: str) -> dict[str, Any]:
+def _scored(row: dict[str, Any], language: str) -> dict[str, Any]:
     """The row with what every rule extracts from its output, and whether that is correct."""
     written = row.get("response_language") or language
     found = {name: rule.extract(row["output"], written) for name, rule in RULES.items()}
     return {
         **row,
         "extracted": {name: None if value is None else str(value) for name, value in found.items()},
-        "correct": {name: rule.right(found[name], row["gold"]) for name, rule in RULES.items()},
+        "correct": {name: rule.is_correct(found[name], row["gold"]) for name, rule in RULES.items()},
     }
 
 
 def _score(rows: Sequence[Mapping[str, Any]], available: int) -> dict[str, Any]:
     """One language's scores on `n` of the `available` problems, `partial` if there are more; shares of 1.
 
-    `shifted`: every answer was shifted. None: the predictions do not show it.
+    `shifted`: every answer was shifted. None: the predictions do not contain it.
     """
     n = len(rows)
 
-    def told(key: str) -> list[Any] | None:
+    def column(key: str) -> list[Any] | None:
         return [row[key] for row in rows] if all(key in row for row in rows) else None
 
     accuracy = {}
@@ -264,7 +264,7 @@ def _score(rows: Sequence[Mapping[str, Any]], available: int) -> dict[str, Any]:
         correct = sum(row["correct"][rule] for row in rows)
         low, high = wilson_interval(correct, n)
         accuracy[rule] = {"correct": correct, "value": correct / n, "low": low, "high": high}
-    finished, shifted, tokens, prompts = (told(key) for key in ("finished", "shifted", "tokens", "prompt"))
+    finished, shifted, tokens, prompts = (column(key) for key in ("finished", "shifted", "tokens", "prompt"))
     return {
         "n": n,
         "available": available,

@@ -5,8 +5,7 @@ Each rule of `RULES` extracts a number from a raw output, given its language, an
 - `last_number` (headline): the rule of MathOctopus and QAlign, with its quirks, so that results are comparable with
   published ones: signs are dropped, "no number" counts as 0, tolerance 1e-3.
 - `lm_eval_strict`, `lm_eval_flexible`: lm-evaluation-harness 0.4.13, tasks `mgsm_native_cot_*`, including the
-comparison
-  of strings after deleting all punctuation (so 1.8 is "right" for 18).
+  comparison of strings after deleting all punctuation (so 1.8 is "right" for 18).
 - `robust` (ours): the number after the last answer marker (`answer_markers.py`), else the last one; digits of every
   script, the language's separators, words for powers of ten (`numerals.py`); exact fractions and decimals; an answer
   without a number is wrong.
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from evals.mgsm.answer_markers import answer_markers, own_turn
+from evals.mgsm.answer_markers import answer_markers, until_next_turn
 from evals.mgsm.numerals import Number, multiplied, normalised, number_pattern, value
 
 _TOLERANCE = 1e-3
@@ -78,7 +77,7 @@ def robust(text: str, language: str = "en") -> Number | None:
     language: in the Spanish, French, Russian and German translations of GSM8K all 325 such numbers that also stand in
     the English question are thousands. Words for powers of ten multiply ("3万5千", "1.2 million").
     """
-    text = multiplied(own_turn(normalised(text)), language)
+    text = multiplied(until_next_turn(normalised(text)), language)
     pattern = number_pattern(language)
     for marker in reversed(answer_markers(text)):
         if found := _marked(text, marker, pattern):
@@ -90,8 +89,8 @@ def robust(text: str, language: str = "en") -> Number | None:
 def _marked(text: str, marker: re.Match[str], pattern: re.Pattern[str]) -> tuple[str, re.Match[str]] | None:
     """A text and the number in it that the marker introduces; None if its line has none.
 
-    It is the first number, or what that is said to equal: "9 * 2 = 18". But "Answer:" without a number before it may
-    introduce a whole solution: then its last number is meant, unless the first one follows immediately.
+    It is the first number, or the one after an equals sign that follows: "9 * 2 = 18". But "Answer:" without a number
+    before it may introduce a whole solution: then its last number is meant, unless the first one follows immediately.
     """
     rest = text[marker.end() :].lstrip(" \t\r\n:*_`,、，")
     answer = rest.split("\n", 1)[0]
@@ -119,7 +118,7 @@ def gold_number(text: str) -> Decimal:
 
 
 def _within_tolerance(answer: Number | str | None, gold: str) -> bool:
-    expected = last_number(gold)  # their scorer reads gold and answer in the same way, so both lose a minus
+    expected = last_number(gold)  # their scorer parses gold and answer in the same way, so both lose a minus sign
     return abs(float(answer or 0) - float(expected or 0)) < _TOLERANCE
 
 
@@ -133,11 +132,11 @@ def _same_value(answer: Number | str | None, gold: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`extract(text, language)` returns what was found or None; `right(found, gold text)` judges it."""
+    """`extract(text, language)` returns what was found or None; `is_correct(found, gold text)` compares it."""
 
     name: str
     extract: Callable[[str, str], Number | str | None]
-    right: Callable[[Number | str | None, str], bool]
+    is_correct: Callable[[Number | str | None, str], bool]
 
 
 HEADLINE = "last_number"

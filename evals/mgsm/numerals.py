@@ -14,7 +14,7 @@ from functools import cache
 
 Number = Decimal | Fraction
 
-_LONGEST = 200  # characters; a longer "number" is a model in a loop
+_LONGEST = 200  # characters; a longer "number" is repetitive output
 _SPACE_GROUPS = {"be", "bg", "cs", "es", "et", "fi", "fr", "hu", "hy", "ka", "kk", "lt", "lv", "nb", "nn"}
 _SPACE_GROUPS |= {"no", "pl", "pt", "ru", "sk", "sq", "sv", "uk", "uz"}
 _DECIMAL_COMMA = {"az", "bs", "ca", "da", "de", "el", "eu", "gl", "hr", "id", "is", "it", "mk", "nl"}
@@ -38,7 +38,7 @@ _LATEX = [
         (r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\0\1/\2"),
     )
 ]
-# Words that multiply the number before them, as powers of ten. Those that also begin other words say which.
+# Words that multiply the number before them, as powers of ten. Those that also begin other words exclude these.
 _POWERS: dict[str, dict[str, int]] = {
     "ar": {"مئة|مائة": 2, "ألف|آلاف|الاف": 3, "مليون|ملايين": 6, "مليار(?:ات)?": 9},
     "bn": {"শত(?![ঀ-৿])": 2, "হাজার": 3, "লক্ষ(?!্)|লাখ": 5, "মিলিয়ন": 6, "কোটি": 7, "বিলিয়ন": 9},

@@ -1,4 +1,4 @@
-"""MGSM's results as a table, a plot and metrics; sent to the MLflow page of the run that made the model."""
+"""MGSM's results as a table, a plot and metrics, logged to the MLflow run that trained the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evals.results import RESULTS_FILE, by_reason
 from evals.statistics import Accuracy
 
 TABLE_FILE, PLOT_FILE = "table.txt", "accuracy.png"
-UNSHIFTED = "\u2020"  # a dagger, as the star marks what is partial
+UNSHIFTED = "\u2020"  # a dagger; the star marks partial results
 
 
 def mgsm_table(results: Mapping[str, Mapping[str, Any]], rules: Sequence[str] = (HEADLINE,)) -> str:
@@ -41,8 +41,8 @@ def mgsm_table(results: Mapping[str, Mapping[str, Any]], rules: Sequence[str] = 
             (f"mean {average.replace('_', ' ')}", [_mean(results[n], average, r, languages) for n, r in columns])
         )
     for name, result in results.items():
-        of_whom = f"{name}: " if len(results) > 1 else ""
-        notes += [f"* {of_whom}{note}" for note in _notes(result, languages)]
+        prefix = f"{name}: " if len(results) > 1 else ""
+        notes += [f"* {prefix}{note}" for note in _notes(result, languages)]
     header = ["language", *headers]
     return table(header, [(name, *cells) for name, cells in rows], text=range(len(header)), notes=notes)
 
@@ -73,7 +73,7 @@ def _notes(result: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
         for language, score in result["languages"].items()
         if score["partial"]
     }
-    absent = {language: "not there" for language in languages if language not in result["languages"]}
+    absent = {language: "not evaluated" for language in languages if language not in result["languages"]}
     missing = absent | result["missing"]
     return [by_reason(some)] * bool(some) + [f"means lack languages: {by_reason(missing)}"] * bool(missing)
 
@@ -89,7 +89,7 @@ def score_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> list[Path]:
-    """Write the table and the plot beside an evaluation's results.json; all three files. Raises WriteError."""
+    """Write the table and the plot beside an evaluation's results.json. Returns all three files. Raises WriteError."""
     text, plot = output / TABLE_FILE, output / PLOT_FILE
     counts = ", ".join(f"{language} {_count(score)}" for language, score in results["languages"].items())
     write_text(text, f"{mgsm_table({name: results})}\n\nproblems: {counts}\n")
@@ -99,7 +99,7 @@ def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> li
 
 
 def track_results(results: Mapping[str, Any], output: Path, name: str) -> str | None:
-    """Send an evaluation's scores to the MLflow page of the run that made the model; a line about it, None: no run."""
+    """Log an evaluation's scores to the MLflow run that trained the model. Returns a line about it; None: no run."""
     from training.tracking.scores import track_scores
 
     model = Path(results["run"]["model"]["path"])

@@ -1,4 +1,4 @@
-"""Readers of files in the layout of XTREME's scorer; a bad line is refused with its number.
+"""Readers of files in the layout of XTREME's scorer; a bad line is an error with its number.
 
 `test-LANG.tsv` or `.json`, predictions or gold labels: UTF-8 with or without BOM, LF or CRLF; spaces around a line are
 ignored. Gold files without labels are refused: XTREME's download script erases the labels of its test files (XNLI,
@@ -17,7 +17,7 @@ from typing import Any
 from evals.errors import EvalError
 
 ERASED = "XTREME's download script erases test labels; take them from the original data"
-_FEWEST_ERASED = 20  # this many equal labels (taggers: sentences) are no coincidence
+_MIN_ERASED = 20  # from this many labels (taggers: sentences) on, all equal ones count as erased
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
@@ -42,7 +42,7 @@ def read_labels(file: Path, labels: Sequence[str], gold: bool = False) -> list[s
     lines = _lines(file)
     for number, line in enumerate(lines, 1):
         _check_label(file, number, line, labels, gold)
-    if gold and len(lines) >= _FEWEST_ERASED and len(set(lines)) == 1:
+    if gold and len(lines) >= _MIN_ERASED and len(set(lines)) == 1:
         raise EvalError(f"{file}: all {len(lines)} labels are {lines[0]!r}; {ERASED}")
     return lines
 
@@ -62,7 +62,7 @@ def read_tags(file: Path, tags: Sequence[str], gold: bool = False) -> list[Tagge
     if not sentences:
         raise EvalError(f"{file}: holds no tags; a line is one tag, a blank line ends a sentence")
     found = {tag for sentence in sentences for tag in sentence.tags}
-    if gold and len(sentences) >= _FEWEST_ERASED and len(found) == 1:
+    if gold and len(sentences) >= _MIN_ERASED and len(found) == 1:
         raise EvalError(f"{file}: all tags of {len(sentences)} sentences are {found.pop()!r}; {ERASED}")
     return sentences
 
@@ -83,7 +83,7 @@ def read_indices(file: Path) -> list[int]:
     lines = _lines(file)
     for number, line in enumerate(lines, 1):
         if not _INDEX.fullmatch(line):
-            raise EvalError(f"{file}:{number}: {_shown(line)} is no sentence number; a line is 0, 1, 2, ...")
+            raise EvalError(f"{file}:{number}: {_shown(line)} is not a sentence number; a line is 0, 1, 2, ...")
     return [int(line) for line in lines]
 
 

@@ -95,7 +95,7 @@ class EncoderPredictor:
         info = ExportInfo.read(directory)
         info.warn_if_check_failed(directory)
         if info.task is None or info.sequence_length is None or info.task["kind"] == "text":
-            raise EvalError(f"{directory / EXPORT_FILE}: missing, or of no task; give a model trained on one")
+            raise EvalError(f"{directory / EXPORT_FILE}: missing, or without a task; use a model trained on one")
         task = TaskConfig(**info.task)
         on_gpu = torch.cuda.is_available()
         number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
@@ -141,17 +141,17 @@ class EncoderPredictor:
         if not record.example.texts or mode == "off" or (mode == "auto" and self.mixup is None):
             return None
         if self.mixup is None:
-            raise EvalError("mixup 'on': the model has no X-Mixup to run; say auto or off")
+            raise EvalError("mixup 'on': the model has no X-Mixup; use auto or off")
         source = record.example if record.language == self.info.dominant else record.back
         if source is None and mode == "on":
             raise EvalError(
                 f"{record.origin}: mixup is 'on', but this row of language {record.language!r} has no translation into"
-                f" {self.info.dominant!r} (back_* fields); prepare the data with translations, or say auto or off"
+                f" {self.info.dominant!r} (back_* fields); prepare the data with translations, or use auto or off"
             )
         return source
 
     def _tags(self, records: Sequence[Record], sources: Sequence[Example | None]) -> list[Floats]:
-        """(W, C) logits for each record, each word's from the window that shows most context; none without words."""
+        """(W, C) logits for each record, each word's from the window with most context for it; none without words."""
         parts: list[list[tuple[EncodedSide, Floats]]] = [[] for _ in records]
         for unit, target, _ in self._run(self._units(records, sources)):
             parts[unit.record].append((unit.target, self._word_logits(unit.target, target[0])))
@@ -242,7 +242,7 @@ def write_predictions(file: Path, kind: str, records: Sequence[Record], values: 
     else:
         answers = {record.id: answer for record, answer in zip(records, values, strict=True)}
         if len(answers) < len(records):
-            raise EvalError(f"{file}: {len(records)} questions share {len(answers)} ids; each needs its own")
+            raise EvalError(f"{file}: {len(records)} questions share {len(answers)} ids; each needs a unique one")
         text = json.dumps(answers, ensure_ascii=False, indent=0) + "\n"
     write_text(file, text)
 

@@ -20,7 +20,7 @@ from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.xtreme.predict import write_predictions
 
-LOOKED_AT = 100  # rows of a file that are looked at
+CHECKED_ROWS = 100  # first rows of a file that are checked
 
 
 def split_files(folder: Path, split: str, task: XtremeTask) -> dict[str, Path]:
@@ -31,7 +31,7 @@ def split_files(folder: Path, split: str, task: XtremeTask) -> dict[str, Path]:
 
 def read_records(file: Path, task: XtremeTask) -> list[Record]:
     """All rows of a file. Raises BadRow with file and line."""
-    assert task.kind != "retrieval"  # not a file of a task
+    assert task.kind != "retrieval"  # retrieval has no row files
     return list(read_task_file(file, task.kind))
 
 
@@ -66,11 +66,11 @@ def check_training(
     assert task.kind != "retrieval"
     backs = False
     for language, file in files.items():
-        records = list(islice(read_task_file(file, task.kind), LOOKED_AT))
+        records = list(islice(read_task_file(file, task.kind), CHECKED_ROWS))
         example = records[0].example
         if task.kind == "tagging" and example.tags is None and example.soft_tags is None:
             raise EvalError(
-                f"{file}:1: neither tags nor soft_tags; let a teacher write them: `crosslift xtreme soft-labels MODEL"
+                f"{file}:1: neither tags nor soft_tags; a teacher writes them: `crosslift xtreme soft-labels MODEL"
                 f" --task {task.name} --translations {file} --output DIR`, then --soft-labels DIR"
             )
         if task.kind == "classification" and example.label is None:
@@ -98,11 +98,11 @@ def write_gold(file: Path, task: XtremeTask, records: Sequence[Record]) -> bool:
     field = {"classification": "label", "tagging": "tags", "qa": "answers"}[task.kind]
     labels: list[Any] = [getattr(record.example, field) for record in records]
     filled = [(record, label) for record, label in zip(records, labels, strict=True) if record.example.texts]
-    bare = next((record for record, label in filled if label is None), None)
+    without = next((record for record, label in filled if label is None), None)
     if all(label is None for _, label in filled):
         return False
-    if bare is not None:
-        raise EvalError(f"{bare.origin}: has no label, but other rows of the file have one; all or none must")
+    if without is not None:
+        raise EvalError(f"{without.origin}: has no label, but other rows of the file have one; all or none must")
     if task.kind == "qa":
         write_text(file, json.dumps(_squad(file, records), ensure_ascii=False) + "\n")
     else:

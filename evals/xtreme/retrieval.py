@@ -69,12 +69,12 @@ class SentenceEncoder:
         return cls(states, layer, specials)
 
     def encode(self, sentences: Sequence[str]) -> Floats:
-        """(N, H) unit vectors, zeros for a sentence without tokens of its own."""
+        """(N, H) unit vectors, zeros for a sentence without other tokens than special ones."""
         encoded = self.states.encode_all(sentences)
-        some = [number for number, text in enumerate(encoded) if any(text.content)]
+        filled = [number for number, text in enumerate(encoded) if any(text.content)]
         if self.specials:
             encoded = [text._replace(content=[True] * len(text.ids)) for text in encoded]
-        order = sorted(some, key=lambda number: len(encoded[number].ids), reverse=True)
+        order = sorted(filled, key=lambda number: len(encoded[number].ids), reverse=True)
         found = np.zeros((len(encoded), self.states.width), np.float32)
         while order:
             size = max(BATCH_TOKENS // len(encoded[order[0]].ids), 1)
@@ -87,7 +87,7 @@ def nearest(queries: Floats, candidates: Floats, chunk: int = CHUNK) -> list[int
     """For each query (N, H) the candidate (M, H) with the largest inner product; the first of equal ones.
 
     Values that differ by less than rounding are equal: the product of two given vectors depends on their place in the
-    batch. A candidate of zeros (a sentence without tokens) is never nearest while there is another.
+    batch. A candidate of zeros (a sentence without tokens) is chosen only if all are.
     """
     found: list[int] = []
     nothing = ~candidates.any(axis=1)
@@ -106,7 +106,7 @@ def retrieve_tatoeba(
     languages: Sequence[str] | None = None,
     layout: str = "auto",
 ) -> tuple[dict[str, Any], XtremeScores | None]:
-    """Predictions of every language, and scores if gold is known (XTREME's own files do not show it).
+    """Predictions of every language, and scores if gold is known (XTREME's own files do not contain it).
 
     Writes `output/{predictions,labels}/tatoeba/` and `output/results.json`; returns the latter's content, and the
     scores. `languages`: default: all in `data_dir`; the others are reported as missing. A sentence without tokens is
@@ -117,7 +117,7 @@ def retrieve_tatoeba(
     layout = detect_layout(task, data_dir, layout)
     absent = _absent(data_dir, layout)
     chosen = list(languages) if languages else [each for each in task.languages if each not in absent]
-    missing = {each: absent.get(each, "not asked for") for each in task.languages if each not in chosen}
+    missing = {each: absent.get(each, "not requested") for each in task.languages if each not in chosen}
     pairs_of = {language: tatoeba_pairs(data_dir, language, layout) for language in chosen}
     gold_of, without_tokens = [], {}
     for language, pairs in track(pairs_of.items(), len(pairs_of), "tatoeba", "languages"):
@@ -139,10 +139,10 @@ def retrieve_tatoeba(
     scores = None
     if gold_of:
         scores = score_directory(output / "predictions", output / "labels", ["tatoeba"], gold_of)
-        told = replace(
+        task_scores = replace(
             scores.tasks["tatoeba"], missing={each: missing[each] for each in task.languages if each in missing}
         )
-        scores = replace(scores, tasks={"tatoeba": told})
+        scores = replace(scores, tasks={"tatoeba": task_scores})
     results = {
         "task": "tatoeba",
         "model": str(encoder.states.model.name_or_path),
@@ -170,9 +170,9 @@ def _absent(data_dir: Path, layout: str) -> dict[str, str]:
     for language in xtreme_task("tatoeba").languages:
         source = find_source(xtreme_task("tatoeba"), "test", language, data_dir, layout)
         if source is None or not source.exists():
-            gone = [file.name for file in source.files if not file.is_file()] if source is not None else []
-            some = source is not None and len(gone) < len(source.files)
-            absent[language] = f"no file {', '.join(gone)}" if some else "no files"
+            lacking = [file.name for file in source.files if not file.is_file()] if source is not None else []
+            some = source is not None and len(lacking) < len(source.files)
+            absent[language] = f"no file {', '.join(lacking)}" if some else "no files"
     return absent
 
 

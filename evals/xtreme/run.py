@@ -8,11 +8,11 @@ From the names of a task, a model and a method (`configs/xtreme.yaml`) and the t
     selection.json, dev/    every checkpoint's score on dev
     model/                  the chosen checkpoint's export
     predictions/{task}/     ready to submit
-    labels/{task}/          gold, if there is some
+    labels/{task}/          gold labels, if there are any
     scores.json             scores, the published row, the transfer gap
     table.txt               the printed table
 
-A second call continues where the first one stopped.
+A second call resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ TABLE_FILE = "table.txt"
 def run_xtreme(run: XtremeRun) -> dict[str, Any]:
     """Run everything, from files to table, with printed progress. Returns what it wrote to `scores.json`.
 
-    Raises EvalError, DataError, ModelError or ConfigError, one line each, and TrainingEnded; tracking starts only when
-    the run is known to fit its data and its folder.
+    Raises EvalError, DataError, ModelError or ConfigError, one line each, and TrainingEnded. Tracking starts after the
+    checks of data and folder.
     """
     plan = run.plan()
     baseline = read_scores(run.baseline, plan.task) if run.baseline is not None else None
-    _say(f"1/5  rows of {run.task}")
+    _report(f"1/5  rows of {run.task}")
     data = _data(run, plan)
     values = composed(run, plan, data)
     params = {
@@ -61,36 +61,36 @@ def run_xtreme(run: XtremeRun) -> dict[str, Any]:
     }  # fmt: skip
     with parent_run(run.output, plan.tracking, params) as (tracker, child):
         write_run_file(run, merged(values, {"tracking": dict(child)}))
-        return _from_training_on(run, plan, data, baseline, tracker)
+        return _train_and_score(run, plan, data, baseline, tracker)
 
 
-def _from_training_on(
+def _train_and_score(
     run: XtremeRun, plan: RunPlan, data: Path, baseline: Mapping[str, Any] | None, tracker: Tracker
 ) -> dict[str, Any]:
     """Steps 2 to 5, once `run.yaml` exists."""
-    _say(f"2/5  {run.model}, {run.method}: trains by {run.output / RUN_YAML}")
+    _report(f"2/5  {run.model}, {run.method}: trains with {run.output / RUN_YAML}")
     _train(run)
-    _say("3/5  every checkpoint on dev")
+    _report("3/5  every checkpoint on dev")
     dev = split_files(data, "dev", plan.task)
     if plan.select == "dominant":
         dev = {language: file for language, file in dev.items() if language == plan.dominant}
     if not dev:
-        _say(f"     {data / 'dev'}: no rows that {run.method} may see; the last checkpoint is taken")
+        _report(f"     {data / 'dev'}: no rows that {run.method} may use; the last checkpoint is used")
     chosen = select(run.output / "training", run.output, plan.task, dev, run.mixup)
-    _say(f"4/5  step {chosen.step} answers the test rows: {run.output / 'predictions' / run.task}")
+    _report(f"4/5  predictions of step {chosen.step} for the test rows: {run.output / 'predictions' / run.task}")
     predicted, labelled = _predict(run, plan.task, data, chosen.step)
-    _say("5/5  scores")
-    told = _summary(run, plan, baseline) if labelled else None
-    table = None if told is None else run_table(plan.task, told, plan.dominant)
+    _report("5/5  scores")
+    run_summary = _summary(run, plan, baseline) if labelled else None
+    table = None if run_summary is None else run_table(plan.task, run_summary, plan.dominant)
     results = {
         "task": run.task, "model": run.model, "method": run.method, "selection": chosen.to_json(),
-        "predicted": predicted, "summary": told, "versions": description(),
+        "predicted": predicted, "summary": run_summary, "versions": description(),
     }  # fmt: skip
     write_text(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     if table is not None:
         write_text(run.output / TABLE_FILE, table + "\n")
     _track(tracker, run, chosen, results)
-    if told is None:
+    if run_summary is None:
         print(f"\n{run.data_dir}: the test rows have no labels, so there are predictions and no scores")
     else:
         print(f"\n{run.task}, {run.model}, {run.method}\n\n{table}")
@@ -107,7 +107,7 @@ def _data(run: XtremeRun, plan: RunPlan) -> Path:
     options = PrepareOptions(
         layout=run.layout, translations=run.translations, allow_unlabelled_test=run.unlabelled,
         max_bad_rows=run.max_bad_rows,
-        remedy="name a new --output, or run it with the data and options it was made with",
+        remedy="name a new --output, or run it with the previous data and options",
     )  # fmt: skip
     prepare_task(run.task, run.data_dir, run.output / "data", options)
     return run.output / "data"
@@ -121,7 +121,7 @@ def _check_stamp(stamp: Path, task: str) -> None:
 
 
 def _train(run: XtremeRun) -> None:
-    """Train, or resume; what it prints goes to stderr, because this command's output is its table."""
+    """Train, or resume; its output goes to stderr, because stdout is for this command's table."""
     with redirect_stdout(sys.stderr):
         train_to_end(run.output / RUN_YAML, nproc=run.nproc)
 
@@ -169,17 +169,18 @@ def _track(tracker: Tracker, run: XtremeRun, chosen: Selection, results: Mapping
     """Send scores as metrics: dev scores by step, the rest at the chosen step."""
     for step, score in chosen.scores.items():
         tracker.log(step, {"dev/score": score})
-    if (told := results["summary"]) is not None:
-        metrics = {"test/score": told["score"]}
-        metrics |= {f"test/{metric}": value for metric, value in told["average"].items()}
-        for language, scores in told["languages"].items():
+    run_summary = results["summary"]
+    if run_summary is not None:
+        metrics = {"test/score": run_summary["score"]}
+        metrics |= {f"test/{metric}": value for metric, value in run_summary["average"].items()}
+        for language, scores in run_summary["languages"].items():
             metrics |= {f"test/{metric}/{language}": value for metric, value in scores.items()}
         metrics |= {f"test/n/{language}": float(rows["rows"]) for language, rows in results["predicted"].items()}
-        metrics |= {f"test/gap/{metric}": value for metric, value in (told["gap"] or {}).items()}
+        metrics |= {f"test/gap/{metric}": value for metric, value in (run_summary["gap"] or {}).items()}
         tracker.log(chosen.step, metrics)
-    for name in (RUN_YAML, SCORES_FILE, *([TABLE_FILE] if told is not None else [])):
+    for name in (RUN_YAML, SCORES_FILE, *([TABLE_FILE] if run_summary is not None else [])):
         tracker.artifact(run.output / name)
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

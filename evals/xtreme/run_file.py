@@ -60,10 +60,10 @@ def read_plan(config: Path, task: str, model: str, method: str, overrides: Seque
         raise DataError(f"task {task!r} is not trained for; `crosslift xtreme retrieve` scores a model on it")
     names = {"kinds": found.kind, "models": model, "tasks": task}
     values: Values = {}
-    _put(values, sections.get("base") or {}, names, f"{config}: base")
+    _merge_section(values, sections.get("base") or {}, names, f"{config}: base")
     for part, name in (*names.items(), ("methods", method)):
         for section, where in _chain(config, sections, part, name):
-            _put(values, section, names, where)
+            _merge_section(values, section, names, where)
     for override in overrides:
         apply_override(values, override)
     plan = {key: values.pop(key, None) for key in PLAN_KEYS}
@@ -75,7 +75,7 @@ def compose(plan: RunPlan, data_dir: Path, output_dir: Path, files: Mapping[str,
     """The values of a complete run file.
 
     files: the training file of each language, as an address or below `data_dir`; `rows`: their total number of rows.
-    max_steps, checkpoint.every and checkpoint.keep keep the values of sections or overrides.
+    max_steps, checkpoint.every and checkpoint.keep of sections or overrides are kept.
     """
     values: Values = {"data_dir": str(data_dir), "output_dir": str(output_dir)}
     data: Values = {"languages": list(files), "task": {"kind": plan.task.kind}}
@@ -102,9 +102,9 @@ def _read(config: Path) -> Values:
     if mistakes:
         raise EvalError("\n".join(mistakes))
     if "methods" not in sections:
-        raise EvalError(f"{config}: not a file of sections {', '.join(SECTIONS)}; take configs/xtreme.yaml")
+        raise EvalError(f"{config}: not a file of sections {', '.join(SECTIONS)}; use configs/xtreme.yaml")
     if unknown := [key for key in sections if key not in SECTIONS]:
-        raise EvalError(f"{config}: {unknown[0]!r} is no section; there are {', '.join(SECTIONS)}")
+        raise EvalError(f"{config}: {unknown[0]!r} is not a section; there are {', '.join(SECTIONS)}")
     return sections
 
 
@@ -125,7 +125,7 @@ def _chain(config: Path, sections: Values, part: str, name: str) -> list[tuple[V
     return found[::-1]
 
 
-def _put(values: Values, section: Any, names: Mapping[str, str], where: str) -> None:
+def _merge_section(values: Values, section: Any, names: Mapping[str, str], where: str) -> None:
     """Merge in place a section's own keys, then those it has for this kind, this model and this task."""
     section = _mapping(section, where)
     own = {key: value for key, value in section.items() if key not in CONDITIONS}
@@ -133,7 +133,7 @@ def _put(values: Values, section: Any, names: Mapping[str, str], where: str) -> 
     for condition in CONDITIONS:
         inner = _mapping(section.get(condition), f"{where}.{condition}")
         if names[condition] in inner:
-            _put(values, inner[names[condition]], names, f"{where}.{condition}.{names[condition]}")
+            _merge_section(values, inner[names[condition]], names, f"{where}.{condition}.{names[condition]}")
 
 
 def _mapping(section: Any, where: str) -> Values:
@@ -207,9 +207,9 @@ def composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
         source["columns"] = filled_columns(source["columns"], plan.task, files.values())
     values["tracking"]["run_name"] = f"{plan.tracking.get('run_name') or run.output.resolve().name}-training"
     file = run.output / RUN_YAML
-    if file.is_file() and (run.output / "training").is_dir():  # else it was refused and may be corrected
+    if file.is_file() and (run.output / "training").is_dir():  # otherwise it never started and may be corrected
         before = read_yaml(file.read_text(encoding="utf-8"))
-        now = read_yaml(write_yaml(values))  # as it would be read from the file: no tuples
+        now = read_yaml(write_yaml(values))  # as read from the file: without tuples
         if keys := difference({**before, "tracking": None}, {**now, "tracking": None}):
             key = next(iter(keys))
             raise EvalError(f"{file}: belongs to a run with another {key}; name a new --output, or use its settings")
@@ -226,7 +226,7 @@ def _training_files(run: XtremeRun, plan: RunPlan, data: Path) -> dict[str, Path
     files = split_files(data, "train", plan.task)
     if run.soft_labels is not None:
         if plan.task.kind != "tagging":
-            raise EvalError(f"--soft-labels {run.soft_labels}: of taggers; {run.task} is {plan.task.kind}")
+            raise EvalError(f"--soft-labels {run.soft_labels}: for taggers only; {run.task} is {plan.task.kind}")
         found = {each: run.soft_labels / f"{each}.jsonl" for each in plan.task.languages if each != plan.dominant}
         labelled = {language: file for language, file in found.items() if file.is_file()}
         if not labelled:

@@ -112,34 +112,36 @@ def read_scores(output: Path, task: XtremeTask) -> dict[str, Any]:
     return {"output": str(output), **found}
 
 
-def run_table(task: XtremeTask, told: Mapping[str, Any], dominant: str) -> str:
+def run_table(task: XtremeTask, results: Mapping[str, Any], dominant: str) -> str:
     """One line a language, one column a metric; then the mean, the published row and the gap."""
-    metrics = list(dict.fromkeys([*task.metrics, *told["average"]]))
-    rows = [_row(language, metrics, scores) for language, scores in told["languages"].items()]
-    star = "*" * told["partial"]
-    rows.append(_row("mean" + star, metrics, told["average"]))
-    if told["published"]:
-        rows.append(_row("published", metrics, told["published"]))
-        rows.append(_row("difference" + star, metrics, told["difference"], signed=True))
-    if told["gap"]:
-        rows.append(_row("gap" + star, metrics, told["gap"], signed=True))
-    before = told["baseline"]
+    metrics = list(dict.fromkeys([*task.metrics, *results["average"]]))
+    rows = [_row(language, metrics, scores) for language, scores in results["languages"].items()]
+    star = "*" * results["partial"]
+    rows.append(_row("mean" + star, metrics, results["average"]))
+    if results["published"]:
+        rows.append(_row("published", metrics, results["published"]))
+        rows.append(_row("difference" + star, metrics, results["difference"], signed=True))
+    if results["gap"]:
+        rows.append(_row("gap" + star, metrics, results["gap"], signed=True))
+    before = results["baseline"]
     if before and before["gap"]:
         rows.append(_row("baseline's gap" + "*" * before["partial"], metrics, before["gap"], signed=True))
     if before and before["reduction"]:
         cut = before["reduction"]
         rows.append(
             [
-                "gap cut by" + "*" * (told["partial"] or before["partial"]),
+                "gap cut by" + "*" * (results["partial"] or before["partial"]),
                 *(f"{cut[metric]:.1f} %" if cut.get(metric) is not None else "-" for metric in metrics),
             ]
         )
     lines = [table(["language", *(_HEADS.get(metric, metric) for metric in metrics)], rows)]
-    if told["partial"]:
-        lines.append(f"* without {', '.join(told['missing'])}: the published mean is over all of the task's languages")
+    if results["partial"]:
+        lines.append(
+            f"* without {', '.join(results['missing'])}: the published mean is over all of the task's languages"
+        )
     if before and before["partial"] and before["gap"]:
         lines.append("* the baseline lacks languages of the task")
-    if told["gap"]:
+    if results["gap"]:
         lines.append(f"gap: {dominant} minus the mean of the others, in points")
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 Files are `{task}/test-{language}.tsv` (`.json` for question answering) in both folders; scores are 0 to 100.
 
 Numbers on complete, well-formed input equal those of XTREME's `evaluate.py` (github.com/google-research/xtreme) with
-the seqeval 0.0.12 that it was published with. Faulty input that this script accepts is refused here: missing questions
+the seqeval 0.0.12 that it was published with. Faulty input that this script accepts is an error here: missing questions
 (which score 0 there) or unknown ones, sentences of other lengths, labels outside the task's set, erased gold labels.
 Incomplete input is scored and marked: `missing`, `partial`.
 """
@@ -31,13 +31,13 @@ from evals.xtreme.label_files import (
 from evals.xtreme.metrics import accuracy, answer_scores, mlqa_words, set_f1, squad_words, tagging_scores
 
 ALL_TASKS = "all_task"  # its name in XTREME's scorer
-# The order in which XTREME's scorer adds up languages, if not alphabetical: another order may change the last binary
+# The order in which XTREME's scorer sums over languages, if not alphabetical: another order may change the last binary
 # digit and so, at a tie, a printed one.
 _NER_ORDER = (
     "ar he vi id jv ms tl eu ml ta te af nl en de el bn hi mr ur fa fr it pt es bg ru ja ka ko th sw yo my zh kk tr et"
     " fi hu"
 )
-_ADDED_IN_ORDER = {
+_SUMMATION_ORDER = {
     "panx": _NER_ORDER,
     "tatoeba": _NER_ORDER,
     "xquad": "en es de el ru tr ar vi th zh hi",
@@ -173,7 +173,7 @@ def _score_task(task: XtremeTask, predictions: Path, labels: Path, wanted: Seque
     for language in task.languages:
         ours, gold = (folder / task.name / f"test-{language}{suffix}" for folder in (predictions, labels))
         if wanted and language not in wanted:
-            missing[language] = "not asked for"
+            missing[language] = "not requested"
         elif not ours.is_file():
             missing[language] = "no predictions"
         elif not gold.is_file():
@@ -186,8 +186,8 @@ def _score_task(task: XtremeTask, predictions: Path, labels: Path, wanted: Seque
 
 
 def _averages(task: XtremeTask, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    added = _ADDED_IN_ORDER.get(task.name, " ".join(task.languages)).split()
-    order = [language for language in added if language in scores]
+    summation_order = _SUMMATION_ORDER.get(task.name, " ".join(task.languages)).split()
+    order = [language for language in summation_order if language in scores]
     metrics = scores[order[0]]
     return {metric: sum(scores[language][metric] for language in order) / len(order) for metric in metrics}
 

@@ -32,7 +32,7 @@ SELECTION_FILE = "selection.json"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen step, and each step's mean dev score on these languages, 0 to 100; none: the last step was taken."""
+    """The chosen step, and each step's mean dev score on these languages, 0 to 100; none: the last step is used."""
 
     step: int
     languages: tuple[str, ...]
@@ -70,7 +70,7 @@ def select(training: Path, output: Path, task: XtremeTask, dev: Mapping[str, Pat
     Of equal scores the earliest checkpoint is chosen; without dev files the last one.
     """
     found = checkpoints(training)
-    known = _earlier(output / SELECTION_FILE, list(dev), mixup)
+    known = _earlier_scores(output / SELECTION_FILE, list(dev), mixup)
     selection = Selection(max(found), tuple(dev), mixup, {})
     for step, checkpoint in found.items() if dev else ():
         score = known.get(step)
@@ -83,7 +83,7 @@ def select(training: Path, output: Path, task: XtremeTask, dev: Mapping[str, Pat
         write_text(output / SELECTION_FILE, json.dumps(selection.to_json(), indent=1) + "\n")
         print(f"     step {step}: {score:.2f} on dev ({', '.join(dev)})", file=sys.stderr, flush=True)
     if _exported(output / "model", selection.step) is None:
-        with _warned_of_check():
+        with _report_failed_check():
             export_newest(found[selection.step], output / "model")
     return selection
 
@@ -96,7 +96,7 @@ def _export_of(checkpoint: Path, step: int, existing: Path, temporary: Path) -> 
         return
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with _warned_of_check():
+        with _report_failed_check():
             export_checkpoint(checkpoint, temporary)
         yield temporary
     finally:
@@ -104,8 +104,8 @@ def _export_of(checkpoint: Path, step: int, existing: Path, temporary: Path) -> 
 
 
 @contextmanager
-def _warned_of_check() -> Iterator[None]:
-    """An export that failed its check is kept and used; a line says so."""
+def _report_failed_check() -> Iterator[None]:
+    """Print the failed check of an export as one line; the export is kept and used."""
     try:
         yield
     except ExportCheckFailed as error:
@@ -119,8 +119,8 @@ def _exported(folder: Path, step: int) -> Path | None:
     return folder if folder.is_dir() and ExportInfo.read(folder).step == step else None
 
 
-def _earlier(file: Path, languages: list[str], mixup: MixupMode) -> dict[int, float]:
-    """Dev scores of an earlier call on the same languages; none if the file is absent or another's."""
+def _earlier_scores(file: Path, languages: list[str], mixup: MixupMode) -> dict[int, float]:
+    """Dev scores of an earlier call on the same languages; none if the file is absent or of other settings."""
     try:
         content = json.loads(file.read_bytes())
         if content["languages"] == languages and content["mixup"] == mixup:

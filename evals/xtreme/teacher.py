@@ -21,7 +21,7 @@ from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
 from evals.xtreme.predict import EncoderPredictor
 
-DIGITS = 5  # digits of a probability; a word's then sum to 1 within the 1e-3 that readers require
+DIGITS = 5  # of a probability; a word's probabilities then sum to 1 within the 1e-3 that readers require
 CHUNK = 2048  # rows in memory at a time
 
 
@@ -33,15 +33,14 @@ def soft_labels(
 ) -> dict[str, int]:
     """Write `output/<name of the file>` for each file of translations; returns the number of rows by file name.
 
-    `translations`: JSONL files, or folders of them. `progress(n)` is called with the number of further rows. Raises
-    EvalError for a task or model that does not tag or has other labels, and for an output that would replace its input;
-    BadRow.
+    `translations`: JSONL files, or folders of them. Raises EvalError for a task or model that does not tag or has other
+    labels, and for an output that would replace its input; BadRow.
     """
     labels = xtreme_task(task).labels
     if xtreme_task(task).kind != "tagging":
-        raise EvalError(f"task {task!r} tags no words; soft labels are for udpos and panx")
+        raise EvalError(f"task {task!r} is not a tagging task; soft labels are for udpos and panx")
     if predictor.kind != "tagging" or set(predictor.labels) != set(labels):
-        has = ", ".join(predictor.labels) or f"none: it does {predictor.kind}"
+        has = ", ".join(predictor.labels) or f"none: its task is {predictor.kind}"
         raise EvalError(
             f"{predictor.model.name_or_path}: its labels are {has}; those of {task} are {', '.join(labels)}"
         )

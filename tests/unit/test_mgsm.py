@@ -285,7 +285,7 @@ def test_the_table_marks_languages_without_a_vector(tmp_path: Path, data: Path, 
     assert [name for name in names if not name.startswith("---")] == [
         "language", "bn†", "en", "de", "mean", "mean", "†", "*"
     ]  # fmt: skip
-    assert lines[-2:] == ["† no language vector: ran unshifted", "* msft: means lack languages: not there: de"]
+    assert lines[-2:] == ["† no language vector: ran unshifted", "* msft: means lack languages: not evaluated: de"]
     assert "*" not in mgsm_table({"msft": plain})
     rules = mgsm_table({"shifcon": shifcon}, list(RULES))
     assert rules.split("\n")[0].split() == ["language", *RULES]
@@ -313,11 +313,11 @@ def test_every_partial_number_is_marked(tmp_path: Path, data: Path, chat: Chat) 
         assert lines[-1] == "* 1 of 2 problems: bn, de, en"
 
     two = evaluate_mgsm(generator, chat, data, tmp_path / "two", MgsmSettings(["en", "de"]))
-    assert (two["partial"], two["missing"]) == (["all", "without_en"], {"bn": "not asked for"})
+    assert (two["partial"], two["missing"]) == (["all", "without_en"], {"bn": "not requested"})
     table = mgsm_table({"two": two, "whole": whole})
     assert [line.split("  ")[0] for line in table.split("\n") if "%*" in line] == ["mean all", "mean without en"]
     assert table.count("%*") == 2
-    assert table.endswith("* two: means lack languages: not asked for: bn")
+    assert table.endswith("* two: means lack languages: not requested: bn")
 
     (tmp_path / "limited" / "predictions" / "mgsm_bn.jsonl").unlink()
     scored = score_mgsm(tmp_path / "limited", data)

@@ -37,7 +37,7 @@ def test_every_rule_judges_the_table_of_outputs(
 ) -> None:
     framed = [f"She has 5 and 3.\n#### {output}"] if any(char.isdigit() for char in output) else []
     for text in [output, *framed]:
-        judged = {name: rule.right(rule.extract(text, language), gold) for name, rule in RULES.items()}
+        judged = {name: rule.is_correct(rule.extract(text, language), gold) for name, rule in RULES.items()}
         assert judged["last_number"] == last
         assert judged["lm_eval_flexible"] == flexible
         assert judged["robust"] == needed
@@ -131,7 +131,7 @@ def test_the_robust_rule_is_exact_beyond_float_precision() -> None:
     assert robust(digits) == Decimal(digits)
     third = robust("1/3")
     assert third == Fraction(1, 3)
-    assert not RULES["robust"].right(third, "0.333")
+    assert not RULES["robust"].is_correct(third, "0.333")
 
 
 def test_the_last_number_rule_keeps_the_published_scorers_quirks() -> None:
@@ -139,7 +139,7 @@ def test_the_last_number_rule_keeps_the_published_scorers_quirks() -> None:
     assert last_number("1,234,567 eggs") == 1234567
     assert last_number("from -5") == 5
     assert last_number("none") is None
-    right = RULES["last_number"].right
+    right = RULES["last_number"].is_correct
     assert right(None, "0")
     assert right(Decimal("18"), "-18")
     assert right(Decimal("2.001"), "2")  # in floats, as they reckon, a hair under 1e-3
@@ -170,8 +170,8 @@ def test_the_lm_eval_strict_rule_finds_the_phrase(text: str, language: str, foun
 def test_the_lm_eval_flexible_rule_compares_strings() -> None:
     assert lm_eval_flexible("18. And so on...") == ""
     assert lm_eval_flexible("70 000") == "000"
-    assert not RULES["lm_eval_flexible"].right("000", "0")
-    assert RULES["lm_eval_flexible"].right("114200", "114,200")
+    assert not RULES["lm_eval_flexible"].is_correct("000", "0")
+    assert RULES["lm_eval_flexible"].is_correct("114200", "114,200")
     assert lm_eval_flexible("১৮") is None
 
 

@@ -169,7 +169,7 @@ def test_language_auto_uses_the_question_and_not_the_template(tmp_path: Path) ->
 def test_languages_that_the_model_lacks_are_refused(tmp_path: Path, asked: list[Prompt]) -> None:
     opened = open_model(str(write_model(tmp_path)))
     for question, message in {
-        Question("?", "sww"): "language 'sww': the model has en, zh, sw, bn; or say auto or none",
+        Question("?", "sww"): "language 'sww': the model has en, zh, sw, bn; or use auto or none",
         Question("?", "sw", "sww"): "response language 'sww': the model has en, zh, sw, bn",
         Question("?", "sw", "auto", "q.jsonl:3"): "q.jsonl:3: response language 'auto': the model has en, zh, sw, bn",
     }.items():
@@ -322,8 +322,8 @@ def test_sampling_options_reach_the_generator(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_p": 0.9}, "--top-p 0.9: goes with sampling; give --temperature above 0"),
-        ({"top_k": 3}, "--top-k 3: goes with sampling"),
+        ({"top_p": 0.9}, "--top-p 0.9: needs sampling; give --temperature above 0"),
+        ({"top_k": 3}, "--top-k 3: needs sampling"),
         ({"temperature": 1.0, "num_beams": 2}, "--num-beams 2: beam search does not sample"),
         ({"temperature": 1.0, "top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
         ({"temperature": float("inf")}, "--temperature inf: must be a finite number"),

@@ -102,11 +102,11 @@ def test_folders_without_parallel_texts_are_refused(tmp_path: Path) -> None:
         (rows("de", "1", "8", "1"), r"de\.jsonl:3: group '1' is at .*de\.jsonl:1 too; each item has one row"),
         (rows("de", "8", "9"), r"de\.jsonl: shares no `group` with the rows in 'en'"),
         ([], r"de\.jsonl: shares no `group`"),
-        ([{"id": "1", "text": "a"}], r"de\.jsonl:1: no `group`, which tells what it is a translation of"),
+        ([{"id": "1", "text": "a"}], r"de\.jsonl:1: no `group`, which identifies the item it translates"),
         (rows("de", "1") + rows("en", "2"), r"de\.jsonl:2: language 'en' in a file of 'de'"),
         ([{"group": "1", "text": ""}], r"de\.jsonl:1: no text; a row has one of text_a, question, text, words"),
-        ([{"group": "1", "text": "  "}], r"de\.jsonl:1: `text` or `translation` is no text, but '  '"),
-        ([{"group": "1", "text": 7}], r"de\.jsonl:1: `text` or `translation` is no text, but '7'"),
+        ([{"group": "1", "text": "  "}], r"de\.jsonl:1: `text` or `translation` is not text, but '  '"),
+        ([{"group": "1", "text": 7}], r"de\.jsonl:1: `text` or `translation` is not text, but '7'"),
     ],
 )
 def test_rows_that_are_not_parallel_are_named(tmp_path: Path, bad: list[dict[str, Any]], message: str) -> None:

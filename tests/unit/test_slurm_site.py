@@ -60,15 +60,15 @@ MISTAKES = [
     ("mem: lots", "mem: 'lots': must be a number with K, M, G or T, such as 500G; 0 is all of a node"),
     ('partition: "a\\nb"', "partition: 'a\\nb' holds '\\n'; must be one line without control characters"),
     ('setup: ["a\\rb"]', "setup.0: 'a\\rb' holds '\\r'; must be one line without control characters"),
-    ("environment: {HF_TOKEN: x}", "environment: HF_TOKEN looks secret, and job scripts are files; set it in the shell "
-     "that submits, from which jobs inherit it"),
+    ("environment: {HF_TOKEN: x}", "environment: HF_TOKEN looks like a secret, and job scripts are files; set it in "
+     "the shell that submits, from which jobs inherit it"),
     ("environment: {MLFLOW_TRACKING_URI: 'http://u:pw@h'}", "environment: MLFLOW_TRACKING_URI holds an address with a "
      "login, and job scripts are files; set it in the shell that submits, from which jobs inherit it"),
     ("environment: {PROXY: 'https://hush@h'}", "environment: PROXY holds an address with a login, and job scripts are "
      "files; set it in the shell that submits, from which jobs inherit it"),
     ("environment: {1A: x}", "environment: '1A' is not a valid name of a variable"),
-    ("sbatch: {nodes: 2}", "sbatch: nodes is crosslift's own; use nodes"),
-    ("sbatch: {output: x}", "sbatch: output is crosslift's own"),
+    ("sbatch: {nodes: 2}", "sbatch: nodes is set by crosslift; use nodes"),
+    ("sbatch: {output: x}", "sbatch: output is set by crosslift"),
     ("sbatch: {'a b': x}", "sbatch: 'a b' is not an option; write it as sbatch does, such as constraint: a100"),
     ('sbatch: {constraint: "a\\nb"}', "sbatch: constraint: 'a\\nb' is not one line without control characters"),
     ("gpus_per_node: a100", "gpus_per_node: 'a100': must be a number of GPUs, or TYPE:NUMBER such as a100:4"),
@@ -216,7 +216,7 @@ def spec(place: Path, **changes: Any) -> JobSpec:
     [
         ({"name": "a\nb"}, r"holds '\\n'"),
         ({"folder": Path("/a\x1bb")}, r"holds '\\x1b'"),
-        ({"folder": Path("/a\\b")}, "holds a backslash, with which Slurm puts no job number into file names"),
+        ({"folder": Path("/a\\b")}, "holds a backslash, which prevents Slurm from putting job numbers into file names"),
         ({"chdir": Path("/a\nb")}, r"holds '\\n'"),
         ({"after": ("12; rm",)}, "must be a job's number, such as 1234 or 1234_5"),
         ({"python": "a\nb"}, r"holds '\\n'"),

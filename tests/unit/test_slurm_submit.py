@@ -444,7 +444,7 @@ def test_status_of_queued_past_and_forgotten_jobs(cli: Cli, slurm: FakeSlurm, qu
     ]
     slurm.says("squeue", "")
     slurm.says("scontrol", "", "Invalid job id specified", 1)
-    assert "forgotten by Slurm" in cli("status", queued).out
+    assert "no longer listed by Slurm" in cli("status", queued).out
     slurm.says("sacct", "12|FAILED|00:00:09|n1|1:0|2\n")
     found = json.loads(cli("status", queued, "--json").out)
     assert found["progress"] == "step 3 of 9"

@@ -130,7 +130,7 @@ def test_impossible_mixing_is_refused_with_the_language(tmp_path: Path) -> None:
 def test_a_model_without_a_task_is_refused(tmp_path: Path) -> None:
     folder = export(tmp_path, "classification", CLASSES)
     (folder / "crosslift.json").unlink()
-    with pytest.raises(EvalError, match=r"crosslift\.json: missing, or of no task"):
+    with pytest.raises(EvalError, match=r"crosslift\.json: missing, or without a task"):
         EncoderPredictor.open(folder)
 
 

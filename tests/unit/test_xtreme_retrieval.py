@@ -167,19 +167,19 @@ def test_absent_languages_are_reported_as_missing(
     assert scores is not None
     missing = scores.tasks["tatoeba"].missing
     assert (missing["af"], missing["fr"]) == ("no files", "no file tatoeba.fra-eng.eng")
-    assert "not asked for" not in score_table(scores)
+    assert "not requested" not in score_table(scores)
     assert results["missing"] == missing == results["scores"]["tasks"]["tatoeba"]["missing"]
     _, some = retrieve_tatoeba(encoder, tmp_path, tmp_path / "some", languages=["de"])
     assert some is not None
     told = some.tasks["tatoeba"].missing
-    assert (told["sw"], told["af"]) == ("not asked for", "no files")
+    assert (told["sw"], told["af"]) == ("not requested", "no files")
     for side in ("de", "en"):
         (tmp_path / "sorted").mkdir(exist_ok=True)
         (tmp_path / "sorted" / f"de-en.{side}").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
     xtreme_retrieve(str(model), tmp_path / "sorted", tmp_path / "b", 1)
     out = capsys.readouterr().out
     assert "missing: no files: af, ar" in out
-    assert "not asked for" not in out
+    assert "not requested" not in out
 
 
 def test_an_unreadable_file_is_named_before_anything_is_computed(model: Path, tmp_path: Path) -> None:

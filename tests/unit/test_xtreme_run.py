@@ -291,7 +291,7 @@ def test_the_last_checkpoint_is_used_without_dev_rows(
     shutil.rmtree(data / "dev")
     results = run_xtreme(make(data, tmp_path / "run"))
     assert results["selection"] == {"step": 6, "languages": [], "mixup": "auto", "scores": {}}
-    assert "the last checkpoint is taken" in capsys.readouterr().err
+    assert "the last checkpoint is used" in capsys.readouterr().err
 
 
 def test_the_gap_reduction_is_reported_against_a_baseline(
@@ -438,7 +438,7 @@ def test_translations_for_a_tagger_need_a_teacher(tmp_path: Path, models: dict[i
     tags = TASKS["panx"].labels
     Stage({s: export(tmp_path / f"m{s}", "tagging", tags, step=s) for s in STEPS}).put_in(monkeypatch)
     run = {"config": CONFIG, "task": "panx", "model": "mbert", "method": "x-mixup", "data_dir": folder}
-    with pytest.raises(EvalError, match=r"de\.jsonl:1: neither tags nor soft_tags; let a teacher write them"):
+    with pytest.raises(EvalError, match=r"de\.jsonl:1: neither tags nor soft_tags; a teacher writes them"):
         run_xtreme(XtremeRun(**run, output=tmp_path / "a"))
     with pytest.raises(EvalError, match=r"holds no <language>\.jsonl of panx's languages"):
         run_xtreme(XtremeRun(**run, output=tmp_path / "a", soft_labels=tmp_path / "nothing"))

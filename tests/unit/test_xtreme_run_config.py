@@ -163,7 +163,7 @@ def test_later_sections_override_earlier_ones_and_conditions_nest(tmp_path: Path
         ({}, ("panx", "o", "a"), "models has no 'o'; there are m, n"),
         ({}, ("panx", "m", "c"), "methods has no 'c'; there are a, b"),
         ({}, ("udpos", "m", "a"), "tasks has no 'udpos'; there are panx"),
-        ({"extra": {}}, ("panx", "m", "a"), "'extra' is no section; there are base, kinds, models, tasks, methods"),
+        ({"extra": {}}, ("panx", "m", "a"), "'extra' is not a section; there are base, kinds, models, tasks, methods"),
         ({"models": {"m": 3}}, ("panx", "m", "a"), "models.m: holds 3; it must hold keys"),
         (
             {"models": {"m": {"model": {"path": None}}}},

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.records import DataError
 from data_pipeline.xtreme.tasks import TASKS
 from evals.errors import EvalError
-from evals.xtreme.score import _ADDED_IN_ORDER, score_directory, score_file, score_table
+from evals.xtreme.score import _SUMMATION_ORDER, score_directory, score_file, score_table
 
 PHRASES = ["The Cat", "the cat's", "das Haus", "des Hauses", "الكتاب", "كتاب", "北京 2008", "北京", "của Việt"]
 PHRASES += ["los años", "—"]
@@ -147,9 +147,9 @@ def test_every_average_equals_that_of_xtremes_scorer(whole: Path) -> None:
 
 
 def test_languages_are_added_in_the_scorers_order() -> None:
-    for name, order in _ADDED_IN_ORDER.items():
+    for name, order in _SUMMATION_ORDER.items():
         assert sorted(order.split()) == sorted(TASKS[name].languages) or name == "tatoeba"
-    assert set(TASKS["tatoeba"].languages) <= set(_ADDED_IN_ORDER["tatoeba"].split())
+    assert set(TASKS["tatoeba"].languages) <= set(_SUMMATION_ORDER["tatoeba"].split())
 
 
 def test_scores_are_written_as_plain_json(whole: Path) -> None:
@@ -211,7 +211,7 @@ def test_only_requested_tasks_and_languages_are_scored(whole: Path) -> None:
         "pawsx": ["de", "ko"],
         "mlqa": ["de"],
     }
-    assert scores.tasks["pawsx"].missing["fr"] == "not asked for"
+    assert scores.tasks["pawsx"].missing["fr"] == "not requested"
     assert scores.tasks["pawsx"].partial
     assert "xnli" in scores.missing
 
@@ -233,8 +233,8 @@ def test_the_table_shows_scores_means_and_notes(some: Path) -> None:
         "qa         56.30*\n"
         "retrieval  73.68*\n"
         "all_task   64.99*\n"
-        "* mlqa: not asked for: ar, es, hi, vi\n"
-        "* bucc2018: not asked for: fr, ru\n"
+        "* mlqa: not requested: ar, es, hi, vi\n"
+        "* bucc2018: not requested: fr, ru\n"
         "* not scored: xnli, pawsx, panx, udpos, xquad, tydiqa, tatoeba"
     )
 
@@ -438,7 +438,7 @@ def test_bad_lines_of_retrieval_files_are_refused(refusal) -> None:
     assert "ours/bucc2018/test-de.tsv:2: '' is not" in refusal("bucc2018", "de", "de-1\ten-1\n\n", "de-1\ten-1\n")
     for number in ("-1", "1.0", "x", "", "٣", "07", "9" * 30):
         assert refusal("tatoeba", "de", f"0\n{number}\n1\n", "0\n1\n2\n") == (
-            f"ours/tatoeba/test-de.tsv:2: {number!r} is no sentence number; a line is 0, 1, 2, ..."
+            f"ours/tatoeba/test-de.tsv:2: {number!r} is not a sentence number; a line is 0, 1, 2, ..."
         )
 
 
