@@ -1,7 +1,7 @@
 """A training run into which `faults.py` injects faults, and the evaluation of its record.
 
-`DisturbedRun` starts, kills, stops and restarts `crosslift train` on a run folder. `judge` compares the record of every
-start with the record of an undisturbed run.
+`DisturbedRun` starts, kills, stops and restarts `crosslift train` on a run folder. `compare` checks the record of
+every start against the record of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.ranks import SOURCE
 from data_pipeline.toy_problems.corpus import LANGUAGES
 
 RANKS = 2
-PATIENCE = 240.0  # seconds to wait for any event
+TIMEOUT_S = 240.0  # for any event
 
 
 def run_values(data: Path, output: Path) -> dict[str, Any]:
@@ -72,14 +72,14 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """One start against the undisturbed run."""
+class Comparison:
+    """One start compared with the undisturbed run."""
 
-    samples: bool  # no sample lost or repeated: every step read its own data, and no step is missing
+    samples: bool  # no sample lost or repeated: every step read its own samples, and no step is missing
     losses: bool  # equal to the last digit
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         return self.samples and self.losses
 
 
@@ -99,7 +99,7 @@ def starts(output: Path) -> list[Start]:
     return found
 
 
-def judge(start: Start, reference: dict[int, dict[str, Any]], before: int) -> Judgement:
+def compare(start: Start, reference: dict[int, dict[str, Any]], before: int) -> Comparison:
     """`before`: the last step that was recorded when this process began."""
     steps = sorted(start.metrics)
     contiguous = steps == list(range(start.resumed + 1, start.last + 1)) and start.resumed <= before
@@ -108,7 +108,7 @@ def judge(start: Start, reference: dict[int, dict[str, Any]], before: int) -> Ju
         return all(start.metrics[each][name] == reference[each][name] for each in steps for name in names)
 
     samples = contiguous and bool(steps) and equal("data/step_fingerprint")
-    return Judgement(samples, equal("train/loss", "train/grad_norm"))
+    return Comparison(samples, equal("train/loss", "train/grad_norm"))
 
 
 class DisturbedRun:
@@ -129,20 +129,20 @@ class DisturbedRun:
         self.config.write_text(yaml.safe_dump(values), encoding="utf-8")
         self._log = folder / "stderr"
         self._process: subprocess.Popen[bytes] | None = None
-        self._said_before = 0
+        self._log_start = 0
 
     def start(self) -> None:
         """Start or resume the run."""
-        self._said_before = self._log.stat().st_size if self._log.exists() else 0
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         command = [sys.executable, "crosslift.py", "train", str(self.config), "--nproc", str(RANKS)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, cwd=SOURCE, env=environment, stdout=log, stderr=log)
 
     @property
-    def said(self) -> str:
+    def log_text(self) -> str:
         """The output of this start so far."""
-        return self._log.read_bytes()[self._said_before :].decode(errors="replace")
+        return self._log.read_bytes()[self._log_start :].decode(errors="replace")
 
     @property
     def running(self) -> bool:
@@ -160,14 +160,16 @@ class DisturbedRun:
         found = [each for each in below if each.environ().get("RANK", "") and "training" in each.cmdline()]
         return sorted(found, key=lambda each: int(each.environ()["RANK"]))
 
-    def wait_until(self, what: Callable[[], bool], pause: float = 0.02) -> bool:
+    def wait_until(self, condition: Callable[[], bool], pause: float = 0.02) -> bool:
         """Whether the condition became true while the process ran. Raises TimeoutError."""
-        deadline = time.monotonic() + PATIENCE
-        while not what():
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
             if not self.running:
-                return what()
+                return condition()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.output}: nothing happened in {PATIENCE:.0f} s; it said: {self.said[-2000:]}")
+                raise TimeoutError(
+                    f"{self.output}: timeout after {TIMEOUT_S:.0f} s; its output: {self.log_text[-2000:]}"
+                )
             time.sleep(pause)
         return True
 
@@ -177,19 +179,19 @@ class DisturbedRun:
 
         def moved() -> bool:
             found = starts(self.output)
-            return "from step" in self.said and len(found) >= max(begun, 1) and len(found[-1].metrics) >= n
+            return "from step" in self.log_text and len(found) >= max(begun, 1) and len(found[-1].metrics) >= n
 
         return self.wait_until(moved)
 
-    def kill(self, chance: random.Random) -> None:
+    def kill(self, rng: random.Random) -> None:
         """SIGKILL to one rank, or to all processes at once, as when a node dies."""
         assert self._process is not None
         ranks = self.ranks()
-        if chance.random() < 0.5 or not ranks:
+        if rng.random() < 0.5 or not ranks:
             for each in [*ranks, psutil.Process(self._process.pid)]:
                 each.kill()
         else:
-            chance.choice(ranks).kill()
+            rng.choice(ranks).kill()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the launcher."""
@@ -199,7 +201,7 @@ class DisturbedRun:
     def wait(self) -> int:
         """The exit status. Raises subprocess.TimeoutExpired."""
         assert self._process is not None
-        return self._process.wait(PATIENCE)
+        return self._process.wait(TIMEOUT_S)
 
     def finish(self) -> int:
         """Resume the run to its end; the exit status."""

@@ -3,8 +3,8 @@
     python -m benchmarks.encoder_real --data DIR --output runs/encoder-real [--json FILE]
 
 DIR holds `ud/` (CoNLL-U), `tatoeba/` (LASER's pairs) and `xquad/` (xquad.XX.json). The scores of so small a model are
-low; the benchmark shows that the pipeline works. Every step is a `crosslift` command. A second call continues where the
-first one stopped.
+low; the benchmark shows that the pipeline works. Every step is a `crosslift` command. A second call resumes an
+interrupted one.
 
 - text: UD's dev sentences, Tatoeba's sentences of both sides unpaired, XQuAD's training paragraphs
 - UDPOS: tagging, trained on English dev (the treebanks' train files are not used), tested on every language's test

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.faults [--kills N] [--each N] [--only NAME ...] [--json FILE] [--work DIR]`
 
-After every fault: did the run continue, or stop with the right message; was a sample lost or repeated; do the losses
-equal those of the undisturbed run to the last digit? A full disk needs root (it mounts a small file system). Takes
+Checked after every fault: the run continues, or stops with the right message; no sample is lost or repeated; the losses
+equal those of the undisturbed run to the last digit. A full disk needs root (it mounts a small file system). Takes
 about twenty minutes on two cores.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.disturbed_run import RANKS, DisturbedRun, Judgement, judge, starts
+from benchmarks.disturbed_run import RANKS, Comparison, DisturbedRun, compare, starts
 from benchmarks.ranks import machine
 from data_pipeline.toy_problems.corpus import LANGUAGES, CorpusSizes, write_corpus
 from training.checkpoints import checkpoint
@@ -32,7 +32,8 @@ from training.launch.stop import STOPPED
 from training.tracking.mlflow_store import server_answers
 
 FAULTS = (
-    "kills", "saving_kills", "full_disk", "flipped", "truncated", "mlflow_away", "source_away", "stopped_ranks"
+    "kills", "saving_kills", "full_disk", "flipped", "truncated", "mlflow_unreachable", "source_unreadable",
+    "stopped_ranks",
 )  # fmt: skip
 
 
@@ -47,20 +48,20 @@ class Outcome:
     note: str
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         return self.as_expected and self.samples and self.losses
 
 
 class Faults:
-    """The undisturbed run, and every way to disturb one like it."""
+    """The undisturbed run, and the faults to inject into runs like it."""
 
     def __init__(self, work: Path, seed: int, max_steps: int = 400, sizes: CorpusSizes | None = None) -> None:
-        self.work, self.chance, self.max_steps = work, random.Random(seed), max_steps
+        self.work, self.rng, self.max_steps = work, random.Random(seed), max_steps
         self.data = work / "data"
         write_corpus(self.data, sizes or CorpusSizes(), seed)
         undisturbed = self.run("undisturbed")
         if status := undisturbed.finish():
-            raise RuntimeError(f"the undisturbed run ended with {status}: {undisturbed.said[-2000:]}")
+            raise RuntimeError(f"the undisturbed run ended with {status}: {undisturbed.log_text[-2000:]}")
         (self.reference,) = starts(undisturbed.output)
         self.weights = (undisturbed.output / "model" / "model.safetensors").read_bytes()
 
@@ -70,78 +71,78 @@ class Faults:
     def kills(self, n: int) -> list[Outcome]:
         """SIGKILL at a random moment of training."""
 
-        def strike(run: DisturbedRun) -> str:
-            time.sleep(self.chance.uniform(0, 1.5))
-            run.kill(self.chance)
+        def inject(run: DisturbedRun) -> str:
+            time.sleep(self.rng.uniform(0, 1.5))
+            run.kill(self.rng)
             return "killed"
 
-        return self._struck("kill -9 in training", n, strike, lambda run, status: status != 0)
+        return self._inject_each("kill -9 in training", n, inject, lambda run, status: status != 0)
 
     def saving_kills(self, n: int) -> list[Outcome]:
         """SIGKILL while a checkpoint other than the first is written; kills that came too late are not counted."""
 
-        def strike(run: DisturbedRun) -> str:
+        def inject(run: DisturbedRun) -> str:
             root = checkpoint.checkpoint_root(run.output)
             run.wait_until(lambda: any(root.glob("step-*/COMPLETE")))  # otherwise there is nothing to resume
-            time.sleep(self.chance.uniform(0, 1.5))
+            time.sleep(self.rng.uniform(0, 1.5))
             run.wait_until(lambda: not any(root.glob(".incomplete-*")), pause=0.001)
             run.wait_until(lambda: any(root.glob(".incomplete-*")), pause=0.001)
-            time.sleep(self.chance.uniform(0, 0.03))
-            run.kill(self.chance)
+            time.sleep(self.rng.uniform(0, 0.03))
+            run.kill(self.rng)
             return "killed"
 
         def counted(run: DisturbedRun) -> bool:
             return any(checkpoint.checkpoint_root(run.output).glob(".incomplete-*"))
 
-        return self._struck("kill -9 while saving", n, strike, lambda run, status: status != 0, counted)
+        return self._inject_each("kill -9 while saving", n, inject, lambda run, status: status != 0, counted)
 
     def stopped_ranks(self, n: int) -> list[Outcome]:
         """SIGSTOP to one rank: the watchdog names it and ends the run."""
         number = 0
 
-        def strike(run: DisturbedRun) -> str:
+        def inject(run: DisturbedRun) -> str:
             nonlocal number
-            number = self.chance.randrange(RANKS)
+            number = self.rng.randrange(RANKS)
             run.ranks()[number].send_signal(signal.SIGSTOP)
             return f"rank {number} stopped"
 
-        return self._struck(
-            "a rank stopped (SIGSTOP)", n, strike, lambda run, status: status == 1 and f"rank {number}" in run.said
+        return self._inject_each(
+            "a rank stopped (SIGSTOP)", n, inject, lambda run, status: status == 1 and f"rank {number}" in run.log_text
         )
 
     def damaged(self, fault: str, n: int, damage: Callable[[Path], None]) -> list[Outcome]:
         """Damage a file of the newest checkpoint while the run is stopped: that checkpoint is passed over."""
-        spoilt: Path | None = None
+        damaged_path: Path | None = None
 
-        def strike(run: DisturbedRun) -> str:
-            time.sleep(self.chance.uniform(0.5, 2))  # for older checkpoints to fall back on
+        def inject(run: DisturbedRun) -> str:
+            time.sleep(self.rng.uniform(0.5, 2))  # for older checkpoints to fall back on
             run.signal(signal.SIGTERM)
             return "stopped"
 
         def stopped(run: DisturbedRun, status: int) -> bool:
-            nonlocal spoilt
-            passed_over = spoilt is None or f"{spoilt} is passed over" in run.said
-            spoilt = next(checkpoint.complete(run.output), None)
-            files = checkpoint.files_of(spoilt) if spoilt else None
+            nonlocal damaged_path
+            passed_over = damaged_path is None or f"{damaged_path} is passed over" in run.log_text
+            damaged_path = next(checkpoint.complete(run.output), None)
+            files = checkpoint.files_of(damaged_path) if damaged_path else None
             assert files
-            assert spoilt
-            damage(spoilt / self.chance.choice(sorted(files)))
+            assert damaged_path
+            damage(damaged_path / self.rng.choice(sorted(files)))
             return status == STOPPED and passed_over
 
-        outcomes = self._struck(fault, n + 1, strike, stopped)
-        return outcomes[1:]  # the first stop found nothing damaged yet
+        outcomes = self._inject_each(fault, n + 1, inject, stopped)
+        return outcomes[1:]  # before the first stop nothing was damaged
 
     def flipped(self, n: int) -> list[Outcome]:
         def flip(file: Path) -> None:
             content = bytearray(file.read_bytes())
-            content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
             file.write_bytes(content)
 
         return self.damaged("a checkpoint's bit flipped", n, flip)
 
     def truncated(self, n: int) -> list[Outcome]:
         def cut(file: Path) -> None:
-            os.truncate(file, self.chance.randrange(file.stat().st_size))
+            os.truncate(file, self.rng.randrange(file.stat().st_size))
 
         return self.damaged("a checkpoint's file truncated", n, cut)
 
@@ -165,42 +166,42 @@ class Faults:
                             filler.write(bytes(1 << 16))
                     except OSError:
                         pass  # full, as intended
-                told = run.wait_until(lambda number=number: run.said.count("not saved") >= number)
+                reported = run.wait_until(lambda number=number: run.log_text.count("not saved") >= number)
                 (root / "filler").unlink()
                 complete = next(checkpoint.complete(run.output), None)
-                fine = told and "No space left on device" in run.said and complete is not None
+                fine = reported and "No space left on device" in run.log_text and complete is not None
                 outcomes.append(fine)
             status = run.wait()
             return self._one_run("disk full while saving", run, status, outcomes)
         finally:
             subprocess.run(["umount", str(root)], check=True)
 
-    def source_away(self, n: int) -> list[Outcome]:
+    def source_unreadable(self, n: int) -> list[Outcome]:
         """Move a source file away for some seconds: the run waits for it."""
-        run = self.run("source-away")
+        run = self.run("source-unreadable")
         run.start()
         outcomes = []
         for number in range(1, n + 1):
             run.wait_for_steps(10 * number)
-            file = self.data / "finetune" / f"{self.chance.choice(LANGUAGES)}.jsonl"
-            away = file.with_suffix(".away")
-            file.rename(away)
+            file = self.data / "finetune" / f"{self.rng.choice(LANGUAGES)}.jsonl"
+            moved = file.with_suffix(".moved")
+            file.rename(moved)
             try:
-                waiting = run.wait_until(lambda number=number: run.said.count("trying again") >= number)
-                time.sleep(self.chance.uniform(1, 4))
+                waiting = run.wait_until(lambda number=number: run.log_text.count("; retrying for") >= number)
+                time.sleep(self.rng.uniform(1, 4))
             finally:
-                away.rename(file)
+                moved.rename(file)
             outcomes.append(waiting and run.running)
         return self._one_run("source file unreadable for a while", run, run.wait(), outcomes)
 
-    def mlflow_away(self, n: int) -> list[Outcome]:
-        """Kill MLflow's server and start it again: in the end it has every step."""
+    def mlflow_unreachable(self, n: int) -> list[Outcome]:
+        """Kill MLflow's server and start it again: at the end of the run it has every step."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         address = f"http://127.0.0.1:{port}"
         tracking = {"enabled": True, "uri": address, "experiment": "faults", "sync_seconds": 0.5}
-        run = self.run("mlflow-away", tracking=tracking)
+        run = self.run("mlflow-unreachable", tracking=tracking)
         server = self._server(port)
         try:
             run.start()
@@ -220,9 +221,9 @@ class Faults:
             experiment = client.get_experiment_by_name("faults")
             assert experiment is not None
             (found,) = client.search_runs([experiment.experiment_id])
-            there = {point.step: point.value for point in client.get_metric_history(found.info.run_id, "train/loss")}
+            logged = {point.step: point.value for point in client.get_metric_history(found.info.run_id, "train/loss")}
             wanted = {step: values["train/loss"] for step, values in self.reference.metrics.items()}
-            outcomes = [fine and there == wanted for fine in outcomes]
+            outcomes = [fine and logged == wanted for fine in outcomes]
             return self._one_run("MLflow server killed and restarted", run, status, outcomes)
         finally:
             server.kill()
@@ -240,15 +241,15 @@ class Faults:
             time.sleep(0.2)
         return server
 
-    def _struck(
+    def _inject_each(
         self,
         fault: str,
         n: int,
-        strike: Callable[[DisturbedRun], str],
+        inject: Callable[[DisturbedRun], str],
         expected: Callable[[DisturbedRun, int], bool],
         counted: Callable[[DisturbedRun], bool] = lambda run: True,
     ) -> list[Outcome]:
-        """`n` faults that each end the process, which is then restarted; each is judged by how the run continues."""
+        """Inject `n` faults that each end the process, restart it, and check how the run continues."""
         outcomes: list[Outcome] = []
         name = fault.split(" (")[0].replace(" ", "-").replace("'", "")
         runs = tries = 0
@@ -267,26 +268,26 @@ class Faults:
                 runs += 1
                 run = self.run(f"{name}-{runs}")
                 continue
-            note = strike(run)
+            note = inject(run)
             tries += 1
             fine = expected(run, run.wait())
             if counted(run):
                 pending = (fine, run.last_step, note)
         status = run.finish()
-        return self._with_the_end(outcomes, run, status)
+        return self._with_final_weights(outcomes, run, status)
 
     def _resumed(self, fault: str, run: DisturbedRun, as_expected: bool, before: int, note: str) -> Outcome:
         start = starts(run.output)[-1]
-        found = judge(start, self.reference.metrics, before)
-        note = f"{note} after step {before}, on from {start.resumed}"
+        found = compare(start, self.reference.metrics, before)
+        note = f"{note} after step {before}, resumed from {start.resumed}"
         return Outcome(fault, as_expected, found.samples, found.losses, note)
 
-    def _with_the_end(self, outcomes: list[Outcome], run: DisturbedRun, status: int) -> list[Outcome]:
+    def _with_final_weights(self, outcomes: list[Outcome], run: DisturbedRun, status: int) -> list[Outcome]:
         """The last outcome also covers the run's end: its weights equal those of the undisturbed run."""
         end = self._end(run, status)
         last = outcomes[-1]
         outcomes[-1] = Outcome(last.fault, last.as_expected and not status, last.samples and end.samples,
-                               last.losses and end.losses, f"{last.note}; the run's end looked at too")  # fmt: skip
+                               last.losses and end.losses, f"{last.note}; final weights compared too")  # fmt: skip
         return outcomes
 
     def _one_run(self, fault: str, run: DisturbedRun, status: int, fine: list[bool]) -> list[Outcome]:
@@ -294,12 +295,12 @@ class Faults:
         end = self._end(run, status)
         return [Outcome(fault, each and not status, end.samples, end.losses, f"exit status {status}") for each in fine]
 
-    def _end(self, run: DisturbedRun, status: int) -> Judgement:
-        found = [judge(each, self.reference.metrics, run.max_steps) for each in starts(run.output) if each.metrics]
+    def _end(self, run: DisturbedRun, status: int) -> Comparison:
+        found = [compare(each, self.reference.metrics, run.max_steps) for each in starts(run.output) if each.metrics]
         weights = run.output / "model" / "model.safetensors"
         equal = not status and weights.read_bytes() == self.weights
         whole = run.last_step == run.max_steps
-        return Judgement(whole and all(each.samples for each in found), equal and all(each.losses for each in found))
+        return Comparison(whole and all(each.samples for each in found), equal and all(each.losses for each in found))
 
 
 def _moved(run: DisturbedRun, begun: int) -> bool:
@@ -313,13 +314,13 @@ def table(outcomes: list[Outcome]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for fault in dict.fromkeys(each.fault for each in outcomes):
         of_it = [each for each in outcomes if each.fault == fault]
-        counts = [sum(getattr(each, what) for each in of_it) for what in ("as_expected", "samples", "losses", "good")]
+        counts = [sum(getattr(each, what) for each in of_it) for what in ("as_expected", "samples", "losses", "passed")]
         lines.append(f"| {fault} | {len(of_it)} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 
 def write_report(file: Path, outcomes: list[Outcome]) -> None:
-    """Write all outcomes; kinds that were not counted this time keep their outcomes in the file."""
+    """Write all outcomes; kinds that were not run this time keep their outcomes in the file."""
     counted = {each.fault for each in outcomes}
     before = json.loads(file.read_text(encoding="utf-8"))["outcomes"] if file.exists() else []
     rows = [row for row in before if row["fault"] not in counted] + [asdict(each) for each in outcomes]
@@ -344,13 +345,13 @@ def main() -> int:
         for name in options.only or FAULTS:
             found = getattr(faults, name)(counts.get(name, options.each))
             for each in found:
-                print(f"{'ok ' if each.good else 'BAD'} {each.fault}: {each.note}", flush=True)
+                print(f"{'ok ' if each.passed else 'BAD'} {each.fault}: {each.note}", flush=True)
             outcomes += found
             seconds = time.monotonic() - started
-            if options.json:  # after each kind, so that counted faults are kept
+            if options.json:  # after each kind, so that an interrupted benchmark keeps its outcomes
                 write_report(options.json, outcomes)
     print(f"\n{table(outcomes)}\n\n{seconds / 60:.1f} minutes")
-    return 0 if all(each.good for each in outcomes) else 1
+    return 0 if all(each.passed for each in outcomes) else 1
 
 
 if __name__ == "__main__":

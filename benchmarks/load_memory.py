@@ -181,7 +181,7 @@ def check_weights(model: Any, folder: Path) -> None:
 
 
 def verdict(measured: dict[str, Any], largest_file: int) -> list[str]:
-    """Adds the limit and pass or fail to each rank's figures; a markdown table of them."""
+    """Adds the limit and pass or fail to each rank's figures. Returns a Markdown table of them."""
     lines = [
         "| rank | shard | limit | peak anonymous | peak file-mapped | peak resident (VmHWM) | kept anonymous | |",
         "|---|---|---|---|---|---|---|---|",

@@ -54,7 +54,7 @@ NAMES = {
 
 
 def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
-    """Bytes between a second step's backward and its update, by what holds them.
+    """Bytes of tensors between a second step's backward and its update, by kind.
 
     `all` covers all float tensors except those with an id in `before`; `gathered` counts elements of gathered weights.
     """
@@ -94,12 +94,12 @@ def watch_gathered(run: Run) -> Callable[[], int]:
     coordinator: Any = run.engine._optimizer.parameter_offload.get_param_coordinator()
     seen = [0]
 
-    def look(*_: Any) -> None:
+    def record(*_: Any) -> None:
         seen.append(coordinator._PartitionedParameterCoordinator__n_available_params)
 
     for module in run.engine.module.modules():
-        module.register_forward_pre_hook(look)  # after the engine's hooks, which gather
-        module.register_full_backward_pre_hook(look)
+        module.register_forward_pre_hook(record)  # after the engine's hooks, which gather
+        module.register_full_backward_pre_hook(record)
     return lambda: max(seen)
 
 
@@ -138,7 +138,7 @@ def real_inputs(shape: BatchShape, vocabulary: int) -> Iterator[None]:
 
 
 def blank_of(config: RunConfig) -> Callable[[BatchShape], Batch[Any]]:
-    """What makes a run's micro-batches without content."""
+    """The function that makes a run's micro-batches without content."""
     from data_pipeline.batching.chat import ChatCollator
     from data_pipeline.batching.tasks import TaskCollator
 
@@ -255,8 +255,10 @@ def rank_main(folder: Path) -> None:
                     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(prepared.model_dir))
                 nothing = Activations((), 0, 0, 0, 0, counted=True)
                 parts = memory_estimate(config, model, nothing, Ranks(world_size(), world_size())).parts
-                said = {what: sum(part.gpu for part in parts if part.name in names) for what, names in NAMES.items()}
-                rows.append({"stage": stage, "precision": precision, "held": held, "estimated": said})
+                estimated = {
+                    what: sum(part.gpu for part in parts if part.name in names) for what, names in NAMES.items()
+                }
+                rows.append({"stage": stage, "precision": precision, "held": held, "estimated": estimated})
                 run.engine.destroy()
                 del run, kept
         if rank() == 0:
@@ -289,7 +291,7 @@ def main() -> None:
     print("\n| model | | checkpointing | saved / counted | allocated / estimated peak |\n|---|---|---|---|---|")
     for row in kept:
         pairs = (("saved_bytes", "counted_bytes"), ("allocated_peak_bytes", "estimated_peak_bytes"))
-        cells = " | ".join(f"{row[real] / 1e6:.2f} / {row[said] / 1e6:.2f}" for real, said in pairs)
+        cells = " | ".join(f"{row[real] / 1e6:.2f} / {row[estimated] / 1e6:.2f}" for real, estimated in pairs)
         print(f"| {row['model']} | {row['precision']} | {'on' if row['checkpointing'] else 'off'} | {cells} |")
     if options.json is not None:
         result = {"machine": machine(2), "engine_bytes": engine, "activations": kept}

@@ -9,7 +9,7 @@ weights of the head, the order of samples and which sources are back-translation
 
 Intervals are over seeds (Student's t), and methods are compared seed by seed: they show how much the numbers vary with
 the seed, for this data set and this encoder. X-Mixup predicts twice: from a test text alone, and mixed with its
-translation into English (`back_text_a`). A second call continues where the first one stopped.
+translation into English (`back_text_a`). A second call resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def accuracies(model: Path, data: Path, mixup: MixupMode) -> Scores:
         for language in LANGUAGES:
             records = list(read_task_file(data / test / f"{language}.jsonl", "classification"))
             answers = predictor.predict(records, "auto" if mixup == "on" and language == DOMINANT else mixup).values
-            right = sum(answer == record.example.label for answer, record in zip(answers, records, strict=True))
-            found.setdefault(test, {})[language] = 100 * right / len(records)
+            correct = sum(answer == record.example.label for answer, record in zip(answers, records, strict=True))
+            found.setdefault(test, {})[language] = 100 * correct / len(records)
     return found
 
 

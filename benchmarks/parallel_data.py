@@ -24,16 +24,16 @@ def write_data(folder: Path) -> None:
     """Write `<language>.jsonl`: the same items, word for word, in each language's own words."""
     folder.mkdir(parents=True)
     for language, (consonants, vowels) in LETTERS.items():
-        chance = random.Random(language)
+        rng = random.Random(language)
         lexicon = [
-            "".join(chance.choice(consonants) + chance.choice(vowels) for _ in range(chance.randint(1, 3)))
+            "".join(rng.choice(consonants) + rng.choice(vowels) for _ in range(rng.randint(1, 3)))
             for _ in range(LEXICON)
         ]
         lines = []
         for item in range(ITEMS):
-            chance = random.Random(item)  # the same words in every language
+            rng = random.Random(item)  # the same words in every language
             texts = [
-                " ".join(lexicon[int(LEXICON * chance.random() ** 2)] for _ in range(chance.randint(*words)))
+                " ".join(lexicon[int(LEXICON * rng.random() ** 2)] for _ in range(rng.randint(*words)))
                 for words in (QUESTION_WORDS, ANSWER_WORDS)
             ]
             lines.append(json.dumps({"id": f"i{item}", "question": texts[0], "answer": texts[1]}))

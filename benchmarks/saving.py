@@ -2,7 +2,7 @@
 
     python -m benchmarks.saving --json FILE
 
-One run under ZeRO-3 trains through rounds of three blocks of steps, in rotating order. A block with a checkpoint starts
+One run under ZeRO-3 trains in rounds of three blocks of steps, in rotating order. A block with a checkpoint starts
 the checkpoint and ends when it is complete. Two figures a checkpoint: how long training waited for it, in `begin` and
 `settle`; and how much longer its block took than the round's block without one, which includes the CPU and disk time
 that the background thread takes from the steps. Wall clock of the slowest rank. The disk is that of the temporary
@@ -30,7 +30,7 @@ BLOCKS = ("none", "background", "foreground")
 
 
 class Timed:
-    """A trainer that measures its time inside the saver."""
+    """A trainer that measures how long it waits for the saver."""
 
     def __init__(self, config: Any) -> None:
         from training.assembly import assemble
@@ -40,28 +40,28 @@ class Timed:
 
         self.trainer = Trainer(assemble(config, prepare(config, rank())), tracker=None)
         self.step = 0
-        self.stood_still = 0.0
+        self.wait_seconds = 0.0
 
     def block(self, kind: str, n_steps: int) -> None:
         """Run steps of the loop (`Trainer._train_from`) after starting a checkpoint of this kind."""
-        trainer, self.stood_still = self.trainer, 0.0
+        trainer, self.wait_seconds = self.trainer, 0.0
         if kind != "none":
             background = kind == "background"
             trainer.saver.config = trainer.config.checkpoint.model_copy(update={"background": background})
-            self._still(partial(trainer.save, self.step, {}))
+            self._timed_wait(partial(trainer.save, self.step, {}))
         for _ in range(n_steps):
             batch = trainer.run.loader.load(self.step)
             agreed = trainer.agree(batch)
             if trainer.saver.open and not agreed.writing:
-                self._still(trainer._settle)
+                self._timed_wait(trainer._settle)
             trainer.train_step(self.step, batch, agreed)
             self.step += 1
-        self._still(trainer._settle)
+        self._timed_wait(trainer._settle)
 
-    def _still(self, work: Any) -> None:
+    def _timed_wait(self, work: Any) -> None:
         started = time.perf_counter()
         work()
-        self.stood_still += time.perf_counter() - started
+        self.wait_seconds += time.perf_counter() - started
 
 
 def measure(config: Any, rounds: int, n_steps: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def measure(config: Any, rounds: int, n_steps: int) -> dict[str, Any]:
         for place in range(len(BLOCKS)):
             kind = BLOCKS[(place + number) % len(BLOCKS)]
             seconds, _ = timed(partial(run.block, kind, n_steps), device)
-            found[kind].append({"seconds": seconds, "stood_still": float(all_max(run.stood_still, device))})
+            found[kind].append({"seconds": seconds, "wait_seconds": float(all_max(run.wait_seconds, device))})
     newest = next(checkpoint.complete(config.output_dir), None)
     assert newest is not None
     return {
@@ -95,14 +95,14 @@ def summary(measured: dict[str, Any]) -> dict[str, Any]:
     for kind in BLOCKS[1:]:
         pairs = zip(blocks[kind], blocks["none"], strict=True)
         rows[kind] = {
-            "stood_still": statistics.median(each["stood_still"] for each in blocks[kind]),
+            "wait_seconds": statistics.median(each["wait_seconds"] for each in blocks[kind]),
             "cost": statistics.median(saved["seconds"] - none["seconds"] for saved, none in pairs),
         }
     return {
         "step_seconds": statistics.median(each["seconds"] for each in blocks["none"]) / measured["steps_a_block"],
         **rows,
         "background_to_foreground": {
-            what: rows["background"][what] / rows["foreground"][what] for what in ("stood_still", "cost")
+            what: rows["background"][what] / rows["foreground"][what] for what in ("wait_seconds", "cost")
         },
     }
 
@@ -128,13 +128,13 @@ def table(measured: dict[str, Any]) -> str:
         f"{measured['parameters'] / 1e6:.1f}M parameters, {measured['checkpoint_bytes'] / 1e6:.0f} MB a checkpoint, "
         f"disk {measured['written_gb_per_second']:.2f} GB/s, {found['step_seconds']:.2f} s a step",
         "",
-        "| a checkpoint written | training stands still, s | it costs, s |",
+        "| a checkpoint written | training waits, s | it costs, s |",
         "|---|---|---|",
     ]
     for kind in BLOCKS[1:]:
-        lines.append(f"| {kind} | {found[kind]['stood_still']:.2f} | {found[kind]['cost']:.2f} |")
+        lines.append(f"| {kind} | {found[kind]['wait_seconds']:.2f} | {found[kind]['cost']:.2f} |")
     ratios = found["background_to_foreground"]
-    lines.append(f"| background / foreground | {ratios['stood_still']:.2f} | {ratios['cost']:.2f} |")
+    lines.append(f"| background / foreground | {ratios['wait_seconds']:.2f} | {ratios['cost']:.2f} |")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@
 
 All three train the same model from the same weights on the same batches of generated parallel data. Each round is one
 step of each, in rotating order, so noise of the machine affects all three; ratios are computed within a round. Two
-clocks: the wall clock of the slowest rank, and the CPU time of all ranks, which other programs disturb less (on GPUs it
+clocks: the wall clock of the slowest rank, and the CPU time of all ranks, which other programs affect less (on GPUs it
 means little). The refresh of the language vectors is timed separately, at the default `refresh_every` and
 `probe_items`, and its share is added to every one-pass step; three-pass gets its vectors at no cost.
 CPU: gloo, fp32; GPU: NCCL, bf16, one rank a GPU.

@@ -106,7 +106,7 @@ def pair_texts(batch: ChatBatch, packer: Packer, device: torch.device) -> tuple[
 
 
 def _bare(sample: ChatSample, name: str) -> ChatSample:
-    """The user's words without a template, after the sequence's first token."""
+    """The user's text without a template, after the sequence's first token."""
     input_ids = np.concatenate([sample.input_ids[:1], sample.input_ids[sample.content]])
     content = np.ones(len(input_ids), dtype=np.bool_)
     content[0] = False

@@ -1,4 +1,4 @@
-"""Proof that a change moves no number: the same runs on two revisions, on this machine, compared to the last digit.
+"""Proof that a change alters no number: the same runs on two revisions, on this machine, compared to the last digit.
 
     python -m benchmarks.same_numbers REV_A REV_B                     all cases, about 25 minutes on two cores
     python -m benchmarks.same_numbers REV_A REV_B --only sft resumed  some of them
@@ -8,10 +8,9 @@ language, gradient norms, shift norms) of SFT, ShifCon, LoRA, masked words, X-Mi
 of tasks, on two ranks under ZeRO-3 in fp32 with dropout; a run that is killed and resumed; the hash of every exported
 tensor; generated answers; XTREME predictions and scores. Not compared: times and memory.
 
-Both revisions are used through their command line only, so their code may be laid out differently. What is done is
-kept in --work by commit: a revision that was compared before is not run again, unless a package or this benchmark
-changed. Exit status: 0 equal (values that only
-REV_B has are listed, not counted), 1 different, 2 a revision or command that fails.
+Both revisions are used through their command line only, so their code may be laid out differently. Results are kept in
+--work by commit: a revision that was compared before is not run again, unless a package or this benchmark changed.
+Exit status: 0 equal (values that only REV_B has are listed, not counted), 1 different, 2 a revision or command failed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from data_pipeline.atomic import write_text
 
 WORK = SOURCE / "runs" / "same_numbers"
 SHOWN = 8  # differences of a case that are printed
-# A LoRA export may differ in its last digits when the way of merging changes: told by how much, not counted.
+# A LoRA export may differ in its last digits when the way of merging changes: reported, not counted as different.
 ROUNDED = {"lora": "tensor "}
 
 
@@ -53,7 +52,7 @@ class Comparison:
 
 
 def compare(a: Facts, b: Facts, may_round: str | None = None) -> Comparison:
-    """Facts by name; names that begin with `may_round` are let differ."""
+    """Facts by name; names that begin with `may_round` may differ."""
     unequal = [name for name, value in a.items() if name in b and b[name] != value]
     rounded = [name for name in unequal if may_round is not None and name.startswith(may_round)]
     return Comparison(
@@ -66,7 +65,7 @@ def compare(a: Facts, b: Facts, may_round: str | None = None) -> Comparison:
 
 
 def facts_of(revision: Revision, name: str, data: Path) -> Facts:
-    """A case's facts, from an earlier comparison where one made them with the same packages and cases."""
+    """A case's facts, from an earlier comparison with the same packages and cases if there is one."""
     file = revision.folder / "facts" / f"{name}.json"
     if not file.exists():
         facts = CASES[name](revision, data)
@@ -76,7 +75,7 @@ def facts_of(revision: Revision, name: str, data: Path) -> Facts:
 
 
 def _conditions() -> str:
-    """Changes with this benchmark's own files and with any installed package."""
+    """A hash of this benchmark's files and of the installed packages."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     installed = sorted(f"{each.name} {each.version}" for each in distributions())
     return hashlib.sha256(b"".join(f.read_bytes() for f in files) + "\n".join(installed).encode()).hexdigest()[:12]
@@ -120,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.same_numbers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("rev_a", metavar="REV_A", help="commit, tag or branch: how it was")
-    parser.add_argument("rev_b", metavar="REV_B", help="commit, tag or branch: how it is now")
+    parser.add_argument("rev_a", metavar="REV_A", help="commit, tag or branch before the change")
+    parser.add_argument("rev_b", metavar="REV_B", help="commit, tag or branch after the change")
     parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for trees, data and runs")
     options = parser.parse_args(arguments)

@@ -51,7 +51,9 @@ def plan(revision: Revision, data: Path) -> Facts:
         if name in NOT_RUN_FILES:
             continue
         if name not in PLANNED:
-            raise SameNumbersError(f"configs/{file.name}: not in PLANNED of {__file__}; say there how to plan it")
+            raise SameNumbersError(
+                f"configs/{file.name}: not in PLANNED of {__file__}; add it there with its overrides"
+            )
         output = revision.folder / "plan" / name
         plans[name] = [file, f"data_dir={_planned_data(data, file)}", f"output_dir={output}", *PLANNED[name]]
     return _plans(revision, plans)
@@ -70,13 +72,13 @@ def _planned_data(data: Path, config: Path) -> Path:
 
 def _plans(revision: Revision, plans: dict[str, list[object]]) -> Facts:
     """The lines of `data plan` by name, for each number of ranks; `plans` has the run file and overrides of each."""
-    asked = [(name, ranks) for name in plans for ranks in PLANNED_RANKS]
+    requests = [(name, ranks) for name in plans for ranks in PLANNED_RANKS]
     printed = revision.crosslift_each(
-        [["data", "plan", *plans[name], "--steps", PLANNED_STEPS, "--world-size", ranks] for name, ranks in asked]
+        [["data", "plan", *plans[name], "--steps", PLANNED_STEPS, "--world-size", ranks] for name, ranks in requests]
     )
     return {
         f"plan {name} {ranks} ranks {number}": line
-        for (name, ranks), lines in zip(asked, printed, strict=True)
+        for (name, ranks), lines in zip(requests, printed, strict=True)
         for number, line in enumerate(lines.splitlines())
     }
 
@@ -86,15 +88,15 @@ def sft(revision: Revision, data: Path) -> Facts:
 
 
 def shifcon(revision: Revision, data: Path) -> Facts:
-    """With the answers of its export, the shift on."""
+    """Includes answers of its export, generated with the shift."""
     facts = _decoder(revision, data, "shifcon", inputs.SHIFCON)
     model = revision.folder / "shifcon" / "model"
-    asked = [
+    questions = [
         {"prompt": inputs.question(language, 150)["question"], "language": language} for language in inputs.LANGUAGES
     ]
     commands = []
-    for language, rows in (("auto", [{"prompt": row["prompt"]} for row in asked]), ("none", asked)):
-        inputs.write_rows(file := revision.folder / f"asked-{language}.jsonl", rows)
+    for language, rows in (("auto", [{"prompt": row["prompt"]} for row in questions]), ("none", questions)):
+        inputs.write_rows(file := revision.folder / f"questions-{language}.jsonl", rows)
         commands.append(
             ["generate", model, "--file", file, "--language", language, "--max-new-tokens", GENERATED_TOKENS, "--json"]
         )
@@ -118,15 +120,15 @@ def resumed(revision: Revision, data: Path) -> Facts:
     values = inputs.decoder_run(data / "questions", revision.folder / "resumed", inputs.SHIFCON)
     file = inputs.write_yaml(revision.folder / "resumed.yaml", values)
     output = Path(values["output_dir"])
-    shutil.rmtree(output, ignore_errors=True)  # of a comparison that was broken off
+    shutil.rmtree(output, ignore_errors=True)  # of an interrupted comparison
     after = values["checkpoint"]["every"] * 2
     revision.kill_when(lambda: _last_step(output) > after, "train", file, "--nproc", RANKS)
     if _last_step(output) >= values["max_steps"]:
-        raise SameNumbersError(f"{output}: all steps were done before the kill; nothing is resumed")
+        raise SameNumbersError(f"{output}: all steps were done before the kill, so nothing is resumed")
     facts = _trained(revision, values)
     starts = [event["resumed_step"] for event in _events(output) if event["kind"] == "start"]
     if len(starts) < 2 or not starts[-1]:
-        raise SameNumbersError(f"{output}: was started at the steps {starts}, so it was not resumed")
+        raise SameNumbersError(f"{output}: started at the steps {starts}, so it was not resumed")
     return facts
 
 
@@ -189,7 +191,7 @@ def _trained(revision: Revision, values: dict[str, Any]) -> Facts:
 
 
 def _metrics(run: Path) -> Facts:
-    """Every metric of every step, the last one written where a step was done twice."""
+    """Every metric of every step, the last one written if a step was done twice."""
     facts = {
         f"step {event['step']} {name}": repr(value)
         for event in _events(run)
@@ -234,7 +236,7 @@ def _events(run: Path) -> list[dict[str, Any]]:
 
 
 def _last_step(run: Path) -> int:
-    """The last step in the record; 0 before there is one, a torn last line aside."""
+    """The last step in the record; 0 without one. An incomplete last line is ignored."""
     if not (run / "record.jsonl").exists():
         return 0
     found = re.findall(r'"step": ?(\d+)', (run / "record.jsonl").read_text(encoding="utf-8"))

@@ -34,23 +34,23 @@ def lexicon(language: str) -> list[str]:
     first, letters = ALPHABETS.get(language, LATIN)
     found = []
     for number in range(LEXICON):
-        chance = random.Random(f"{language} {number}")
-        found.append("".join(chr(first + chance.randrange(letters)) for _ in range(chance.randint(2, 5))))
+        rng = random.Random(f"{language} {number}")
+        found.append("".join(chr(first + rng.randrange(letters)) for _ in range(rng.randint(2, 5))))
     return found
 
 
 def words(language: str, seed: object, n: int) -> list[str]:
     """`n` words of a language, drawn by `seed`: the same seed gives the same positions in every lexicon."""
-    chance = random.Random(f"{seed}")
-    return [lexicon(language)[int(LEXICON * chance.random() ** 2)] for _ in range(n)]
+    rng = random.Random(f"{seed}")
+    return [lexicon(language)[int(LEXICON * rng.random() ** 2)] for _ in range(n)]
 
 
 def question(language: str, item: int) -> dict[str, str]:
     """A decoder row: a question of 8 to 30 words and a short answer, parallel over languages."""
     length = 8 + item * 7 % 23
-    asked = words(language, f"question {item}", length)
+    text = words(language, f"question {item}", length)
     answer = [*words(language, f"answer {item}", 2 + item % 9), str(3 + item)]
-    return {"id": f"i{item}", "language": language, "question": " ".join(asked), "answer": " ".join(answer)}
+    return {"id": f"i{item}", "language": language, "question": " ".join(text), "answer": " ".join(answer)}
 
 
 def labelled(task: str, language: str, item: int) -> dict[str, Any]:

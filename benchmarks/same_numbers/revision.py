@@ -29,7 +29,7 @@ for arguments in json.load(sys.stdin):
     printed.append(out.getvalue())
 json.dump(printed, sys.stdout)
 """
-FOREIGN = ("CROSSLIFT_", "MLFLOW_", "SLURM_", "HF_")  # variables of the caller's shell that could change a run
+FOREIGN = ("CROSSLIFT_", "MLFLOW_", "SLURM_", "HF_")  # variables of the calling shell that could change a run
 TIMEOUT_S = 900
 
 
@@ -50,7 +50,7 @@ class Revision:
         """Extract a revision to `work/<commit>/tree`, once.
 
         Raises:
-            SameNumbersError: the name is no commit, or Python would import the code of another tree.
+            SameNumbersError: the name is not a commit, or Python would import the code of another tree.
         """
         found = subprocess.run(
             ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"],
@@ -59,7 +59,7 @@ class Revision:
             text=True,
         )
         if found.returncode:
-            raise SameNumbersError(f"{name!r}: no commit of this repository; see `git log`")
+            raise SameNumbersError(f"{name!r}: not a commit of this repository; see `git log`")
         commit = found.stdout.strip()
         revision = cls(commit, work / commit[:12] / "tree", work / commit[:12])
         if not (revision.tree / "crosslift.py").exists():
@@ -68,7 +68,7 @@ class Revision:
                 files.extractall(revision.tree, filter="data")
         imported = revision.python("-c", "import training; print(training.__file__)").strip()
         if not Path(imported).is_relative_to(revision.tree):
-            raise SameNumbersError(f"{name}: `import training` finds {imported}, not the code of {revision.tree}")
+            raise SameNumbersError(f"{name}: `import training` loads {imported}, not the code of {revision.tree}")
         return revision
 
     def crosslift(self, *arguments: object) -> str:
@@ -77,16 +77,16 @@ class Revision:
 
     def crosslift_each(self, commands: Sequence[Sequence[object]]) -> list[str]:
         """As `crosslift`, for several commands that only read. Raises SameNumbersError if one fails."""
-        given = json.dumps([list(map(str, arguments)) for arguments in commands])
-        printed: list[str] = json.loads(self.python("-c", SEVERAL, given=given))
+        stdin = json.dumps([list(map(str, arguments)) for arguments in commands])
+        printed: list[str] = json.loads(self.python("-c", SEVERAL, stdin=stdin))
         return printed
 
-    def python(self, *arguments: str, given: str | None = None) -> str:
-        """What the interpreter prints on stdout, running in this revision's tree with `given` on stdin."""
+    def python(self, *arguments: str, stdin: str | None = None) -> str:
+        """What the interpreter prints on stdout, running in this revision's tree, given `stdin`."""
         command = [sys.executable, *arguments]
         try:
             done = subprocess.run(
-                command, cwd=self.tree, env=self._environment(), input=given, capture_output=True, text=True,
+                command, cwd=self.tree, env=self._environment(), input=stdin, capture_output=True, text=True,
                 timeout=TIMEOUT_S,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -113,8 +113,8 @@ class Revision:
             while not ready():
                 if process.poll() is not None or time.monotonic() > until:
                     raise SameNumbersError(
-                        f"{self.commit[:12]}: {' '.join(map(str, arguments))}: was to be killed while it trains, but "
-                        f"{'did not come so far' if process.poll() is None else 'had ended'}"
+                        f"{self.commit[:12]}: {' '.join(map(str, arguments))}: to be killed during training, but it "
+                        f"{'did not get that far' if process.poll() is None else 'ended before'}"
                     )
                 time.sleep(0.02)
         finally:
@@ -127,7 +127,7 @@ class Revision:
 
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the process and all its descendants; ranks have process groups of their own."""
+    """SIGKILL to the process and all its descendants; ranks have separate process groups."""
     import psutil
 
     try:

@@ -16,5 +16,5 @@ FEW = CorpusSizes(english_base=10, other_base=10, finetune=200, test_seen=10, te
 def test_a_kill_while_saving_changes_nothing(tmp_path: Path) -> None:
     (outcome,) = Faults(tmp_path, seed=0, max_steps=30, sizes=FEW).saving_kills(1)
     assert outcome.fault == "kill -9 while saving"
-    assert outcome.good, outcome
-    assert ", on from 0;" not in outcome.note, "a checkpoint was loaded"
+    assert outcome.passed, outcome
+    assert ", resumed from 0;" not in outcome.note, "a checkpoint was loaded"

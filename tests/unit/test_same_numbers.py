@@ -85,6 +85,6 @@ def test_answers_and_tags_fit_their_text(task: str) -> None:
 def test_a_name_that_is_no_revision_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["no-such-revision", "HEAD", "--work", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        "same_numbers: 'no-such-revision': no commit of this repository; see `git log`\n"
+        "same_numbers: 'no-such-revision': not a commit of this repository; see `git log`\n"
     )
     assert not list(tmp_path.rglob("crosslift.py"))
