@@ -1,4 +1,4 @@
-"""A fake Slurm: programs on PATH with output chosen by the test, for cases that a cluster does not produce.
+"""A fake Slurm: programs on PATH with output chosen by the test, for cases that the test cluster does not produce.
 
 Each records its arguments and prints the content of `NAME.out` and `NAME.err`, with the status in `NAME.status`.
 `srun` runs its command as the only node, unless a test sets a status; `sbatch` numbers jobs from 12 on, and runs the
@@ -19,7 +19,7 @@ home = pathlib.Path({folder!r})
 name = os.path.basename(sys.argv[0])
 with (home / (name + ".calls")).open("a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
-def said(kind, otherwise=""):
+def setting(kind, otherwise=""):
     file = home / (name + "." + kind)
     return file.read_text() if file.exists() else otherwise
 if name == "srun":
@@ -27,31 +27,31 @@ if name == "srun":
     while words[0].startswith("--"):
         words.pop(0)
     if words == ["true"]:
-        sys.exit(int(said("probe", "0")))
+        sys.exit(int(setting("probe", "0")))
     (home / "srun.environment").write_text(json.dumps(dict(os.environ)))
-    while said("waits"):
+    while setting("waits"):
         time.sleep(0.02)
-    if not said("status"):
+    if not setting("status"):
         sys.exit(subprocess.call(words))
     for word in words:
-        if word.startswith("--outcome=") and said("outcome"):
-            pathlib.Path(word.partition("=")[2]).write_text(said("outcome"))
+        if word.startswith("--outcome=") and setting("outcome"):
+            pathlib.Path(word.partition("=")[2]).write_text(setting("outcome"))
 number = str(11 + len((home / (name + ".calls")).read_text().splitlines()))
-if name == "sbatch" and said("runs_jobs"):
+if name == "sbatch" and setting("runs_jobs"):
     job = {{"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1",
            "SLURMD_NODENAME": "n1"}}
     status = subprocess.call(["bash", sys.argv[-1]], env={{**os.environ, **job}}, stdout=(home / "job.out").open("w"),
                              stderr=subprocess.STDOUT)
     (home / "job.status").write_text(str(status))
-sys.stdout.write(said("out", number + "\\n" if name == "sbatch" else ""))
-sys.stderr.write(said("err"))
-sys.exit(int(said("status", "0")))
+sys.stdout.write(setting("out", number + "\\n" if name == "sbatch" else ""))
+sys.stderr.write(setting("err"))
+sys.exit(int(setting("status", "0")))
 """
 NAMES = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sacct")
 
 
 class FakeSlurm:
-    """A folder of such programs; `path` is to be put in front of PATH."""
+    """A folder of such programs; `search_path` is a PATH with them first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,14 +61,14 @@ class FakeSlurm:
             program = self.path / name
             program.write_text(PROGRAM.format(python=sys.executable, folder=str(folder)))
             program.chmod(program.stat().st_mode | stat.S_IEXEC)
-        self.says("scontrol", "localhost\n")
-        self.says("sacct", "", "sacct: error: Slurm accounting storage is disabled\n", 1)
+        self.set_output("scontrol", "localhost\n")
+        self.set_output("sacct", "", "sacct: error: Slurm accounting storage is disabled\n", 1)
 
     @property
     def search_path(self) -> str:
         return f"{self.path}{os.pathsep}{os.environ['PATH']}"
 
-    def says(self, name: str, out: str, err: str = "", status: int = 0) -> None:
+    def set_output(self, name: str, out: str, err: str = "", status: int = 0) -> None:
         """Set the output of a program."""
         for kind, text in (("out", out), ("err", err), ("status", str(status))):
             self.set(name, kind, text)

@@ -55,8 +55,8 @@ def test_every_rule_judges_the_table_of_outputs(
         ("The answer is 9 * 2 = $18.", "en", "18"),
         ("The answer is x = 18", "en", "18"),
         ("The answer is 18, since 16-3-4=9", "en", "18"),
-        ("It is 12. The answer is unknown.", "en", "12"),  # a marker without a number is none
-        ("#### Step 3\nSo 7 and then 18", "en", "18"),  # a heading is no marker
+        ("It is 12. The answer is unknown.", "en", "12"),  # a marker without a number is ignored
+        ("#### Step 3\nSo 7 and then 18", "en", "18"),  # a heading is not a marker
         (r"So $\boxed{18}$ for 2 days", "en", "18"),
         (r"\boxed{\frac{37}{2}}", "en", "37/2"),
         ("Die Antwort lautet 26. Das sind 2 mehr.", "de", "26"),
@@ -135,14 +135,14 @@ def test_the_robust_rule_is_exact_beyond_float_precision() -> None:
 
 
 def test_the_last_number_rule_keeps_the_published_scorers_quirks() -> None:
-    assert last_number("1,2") == 12  # commas between digits go, whatever they part
+    assert last_number("1,2") == 12  # commas between digits are removed, wherever they are
     assert last_number("1,234,567 eggs") == 1234567
     assert last_number("from -5") == 5
     assert last_number("none") is None
     right = RULES["last_number"].is_correct
     assert right(None, "0")
     assert right(Decimal("18"), "-18")
-    assert right(Decimal("2.001"), "2")  # in floats, as they reckon, a hair under 1e-3
+    assert right(Decimal("2.001"), "2")  # in float arithmetic, as in the scorers, the difference is just below 1e-3
     assert not right(Decimal("18.001"), "18")
     assert not right(last_number("9" * 5000), "18")
     assert right(Decimal("114200"), "114,200")

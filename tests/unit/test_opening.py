@@ -1,4 +1,4 @@
-"""Questions from the command line to the model: reading, language of the template, and language of the shift."""
+"""Questions of `crosslift generate`: reading them, the template's language, and the language of the shift."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Opened = tuple[ShiftedGenerator, Chat]
 
 
 def write_model(directory: Path, *, shifts: bool = False, plain: bool = False, **described: Any) -> Path:
-    """A tiny Llama whose every byte is a token, as an export; `plain`: as a Hugging Face directory."""
+    """Write a tiny Llama with one token per byte, as an export; `plain`: as a Hugging Face directory."""
     vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", "<pad>"])}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[symbol] = len(vocabulary)
@@ -74,13 +74,13 @@ def ask(opened: Opened, *questions: Question) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
-    """The prompts that come to `generate`, which then answers nothing."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
+    """The prompts passed to `generate`, which is replaced and returns empty answers."""
     prompts: list[Prompt] = []
 
-    def record(self: ShiftedGenerator, given: list[Prompt], *_: object) -> list[Generation]:
-        prompts.extend(given)
-        return [Generation("", [], True, False) for _ in given]
+    def record(self: ShiftedGenerator, batch: list[Prompt], *_: object) -> list[Generation]:
+        prompts.extend(batch)
+        return [Generation("", [], True, False) for _ in batch]
 
     monkeypatch.setattr(ShiftedGenerator, "generate", record)
     return prompts
@@ -88,10 +88,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
 
 @pytest.mark.parametrize("response", [None, "sw"])
 @pytest.mark.parametrize(("shifts", "language"), [(False, "auto"), (False, "none"), (True, "none")])
-def test_a_prompt_of_unknown_language_uses_the_dominant_language_s_template(
-    tmp_path: Path, asked: list[Prompt], shifts: bool, language: str, response: str | None
+def test_a_prompt_of_unknown_language_uses_the_template_of_the_dominant_language(
+    tmp_path: Path, recorded: list[Prompt], shifts: bool, language: str, response: str | None
 ) -> None:
-    """The template names a language, and the shift takes none; the export may say what answers are in."""
+    """The template names the dominant language, nothing is shifted; the export may set the response language."""
     for template, words in (
         ({"name": "alpaca"}, "the request in {}. Please answer in {}.\n\n### Instruction:\n3+4?\n\n### Response:"),
         (CUSTOM, "A question in English: 3+4?\nIts answer in {}: "),
@@ -100,60 +100,64 @@ def test_a_prompt_of_unknown_language_uses_the_dominant_language_s_template(
         generator, chat = open_model(str(model))
         (row,) = ask((generator, chat), Question("3+4?", language))
         name = "Swahili" if response else "English"
-        assert chat.decode(asked[-1].ids).endswith(words.format(name, name))
+        assert chat.decode(recorded[-1].ids).endswith(words.format(name, name))
         assert (row["language"], row["response_language"]) == (None, response)
-        assert asked[-1].language is None
+        assert recorded[-1].language is None
 
 
-def test_a_given_language_is_written_and_shifted(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_a_given_language_is_used_by_the_template_and_the_shift(tmp_path: Path, recorded: list[Prompt]) -> None:
     generator, chat = open_model(str(write_model(tmp_path, shifts=True, template=CUSTOM)))
     ask((generator, chat), Question("3+4?", "sw"), Question("3+4?", "zh", "sw"))
-    assert [(prompt.language, prompt.response_language) for prompt in asked] == [("sw", "sw"), ("zh", "sw")]
-    assert [chat.decode(prompt.ids) for prompt in asked] == [
+    assert [(prompt.language, prompt.response_language) for prompt in recorded] == [("sw", "sw"), ("zh", "sw")]
+    assert [chat.decode(prompt.ids) for prompt in recorded] == [
         "A question in Swahili: 3+4?\nIts answer in Swahili: ",
         "A question in Chinese: 3+4?\nIts answer in Swahili: ",
     ]
 
 
-def test_without_a_dominant_language_only_templates_that_name_one_refuse(tmp_path: Path, asked: list[Prompt]) -> None:
-    for template, wanted in (({"name": "alpaca"}, "{response_language}"), (CUSTOM, "{language}")):
+def test_without_a_dominant_language_templates_that_name_a_language_are_refused(
+    tmp_path: Path, recorded: list[Prompt]
+) -> None:
+    for template, field in (({"name": "alpaca"}, "{response_language}"), (CUSTOM, "{language}")):
         opened = open_model(str(write_model(tmp_path / template["name"], template=template, dominant=None)))
         question = Question("3+4?", "auto", origin="questions.jsonl:7")
         with pytest.raises(EvalError) as caught:
             ask(opened, question)
-        told = f"questions.jsonl:7: the {template['name']} template names {wanted}, which is not known; give --language"
-        assert (str(caught.value), caught.value.exit_status) == (told, 2)
+        message = (
+            f"questions.jsonl:7: the {template['name']} template names {field}, which is not known; give --language"
+        )
+        assert (str(caught.value), caught.value.exit_status) == (message, 2)
         ask(opened, Question("3+4?", "sw"))
     opened = open_model(str(write_model(tmp_path / "plain", dominant=None)))
     ask(opened, Question("3+4?", "auto"))
     opened = open_model(str(write_model(tmp_path / "one", template=CUSTOM, dominant=None, languages=["sw"])))
     ask(opened, Question("3+4?", "none"))
-    assert opened[1].decode(asked[-1].ids) == "A question in Swahili: 3+4?\nIts answer in Swahili: "
+    assert opened[1].decode(recorded[-1].ids) == "A question in Swahili: 3+4?\nIts answer in Swahili: "
 
 
-def test_a_plain_hugging_face_directory_takes_any_language_or_none(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_a_plain_hugging_face_directory_takes_any_language_or_none(tmp_path: Path, recorded: list[Prompt]) -> None:
     generator, chat = open_model(str(write_model(tmp_path, plain=True)))
-    ask((generator, chat), *(Question("3+4?", "auto", said) for said in (None, "yo")), Question("3+4?", "yo"))
-    assert [chat.decode(prompt.ids) for prompt in asked] == ["3+4?\n", "3+4?\nAnswer in Yoruba:\n", "3+4?\n"]
+    ask((generator, chat), *(Question("3+4?", "auto", response) for response in (None, "yo")), Question("3+4?", "yo"))
+    assert [chat.decode(prompt.ids) for prompt in recorded] == ["3+4?\n", "3+4?\nAnswer in Yoruba:\n", "3+4?\n"]
 
 
 def test_language_none_shifts_no_token(tmp_path: Path) -> None:
     opened = open_model(str(write_model(tmp_path, shifts=True, response_language="sw")))
     generator, _ = opened
-    none, said, auto = ask(
+    plain, with_response, shifted = ask(
         opened, Question("3 + 4?", "none"), Question("3 + 4?", "none", "zh"), Question("3 + 4?", "en")
     )
     assert generator.shift is not None
     with generator.shift.disabled():
         unshifted = ask(opened, Question("3 + 4?", "en"), Question("3 + 4?", "en", "zh"))
-    assert [none["output"], said["output"]] == [row["output"] for row in unshifted]
-    assert auto["output"] != none["output"], "the answer's shift changes it"
-    assert [row["shifted"] for row in (none, said, auto)] == [False, False, True]
-    assert [row["response_language"] for row in (none, said, auto)] == ["sw", "zh", "sw"]
+    assert [plain["output"], with_response["output"]] == [row["output"] for row in unshifted]
+    assert shifted["output"] != plain["output"], "the shift changes the answer"
+    assert [row["shifted"] for row in (plain, with_response, shifted)] == [False, False, True]
+    assert [row["response_language"] for row in (plain, with_response, shifted)] == ["sw", "zh", "sw"]
 
 
 def test_language_auto_uses_the_question_and_not_the_template(tmp_path: Path) -> None:
-    """English template around a Chinese question: its words are nearest to Chinese, prompt and template to English."""
+    """The question's words are nearest to Chinese; the whole prompt with its English template is nearest to English."""
     model = write_model(tmp_path, shifts=True, template={"name": "alpaca"})
     generator, chat = open_model(str(model))
     ids, content = chat.prompt_ids([Message("user", "安娜有三个苹果？")], "en", "en")
@@ -166,7 +170,7 @@ def test_language_auto_uses_the_question_and_not_the_template(tmp_path: Path) ->
     assert (row["language"], row["response_language"], row["shifted"]) == ("zh", "zh", True)
 
 
-def test_languages_that_the_model_lacks_are_refused(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_languages_that_the_model_lacks_are_refused(tmp_path: Path, recorded: list[Prompt]) -> None:
     opened = open_model(str(write_model(tmp_path)))
     for question, message in {
         Question("?", "sww"): "language 'sww': the model has en, zh, sw, bn; or use auto or none",
@@ -176,7 +180,7 @@ def test_languages_that_the_model_lacks_are_refused(tmp_path: Path, asked: list[
         with pytest.raises(EvalError) as caught:
             ask(opened, Question("?", "sw"), question)
         assert str(caught.value) == message
-    assert not asked
+    assert not recorded
 
 
 def test_a_lone_surrogate_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -200,8 +204,8 @@ def test_questions_of_a_file_are_read(tmp_path: Path) -> None:
         Question("b", "sw", "en", f"{file}:3"),
         Question("c", "auto", None, f"{file}:5"),
     ]
-    said = [(each.language, each.response_language) for each in read_questions(file, "de", "zh")]
-    assert said == [
+    languages = [(each.language, each.response_language) for each in read_questions(file, "de", "zh")]
+    assert languages == [
         ("de" if each.language == "auto" else each.language, each.response_language or "zh")
         for each in read_questions(file, "auto")
     ]
@@ -218,7 +222,7 @@ CHATML = (
 )
 
 
-def test_system_messages_and_earlier_turns_are_written_by_the_template(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_system_messages_and_earlier_turns_are_written_by_the_template(tmp_path: Path, recorded: list[Prompt]) -> None:
     model = write_model(tmp_path / "m", template={"name": "chat"})
     (model / "chat_template.jinja").write_text(CHATML)
     file = tmp_path / "q.jsonl"
@@ -233,7 +237,7 @@ def test_system_messages_and_earlier_turns_are_written_by_the_template(tmp_path:
     opened = open_model(str(model))
     ask(opened, *read_questions(file, "en", system="Given."), Question("six?", "en"))
     earlier = "<user>one?</s><assistant>1</s><user>two?</s><assistant>"
-    assert [opened[1].decode(prompt.ids).removeprefix("<s>") for prompt in asked] == [
+    assert [opened[1].decode(prompt.ids).removeprefix("<s>") for prompt in recorded] == [
         f"<system>Given.</s>{earlier}",
         f"<system>Own.</s>{earlier}",
         "<system>Row's.</s><user>three?</s><assistant>",
@@ -275,12 +279,12 @@ def test_a_rows_other_fields_are_kept_with_its_answer(tmp_path: Path, capsys: py
     assert set(first) - {"id", "gold"} == set(second) - {"id", "messages", "n"} | {"prompt"}
 
 
-def test_a_run_folder_opens_its_export(tmp_path: Path, asked: list[Prompt]) -> None:
+def test_a_run_folder_opens_its_export(tmp_path: Path, recorded: list[Prompt]) -> None:
     run = tmp_path / "run"
     write_model(run / "model", shifts=True)
     (run / "checkpoints").mkdir()
     ask(open_model(str(run)), Question("a", "sw"))
-    assert asked[0].language == "sw"
+    assert recorded[0].language == "sw"
 
 
 def test_a_run_or_checkpoint_without_an_export_names_the_command(tmp_path: Path) -> None:
@@ -363,7 +367,7 @@ def test_files_without_questions_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_names_the_languages_that_ran_unshifted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A language without a vector is marked; a model that shifts nothing, or a question that wants none, is not."""
+    """A language without a vector is reported; a model without a shift and a question with language none are not."""
     model = str(write_model(tmp_path / "shifts", shifts=True))
     file = tmp_path / "q.jsonl"
     rows = [{"prompt": "a", "language": "sw"}, {"prompt": "b", "language": "bn"}, {"prompt": "c", "language": "none"}]
@@ -374,8 +378,8 @@ def test_the_command_names_the_languages_that_ran_unshifted(tmp_path: Path, caps
     generate(model, file=file, response_language="en", max_new_tokens=2, as_json=True)
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "no language vector: bn ran unshifted"
-    told = [(row["prompt"], row["response_language"], row["shifted"]) for row in map(json.loads, out.splitlines())]
-    assert told == [("a", "en", True), ("b", "en", False), ("c", "en", False)]
+    rows_out = [(row["prompt"], row["response_language"], row["shifted"]) for row in map(json.loads, out.splitlines())]
+    assert rows_out == [("a", "en", True), ("b", "en", False), ("c", "en", False)]
     for quiet, language in ((model, "sw"), (model, "none"), (str(write_model(tmp_path / "sft")), "bn")):
         generate(quiet, prompt="a", language=language, max_new_tokens=2)
         assert "unshifted" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""order.py: permutations that are right, uniform enough, and the same on every machine."""
+"""order.py: permutations are valid, close to uniform, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_shuffled_is_one_position_of_the_permutation() -> None:
         shuffled(53, 53, 99)
 
 
-def test_one_call_serves_languages_of_different_sizes() -> None:
+def test_one_call_handles_languages_of_different_sizes() -> None:
     sizes = np.array([1, 2, 53, 2**40])
     keys = np.array([5, 6, 7, 8], np.uint64)
     positions = np.array([0, 1, 52, 2**39])
@@ -43,7 +43,7 @@ def test_one_call_serves_languages_of_different_sizes() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 6, 8, 13])
-def test_every_ordered_pair_of_rows_opens_an_epoch_equally_often(n: int) -> None:
+def test_every_ordered_pair_of_rows_starts_an_epoch_equally_often(n: int) -> None:
     draws = 20_000
     keys = mix64(np.arange(1, draws + 1, dtype=np.uint64))
     first, second = (shuffled_many(np.full(draws, p), np.full(draws, n), keys) for p in (0, 1))
@@ -70,7 +70,7 @@ def test_languages_and_seeds_have_their_own_orders() -> None:
     assert len(set(orders.values())) == 4
 
 
-def test_a_language_with_one_row_gives_it_for_ever() -> None:
+def test_a_language_with_one_row_repeats_it() -> None:
     assert {row_at(np.array([42]), cursor, 0, "sw") for cursor in (0, 1, 10**12)} == {42}
 
 
@@ -79,7 +79,7 @@ def test_no_rows_is_an_error_that_names_the_language() -> None:
         row_at(np.array([], np.int64), 0, 0, "sw")
 
 
-def test_seek_is_immediate_and_lands_where_the_epoch_says() -> None:
+def test_seek_is_fast_and_gives_the_row_of_that_epoch() -> None:
     rows = np.arange(10**6)
     start = time.process_time()
     far = row_at(rows, 10**15 + 3, 0, "sw")
@@ -88,11 +88,11 @@ def test_seek_is_immediate_and_lands_where_the_epoch_says() -> None:
     assert far == places_at(cursors, sizes, np.full(8, order_key(0, "sw"), np.uint64))[3]
 
 
-def test_orders_are_the_same_in_another_process_and_for_ever() -> None:
+def test_orders_are_the_same_in_another_process_and_in_every_version() -> None:
     program = "from data_pipeline.order.order import shuffled; print([shuffled(i, 11, 2026) for i in range(11)])"
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", program]
     other = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=environment)
-    # Literal, because a change of these numbers makes every older run impossible to resume.
+    # A literal: if these numbers change, no older run can be resumed.
     assert other.stdout.strip() == str(permutation(11, 2026)) == GOLDEN

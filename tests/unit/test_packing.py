@@ -1,4 +1,4 @@
-"""batching/packer.py, chat.py: every token once, samples apart, labels where they are predicted, within the budget.
+"""batching/packer.py, chat.py: each token once, samples separate, labels at their predictions, within the budget.
 
 Properties over random units; every expectation is computed token by token, without the packer's arithmetic.
 """
@@ -21,7 +21,7 @@ from data_pipeline.batching.packer import Packer
 from data_pipeline.records import ChatSample
 
 LAYOUTS: tuple[Literal["packed", "padded"], ...] = ("packed", "padded")
-PAD = 99_999  # no sample holds it
+PAD = 99_999  # not a token id of any sample
 LONGEST, BUDGET = 24, 100
 SEEDS = range(25)
 
@@ -34,7 +34,7 @@ class Maker:
         self.tokens = self.samples = 0
 
     def sample(self, length: int | None = None, labelled: bool = True) -> ChatSample:
-        """Of kind "untrained" are words of answers that are only read."""
+        """Kind "untrained": words of answers that are not trained on."""
         length = length or int(self.random.integers(1, LONGEST + 1))
         kinds = self.random.choice(["content", "template", "untrained", "answer", "end"], size=length)
         labels = np.isin(kinds, ["answer", "end"]) & labelled
@@ -58,7 +58,7 @@ class Maker:
         return SampleUnit(tuple(samples), tuple((a, b) for a, b in places))
 
     def units(self) -> list[SampleUnit]:
-        """Single samples, some of them label-free, contrast sets, and a unit that lost all its samples."""
+        """Single samples, some of them label-free, contrast sets, and a unit without samples."""
         singles = [SampleUnit((self.sample(labelled=self.random.random() < 0.8),)) for _ in range(12)]
         sets = [self.contrast_set(int(self.random.integers(1, 4))) for _ in range(self.random.integers(4))]
         units = [*singles, *sets, SampleUnit(())]
@@ -75,7 +75,7 @@ def by_id(units: Sequence[SampleUnit]) -> dict[str, ChatSample]:
 
 
 def parts_of(part: Any) -> Iterator[tuple[str, Any]]:
-    """(name, value) of all that a batch and its targets hold."""
+    """(name, value) of every field of a batch and of its targets."""
     for spec in fields(part):
         value = getattr(part, spec.name)
         if spec.name in ("targets", "tokens", "pairs") and is_dataclass(value):
@@ -115,7 +115,7 @@ def test_every_token_of_every_sample_is_there_exactly_once(layout: Literal["pack
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_each_token_says_whose_it_is(layout: Literal["packed", "padded"], seed: int) -> None:
+def test_each_token_has_the_position_and_language_of_its_sample(layout: Literal["packed", "padded"], seed: int) -> None:
     """Positions restart in each sample; languages are the question's and the answer's."""
     units = Maker(seed).units()
     samples = by_id(units)
@@ -124,15 +124,15 @@ def test_each_token_says_whose_it_is(layout: Literal["packed", "padded"], seed: 
             sample = samples[name]
             assert batch.position_ids[row, column] == place
             answered = sample.labels[place] or sample.answer[place]
-            spoken = sample.response_language if answered else sample.language
-            assert batch.targets.languages[row, column] == spoken
+            expected = sample.response_language if answered else sample.language
+            assert batch.targets.languages[row, column] == expected
             assert batch.targets.content[row, column] == bool(sample.content[place])
             own_words = sample.content[place] or (sample.answer[place] and sample.language == sample.response_language)
             assert batch.targets.vector_languages[row, column] == (sample.language if own_words else -1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_sample_lies_in_one_piece(layout: Literal["packed", "padded"], seed: int) -> None:
+def test_a_sample_is_contiguous_in_one_row(layout: Literal["packed", "padded"], seed: int) -> None:
     for batch in packer(layout).pack(Maker(seed).units()):
         last: dict[str, tuple[int, int]] = {}
         for row, column, name, _ in tokens_of(batch):
@@ -143,8 +143,8 @@ def test_a_sample_lies_in_one_piece(layout: Literal["packed", "padded"], seed: i
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_padding_belongs_to_nobody(layout: Literal["packed", "padded"], seed: int) -> None:
-    """At the end of rows, without language or content, with positions of its own that restart."""
+def test_padding_belongs_to_no_sample(layout: Literal["packed", "padded"], seed: int) -> None:
+    """It is at the end of rows, has no language or content, and its positions start at 0."""
     for batch in packer(layout).pack(Maker(seed).units()):
         for row in range(batch.input_ids.shape[0]):
             padding = np.flatnonzero(batch.targets.segment_ids[row].numpy() == -1)
@@ -155,11 +155,11 @@ def test_padding_belongs_to_nobody(layout: Literal["packed", "padded"], seed: in
             assert set(batch.targets.languages[row, padding].tolist()) <= {-1}
             assert set(batch.targets.vector_languages[row, padding].tolist()) <= {-1}
             assert not batch.targets.content[row, padding].any()
-        assert (batch.targets.segment_ids >= 0).any(dim=1).all(), "no row is padding alone"
+        assert (batch.targets.segment_ids >= 0).any(dim=1).all(), "no row is only padding"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_mask_is_of_the_padded_layout_alone(seed: int) -> None:
+def test_only_the_padded_layout_has_an_attention_mask(seed: int) -> None:
     units = Maker(seed).units()
     for batch in packer("packed").pack(units):
         assert batch.attention_mask is None
@@ -171,13 +171,13 @@ def test_the_mask_is_of_the_padded_layout_alone(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_labels_are_predicted_from_the_token_before(layout: Literal["packed", "padded"], seed: int) -> None:
-    """Walk the flat positions: the next token of the same sample is the label, and none is forgotten."""
+    """At each flat position the label is the next token of the same sample; every label occurs."""
     units = Maker(seed).units()
     samples = by_id(units)
     expected = Counter(
         int(sample.input_ids[place])
         for sample in samples.values()
-        for place in range(1, len(sample))  # nothing could predict a first token
+        for place in range(1, len(sample))  # no position predicts a first token
         if sample.labels[place]
     )
     found: Counter[int] = Counter()
@@ -189,7 +189,7 @@ def test_labels_are_predicted_from_the_token_before(layout: Literal["packed", "p
         )  # fmt: skip
         for position, label, language, weight in labels:
             if not weight:
-                assert (position, label, len(batch.targets.tokens.ids)) == (0, 0, 1), "a stand-in stands alone"
+                assert (position, label, len(batch.targets.tokens.ids)) == (0, 0, 1), "a stand-in is the only label"
                 continue
             row, column = divmod(position, width)
             assert weight == 1
@@ -208,12 +208,12 @@ def test_a_micro_batch_stays_within_the_budget(layout: Literal["packed", "padded
         assert batch.input_ids.numel() <= BUDGET
         assert batch.input_ids.shape[1] <= LONGEST
     total = sum(map(len, by_id(units).values()))
-    assert len(batches) <= 3 * total / BUDGET + 1, "and is well filled"
+    assert len(batches) <= 3 * total / BUDGET + 1, "micro-batches are well filled"
 
 
 @pytest.mark.parametrize("row", [BUDGET, 10 * BUDGET])
 def test_one_long_row_holds_a_whole_micro_batch(row: int) -> None:
-    """As varlen attention takes it; a row is never longer than the micro-batch."""
+    """As for varlen attention; a row is never longer than the micro-batch."""
     units = [SampleUnit((each,)) for each in (Maker(0).sample(10) for _ in range(20))]
     batches = packer("packed", row=row).pack(units)
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(1, 100), (1, 100)]
@@ -257,14 +257,14 @@ def test_both_layouts_hold_the_same_samples_and_labels(seed: int) -> None:
     assert len(packed) <= len(padded)
 
 
-def test_packing_is_a_function_of_its_units(layout: Literal["packed", "padded"]) -> None:
+def test_the_same_units_are_packed_the_same_way(layout: Literal["packed", "padded"]) -> None:
     units = Maker(4).units()
     for one, other in zip(packer(layout).pack(units), packer(layout).pack(units), strict=True):
         for (name, first), (_, second) in zip(parts_of(one), parts_of(other), strict=True):
             assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second, name
 
 
-def test_a_contrast_set_above_the_budget_runs_all_the_same(
+def test_a_contrast_set_above_the_budget_gets_its_own_micro_batch(
     layout: Literal["packed", "padded"], caplog: pytest.LogCaptureFixture
 ) -> None:
     maker = Maker(0)
@@ -280,7 +280,9 @@ def test_a_contrast_set_above_the_budget_runs_all_the_same(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_tokens_alone_are_those_of_a_micro_batch_of_its_own(seed: int, layout: Literal["packed", "padded"]) -> None:
+def test_tokens_alone_equals_the_size_of_a_micro_batch_of_that_unit_only(
+    seed: int, layout: Literal["packed", "padded"]
+) -> None:
     maker, make = Maker(seed), packer(layout)
     for n_pairs in (1, 3, 8):
         unit = maker.contrast_set(n_pairs, longest=20)
@@ -288,19 +290,19 @@ def test_tokens_alone_are_those_of_a_micro_batch_of_its_own(seed: int, layout: L
         assert make.tokens_alone([len(sample) for sample in unit.samples]) == batch.input_ids.numel()
 
 
-def test_a_micro_batch_without_labels_has_a_stand_in_of_no_weight(layout: Literal["packed", "padded"]) -> None:
+def test_a_micro_batch_without_labels_has_one_label_of_weight_0(layout: Literal["packed", "padded"]) -> None:
     (batch,) = packer(layout).pack([SampleUnit((Maker(0).sample(9, labelled=False),))])
     assert (batch.targets.tokens.positions.tolist(), batch.label_weights.tolist()) == ([0], [0.0])
     assert batch.targets.tokens.ids.tolist() == batch.label_languages.tolist() == [0]
     assert batch.label_weights.dtype == torch.float32
 
 
-def test_nothing_to_pack(layout: Literal["packed", "padded"]) -> None:
+def test_nothing_to_pack_gives_no_micro_batch(layout: Literal["packed", "padded"]) -> None:
     assert packer(layout).pack([]) == packer(layout).pack([SampleUnit(())]) == []
 
 
-def test_an_idle_micro_batch_is_one_token_of_nobody(layout: Literal["packed", "padded"]) -> None:
-    """The same kinds of tensors as any other, so that the same graph runs; nothing in it counts."""
+def test_an_idle_micro_batch_is_one_padding_token(layout: Literal["packed", "padded"]) -> None:
+    """It has the dtypes and dimensions of any other, so that the same graph runs, and adds nothing to the loss."""
     idle = packer(layout).idle()
     (busy,) = packer(layout).pack([Maker(0).contrast_set(1)])
     assert (idle.input_ids.tolist(), idle.position_ids.tolist()) == ([[PAD]], [[0]])
@@ -322,7 +324,7 @@ def test_an_idle_micro_batch_is_one_token_of_nobody(layout: Literal["packed", "p
             assert (one.dtype, one.ndim) == (other.dtype, other.ndim), name
     if layout == "padded":
         assert idle.attention_mask is not None
-        assert idle.attention_mask.tolist() == [[1]], "a row of nothing but masked tokens gives NaN"
+        assert idle.attention_mask.tolist() == [[1]], "attention over masked tokens only gives NaN"
 
 
 def test_to_moves_every_tensor_and_nothing_else() -> None:

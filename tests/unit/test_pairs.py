@@ -1,4 +1,4 @@
-"""Pairs before a run: none at all is refused with the cause, two are shown, doubtful ones are warned of."""
+"""Translation pairs, checked before a run: none is an error with its cause, two are shown, doubtful ones are logged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def others(make: Callable[[str], str]) -> Callable[[str, list[dict[str, Any]]], 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "parts"),
     [
         (
             with_ids(lambda language, number, _: str(number + 100 * LANGUAGES.index(language))),
@@ -74,7 +74,7 @@ def others(make: Callable[[str], str]) -> Callable[[str, list[dict[str, Any]]], 
     ],
     ids=["disjoint", "language", "invisible", "space", "case", "punctuation", "full width", "zeros"],
 )  # fmt: skip
-def test_no_pairs_at_all_is_refused_with_the_cause(tmp_path: Path, change: Any, said: tuple[str, ...]) -> None:
+def test_no_pairs_at_all_is_refused_with_the_cause(tmp_path: Path, change: Any, parts: tuple[str, ...]) -> None:
     config = written(tmp_path, change)
     with pytest.raises(DataError) as refusal:
         prepare(config)  # what `train` does before it starts a rank
@@ -84,9 +84,9 @@ def test_no_pairs_at_all_is_refused_with_the_cause(tmp_path: Path, change: Any, 
         " de 0 of 40, sw 0 of 40, zh 0 of 40; ids look like "
     )
     assert "\n" not in text
-    for part in said:
+    for part in parts:
         assert part in text
-    assert not (tmp_path / "run" / "tokenizer").exists(), "before anything is made"
+    assert not (tmp_path / "run" / "tokenizer").exists(), "refused before anything is written"
 
 
 def test_check_refuses_as_train_does(tmp_path: Path) -> None:
@@ -95,15 +95,15 @@ def test_check_refuses_as_train_does(tmp_path: Path) -> None:
         DataError, match=r"source 'p' maps no id and no group column, so each of its rows is a separate item"
     ):
         list(check_run(config))
-    prepare(config.model_copy(update={"objective": SFTConfig(name="sft")}))  # what learns from no pairs needs none
+    prepare(config.model_copy(update={"objective": SFTConfig(name="sft")}))  # SFT needs no pairs
 
 
-def test_without_a_contrastive_loss_pairs_are_not_asked_for(tmp_path: Path) -> None:
+def test_without_a_contrastive_loss_pairs_are_not_required(tmp_path: Path) -> None:
     config = written(tmp_path, **{"data.sources": NO_ID, "objective.contrastive.weight": 0.0})
     assert list(pair_warnings(config.data, config.objective, prepare(config).index)) == []
 
 
-def test_unusable_rows_are_no_items_and_are_not_read_for_the_cause(tmp_path: Path) -> None:
+def test_unusable_rows_are_not_counted_as_items_or_quoted_in_the_cause(tmp_path: Path) -> None:
     def change(language: str, rows: list[dict[str, Any]]) -> None:
         for number, row in enumerate(rows):
             row["id"] = f"{language}-{number}"
@@ -117,7 +117,7 @@ def test_unusable_rows_are_no_items_and_are_not_read_for_the_cause(tmp_path: Pat
         prepare(config)
 
 
-def test_ids_in_nfd_are_those_in_nfc(tmp_path: Path) -> None:
+def test_ids_in_nfd_match_those_in_nfc(tmp_path: Path) -> None:
     forms = {"en": "NFC", "de": "NFD", "sw": "NFD", "zh": "NFC"}
     config = written(tmp_path, with_ids(lambda language, n, _: unicodedata.normalize(forms[language], f"Größe-é-{n}")))
     index = open_index(config)
@@ -127,13 +127,13 @@ def test_ids_in_nfd_are_those_in_nfc(tmp_path: Path) -> None:
     assert list(pair_warnings(config.data, config.objective, index)) == []
 
 
-def test_a_language_without_pairs_is_warned_of_by_name(tmp_path: Path) -> None:
+def test_a_language_without_pairs_is_named_in_a_warning(tmp_path: Path) -> None:
     config = written(tmp_path, with_ids(lambda language, _, name: f"x{name}" if language == "sw" else name))
     (line,) = pair_warnings(config.data, config.objective, open_index(config))
     assert line.startswith("language 'sw' has no pairs: none of its 40 items is in 'en' too; ids look like 'item-00', ")
 
 
-def test_check_shows_two_pairs_and_their_number_a_step(tmp_path: Path) -> None:
+def test_check_shows_two_pairs_and_the_number_of_pairs_per_step(tmp_path: Path) -> None:
     lines = list(check_run(written(tmp_path)))
     place = next(
         n for n, line in enumerate(lines) if line.startswith("pairs a step with 'en', over the first 12 steps: ")
@@ -158,7 +158,7 @@ def test_check_shows_two_pairs_and_their_number_a_step(tmp_path: Path) -> None:
     assert not [line for line in lines if "warning" in line]
 
 
-def test_the_two_pairs_are_of_two_languages_where_one_has_most_of_a_step(tmp_path: Path) -> None:
+def test_the_two_pairs_are_of_two_languages_even_if_one_has_most_slots(tmp_path: Path) -> None:
     mixture = {"strategy": "explicit", "weights": {"en": 16, "de": 14, "sw": 1, "zh": 1}, "pairing": "reuse"}
     changes = {"data.mixture": mixture, "data.slots_per_step": 32, "data.micro_batch_tokens": 768}
     config = written(tmp_path, **changes)
@@ -182,7 +182,7 @@ def other_numbers(language: str, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("change", [other_lengths, other_numbers])
-def test_one_sign_of_a_translation_is_enough(tmp_path: Path, change: Any) -> None:
+def test_pairs_that_agree_in_numbers_or_in_lengths_give_no_warning(tmp_path: Path, change: Any) -> None:
     config = written(tmp_path, change)
     assert list(pair_warnings(config.data, config.objective, open_index(config))) == []
 
@@ -193,8 +193,8 @@ def shuffled(language: str, rows: list[dict[str, Any]]) -> None:
         row["id"] = str(number)
 
 
-def test_ids_that_begin_anew_in_every_file_are_warned_of(tmp_path: Path) -> None:
-    """Unrelated rows under the same number: neither numbers nor lengths of the texts agree more than by chance."""
+def test_ids_that_restart_in_every_file_give_a_warning(tmp_path: Path) -> None:
+    """Unrelated rows share an id: neither numbers nor lengths of the texts agree more than by chance."""
     config = written(tmp_path, shuffled)
     found = list(pair_warnings(config.data, config.objective, open_index(config)))
     assert [line.split(":")[0] for line in found] == [
@@ -203,7 +203,7 @@ def test_ids_that_begin_anew_in_every_file_are_warned_of(tmp_path: Path) -> None
     assert all("numbers agree in " in line and "rank correlation " in line for line in found)
 
 
-def test_the_warnings_stand_in_the_log_of_a_run_too(
+def test_a_run_logs_the_warnings_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = written(tmp_path, shuffled)
@@ -216,11 +216,11 @@ def test_the_warnings_stand_in_the_log_of_a_run_too(
 
 
 def stopped(*_: Any) -> None:
-    """In place of all that comes behind the data."""
+    """Replaces everything after the data is assembled."""
     raise InterruptedError
 
 
-def test_an_id_at_two_texts_of_a_language_is_warned_of(tmp_path: Path) -> None:
+def test_an_id_shared_by_two_texts_of_a_language_gives_a_warning(tmp_path: Path) -> None:
     config = written(tmp_path, with_ids(lambda language, number, name: "item-00" if number == 7 else name))
     found = [
         line
@@ -234,7 +234,7 @@ def test_an_id_at_two_texts_of_a_language_is_warned_of(tmp_path: Path) -> None:
     )
 
 
-def test_a_row_that_is_there_twice_and_rows_of_one_group_are_no_repeated_ids(tmp_path: Path) -> None:
+def test_duplicate_rows_and_rows_of_one_group_are_not_repeated_ids(tmp_path: Path) -> None:
     def twice(language: str, rows: list[dict[str, Any]]) -> None:
         rows.append(rows[0])
         for row in rows:
@@ -284,7 +284,7 @@ def test_xmixup_without_gold_or_back_translations_is_refused(tmp_path: Path) -> 
         prepare(task_run(tmp_path / "a", own_ids, **english))
 
 
-def test_xmixup_pairs_by_back_translations_are_pairs_and_are_shown(tmp_path: Path) -> None:
+def test_xmixup_pairs_from_back_translations_are_counted_and_shown(tmp_path: Path) -> None:
     def change(language: str, row: dict[str, Any]) -> None:
         own_ids(language, row)
         if language == "sw":
@@ -304,12 +304,14 @@ def test_xmixup_pairs_by_back_translations_are_pairs_and_are_shown(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("noise", "correlation", "agrees"), [(38, "0.48", True), (50, "0.35", False)])
-def test_lengths_of_a_few_short_translations_are_told_from_chance(noise: int, correlation: str, agrees: bool) -> None:
-    """32 pairs of texts of about one length: 0.48 is beyond chance (4 in 1,000), 0.35 is not (26 in 1,000)."""
-    chance = random.Random(1)
+def test_length_correlation_of_a_few_short_texts_is_tested_against_chance(
+    noise: int, correlation: str, agrees: bool
+) -> None:
+    """32 pairs of texts of similar length: a correlation of 0.48 is significant (p = 0.004), 0.35 is not (0.026)."""
+    rng = random.Random(1)
     lengths = [40 + number for number in range(32)]
     texts, others = (
-        ["x" * length for length in each] for each in (lengths, [n + chance.randrange(noise) for n in lengths])
+        ["x" * length for length in each] for each in (lengths, [n + rng.randrange(noise) for n in lengths])
     )
     found = _lengths_agree(texts, others)
     assert found is not None

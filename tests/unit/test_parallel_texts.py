@@ -42,7 +42,7 @@ def test_the_first_text_of_each_kind_of_row_is_its_sentence(tmp_path: Path) -> N
     def of(prefix: str) -> list[dict[str, Any]]:
         return [
             {"group": "a", "text_a": f"{prefix} premise", "text_b": "one"},
-            {"group": "b", "text_a": f"{prefix} premise", "text_b": "another"},  # the pair came already
+            {"group": "b", "text_a": f"{prefix} premise", "text_b": "another"},  # the sentence of group a again
             {"group": "c", "question": f"{prefix} question?", "context": "long"},
             {"group": "d", "words": [prefix, "words", "."]},
             {"group": "e", "words": ["not", "these"], "text": f" {prefix} sentence "},
@@ -84,7 +84,7 @@ def test_tatoeba_files_are_paired_by_line(tmp_path: Path) -> None:
 def test_folders_without_parallel_texts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"no parallel texts there; files are XX\.jsonl"):
         text_files(tmp_path)
-    (tmp_path / "de-en.en").write_text("a\nb\n")  # whose lines are not those of de-en.de
+    (tmp_path / "de-en.en").write_text("a\nb\n")  # sorted: its lines do not match those of de-en.de
     with pytest.raises(EvalError, match="have their English side sorted, so lines do not match"):
         text_files(tmp_path)
     write(tmp_path / "de.jsonl", rows("de", "1"))

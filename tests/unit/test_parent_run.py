@@ -1,4 +1,4 @@
-"""A run that consists of several is one MLflow run with the others nested below it, whichever is synced first."""
+"""Nested MLflow runs: a run that consists of several is their parent, whichever is synced first."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def test_runs_are_linked_whichever_is_synced_first(tmp_path: Path, order: tuple[
     assert PARENT not in found["whole"].data.tags
 
 
-def test_two_runs_that_create_their_experiment_at_the_same_time(
+def test_two_runs_that_create_their_experiment_at_the_same_time_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither finds one, and one is faster: the other uses it, and loses nothing."""
+    """Neither finds one; the slower run uses the one that the faster run created and loses nothing."""
     from mlflow.tracking import MlflowClient
 
     store = default_store(tmp_path)

@@ -1,4 +1,4 @@
-"""Paths with `~`, variables and glob characters, and places below a file."""
+"""Paths with `~`, variables and glob characters, and paths below a file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_folder_with_brackets_is_literal_while_patterns_match(tmp_path: Path, 
     folder = tmp_path / HOSTILE
     folder.mkdir()
     (folder / "en.jsonl").touch()
-    (tmp_path / "v").mkdir()  # which the brackets would mean
+    (tmp_path / "v").mkdir()  # what the brackets would match as a pattern
     assert files(pattern, folder) == [str(folder / "en.jsonl")]
 
 
@@ -68,7 +68,7 @@ def files(pattern: str, data_dir: Path | None) -> list[str]:
     return _files(SourceConfig(name="a", files=pattern, language="en", columns={"text": "text"}), data_dir)
 
 
-def test_a_place_at_or_below_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
+def test_a_path_at_or_below_a_file_is_refused_and_the_file_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     (tmp_path / "dangling").symlink_to("nothing")
@@ -82,7 +82,7 @@ def test_a_place_at_or_below_a_file_is_refused_with_the_file(tmp_path: Path) -> 
 
 
 def test_libraries_that_glob_get_a_name_without_patterns(tmp_path: Path) -> None:
-    """DeepSpeed looks for a checkpoint's files so: below such a folder it found none to export or resume from."""
+    """DeepSpeed globs for a checkpoint's files: below such a folder it found none to export or resume from."""
     folder = tmp_path / HOSTILE
     folder.mkdir()
     (folder / "a.pt").write_text("a")

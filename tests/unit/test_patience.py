@@ -1,4 +1,4 @@
-"""Retries of unreadable storage: it is read when it comes back in time, else the last error is raised."""
+"""Retries of reads from unreadable storage: they succeed if it recovers in time, else the last error is raised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Storage:
 
 
 @pytest.mark.parametrize("failures", [0, 1, 7])
-def test_storage_that_comes_back_in_time_is_read(failures: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_storage_that_recovers_in_time_is_read(failures: int, caplog: pytest.LogCaptureFixture) -> None:
     storage = Storage(failures)
     with caplog.at_level(logging.WARNING):
         assert retry_reading(storage.read, "en.jsonl", 300, storage.slept.append) == "row"

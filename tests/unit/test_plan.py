@@ -1,4 +1,4 @@
-"""plan.py: one global batch a step, from the step's number alone, on any number of ranks."""
+"""plan.py: a step's global batch depends on the step number only, not on the number of ranks."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def rows_of(plan: StepPlan) -> list[int]:
     return [slot.row for slot in plan.slots if slot.number != FILL]
 
 
-def test_own_rows_are_those_of_a_count_from_slot_zero() -> None:
-    """Reference: walk all slots from 0, one cursor a language. Swahili's 7 rows wrap many times over."""
+def test_rows_equal_those_of_one_cursor_per_language_from_slot_zero() -> None:
+    """Reference: all slots from 0, with one cursor per language. Swahili's 7 rows wrap around many times."""
     index = parallel_index()
     plans = planner(index, "none")
     quotas = Quotas({"en": 0.4, "de": 0.4, "sw": 0.2}, LANGUAGES, 256)
@@ -89,7 +89,7 @@ def test_own_rows_are_those_of_a_count_from_slot_zero() -> None:
     assert cursors[2] > 7 * 10
 
 
-def test_a_plan_depends_on_its_step_alone() -> None:
+def test_a_plan_depends_only_on_its_step() -> None:
     index = parallel_index()
     forwards = planner(index, "fill")
     plans = [forwards.step(t) for t in range(12)]
@@ -98,8 +98,8 @@ def test_a_plan_depends_on_its_step_alone() -> None:
     assert planner(index, "fill", seed=SEED + 1).step(3) != plans[3]
 
 
-def test_plans_stay_the_same_for_ever() -> None:
-    """Literal, because another number here makes every older run impossible to resume."""
+def test_plans_are_the_same_in_every_version() -> None:
+    """A literal: if it changes, no older run can be resumed."""
     plans = planner(parallel_index(), "fill", rates=[0.25, 0.5, 0.75])
     rows = [[(slot.number, slot.row) for slot in plans.step(t).slots] for t in range(5)]
     pairs = [[(a.row, b.row) for a, b in pairs_of(plans.step(t))] for t in range(5)]
@@ -107,7 +107,7 @@ def test_plans_stay_the_same_for_ever() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
-def test_ranks_share_the_whole_plan_whatever_their_number(world_size: int) -> None:
+def test_ranks_together_have_the_whole_plan_for_any_world_size(world_size: int) -> None:
     plan = planner(parallel_index(), "fill").step(5)
     shares = assign(plan, world_size)
     assert len(shares) == world_size
@@ -115,7 +115,7 @@ def test_ranks_share_the_whole_plan_whatever_their_number(world_size: int) -> No
     assert assign(plan, world_size) == shares
 
 
-def test_largest_units_go_first_and_units_without_cost_are_spread_too() -> None:
+def test_largest_units_are_assigned_first_and_units_without_cost_are_spread() -> None:
     for costs, expected in (([3, 4, 5, 6, 7], [[3, 4, 7], [5, 6]]), ([0, 0, 0, 0], [[0, 0], [0, 0]])):
         units = tuple(Unit((Slot(i, i, 0, True, cost),)) for i, cost in enumerate(costs))
         assert [[unit.cost for unit in share] for share in assign(StepPlan(0, units, 0), 2)] == expected
@@ -143,7 +143,7 @@ def test_reuse_puts_translations_into_dominant_slots_only() -> None:
     assert paired > 300
 
 
-def test_an_item_that_comes_twice_is_paired_once() -> None:
+def test_an_item_that_occurs_twice_is_paired_once() -> None:
     index = FakeIndex(LANGUAGES, [[1, 2, 3], [1], [1]])
     for pairing in ("reuse", "fill"):
         plan = planner(index, pairing, slots=12).step(0)
@@ -154,19 +154,19 @@ def test_an_item_that_comes_twice_is_paired_once() -> None:
         assert len(plan.slots) == 12
 
 
-def test_which_items_get_a_dominant_slot_turns_with_the_step() -> None:
-    """One dominant slot, nine items: over many steps each place among the items is served."""
+def test_the_items_that_get_a_dominant_slot_rotate_with_the_step() -> None:
+    """One dominant slot and nine items: over many steps each position among the items is paired."""
     index = FakeIndex(("en", "de"), [list(range(900)), list(range(900))])
     plans = planner(index, slots=10, weights={"en": 0.1, "de": 0.9})
-    served = Counter()
+    paired = Counter()
     for t in range(600):
         plan = plans.step(t)
         others = [slot.number for slot in plan.slots if slot.language == 1]
-        served.update(others.index(other.number) for _, other in pairs_of(plan))
-    assert min(served[place] for place in range(8)) > 30
+        paired.update(others.index(other.number) for _, other in pairs_of(plan))
+    assert min(paired[place] for place in range(8)) > 30
 
 
-def test_fill_adds_label_free_prompts_for_items_left_alone() -> None:
+def test_fill_adds_label_free_prompts_for_unpaired_items() -> None:
     index = parallel_index()
     weights = {"en": 0.1, "de": 0.8, "sw": 0.1}
     reuse, fill = planner(index, "reuse", weights=weights), planner(index, "fill", weights=weights)
@@ -178,12 +178,12 @@ def test_fill_adds_label_free_prompts_for_items_left_alone() -> None:
         assert all(not slot.labelled and slot.language == 0 for slot in fills)
         assert all(slot.labelled for slot in with_fills.slots[:24])
         assert sum(dominant.number == FILL for dominant, _ in pairs) == len(fills) > 0
-        alone = {int(index.group[slot.row]) for slot in with_fills.slots if slot.language}
-        alone -= {int(index.group[other.row]) for _, other in pairs}
-        assert all(item not in range(90) for item in alone)
+        unpaired = {int(index.group[slot.row]) for slot in with_fills.slots if slot.language}
+        unpaired -= {int(index.group[other.row]) for _, other in pairs}
+        assert all(item not in range(90) for item in unpaired)
 
 
-def test_dominant_language_outside_the_mixture() -> None:
+def test_a_dominant_language_outside_the_mixture_is_paired_only_by_fill() -> None:
     index = parallel_index()
     weights = {"de": 0.5, "sw": 0.5}
     assert not sets_of(planner(index, "reuse", weights=weights).step(0))
@@ -191,7 +191,7 @@ def test_dominant_language_outside_the_mixture() -> None:
     assert {(dominant.number, dominant.labelled) for dominant, _ in pairs} == {(FILL, False)}
 
 
-def test_identical_texts_are_no_pair_but_keep_their_slots() -> None:
+def test_identical_texts_are_not_paired_but_keep_their_slots() -> None:
     index = parallel_index()
     before = planner(index, "fill").step(2)
     (dominant, other), *rest = pairs_of(before)
@@ -208,8 +208,8 @@ def test_identical_texts_are_no_pair_but_keep_their_slots() -> None:
 
 
 @pytest.mark.parametrize("pairing", ["none", "reuse", "fill"])
-def test_a_bad_row_moves_nothing(pairing: Pairing) -> None:
-    """Whatever rows are bad: the same rows in the same slots, the other pairs in the same sets."""
+def test_a_bad_row_changes_no_other_row_or_pair(pairing: Pairing) -> None:
+    """Whichever rows are bad, the same rows are in the same slots and the other pairs in the same sets."""
     draw = np.random.default_rng(0)
     index = parallel_index()
     whole = [planner(index, pairing).step(t) for t in range(10)]
@@ -218,12 +218,12 @@ def test_a_bad_row_moves_nothing(pairing: Pairing) -> None:
         index.bad = draw.random(len(index.group)) < rate
         index.content[index.bad] = 0
         for plan in whole:
-            holed = planner(index, pairing).step(plan.step)
-            assert rows_of(holed) == rows_of(plan)
+            with_bad = planner(index, pairing).step(plan.step)
+            assert rows_of(with_bad) == rows_of(plan)
             good = [[(a, b) for a, b in pairs if not index.bad[[a.row, b.row]].any()] for pairs in sets_of(plan)]
-            assert sets_of(holed) == [pairs for pairs in good if pairs]
-            assert holed.dropped_pairs == 0
-            broken += len(pairs_of(plan)) - len(pairs_of(holed))
+            assert sets_of(with_bad) == [pairs for pairs in good if pairs]
+            assert with_bad.dropped_pairs == 0
+            broken += len(pairs_of(plan)) - len(pairs_of(with_bad))
     assert (broken > 50) == (pairing != "none")
 
 
@@ -242,7 +242,7 @@ def test_pairs_are_cut_into_sets_in_slot_order(set_size: int) -> None:
             assert paired == list(range(len(unit.slots))) or len(unit.slots) == 1
 
 
-def test_without_sets_every_slot_is_alone_and_the_rows_are_the_same() -> None:
+def test_without_sets_every_slot_is_its_own_unit_with_the_same_rows() -> None:
     for pairing in ("reuse", "fill"):
         index = parallel_index()
         alone, together = planner(index, pairing, None).step(3), planner(index, pairing, 4).step(3)
@@ -256,8 +256,8 @@ def test_cost_is_bytes_times_the_languages_tokens_per_byte() -> None:
         assert slot.cost == index.n_bytes[slot.row] * rates[slot.language]
 
 
-def test_seek_to_step_ten_million() -> None:
-    """16 slots divide the period of 256: far steps have the near steps' languages, later cursors."""
+def test_a_plan_can_seek_to_step_ten_million() -> None:
+    """16 slots divide the period of 256, so far steps have the languages of near steps, with later cursors."""
     index = parallel_index()
     plans = planner(index, "none", slots=16)
     counts = Quotas({"en": 0.4, "de": 0.4, "sw": 0.2}, LANGUAGES, 256).counts
@@ -273,8 +273,8 @@ def test_seek_to_step_ten_million() -> None:
         cursors[slot.language] += 1
 
 
-def test_a_scarce_language_repeats_evenly_and_moves_no_other() -> None:
-    """One row of Swahili against seven: its slots hold that row, every other slot is untouched."""
+def test_a_scarce_language_repeats_evenly_and_changes_no_other_slot() -> None:
+    """One row of Swahili instead of seven: its slots hold that row, every other slot is unchanged."""
     many = parallel_index()
     one = FakeIndex(LANGUAGES, [many.group[many.rows(0)].tolist(), many.group[many.rows(1)].tolist(), [1001]])
     seen: Counter[int] = Counter()

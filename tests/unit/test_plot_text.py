@@ -15,7 +15,7 @@ SCRIPTS = {"zh": "中文", "ja": "日本語", "th": "ไทย", "bn": "বা�
 
 @pytest.fixture
 def no_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with matplotlib's own fonts alone."""
+    """A machine with only matplotlib's bundled fonts."""
     monkeypatch.setattr(plot_text, "_installed_fonts", dict)
 
 
@@ -55,12 +55,12 @@ def test_fonts_are_not_searched_if_all_glyphs_are_available(monkeypatch: pytest.
 
 
 def test_the_last_resort_font_is_not_used() -> None:
-    """It comes with matplotlib and draws a box for every character."""
+    """It is bundled with matplotlib and draws a box for every character."""
     assert not [name for name in plot_text._installed_fonts() if "Last Resort" in name]
 
 
 def test_plots_of_a_run_draw_no_missing_glyphs(tmp_path: Path) -> None:
-    """On any machine: matplotlib warns of each glyph that it has not."""
+    """On any machine: matplotlib warns about each glyph that no font has."""
     from training.tracking.plots import draw_plots
     from training.tracking.run_record import RunRecord
 

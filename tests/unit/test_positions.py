@@ -1,4 +1,4 @@
-"""Models that look their positions up in a table: nothing longer is trained on, and answers end where it ends."""
+"""Models with learned position embeddings: longer samples are refused, and answers end at the last position."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_check_and_train_refuse_longer_samples_with_both_numbers(gpt2: Path, cor
     check_model_files(validate(run_values(corpus, tmp_path / "run", **fits), "test"))
 
 
-def test_beyond_the_positions_of_a_rotary_model_there_is_a_warning(corpus: Path, tmp_path: Path) -> None:
+def test_samples_beyond_the_positions_of_a_rotary_model_give_a_warning(corpus: Path, tmp_path: Path) -> None:
     values = run_values(corpus, tmp_path / "run", **{"model.init.max_position_embeddings": 64})
     lines = list(check_run(validate(values, "test")))
     assert any(line.startswith("warning: data.sequence_length is 96, but the model was made for 64") for line in lines)
@@ -100,7 +100,7 @@ def generator(gpt2: Path) -> ShiftedGenerator:
     return found
 
 
-def test_answers_end_at_the_limit_whatever_shares_their_batch(
+def test_answers_end_at_the_limit_whatever_else_is_in_the_batch(
     generator: ShiftedGenerator, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = [Prompt([5] * length) for length in (10, 60, 58, 63, 58)]

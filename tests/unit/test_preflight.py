@@ -1,4 +1,4 @@
-"""The preflight: judgement of reports, and joining with real processes over a real store."""
+"""The preflight: comparison of rank reports, and real processes that join over a real TCPStore."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_slow_node_is_named_but_not_its_neighbours() -> None:
     assert find_warnings(reports, measured(1.0, 0.9, 0.4, 1.1, 1.0)) == [
         "n2 (node 2) exchanges data at 0.40 GiB/s, the median is 1.00 GiB/s"
     ]
-    assert find_warnings(reports[:2], measured(1.0, 0.1)) == []  # of two, the slow one is unknown
+    assert find_warnings(reports[:2], measured(1.0, 0.1)) == []  # of two nodes, it is unknown which one is slow
 
 
 def test_a_full_disk_is_reported_once_per_host() -> None:
@@ -204,7 +204,7 @@ def test_a_rank_with_another_torch_is_refused_before_any_collective_call() -> No
 
 
 def test_a_rank_that_never_joins_is_named_by_all_the_others(tmp_path: Path) -> None:
-    """Three ranks of a launcher, of which one hangs before the preflight."""
+    """Three ranks of one launcher, one of which hangs before the preflight."""
     before = "preflight.JOIN_TIMEOUT_S = 3.0\nif rank == 1: import time; time.sleep(60)"
     started = time.monotonic()
     code = textwrap.dedent(JOIN).format(before=before)

@@ -40,7 +40,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`before` and `after`: two XLM-Rs of other weights and the same tokenizer."""
+    """`before` and `after`: two XLM-R models with different weights and the same tokenizer."""
     names = ["<s>", "<pad>", "</s>", "<unk>", *WORDS]
     words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -63,7 +63,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def one_by_one(folder: str, texts: list[str], pooling: str) -> list[Tensor]:
-    """(N, H) at each layer: a forward pass of transformers a sentence, without padding."""
+    """(N, H) at each layer: one unpadded forward pass of transformers per sentence."""
     model = AutoModel.from_pretrained(folder).eval()
     rows: list[list[Tensor]] = [[], [], []]
     for text in texts:
@@ -79,11 +79,11 @@ def one_by_one(folder: str, texts: list[str], pooling: str) -> list[Tensor]:
 def test_measures_equal_those_of_single_forward_passes(
     folders: dict[str, str], pooling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
+    advanced: list[int] = []
     monkeypatch.setattr(representations, "BATCH_SIZE", 7)
-    monkeypatch.setattr(representations.Progress, "advance", lambda self, n=1: seen.append(n))
+    monkeypatch.setattr(representations.Progress, "advance", lambda self, n=1: advanced.append(n))
     report = analyse(folders, TEXTS, dominant="en", pooling=pooling)
-    assert sum(seen) == 2 * 2 * 30
+    assert sum(advanced) == 2 * 2 * 30
     assert report.sentences == {"de": 30, "sw": 30}
     for label, folder in folders.items():
         model = report.models[label]
@@ -110,7 +110,7 @@ def test_equal_texts_have_cka_1_and_distance_0(folders: dict[str, str]) -> None:
     curves = report.models["one"].curves
     assert curves["cka"]["de"] == pytest.approx([1, 1, 1])
     assert curves["centroid_distance"]["de"] == pytest.approx([0, 0, 0], abs=1e-6)
-    assert max(value or 0 for value in curves["cka"]["sw"]) < 0.9  # as many, but not translations
+    assert max(value or 0 for value in curves["cka"]["sw"]) < 0.9  # as many sentences, but not translations
     assert curves["centroid_distance"]["sw"] == pytest.approx([0, 0, 0], abs=1e-6)
     mean = report.models["one"].mean("cka")
     assert mean[1] == pytest.approx((1 + (curves["cka"]["sw"][1] or 0)) / 2)
@@ -187,7 +187,7 @@ def test_json_and_plot_are_written(tmp_path: Path, folders: dict[str, str]) -> N
     content = json.loads(data.read_text(encoding="utf-8"))
     assert content["models"].keys() == {"before", "after"}
     before = content["models"]["before"]
-    assert before["languages"]["de"]["cka"][0] is None  # and not NaN, which is no JSON
+    assert before["languages"]["de"]["cka"][0] is None  # not NaN, which is not valid JSON
     assert before["languages"]["de"]["cka"][1] == report.models["before"].curves["cka"]["de"][1]
     assert before["mean"]["cka"] == list(report.models["before"].mean("cka"))
     assert before["hash"] != content["models"]["after"]["hash"]
@@ -238,6 +238,6 @@ def test_names_are_separated_ordered_and_inside_the_plot(heights: list[float]) -
         for other in names:
             assert placed[one] < placed[other] or names[one] >= names[other]
     if heights == [0.2, 0.8]:
-        assert placed == names  # nothing is moved without need
+        assert placed == names  # names that do not overlap are not moved
     if heights == [0.5] * 12:
         assert sum(placed.values()) / 12 == pytest.approx(0.5)

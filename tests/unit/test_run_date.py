@@ -1,4 +1,4 @@
-"""run_date.py: the day that prompts name is one day for a run, saved with it, and asked about only where it shows."""
+"""run_folder/date.py: prompts of a run have one date, saved with it and compared on resume only if prompts show it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Make = Callable[..., RunConfig]
 
 @pytest.fixture(scope="module")
 def dated_tokenizer(tmp_path_factory: pytest.TempPathFactory, prepared_run: Any) -> Path:
-    """The tiny run's tokenizer with a chat template that prints the date to whoever sends a system message."""
+    """The tiny run's tokenizer with a chat template that prints the date if there is a system message."""
     folder = tmp_path_factory.mktemp("dated")
     tokenizer = AutoTokenizer.from_pretrained(prepared_run.prepared.tokenizer_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -71,25 +71,25 @@ def day(config: RunConfig, tokenizer: Path, found: Path | None = None) -> dt.dat
     return with_date(config.data, AutoTokenizer.from_pretrained(tokenizer), config.output_dir, found).template.date
 
 
-def test_the_run_files_date_wins_then_the_saved_one_then_today(make: Make, dated_tokenizer: Path) -> None:
+def test_the_date_is_the_run_files_else_the_saved_one_else_today(make: Make, dated_tokenizer: Path) -> None:
     config = make()
     assert day(config, dated_tokenizer) == LATER
     config.output_dir.mkdir()
     (config.output_dir / "config.yaml").write_text(yaml.safe_dump(resolved(make(date="2026-11-27"))))
-    assert day(config, dated_tokenizer) == dt.date(2026, 11, 27), "that of a first start without a checkpoint"
-    for torn in ("data: {template: {date: '2026", "", "data: {template: {date: x}}"):
-        (config.output_dir / "config.yaml").write_text(torn)
+    assert day(config, dated_tokenizer) == dt.date(2026, 11, 27), "the date of a first start without a checkpoint"
+    for damaged in ("data: {template: {date: '2026", "", "data: {template: {date: x}}"):
+        (config.output_dir / "config.yaml").write_text(damaged)
         assert day(config, dated_tokenizer) == LATER
     assert day(config, dated_tokenizer, save(make(date=FIRST))) == FIRST
     assert day(make(date="2020-01-02"), dated_tokenizer, save(make(date=FIRST))) == dt.date(2020, 1, 2)
 
 
-def test_a_number_is_no_date(make: Make) -> None:
+def test_a_number_is_not_a_date(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"data.template.date: must be a day, written 2026-01-31"):
         make(date=20261128)
 
 
-def test_a_date_that_no_prompt_shows_is_none_of_the_run(make: Make, dated_tokenizer: Path, tmp_path: Path) -> None:
+def test_a_date_that_no_prompt_shows_is_dropped(make: Make, dated_tokenizer: Path, tmp_path: Path) -> None:
     assert day(make(variables={"date_string": "today"}, date=FIRST), dated_tokenizer) is None
     plain = AutoTokenizer.from_pretrained(dated_tokenizer)
     plain.chat_template = CHATML
@@ -98,12 +98,12 @@ def test_a_date_that_no_prompt_shows_is_none_of_the_run(make: Make, dated_tokeni
     assert day(make(date=FIRST), tmp_path / "plain") is None
 
 
-def test_a_resume_compares_the_date_where_both_runs_have_one(make: Make, dated_tokenizer: Path) -> None:
+def test_a_resume_compares_dates_if_both_runs_have_one(make: Make, dated_tokenizer: Path) -> None:
     saved = RunState.read(save(make(date=FIRST)))
     assert differences(saved, {}, resolved(make(date=FIRST))) == []
     (line,) = differences(saved, {}, resolved(make(date="2026-11-29")))
     assert str(line) == "config data.template.date: was '2026-11-28', now '2026-11-29'"
-    del saved.config["data"]["template"]["date"]  # as before dates were fixed
+    del saved.config["data"]["template"]["date"]  # as in checkpoints from before dates were saved
     assert differences(saved, {}, resolved(make(date="2026-11-29"))) == []
 
 
@@ -126,7 +126,7 @@ def test_data_inspect_shows_the_date_of_the_run(make: Make, dated_tokenizer: Pat
     assert "Today Date: 28 Nov 2026" in "\n".join(inspect_data(config, 1))
 
 
-def test_a_run_trains_with_its_date_and_writes_it_down(
+def test_a_run_trains_with_its_date_and_prompts_show_it(
     make: Make, dated_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make()

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run: looks change nothing in it, and a checkpoint goes on with its own run only."""
+"""A run folder belongs to one run: read-only commands change nothing in it; only its own run resumes from it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from training.run_folder.prepare import look, prepare
 OTHER = ("seed=9", "tokenizer.train.vocab_size=460", "model.init.hidden_size=64", "model.init.intermediate_size=96")
 TAGGER = XMIXUP | {"tokenizer.train": {"vocab_size": 120, "style": "encoder"}}
 DONE = 6  # steps of the checkpoint
-LOOKS: dict[str, Callable[[RunConfig], Iterator[object]]] = {
+READ_ONLY_COMMANDS: dict[str, Callable[[RunConfig], Iterator[object]]] = {
     "check": check_run,
     "inspect": lambda config: inspect_data(config, 1),
     "plan": lambda config: plan_lines(config, range(2), 2),
@@ -57,7 +57,7 @@ def run_yaml(prepared_run: PreparedRun, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(run_yaml: Path) -> Path:
-    """The same run after `DONE` of 12 steps, as far as is looked at before weights are loaded."""
+    """The same run with a checkpoint of step `DONE` of 12, without weights, which these tests do not load."""
     save(load_config(run_yaml))
     return run_yaml
 
@@ -71,42 +71,44 @@ def save(config: RunConfig, step: int = DONE) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file but those of `index/`, where names say what is in them."""
+    """Hashes of all files but those of `index/`, whose names depend on their content."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] != "index")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def refused(config: RunConfig, **options: Any) -> tuple[list[str], str]:
-    """What `check` says of a run that it refuses, and the refusal."""
-    said: list[str] = []
+    """The lines that `check` prints before it refuses a run, and the error."""
+    lines: list[str] = []
     with pytest.raises(ConfigError) as refusal:
-        said.extend(check_run(config, **options))
+        lines.extend(check_run(config, **options))
     assert "\n" not in str(refusal.value)
-    return said, str(refusal.value)
+    return lines, str(refusal.value)
 
 
 def refusal(config: RunConfig, **options: Any) -> str:
     return refused(config, **options)[1]
 
 
-# --- looks
+# --- read-only commands
 
 
-@pytest.mark.parametrize("name", LOOKS)
+@pytest.mark.parametrize("name", READ_ONLY_COMMANDS)
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_a_look_with_other_settings_leaves_the_run_as_it_is(name: str, checkpoints: bool, run_yaml: Path) -> None:
+def test_a_read_only_command_with_other_settings_changes_nothing_in_the_folder(
+    name: str, checkpoints: bool, run_yaml: Path
+) -> None:
     folder = load_config(run_yaml).output_dir
     if checkpoints:
         save(load_config(run_yaml))
     before = contents(folder)
     refuses = (name, checkpoints) == ("check", True)
     with pytest.raises(ConfigError) if refuses else nullcontext():
-        list(LOOKS[name](load_config(run_yaml, OTHER)))
+        list(READ_ONLY_COMMANDS[name](load_config(run_yaml, OTHER)))
     assert contents(folder) == before
     assert {"tokenizer/tokenizer.json", "initial_model/model.safetensors"} <= before.keys()
 
 
-def test_a_look_sees_its_own_settings_and_writes_no_weights(run_yaml: Path) -> None:
+def test_look_uses_the_given_settings_and_writes_no_weights(run_yaml: Path) -> None:
     with look(load_config(run_yaml, OTHER)) as prepared:
         assert len(read_tokenizer(prepared.tokenizer_dir)) == 460
         described = json.loads(Path(prepared.model_dir, "config.json").read_text())
@@ -115,14 +117,14 @@ def test_a_look_sees_its_own_settings_and_writes_no_weights(run_yaml: Path) -> N
     assert not Path(prepared.model_dir).exists()
 
 
-def test_a_look_with_the_runs_settings_uses_what_the_run_made(run_yaml: Path) -> None:
+def test_look_with_the_runs_settings_uses_the_runs_tokenizer_and_model(run_yaml: Path) -> None:
     config = load_config(run_yaml)
     with look(config) as prepared:
         assert prepared.tokenizer_dir == str(config.output_dir / "tokenizer")
         assert prepared.model_dir == str(config.output_dir / "initial_model")
 
 
-def test_a_run_takes_the_tokenizer_that_a_look_has_trained(
+def test_a_run_reuses_a_tokenizer_that_look_has_trained(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = validate(run_values(corpus, tmp_path / "run"), "test")
@@ -133,8 +135,8 @@ def test_a_run_takes_the_tokenizer_that_a_look_has_trained(
     assert Path(prepare(config).tokenizer_dir, "tokenizer.json").read_bytes() == trained
 
 
-def test_a_tokenizer_that_checkpoints_rest_on_outlives_a_change_of_the_data(tmp_path: Path) -> None:
-    """One trained anew, on the grown data, would give the model's embeddings to other tokens."""
+def test_the_tokenizer_of_a_run_with_checkpoints_is_kept_if_the_data_change(tmp_path: Path) -> None:
+    """A tokenizer retrained on the larger data would assign the embeddings to other tokens."""
     config = validate(run_values(write_data(tmp_path / "data"), tmp_path / "run"), "test")
     save(config)
     tokenizer = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
@@ -143,10 +145,10 @@ def test_a_tokenizer_that_checkpoints_rest_on_outlives_a_change_of_the_data(tmp_
     line = refusal(config)
     assert "data en.jsonl: has changed" in line
     assert "data tokenizer" not in line
-    assert any("goes on from step 6 of 12" in said for said in check_run(config, accept_changes=True))
+    assert any("goes on from step 6 of 12" in printed for printed in check_run(config, accept_changes=True))
 
 
-def test_a_look_at_an_encoder_sees_the_head_of_its_task(tmp_path: Path) -> None:
+def test_look_at_an_encoder_run_includes_the_head_of_its_task(tmp_path: Path) -> None:
     values = run_values(write_task_data(tmp_path / "data"), tmp_path / "run", **TAGGER)
     with look(validate(values, "test")) as prepared:
         described = json.loads(Path(prepared.model_dir, "config.json").read_text())
@@ -155,7 +157,7 @@ def test_a_look_at_an_encoder_sees_the_head_of_its_task(tmp_path: Path) -> None:
     assert any(line.startswith("model: ") for line in check_run(validate(values, "test")))
 
 
-def test_a_look_holds_a_pretrained_encoders_weights_against_the_task(tmp_path: Path) -> None:
+def test_look_checks_a_pretrained_encoders_weights_against_the_task(tmp_path: Path) -> None:
     values = run_values(write_task_data(tmp_path / "data"), tmp_path / "run", **TAGGER)
     config = validate(values | {"max_steps": 1}, "test")
     start = prepare(config).model_dir
@@ -172,7 +174,7 @@ def test_a_look_holds_a_pretrained_encoders_weights_against_the_task(tmp_path: P
 
 @pytest.fixture
 def read_only(run_yaml: Path) -> Iterator[Path]:
-    """The run file of a run whose folder cannot be written. Only root may mount one so."""
+    """The run file of a run whose folder is mounted read-only, which only root can do."""
     folder = str(load_config(run_yaml).output_dir)
     for options in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
         mounted = subprocess.run(["mount", *options], capture_output=True, text=True)
@@ -182,19 +184,19 @@ def read_only(run_yaml: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_folder_that_cannot_be_written_is_looked_at_all_the_same(read_only: Path) -> None:
+def test_read_only_commands_work_on_a_read_only_folder(read_only: Path) -> None:
     assert list(plan_lines(load_config(read_only, OTHER), range(1), 1))
     assert list(inspect_data(load_config(read_only), 1))
-    said, line = refused(load_config(read_only))
+    lines, line = refused(load_config(read_only))
     assert re.match(r"output_dir: .* cannot be written to \(Read-only file system\)", line)
-    assert any(line.startswith("model: ") for line in said)
-    assert "ready to train" not in said
+    assert any(line.startswith("model: ") for line in lines)
+    assert "ready to train" not in lines
 
 
 # --- a checkpoint and its run
 
 
-DECIDES = [
+CHANGES_RESULT = [
     ("seed=9", "config seed: was 3, now 9"),
     ("optimizer.learning_rate=0.1", "config optimizer.learning_rate: was 0.003, now 0.1"),
     ("schedule.name=linear", "config schedule.name: was 'cosine', now 'linear'"),
@@ -203,7 +205,7 @@ DECIDES = [
     ("data.sources.0.name=others", "config data.sources.0.name: was 'problems', now 'others'"),
     ("max_steps=8", "config max_steps: was 12, now 8"),
 ]
-FREE = (
+KEEPS_RESULT = (
     "checkpoint.every=3", "tracking.experiment=x", "watchdog.stall_minutes=1", "data.heldout_items=0",
     "data.workers=2", "data.micro_batch_tokens=768", "gradient_checkpointing=true", "guard.non_finite=skip",
 )  # fmt: skip
@@ -219,46 +221,46 @@ CANNOT_BE_LOADED = [
 ]
 
 
-@pytest.mark.parametrize(("override", "said"), DECIDES)
-def test_check_refuses_what_decides_the_result_with_the_difference(saved: Path, override: str, said: str) -> None:
+@pytest.mark.parametrize(("override", "difference"), CHANGES_RESULT)
+def test_check_refuses_settings_that_change_the_result_and_shows_them(
+    saved: Path, override: str, difference: str
+) -> None:
     line = refusal(load_config(saved, [override]))
     assert line.startswith(f"{checkpoint.checkpoint_path(load_config(saved).output_dir, DONE)}: is another run's: ")
-    assert said in line
+    assert difference in line
     assert "give another output_dir, or resume with --accept-changes" in line
 
 
-def test_all_differences_are_told_at_once(saved: Path) -> None:
+def test_all_differences_are_reported_at_once(saved: Path) -> None:
     line = refusal(load_config(saved, ["seed=9", "optimizer.betas=[0.5,0.5]"]))
     assert "config optimizer.betas: was [0.9, 0.999], now [0.5, 0.5]; config seed: was 3, now 9" in line
 
 
-def test_settings_that_decide_nothing_are_free(saved: Path) -> None:
-    lines = list(check_run(load_config(saved, FREE)))
+def test_settings_that_keep_the_result_may_change(saved: Path) -> None:
+    lines = list(check_run(load_config(saved, KEEPS_RESULT)))
     assert lines[-1] == "ready to train"
     assert lines[-2].endswith(f"goes on from step {DONE} of 12")
 
 
 @pytest.mark.parametrize("override", CANNOT_BE_LOADED)
-def test_what_a_checkpoint_cannot_be_loaded_with_is_refused_though_changes_are_accepted(
-    saved: Path, override: str
-) -> None:
+def test_settings_that_a_checkpoint_cannot_be_loaded_with_are_always_refused(saved: Path, override: str) -> None:
     line = refusal(load_config(saved, [override, "seed=9"]), accept_changes=True)
     assert f"cannot be loaded with: config {override.partition('=')[0]}" in line
     assert "(set it back, or give another output_dir)" in line
     assert "seed" not in line
 
 
-def test_check_describes_the_model_of_the_config_and_not_the_runs(saved: Path) -> None:
-    said, line = refused(load_config(saved, ["model.init.hidden_size=256", "model.init.num_hidden_layers=3"]))
+def test_check_describes_the_model_of_the_config_and_not_of_the_run(saved: Path) -> None:
+    lines, line = refused(load_config(saved, ["model.init.hidden_size=256", "model.init.num_hidden_layers=3"]))
     assert "model.init.hidden_size: was 32, now 256" in line
-    (model,) = (line for line in said if line.startswith("model: "))
+    (model,) = (line for line in lines if line.startswith("model: "))
     assert "3 layers" in model
     assert "0.0M parameters" not in model
-    assert "ready to train" not in said
+    assert "ready to train" not in lines
 
 
-def test_a_model_of_other_shapes_in_the_same_place_is_refused(saved: Path) -> None:
-    """Its run file has not changed; DeepSpeed's own error would be a traceback."""
+def test_a_model_of_other_shapes_at_the_same_path_is_refused(saved: Path) -> None:
+    """The run file has not changed; DeepSpeed's own error would be a traceback."""
     config = load_config(saved)
     file = checkpoint.checkpoint_path(config.output_dir, DONE) / "model_config" / "config.json"
     values = json.loads(file.read_text())
@@ -271,7 +273,7 @@ def test_a_model_of_other_shapes_in_the_same_place_is_refused(saved: Path) -> No
     assert "weights of other shapes, such as model.layers.0.mlp.down_proj.weight: was [32, 128], now [32, 64]" in line
 
 
-def test_options_that_came_later_are_no_difference(saved: Path) -> None:
+def test_options_added_in_later_versions_are_not_a_difference(saved: Path) -> None:
     config = load_config(saved)
     path = checkpoint.checkpoint_path(config.output_dir, DONE)
     state = RunState.read(path)
@@ -281,12 +283,12 @@ def test_options_that_came_later_are_no_difference(saved: Path) -> None:
         assert "ready to train" in list(check_run(config))
 
 
-def test_fewer_steps_than_are_done_are_refused(saved: Path) -> None:
+def test_a_max_steps_below_the_checkpoints_step_is_refused(saved: Path) -> None:
     line = refusal(load_config(saved, ["max_steps=5"]), accept_changes=True)
     assert line.startswith(f"max_steps: 5, but {DONE} steps are done in ")
 
 
-def test_more_steps_are_free_and_what_becomes_of_the_schedule_is_told(saved: Path) -> None:
+def test_more_steps_are_accepted_and_the_changed_schedule_is_shown(saved: Path) -> None:
     lines = list(check_run(load_config(saved, ["max_steps=24"])))
     assert lines[-3:-1] == [
         "max_steps: was 12, now 24: the learning rate falls until step 24 instead of 12 (cosine); at step 7 it is "
@@ -296,7 +298,7 @@ def test_more_steps_are_free_and_what_becomes_of_the_schedule_is_told(saved: Pat
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step", "said"),
+    ("schedule", "step", "expected"),
     [
         ({"name": "linear"}, 6, "falls until step 24 instead of 12 (linear); at step 7 it is 0.00225, where it was"),
         ({"name": "linear"}, 12, "at step 13 it is 0.0015, where it was to be 0"),
@@ -304,12 +306,12 @@ def test_more_steps_are_free_and_what_becomes_of_the_schedule_is_told(saved: Pat
         ({"name": "constant", "warmup_ratio": 0.5}, 6, "warms up as a run of 24 instead of 12 steps does; at step 7"),
     ],
 )
-def test_the_schedule_of_a_longer_run(saved: Path, schedule: dict[str, Any], step: int, said: str) -> None:
+def test_the_schedule_of_a_longer_run(saved: Path, schedule: dict[str, Any], step: int, expected: str) -> None:
     values = yaml.safe_load(saved.read_text()) | {"schedule": schedule}
     state = RunState(step, 1, {}, resolved(validate(values, "test")), {})
     change = schedule_change(state, validate(values | {"max_steps": 24}, "test"))
     assert change is not None
-    assert said in change
+    assert expected in change
     assert schedule_change(state, validate(values, "test")) is None
 
 
@@ -318,14 +320,17 @@ def test_train_refuses_another_run_in_the_folder_of_a_finished_one(run_yaml: Pat
     for overrides in (["seed=9"], ["model.init.hidden_size=64"], ["optimizer.learning_rate=0.1"]):
         with pytest.raises(ConfigError, match=r": is another run's: config "):
             fit._fit(load_config(run_yaml, overrides), "auto", accept_changes=False, stop=StopRequest())
-    assert fit._fit(load_config(run_yaml, FREE), "auto", accept_changes=False, stop=StopRequest()) == (finished, None)
+    assert fit._fit(load_config(run_yaml, KEEPS_RESULT), "auto", accept_changes=False, stop=StopRequest()) == (
+        finished,
+        None,
+    )
     assert "nothing is left to train" in list(check_run(load_config(run_yaml)))[-1]
 
 
-def test_train_says_what_it_accepts_and_what_becomes_of_the_schedule(
+def test_train_logs_the_accepted_changes_and_the_changed_schedule(
     saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fit, "assemble", lambda *_: pytest.exit("that far"))
+    monkeypatch.setattr(fit, "assemble", lambda *_: pytest.exit("reached assemble"))
     monkeypatch.setattr(fit, "Tracker", lambda *_: None)
     config = load_config(saved, ["seed=9", "max_steps=24"])
     with caplog.at_level(logging.INFO), pytest.raises(pytest.exit.Exception):
@@ -344,7 +349,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(end.value.code or 0)
 
 
-def test_a_second_train_is_one_line_and_changes_nothing_and_check_tells_of_the_first(
+def test_a_second_train_is_refused_in_one_line_and_check_reports_the_first(
     run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = load_config(run_yaml).output_dir
@@ -360,7 +365,7 @@ def test_a_second_train_is_one_line_and_changes_nothing_and_check_tells_of_the_f
     assert (folder / LOCK_FILE).read_text() == ""
 
 
-def test_quickstart_and_xtreme_run_hold_their_folders_too(
+def test_quickstart_and_xtreme_run_lock_their_folders_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     xtreme = ["--task", "xnli", "--model", "mbert", "--method", "x-mixup", "--data-dir", tmp_path]

@@ -1,4 +1,4 @@
-"""The lock on a run's folder, with real processes: one run at a time, and a dead one's lock is taken over."""
+"""The lock on a run folder, with real processes: one run at a time; the lock of a dead process is taken over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from training.run_folder import lock as run_lock
 from training.errors import ConfigError
 from training.run_folder.lock import held
 
-def slowly(file, read=run_lock._read):  # between reading and writing, the others come
+def slowly(file, read=run_lock._read):  # gives others time between reading and writing
     holder = read(file)
     time.sleep(0.2)
     return holder
@@ -77,7 +77,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
 
 
 def written(output: Path, holder: Holder) -> Path:
-    """A lock that somebody else left."""
+    """Write the lock file of another holder."""
     output.mkdir(exist_ok=True)
     (output / LOCK_FILE).write_text(json.dumps(asdict(holder)))
     return output / LOCK_FILE
@@ -109,7 +109,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(
 ) -> None:
     first = start()
     assert first_line(first) == "held"
-    first.kill()  # nobody waits for it: a zombie is no run either
+    first.kill()  # and not waited for: a zombie process does not count as a run
     wait_for(lambda: running_in(tmp_path / "run") is None)
     with held(tmp_path / "run"):
         holder = holder_of(tmp_path / "run")
@@ -119,7 +119,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(
     assert holder_of(tmp_path / "run") is None
 
 
-def test_a_pid_that_another_process_has_by_now_is_no_run(start: Start, tmp_path: Path) -> None:
+def test_a_pid_reused_by_another_process_does_not_count_as_the_run(start: Start, tmp_path: Path) -> None:
     other = start()
     assert first_line(other) == "held"
     holder = holder_of(tmp_path / "run")
@@ -130,16 +130,16 @@ def test_a_pid_that_another_process_has_by_now_is_no_run(start: Start, tmp_path:
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_starts_at_the_same_moment_one_goes_through(start: Start, tmp_path: Path, stale: bool) -> None:
+def test_of_simultaneous_starts_exactly_one_gets_the_lock(start: Start, tmp_path: Path, stale: bool) -> None:
     if stale:
         written(tmp_path / "run", replace(Holder.here(0), started=1))
     at = time.time() + 1.5
-    said = [first_line(process) for process in [start(at) for _ in range(4)]]
-    assert said.count("held") == 1
-    assert sum(": in use by a run on " in line for line in said) == 3
+    lines = [first_line(process) for process in [start(at) for _ in range(4)]]
+    assert lines.count("held") == 1
+    assert sum(": in use by a run on " in line for line in lines) == 3
 
 
-def test_a_run_that_ends_leaves_the_folder_free(tmp_path: Path) -> None:
+def test_a_run_that_ends_releases_its_lock(tmp_path: Path) -> None:
     for _ in range(2):
         with held(tmp_path / "run"):
             assert running_in(tmp_path / "run") is not None
@@ -149,8 +149,8 @@ def test_a_run_that_ends_leaves_the_folder_free(tmp_path: Path) -> None:
     assert running_in(tmp_path / "run") is None
 
 
-def test_what_a_run_starts_holds_it_too(tmp_path: Path) -> None:
-    """The launcher takes the lock, and its ranks go on under it; so does a train that `xtreme run` starts elsewhere."""
+def test_processes_that_a_run_starts_share_its_lock(tmp_path: Path) -> None:
+    """Ranks run under the launcher's lock; a training that `xtreme run` starts in another folder locks that one."""
     with held(tmp_path / "run"):
         token = os.environ[HELD]
         with held(tmp_path / "run"):
@@ -161,16 +161,16 @@ def test_what_a_run_starts_holds_it_too(tmp_path: Path) -> None:
         assert os.environ[HELD] == token
 
 
-def test_a_rank_beside_the_holder_is_refused_where_another_run_has_the_folder(start: Start, tmp_path: Path) -> None:
+def test_a_rank_is_refused_if_another_run_holds_the_lock(start: Start, tmp_path: Path) -> None:
     first = start()
     assert first_line(first) == "held"
-    refuse_other(tmp_path / "run", 0)  # the port at which that run's ranks meet
+    refuse_other(tmp_path / "run", 0)  # the rendezvous port of that run's ranks
     with pytest.raises(ConfigError, match="in use by a run on "):
         refuse_other(tmp_path / "run", 29501)
 
 
 def test_a_requeued_job_takes_over_from_its_killed_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another node, whose processes cannot be seen: Slurm has ended the job before it starts it again."""
+    """Processes of the other node are not visible, but Slurm ends a job before it starts it again."""
     monkeypatch.setattr(run_lock, "_shows_life", lambda *_: pytest.fail("nothing to wait for"))
     written(tmp_path / "run", elsewhere(job="42", restart=1))
     monkeypatch.setenv("SLURM_JOB_ID", "42")
@@ -180,7 +180,7 @@ def test_a_requeued_job_takes_over_from_its_killed_predecessor(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("job", ["", "41"])
-def test_a_holder_on_another_machine_is_gone_when_it_is_silent(
+def test_a_lock_from_another_machine_that_is_not_renewed_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str
 ) -> None:
     monkeypatch.setattr(run_lock, "SILENT_SECONDS", 0.3)
@@ -189,15 +189,13 @@ def test_a_holder_on_another_machine_is_gone_when_it_is_silent(
     written(tmp_path / "run", elsewhere(job=job))
     with held(tmp_path / "run"):
         pass
-    said = capsys.readouterr().err
-    assert "held by a run on node-7" in said
-    assert "to see whether it is alive" in said
-    assert "taken over" in said
+    printed = capsys.readouterr().err
+    assert "held by a run on node-7" in printed
+    assert "to see whether it is alive" in printed
+    assert "taken over" in printed
 
 
-def test_a_holder_on_another_machine_that_shows_life_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_from_another_machine_that_is_renewed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = written(tmp_path / "run", elsewhere())
     monkeypatch.setattr(run_lock, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "SILENT_SECONDS", 20)
@@ -208,11 +206,11 @@ def test_a_holder_on_another_machine_that_shows_life_is_left_alone(
         pass
 
 
-def test_a_holder_renews_its_lock_and_ends_when_it_was_taken_for_gone(
+def test_a_holder_renews_its_lock_and_ends_if_it_was_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(run_lock, "RENEW_SECONDS", 0.05)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a script started pytest with &
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a script started pytest with &
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     lock = tmp_path / "run" / LOCK_FILE
 
@@ -226,11 +224,11 @@ def test_a_holder_renews_its_lock_and_ends_when_it_was_taken_for_gone(
 
     with pytest.raises(KeyboardInterrupt), held(tmp_path / "run"):
         run()
-    assert holder_of(tmp_path / "run") is not None, "the other's lock stays"
+    assert holder_of(tmp_path / "run") is not None, "the lock of the other holder is kept"
 
 
 def test_a_holder_that_ignores_interrupts_ends_too(tmp_path: Path) -> None:
-    """As one does that a script started with `&`: its shell has SIGINT ignored."""
+    """Processes that a script starts with `&` have SIGINT ignored by the shell."""
     folder = tmp_path / "run"
     code = f"""
         import signal, time
@@ -254,7 +252,7 @@ def test_a_holder_that_ignores_interrupts_ends_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
-def test_a_torn_lock_is_nobodys(tmp_path: Path, content: str) -> None:
+def test_a_damaged_lock_file_is_ignored(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK_FILE).write_text(content)
     with held(tmp_path):
         assert running_in(tmp_path) is not None

@@ -42,12 +42,12 @@ def test_a_killed_process_loses_no_logged_line(tmp_path: Path) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = [int(process.stdout.readline()) for _ in range(500)]
+    printed = [int(process.stdout.readline()) for _ in range(500)]
     process.kill()
-    said += [int(line) for line in process.stdout if line.endswith("\n")]
+    printed += [int(line) for line in process.stdout if line.endswith("\n")]
     process.wait()
     steps = [event["step"] for _, event in read_events(tmp_path / RECORD_NAME) if event["kind"] == "metrics"]
-    assert steps[: len(said)] == said
+    assert steps[: len(printed)] == printed
 
 
 def test_damaged_lines_are_recognised(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_lines_that_a_full_disk_never_accepts_are_counted(
     record.close()
     kept = [event["step"] for _, event in read_events(record.path)]
     assert kept[:2] == [0, 1]
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert f"{6 - len(kept)} lines are lost" in said[1]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2
+    assert f"{6 - len(kept)} lines are lost" in printed[1]
 
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:

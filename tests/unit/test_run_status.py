@@ -1,4 +1,4 @@
-"""`crosslift status` and `logs` of a run that is no Slurm job, from what lies in its folder."""
+"""`crosslift status` and `logs` of a run outside Slurm, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training.tracking.run_record import RunRecord
 
 
 def record(run: Path, steps: int, end: str | None, resumed: int | None = None, total: int = 10) -> None:
-    """A start that did `steps` steps."""
+    """Write the record of a start that did `steps` steps."""
     written = RunRecord(run)
     written.append("start", id="i", parent=None, experiment="e", run_name="r", uri=None, resumed_step=resumed)
     written.append("params", values={"max_steps": str(total)})
@@ -39,7 +39,7 @@ def record(run: Path, steps: int, end: str | None, resumed: int | None = None, t
     written.close()
 
 
-def happened(run: Path, level: str, message: str) -> None:
+def log_event(run: Path, level: str, message: str) -> None:
     logs.make_logs_folder(run)
     with (logs.logs_folder(run) / "events.jsonl").open("a", encoding="utf-8") as file:
         line = json.loads(logs.event_line(0, level, 3, message))
@@ -64,7 +64,7 @@ def command(*arguments: str) -> Any:
         (None, "killed", "killed, or its machine went down"),
     ],
 )
-def test_how_a_run_ended(tmp_path: Path, end: str | None, state: str, words: str) -> None:
+def test_status_shows_how_a_run_ended(tmp_path: Path, end: str | None, state: str, words: str) -> None:
     record(tmp_path, 4, end)
     found = status_of(tmp_path)
     assert found is not None
@@ -81,12 +81,12 @@ def test_a_run_is_running_while_its_process_lives(tmp_path: Path) -> None:
         assert (found.state, found.host, found.pid) == ("running", socket.gethostname(), os.getpid())
         assert found.seconds_per_step is not None
         assert found.seconds_left == pytest.approx(6 * found.seconds_per_step)
-        said = command("status", str(tmp_path)).output
-        assert f"running on {socket.gethostname()} (pid {os.getpid()}) since" in said
-        assert " left" in said
+        output = command("status", str(tmp_path)).output
+        assert f"running on {socket.gethostname()} (pid {os.getpid()}) since" in output
+        assert " left" in output
     after = status_of(tmp_path)
     assert after is not None
-    assert after.state == "killed"  # it let go of its folder without an end in its record
+    assert after.state == "killed"  # it released its lock, but its record has no end
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     holder(tmp_path, pid=ended.pid, started=1)
@@ -107,24 +107,24 @@ def test_a_run_on_another_machine_runs_while_it_renews_its_lock(tmp_path: Path) 
 
 
 def test_before_its_first_step_a_run_is_starting(tmp_path: Path) -> None:
-    happened(tmp_path, "INFO", "preflight: 1 rank")
+    log_event(tmp_path, "INFO", "preflight: 1 rank")
     with held(tmp_path):
         assert [each.state for each in local_runs(tmp_path)] == ["starting"]
     assert [each.state for each in local_runs(tmp_path)] == ["killed"]
 
 
-def test_a_failed_run_tells_its_last_error(tmp_path: Path) -> None:
+def test_status_of_a_failed_run_shows_its_last_error(tmp_path: Path) -> None:
     record(tmp_path, 3, "FAILED")
     for line in ("Traceback (most recent call last):", '  File "x.py", line 1', "OSError: the disk is gone"):
-        happened(tmp_path, "STDERR", line)
+        log_event(tmp_path, "STDERR", line)
     assert "\n  OSError: the disk is gone\n" in command("status", str(tmp_path)).output
-    happened(tmp_path, "CRITICAL", "crosslift: step 4: the loss is not finite")
+    log_event(tmp_path, "CRITICAL", "crosslift: step 4: the loss is not finite")
     assert "\n  step 4: the loss is not finite\n" in command("status", str(tmp_path)).output
 
 
-def test_what_is_said_after_a_good_end_is_no_failure(tmp_path: Path) -> None:
+def test_a_message_after_a_successful_end_is_not_a_failure(tmp_path: Path) -> None:
     record(tmp_path, 10, "FINISHED")
-    happened(tmp_path, "CRITICAL", "crosslift: 3 lines have not reached MLflow")
+    log_event(tmp_path, "CRITICAL", "crosslift: 3 lines have not reached MLflow")
     found = status_of(tmp_path)
     assert found is not None
     assert (found.state, found.error) == ("finished", None)
@@ -132,8 +132,8 @@ def test_what_is_said_after_a_good_end_is_no_failure(tmp_path: Path) -> None:
 
 def test_a_start_that_failed_before_its_first_step_is_the_newest(tmp_path: Path) -> None:
     record(tmp_path, 4, "SCHEDULED")
-    happened(tmp_path, "INFO", "preflight: 1 rank on here")
-    happened(tmp_path, "CRITICAL", "crosslift: config optimizer.learning_rate: was 1, now 2")
+    log_event(tmp_path, "INFO", "preflight: 1 rank on here")
+    log_event(tmp_path, "CRITICAL", "crosslift: config optimizer.learning_rate: was 1, now 2")
     found = status_of(tmp_path)
     assert found is not None
     assert (found.state, found.error) == ("failed", "config optimizer.learning_rate: was 1, now 2")
@@ -149,23 +149,23 @@ def test_steps_are_those_of_the_newest_start_and_the_checkpoint_is_complete(tmp_
     assert found is not None
     assert found.step == 6
     assert found.checkpoint == str(checkpoint_path(tmp_path, 4))
-    told = json.loads(command("status", str(tmp_path), "--json").output)
-    assert told["runs"] == [found.to_json()]
+    printed = json.loads(command("status", str(tmp_path), "--json").output)
+    assert printed["runs"] == [found.to_json()]
 
 
-def test_runs_below_a_folder_are_all_told(tmp_path: Path) -> None:
+def test_status_shows_all_runs_below_a_folder(tmp_path: Path) -> None:
     for name in ("base", "msft"):
         record(tmp_path / name, 1, "FINISHED")
-    said = command("status", str(tmp_path)).output
-    assert f"{tmp_path}/base: finished" in said
-    assert f"{tmp_path}/msft: finished" in said
+    output = command("status", str(tmp_path)).output
+    assert f"{tmp_path}/base: finished" in output
+    assert f"{tmp_path}/msft: finished" in output
     result = command("logs", str(tmp_path))
     assert "give one run's folder" in str(result.exception)
     (tmp_path / "empty").mkdir()
     assert "no run there" in str(command("status", str(tmp_path / "empty")).exception)
 
 
-def test_cancel_says_how_a_local_run_is_ended(tmp_path: Path) -> None:
+def test_cancel_explains_how_to_end_a_local_run(tmp_path: Path) -> None:
     record(tmp_path, 1, None)
     assert "is not a Slurm job; `kill -TERM` the pid" in str(command("cancel", str(tmp_path)).exception)
 
@@ -177,7 +177,7 @@ def test_logs_of_a_local_run(tmp_path: Path) -> None:
     (logs.logs_folder(tmp_path) / "run.log").write_text("of all\n")
     logs.rank_log(tmp_path, 1).write_text("of one\n")
     assert command("logs", str(tmp_path)).output == "of all\n"
-    assert command("logs", str(tmp_path), "--follow").output == "of all\n"  # it has ended: nothing more will come
+    assert command("logs", str(tmp_path), "--follow").output == "of all\n"  # it has ended, so nothing more is written
     assert command("logs", str(tmp_path), "--rank", "1").output == "of one\n"
     assert "ranks with a log: 0 to 1" in str(command("logs", str(tmp_path), "--rank", "2").exception)
 

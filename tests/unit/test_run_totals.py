@@ -1,4 +1,4 @@
-"""run_totals.py: what a run read, by language: in metrics, in the table at its end, and in a checkpoint."""
+"""run_totals.py: slots and label tokens read, by language: in metrics, in the final table and in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def totals() -> RunTotals:
     return made
 
 
-def test_metrics_are_realised_shares_and_what_was_lost(totals: RunTotals) -> None:
+def test_metrics_are_realised_shares_and_lost_slots(totals: RunTotals) -> None:
     assert totals.metrics() == {
         "data/slot_share/en": 13 / 16, "data/slot_share/sw": 3 / 16,
         "data/label_share/en": 0.7, "data/label_share/sw": 0.3,
@@ -27,7 +27,7 @@ def test_metrics_are_realised_shares_and_what_was_lost(totals: RunTotals) -> Non
     }  # fmt: skip
 
 
-def test_the_table_has_a_line_a_language_and_the_slots_that_stayed_empty(totals: RunTotals) -> None:
+def test_the_table_has_a_line_per_language_and_the_number_of_empty_slots(totals: RunTotals) -> None:
     title, header, _, *lines, empty = totals.table()
     assert title == "read in 2 steps; slots left empty are not refilled:"
     assert header.split() == [
@@ -41,15 +41,15 @@ def test_the_table_has_a_line_a_language_and_the_slots_that_stayed_empty(totals:
     assert empty == "8 of 24 slots stayed empty (33.3%)"
 
 
-def test_a_run_that_lost_nothing_says_no_more_than_its_mixture() -> None:
+def test_without_lost_slots_only_shares_are_reported() -> None:
     made = RunTotals(["en"])
     made.add_step(np.array([[4], [0], [0], [0]]), np.array([9]))
     assert len(list(made.table())) == 4
     assert made.metrics() == {"data/slot_share/en": 1, "data/label_share/en": 1}
 
 
-def test_a_checkpoint_keeps_them_by_language(totals: RunTotals) -> None:
-    """Languages in another order, one more and one less (`--accept-changes`): each keeps its own."""
+def test_a_checkpoint_keeps_totals_by_language(totals: RunTotals) -> None:
+    """Languages in another order, one more and one less (`--accept-changes`): each keeps its totals."""
     totals.add_bad_rows([BadRow("sw.jsonl:3", "no text")], most=1)
     kept = json.loads(json.dumps(totals.state()))
     again = RunTotals(["en", "sw"])

@@ -1,4 +1,4 @@
-"""The guard for refactorings: what it calls equal, different and missing, and what of a run it compares."""
+"""`benchmarks/same_numbers`: what counts as equal, different or missing, and which values of a run are compared."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from benchmarks.same_numbers.revision import SOURCE, SameNumbersError
 LOSS = "step 3 train/loss"
 
 
-def test_one_last_digit_is_a_difference() -> None:
+def test_the_last_digit_is_a_difference() -> None:
     found = compare({LOSS: "0.30000000000000004", "a": "1"}, {LOSS: "0.3", "a": "1"})
     assert (found.same, found.different, found.missing, found.equal) == (1, [LOSS], [], False)
 
 
-def test_what_is_missing_counts_and_what_is_new_does_not() -> None:
+def test_missing_values_are_a_difference_and_new_ones_are_not() -> None:
     assert not compare({LOSS: "1", "a": "1"}, {LOSS: "1"}).equal
     found = compare({LOSS: "1"}, {LOSS: "1", "b": "2"})
     assert found.equal
     assert found.new == ["b"]
 
 
-def test_only_named_values_may_be_rounded_otherwise() -> None:
+def test_only_named_values_may_differ_by_rounding() -> None:
     found = compare({LOSS: "1", "tensor w": "a"}, {LOSS: "1", "tensor w": "b"}, "tensor ")
     assert found.equal
     assert found.rounded == ["tensor w"]
@@ -42,7 +42,7 @@ def write_record(run: Path, *steps: tuple[int, dict[str, object]]) -> Path:
     return run
 
 
-def test_metrics_are_all_but_times_and_memory_and_the_last_of_a_repeated_step(tmp_path: Path) -> None:
+def test_metrics_exclude_times_and_memory_and_keep_the_last_of_a_repeated_step(tmp_path: Path) -> None:
     values = {"train/loss": 0.1, "train/step_seconds": 2.0, "memory/host_peak_gib": 1.0, "ranks/slowest": 1.0}
     run = write_record(tmp_path, (1, values), (2, {"train/loss": 0.5}), (2, {"train/loss": "NaN", "shift/norm/de": 2}))
     assert _metrics(run) == {"step 1 train/loss": "0.1", "step 2 train/loss": "'NaN'", "step 2 shift/norm/de": "2"}
@@ -55,7 +55,7 @@ def test_a_run_without_losses_is_an_error_not_an_equal_run(tmp_path: Path) -> No
         _tensors(tmp_path)
 
 
-def test_a_bit_of_a_tensor_changes_its_hash(tmp_path: Path) -> None:
+def test_one_bit_of_a_tensor_changes_its_hash(tmp_path: Path) -> None:
     save_file({"w": np.float32([0.0]), "v": np.float32([1.0])}, tmp_path / "model.safetensors")
     before = _tensors(tmp_path)
     assert [name for name, _ in tensors(tmp_path)] == ["model.safetensors:v", "model.safetensors:w"]
@@ -82,7 +82,7 @@ def test_answers_and_tags_fit_their_text(task: str) -> None:
                 assert len(row["words"]) == len(row["tags"])
 
 
-def test_a_name_that_is_no_revision_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_unknown_revision_is_a_one_line_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["no-such-revision", "HEAD", "--work", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         "same_numbers: 'no-such-revision': not a commit of this repository; see `git log`\n"

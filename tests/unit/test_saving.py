@@ -1,4 +1,4 @@
-"""saving.py and engine_state.py: what is written, what it hashes to, and what becomes of a disk or file that fails."""
+"""saving.py and engine/state.py: saved files and their hashes, write errors, DeepSpeed's globs, unsafe pickles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def written(root: Path, files: list[tuple[Path, object]]) -> FileWriter:
     return writer
 
 
-def test_files_are_what_their_records_say(tmp_path: Path) -> None:
+def test_records_have_the_size_and_hash_of_each_file(tmp_path: Path) -> None:
     states = {"zero/a.pt": {"x": torch.arange(10_000)}, "b.pt": {"y": [torch.ones(3), 2, "text"]}}
     writer = written(tmp_path, [(tmp_path / name, state) for name, state in states.items()])
     assert writer.error is None
@@ -37,10 +37,8 @@ def test_files_are_what_their_records_say(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "zero/a.pt", weights_only=True)["x"], torch.arange(10_000))
 
 
-def test_deepspeed_is_given_folders_that_its_globs_read_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For a resume, for a resume with other ranks, and for the export; a stand-in only looks for the files."""
+def test_deepspeed_gets_folder_names_without_glob_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On resume, on resume with other ranks, and on export; DeepSpeed is replaced by functions that list files."""
     checkpoint, output = tmp_path / "[v1] a*" / "checkpoint", tmp_path / "[v1] a*" / "universal"
     (checkpoint / TAG).mkdir(parents=True)
     (checkpoint / TAG / "a.pt").touch()
@@ -67,7 +65,7 @@ def test_deepspeed_is_given_folders_that_its_globs_read_as_they_are(
     load_state(engine, checkpoint, universal=False)
 
 
-def test_consolidated_weights_come_in_the_order_asked_for_and_tied_ones_once(
+def test_consolidated_weights_are_in_the_requested_order_and_tied_ones_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tied, norm, other = torch.ones(1), torch.ones(2), torch.ones(3)
@@ -79,7 +77,7 @@ def test_consolidated_weights_come_in_the_order_asked_for_and_tied_ones_once(
     assert [(name, len(weight)) for name, weight in found] == [("norm", 2), ("embed", 1), ("other", 3)]
 
 
-def test_a_full_disk_is_told_and_not_raised(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_not_raised(tmp_path: Path) -> None:
     (tmp_path / "a.pt").symlink_to("/dev/full")
     writer = written(tmp_path, [(tmp_path / "a.pt", torch.ones(1_000_000)), (tmp_path / "b.pt", 1)])
     assert writer.error is not None
@@ -88,13 +86,13 @@ def test_a_full_disk_is_told_and_not_raised(tmp_path: Path) -> None:
     assert not (tmp_path / "b.pt").exists()
 
 
-def test_a_path_that_is_no_folder_is_told(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "zero").write_text("in the way")
     writer = written(tmp_path, [(tmp_path / "zero" / "a.pt", 1)])
     assert "zero" in str(writer.error)
 
 
-def test_copies_share_nothing_and_hold_no_more_than_they_show() -> None:
+def test_copies_share_no_memory_and_store_only_their_own_elements() -> None:
     base = torch.arange(1000.0)
     state = OrderedDict(a=base[10:20], b=[base, {"shape": torch.Size([2, 3])}], c=("text", None, 1.5))
     copy = _copied(state)
@@ -108,7 +106,7 @@ def test_copies_share_nothing_and_hold_no_more_than_they_show() -> None:
 
 
 class Malicious:
-    """Unpickled, it writes a file: what any program could do."""
+    """Runs a shell command when it is unpickled; here it creates a file, the canary."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = str(canary)
@@ -117,8 +115,8 @@ class Malicious:
         return (os.system, (f"touch '{self.canary}'",))
 
 
-def test_no_file_of_deepspeeds_can_name_code_to_run(tmp_path: Path) -> None:
-    """Not even for DeepSpeed, which asks torch for the unsafe reading; the canary shows that the file would do it."""
+def test_pickles_of_deepspeed_checkpoints_cannot_run_code(tmp_path: Path) -> None:
+    """Although DeepSpeed passes weights_only=False; the canary shows that the pickle would run otherwise."""
     file, canary = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt", tmp_path / "canary"
     torch.save({"optimizer_state_dict": Malicious(canary)}, file)
     with weights_only(), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):

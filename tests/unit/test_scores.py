@@ -1,4 +1,4 @@
-"""Scores of a run's model are added to the run's MLflow page, from any process, and once."""
+"""Scores of a run's model are added to the run in MLflow, from any process, exactly once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, finished: Path) -> Path:
-    """A copy of its folder whose store has to be filled again."""
+    """A copy of that run's folder whose record has not been sent to its store yet."""
     shutil.copytree(
         finished, tmp_path / "a", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "tracking.json")
     )
@@ -96,7 +96,7 @@ def test_scores_survive_the_loss_of_the_store(run: Path) -> None:
 
 
 def test_scores_do_not_change_the_record_of_a_run_that_is_training(tmp_path: Path) -> None:
-    """A record has one writer: scores of an earlier checkpoint go into a file of their own."""
+    """A record has one writer: scores of an earlier checkpoint are written to a separate file."""
     tracker = Tracker(tmp_path, TrackingConfig(enabled=False))
     tracker.start({}, {}, None)
     before = (tmp_path / RECORD_NAME).read_bytes()
@@ -156,8 +156,8 @@ def test_an_evaluation_has_accuracy_and_n_by_language_a_table_and_a_plot(tmp_pat
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls of `track_scores`, in whose place this is."""
+def track_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls of `track_scores`, which is replaced."""
     calls: list[Any] = []
 
     def track(*given: Any) -> str:
@@ -169,21 +169,21 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_eval_tracks_its_scores(
-    tmp_path: Path, taken: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, track_calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     described = {"task": "mgsm", "model": {"path": str(tmp_path / "model"), "objective": "sft"}}
     monkeypatch.setattr("evals.opening.open_model", lambda *_, **__: (None, None))
     monkeypatch.setattr("evals.mgsm.mgsm.find_files", lambda *_: {})
     monkeypatch.setattr("evals.mgsm.mgsm.evaluate_mgsm", lambda *_: {**results({"sw": 10}), "run": described})
     commands.eval(str(tmp_path / "model"), output=tmp_path, data_dir=tmp_path)
-    ((model, name, metrics, files),) = taken
+    ((model, name, metrics, files),) = track_calls
     assert (model, name, metrics["n/sw"]) == (tmp_path / "model", "mgsm", 10.0)
     assert [file.name for file in files] == ["results.json", "table.txt", "accuracy.png"]
     assert capsys.readouterr().err.endswith("scores: there\n")
 
 
 def test_the_quickstart_tracks_the_scores_of_each_model(
-    tmp_path: Path, taken: list[Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, track_calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described = {"task": "mgsm", "model": {"path": str(tmp_path / "msft" / "model"), "objective": "sft"}}
     monkeypatch.setattr(quickstart, "open_model", lambda path: (None, None))
@@ -193,6 +193,6 @@ def test_the_quickstart_tracks_the_scores_of_each_model(
     )  # fmt: skip
     monkeypatch.setattr(quickstart, "find_files", lambda *_: {})
     quickstart._answers(tmp_path, "msft", "test_seen")
-    ((model, name, metrics, files),) = taken
+    ((model, name, metrics, files),) = track_calls
     assert (model, name, metrics["accuracy/sw"]) == (tmp_path / "msft" / "model", "test_seen", 0.5)
     assert "accuracy.png" in [file.name for file in files]

@@ -1,4 +1,4 @@
-"""search.py and resume.py: which of several disks' checkpoints a run goes on from, and whether it may."""
+"""search.py and resume.py: which checkpoint a run resumes from if there are several disks, and when that is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]]) -> RunConfig
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Disk:
-    """A node's own, which not all ranks see."""
+    """A node-local disk, which not all ranks can read."""
     return Disk(tmp_path / "disk", frozenset({0, 1}))
 
 
@@ -43,7 +43,7 @@ def save(home: Path, step: int, shard: bool = True, world_size: int = 1) -> Path
 
 
 @pytest.mark.parametrize(("shared", "own"), [(4, 6), (6, 4), (None, 6), (6, None), (None, None)])
-def test_the_newest_is_taken_wherever_it_lies(
+def test_the_newest_checkpoint_is_taken_from_any_disk(
     config: RunConfig, disk: Disk, shared: int | None, own: int | None
 ) -> None:
     here = {step: save(home, step) for home, step in ((config.output_dir, shared), (disk.home, own)) if step}
@@ -51,28 +51,28 @@ def test_the_newest_is_taken_wherever_it_lies(
 
 
 @pytest.mark.parametrize(
-    ("shard", "world_size", "said"),
+    ("shard", "world_size", "message"),
     [(False, 1, "rank 0 finds no part of its own on its node"), (True, 2, "saved on 2 ranks, on node-local disks")],
 )
-def test_older_parts_on_the_nodes_are_in_nobodys_way(
-    config: RunConfig, disk: Disk, shard: bool, world_size: int, said: str
+def test_older_node_local_checkpoints_do_not_block_a_resume(
+    config: RunConfig, disk: Disk, shard: bool, world_size: int, message: str
 ) -> None:
-    """A run folder that all nodes share needs neither the same nodes nor the same number of ranks."""
+    """A checkpoint in the shared run folder needs neither the same nodes nor the same number of ranks."""
     save(disk.home, 4, shard, world_size)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         find_checkpoint("auto", [shared_disk(config.output_dir), disk])
     save(config.output_dir, 2)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         find_checkpoint("auto", [shared_disk(config.output_dir), disk])
     newer = save(config.output_dir, 6)
     assert find_checkpoint("auto", [shared_disk(config.output_dir), disk]) == newer
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["shared", "own"])
-def test_what_is_damaged_is_passed_over_on_a_nodes_disk_too(
+def test_a_damaged_checkpoint_on_a_node_local_disk_is_skipped_too(
     config: RunConfig, disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    """With nothing older the run begins anew, or resumes from the run folder; no rank's part is called missing."""
+    """Without an older one the run starts from step 0, or resumes from the run folder; no shard is called missing."""
     monkeypatch.setattr(disks, "world_size", lambda: ranks)
     damaged = save(disk.home, 6)
     (damaged / shard_of(0)).write_bytes(b"weighty")
@@ -86,7 +86,7 @@ def test_what_is_damaged_is_passed_over_on_a_nodes_disk_too(
     assert find_checkpoint("auto", both) == whole
 
 
-def test_fewer_bad_rows_than_were_met_are_refused_before_anything_is_loaded(config: RunConfig, tmp_path: Path) -> None:
+def test_a_max_bad_rows_below_the_saved_count_is_refused_before_loading(config: RunConfig, tmp_path: Path) -> None:
     path = save(tmp_path, 4)
     met = {"bad_rows": ["sw.jsonl:3", "sw.jsonl:9", "de.jsonl:1"]}
     replace(RunState.read(path), totals=met, config=resolved(config)).write(path)

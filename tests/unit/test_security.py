@@ -1,7 +1,7 @@
-"""Files come from strangers: opening them runs nothing of theirs, and says in one line what is wrong with them.
+"""Untrusted files: opening them runs no code, and what is wrong with them is reported in one line.
 
-Each test plants something that would leave a file, the canary, if it were run. DeepSpeed's own pickles are tested with
-the checkpoints.
+Each test plants code that would create a file, the canary, if it were run. DeepSpeed's pickles are tested in
+`test_saving.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CODE = "open({canary!r}, 'w').close()\n"
 
 
 class Evil:
-    """Leaves the canary when it is unpickled."""
+    """Creates the canary when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = str(canary)
@@ -57,7 +57,7 @@ def canary(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evil(canary: Path) -> bytes:
-    """A pickle; it does what it should, when it is loaded."""
+    """A pickle that creates the canary when it is loaded, which is checked first."""
     content = pickle.dumps(Evil(canary))
     pickle.loads(content).close()
     assert canary.exists()
@@ -67,7 +67,7 @@ def evil(canary: Path) -> bytes:
 
 @pytest.fixture
 def model(tmp_path: Path, prepared_run: PreparedRun) -> Path:
-    """A copy of a small model that can be spoilt."""
+    """A copy of a small model, which tests may damage."""
     return Path(shutil.copytree(prepared_run.prepared.model_dir, tmp_path / "model"))
 
 
@@ -125,7 +125,7 @@ def test_pickled_arrays_of_an_index_are_rebuilt(tmp_path: Path, corpus: Path, ca
     assert not canary.exists()
 
 
-# --- models that bring code along ---------------------------------------------------------------------------
+# --- models with custom code --------------------------------------------------------------------------------
 
 
 def test_a_model_that_needs_its_own_code_is_refused(model: Path, canary: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(model: Path, evil: bytes
         config = json.loads((model / "tokenizer_config.json").read_text())
         config |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]}}
         (model / "tokenizer_config.json").write_text(json.dumps(config))
-        (model / "config.json").unlink()  # whose type would name a tokenizer that is known
+        (model / "config.json").unlink()  # its model type would select a known tokenizer
     else:
         (model / "tokenizer.json").write_bytes(evil)
     with pytest.raises(ModelError, match="no usable tokenizer") as error:
@@ -258,7 +258,7 @@ def test_yaml_that_would_create_objects_is_refused(tmp_path: Path, canary: Path)
 
 
 def test_names_in_a_run_file_reach_no_shell(tmp_path: Path, corpus: Path, canary: Path) -> None:
-    """Folders are named as in the worst run file."""
+    """Folder names contain shell commands."""
     name = f"$(touch {canary.name}); `touch {canary.name}` 'x' \"y\""
     config = validate(run_values(corpus, tmp_path / name), "test")
     prepare(config)
@@ -271,7 +271,7 @@ def test_names_in_a_run_file_reach_no_shell(tmp_path: Path, corpus: Path, canary
 
 
 def test_the_source_has_no_loader_that_runs_code() -> None:
-    """What the tests above cannot reach, because nothing of it is there to be called."""
+    """A static check that no unsafe loader is called, which the tests above cannot show."""
     found = []
     files = [ROOT / "crosslift.py", *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]
     for file in files:
@@ -306,7 +306,7 @@ def test_no_password_of_an_address_is_written(corpus: Path, tmp_path: Path) -> N
     values = run_values(corpus, tmp_path / "run", **{"tracking.uri": "https://me:hunter2@host:5000/x"})
     values["data"]["sources"][0]["files"] = ["s3://key:hunter2@bucket/*.jsonl", "filecache::ftp://me:hunter2@host/a"]
     config = validate(values, "test")
-    assert config.tracking.uri == "https://me:hunter2@host:5000/x"  # what connects has it
+    assert config.tracking.uri == "https://me:hunter2@host:5000/x"  # connecting needs the password
     written = resolved(config)
     assert "hunter2" not in json.dumps(written)
     assert written["tracking"]["uri"] == "https://host:5000/x"
@@ -322,7 +322,7 @@ def test_a_login_reaches_the_nested_run_through_the_environment(
     from training.tracking.tracker import parent_run
 
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")  # so that what the call sets is taken away again
+        monkeypatch.setenv(name, "")  # so that monkeypatch removes what the call sets
         monkeypatch.delenv(name)
     section = {"enabled": False, "uri": "http://me:hunter%402@127.0.0.1:9"}
     with parent_run(tmp_path / "run", section, {}) as (_, inside):
@@ -340,7 +340,7 @@ def test_a_login_reaches_the_nested_run_through_the_environment(
 
 
 @pytest.mark.parametrize(("arguments", "host"), [((), "127.0.0.1"), ((5001, "0.0.0.0"), "0.0.0.0")])
-def test_mlflows_page_listens_on_this_machine_by_default(
+def test_the_mlflow_server_listens_on_localhost_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], host: str
 ) -> None:
     from training.tracking import tracker as tracking

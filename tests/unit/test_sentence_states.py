@@ -1,4 +1,4 @@
-"""Pooled states are means of what transformers reports, whatever the padding, the head or the batch."""
+"""Pooled states are means of transformers' hidden states, whatever the padding, head or batch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def saved(folder: Path, kind: str, auto: Any, template: str | None = "<s> $A </s
 
 
 def reported(folder: Path, ids: list[int]) -> list[Tensor]:
-    """(T, H) of each h[l] of one unpadded text, as transformers tells."""
+    """(T, H) of each h[l] of one unpadded text: the hidden states of transformers."""
     model = AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
         return [state[0] for state in model(torch.tensor([ids]), output_hidden_states=True).hidden_states]
@@ -78,7 +78,7 @@ def test_states_of_an_encoder_in_a_padded_batch_equal_those_one_by_one(
     assert found.shape == (4, 4, 16)
     assert found.dtype == torch.float32
     assert [text.ids for text in encoded][1] == [0, 13, 2]
-    assert encoded[3].ids[1:-1] == [12, 12, 3]  # a word without an id is a word all the same
+    assert encoded[3].ids[1:-1] == [12, 12, 3]  # an unknown word counts as a word
     for row, text in enumerate(encoded):
         for layer, state in enumerate(reported(folder, text.ids)):
             expected = state[1:-1].mean(dim=0) if pooling == "mean" else state[0]
@@ -87,14 +87,14 @@ def test_states_of_an_encoder_in_a_padded_batch_equal_those_one_by_one(
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", None])
-def test_a_decoder_s_states_leave_the_first_token_out(tmp_path: Path, template: str | None) -> None:
+def test_states_of_a_decoder_exclude_the_first_token(tmp_path: Path, template: str | None) -> None:
     folder = saved(tmp_path, "llama", AutoModelForCausalLM, template)
     states = SentenceStates.open(folder)
     encoded = states.encode(TEXTS)
     found = states.pooled(encoded)
     assert states.is_decoder
     for row, text in enumerate(encoded):
-        first = 0 if text.ids == [13] else 1  # a lone word is better than none
+        first = 0 if text.ids == [13] else 1  # unless it is the only word
         last = len(text.ids) - (text.ids[-1] == 2)
         for layer, state in enumerate(reported(folder, text.ids)[:3]):  # the last is after the final norm there
             torch.testing.assert_close(found[layer, row], state[first:last].mean(dim=0), rtol=1e-4, atol=1e-5)
@@ -107,7 +107,7 @@ def test_long_sentences_are_cut_and_counted(tmp_path: Path) -> None:
     assert [text.ids for text in encoded][1:] == [[0, 4, 5, 6, 7, 2]] * 2
     assert encoded[2].content == [False, True, True, True, True, False]
     assert states.truncated == 2
-    # RoBERTa's 24 positions begin at 2, behind the padding's
+    # RoBERTa's 24 positions begin at 2, after the padding index
     assert SentenceStates.open(folder).max_length == 22
     at_most = SentenceStates.open(folder)
     assert at_most.pooled(at_most.encode([" ".join(WORDS * 4)])).isfinite().all()
@@ -120,7 +120,7 @@ def test_a_sentence_of_special_tokens_alone_is_named(tmp_path: Path) -> None:
         states.encode(["one", " \u3000"])
 
 
-def test_what_cannot_be_pooled_or_opened_is_refused(tmp_path: Path) -> None:
+def test_models_that_cannot_be_pooled_or_opened_are_refused(tmp_path: Path) -> None:
     decoder = saved(tmp_path / "decoder", "llama", AutoModelForCausalLM)
     with pytest.raises(
         ModelError, match='LlamaModel: a decoder\'s first token attends to no other; use pooling "mean"'
@@ -139,13 +139,15 @@ def test_what_cannot_be_pooled_or_opened_is_refused(tmp_path: Path) -> None:
         SentenceStates.open(decoder)
 
 
-def test_layers_need_all_their_weights_and_the_head_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_all_layers_are_required_and_of_the_head_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = saved(tmp_path / "whole", "xlm-roberta", AutoModelForMaskedLM)
     weights = load_file(folder / "model.safetensors")
     capfd.readouterr()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    SentenceStates.open(folder)  # no pooler there, and a head that is not asked for
+    SentenceStates.open(folder)  # the file has no pooler, and a head that is not used
     assert torch.equal(torch.get_rng_state(), before)
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 

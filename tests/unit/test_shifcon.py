@@ -1,4 +1,4 @@
-"""The shift reaches every token it should, with and without a cache, and not one bit of any other."""
+"""The shift changes exactly the tokens that it should, with and without a KV cache, and no bit of the others."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ IDS = torch.arange(1, 21).view(2, 10)
 def test_states_are_shifted_by_the_formula_at_the_two_layers_only(name: str, area: tuple[int, int]) -> None:
     model, shift = shifted(name, area)
     mean = shift.vectors.mean
-    # Twin hooks that add the formula's difference by hand, one token after the other.
+    # Hooks on a second model that add the formula's difference token by token.
     languages = torch.tensor([[DE] * 4 + [SW] * 6, [-1, -1, EN, EN, XX, XX, SW, SW, DE, EN]])
 
     def by_hand(layer: int, sign: float) -> None:
@@ -169,7 +169,7 @@ NEW = 6
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_greedy_decoding_with_a_cache_is_the_full_forward(name: str) -> None:
+def test_greedy_decoding_with_a_cache_equals_the_full_forward_pass(name: str) -> None:
     model, shift = shifted(name)
     with shift.batch(PROMPT_LANGUAGES, RESPONSES):
         cached = model.generate(
@@ -195,7 +195,7 @@ def test_greedy_decoding_with_a_cache_is_the_full_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_beams_with_a_cache_are_the_full_forward(name: str) -> None:
+def test_beam_search_with_a_cache_equals_the_full_forward_pass(name: str) -> None:
     model, shift = shifted(name)
     beams = {
         "attention_mask": MASK,
@@ -224,18 +224,18 @@ def test_generated_tokens_take_the_response_language_or_the_prompts() -> None:
     model, shift = shifted("llama")
     options = {"attention_mask": MASK, "max_new_tokens": NEW, "do_sample": False}
     with shift.batch(PROMPT_LANGUAGES):
-        follows = model.generate(PROMPTS, **options)
+        inferred = model.generate(PROMPTS, **options)
     with shift.batch(PROMPT_LANGUAGES, torch.tensor([DE, SW])):
-        told = model.generate(PROMPTS, **options)
-    assert torch.equal(follows, told)
-    # Trailing unmarked tokens (a template's end) do not hide the prompt's language.
+        given = model.generate(PROMPTS, **options)
+    assert torch.equal(inferred, given)
+    # Trailing tokens without a language (a template's end) do not change the prompt's language.
     index = torch.tensor([[DE, SW, -1], [-1, -1, -1]])
     with shift.batch(index):
         assert shift._token_languages(index, 3, 2, 1, False).tolist() == [[SW], [-1]]
 
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, StaticCache])
-def test_languages_match_tokens_of_one_token_prompts_and_of_prompts_in_pieces(make_cache: type) -> None:
+def test_languages_match_the_tokens_of_one_token_prompts_and_of_chunked_prompts(make_cache: type) -> None:
     model, shift = shifted("llama")
     ids, languages = IDS[:1, :6], torch.tensor([[DE, SW, EN, DE]])
     with shift.batch(languages, torch.tensor([SW])):
@@ -282,7 +282,7 @@ def test_the_shift_works_with_lora() -> None:
         torch.testing.assert_close(late(IDS, use_cache=False).logits, plain)
 
 
-def test_it_is_off_outside_a_batch_disabled_without_vectors_and_when_removed() -> None:
+def test_the_shift_is_off_outside_a_batch_disabled_without_vectors_or_removed() -> None:
     model, shift = shifted("llama")
     languages = torch.full((2, 10), DE)
     plain = logits(tiny("llama"), IDS)
@@ -294,7 +294,7 @@ def test_it_is_off_outside_a_batch_disabled_without_vectors_and_when_removed() -
         assert torch.equal(logits(model, IDS), moved)
         shift.set_vectors(None)
         assert torch.equal(logits(model, IDS), plain)
-        shift.set_vectors(some_vectors(scale=2.0))  # no table of the old vectors is left
+        shift.set_vectors(some_vectors(scale=2.0))  # no table of the old vectors is used
         assert not torch.allclose(logits(model, IDS), moved)
         shift.set_vectors(some_vectors())
         assert torch.equal(logits(model, IDS), moved)

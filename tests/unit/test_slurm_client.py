@@ -1,4 +1,4 @@
-"""Output of Slurm's programs, old and new: job numbers, queues, accounting, the controller; and no answer at all."""
+"""Parsing of output of Slurm's programs, old and new: job numbers, queues, accounting, the controller; no output."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_no_or_two_job_numbers_are_an_error_with_the_output(output: str) -> None
 
 def test_a_refused_job_has_slurms_reason_in_one_line(slurm: FakeSlurm) -> None:
     reasons = ("invalid partition specified: x", "Batch job submission failed: Invalid partition name specified")
-    slurm.says("sbatch", "", "".join(f"sbatch: error: {reason}\n" for reason in reasons), 1)
+    slurm.set_output("sbatch", "", "".join(f"sbatch: error: {reason}\n" for reason in reasons), 1)
     with pytest.raises(SlurmError) as refused:
         client.submit("script.sh")
     assert str(refused.value) == f"sbatch refused the job: {'; '.join(reasons)}"
@@ -75,7 +75,7 @@ def test_a_job_submitted_within_a_job_does_not_inherit_its_variables(
 
 
 def test_states_of_queued_jobs(slurm: FakeSlurm) -> None:
-    slurm.says("squeue", "12_0|RUNNING|None|1:02|n[1-2]\n12_1|PENDING|JobArrayTaskLimit|0:00|\n")
+    slurm.set_output("squeue", "12_0|RUNNING|None|1:02|n[1-2]\n12_1|PENDING|JobArrayTaskLimit|0:00|\n")
     assert (
         client.queued([JobId("12"), JobId("13", "fast")])
         == [
@@ -89,10 +89,10 @@ def test_states_of_queued_jobs(slurm: FakeSlurm) -> None:
     assert "--clusters=fast" in calls[1]
 
 
-def test_a_forgotten_job_is_not_queued_but_a_missing_answer_is_an_error(slurm: FakeSlurm) -> None:
-    slurm.says("squeue", "", "slurm_load_jobs error: Invalid job id specified\n", 1)
+def test_an_unknown_job_is_not_queued_but_an_unreachable_controller_is_an_error(slurm: FakeSlurm) -> None:
+    slurm.set_output("squeue", "", "slurm_load_jobs error: Invalid job id specified\n", 1)
     assert client.queued([JobId("12")]) == []
-    slurm.says("squeue", "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", 1)
+    slurm.set_output("squeue", "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", 1)
     with pytest.raises(SlurmError, match=r"^squeue: .*Unable to contact slurm controller"):
         client.queued([JobId("12")])
 
@@ -105,7 +105,7 @@ def test_a_program_that_hangs_is_named(slurm: FakeSlurm, monkeypatch: pytest.Mon
 
 
 def test_states_of_ended_jobs_from_accounting(slurm: FakeSlurm) -> None:
-    slurm.says("sacct", "12_0|COMPLETED|00:01:02|n[1-2]|0:0|1\n12_1|CANCELLED by 1000|00:00:09|n2|0:15|0\n")
+    slurm.set_output("sacct", "12_0|COMPLETED|00:01:02|n[1-2]|0:0|1\n12_1|CANCELLED by 1000|00:00:09|n2|0:15|0\n")
     assert client.past(JobId("12")) == [
         JobState("12_0", "COMPLETED", None, "00:01:02", "n[1-2]", 1, "0:0"),
         JobState("12_1", "CANCELLED", None, "00:00:09", "n2", 0, "0:15"),
@@ -137,7 +137,7 @@ NEW = OLD.replace("JobId=12 ", "JobId=14 ArrayJobId=12 ArrayTaskId=1 ").replace(
 
 def test_states_of_ended_jobs_from_the_controller_without_accounting(slurm: FakeSlurm) -> None:
     """The job's name and folder are the user's; they must not be parsed as fields."""
-    slurm.says("scontrol", OLD + "\n" + NEW)
+    slurm.set_output("scontrol", OLD + "\n" + NEW)
     assert client.past(JobId("12")) == [
         JobState("12", "COMPLETED", None, "00:01:02", "n[1-2]", 2, "0:0"),
         JobState("12_1", "COMPLETED", None, "00:01:02", None, 2, "0:0"),
@@ -145,8 +145,8 @@ def test_states_of_ended_jobs_from_the_controller_without_accounting(slurm: Fake
     assert client.output_file(JobId("12")) == "/a b/train-12.out"
 
 
-def test_a_job_that_slurm_has_forgotten(slurm: FakeSlurm) -> None:
-    slurm.says("scontrol", "", "slurm_load_jobs error: Invalid job id specified\n", 1)
+def test_a_purged_job_has_no_states_and_no_output_file(slurm: FakeSlurm) -> None:
+    slurm.set_output("scontrol", "", "slurm_load_jobs error: Invalid job id specified\n", 1)
     assert client.past(JobId("12")) == []
     assert client.output_file(JobId("12")) is None
     (slurm.path / "sacct").unlink()
@@ -157,8 +157,8 @@ def test_cancelling_an_ended_job_is_no_error(slurm: FakeSlurm) -> None:
     client.cancel([JobId("12"), JobId("13")])
     assert slurm.calls("scancel") == [["12", "13"]]
     for reason in ("Invalid job id specified", "Job/step already completing or completed"):
-        slurm.says("scancel", "", f"scancel: error: Kill job error on job id 12: {reason}\n", 1)
+        slurm.set_output("scancel", "", f"scancel: error: Kill job error on job id 12: {reason}\n", 1)
         client.cancel([JobId("12")])
-    slurm.says("scancel", "", "scancel: error: Kill job error on job id 12: Access/permission denied\n", 1)
+    slurm.set_output("scancel", "", "scancel: error: Kill job error on job id 12: Access/permission denied\n", 1)
     with pytest.raises(SlurmError, match=r"^scancel: Kill job error on job id 12: Access/permission denied"):
         client.cancel([JobId("12")])

@@ -23,7 +23,7 @@ import os, signal, sys, time
 def stop(number, frame):
     print("stopped by", signal.Signals(number).name, flush=True)
     sys.exit(75)
-if "--deaf" not in sys.argv:
+if "--no-handlers" not in sys.argv:
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, stop)
 print("launched", *sys.argv[1:], flush=True)
@@ -134,14 +134,14 @@ def test_it_survives_stop_signals_and_forwards_them(start: Start, tmp_path: Path
 
 def test_a_stop_signal_before_the_launchers_handlers_counts_as_a_stop(start: Start, tmp_path: Path) -> None:
     """Nothing was started, nothing is lost: the job resumes later."""
-    process = start("config.yaml", "--waits", "--deaf")
+    process = start("config.yaml", "--waits", "--no-handlers")
     launched(process)
     process.send_signal(signal.SIGUSR1)
     assert ended(process)[0] == 0
     assert (tmp_path / "outcome").read_text() == "75"
 
 
-FIRST_MOMENT = """
+SIGNAL_AT_FIRST_IMPORT = """
 import os, signal, sys
 def hook(event, arguments):
     if event == "import" and arguments[0] == "argparse":
@@ -155,7 +155,7 @@ def test_a_stop_signal_while_the_program_starts_counts_as_a_stop(
     start: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
     """The signal arrives during its first imports."""
-    (tmp_path / "sitecustomize.py").write_text(FIRST_MOMENT.format(name=number.name))
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_AT_FIRST_IMPORT.format(name=number.name))
     assert ended(start("config.yaml", "--waits", PYTHONPATH=str(tmp_path)))[0] == 0
     assert (tmp_path / "outcome").read_text() == "75"
 
@@ -174,13 +174,13 @@ def test_each_problem_is_one_line_with_the_nodes_name(start: Start, tmp_path: Pa
     (tmp_path / "run").rmdir()
     options = ("--readable", "/not/there", "--chdir", "/proc")
     status, lines = ended(start("config.yaml", options=options))
-    me = f"crosslift: node n1 ({socket.gethostname()})"
+    prefix = f"crosslift: node n1 ({socket.gethostname()})"
     assert status == 2
     assert lines == [
-        f"{me}: cannot enter /proc; it must be on a disk that all nodes share",
-        f"{me}: cannot read {code}/training/launch/__main__.py; it must be on a disk that all nodes share",
-        f"{me}: cannot read /not/there; it must be on a disk that all nodes share",
-        f"{me}: cannot write into {tmp_path}/run: No such file or directory",
+        f"{prefix}: cannot enter /proc; it must be on a disk that all nodes share",
+        f"{prefix}: cannot read {code}/training/launch/__main__.py; it must be on a disk that all nodes share",
+        f"{prefix}: cannot read /not/there; it must be on a disk that all nodes share",
+        f"{prefix}: cannot write into {tmp_path}/run: No such file or directory",
     ]
 
 
@@ -218,19 +218,19 @@ def test_a_nodes_variables_are_set_and_printed(start: Start, tmp_path: Path) -> 
 
 def test_prebuilt_ops_are_copied(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built, mine = prebuilt() / "cpu_adam", prebuilt().with_name(socket.gethostname()) / "cpu_adam"
+    built, local = prebuilt() / "cpu_adam", prebuilt().with_name(socket.gethostname()) / "cpu_adam"
     built.mkdir(parents=True)
     for name in ("cpu_adam.so", ".ninja_log", "lock"):
         (built / name).write_text("built")
         os.utime(built / name, (1e9, 1e9))
     assert "cpu_adam as built before" in ended(start("config.yaml"))[1][0]
-    assert sorted(path.name for path in mine.iterdir()) == [".ninja_log", "cpu_adam.so"]
-    assert {path.stat().st_mtime for path in mine.iterdir()} == {1e9}  # else ninja would build again
+    assert sorted(path.name for path in local.iterdir()) == [".ninja_log", "cpu_adam.so"]
+    assert {path.stat().st_mtime for path in local.iterdir()} == {1e9}  # else ninja would build again
     assert "cpu_adam" not in ended(start("config.yaml"))[1][0]
     (built / "cpu_adam.so").write_text("built again")
     os.utime(built / "cpu_adam.so", (2e9, 2e9))
     assert "cpu_adam as built before" in ended(start("config.yaml"))[1][0]
-    assert (mine / "cpu_adam.so").read_text() == "built again"
+    assert (local / "cpu_adam.so").read_text() == "built again"
     assert "cpu_adam" not in ended(start("config.yaml", TORCH_EXTENSIONS_DIR=str(tmp_path / "own")))[1][0]
 
 

@@ -307,7 +307,7 @@ def test_after_a_term_only_a_time_limit_is_requeued(
 ) -> None:
     """After scancel, or a requeue by Slurm itself, the script does nothing."""
     step_ends(slurm, 0, "75")
-    slurm.says(
+    slurm.set_output(
         "scontrol", f"JobId=12 JobName=x JobState=Y Reason=TimeLimit\n   JobState=COMPLETING Reason={reason} X=y\n"
     )
     slurm.set("srun", "waits", "yes")
@@ -369,7 +369,7 @@ def test_the_deadline_is_the_end_of_the_allocation(
     tmp_path: Path, slurm: FakeSlurm, run_script: RunScript, variables: dict[str, str], squeue: str, expected: Any
 ) -> None:
     step_ends(slurm, 0)
-    slurm.says("squeue", squeue)
+    slurm.set_output("squeue", squeue)
     assert end(run_script(make_spec(tmp_path / "s"), **variables))[0] == 0
     assert slurm.environment().get("CROSSLIFT_DEADLINE") == expected
 
@@ -395,7 +395,7 @@ def test_variables_of_another_job_or_launcher_do_not_reach_the_ranks(
 
 def test_a_port_in_use_is_skipped(tmp_path: Path, slurm: FakeSlurm, run_script: RunScript) -> None:
     step_ends(slurm, 0)
-    slurm.says("scontrol", "first\nsecond\n")
+    slurm.set_output("scontrol", "first\nsecond\n")
     wanted = FIRST_PORT + JOB % PORTS
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", wanted))
@@ -468,7 +468,7 @@ def test_node_py_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_scrip
     (tmp_path / "code" / "training" / "launch" / "__main__.py").write_text(
         "import json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(75)\n"
     )
-    slurm.says("scontrol", "localhost\n")
+    slurm.set_output("scontrol", "localhost\n")
     status, printed = end(run_script(spec, SLURM_NODEID="0", SLURMD_NODENAME="n1"))
     words = json.loads(printed.splitlines()[1])
     assert words[:9] == [HOSTILE, "--nproc", "2", "--nodes", "2", "--node-rank", "0", "--rendezvous",

@@ -1,4 +1,4 @@
-"""submit, status, logs and cancel as a user calls them, with a fake Slurm and a fake check of the run file."""
+"""submit, status, logs and cancel as a user runs them, with a fake Slurm and a fake check of the run file."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from training.tracking.run_record import RunRecord
 NAME = 'it\'s "a" $(touch canary) `touch canary`; -x ü %j'
 
 
-class Answer:
+class Result:
     """The result of a command; a user error is its text."""
 
-    def __init__(self, result: Any) -> None:
-        refused = isinstance(result.exception, SlurmError)
-        assert refused or result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        self.out: str = result.stdout
-        self.error = str(result.exception) if refused else result.stderr
-        self.status = 2 if refused else result.exit_code
+    def __init__(self, click: Any) -> None:
+        refused = isinstance(click.exception, SlurmError)
+        assert refused or click.exception is None or isinstance(click.exception, SystemExit), click.exception
+        self.out: str = click.stdout
+        self.error = str(click.exception) if refused else click.stderr
+        self.status = 2 if refused else click.exit_code
 
 
-Cli = Callable[..., Answer]
+Cli = Callable[..., Result]
 
 
 @pytest.fixture
@@ -95,11 +95,11 @@ def cli(slurm: FakeSlurm, checked: Checked, monkeypatch: pytest.MonkeyPatch) -> 
     add_commands(app)
     for name in ("eval", "score"):
         app.command(name)(lambda: None)
-    return lambda *arguments: Answer(CliRunner().invoke(app, [str(each) for each in arguments]))
+    return lambda *arguments: Result(CliRunner().invoke(app, [str(each) for each in arguments]))
 
 
 def record_steps(run: Path, step: int, total: int) -> None:
-    """As a run records its progress."""
+    """Record progress as a run does."""
     record = RunRecord(run)
     record.append("params", values={"max_steps": str(total)})
     record.append("metrics", step=step, values={"train/loss": 1.0})
@@ -119,11 +119,11 @@ def submitted(folder: Path) -> Path:
 
 
 def test_a_run_is_checked_frozen_submitted_and_recorded(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
-    answer = cli("submit", run_file(text="ü\n'"), "seed=4", "--nodes", 2, "--gpus-per-node", 8, "--offline")
-    assert answer.status == 0, answer.error
+    result = cli("submit", run_file(text="ü\n'"), "seed=4", "--nodes", 2, "--gpus-per-node", 8, "--offline")
+    assert result.status == 0, result.error
     run = Path("runs/run").absolute()
     folder = submitted(run)
-    lines = answer.out.splitlines()
+    lines = result.out.splitlines()
     assert lines[0] == "checked for 2 nodes"
     assert lines[1:3] == [f"job 12: train {run}, 2 node(s) of 8 rank(s)", f"  log: {folder}/train-12.out"]
     assert lines[3] == f"  MLflow: crosslift ui {run}"
@@ -205,8 +205,8 @@ def test_a_hostile_name_of_the_run_folder_is_passed_on_and_not_executed(
 ) -> None:
     """The fake sbatch runs the script, and srun runs node.py, which then reports that it cannot read the data."""
     slurm.set("sbatch", "runs_jobs", "yes")
-    answer = cli("submit", run_file(NAME), "--gpus-per-node", 0, "--setup", 'export A="$(printf 1)"')
-    assert answer.status == 0, answer.error
+    result = cli("submit", run_file(NAME), "--gpus-per-node", 0, "--setup", 'export A="$(printf 1)"')
+    assert result.status == 0, result.error
     run = Path("runs", NAME).absolute()
     assert read_jobs(run)[0].output == str(submitted(run) / "train-12.out")
     (call,) = slurm.calls("srun")
@@ -221,10 +221,10 @@ def test_a_hostile_name_of_the_run_folder_is_passed_on_and_not_executed(
 @pytest.mark.parametrize(("name", "message"), [("a\nb", "output_dir: .*holds '\\\\n'"), ("a\\b", "holds a backslash"),
                                               ("a\x1b[2J", "holds '\\\\x1b'")])  # fmt: skip
 def test_folder_names_that_slurm_cannot_handle_are_refused(cli: Cli, slurm: FakeSlurm, name: str, message: str) -> None:
-    answer = cli("submit", run_file(name), "--gpus-per-node", 0)
-    assert answer.status == 2
-    assert re.search(message, answer.error)
-    assert len(answer.error.splitlines()) == 1
+    result = cli("submit", run_file(name), "--gpus-per-node", 0)
+    assert result.status == 2
+    assert re.search(message, result.error)
+    assert len(result.error.splitlines()) == 1
     assert slurm.calls("sbatch") == []
     assert not Path("runs").exists()
 
@@ -232,24 +232,24 @@ def test_folder_names_that_slurm_cannot_handle_are_refused(cli: Cli, slurm: Fake
 def test_a_queued_run_is_not_queued_again(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     config = run_file()
     assert cli("submit", config, "--gpus-per-node", 0).status == 0
-    slurm.says("squeue", "12|PENDING|Priority|0:00|\n")
-    answer = cli("submit", config, "--gpus-per-node", 0)
+    slurm.set_output("squeue", "12|PENDING|Priority|0:00|\n")
+    result = cli("submit", config, "--gpus-per-node", 0)
     run = Path("runs/run").absolute()
-    assert (answer.status, answer.error) == (
+    assert (result.status, result.error) == (
         2,
         f"{run}: job 12 of this run is pending; wait for it, end it with `crosslift cancel {run}`, or give another "
         "output_dir",
     )
     assert len(slurm.calls("sbatch")) == len(checked.values) == len(read_jobs(run)) == 1
-    slurm.says("squeue", "")
+    slurm.set_output("squeue", "")
     assert cli("submit", config, "--gpus-per-node", 0).status == 0
 
 
 def test_two_concurrent_submissions_of_a_run_are_refused(cli: Cli, slurm: FakeSlurm) -> None:
     with submission_lock(Path("runs/run").absolute()):
-        answer = cli("submit", run_file(), "--gpus-per-node", 0)
-    assert answer.status == 2
-    assert "another crosslift submit is submitting this run" in answer.error
+        result = cli("submit", run_file(), "--gpus-per-node", 0)
+    assert result.status == 2
+    assert "another crosslift submit is submitting this run" in result.error
     assert slurm.calls("sbatch") == []
 
 
@@ -258,17 +258,17 @@ def test_a_failed_submission_leaves_nothing_behind(
     cli: Cli, slurm: FakeSlurm, checked: Checked, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if failing == "sbatch refuses":
-        slurm.says("sbatch", "", "sbatch: error: Batch job submission failed: no\n", 1)
+        slurm.set_output("sbatch", "", "sbatch: error: Batch job submission failed: no\n", 1)
     elif failing == "no sbatch":
         (slurm.path / "sbatch").unlink()
-        monkeypatch.setenv("PATH", str(slurm.path))  # without this machine's own
+        monkeypatch.setenv("PATH", str(slurm.path))  # without this machine's sbatch
     elif failing == "no number":
-        slurm.says("sbatch", "hello\n")
+        slurm.set_output("sbatch", "hello\n")
     else:
         checked.error = SlurmError("data: does not exist")
-    answer = cli("submit", run_file(), "--gpus-per-node", 0)
-    assert answer.status == 2
-    assert len(answer.error.splitlines()) == 1
+    result = cli("submit", run_file(), "--gpus-per-node", 0)
+    assert result.status == 2
+    assert len(result.error.splitlines()) == 1
     assert [path.name for path in Path("runs").rglob("*") if path.is_file()] in ([".lock"], [])
     assert not [path for path in Path("runs").glob("run/slurm/*") if path.is_dir()]
 
@@ -278,16 +278,16 @@ def test_when_a_following_job_is_refused_the_first_is_cancelled(cli: Cli, slurm:
         f"#!/bin/sh\nif [ -e {slurm.folder}/first ]; then echo 'sbatch: error: full' >&2; exit 1; fi\n"
         f"touch {slurm.folder}/first; echo 12\n"
     )
-    answer = cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score mgsm")
-    assert (answer.status, answer.error) == (2, "sbatch refused the job: full")
+    result = cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score mgsm")
+    assert (result.status, result.error) == (2, "sbatch refused the job: full")
     assert slurm.calls("scancel") == [["12"]]
     assert read_jobs(Path("runs/run")) == []
 
 
 def test_a_chain_waits_for_success_and_has_the_runs_folder_in_its_commands(cli: Cli, slurm: FakeSlurm) -> None:
-    answer = cli("submit", run_file("a b"), "--gpus-per-node", 8, "--after", "7", "--after", "8_1", "--then",
+    result = cli("submit", run_file("a b"), "--gpus-per-node", 8, "--after", "7", "--after", "8_1", "--then",
                  "crosslift eval {run}/model --output '{run}/out x'", "--then", "score mgsm")  # fmt: skip
-    assert answer.status == 0, answer.error
+    assert result.status == 0, result.error
     run = Path("runs/a b").absolute()
     scripts = [(submitted(run) / f"{name}.sh").read_text() for name in ("train", "then-1", "then-2")]
     assert "#SBATCH --dependency=afterok:7,afterok:8_1\n" in scripts[0]
@@ -299,7 +299,7 @@ def test_a_chain_waits_for_success_and_has_the_runs_folder_in_its_commands(cli: 
 
 def test_following_commands_use_the_cluster_of_the_run(cli: Cli, slurm: FakeSlurm) -> None:
     """With several clusters (SBATCH_CLUSTERS) Slurm chooses one for the run; its number is not valid on another."""
-    slurm.says("sbatch", "12;c1\n")
+    slurm.set_output("sbatch", "12;c1\n")
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--then", "score x").status == 0
     first, second = slurm.calls("sbatch")
     assert "--clusters=c1" not in first
@@ -323,9 +323,9 @@ def test_variables_of_sbatch_apply_where_the_script_sets_no_option(
 
 
 def test_a_sweep_is_a_job_array_with_a_folder_per_run(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
-    answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--array", "x=$(touch canary)",
+    result = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--array", "x=$(touch canary)",
                  "--then", "eval {run}", "--then", "score all")  # fmt: skip
-    assert answer.status == 0, answer.error
+    assert result.status == 0, result.error
     run = Path("runs/run").absolute()
     names = ["0-seed=1+x=__touch_canary_", "1-seed=2+x=__touch_canary_"]
     assert sorted(path.name for path in run.iterdir()) == [*names, "slurm"]
@@ -340,15 +340,15 @@ def test_a_sweep_is_a_job_array_with_a_folder_per_run(cli: Cli, slurm: FakeSlurm
     (train, follower) = read_jobs(run / names[1])
     assert (train.job, follower.job) == ("12_1", "13_1")
     assert train.output == f"{submitted(run)}/train-12_1.out"
-    slurm.says("squeue", "12_1|RUNNING|None|0:01|n1\n")
+    slurm.set_output("squeue", "12_1|RUNNING|None|0:01|n1\n")
     element = cli("submit", run_file(f"run/{names[1]}"), "--gpus-per-node", 0)
     assert "job 12_1 of this run is running" in element.error
 
 
 def test_a_sweep_of_one_run_is_an_array(cli: Cli, slurm: FakeSlurm) -> None:
-    answer = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1", "--then", "score all",
+    result = cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1", "--then", "score all",
                  "--then", "eval {run}")  # fmt: skip
-    assert answer.status == 0, answer.error
+    assert result.status == 0, result.error
     run = Path("runs/run").absolute()
     assert cli("logs", run).error == "job 12 is an array of 1 runs; give one run's folder, or 12_0"
     element = run / "0-seed=1"
@@ -357,7 +357,7 @@ def test_a_sweep_of_one_run_is_an_array(cli: Cli, slurm: FakeSlurm) -> None:
     ]  # fmt: skip
     (submitted(run) / "train-12_0.out").write_text("trained\n")
     assert cli("logs", element).out == "trained\n"
-    slurm.says("scontrol", f"JobId=12\n   StdOut={submitted(run)}/train-12_0.out\n")
+    slurm.set_output("scontrol", f"JobId=12\n   StdOut={submitted(run)}/train-12_0.out\n")
     assert cli("logs", "12_0").out == "trained\n"
 
 
@@ -381,8 +381,8 @@ def test_a_sweep_of_one_run_is_an_array(cli: Cli, slurm: FakeSlurm) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_one_line(cli: Cli, slurm: FakeSlurm, options: tuple[str, ...], message: str) -> None:
-    answer = cli("submit", run_file(), "--gpus-per-node", 0, *options)
-    assert (answer.status, answer.error) == (2, message)
+    result = cli("submit", run_file(), "--gpus-per-node", 0, *options)
+    assert (result.status, result.error) == (2, message)
     assert slurm.calls("sbatch") == []
     assert not Path("runs").exists()
 
@@ -396,11 +396,11 @@ def test_the_number_of_gpus_must_be_given(cli: Cli) -> None:
 def test_a_dry_run_only_prints_scripts_and_commands(cli: Cli, slurm: FakeSlurm, checked: Checked) -> None:
     config = run_file()
     before = sorted(Path().rglob("*"))
-    answer = cli("submit", config, "--gpus-per-node", 0, "--dry-run", "--then", "score x")
-    assert answer.status == 0
-    assert "#SBATCH --job-name=run\n" in answer.out
-    assert "#SBATCH --dependency=afterok:JOB_OF_train\n" in answer.out
-    assert answer.out.count("\n# sbatch --parsable ") == 2
+    result = cli("submit", config, "--gpus-per-node", 0, "--dry-run", "--then", "score x")
+    assert result.status == 0
+    assert "#SBATCH --job-name=run\n" in result.out
+    assert "#SBATCH --dependency=afterok:JOB_OF_train\n" in result.out
+    assert result.out.count("\n# sbatch --parsable ") == 2
     as_json = json.loads(cli("submit", config, "--gpus-per-node", 0, "--dry-run", "--json").out)
     assert [set(job) for job in as_json] == [{"script", "command"}]
     assert sorted(Path().rglob("*")) == before
@@ -409,8 +409,8 @@ def test_a_dry_run_only_prints_scripts_and_commands(cli: Cli, slurm: FakeSlurm, 
 
 def test_a_sweep_over_two_keys_and_lists_can_run_in_a_container(cli: Cli) -> None:
     options = ("--container", "/i.sif", "--array", "a=[1,2],{b: 3}", "--array", "seed=1")
-    answer = cli("submit", run_file(), "--gpus-per-node", 0, *options)
-    assert answer.status == 0, answer.error
+    result = cli("submit", run_file(), "--gpus-per-node", 0, *options)
+    assert result.status == 0, result.error
     run = Path("runs/run").absolute()
     script = (submitted(run) / "train.sh").read_text()
     for name in ("0-a=_1_2_+seed=1", "1-a=_b__3_+seed=1"):
@@ -436,16 +436,16 @@ def queued(cli: Cli) -> Path:
 
 
 def test_status_of_queued_past_and_forgotten_jobs(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
-    slurm.says("squeue", "12|RUNNING|None|1:02|n[1-2]\n13|PENDING|Dependency|0:00|\n")
+    slurm.set_output("squeue", "12|RUNNING|None|1:02|n[1-2]\n13|PENDING|Dependency|0:00|\n")
     assert cli("status", queued).out.splitlines() == [
         "job 12 (train): running for 1:02 on n[1-2]",
         "job 13 (score x): pending (Dependency) for 0:00",
         "step 3 of 9",
     ]
-    slurm.says("squeue", "")
-    slurm.says("scontrol", "", "Invalid job id specified", 1)
+    slurm.set_output("squeue", "")
+    slurm.set_output("scontrol", "", "Invalid job id specified", 1)
     assert "no longer listed by Slurm" in cli("status", queued).out
-    slurm.says("sacct", "12|FAILED|00:00:09|n1|1:0|2\n")
+    slurm.set_output("sacct", "12|FAILED|00:00:09|n1|1:0|2\n")
     found = json.loads(cli("status", queued, "--json").out)
     assert found["progress"] == "step 3 of 9"
     assert [(job["state"], job["exit"], job["restarts"]) for job in found["jobs"]] == [
@@ -458,7 +458,7 @@ def test_status_of_a_sweep_shows_the_step_of_each_run(cli: Cli, slurm: FakeSlurm
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2", "--then", "score x").status == 0
     for name in ("0-seed=1", "1-seed=2"):
         record_steps(Path("runs/run") / name, 3, 9)
-    slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    slurm.set_output("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
     assert cli("status", "runs/run").out.splitlines() == [
         "job 12_0 (train): running for 1:02 on n1; step 3 of 9",
         "job 12_1 (train): pending (Priority) for 0:00; step 3 of 9",
@@ -475,7 +475,7 @@ def test_status_of_a_sweep_shows_the_step_of_each_run(cli: Cli, slurm: FakeSlurm
 
 def test_an_element_of_a_sweep_is_found_by_its_job_number(cli: Cli, slurm: FakeSlurm) -> None:
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2").status == 0
-    slurm.says("scontrol", f"JobId=12\n   StdOut={submitted(Path('runs/run').absolute())}/train-12_1.out\n")
+    slurm.set_output("scontrol", f"JobId=12\n   StdOut={submitted(Path('runs/run').absolute())}/train-12_1.out\n")
     log = Path("runs/run/1-seed=2/logs/rank-00000.log")
     log.parent.mkdir()
     log.write_text("rank 0 of it\n")
@@ -484,17 +484,17 @@ def test_an_element_of_a_sweep_is_found_by_its_job_number(cli: Cli, slurm: FakeS
 
 def test_a_run_is_found_by_its_job_number(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
     output = read_jobs(queued)[0].output
-    slurm.says("scontrol", f"JobId=12 JobName=run\n   JobState=RUNNING Reason=None X=y\n   StdOut={output}\n")
-    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n")
+    slurm.set_output("scontrol", f"JobId=12 JobName=run\n   JobState=RUNNING Reason=None X=y\n   StdOut={output}\n")
+    slurm.set_output("squeue", "12|RUNNING|None|1:02|n1\n")
     assert cli("status", "12").out.splitlines()[0] == "job 12 (train): running for 1:02 on n1"
-    slurm.says("scontrol", "", "Invalid job id specified", 1)
+    slurm.set_output("scontrol", "", "Invalid job id specified", 1)
     assert cli("status", "12").error == "12: Slurm has no such job of a run; give the run's folder"
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel"])
 def test_a_folder_without_jobs_is_refused(cli: Cli, tmp_path: Path, command: str) -> None:
-    answer = cli(command, tmp_path)
-    assert (answer.status, answer.error) == (
+    result = cli(command, tmp_path)
+    assert (result.status, result.error) == (
         2, f"{tmp_path}: no run there, neither jobs (slurm/jobs.jsonl) nor a record (record.jsonl); give a run's "
         "folder or a job's number",
     )  # fmt: skip
@@ -507,7 +507,7 @@ def test_a_damaged_line_of_jobs_jsonl_is_named(cli: Cli, queued: Path) -> None:
 
 
 def test_logs_of_the_job_and_of_a_rank(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
-    slurm.says("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    slurm.set_output("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
     output = read_jobs(queued)[0].output
     assert cli("logs", queued).error == f"{output}: does not exist yet; job 12 is pending, job 13 is pending"
     Path(output).write_text("ä\nb")
@@ -523,7 +523,7 @@ def test_logs_of_the_job_and_of_a_rank(cli: Cli, slurm: FakeSlurm, queued: Path)
 def test_a_log_is_followed_until_the_job_ends(slurm: FakeSlurm, queued: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "FOLLOW_INTERVAL_S", 0.01)
     monkeypatch.setattr(jobs, "QUERY_INTERVAL_S", 0.0)
-    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n")
+    slurm.set_output("squeue", "12|RUNNING|None|1:02|n1\n")
     target = find(str(queued))
     file = log_file(target, None)
     pieces = read_log(file, target, follow=True)
@@ -534,21 +534,21 @@ def test_a_log_is_followed_until_the_job_ends(slurm: FakeSlurm, queued: Path, mo
     assert next(pieces) == "two\n"
     with file.open("a") as log:
         log.write("last line\n")
-    slurm.says("squeue", "")
+    slurm.set_output("squeue", "")
     assert list(pieces) == ["last line\n"]
 
 
 def test_cancel_ends_queued_jobs_in_reverse_order(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
-    slurm.says("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
+    slurm.set_output("squeue", "12|PENDING|Priority|0:00|\n13|PENDING|Dependency|0:00|\n")
     assert cli("cancel", queued).out == "cancelled: job 13, job 12\n"
     assert slurm.calls("scancel") == [["13", "12"]]
-    slurm.says("squeue", "")
+    slurm.set_output("squeue", "")
     assert cli("cancel", queued).out == "no job is pending or running\n"
     assert len(slurm.calls("scancel")) == 1
 
 
 def test_cancel_lets_a_running_training_save_a_checkpoint(cli: Cli, slurm: FakeSlurm, queued: Path) -> None:
-    slurm.says("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
+    slurm.set_output("squeue", "12|RUNNING|None|1:02|n1\n13|PENDING|Dependency|0:00|\n")
     assert cli("cancel", queued).out.splitlines() == [
         "cancelled: job 13", "job 12 saves a checkpoint and ends (`scancel 12` does not wait for it)",
     ]  # fmt: skip
@@ -558,7 +558,7 @@ def test_cancel_lets_a_running_training_save_a_checkpoint(cli: Cli, slurm: FakeS
 def test_each_run_of_a_sweep_is_cancelled_according_to_its_state(cli: Cli, slurm: FakeSlurm) -> None:
     """Pending runs first, or they would start in place of those that end; a command has nothing to save."""
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--array", "seed=1,2,3", "--then", "eval {run}").status == 0
-    slurm.says("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|RUNNING|None|1:02|n1\n12_2|PENDING|Priority|0:00|\n"
+    slurm.set_output("squeue", "12_0|RUNNING|None|1:02|n1\n12_1|RUNNING|None|1:02|n1\n12_2|PENDING|Priority|0:00|\n"
                          "13_0|RUNNING|None|0:01|n1\n")  # fmt: skip
     assert cli("cancel", "runs/run").out.startswith("cancelled: job 13, job 12_2\njob 12_0 saves")
     assert slurm.calls("scancel") == [["13", "12_2"], ["--batch", "--signal=ALRM", "12_0", "12_1"]]

@@ -1,4 +1,4 @@
-"""Sources: every format and layout gives the same Records by scan and by random access, and bad data says where."""
+"""Sources: every format and layout gives the same Records by scan and by random access; errors name file and line."""
 
 import csv
 import hashlib
@@ -48,7 +48,7 @@ def write_delimited(path: Path, rows: list[dict[str, Any]], delimiter: str) -> N
 
 
 def write(kind: str, folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes the rows in one of the formats; returns what a SourceConfig says about them."""
+    """Writes the rows in one of the formats; returns the SourceConfig fields that describe them."""
     if kind == "jsonl":
         write_jsonl(folder / "data.jsonl", rows)
     elif kind == "parquet":
@@ -113,12 +113,12 @@ def test_every_format_gives_the_same_records(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "tsv", "hub"])
-def test_wide_layout_gives_a_record_a_language(kind: str, tmp_path: Path) -> None:
+def test_the_wide_layout_gives_one_record_per_language(kind: str, tmp_path: Path) -> None:
     rows = [
-        {"q_en": "One?", "q_sw": "Moja?", "a": "1", "said": "th"},
-        {"q_en": "Two?", "q_sw": "", "a": "2", "said": "th"},  # no translation: no record, and no error
+        {"q_en": "One?", "q_sw": "Moja?", "a": "1", "reply": "th"},
+        {"q_en": "Two?", "q_sw": "", "a": "2", "reply": "th"},  # no translation: no record, and no error
     ]
-    columns = {"prompt": "q_{language}", "completion": "a", "response_language": "said"}
+    columns = {"prompt": "q_{language}", "completion": "a", "response_language": "reply"}
     records = scan(tmp_path, **write(kind, tmp_path, rows), languages=["en", "sw"], columns=columns)
     assert [(r.language, r.conversation.response_language, r.user_text) for r in records] == [
         ("en", "th", "One?"),
@@ -129,7 +129,7 @@ def test_wide_layout_gives_a_record_a_language(kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "hub"])
-def test_messages(kind: str, tmp_path: Path) -> None:
+def test_messages_are_read_as_turns(kind: str, tmp_path: Path) -> None:
     turns = [
         {"role": "user", "content": "Habari?"},
         {"role": "assistant", "content": "Nzuri."},
@@ -156,7 +156,7 @@ def test_messages(kind: str, tmp_path: Path) -> None:
         ({"role": "user"}, "must be a list"),
     ],
 )
-def test_bad_messages(turns: Any, reason: str, tmp_path: Path) -> None:
+def test_bad_messages_are_bad_rows_with_the_reason(turns: Any, reason: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"turns": turns}])
     error = one_bad(tmp_path, files="x.jsonl", language="en", columns={"messages": "turns"})
     assert error.startswith(f"{tmp_path}/x.jsonl:1: ")
@@ -164,8 +164,8 @@ def test_bad_messages(turns: Any, reason: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "hub"])
-def test_sharegpt_turns_and_weights(kind: str, tmp_path: Path) -> None:
-    """Tables fill in the keys that other turns have, with null."""
+def test_sharegpt_turns_and_weights_are_read(kind: str, tmp_path: Path) -> None:
+    """In tables, keys that only other turns have are null."""
     turns = [
         {"from": "system", "value": "Be brief."},
         {"from": "human", "value": "Habari?"},
@@ -216,14 +216,14 @@ USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content"
         ([USER, ANSWER] * 40 + [ANSWER], "user, assistant, ... (81 in all): turn 81 is assistant; they must be"),
     ],
 )
-def test_a_turn_that_training_cannot_honour_is_a_bad_row_by_name(turns: Any, reason: str, tmp_path: Path) -> None:
+def test_an_unsupported_turn_is_a_bad_row_that_names_it(turns: Any, reason: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"turns": [USER, ANSWER]}, {"turns": turns}])
     error = one_bad(tmp_path, files="x.jsonl", language="en", columns={"messages": "turns"})
     assert error.startswith(f"{tmp_path}/x.jsonl:2: ")
     assert reason in error
 
 
-def test_a_system_column_and_a_system_turn_are_one_too_many(tmp_path: Path) -> None:
+def test_a_system_column_and_a_system_turn_together_are_a_bad_row(tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "x.jsonl", [{"rules": "Be brief.", "turns": [{"role": "system", "content": "."}, USER, ANSWER]}]
     )
@@ -234,8 +234,8 @@ def test_a_system_column_and_a_system_turn_are_one_too_many(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "hub"])
 @pytest.mark.parametrize("field", ["tools", "documents"])
-def test_what_changes_the_prompt_beside_the_turns_is_refused_by_name(kind: str, field: str, tmp_path: Path) -> None:
-    """Tables are read by column: the field is looked at although nothing maps it."""
+def test_tools_and_documents_beside_the_turns_are_refused_by_name(kind: str, field: str, tmp_path: Path) -> None:
+    """Tables are read by column: the field is checked although no column is mapped to it."""
     turns = [USER, ANSWER]
     rows = [
         {"turns": json.dumps(turns) if kind == "csv" else turns, field: value} for value in (None, '[{"name": "f"}]')
@@ -245,11 +245,11 @@ def test_what_changes_the_prompt_beside_the_turns_is_refused_by_name(kind: str, 
     assert f"{field!r} beside 'turns': " in error
     mapped = scan(tmp_path, **source, columns={"messages": "turns", "system": field})
     assert [record.conversation.messages[0].role for record in mapped] == ["user", "system"], (
-        "mapped, it is what the user says"
+        "a mapped field is used as mapped"
     )
 
 
-def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
+def test_byte_order_marks_and_crlf_are_ignored(tmp_path: Path) -> None:
     lines = ['"question","answer"', '"Habari,\r\ndunia?","ndiyo"', "", "Moja?,1", '"Mbili?","2"']
     (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     columns = {"prompt": "question", "completion": "answer"}
@@ -284,7 +284,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_a_bad_line_says_where_and_why(line: bytes, reason: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_reported_with_place_and_reason(line: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(GOOD + b"\n" + line + GOOD)
     source = {"files": "x.jsonl", "response_language": "en"}
     assert one_bad(tmp_path, **source).startswith(f"{tmp_path}/x.jsonl:3: {reason}")
@@ -292,12 +292,12 @@ def test_a_bad_line_says_where_and_why(line: bytes, reason: str, tmp_path: Path)
 
 
 def test_the_answers_language_must_be_declared_too(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "x.jsonl", [{"lang": "en", "said": said, "q": "?", "a": "!"} for said in ("xx", "", "sw")])
-    columns = {"language": "lang", "response_language": "said", "prompt": "q", "completion": "a"}
+    write_jsonl(tmp_path / "x.jsonl", [{"lang": "en", "reply": code, "q": "?", "a": "!"} for code in ("xx", "", "sw")])
+    columns = {"language": "lang", "response_language": "reply", "prompt": "q", "completion": "a"}
     assert "x.jsonl:1: language 'xx' is not declared" in one_bad(tmp_path, files="x.jsonl", columns=columns)
     read = scan(tmp_path, files="x.jsonl", columns=columns)
     good = [record.conversation.response_language for record in read if isinstance(record, Record)]
-    assert good == ["en", "sw"]  # without its own, the prompt's
+    assert good == ["en", "sw"]  # an empty one is the prompt's
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_the_answers_language_must_be_declared_too(tmp_path: Path) -> None:
         (b"2,en,?,\n", "'answer' is empty"),
     ],
 )
-def test_a_bad_csv_row_costs_only_itself(line: bytes, reason: str, tmp_path: Path) -> None:
+def test_a_bad_csv_row_affects_no_other_row(line: bytes, reason: str, tmp_path: Path) -> None:
     rows = [b'1,en,"two\nlines",!\n', line, b'3,en,"?",!\n', b"4,en,?,!\n"]
     (tmp_path / "x.csv").write_bytes(b"id,lang,question,answer\n" + b"".join(rows))
     assert one_bad(tmp_path, files="x.csv").startswith(f"{tmp_path}/x.csv:4: {reason}")
@@ -332,14 +332,14 @@ def test_without_quoting_a_quote_is_a_character_like_others(tmp_path: Path, name
     ]  # fmt: skip
 
 
-def test_quotes_that_are_taken_for_quoting_in_a_tsv_are_said_once(
+def test_quotes_read_as_csv_quoting_in_a_tsv_are_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "x.tsv").write_text(HEADER + '1\ten\ta "b" c\td\n2\ten\t"a"\tb\n3\ten\tc\t"d"\n', encoding="utf-8")
     assert len(scan(tmp_path, files="x.tsv")) == 3
-    (said,) = caplog.messages
-    assert said.startswith(f"{tmp_path}/x.tsv:3: a field begins with a quote, so it is read as CSV reads it")
-    assert said.endswith("set the source's quoting: none")
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}/x.tsv:3: a field begins with a quote, so it is read as CSV reads it")
+    assert message.endswith("set the source's quoting: none")
     caplog.clear()
     scan(tmp_path, files="x.tsv", quoting="none")
     (tmp_path / "x.csv").write_text('id,lang,question,answer\n1,en,"a",b\n', encoding="utf-8")
@@ -347,7 +347,7 @@ def test_quotes_that_are_taken_for_quoting_in_a_tsv_are_said_once(
     assert caplog.messages == []
 
 
-def test_a_dataset_folder_whose_name_is_a_pattern_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_a_dataset_folder_with_glob_characters_is_refused(tmp_path: Path) -> None:
     write("hub", tmp_path / "data [v1]", ROWS)
     with pytest.raises(DataError, match=r"\[v1\]/data: datasets reads '\[' in a folder's name as a pattern; rename"):
         scan(tmp_path / "data [v1]", hub="data")
@@ -355,7 +355,7 @@ def test_a_dataset_folder_whose_name_is_a_pattern_is_refused_by_its_name(tmp_pat
     assert len(scan(tmp_path / "saved [v1]", hub="data")) == len(ROWS)
 
 
-def test_quoting_goes_with_csv_and_tsv(tmp_path: Path) -> None:
+def test_quoting_is_only_for_csv_and_tsv(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     with pytest.raises(DataError, match=r"x\.jsonl: source 'source' has quoting: none, which goes with CSV and"):
         scan(tmp_path, files="x.jsonl", quoting="none")
@@ -364,21 +364,21 @@ def test_quoting_goes_with_csv_and_tsv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "said"),
+    ("encoding", "message"),
     [("utf-16", "is UTF-16, where"), ("utf-16-le", "is UTF-16 or not text"), ("utf-16-be", "is UTF-16 or")],
 )
 @pytest.mark.parametrize("quoting", [None, "none"])
-def test_another_encoding_is_named_and_not_called_wrongly_quoted(
-    tmp_path: Path, encoding: str, said: str, quoting: str | None
+def test_another_encoding_is_named_and_not_reported_as_wrong_quoting(
+    tmp_path: Path, encoding: str, message: str, quoting: str | None
 ) -> None:
     (tmp_path / "x.csv").write_bytes('id,lang,question,answer\n1,en,"a\nb",c\n'.encode(encoding))
     with pytest.raises(DataError) as refused:
         scan(tmp_path, files="x.csv", quoting=quoting)
-    assert str(refused.value).startswith(f"{tmp_path}/x.csv: {said}")
+    assert str(refused.value).startswith(f"{tmp_path}/x.csv: {message}")
     assert str(refused.value).endswith("where UTF-8 is needed; iconv -t UTF-8 converts it")
 
 
-def test_a_field_beyond_the_limit_is_called_too_long(tmp_path: Path) -> None:
+def test_a_field_beyond_the_limit_is_reported_as_too_long(tmp_path: Path) -> None:
     long = "x" * 20_000_000
     (tmp_path / "x.csv").write_text(f"id,lang,question,answer\n1,en,{long},b\n2,en,a,b\n")
     assert one_bad(tmp_path, files="x.csv") == (
@@ -388,12 +388,12 @@ def test_a_field_beyond_the_limit_is_called_too_long(tmp_path: Path) -> None:
     assert one_bad(tmp_path, files="x.csv", quoting="none").endswith("a field is longer than 16,777,216 characters")
 
 
-def test_a_carriage_return_within_a_line_is_called_so(tmp_path: Path) -> None:
+def test_a_carriage_return_within_a_line_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"id,lang,question,answer\n1,en,a\rb,c\n2,en,a,b\n")
     assert ": a carriage return without a line feed within the line" in one_bad(tmp_path, files="x.csv")
 
 
-def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
     table = pa.table({"lang": ["en"] * 3, "question": ["a", "b", "c"]})
     answers = pa.Array.from_buffers(pa.string(), 3, pa.array([b"x", b"\xff", b"z"], pa.binary()).buffers())
     pq.write_table(table.append_column("answer", answers), tmp_path / "x.parquet")
@@ -401,7 +401,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert "x.parquet:2: not UTF-8" in one_bad(tmp_path, files="x.parquet", columns=columns)
 
 
-def test_parquet_with_dictionaries_that_change_between_batches(tmp_path: Path) -> None:
+def test_parquet_dictionaries_may_change_between_batches(tmp_path: Path) -> None:
     rows = [{"lang": LANGUAGES[i % 2 + (i >= 600)], "question": f"q{i}", "answer": "!"} for i in range(1200)]
     parts = [pa.Table.from_pylist(part) for part in (rows[:600], rows[600:])]
     coded = [part.set_column(0, "lang", part["lang"].dictionary_encode()) for part in parts]
@@ -413,7 +413,7 @@ def test_parquet_with_dictionaries_that_change_between_batches(tmp_path: Path) -
     assert [(r.language, r.user_text) for r in records] == [(row["lang"], row["question"]) for row in rows]
 
 
-def test_files_are_sorted_relative_to_data_dir_and_each_once(tmp_path: Path) -> None:
+def test_files_are_sorted_relative_to_data_dir_and_listed_once(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write_jsonl(tmp_path / "in" / f"{name}.jsonl", ROWS[:1])
     (tmp_path / "in" / "d.jsonl").mkdir()
@@ -422,7 +422,7 @@ def test_files_are_sorted_relative_to_data_dir_and_each_once(tmp_path: Path) -> 
     assert [shard.name for shard in opened] == ["in/c.jsonl", "in/a.jsonl", "in/b.jsonl", "in/[x].jsonl"]
 
 
-def test_fsspec_address(tmp_path: Path) -> None:
+def test_files_may_be_fsspec_addresses(tmp_path: Path) -> None:
     with fsspec.open("memory://crosslift/x.csv", "wb") as file:
         file.write('id,lang,question,answer\n1,sw,"Moja\nau?",1\n2,th,สอง,2\n'.encode())
     assert [r.user_text for r in scan(tmp_path, files="memory://crosslift/*.csv")] == ["Moja\nau?", "สอง"]
@@ -458,7 +458,7 @@ def test_fsspec_address(tmp_path: Path) -> None:
         ({"hub": "hubdir", "split": "test"}, r"hubdir: split 'test' cannot be loaded \(Unknown split"),
     ],
 )
-def test_sources_that_cannot_be_opened(source: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_opened_are_refused(source: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     write_jsonl(tmp_path / "hubdir" / "train.jsonl", ROWS)
     write_delimited(tmp_path / "x.csv", ROWS, ",")
@@ -496,12 +496,12 @@ LONG = {"language": "lang", "prompt": "q", "completion": "a"}
         ({"files": "x", "columns": LONG | {"promt": "q"}}, "Extra inputs"),
     ],
 )
-def test_configs_that_contradict_themselves(source: dict[str, Any], message: str) -> None:
+def test_inconsistent_configs_are_refused(source: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         SourceConfig(name="s", **source)
 
 
 @pytest.mark.parametrize("columns", [{}, {"prompt": "q"}, {"messages": "m", "prompt": "q"}])
-def test_messages_or_prompt_and_completion(columns: dict[str, str]) -> None:
+def test_either_messages_or_prompt_and_completion_are_required(columns: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match="give messages, or"):
         ColumnMap(**columns)

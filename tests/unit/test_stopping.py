@@ -1,4 +1,4 @@
-"""An answer ends at the header of a next turn, which a template tells, though its end token does not come."""
+"""Generation stops at the header of a next turn, which is taken from the template, also without an end token."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_header_of_a_chat_template_is_found() -> None:
 
 
 class Scripted(LlamaForCausalLM):
-    """Writes row after row what it is told, whatever the prompt; `steps`: how many tokens it was asked for."""
+    """Generates a given text in each row, whatever the prompt; `steps` counts forward passes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, script: list[str], width: int) -> None:
         super().__init__(
@@ -124,10 +124,10 @@ def test_generation_ends_before_a_hallucinated_instruction() -> None:
     assert (first.text, first.finished) == ("#### 18 ডিম", True)
     assert len(first.token_ids) == len("#### 18 ডিম".encode())
     assert (second.text, second.finished) == ("The answer is 20.", True)
-    assert steps < 45  # nobody waited for 100 tokens
+    assert steps < 45  # far fewer than max_new_tokens
 
 
-def test_generation_ends_at_a_header_s_special_token() -> None:
+def test_generation_ends_at_the_special_token_of_a_header() -> None:
     tokenizer = byte_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"))
     (only,), steps = generated({"name": "chat"}, tokenizer, "18<|im_start|>user\nTom has 5 apples")
     assert (only.text, only.finished, steps) == ("18", True, 3)
@@ -147,7 +147,7 @@ def test_an_opened_model_stops_at_its_own_header_and_at_that_of_the_protocol(tmp
 
 
 def test_each_row_stops_on_its_own() -> None:
-    """What one row has written ends no other."""
+    """The text of one row does not stop another row."""
     stop = Stops(patterns=("### Instruction:",))
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode("18### Instruction: 5", add_special_tokens=False)
@@ -158,16 +158,16 @@ def test_each_row_stops_on_its_own() -> None:
 
 
 def test_rows_are_decoded_at_every_eighth_token_only() -> None:
-    """A look costs a decoding of every row; what is generated between two looks is cut off afterwards."""
-    looks = []
+    """Each check decodes every row; tokens generated between two checks are cut off afterwards."""
+    decoded = []
 
     class Letters:
         def decode(self, ids: list[int], **_: object) -> str:
-            looks.append(len(ids))
+            decoded.append(len(ids))
             return "x" * len(ids)
 
     stop = TextStop(re.compile("x{10}"), Letters(), 3)  # type: ignore[arg-type]
     stopped = {length: stop(torch.zeros(2, 3 + length, dtype=torch.long), None).tolist() for length in range(1, 18)}  # type: ignore[arg-type]
-    assert looks == [8, 8, 16, 16]
+    assert decoded == [8, 8, 16, 16]
     assert {length for length, found in stopped.items() if any(found)} == {16}
     assert stopped[16] == [True, True]

@@ -1,4 +1,4 @@
-"""CKA is what Gram matrices give, in batches as at once; centroid distances are what loops give."""
+"""CKA equals its definition by Gram matrices, in one batch or several; centroid distances equal those of loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modeling.shifcon.subspace import CrossCovariance
 
 
 def states(n: int, width: int, seed: int) -> Tensor:
-    """States with a mean far from 0 and directions of unlike size, as models have them."""
+    """States with a mean far from 0 and directions of different variance, as in models."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator) / torch.arange(1, width + 1)
     return torch.randn(n, width, generator=generator) @ mixing + 5 * torch.randn(width, generator=generator)
@@ -32,7 +32,7 @@ def rotation(width: int) -> Tensor:
 
 
 def gram_cka(x: Tensor, y: Tensor) -> float:
-    """Kornblith et al. 2019, equations 3 to 5 as they stand: HSIC of N x N kernels, centred by H."""
+    """Kornblith et al. 2019, equations 3 to 5 as written: HSIC of N x N kernels, centred by H."""
     n = len(x)
     centring = torch.eye(n, dtype=torch.float64) - 1 / n
 
@@ -77,7 +77,7 @@ def test_cka_is_invariant_to_rotation_and_scaling_only() -> None:
     for same in (x, moved):
         assert float(linear_cka(x, same)) == pytest.approx(1, rel=1e-12)
         assert float(linear_cka(x, same, debiased=True)) == pytest.approx(1, rel=1e-10)
-    stretched = x * torch.tensor([1, 1, 1, 1, 1, 1, 30.0])  # invertible, and yet not alike
+    stretched = x * torch.tensor([1, 1, 1, 1, 1, 1, 30.0])  # CKA is not invariant to invertible maps
     assert float(linear_cka(x, stretched)) < 0.9
 
 
@@ -91,7 +91,7 @@ def test_batches_give_the_result_of_all_rows_at_once(size: int, monkeypatch: pyt
     summed = CrossCovariance(7, 7)
     for start in range(0, len(x), size):
         summed.add(x[start : start + size], y[start : start + size])
-    summed.add(x[:0], y[:0])  # nothing is nothing
+    summed.add(x[:0], y[:0])  # an empty batch changes nothing
     assert summed.n == 60
     for debiased in (False, True):
         assert float(summed.linear_cka(debiased)) == pytest.approx(float(whole.linear_cka(debiased)), rel=1e-10)
@@ -113,11 +113,11 @@ def test_few_rows_bias_plain_cka_but_not_debiased_cka() -> None:
     found = [[torch.randn(100, 200, generator=generator) for _ in range(2)] for _ in range(20)]
     plain = [float(linear_cka(x, y)) for x, y in found]
     debiased = [float(linear_cka(x, y, debiased=True)) for x, y in found]
-    assert sum(plain) / 20 == pytest.approx(200 / 300, abs=0.02)  # unrelated, and yet
+    assert sum(plain) / 20 == pytest.approx(200 / 300, abs=0.02)  # although the sides are unrelated
     assert abs(sum(debiased) / 20) < 0.01
 
 
-def test_a_side_that_does_not_vary_has_no_cka() -> None:
+def test_cka_is_nan_if_a_side_has_no_variance() -> None:
     x, _ = pair()
     constant = states(1, 5, 4).expand(60, 5)
     noisy = constant * (1 + 1e-7 * torch.randn(60, 5, generator=torch.Generator().manual_seed(1)))
@@ -146,7 +146,7 @@ def test_centroid_distance_equals_loops() -> None:
     assert float(same.cosine) == pytest.approx(0, abs=1e-12)
 
 
-def test_sides_that_do_not_fit_are_refused() -> None:
+def test_sides_of_different_shapes_are_refused() -> None:
     x, y = pair()
     with pytest.raises(ModelError, match=r"states of \(60, 7\) and \(59, 5\): both sides need the same number of rows"):
         linear_cka(x, y[1:])

@@ -1,4 +1,4 @@
-"""Rows that cannot be used are named by `check` with their own reason: those of the sample, or with --all-rows all."""
+"""`check` names unusable rows with their reasons: those of a sample or, with --all-rows, of all rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.config import RunConfig
 from training.run_file import validate
 from training.run_folder.prepare import prepare
 
-# As Gemma's: it has no system role.
+# Like Gemma's, it has no system role.
 TEMPLATE = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -73,10 +73,8 @@ def with_system(where: Any) -> Any:
 REFUSED = "the chat template refuses the turns system, user: System role not supported"
 
 
-def test_the_templates_own_reason_is_told_where_no_row_of_a_language_can_be_used(
-    tmp_path: Path, tokenizer: Path
-) -> None:
-    """`data.sequence_length` was called the cause."""
+def test_the_templates_reason_is_reported_if_no_row_of_a_language_is_usable(tmp_path: Path, tokenizer: Path) -> None:
+    """And not `data.sequence_length` as the cause."""
     config = conversations(
         tmp_path, tokenizer, with_system(lambda language, _: language == "sw"), **{"data.max_bad_rows": 1000}
     )
@@ -118,7 +116,7 @@ def last_rows(language: str, number: int, turns: list[dict[str, str]]) -> list[d
 
 
 def extend(lines: list[str], more: Iterator[str]) -> None:
-    """As `list.extend`, which keeps nothing of what was said before a refusal."""
+    """Like `list.extend`, but keeps the lines before an exception."""
     for line in more:
         lines.append(line)
 
@@ -148,7 +146,9 @@ def test_all_rows_are_read_and_summed_up_by_reason(tmp_path: Path, tokenizer: Pa
     allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 6})})
     lines = list(check_run(allowed, all_rows=True))
     assert "all rows: 240 read, 6 of them unusable" in lines
-    assert len([line for line in lines if line.startswith("unusable, ")]) == 3, "each kind once, not of a sample again"
+    assert len([line for line in lines if line.startswith("unusable, ")]) == 3, (
+        "each kind once, not again for the sample"
+    )
     assert lines[-1] == "ready to train"
 
 
@@ -160,7 +160,7 @@ def test_all_rows_of_a_task_are_read_too(tmp_path: Path) -> None:
     assert "all rows: 160 read, 0 of them unusable" in list(check_run(config, all_rows=True))
 
 
-def test_where_no_row_is_usable_the_first_says_why(tmp_path: Path, tokenizer: Path) -> None:
+def test_if_no_row_is_usable_the_reason_of_the_first_is_reported(tmp_path: Path, tokenizer: Path) -> None:
     config = conversations(tmp_path, tokenizer, lambda language, number, turns: [turns[0], *turns])
     with pytest.raises(
         DataError, match=r"source 'talks' has no usable rows; 240 rows are unusable, such as .*de.jsonl:1: "
@@ -168,7 +168,7 @@ def test_where_no_row_is_usable_the_first_says_why(tmp_path: Path, tokenizer: Pa
         list(check_run(config, all_rows=True))
 
 
-def test_reasons_that_differ_in_what_they_quote_are_one_kind() -> None:
+def test_reasons_that_differ_only_in_quoted_text_are_one_kind() -> None:
     rows = [BadRow(f"a:{n}", f"'content'[{n}] is {text!r}, not 7") for n, text in enumerate(["it's", 'say "x"', "b"])]
     rows += [BadRow(f"c:{n}", f"'{each}': U+{ord(each):04X} does not come back") for n, each in enumerate("ก▁«🙂")]
     assert list(by_reason([*rows, BadRow("b:1", "'content' is empty")])) == [

@@ -1,4 +1,4 @@
-"""batching/tasks.py: every sample once, within the budget, halves aligned, label units where their tokens are."""
+"""batching/tasks.py: each sample once, within the budget, targets and sources aligned, label units at their tokens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ KINDS = ("classification", "tagging", "qa", "text")
 PAIRED = [(kind, paired) for kind in KINDS for paired in (False, True) if not (kind == "text" and paired)]
 LANGUAGES = tuple(WORDS)
 CLASSES = 3
-PAD = 77  # no tokenizer's own
-GOLD = 0.5  # of the sources
+PAD = 77  # not a token id of any tokenizer
+GOLD = 0.5  # share of gold sources
 
 
 def config_of(kind: str, pooling: str = "mean") -> TaskConfig:
@@ -35,34 +35,34 @@ def config_of(kind: str, pooling: str = "mean") -> TaskConfig:
     return TaskConfig(kind=kind, labels=labels, **({"word_pooling": pooling} if kind == "tagging" else {}))
 
 
-def side(tokenizer: TaskTokenizer, chance: random.Random) -> tuple[EncodedSide, SideLabels]:
+def side(tokenizer: TaskTokenizer, rng: random.Random) -> tuple[EncodedSide, SideLabels]:
     """One window of a random text, with random labels."""
-    kind, language = tokenizer.config.kind, chance.choice(LANGUAGES)
+    kind, language = tokenizer.config.kind, rng.choice(LANGUAGES)
     if kind == "tagging":
-        example = Example(tuple(chance.choices(WORDS[language], k=chance.randint(1, 30))))
+        example = Example(tuple(rng.choices(WORDS[language], k=rng.randint(1, 30))))
     elif kind == "qa":
-        context = " ".join([sentence(language)] * chance.randint(1, 3))
+        context = " ".join([sentence(language)] * rng.randint(1, 3))
         example = Example((sentence("en"), context), answers=((context[-9:], len(context) - 9),))
     else:
-        example = Example((sentence(language)[: chance.randint(1, 60)],))
+        example = Example((sentence(language)[: rng.randint(1, 60)],))
     windows = tokenizer.windows(example)
-    encoded = windows[chance.randrange(len(windows))]
+    encoded = windows[rng.randrange(len(windows))]
     n_units = {"classification": 1, "tagging": encoded.words[1] - encoded.words[0]}.get(kind, 0)
-    rows = np.random.default_rng(chance.randrange(10**6)).random((n_units, CLASSES)).astype(np.float32)
+    rows = np.random.default_rng(rng.randrange(10**6)).random((n_units, CLASSES)).astype(np.float32)
     if n_units:
         return encoded, SideLabels(classes=rows)
     if kind == "qa":
         return encoded, SideLabels()
-    positions = np.array(sorted(chance.sample(range(1, len(encoded) - 1), k=min(3, len(encoded) - 2))), np.int32)
+    positions = np.array(sorted(rng.sample(range(1, len(encoded) - 1), k=min(3, len(encoded) - 2))), np.int32)
     return encoded, SideLabels(positions=positions, ids=encoded.input_ids[positions])
 
 
 def samples_of(tokenizer: TaskTokenizer, n: int, paired: bool, seed: int = 0, gold: bool = True) -> list[TaskSample]:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     samples = []
     for number in range(n):
-        target, source = side(tokenizer, chance), side(tokenizer, chance)
-        counts = chance.random() < GOLD
+        target, source = side(tokenizer, rng), side(tokenizer, rng)
+        counts = rng.random() < GOLD
         samples.append(
             TaskSample(
                 id=f"s{number}", language=1 + number % 4, group=number, target=target[0], target_labels=target[1],
@@ -86,7 +86,7 @@ def make(kind: str, paired: bool, budget: int = 300, name: str = "wordpiece", po
 
 
 def rows_of(batch: TaskBatch, samples: Sequence[TaskSample]) -> list[tuple[EncodedSide, SideLabels, TaskSample, bool]]:
-    """What each row of a batch must be, from the ids."""
+    """The expected content of each row of a batch, by sample id."""
     by_id = {sample.id: sample for sample in samples}
     chosen = [by_id[name] for name in batch.sample_ids]
     rows = [(sample.target, sample.target_labels, sample, False) for sample in chosen]
@@ -108,7 +108,7 @@ def test_every_sample_once_and_within_the_budget(kind: str, paired: bool, budget
         assert n_rows == sides * len(batch.sample_ids)
         assert batch.targets.n_pairs == (len(batch.sample_ids) if paired else 0)
         assert n_rows * length <= budget or len(batch.sample_ids) == 1
-        assert length == int(batch.attention_mask.sum(dim=1).max()), "no column is padding alone"
+        assert length == int(batch.attention_mask.sum(dim=1).max()), "no column is only padding"
     if budget == 100_000:
         assert len(batches) == 1
     longest = [batch.input_ids.shape[1] for batch in batches]
@@ -137,7 +137,7 @@ def test_rows_hold_their_tokens_and_nothing_else(kind: str, paired: bool, name: 
 @pytest.mark.parametrize(("kind", "paired"), PAIRED)
 @pytest.mark.parametrize("gold", [True, False])
 def test_label_units_are_those_of_their_rows(kind: str, paired: bool, gold: bool) -> None:
-    """Rebuilt one by one from the samples."""
+    """They equal those built from one sample after another."""
     tokenizer, packer = make(kind, paired)
     samples = samples_of(tokenizer, 30, paired, seed=2, gold=gold)
     for batch in pack(packer, samples):
@@ -168,7 +168,7 @@ def test_label_units_are_those_of_their_rows(kind: str, paired: bool, gold: bool
         assert list(found) == expected
 
 
-def test_a_unit_a_row_where_rows_are_labelled() -> None:
+def test_classification_and_qa_have_one_label_unit_per_row() -> None:
     for kind in ("classification", "qa"):
         tokenizer, packer = make(kind, True)
         for batch in pack(packer, samples_of(tokenizer, 9, True)):
@@ -179,7 +179,7 @@ def test_a_unit_a_row_where_rows_are_labelled() -> None:
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("name", ["wordpiece", "unigram"])
 def test_tokens_point_at_their_words(pooling: str, paired: bool, name: str) -> None:
-    """Against a slow loop over rows, words and tokens; also windows that do not begin with the first word."""
+    """Compared with a slow loop over rows, words and tokens, also for windows that begin at a later word."""
     tokenizer, packer = make("tagging", paired, 500, name, pooling)
     samples = samples_of(tokenizer, 30, paired, seed=3)
     later = 0
@@ -228,7 +228,7 @@ def test_an_idle_batch_has_the_same_fields_and_no_label(kind: str, paired: bool)
     assert packer.pack([]) == []
 
 
-def test_a_pair_above_the_budget_runs_alone_and_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pair_above_the_budget_runs_alone_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer, _ = make("classification", True)
     samples = samples_of(tokenizer, 12, True)
     longest = max(sample.row_length for sample in samples)

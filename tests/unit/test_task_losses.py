@@ -40,7 +40,7 @@ def test_classification_takes_the_rows_of_its_units() -> None:
 def test_tagging_pools_the_logits_of_each_word() -> None:
     torch.manual_seed(1)
     logits, classes = torch.randn(3, 6, 4, requires_grad=True), probabilities(6, 4)
-    # word 3 has tokens that do not lie side by side, word 5 has none (cut away), -1 are special tokens and padding
+    # word 3 has tokens that are not adjacent, word 5 has none (truncated), -1 are special tokens and padding
     token_word = torch.tensor([[-1, 0, 0, 0, 1, -1], [-1, 3, 2, 3, -1, -1], [-1, 4, 4, -1, -1, -1]])
     expected, pooled = [], []
     for word in range(6):
@@ -62,7 +62,7 @@ def test_tagging_pools_the_logits_of_each_word() -> None:
 
 
 def test_tagging_loss_of_a_batch_without_words() -> None:
-    """An idle micro-batch: a stand-in word of weight 0, whose token is there or not."""
+    """An idle micro-batch: a stand-in word of weight 0, with or without a token."""
     logits = torch.randn(1, 1, 4, requires_grad=True)
     for word in (0, -1):
         losses = tagging_losses(logits, torch.eye(4)[:1], torch.tensor([[word]]))

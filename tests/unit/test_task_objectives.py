@@ -21,7 +21,7 @@ LABELS = ("a", "b", "c")
 
 
 class PlainEngine:
-    """What an objective asks of an engine, without DeepSpeed."""
+    """The methods of an engine that an objective uses, without DeepSpeed."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
@@ -32,7 +32,7 @@ class PlainEngine:
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "qa"])
 @pytest.mark.parametrize("paired", [False, True])
-def test_an_idle_micro_batch_is_nothing(kind: Any, paired: bool) -> None:
+def test_an_idle_micro_batch_adds_nothing_to_losses_and_gradients(kind: Any, paired: bool) -> None:
     labels = () if kind == "qa" else LABELS
     torch.manual_seed(1)
     config = AutoConfig.for_model(

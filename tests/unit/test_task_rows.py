@@ -1,4 +1,4 @@
-"""Task columns: every format gives the same Records, bad rows say where and why, the index holds them too."""
+"""Task columns: every format gives the same Records, errors name place and reason, the index holds the rows too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TASKS = {
     "text": TaskConfig(kind="text"),
 }
 CONTEXT = "สะพานเก่า ถูกสร้างใหม่ 1949"
-# one row of everything, and one of as little as training needs
+# one row with all columns, and one with only those that training needs
 ROWS: dict[str, list[dict[str, Any]]] = {
     "classification": [
         {
@@ -133,7 +133,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path, kind: str, suffix: 
 
 
 @pytest.mark.parametrize("kind", list(ROWS))
-def test_the_index_says_of_them_what_it_says_of_others(tmp_path: Path, kind: str) -> None:
+def test_the_arrays_of_the_index_match_the_records(tmp_path: Path, kind: str) -> None:
     rows = named(ROWS[kind])
     write(tmp_path / "x.jsonl", rows)
     index = build(tmp_path, kind, source(rows))
@@ -150,7 +150,7 @@ def test_the_index_says_of_them_what_it_says_of_others(tmp_path: Path, kind: str
         _ = index.record(0).conversation
 
 
-def test_a_conversation_is_no_row_of_a_task(tmp_path: Path) -> None:
+def test_a_conversation_cannot_be_read_as_a_row_of_a_task(tmp_path: Path) -> None:
     rows = [{"language": "en", "q": "?", "a": "!"}, {"language": "th", "q": "?", "a": "!"}]
     write(tmp_path / "x.jsonl", rows)
     chat = source(rows, columns={"language": "language", "prompt": "q", "completion": "a"})
@@ -160,7 +160,7 @@ def test_a_conversation_is_no_row_of_a_task(tmp_path: Path) -> None:
         _ = index.record(0).example
 
 
-def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
+def test_a_file_that_changes_during_a_run_is_an_error(tmp_path: Path) -> None:
     rows = named(ROWS["tagging"])
     write(tmp_path / "x.jsonl", rows)
     index = build(tmp_path, "tagging", source(rows))
@@ -170,7 +170,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         index.record(1)
 
 
-def test_the_wide_layout(tmp_path: Path) -> None:
+def test_the_wide_layout_gives_one_record_per_language(tmp_path: Path) -> None:
     rows = [{"p_en": "One", "p_th": "หนึ่ง", "label": "yes"}, {"p_en": "Two", "p_th": "", "label": "no"}]
     write(tmp_path / "x.jsonl", rows)
     wide = source(rows, languages=LANGUAGES, columns={"text_a": "p_{language}", "label": "label"})
@@ -185,7 +185,7 @@ def test_the_wide_layout(tmp_path: Path) -> None:
 
 
 def test_labels_and_translations_may_be_missing_in_some_files(tmp_path: Path) -> None:
-    """English is gold; the translation has soft tags, and a back-translation. Typos are noticed all the same."""
+    """English is gold; the translation has soft tags, and a back-translation. Typos are still errors."""
     english = [{"id": "1", "language": "en", "words": ["Go"], "tags": ["V"]}]
     thai = [{"id": "1", "language": "th", "words": ["ไป"], "soft_tags": [[0, 1, 0]], "back_words": ["Go"]}]
     both = source(english + thai, columns=columns_of(english + thai))
@@ -209,7 +209,7 @@ def test_labels_and_translations_may_be_missing_in_some_files(tmp_path: Path) ->
         build(tmp_path, "tagging", needed)
 
 
-def test_answers_as_data_sets_on_the_hub_have_them(tmp_path: Path) -> None:
+def test_answers_in_the_columnar_form_of_the_hub_are_read(tmp_path: Path) -> None:
     rows = named([{"question": "?", "context": "x y", "answers": {"text": ["y", "x"], "answer_start": [2, 0]}}] * 2)
     write(tmp_path / "x.parquet", rows)
     index = build(tmp_path, "qa", source(rows, files="x.parquet"))
@@ -278,7 +278,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "change", "reason"), BAD)
-def test_a_bad_row_says_where_and_why(tmp_path: Path, kind: str, change: dict[str, Any], reason: str) -> None:
+def test_a_bad_row_is_reported_with_place_and_reason(
+    tmp_path: Path, kind: str, change: dict[str, Any], reason: str
+) -> None:
     full = ROWS[kind][0]
     rows = named([full, full, full | change, full])
     lines = [json.dumps(row) for row in rows]
@@ -294,7 +296,7 @@ def test_a_bad_row_says_where_and_why(tmp_path: Path, kind: str, change: dict[st
 
 
 @pytest.mark.parametrize("cell", ["[", "['a']", "a b"])
-def test_bad_json_in_a_cell_of_a_table(tmp_path: Path, cell: str) -> None:
+def test_bad_json_in_a_cell_of_a_table_is_reported_with_its_line(tmp_path: Path, cell: str) -> None:
     rows = named([{"words": ["a"], "tags": ["N"]}, {"words": cell, "tags": ["N"]}])
     write(tmp_path / "x.csv", rows)
     with pytest.raises(DataError, match=r"x\.csv:3: 'words' is not valid JSON \("):
@@ -310,7 +312,7 @@ def test_a_translation_may_be_missing_in_a_row(tmp_path: Path) -> None:
         assert (index.record(0).back is None) == (kind == "text")
 
 
-# --- what is read without an index
+# --- reading without an index
 
 
 @pytest.mark.parametrize("kind", list(ROWS))
@@ -330,7 +332,7 @@ def test_a_canonical_file_is_read_with_and_without_labels(tmp_path: Path, kind: 
     ]
 
 
-def test_a_canonical_file_with_a_bad_row(tmp_path: Path) -> None:
+def test_a_canonical_file_with_a_bad_row_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"id": "1", "language": "en", "text_a": "a"}\n{"id": 2,\n')
     with pytest.raises(BadRow, match=r"x\.jsonl:2: not valid JSON"):
         list(read_task_file(tmp_path / "x.jsonl", "classification"))
@@ -344,7 +346,7 @@ def test_a_canonical_file_with_a_bad_row(tmp_path: Path) -> None:
             list(read_task_file(tmp_path / "x.jsonl", "classification"))
 
 
-# --- what goes together
+# --- combinations of columns and tasks
 
 
 @pytest.mark.parametrize(
@@ -371,7 +373,7 @@ def test_training_needs_a_column_of_labels(tmp_path: Path, kind: str) -> None:
         build(tmp_path, kind, source(rows))
 
 
-def test_other_labels_are_another_index(tmp_path: Path) -> None:
+def test_other_labels_change_the_fingerprint_of_the_index(tmp_path: Path) -> None:
     rows = named(ROWS["tagging"])
     write(tmp_path / "x.jsonl", rows)
     first = build(tmp_path, "tagging", source(rows))
@@ -412,13 +414,13 @@ def test_other_labels_are_another_index(tmp_path: Path) -> None:
         ({"question": "q", "context": "c", "back_answers": "b"}, "'back_answers' needs 'back_context' too"),
     ],
 )
-def test_columns_that_do_not_go_together(columns: dict[str, str], message: str) -> None:
+def test_inconsistent_columns_are_refused(columns: dict[str, str], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ColumnMap(**columns)
 
 
 @pytest.mark.parametrize("kind", list(TASK_COLUMNS))
-def test_each_kind_is_known_by_its_columns(kind: str) -> None:
+def test_each_kind_is_recognised_by_its_columns(kind: str) -> None:
     needed, others = TASK_COLUMNS[kind]
     assert ColumnMap(**{what: what for what in needed}).kind == kind
     assert ColumnMap(**{what: what for what in (*needed, *others)}).kind == kind
@@ -443,7 +445,7 @@ def test_each_kind_is_known_by_its_columns(kind: str) -> None:
         ({"kind": "ner"}, "'classification', 'tagging', 'qa' or 'text'"),
     ],
 )
-def test_a_task_that_contradicts_itself(values: dict[str, Any], message: str) -> None:
+def test_an_inconsistent_task_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TaskConfig(**values)
 

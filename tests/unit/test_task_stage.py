@@ -1,4 +1,4 @@
-"""tasks/stage.py, masking.py, order/pairing.py: partners, windows and masks, the same on any number of ranks."""
+"""tasks/stage.py, masking.py, order/pairing.py: partners, windows and masks, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TASKS = {
 
 
 def words(language: str, item: int) -> list[str]:
-    """No two items have the same; long ones take several windows."""
+    """The words of an item: different for each; long items take several windows."""
     own = WORDS[language]
     return [own[(item + n) % len(own)] for n in range(4 + 5 * (item % 4))] + [str(item)]
 
@@ -56,7 +56,7 @@ def soft(item: int, number: int) -> list[float]:
 
 
 def row(kind: str, language: str, item: int, back: bool = True) -> dict[str, Any]:
-    """A row of the canonical columns; English has gold labels, the others what translation gives."""
+    """A row of the canonical columns; English has gold labels, the others those of translations."""
     own, english = words(language, item), words("en", item)
     values: dict[str, Any] = {"id": f"i{item}", "group": f"g{item}", "language": language}
     if kind == "classification":
@@ -84,7 +84,7 @@ def answer(context: str, own: list[str]) -> dict[str, Any]:
 
 
 def write(folder: Path, kind: str, rows: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """One file: every item in English, Thai and Bengali; Thai lacks item 3's translation back, English item 5."""
+    """One file: every item in English, Thai and Bengali; without Thai item 3's back-translation and English item 5."""
     if rows is None:
         rows = [
             row(kind, language, item, back=(language, item) != ("th", 3))
@@ -102,7 +102,7 @@ Make = Callable[..., Reader]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """A reader; what is not asked for is the same each time."""
+    """Makes a reader; arguments that are not given have fixed defaults."""
 
     def reader(
         kind: str,
@@ -158,7 +158,7 @@ def step_that(reader: Reader, wanted: bool) -> int:
 
 
 def text_of(reader: Reader, side: Any) -> str:
-    """The tokens of the texts, put together."""
+    """The tokens of the texts, joined."""
     ids = side.input_ids[side.content].tolist()
     return "".join(tokenizer_of(reader).tokenizer.convert_ids_to_tokens(ids)).replace("▁", "")
 
@@ -167,7 +167,7 @@ def text_of(reader: Reader, side: Any) -> str:
 
 
 @pytest.mark.parametrize("k", [1.0, 10.0, 1000.0, 2000.0])
-def test_the_probability_of_gold_is_the_papers(k: float) -> None:
+def test_the_probability_of_gold_sources_is_the_papers(k: float) -> None:
     for step in (0, 1, 5, 100, 500, 2000, 7000):
         try:
             expected = k / (k + math.exp(step / k))
@@ -199,13 +199,13 @@ def test_steps_are_gold_with_that_probability(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "qa"])
 @pytest.mark.parametrize("gold", [True, False])
-def test_a_sample_is_paired_with_what_the_step_wants(make: Make, kind: str, gold: bool) -> None:
+def test_a_sample_is_paired_with_the_kind_of_source_drawn_for_the_step(make: Make, kind: str, gold: bool) -> None:
     reader = make(kind, schedule=3.0, length=400)
     step, rows = step_that(reader, gold), numbers(reader)
     for item in range(ITEMS):
         sample = read(reader, rows["bn", f"i{item}"], step)
         assert sample.source is not None
-        is_gold = gold and item != 5  # there is no English item 5, so its translation back is taken
+        is_gold = gold and item != 5  # there is no English item 5, so the back-translation is used
         assert (sample.source.is_gold, sample.source.is_itself, sample.source.language) == (is_gold, False, EN)
         joined = "".join(words("en", item))
         if kind == "qa":
@@ -216,13 +216,15 @@ def test_a_sample_is_paired_with_what_the_step_wants(make: Make, kind: str, gold
         assert sample.source.counts == (is_gold or kind == "classification")
         assert (sample.id, sample.language, sample.group) == (f"i{item}", BN, stable_hash(f"g{item}"))
     lacking = read(reader, rows["th", "i3"], step)
-    assert (lacking.source.is_gold, lacking.source.is_itself) == (True, False), "no translation back, so the gold one"
+    assert (lacking.source.is_gold, lacking.source.is_itself) == (True, False), (
+        "no back-translation, so the gold source"
+    )
     assert lacking.source.counts == (gold or kind == "classification")
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "qa"])
-def test_a_text_with_no_other_is_its_own_source(make: Make, kind: str) -> None:
-    """English itself; it goes with its translation back where it has one."""
+def test_a_text_without_a_partner_is_its_own_source(make: Make, kind: str) -> None:
+    """So are English texts, unless they have a back-translation."""
     rows = [row(kind, language, item) for language in LANGUAGES for item in range(3)]
     rows.append(row(kind, "bn", 7, back=False))
     back = {name: value for name, value in row(kind, "bn", 2).items() if name.startswith("back_")}
@@ -243,7 +245,7 @@ def test_a_text_with_no_other_is_its_own_source(make: Make, kind: str) -> None:
         assert "after" in text_of(reader, english.source.side)
 
 
-def test_what_is_not_paired_has_no_source(make: Make) -> None:
+def test_an_unpaired_sample_has_no_source(make: Make) -> None:
     sample = read(make("classification", paired=False), 20, 3)
     assert sample.source is None
 
@@ -284,7 +286,7 @@ def test_tags_are_those_of_the_words_in_the_window(make: Make) -> None:
     assert later > 10
 
 
-def test_soft_tags_come_first_on_the_target_and_tags_on_the_source(make: Make) -> None:
+def test_soft_tags_take_precedence_on_the_target_and_tags_on_the_source(make: Make) -> None:
     both = {"tags": ["N", "V"], "soft_tags": [[0.5, 0.5, 0.001], [0.0, 0.2, 0.8]]}
     rows = [{"id": code, "group": "g", "language": code, "words": [code, "old"], **both} for code in LANGUAGES]
     reader = make("tagging", rows)
@@ -301,7 +303,7 @@ def test_soft_tags_come_first_on_the_target_and_tags_on_the_source(make: Make) -
 
 
 def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
-    """Characters that the tokenizer drops cannot be learned: file, line and reason."""
+    """Characters that the tokenizer drops cannot be learned; the error has file, line and reason."""
     rows = [row("qa", language, item) for language in LANGUAGES for item in range(2)]
     rows[3] |= {"context": "the old \u3000 bridge", "answers": [{"text": "\u3000 bridge", "answer_start": 8}]}
     rows[4] |= {"context": "old \u200b bridge", "answers": [{"text": "\u200b", "answer_start": 4}]}
@@ -313,7 +315,7 @@ def test_an_answer_without_token_is_a_bad_row(make: Make) -> None:
     found = reader.readable([3, 4, 5])
     assert found.rows == [3, 5]
     (bad,) = found.bad
-    assert str(bad).endswith("rows.jsonl:5: no token covers the answer"), "which check --all-rows tells"
+    assert str(bad).endswith("rows.jsonl:5: no token covers the answer"), "which check --all-rows reports"
 
 
 # --- windows
@@ -324,7 +326,7 @@ def drawn(reader: Reader, language: str, name: str, step: int, n: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["tagging", "qa", "text"])
-def test_one_window_a_step_is_drawn_among_all(make: Make, kind: str) -> None:
+def test_each_step_draws_one_of_all_windows(make: Make, kind: str) -> None:
     reader = make(kind, paired=False, length=46 if kind == "qa" else 30)
     several = 0
     for (language, name), number in numbers(reader).items():
@@ -345,12 +347,12 @@ def test_one_window_a_step_is_drawn_among_all(make: Make, kind: str) -> None:
         several += len(windows) > 1
         assert len(seen) == min(len(windows), len(seen))
         if len(windows) <= 3:
-            assert len(seen) == len(windows), "each is met"
+            assert len(seen) == len(windows), "each is drawn"
     assert several > 5
 
 
 def test_answers_are_in_the_windows_of_both_sides(make: Make) -> None:
-    """If the target's window holds its answer, so does the source's; else the source's has the same number."""
+    """If the target's window holds its answer, so does the source's; else the source's has the same index."""
     reader = make("qa", schedule=3.0, length=46)
     holding = other = 0
     for gold in (True, False):
@@ -420,39 +422,39 @@ def test_masks_are_drawn_by_step_and_sample(make: Make) -> None:
     assert [masked(reader, n, 4) for n in range(9)] != [masked(other_seed, n, 4) for n in range(9)]
 
 
-def test_what_is_masked_is_what_bert_masks() -> None:
-    """Shares over many texts; special tokens never; replacements from ordinary tokens only."""
+def test_masking_has_the_proportions_of_bert() -> None:
+    """Proportions over many texts; special tokens are never masked; replacements are ordinary tokens."""
     ordinary = np.arange(10, 500, dtype=np.int32)
     content = np.array([False] + [True] * 80 + [False, False] + [True] * 40 + [False])
     ids = np.where(content, 600, 2).astype(np.int32)
-    fates: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     replaced = Counter[int]()
     n_tokens = 0
     for seed in range(400):
-        covered, positions = mask_tokens(ids, content, 0.15, 4, ordinary, seed)
+        masked, positions = mask_tokens(ids, content, 0.15, 4, ordinary, seed)
         again = mask_tokens(ids, content, 0.15, 4, ordinary, seed)
-        assert covered.tolist() == again[0].tolist()
+        assert masked.tolist() == again[0].tolist()
         assert content[positions].all()
         assert positions.tolist() == sorted(set(positions.tolist()))
         untouched = np.ones(len(ids), bool)
         untouched[positions] = False
-        assert (covered[untouched] == ids[untouched]).all()
-        for value in covered[positions].tolist():
-            fates["mask" if value == 4 else "same" if value == 600 else "other"] += 1
+        assert (masked[untouched] == ids[untouched]).all()
+        for value in masked[positions].tolist():
+            outcomes["mask" if value == 4 else "same" if value == 600 else "other"] += 1
             if value not in (4, 600):
                 assert value in ordinary
                 replaced[value] += 1
         n_tokens += int(content.sum())
-    total = fates.total()
+    total = outcomes.total()
     assert total / n_tokens == pytest.approx(0.15, abs=0.006)
-    assert fates["mask"] / total == pytest.approx(0.8, abs=0.015)
-    assert fates["other"] / total == pytest.approx(0.1, abs=0.012)
-    assert fates["same"] / total == pytest.approx(0.1, abs=0.012)
+    assert outcomes["mask"] / total == pytest.approx(0.8, abs=0.015)
+    assert outcomes["other"] / total == pytest.approx(0.1, abs=0.012)
+    assert outcomes["same"] / total == pytest.approx(0.1, abs=0.012)
     assert len(replaced) > 300, "from the whole vocabulary"
-    assert (ids[content] == 600).all(), "the input stays as it is"
+    assert (ids[content] == 600).all(), "the input is unchanged"
 
 
-def test_one_token_is_masked_at_least() -> None:
+def test_at_least_one_token_is_masked() -> None:
     content = np.array([False, True, True, False])
     ids = np.array([0, 7, 8, 2], np.int32)
     chosen = Counter(
@@ -462,14 +464,14 @@ def test_one_token_is_masked_at_least() -> None:
     assert set(chosen) == {1, 2}
 
 
-def test_texts_are_masked_with_the_runs_own_tokens(make: Make) -> None:
+def test_masking_uses_the_mask_token_and_no_other_special_token(make: Make) -> None:
     reader = make("text", length=40)
     hf = tokenizer_of(reader).tokenizer
     masked = 0
     for number in range(len(reader.index)):
         sample = read(reader, number, 0)
         special = np.isin(sample.target.input_ids, [hf.cls_token_id, hf.sep_token_id, hf.pad_token_id])
-        assert special.tolist() == (~sample.target.content).tolist(), "none comes in, none is covered"
+        assert special.tolist() == (~sample.target.content).tolist(), "none is inserted, none is masked"
         masked += int((sample.target.input_ids == hf.mask_token_id).sum())
     assert masked > len(reader.index)
 
@@ -498,7 +500,7 @@ def labels_of(batch: Any) -> list[Any]:
 
 
 def contents(*steps: Step) -> Counter[tuple[Any, ...]]:
-    """Every sample of the steps, with its tokens on both sides and all that its labels say."""
+    """Every sample of the steps, with its tokens on both sides and its labels."""
     found: Counter[tuple[Any, ...]] = Counter()
     for step in steps:
         for batch in step.micro_batches:
@@ -517,7 +519,7 @@ def contents(*steps: Step) -> Counter[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "qa", "text"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_a_step_whatever_their_number(make: Make, kind: str, world_size: int) -> None:
+def test_a_step_has_the_same_samples_for_any_world_size(make: Make, kind: str, world_size: int) -> None:
     """Samples, sources, windows, masks and labels: the same set, and the same choice of sources on every rank."""
     readers = [make(kind, schedule=3.0, length=46) for _ in range(world_size + 1)]
     alone, ranks = loader(readers[0]), [loader(each, rank, world_size) for rank, each in enumerate(readers[1:])]
@@ -526,14 +528,14 @@ def test_ranks_share_a_step_whatever_their_number(make: Make, kind: str, world_s
         whole, shares = alone.load(number), [each.load(number) for each in ranks]
         assert contents(*shares) == contents(whole)
         assert contents(whole).total() == SLOTS
-        wanted = alone.reader.partners is None or gold(alone.reader, number)
-        assert {batch.targets.gold for share in (whole, *shares) for batch in share.micro_batches} == {wanted}
+        is_gold = alone.reader.partners is None or gold(alone.reader, number)
+        assert {batch.targets.gold for share in (whole, *shares) for batch in share.micro_batches} == {is_gold}
         assert sum(share.fingerprint for share in shares) == whole.fingerprint
         for name, count in whole.counts.items():
             assert sum(share.counts[name] for share in shares) == count
         for field in ("tokens", "samples"):
             assert np.array_equal(np.sum([getattr(share, field) for share in shares], axis=0), getattr(whole, field))
-        golds.add(wanted)
+        golds.add(is_gold)
     assert golds == ({True} if kind == "text" else {True, False})
 
 
@@ -547,7 +549,7 @@ def test_a_step_holds_the_slots_of_its_plan(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "qa", "text"])
 def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
-    """Against the samples read one by one."""
+    """Compared with samples that are read one by one."""
     reader = make(kind, schedule=3.0, length=46)
     for number in range(STEPS):
         step = loader(reader).load(number)
@@ -573,17 +575,17 @@ def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
         assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
 
 
-def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_cannot_be_read_leaves_its_slot_empty(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make("classification")
     whole = [loader(reader).load(number) for number in range(STEPS)]
-    as_it_is = Reader.read
+    original_read = Reader.read
 
     def broken(reader: Reader, slot: Slot) -> Sample | None:
         if slot.row % 5 == 0:
             raise BadRow(f"rows.jsonl:{slot.row + 1}", "the tokenizer has no token for the answer")
-        return as_it_is(reader, slot)
+        return original_read(reader, slot)
 
-    gone = [reader.index.record(number) for number in range(0, len(reader.index), 5)]
+    unreadable = [reader.index.record(number) for number in range(0, len(reader.index), 5)]
     monkeypatch.setattr(Reader, "read", broken)
     empty = 0
     for number, before in enumerate(whole):
@@ -591,7 +593,7 @@ def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Make, monkeypatch:
         expected = Counter(
             (record.id, record.language)
             for slot in loader(reader).planner.step(number).slots
-            if (record := reader.index.record(slot.row)) not in gone
+            if (record := reader.index.record(slot.row)) not in unreadable
         )
         found = Counter(
             (name, LANGUAGES[int(batch.targets.row_languages[place])])
@@ -599,14 +601,14 @@ def test_a_row_that_turns_out_bad_leaves_its_slot_empty(make: Make, monkeypatch:
             for place, name in enumerate(batch.sample_ids)
         )
         assert found == expected
-        assert contents(step) <= contents(before), "the others are what they were"
+        assert contents(step) <= contents(before), "other samples are unchanged"
         assert len(step.bad_rows) == SLOTS - found.total()
         empty += len(step.bad_rows)
     assert empty > 5
 
 
-def test_texts_of_classification_that_are_too_long_are_cut_left_out_or_an_error(make: Make) -> None:
-    """`truncate`, a task's default, fills every slot; `drop` leaves those empty that it would have cut."""
+def test_overlong_classification_texts_are_truncated_dropped_or_an_error(make: Make) -> None:
+    """`truncate`, a task's default, fills every slot; `drop` leaves the truncated ones empty."""
     cut, dropped = make("classification", length=20), make("classification", length=20, overlong="drop")
     lost = 0
     for number in range(STEPS):
@@ -628,21 +630,21 @@ def test_texts_of_classification_that_are_too_long_are_cut_left_out_or_an_error(
 
 
 @pytest.mark.parametrize("kind", ["tagging", "qa", "text"])
-def test_long_texts_that_are_read_in_windows_are_never_too_long(make: Make, kind: str) -> None:
+def test_texts_that_are_read_in_windows_are_never_overlong(make: Make, kind: str) -> None:
     reader = make(kind)
     assert any(len(tokenizer_of(reader).windows(reader.index.record(row).example)) > 1 for row in range(ITEMS))
     assert {reader.length(row) for row in range(len(reader.index))} == {0}
     assert all(loader(reader).load(number).slots[1:].sum() == 0 for number in range(STEPS))
 
 
-def test_a_bad_line_keeps_its_slot(make: Make) -> None:
+def test_a_bad_line_leaves_only_its_own_slots_empty(make: Make) -> None:
     rows = [row("tagging", language, item) for language in LANGUAGES for item in range(ITEMS)]
     whole = [loader(make("tagging", rows)).load(number) for number in range(STEPS)]
-    torn = [dict(each) for each in rows]
-    torn[ITEMS + 4]["soft_tags"] = torn[ITEMS + 4]["soft_tags"][:-1]
+    damaged = [dict(each) for each in rows]
+    damaged[ITEMS + 4]["soft_tags"] = damaged[ITEMS + 4]["soft_tags"][:-1]
     with pytest.raises(DataError, match=r"rows\.jsonl:17: 'soft_tags' has \d+ entries; there are \d+ words; max_bad_r"):
-        make("tagging", torn)
-    reader = make("tagging", torn, max_bad_rows=1)
+        make("tagging", damaged)
+    reader = make("tagging", damaged, max_bad_rows=1)
     lines: list[BadRow] = []
     for number in range(STEPS):
         step = loader(reader).load(number)
@@ -666,7 +668,7 @@ def test_steps_come_in_order_from_any_start(make: Make, workers: int) -> None:
         )
 
 
-def test_the_fingerprint_tells_other_samples_and_other_sources_apart(make: Make) -> None:
+def test_the_fingerprint_differs_for_other_samples_and_other_sources(make: Make) -> None:
     reader = make("classification", schedule=3.0)
     prints = [loader(reader).load(number).fingerprint for number in range(STEPS)]
     assert len(set(prints)) == STEPS
@@ -679,7 +681,7 @@ def test_the_fingerprint_tells_other_samples_and_other_sources_apart(make: Make)
 
 @pytest.mark.parametrize("n_samples", [0, 1, 7])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_fixed_set_is_shared_in_equal_numbers(make: Make, n_samples: int, world_size: int) -> None:
+def test_a_fixed_set_gives_every_rank_the_same_number_of_batches(make: Make, n_samples: int, world_size: int) -> None:
     reader = make("tagging", schedule=3.0)
     samples = reader.readable(range(n_samples)).samples
     packer = loader(reader).packer

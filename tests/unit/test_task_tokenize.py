@@ -1,4 +1,4 @@
-"""tasks/tokenize.py, windows.py: no word lost, special tokens as the tokenizer's own, windows as SQuAD's scripts do."""
+"""tasks/tokenize.py, windows.py: no word lost, the tokenizer's special tokens, windows as in SQuAD's scripts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(hf: Any, kind: str, length: int, **options: Any) -> TaskTokenizer:
 
 
 def pieces(hf: Any, ids: Any) -> str:
-    """Tokens put together again, without what marks the start of a word."""
+    """The tokens joined, without the marks of word starts."""
     tokens = hf.convert_ids_to_tokens([int(number) for number in ids])
     return "".join(token.removeprefix("##").replace("▁", "") for token in tokens)
 
@@ -46,7 +46,7 @@ def specials(hf: Any, ids: Any) -> list[int]:
 
 @pytest.mark.parametrize("length", [8, 9, 13, 20, 21, 40, 200])
 @pytest.mark.parametrize("pair", [False, True])
-def test_texts_are_framed_and_cut_as_the_tokenizer_does_it(hf: Any, length: int, pair: bool) -> None:
+def test_special_tokens_and_truncation_are_those_of_the_tokenizer(hf: Any, length: int, pair: bool) -> None:
     tokenizer = make(hf, "classification", length)
     for first in LANGUAGES:
         for second in LANGUAGES if pair else [""]:
@@ -63,7 +63,7 @@ def test_texts_are_framed_and_cut_as_the_tokenizer_does_it(hf: Any, length: int,
             assert len(tokenizer.windows(Example(texts))) == 1
 
 
-def test_the_longer_text_gives_way_first(hf: Any) -> None:
+def test_the_longer_text_is_truncated_first(hf: Any) -> None:
     """The tokenizer's own rule, with both texts in both orders and of every length."""
     text = sentence("en")
     for cut in range(1, 40, 4):
@@ -83,7 +83,7 @@ def test_a_special_token_that_is_spelled_out_is_text(hf: Any) -> None:
         assert not {hf.mask_token_id, hf.pad_token_id} & set(side.input_ids.tolist())
 
 
-def test_a_text_that_the_tokenizer_drops_is_unknown(hf: Any) -> None:
+def test_a_text_that_the_tokenizer_drops_becomes_the_unknown_token(hf: Any) -> None:
     side = make(hf, "classification", 20).encode(Example(("\u200b\x07" if hf is wordpiece() else "\u3000 ",)))
     assert side.input_ids.tolist() == [hf.cls_token_id, hf.unk_token_id, hf.sep_token_id]
 
@@ -92,7 +92,7 @@ def test_a_text_that_the_tokenizer_drops_is_unknown(hf: Any) -> None:
 
 
 def slow_words(hf: Any, words: tuple[str, ...]) -> list[list[int]]:
-    """Each word tokenised by itself; unknown where nothing comes of it."""
+    """Each word tokenised by itself; the unknown token if it has no tokens."""
     return [hf(word, add_special_tokens=False)["input_ids"] or [hf.unk_token_id] for word in words]
 
 
@@ -108,7 +108,7 @@ def check_words(hf: Any, tokenizer: TaskTokenizer, words: tuple[str, ...]) -> li
         assert side.word_of_token[[0, -1]].tolist() == [-1, -1]
         inner = side.word_of_token[1:-1].tolist()
         assert inner == sorted(inner)
-        assert sorted(set(inner)) == list(range(*side.words)), "each word of the window has a token, and no other has"
+        assert sorted(set(inner)) == list(range(*side.words)), "exactly the words of the window have tokens"
         for word in range(*side.words):
             tokens = side.input_ids[side.word_of_token == word].tolist()
             assert tokens == expected[word][: tokenizer.sequence_length - 2]
@@ -132,16 +132,16 @@ def test_every_word_is_in_a_window_with_its_own_tokens(hf: Any, language: str, l
             assert joined[number] == word
 
 
-def test_the_scripts_are_known_to_both_tokenizers(hf: Any) -> None:
-    """So that the test above compares words with words."""
+def test_both_tokenizers_cover_all_scripts(hf: Any) -> None:
+    """Otherwise the test above would compare unknown tokens."""
     for words in WORDS.values():
         assert all(hf.unk_token_id not in ids for ids in slow_words(hf, words))
 
 
-def test_odd_words_keep_their_place(hf: Any) -> None:
-    """First, last, in a row, and white space alone."""
-    odd = "\u200b" if hf is wordpiece() else "\u3000"
-    words = (odd, "old", odd, " ", "bridge", "\u00a0", "war", odd, odd)
+def test_words_without_tokens_keep_their_place(hf: Any) -> None:
+    """First, last and consecutive ones, and white space."""
+    dropped = "\u200b" if hf is wordpiece() else "\u3000"
+    words = (dropped, "old", dropped, " ", "bridge", "\u00a0", "war", dropped, dropped)
     for length in (100, 6):
         check_words(hf, make(hf, "tagging", length, doc_stride=3), words)
     side = make(hf, "tagging", 100).encode(Example(words))
@@ -151,7 +151,7 @@ def test_odd_words_keep_their_place(hf: Any) -> None:
         assert side.input_ids[side.word_of_token == number].tolist() == [hf.unk_token_id]
 
 
-def test_a_word_longer_than_a_window_is_cut_and_no_other_is(hf: Any) -> None:
+def test_only_words_longer_than_a_window_are_truncated(hf: Any) -> None:
     words = ("old", "bridgebridgewar" * 5, "war", "old")
     sides = check_words(hf, make(hf, "tagging", 10, doc_stride=4), words)
     assert any(side.words == (1, 2) for side in sides)
@@ -159,16 +159,16 @@ def test_a_word_longer_than_a_window_is_cut_and_no_other_is(hf: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_windows_of_random_sentences(hf: Any, seed: int) -> None:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     pool = [word for words in WORDS.values() for word in words] + ["\u200b", "\u3000", "bridge" * 9]
-    words = tuple(chance.choices(pool, k=chance.randint(1, 60)))
-    check_words(hf, make(hf, "tagging", chance.randint(8, 60), doc_stride=chance.randint(1, 60)), words)
+    words = tuple(rng.choices(pool, k=rng.randint(1, 60)))
+    check_words(hf, make(hf, "tagging", rng.randint(8, 60), doc_stride=rng.randint(1, 60)), words)
 
 
 def test_windows_overlap_where_the_stride_is_shorter(hf: Any) -> None:
     words = WORDS["en"] * 4
     apart = make(hf, "tagging", 30, doc_stride=128).windows(Example(words))
-    assert all(a[1] == b[0] for a, b in pairwise(apart.ranges)), "none is read twice"
+    assert all(a[1] == b[0] for a, b in pairwise(apart.ranges)), "no word is in two windows"
     close = make(hf, "tagging", 30, doc_stride=10).windows(Example(words))
     assert all(a[1] > b[0] for a, b in pairwise(close.ranges))
 
@@ -176,16 +176,16 @@ def test_windows_overlap_where_the_stride_is_shorter(hf: Any) -> None:
 # --- question answering
 
 
-def question_example(language: str, repeats: int, answer: str | None = None, asked: str = "en") -> Example:
+def question_example(language: str, repeats: int, answer: str | None = None, question: str = "en") -> Example:
     context = " ".join([sentence(language)] * repeats)
     answers = None if answer is None else ((answer, context.rindex(answer)),)
-    return Example((sentence(asked), context), answers=answers)
+    return Example((sentence(question), context), answers=answers)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize(("length", "stride", "most"), [(90, 20, 64), (60, 12, 20), (34, 5, 10), (400, 128, 64)])
 def test_windows_start_a_stride_apart_as_in_squad(hf: Any, language: str, length: int, stride: int, most: int) -> None:
-    """Against the tokenizer's own overflowing windows, whose `stride` is the overlap."""
+    """Compared with the tokenizer's overflowing windows, whose `stride` is the overlap."""
     example = question_example(language, 5)
     sides = list(make(hf, "qa", length, doc_stride=stride, max_question_length=most).windows(example))
     question_ids = hf(example.texts[0], add_special_tokens=False)["input_ids"][:most]
@@ -269,8 +269,8 @@ def test_offsets_name_the_characters_of_each_token_without_space(hf: Any) -> Non
     assert covered == {at for at, character in enumerate(context) if not character.isspace()}
 
 
-def test_offsets_of_a_tokenizer_that_counts_spaces_to_words() -> None:
-    """Those do that cut words off only where a piece begins with the space."""
+def test_offsets_exclude_spaces_that_the_tokenizer_includes_in_words() -> None:
+    """As tokenizers do whose pieces can begin with the space before a word."""
     from tokenizers.pre_tokenizers import Metaspace
 
     hf = copy.deepcopy(unigram())
@@ -287,7 +287,7 @@ def test_offsets_of_a_tokenizer_that_counts_spaces_to_words() -> None:
     assert context[side.context_offsets[first][0] : side.context_offsets[last][1]] == "bridge in"
 
 
-def test_an_answer_with_space_around_it_and_one_without_token(hf: Any) -> None:
+def test_space_around_an_answer_is_ignored_and_one_without_tokens_has_no_span(hf: Any) -> None:
     tokenizer = make(hf, "qa", 400)
     texts = ("old ?", "the old bridge in Budapest")
     plain = tokenizer.encode(Example(texts, answers=(("old bridge", 4),)))
@@ -299,7 +299,7 @@ def test_an_answer_with_space_around_it_and_one_without_token(hf: Any) -> None:
     assert tokenizer.encode(Example(("old ?", context), answers=((dropped, 8),))).span is None
 
 
-def test_the_first_answer_is_the_one(hf: Any) -> None:
+def test_the_first_answer_is_used(hf: Any) -> None:
     tokenizer = make(hf, "qa", 400)
     texts = ("old ?", "the old bridge in Budapest")
     one, two = (("in", 15),), (("in", 15), ("old", 4))
@@ -310,7 +310,7 @@ def test_the_first_answer_is_the_one(hf: Any) -> None:
 
 
 @pytest.mark.parametrize("length", [8, 17, 500])
-def test_windows_of_a_text_are_its_parts(hf: Any, length: int) -> None:
+def test_windows_of_a_text_are_its_consecutive_parts(hf: Any, length: int) -> None:
     text = " ".join(map(sentence, LANGUAGES))
     sides = list(make(hf, "text", length).windows(Example((text,))))
     inner = [number for side in sides for number in side.input_ids[1:-1].tolist()]
@@ -319,10 +319,10 @@ def test_windows_of_a_text_are_its_parts(hf: Any, length: int) -> None:
     assert all(side.content.tolist() == [False] + [True] * (len(side) - 2) + [False] for side in sides)
 
 
-# --- what does not fit
+# --- errors
 
 
-def test_a_tokenizer_that_is_no_encoders_is_refused(hf: Any, tmp_path: Any) -> None:
+def test_a_tokenizer_that_is_slow_or_not_an_encoders_is_refused(hf: Any, tmp_path: Any) -> None:
     from transformers import LlamaTokenizer
 
     decoder = LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, merges=[])
@@ -349,25 +349,25 @@ def test_text_needs_a_mask_token() -> None:
         make(tokenizer, "text", 20)
 
 
-def test_a_length_that_leaves_too_little_is_refused(hf: Any) -> None:
-    framed = (
+def test_a_sequence_length_that_is_too_short_is_refused(hf: Any) -> None:
+    overhead = (
         len(hf("a", "a", add_special_tokens=True)["input_ids"])
         - len(hf("a", add_special_tokens=False)["input_ids"]) * 2
     )
-    make(hf, "qa", framed + 64 + 128)
-    with pytest.raises(DataError, match=rf"data.sequence_length: {framed + 191} leaves 127 tokens for a context"):
-        make(hf, "qa", framed + 64 + 127)
+    make(hf, "qa", overhead + 64 + 128)
+    with pytest.raises(DataError, match=rf"data.sequence_length: {overhead + 191} leaves 127 tokens for a context"):
+        make(hf, "qa", overhead + 64 + 127)
     with pytest.raises(DataError, match=r"data.sequence_length: 30 leaves 0 tokens"):
         make(hf, "qa", 30)
-    make(hf, "tagging", framed + 2)
-    with pytest.raises(DataError, match=rf"is too short; it must be at least {framed + 2}"):
-        make(hf, "tagging", framed + 1)
+    make(hf, "tagging", overhead + 2)
+    with pytest.raises(DataError, match=rf"is too short; it must be at least {overhead + 2}"):
+        make(hf, "tagging", overhead + 1)
 
 
-# --- life
+# --- serialization and threads
 
 
-def test_it_comes_back_from_plain_data(hf: Any) -> None:
+def test_it_can_be_restored_from_json(hf: Any) -> None:
     tokenizer = make(hf, "qa", 60, doc_stride=9, max_question_length=11)
     again = TaskTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())), hf)
     assert (again.config, again.sequence_length, again.languages) == (tokenizer.config, 60, LANGUAGES)
@@ -387,6 +387,6 @@ def test_threads_and_truncation_of_the_shared_tokenizer_change_nothing(hf: Any) 
     assert found == expected * 4
 
 
-def test_only_the_first_tokenizer_has_token_types() -> None:
+def test_only_the_wordpiece_tokenizer_has_token_types() -> None:
     assert make(wordpiece(), "classification", 20).has_token_types
     assert not make(unigram(), "classification", 20).has_token_types

@@ -1,4 +1,4 @@
-"""A trained tokenizer is the same from the same texts, through plain AutoTokenizer; a decoder's gives any text back."""
+"""Trained tokenizers: reproducible, loaded by plain AutoTokenizer; a decoder's restores any text."""
 
 import json
 import re
@@ -58,14 +58,14 @@ def decode(tokenizer, ids):
 
 
 @pytest.mark.parametrize("text", [*TEXTS.values(), *HARD])
-def test_every_text_comes_back_whole_and_in_parts(tokenizer, text):
+def test_every_text_is_restored_whole_and_in_parts(tokenizer, text):
     assert decode(tokenizer, plain_ids(tokenizer, text)) == text
     for cut in range(0, len(text), 3):
         parts = plain_ids(tokenizer, text[:cut]) + plain_ids(tokenizer, text[cut:])
         assert decode(tokenizer, parts) == text
 
 
-def test_its_hash_tells_what_it_does_and_not_where_it_lies(trained, tokenizer, tmp_path):
+def test_the_hash_depends_on_the_tokenizer_and_not_on_its_path(trained, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     found = tokenizer_hash(AutoTokenizer.from_pretrained(trained))
     copy = AutoTokenizer.from_pretrained(tmp_path / "elsewhere")
@@ -77,7 +77,7 @@ def test_its_hash_tells_what_it_does_and_not_where_it_lies(trained, tokenizer, t
     assert len({found, templated, tokenizer_hash(copy)}) == 3
 
 
-def test_no_text_is_unknown(tokenizer):
+def test_no_text_has_unknown_tokens(tokenizer):
     ids = plain_ids(tokenizer, " ".join([*TEXTS.values(), *HARD]))
     assert not set(ids) & set(tokenizer.all_special_ids)
 
@@ -102,13 +102,13 @@ def test_special_tokens_and_shape(tokenizer):
     assert tokenizer("x")["input_ids"][-1] != tokenizer.eos_token_id
 
 
-def test_digits_stand_alone(tokenizer):
+def test_each_digit_is_a_token(tokenizer):
     pieces = tokenizer.convert_ids_to_tokens(plain_ids(tokenizer, "1230 and 456"))
     assert [p for p in pieces if any(c.isdigit() for c in p)] == list("1230456")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt_neox", "bloom", "mistral"])
-def test_loads_beside_a_model(trained, tmp_path, model_type):
+def test_it_loads_beside_the_config_of_any_model(trained, tmp_path, model_type):
     for file in trained.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -128,39 +128,39 @@ def test_tokens_are_those_of_sentencepiece(tokenizer, monkeypatch, tmp_path):
     models = []
     processor = sentencepiece.SentencePieceProcessor
 
-    def remembered(model_proto):
+    def recorded(model_proto):
         models.append(processor(model_proto=model_proto))
         return models[-1]
 
-    monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", remembered)
+    monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", recorded)
     train_tokenizer(TEXTS.values(), tmp_path, CONFIG)
     for text in [*TEXTS.values(), *HARD]:
         assert plain_ids(tokenizer, text) == models[0].encode(text)
 
 
-def test_a_long_line_is_learned_from(tmp_path):
+def test_long_lines_are_used_for_training(tmp_path):
     word = "quokkas "
     tokenizer = train_tokenizer([word * 2000], tmp_path, TokenizerTrainingConfig(vocab_size=284))
     assert len(plain_ids(tokenizer, word * 10)) < len(word) * 3
 
 
 @pytest.mark.parametrize(
-    ("texts", "size", "said"),
+    ("texts", "size", "message"),
     [
         (TEXTS.values(), 50_000, r"vocab_size: 50000 is too large for the text; it can be at most \d+"),
         (TEXTS.values(), 310, r"vocab_size: 310 is too small: characters and bytes alone need \d+"),
         ([" ", "\n"], 300, "there is no text"),
     ],
 )
-def test_a_size_that_does_not_fit_is_one_line(tmp_path, texts, size, said):
-    with pytest.raises(DataError, match=said) as caught:
+def test_an_impossible_vocabulary_size_is_a_one_line_error(tmp_path, texts, size, message):
+    with pytest.raises(DataError, match=message) as caught:
         train_tokenizer(texts, tmp_path, TokenizerTrainingConfig(vocab_size=size, character_coverage=1.0))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
     assert not list(tmp_path.iterdir())
 
 
-# --- an encoder's
+# --- encoders
 
 ENCODER = TokenizerTrainingConfig(style="encoder", vocab_size=200, character_coverage=1.0)
 
@@ -177,7 +177,7 @@ def encoder(encoder_folder):
     return AutoTokenizer.from_pretrained(encoder_folder)
 
 
-def test_an_encoders_tokens_have_xlmrs_places(encoder):
+def test_special_tokens_of_an_encoder_have_the_ids_of_xlmr(encoder):
     assert encoder.is_fast
     assert len(encoder) == ENCODER.vocab_size
     assert encoder.convert_ids_to_tokens([0, 1, 2, 3]) == list(ENCODER_TOKENS)
@@ -186,17 +186,17 @@ def test_an_encoders_tokens_have_xlmrs_places(encoder):
     assert encoder("x <mask> y")["input_ids"].count(199) == 1
 
 
-def test_an_encoders_texts_are_framed_as_xlmrs(encoder):
+def test_an_encoder_adds_special_tokens_like_xlmr(encoder):
     one, two = (plain_ids(encoder, TEXTS[code]) for code in ("en", "th"))
     assert encoder(TEXTS["en"])["input_ids"] == [0, *one, 2]
     assert encoder(TEXTS["en"], TEXTS["th"])["input_ids"] == [0, *one, 2, 2, *two, 2]
     assert "token_type_ids" not in encoder(TEXTS["en"])
-    assert plain_ids(encoder, "apples") == plain_ids(encoder, " apples "), "a space stands before each word"
+    assert plain_ids(encoder, "apples") == plain_ids(encoder, " apples "), "each word begins with a space"
     assert encoder.convert_ids_to_tokens(one[:1])[0].startswith("▁")
 
 
 @pytest.mark.parametrize("text", TEXTS.values())
-def test_an_encoder_knows_its_own_texts_but_for_form(encoder, text):
+def test_an_encoder_restores_its_training_texts_up_to_nfkc(encoder, text):
     ids = plain_ids(encoder, text)
     assert not set(ids) & {0, 1, 2, 3, 199}
     assert decode(encoder, ids) == " ".join(unicodedata.normalize("NFKC", text).split())
@@ -206,18 +206,18 @@ def test_an_encoders_tokens_are_those_of_sentencepiece(encoder, monkeypatch, tmp
     models = []
     train = sentencepiece.SentencePieceTrainer.train
 
-    def remembered(**settings):
+    def recorded(**settings):
         train(**settings)
         models.append(sentencepiece.SentencePieceProcessor(model_proto=settings["model_writer"].getvalue()))
 
-    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", remembered)
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", recorded)
     train_tokenizer(TEXTS.values(), tmp_path, ENCODER)
     for text in [*TEXTS.values(), *HARD]:
         assert plain_ids(encoder, text) == models[0].encode(text)
 
 
 @pytest.mark.parametrize("model_type", [None, "xlm-roberta", "bert"])
-def test_an_encoder_is_opened_again_with_the_same_ids(encoder_folder, tmp_path, encoder, model_type):
+def test_a_reloaded_encoder_gives_the_same_ids(encoder_folder, tmp_path, encoder, model_type):
     for file in encoder_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     if model_type:
@@ -258,7 +258,7 @@ def test_an_encoders_size_must_fit_the_text(tmp_path):
         assert len(train_tokenizer(TEXTS.values(), tmp_path, size(fitting))) == fitting
 
 
-def test_a_decoder_has_room_for_bytes():
+def test_the_vocabulary_of_a_decoder_must_exceed_the_byte_tokens():
     with pytest.raises(ValidationError, match="'vocab_size' must be greater than 260"):
         TokenizerTrainingConfig(vocab_size=260)
     assert TokenizerTrainingConfig(vocab_size=261).style == "decoder"

@@ -49,7 +49,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def noiseless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same items, and translations that lose nothing."""
+    """The same items, with translations without noise."""
     folder = tmp_path_factory.mktemp("labelled") / "noiseless"
     write_labelled_task(folder, replace(SIZES, noise=0.0), SEED)
     return folder
@@ -70,7 +70,7 @@ def combination(row: Row, split: str) -> tuple[str, ...]:
 
 
 def words_of(text: str, language: str) -> list[str]:
-    """What may be dropped, counted otherwise than by the code: by patterns."""
+    """The words that may be dropped, found by patterns and not by the code under test."""
     if language in UNSPACED:
         return [letter for letter in text if unicodedata.category(letter) in ("Lo", "Lm")]
     return [word for word in re.findall(r"\S+", text) if not re.search(r"\d", word)]
@@ -103,7 +103,7 @@ def test_every_class_has_seen_situations_and_one_held_out() -> None:
 
 
 def test_operations_agree_with_classes() -> None:
-    """Two classes may share an operation, which surface numbers would not tell apart; but none mixes first steps."""
+    """Each class but `two_steps` has one operation; two classes may share it, so numbers do not show the class."""
     workings = {label: {s.operation.working for s in STRUCTURES if label_of(s) == label} for label in LABELS}
     assert all(len(found) == 1 for label, found in workings.items() if label != "two_steps")
     assert all(working.count("=") == 2 for working in workings["two_steps"])
@@ -191,7 +191,7 @@ def test_labels_are_those_of_the_situations(task: Path) -> None:
     assert {structure_of(row) for row in rows(task, "test_unseen", "en")} == UNSEEN
 
 
-# --- what leaks
+# --- leakage
 
 
 def test_no_combination_of_situation_and_numbers_is_in_two_folders(task: Path) -> None:
@@ -227,7 +227,7 @@ def test_unseen_situations_have_no_labels_elsewhere(task: Path) -> None:
     for split in ("train", "dev", "test_seen"):
         for language in LANGUAGES:
             assert not {structure_of(row) for row in rows(task, split, language)} & UNSEEN
-    assert {structure_of(row) for row in rows(task, "text", "en")} > UNSEEN, "their words are met without labels"
+    assert {structure_of(row) for row in rows(task, "text", "en")} > UNSEEN, "their words occur without labels"
 
 
 def template_of(text: str) -> str:
@@ -297,7 +297,7 @@ def test_originals_lose_no_words(task: Path, noiseless: Path) -> None:
 def test_translations_lose_the_requested_share_of_words(
     task: Path, noiseless: Path, language: str, split: str, key: str
 ) -> None:
-    """Within four standard deviations of a binomial count; what is left stands in the same order."""
+    """Within four standard deviations of a binomial count; the remaining words keep their order."""
     of = "en" if key == "back_text_a" else language
     kept = total = 0
     for row, whole in zip(rows(task, split, language), rows(noiseless, split, language), strict=True):
@@ -326,7 +326,7 @@ def test_dropping_words_keeps_numbers_marks_and_units() -> None:
     for key in range(50):
         left = drop_words(thai, "th", 0.6, key)
         assert left == drop_words(thai, "th", 0.6, key)
-        for before, mark in zip(" " + left, left, strict=False):  # no mark has lost the letter below it
+        for before, mark in zip(" " + left, left, strict=False):  # no combining mark has lost its letter
             if unicodedata.category(mark) == "Mn":
                 assert before + mark in thai
     chinese = "走了5km，又走了"

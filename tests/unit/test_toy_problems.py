@@ -166,7 +166,7 @@ def test_rendering_leaves_no_brace_and_states_each_number_once(language: str) ->
             assert (name in question) == item.structure.named, question
 
 
-# --- the sums
+# --- the computations
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.id)
@@ -197,8 +197,8 @@ def test_no_structure_draws_the_same_numbers_twice() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_sizes_are_as_requested(corpus: Path, split: str) -> None:
     for language in LANGUAGES:
-        asked = getattr(SIZES, split, None) or (SIZES.english_base if language == "en" else SIZES.other_base)
-        assert len(rows(corpus, split, language)) == asked
+        expected = getattr(SIZES, split, None) or (SIZES.english_base if language == "en" else SIZES.other_base)
+        assert len(rows(corpus, split, language)) == expected
 
 
 def test_rows_have_all_columns(corpus: Path) -> None:
@@ -242,7 +242,7 @@ def test_held_out_structures_are_only_in_the_unseen_test(corpus: Path) -> None:
         used[split].add(row["structure"])
     assert used.pop("test_unseen") == held_out
     for structures in used.values():
-        assert structures == {structure.id for structure in STRUCTURES} - held_out, "all of them take turns"
+        assert structures == {structure.id for structure in STRUCTURES} - held_out, "every structure is used"
 
 
 def test_every_phrasing_is_used(corpus: Path) -> None:
@@ -285,8 +285,8 @@ def test_tests_are_also_in_the_layout_of_mgsm(corpus: Path, split: str) -> None:
 
 def test_the_default_sizes_are_available() -> None:
     sizes = CorpusSizes()
-    asked = dict(zip(SPLITS, (sizes.english_base, sizes.finetune, sizes.test_seen, sizes.test_unseen), strict=True))
-    for split, n in asked.items():
+    requested = dict(zip(SPLITS, (sizes.english_base, sizes.finetune, sizes.test_seen, sizes.test_unseen), strict=True))
+    for split, n in requested.items():
         assert len({item.id for item in items_of(split, n, 0)}) == n
     assert sizes.other_base <= sizes.english_base
 

@@ -1,4 +1,4 @@
-"""MLflow gets all of the record once, and never delays the training loop. `test_run_record.py` tests the record."""
+"""MLflow gets the whole record once, and never delays the training loop. `test_run_record.py` tests the record."""
 
 from __future__ import annotations
 
@@ -194,13 +194,13 @@ def test_creating_a_tracker_imports_neither_mlflow_nor_torch(tmp_path: Path) -> 
     assert done.stdout.strip() == "[]"
 
 
-# --- into the store -----------------------------------------------------------------------------------------
+# --- feeding the store ----------------------------------------------------------------------------------------
 
 
 def test_mlflow_is_imported_by_one_thread_at_a_time(run: Path) -> None:
     """Two threads that import parts of it break it for the process, so a feeder imports all of it first."""
     tracker = tracked(run)
-    tracker.finish("FINISHED")  # the next feeder knows its run, and does not create one
+    tracker.finish("FINISHED")  # the next feeder finds its run and does not create one
     code = f"""if True:
         import sys
         from pathlib import Path
@@ -221,7 +221,7 @@ def test_mlflow_is_imported_by_one_thread_at_a_time(run: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-def test_a_run_arrives_completely(
+def test_a_run_is_sent_completely(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # as a strict server has it
@@ -531,24 +531,24 @@ def test_a_user_without_a_name_is_given_by_number(monkeypatch: pytest.MonkeyPatc
 
 def test_a_deleted_experiment_is_reported_and_used_once_restored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     client = open_client(default_store(run))
-    number = client.create_experiment("gone fishing")
+    number = client.create_experiment("deleted once")
     client.delete_experiment(number)
-    tracker = tracked(run, experiment="gone fishing")
+    tracker = tracked(run, experiment="deleted once")
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish("FINISHED")
     printed = capsys.readouterr().err
-    assert "the experiment 'gone fishing' is deleted there" in printed
+    assert "the experiment 'deleted once' is deleted there" in printed
     assert f"mlflow experiments restore -x {number}" in printed
     assert "tracking.experiment" in printed
-    assert "'gone fishing' is deleted" in (sync_record(run).error or "")
+    assert "'deleted once' is deleted" in (sync_record(run).error or "")
     client.restore_experiment(number)
     assert sync_record(run).error is None
     (found,) = client.search_runs([number])
     assert found.data.metrics == {"train/loss": 1.0}
     client.delete_experiment(number)  # with the run in it
-    tracker = tracked(run, resumed_step=1, experiment="gone fishing")
+    tracker = tracked(run, resumed_step=1, experiment="deleted once")
     tracker.finish("FINISHED")
-    assert "'gone fishing' is deleted" in capsys.readouterr().err
+    assert "'deleted once' is deleted" in capsys.readouterr().err
 
 
 # --- store and experiment ---------------------------------------------------------------------------------------
@@ -604,7 +604,7 @@ def test_a_variable_with_an_invalid_address_is_named(run: Path, monkeypatch: pyt
     Tracker(run, TrackingConfig(enabled=False)).start({}, {}, None)  # nothing is sent, so it does not matter
 
 
-def test_tests_do_not_see_mlflow_variables_of_the_shell() -> None:
+def test_mlflow_variables_of_the_shell_do_not_reach_tests() -> None:
     code = "import conftest, os; print([name for name in os.environ if name.startswith('MLFLOW_')])"
     shell = {"MLFLOW_TRACKING_URI": "http://x", "MLFLOW_EXPERIMENT_NAME": "x", "PYTHONPATH": f"{ROOT}/tests:{ROOT}"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""trainer.py around its steps: stopping, going back, and what a spared step leaves. Without an engine."""
+"""trainer.py: stop requests, rollbacks, skipped updates and what each of them saves, with a fake engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Made = Callable[..., Trainer]
 
 
 class Engine:
-    """Saves a file of weights, and counts how often it is asked to."""
+    """A fake engine that saves one file of weights and counts how often its state is taken."""
 
     def __init__(self) -> None:
         self.world_size, self.device, self.taken, self.loaded = 1, torch.device("cpu"), 0, [""]
@@ -54,7 +54,7 @@ class Engine:
 
 @pytest.fixture
 def trainer(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Made:
-    """`trainer(**changes)`: a Trainer of the tiny run on one rank, asked to stop, whose engine is a stand-in."""
+    """`trainer(**changes)`: a Trainer of the tiny run on one rank, with a stop request and a fake engine."""
     monkeypatch.setattr(saving, "reference_outputs", lambda run: {"logits": torch.ones(1)})
 
     def make(**changes: Any) -> Trainer:
@@ -83,7 +83,7 @@ def times_taken(trainer: Trainer) -> int:
 
 
 @pytest.mark.parametrize("settled", [True, False])
-def test_a_stop_where_the_step_is_saved_or_being_saved_saves_nothing_again(trainer: Made, settled: bool) -> None:
+def test_a_stop_does_not_repeat_a_save_that_is_done_or_in_progress(trainer: Made, settled: bool) -> None:
     made = trainer()
     made.save(4, {})
     if settled:
@@ -94,7 +94,7 @@ def test_a_stop_where_the_step_is_saved_or_being_saved_saves_nothing_again(train
     assert times_taken(made) == 1
 
 
-def test_a_stop_saves_what_is_not_saved(trainer: Made) -> None:
+def test_a_stop_saves_an_unsaved_step(trainer: Made) -> None:
     made = trainer()
     made.save(4, {})
     with pytest.raises(StoppedOnRequest):
@@ -102,7 +102,7 @@ def test_a_stop_saves_what_is_not_saved(trainer: Made) -> None:
     assert saved(made) == [4, 5]
 
 
-def test_a_stop_saves_a_step_whose_own_checkpoint_failed(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_saves_a_step_whose_checkpoint_failed(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     with monkeypatch.context() as full:
         full.setattr(torch, "save", no_space)
@@ -118,7 +118,7 @@ def no_space(*arguments: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_stop_before_anything_was_done_saves_nothing(trainer: Made) -> None:
+def test_a_stop_before_the_first_new_step_saves_nothing(trainer: Made) -> None:
     made = trainer()
     with pytest.raises(StoppedOnRequest):
         made._stop(0)
@@ -137,7 +137,7 @@ def trainer_of(made: Trainer) -> Trainer:
     return again
 
 
-def test_a_stop_that_cannot_be_saved_is_no_stop(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_that_cannot_be_saved_is_an_error(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     monkeypatch.setattr(torch, "save", no_space)
     with pytest.raises(CheckpointFailed, match=r"checkpoint of step 5: not saved: rank 0 on .*No space left on device"):
@@ -145,7 +145,7 @@ def test_a_stop_that_cannot_be_saved_is_no_stop(trainer: Made, monkeypatch: pyte
 
 
 def save_4_and_damaged_6(made: Trainer) -> bytes:
-    """Two checkpoints, a bit of the newer one's weights flipped; what these were."""
+    """Two checkpoints, the newer one with one bit of its weights flipped; returns the original weights."""
     for step in (4, 6):
         made.save(step, {})
         made._settle()
@@ -155,8 +155,8 @@ def save_4_and_damaged_6(made: Trainer) -> bytes:
     return content
 
 
-def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
-    """The size is right: only the checksum tells. And what was saved since then is no longer this run's state."""
+def test_a_rollback_skips_a_damaged_checkpoint(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+    """Its size is right, only the checksum is not. Later, a new checkpoint of the same step replaces it."""
     made = trainer()
     save_4_and_damaged_6(made)
     assert made._roll_back(failed=8) == 4
@@ -169,8 +169,8 @@ def test_a_roll_back_passes_over_what_is_not_as_it_was_saved(trainer: Made, capl
     assert RunState.read(checkpoint.checkpoint_path(made.config.output_dir, 6)).data_offset == 4
 
 
-def test_what_a_roll_back_passed_over_is_not_where_the_next_start_begins(trainer: Made) -> None:
-    """Step 6 could not be read for a moment, and is of the branch that was left: with the data that were bad."""
+def test_the_next_start_ignores_a_checkpoint_that_a_rollback_skipped(trainer: Made) -> None:
+    """Step 6 was unreadable for a moment and belongs to the abandoned branch with the bad data."""
     made = trainer()
     content = save_4_and_damaged_6(made)
     assert made._roll_back(failed=8) == 4
@@ -183,13 +183,13 @@ def test_what_a_roll_back_passed_over_is_not_where_the_next_start_begins(trainer
     assert (newest.name, RunState.read(newest).data_offset) == ("step-00000005", 4)
 
 
-def test_without_a_whole_checkpoint_there_is_nothing_to_go_back_to(trainer: Made) -> None:
+def test_a_rollback_without_a_complete_checkpoint_is_an_error(trainer: Made) -> None:
     with pytest.raises(NonFiniteStep, match="step 8: there is no checkpoint to go back to"):
         trainer()._roll_back(failed=8)
 
 
 def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float], float]) -> dict[str, float]:
-    """Metrics of the run's step 3 (from 1), made of one micro-batch a loss, whose labels are of languages 0, 1, .."""
+    """Metrics of step 3 (1-based), with one micro-batch per loss, whose labels are of languages 0, 1, .."""
     languages = made.config.data.languages
     sums = StepSums.zeros(len(languages), 2, torch.device("cpu"))
     for language, loss in enumerate(losses):
@@ -206,10 +206,10 @@ def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float],
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_skipped_step_that_is_not_finite_has_no_loss_of_a_language_or_term(
+def test_a_step_skipped_for_its_loss_has_nan_for_every_language_and_term(
     trainer: Made, bad: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The other languages' sums lack what other ranks and micro-batches had: a part would pass for the whole."""
+    """Sums of the other languages are incomplete and would look like those of the whole step."""
     made = trainer(**{"guard.non_finite": "skip"})
     metrics = step_with(made, [2.0, bad, 4.0], lambda rate: pytest.fail("the update was made"))
     losses = {name: value for name, value in metrics.items() if name.startswith(("train/loss", "train/contrastive"))}
@@ -236,9 +236,7 @@ def test_a_step_skipped_for_its_gradient_keeps_its_losses(trainer: Made, caplog:
     assert "step 3: gradient norm inf is not finite; " in caplog.text
 
 
-def test_a_checkpoint_of_a_step_that_is_not_finite_knows_the_best_metric(
-    trainer: Made, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_non_finite_best_metric_is_not_reported_as_missing(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
     made = trainer(**{"checkpoint.best": "train/loss", "checkpoint.keep": 1})
     for step, loss in ((2, 1.0), (4, math.nan), (6, 2.0)):
         made.save(step, {"train/loss": loss})
@@ -248,18 +246,20 @@ def test_a_checkpoint_of_a_step_that_is_not_finite_knows_the_best_metric(
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_the_list_of_samples_costs_no_run(trainer: Made, full: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_list_of_samples_that_cannot_be_written_does_not_end_the_run(
+    trainer: Made, full: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     made = trainer(**{"guard.non_finite": "skip"})
     file = made.config.output_dir / "not-finite-step-3.json"
     if full:
         file.symlink_to("/dev/full")
     made._skip_update(3, Verdict("skip", "loss is not finite"), [("en-1", "sw-2")])
-    (said,) = caplog.messages
-    assert "step 3: loss is not finite; samples of rank 0: en-1, sw-2; " in said
+    (message,) = caplog.messages
+    assert "step 3: loss is not finite; samples of rank 0: en-1, sw-2; " in message
     if full:
-        assert f"not listed in {file}: No space left on device" in said
+        assert f"not listed in {file}: No space left on device" in message
     else:
-        assert f"all of them in {file}" in said
+        assert f"all of them in {file}" in message
         assert json.loads(file.read_text())["sample_ids"] == {"0": ["en-1", "sw-2"]}
 
 
@@ -272,7 +272,7 @@ def rank_step(languages: Sequence[str], **changes: Any) -> Step:
     return replace(step, **changes)
 
 
-def test_bad_rows_of_a_step_that_is_left_to_the_next_start_are_not_counted_twice(trainer: Made) -> None:
+def test_bad_rows_of_a_step_that_a_stop_prevents_are_not_counted_twice(trainer: Made) -> None:
     made = trainer(**{"data.max_bad_rows": 1})
     bad = rank_step(made.config.data.languages, bad_rows=(BadRow("sw.jsonl:3", "no answer"),))
     assert made.agree(bad).stop
@@ -282,14 +282,14 @@ def test_bad_rows_of_a_step_that_is_left_to_the_next_start_are_not_counted_twice
     assert list(made.totals.bad_rows) == ["sw.jsonl:3"]
 
 
-def test_an_unusable_row_counts_once_however_often_it_comes_up(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
-    """As in `check`, which counts rows: a run does not end in its second epoch by rows known before its first step."""
+def test_an_unusable_row_counts_once_however_often_it_is_read(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+    """As in `check`: a run does not end in its second epoch because of rows that were counted in the first."""
     made = trainer(**{"data.max_bad_rows": 1})
     made.stop._reason = None
     languages, row = made.config.data.languages, BadRow("sw.jsonl:3", "no answer")
     for _ in range(3):
         made.agree(rank_step(languages, bad_rows=(row, row)))
-    assert len([said for said in caplog.messages if "sw.jsonl:3" in said]) == 1
+    assert len([message for message in caplog.messages if "sw.jsonl:3" in message]) == 1
     with pytest.raises(DataError) as refusal:
         made.agree(rank_step(languages, bad_rows=(row, BadRow("de.jsonl:9", "no text"))))
     assert str(refusal.value) == "de.jsonl:9: no text (2 unusable rows were met so far; data.max_bad_rows is 1)"
@@ -298,15 +298,15 @@ def test_an_unusable_row_counts_once_however_often_it_comes_up(trainer: Made, ca
 UNREADABLE = "sw.jsonl:7: the file has changed since the run began; start again"
 
 
-def run_steps(made: Trainer, at: int, what: Step | Exception) -> None:
-    """The loop over steps that do nothing, where `what` comes up in place of step `at` (from 0)."""
+def run_steps(made: Trainer, at: int, event: Step | Exception) -> None:
+    """Run the loop over empty steps, with `event` in place of step `at` (0-based)."""
     languages = made.config.data.languages
 
     def steps(start: int, stop: int) -> Iterator[Step]:
         for step in range(start, stop):
-            if step == at and isinstance(what, Exception):
-                raise what
-            yield what if step == at and isinstance(what, Step) else rank_step(languages)
+            if step == at and isinstance(event, Exception):
+                raise event
+            yield event if step == at and isinstance(event, Step) else rank_step(languages)
 
     run: Any = made.run
     run.loader = SimpleNamespace(steps=steps, empty=lambda step: rank_step(languages))
@@ -317,7 +317,7 @@ def run_steps(made: Trainer, at: int, what: Step | Exception) -> None:
 
 
 @pytest.mark.parametrize("every", [4, 100])
-def test_what_cannot_be_read_ends_the_run_after_the_last_good_step_is_saved(
+def test_unreadable_data_end_the_run_after_the_last_good_step_is_saved(
     trainer: Made, every: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -339,14 +339,14 @@ def test_one_bad_row_too_many_ends_the_run_after_the_last_good_step_is_saved(tra
     assert state.totals["bad_rows"] == [], "the next start reads that step, and counts it"
 
 
-def test_a_mistake_before_the_first_step_saves_nothing(trainer: Made) -> None:
+def test_an_error_before_the_first_step_saves_nothing(trainer: Made) -> None:
     made = trainer()
     with pytest.raises(DataError, match=UNREADABLE):
         run_steps(made, 0, DataError(UNREADABLE))
     assert times_taken(made) == 0
 
 
-def test_a_full_disk_does_not_hide_what_ends_the_run(
+def test_a_full_disk_does_not_hide_the_error_that_ends_the_run(
     trainer: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = trainer(**{"checkpoint.every": 100})
@@ -358,17 +358,17 @@ def test_a_full_disk_does_not_hide_what_ends_the_run(
     assert "are saved" not in caplog.text
 
 
-def test_an_error_that_is_no_mistake_of_the_user_is_not_held_back(trainer: Made) -> None:
+def test_a_program_error_is_raised_without_saving(trainer: Made) -> None:
     made = trainer(**{"checkpoint.every": 100})
     with pytest.raises(RuntimeError, match="a fault of the program"):
         run_steps(made, 5, RuntimeError("a fault of the program"))
     assert times_taken(made) == 0
 
 
-def test_what_another_rank_cannot_read_ends_this_one_with_the_same_line(
+def test_unreadable_data_on_another_rank_end_this_rank_with_the_same_message(
     trainer: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another rank said so in the all-reduce."""
+    """The all-reduce is patched as if another rank had failed."""
     monkeypatch.setattr(
         "training.loop.trainer.all_sum", lambda values, _: torch.tensor([1, *values[1:]], dtype=torch.double)
     )
@@ -379,15 +379,15 @@ def test_what_another_rank_cannot_read_ends_this_one_with_the_same_line(
     assert str(refusal.value) == UNREADABLE
 
 
-def test_a_step_that_is_not_finite_costs_no_checkpoint_that_is_being_written(trainer: Made) -> None:
+def test_a_non_finite_step_does_not_discard_a_checkpoint_being_written(trainer: Made) -> None:
     made = trainer()
     made.save(4, {})
     with pytest.raises(NonFiniteStep):
         made._skip_update(6, Verdict("stop", "loss is not finite"), [("en-1",)])
-    assert saved(made) == [4], "and none of the step in doubt"
+    assert saved(made) == [4], "and none of the non-finite step"
 
 
-def test_counts_of_a_run_go_back_with_it_and_are_there_after_a_resume(trainer: Made) -> None:
+def test_run_totals_are_restored_by_a_rollback_and_by_a_resume(trainer: Made) -> None:
     made = trainer(**{"data.max_bad_rows": 3})
     made.stop._reason = None
     languages = made.config.data.languages
@@ -407,10 +407,10 @@ def test_counts_of_a_run_go_back_with_it_and_are_there_after_a_resume(trainer: M
     assert again.totals.state() == before
 
 
-def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
+def test_dropped_pairs_are_those_of_the_plan_and_not_summed_over_ranks(
     trainer: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another rank said the same."""
+    """The all-reduce is patched as if another rank had the same values."""
     monkeypatch.setattr(
         "training.loop.trainer.all_sum", lambda values, device: 2 * torch.tensor(values, dtype=torch.double)
     )
@@ -421,7 +421,7 @@ def test_dropped_pairs_are_those_of_the_plan_and_no_sum_over_ranks(
     assert (read["data/overlong"], read["data/step_fingerprint"]) == (2, 14)
 
 
-def test_a_best_metric_that_there_is_not_is_told_once(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_best_metric_is_warned_of_once(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
     made = trainer(**{"checkpoint.best": "train/loss/zh"})
     for step in (2, 4):
         made.save(step, {"train/loss/en": 1.0, "train/loss": 2.0})
@@ -445,7 +445,7 @@ def trainer_config(made: Trainer, best: str) -> Run:
     return cast(Run, run)
 
 
-def test_a_failed_save_of_a_step_again_costs_nothing(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_second_save_of_a_step_keeps_the_first(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     made.save(4, {})
     made._settle()

@@ -1,4 +1,4 @@
-"""Too long conversations are cut: by the template's rules, in ten languages, from the left, and never in an answer."""
+"""Overlong conversations are truncated: as the template allows, in ten languages, from the left, never in an answer."""
 
 from dataclasses import replace
 from unicodedata import category
@@ -27,14 +27,14 @@ def users_words(record):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_cut_sample_is_what_the_template_makes_of_the_end_of_the_question(tokenizers, kind, template, language):
+def test_a_truncated_sample_is_the_template_applied_to_the_end_of_the_question(tokenizers, kind, template, language):
     chat = make_chat(tokenizers, kind, template)
     question, answer = ITEMS[language]
     record = make_record(" ".join([question] * LONG), answer, language=language)
     whole = chat.tokenize(record)
     most = len(whole) - int(whole.content.sum()) // 2
     shorter, sample = cut(chat, record, most)
-    assert most - 8 <= len(sample) <= most, "it fits, and uses the room"
+    assert most - 8 <= len(sample) <= most, "it fits, and uses the available length"
     assert sample.truncated
     assert not whole.truncated
     check_labels(chat, shorter, sample)
@@ -44,14 +44,14 @@ def test_a_cut_sample_is_what_the_template_makes_of_the_end_of_the_question(toke
     assert record.conversation.messages[0].content.endswith(left)
     assert category(left[0])[0] not in "MZ", "it begins with a written character"
     prompt, content = chat.prompt_ids(shorter.conversation.messages[:-1], language, language)
-    assert np.array_equal(sample.input_ids[: len(prompt)], prompt), "it begins with what generation feeds"
+    assert np.array_equal(sample.input_ids[: len(prompt)], prompt), "it begins with the prompt of generation"
     assert np.array_equal(sample.content[: len(prompt)], content)
     header = int(np.flatnonzero(whole.content)[0]) - 1
-    assert np.array_equal(sample.input_ids[:header], whole.input_ids[:header]), "the template's own tokens are whole"
+    assert np.array_equal(sample.input_ids[:header], whole.input_ids[:header]), "the template's tokens are complete"
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
-def test_a_sample_that_fits_is_left_alone(tokenizers, template):
+def test_a_sample_that_fits_is_unchanged(tokenizers, template):
     chat, record = make_chat(tokenizers, "spm", template), make_record(*ITEMS["en"])
     sample = chat.tokenize(record)
     kept, same = truncate(chat, record, sample, len(sample))
@@ -60,8 +60,8 @@ def test_a_sample_that_fits_is_left_alone(tokenizers, template):
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
-def test_the_oldest_turn_is_cut_first_and_no_answer(tokenizers, template):
-    """Of two questions, the first loses words until it has none to lose; the system message and the last are whole."""
+def test_the_oldest_turn_is_truncated_first_and_no_answer(tokenizers, template):
+    """The first question is truncated to its last token before the second one; the system message stays whole."""
     chat = make_chat(tokenizers, "bytes", template)
     old, new = " ".join([ITEMS["en"][0]] * 3), ITEMS["de"][0]
     record = make_record(("system", "Be brief."), old, "First 41.", new, "Then 42.")
@@ -87,7 +87,7 @@ def runs(mask):
 
 
 @pytest.mark.parametrize("template", [{"name": "chat"}, {"name": "custom", "prompt": CUSTOM}], ids=lambda t: t["name"])
-def test_a_long_system_message_gives_way_before_a_short_question(tokenizers, template):
+def test_a_long_system_message_is_truncated_before_a_short_question(tokenizers, template):
     chat = make_chat(tokenizers, "bytes", template)
     rules = " ".join(f"Rule {number}: be brief." for number in range(20))
     record = make_record(("system", rules), *ITEMS["en"])
@@ -100,7 +100,7 @@ def test_a_long_system_message_gives_way_before_a_short_question(tokenizers, tem
     assert shorter.conversation.messages[0].content == "Be brief.", "a short one stays"
 
 
-def test_an_answer_that_is_only_read_is_part_of_the_prompt(tokenizers):
+def test_an_untrained_answer_is_truncated_like_the_prompt(tokenizers):
     chat = make_chat(tokenizers, "bytes", {"name": "chat"})
     record = make_record("Hi", "word " * 40 + "end", "And 12 + 30?", "42")
     turns = list(record.conversation.messages)
@@ -114,7 +114,7 @@ def test_an_answer_that_is_only_read_is_part_of_the_prompt(tokenizers):
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t["name"])
-def test_a_sample_whose_answer_leaves_no_room_is_not_cut(tokenizers, template):
+def test_a_sample_whose_answer_leaves_no_room_is_not_truncated(tokenizers, template):
     chat = make_chat(tokenizers, "spm", template)
     record = make_record("What is it?", " ".join([ITEMS["en"][1]] * 4))
     answer = int(chat.tokenize(record).labels.sum())
@@ -122,15 +122,15 @@ def test_a_sample_whose_answer_leaves_no_room_is_not_cut(tokenizers, template):
     assert cut(chat, record, 4) is None
 
 
-def test_a_label_free_sample_is_cut_to_the_same_limit(tokenizers):
+def test_a_label_free_sample_is_truncated_to_the_same_limit(tokenizers):
     chat = make_chat(tokenizers, "spm", {"name": "chat"})
     _, sample = cut(chat, make_record(" ".join([ITEMS["en"][0]] * LONG), "42"), 60, labelled=False)
     assert 50 < len(sample) <= 60
     assert not sample.labels.any()
 
 
-def test_a_cut_lies_before_a_whole_character(tokenizers):
-    """A byte-level tokenizer's tokens begin inside a character; a vowel sign belongs to the consonant before it."""
+def test_truncation_keeps_characters_whole(tokenizers):
+    """Byte-level tokens can begin inside a character; a vowel sign belongs to the consonant before it."""
     chat = make_chat(tokenizers, "bytes-bos", {"name": "plain"})
     for text in (ITEMS["bn"][0], ITEMS["th"][0], "\U0001f469\u200d\U0001f527 e\u0301e\u0301 नमस्ते"):
         record = make_record(text * 2, "42")
@@ -145,7 +145,7 @@ def test_a_cut_lies_before_a_whole_character(tokenizers):
                 check_labels(chat, shorter, sample)
 
 
-def test_what_spells_a_special_token_stays_text_where_it_is_cut(tokenizers):
+def test_text_that_spells_a_special_token_stays_text_when_truncated(tokenizers):
     chat = make_chat(tokenizers, "bytes", {"name": "chat"})
     record = make_record("<|im_end|> " * 12 + "how many?", "42")
     whole = len(chat.tokenize(record))
@@ -156,7 +156,7 @@ def test_what_spells_a_special_token_stays_text_where_it_is_cut(tokenizers):
         assert (sample.input_ids == ends).sum() == 2, "the template's own"
 
 
-def test_a_conversation_without_words_to_lose_is_not_cut(tokenizers):
+def test_a_conversation_of_single_tokens_is_not_truncated(tokenizers):
     chat = make_chat(tokenizers, "spm", {"name": "plain"})
     record = with_turns(make_record("?", "42"), Message("user", "?"), Message("assistant", "42"))
     assert cut(chat, record, 1) is None

@@ -1,4 +1,4 @@
-"""Heartbeats, stall detection, and the choice of the culprit. `tests/distributed/test_stalls.py` has real ranks."""
+"""Heartbeats, stall detection, and which rank is the cause. `tests/distributed/test_stalls.py` has real ranks."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ def test_a_rank_is_watched_from_its_first_step_until_its_end(
     heartbeat: Heartbeat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    dog = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=60, first_rank=0)
+    monitor = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=60, first_rank=0)
 
     def stalled_after(seconds: float) -> bool:
-        assert not dog.stalled()
+        assert not monitor.stalled()
         clock.now += seconds
-        return dog.stalled()
+        return monitor.stalled()
 
     assert not stalled_after(1000)  # loading a model may take long
     steps = heartbeat.steps("abc", 0)
@@ -141,11 +141,11 @@ def test_zero_stall_seconds_disable_the_watchdog(
     heartbeat: Heartbeat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    dog = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=0, first_rank=0)
+    monitor = Watchdog(tmp_path, {0: os.getpid()}, "host", stall_seconds=0, first_rank=0)
     next(heartbeat.steps("abc", 0))
-    assert not dog.stalled()
+    assert not monitor.stalled()
     clock.now += 1e9
-    assert not dog.stalled()
+    assert not monitor.stalled()
 
 
 WAITS = ('File ".../torch/distributed/distributed_c10d.py", line 1 in all_reduce', 'File "trainer.py", line 2 in agree')
@@ -158,7 +158,7 @@ def rank(number: int, **changes: object) -> RankSnapshot:
 
 
 @pytest.mark.parametrize(
-    "culprit",
+    "cause",
     [
         rank(2, step=4, phases=30),  # a step behind
         rank(2, phases=8, silent_seconds=50),  # a phase behind
@@ -168,11 +168,11 @@ def rank(number: int, **changes: object) -> RankSnapshot:
         rank(2, silent_seconds=101),
     ],
 )
-def test_the_rank_that_the_others_wait_for_is_found(culprit: RankSnapshot) -> None:
+def test_the_rank_that_the_others_wait_for_is_found(cause: RankSnapshot) -> None:
     others = [rank(0), rank(1, silent_seconds=99), rank(3, step=5, phases=9)]
-    assert furthest_behind([*others, culprit]) == culprit
-    from_other_nodes = json.loads(json.dumps([asdict(each) for each in (culprit, *others)]))
-    assert furthest_behind(map(from_json, from_other_nodes)) == culprit
+    assert furthest_behind([*others, cause]) == cause
+    from_other_nodes = json.loads(json.dumps([asdict(each) for each in (cause, *others)]))
+    assert furthest_behind(map(from_json, from_other_nodes)) == cause
 
 
 def test_the_report_has_rank_host_step_phase_state_and_stack() -> None:

@@ -1,4 +1,4 @@
-"""A model's directory is looked at before a run: by headers, one line for each mistake, the file and what is right."""
+"""A model directory is checked before a run, by file headers: one line per mistake, with the file and what is right."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def config(**changes: Any) -> Change:
 
 
 def file(name: str, content: str | bytes | None) -> Change:
-    """Another content of a file; None: it is gone."""
+    """Replace the content of a file; None: delete it."""
 
     def rewrite(directory: Path) -> None:
         (path,) = directory.glob(name)
@@ -103,7 +103,7 @@ def index(directory: Path) -> None:
 
 
 def moved(directory: Path) -> None:
-    """The index has a weight in another file than the one that holds it."""
+    """The index names another file for a weight than the one that holds it."""
     path = directory / "model.safetensors.index.json"
     values = json.loads(path.read_text())
     places = values["weight_map"]
@@ -118,7 +118,7 @@ def adapter(directory: Path) -> None:
 
 
 def misshapen(directory: Path) -> None:
-    """A header whose shapes do not take the bytes that its offsets give them."""
+    """A header with a shape that does not match its byte offsets."""
     path = directory / "model.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -252,7 +252,7 @@ def test_each_kind_of_mistake_has_one_line(made: Path, tmp_path: Path) -> None:
 
 def test_no_weight_is_read(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Headers:
-        """safetensors' file without a way to read a tensor."""
+        """A safetensors file that cannot read tensors."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None: ...
 
@@ -293,7 +293,7 @@ def test_a_damaged_base_model_of_adapters_is_refused(made: Path, tmp_path: Path)
         checked(tmp_path / "D", tmp_path, **lora)
 
 
-def test_check_train_and_prefetch_refuse_before_anything_is_made(made: Path, corpus: Path, tmp_path: Path) -> None:
+def test_check_train_and_prefetch_refuse_before_anything_is_written(made: Path, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "one", tmp_path / "D")
     cut(tmp_path / "D")
     values = run_values(corpus, tmp_path / "run", model={"path": str(tmp_path / "D")}, tokenizer={})
@@ -330,7 +330,7 @@ def test_an_encoder_may_lack_its_new_head_and_nothing_else(tmp_path: Path, pretr
 def test_models_that_no_task_can_start_from_are_refused_by_their_kind(
     tmp_path: Path, model_type: str, message: str
 ) -> None:
-    """Its layers, or its kind; not the weights that are stored in another layout."""
+    """The error is about its layers or its kind, not about weights stored in another layout."""
     auto = AutoModelForMaskedLM if model_type == "nomic_bert" else AutoModelForCausalLM
     auto.from_config(AutoConfig.for_model(model_type, **{**ENCODER, "num_key_value_heads": 4})).save_pretrained(
         tmp_path
@@ -339,7 +339,7 @@ def test_models_that_no_task_can_start_from_are_refused_by_their_kind(
         check_directory(tmp_path, "token-classification", ["a", "b"])
 
 
-def test_old_buffers_need_no_place(made: Path, tmp_path: Path) -> None:
+def test_obsolete_buffers_are_ignored(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "one", tmp_path / "D")
     old = "model.layers.0.self_attn.rotary_emb.inv_freq"
     tensors(lambda held: held.update({old: torch.ones(4)}))(tmp_path / "D")

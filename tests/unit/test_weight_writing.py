@@ -1,4 +1,4 @@
-"""Weights are written as Hugging Face directories have them, shard by shard."""
+"""Weights are written in the format of Hugging Face directories, shard by shard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = {f"layers.{number}.weight": torch.full((4, 4), float(number)) for numb
 PLANNED = {name: weight.to("meta") for name, weight in WEIGHTS.items()}
 
 
-def test_one_file_where_all_fits_into_one(tmp_path: Path) -> None:
+def test_weights_that_fit_into_one_file_are_written_to_one(tmp_path: Path) -> None:
     write_weights(WEIGHTS.items(), PLANNED, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -31,15 +31,15 @@ def test_one_file_where_all_fits_into_one(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_written_before_the_next_begins(tmp_path: Path) -> None:
-    there = []
+    files_written = []
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, weight in WEIGHTS.items():
-            there.append(len(list(tmp_path.iterdir())))
+            files_written.append(len(list(tmp_path.iterdir())))
             yield name, weight
 
     write_weights(weights(), PLANNED, tmp_path, shard_bytes=128)  # two tensors of 64 bytes
-    assert there == [0, 0, 1, 1, 2]
+    assert files_written == [0, 0, 1, 1, 2]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 5 * 64
     assert index["weight_map"] == {

@@ -12,7 +12,7 @@ from evals.xtreme.metrics import answer_scores, mlqa_words, squad_words
 # MLQA's language (None: SQuAD's rule), prediction, gold answer: exact match and F1 as XTREME's scripts print them.
 MEASURED = [
     (None, "The Cat's, house", "a cats house", 100.0, 100.0),
-    (None, "THE", "an", 100.0, 0.0),  # nothing is left of either
+    (None, "THE", "an", 100.0, 0.0),  # both are empty after normalisation
     (None, "“Paris”", "Paris", 0.0, 0.0),  # only ASCII punctuation is dropped
     (None, "das Haus der Katze", "Haus Katze", 0.0, 66.66666666666666),
     (None, "北京市", "北京", 0.0, 0.0),

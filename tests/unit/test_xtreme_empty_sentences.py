@@ -43,7 +43,7 @@ def xtremes_sentences(file: Path) -> list[list[str]]:
 
 
 def xtremes_f1(ours: Path, gold: Path) -> float:
-    """Its F1, chunk by chunk over all sentences laid end to end."""
+    """The scorer's F1 over the chunks of all sentences."""
     found, wanted = tag_chunks(xtremes_sentences(ours)), tag_chunks(xtremes_sentences(gold))
     return 200 * len(found & wanted) / (len(found) + len(wanted))
 

@@ -31,7 +31,7 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(task: str, split: str, language: str, folder: Path, layout: str = "auto", **options: Any) -> Rows:
     found = list(read_rows(task, split, language, folder, layout, **options))  # type: ignore[arg-type]
-    if TASKS[task].kind != "retrieval":  # what the rows are for takes them
+    if TASKS[task].kind != "retrieval":  # the reader of the task accepts the rows
         kind: Any = TASKS[task].kind
         file = write(folder.parent / "read-back.jsonl", "".join(json.dumps(row) + "\n" for row in found))
         assert [record.id for record in read_task_file(file, kind)] == [row["id"] for row in found]
@@ -46,7 +46,7 @@ def failure(*arguments: Any, **options: Any) -> str:
 
 
 def write_download(folder: Path, erased: bool) -> None:
-    """What XTREME's script leaves. `erased`: as it does; else with the labels of the datasets' authors."""
+    """The files of XTREME's script. `erased`: without test labels, as it writes them; else with the authors' labels."""
     kept = [pair[:2] for pair in PAIRS] if erased else PAIRS
     by_csv_writer(folder / "xnli/train-en.tsv", PAIRS)
     by_csv_writer(folder / "xnli/dev-de.tsv", PAIRS)
@@ -145,7 +145,7 @@ def test_a_file_with_only_some_labels_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_of_one_item_share_their_group(tmp_path: Path) -> None:
-    """What is parallel by line or id has one group in all languages, what is not has not."""
+    """Items that are parallel by line or id have one group in all languages; others do not."""
     for language in ("de", "en"):
         by_csv_writer(tmp_path / f"d/xnli/dev-{language}.tsv", PAIRS)
         tagged(tmp_path / f"d/panx/dev-{language}.tsv", TAGGED)
@@ -178,7 +178,7 @@ def test_tatoeba_files_give_sentences_and_pairs(tmp_path: Path) -> None:
     assert [(row["text"], row["translation"]) for row in found] == [
         (text.strip(), other) for text, other in zip(source, english, strict=True)
     ]
-    write_download(tmp_path / "data", erased=True)  # English lines sorted: which is whose is not told
+    write_download(tmp_path / "data", erased=True)  # English lines are sorted, so the pairs are unknown
     assert tatoeba_pairs(tmp_path / "data", "de") == (["Zwei.", "Eins."], ["One.", "Two."], None)
     assert "are erased" in failure("tatoeba", "test", "de", tmp_path / "data")
     found = rows("tatoeba", "test", "de", tmp_path / "data", allow_unlabelled_test=True)
@@ -196,7 +196,7 @@ def test_bucc_files_give_sentences_and_gold_pairs(tmp_path: Path) -> None:
         ("de-000000002", "de", "Zwei."),
         ("en-000000009", "en", "Two."),
     ]
-    assert len(rows("bucc2018", "test", "de", tmp_path / "data")) == 3  # nothing in it could be erased
+    assert len(rows("bucc2018", "test", "de", tmp_path / "data")) == 3  # it has no labels that could be erased
     assert bucc_gold(tmp_path / "data", "de", "dev") == {("de-000000002", "en-000000009")}
     with pytest.raises(DataError, match=r"de-en.test.gold: missing, .* de-en.training.gold of BUCC 2018"):
         bucc_gold(tmp_path / "data", "de", "test")
@@ -231,7 +231,7 @@ def test_conllu_files_give_words_and_tags(tmp_path: Path) -> None:
     assert [(row["id"], row["text"], row["words"], row["tags"]) for row in found] == [
         ("udpos-dev-de-0", "Nein", ["Nein"], ["INTJ"]),  # treebanks by name
         ("udpos-dev-de-1", 'Im Haus "ging\'s"', ["In", "dem", "Haus", '"'], ["ADP", "DET", "NOUN", "PUNCT"]),
-        ("udpos-dev-de-3", "Ja", ["Ja"], ["INTJ"]),  # between them one whose words are withheld
+        ("udpos-dev-de-3", "Ja", ["Ja"], ["INTJ"]),  # the sentence between them has its words withheld
     ]
 
 
@@ -249,7 +249,7 @@ def test_bad_conllu_lines_are_named(tmp_path: Path, line: str, expected: str) ->
 
 
 def parquet(folder: Path, config: str, split: str, values: Rows, tags: str = "", names: tuple[str, ...] = ()) -> None:
-    """A configuration's file as the hub has it; `tags`: the column of numbers that stand for `names`."""
+    """A configuration's file as on the hub; `tags`: a column of class indices with these `names`."""
     import datasets
 
     file = folder / config / f"{split}-00000-of-00001.parquet"
@@ -283,7 +283,7 @@ def test_hub_datasets_give_the_canonical_rows(tmp_path: Path) -> None:
     parquet(folder, "SQuAD", "train", [{**qa, "answers": hub_answers("an der Donau", 12)}])
     parquet(folder, "XQuAD.de", "validation", [{**qa, "answers": [{"text": "an der Donau", "answer_start": 12}]}])
     parquet(folder, "MLQA.de.de", "validation", [{**qa, "answers": hub_answers("an der Donau", 12)}])
-    moved = {"context": "Ulm und Ulm.", "question": "Wo?"}  # its context began with two blanks
+    moved = {"context": "Ulm und Ulm.", "question": "Wo?"}  # its context began with two spaces
     tydiqa = [{**moved, "id": f"{name}-12-0", "answers": hub_answers("Ulm", 10)} for name in ("english", "finnish")]
     parquet(folder, "tydiqa", "validation", tydiqa)
     pair = {"source_sentence": "Zwei.\n", "target_sentence": "Two.\n", "source_lang": "deu", "target_lang": "eng"}
@@ -313,7 +313,7 @@ def test_hub_datasets_give_the_canonical_rows(tmp_path: Path) -> None:
 
 def test_bad_hub_rows_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
-    parquet(folder, "udpos.German", "test", [{"tokens": ["Im"], "pos_tags": [3]}])  # numbers that nothing names
+    parquet(folder, "udpos.German", "test", [{"tokens": ["Im"], "pos_tags": [3]}])  # class indices without names
     assert "udpos.German[test]:1: label '3' is not one of udpos's" in failure("udpos", "test", "de", folder, "hub")
     parquet(folder, "PAN-X.de", "test", [{"words": ["Im"], "ner_tags": ["O"]}])
     assert "PAN-X.de[test]: no column 'tokens'; the columns are 'words', 'ner_tags'" in failure(

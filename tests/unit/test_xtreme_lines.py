@@ -28,7 +28,7 @@ TEXTS = [
     ("A dog runs.", "It moves.", "entailment"),
     ('He said "hi" and left.', '"', "neutral"),
     ('"Quoted" at the start', 'ends "quoted"', "contradiction"),
-    ('"all of it"', "犬が走る。\u2028と\x0bか\u00a0", "entailment"),  # marks that are no line ends
+    ('"all of it"', "犬が走る。\u2028と\x0bか\u00a0", "entailment"),  # characters that are not line ends
 ]
 
 
@@ -62,7 +62,7 @@ def test_an_unbalanced_quote_does_not_join_lines(tmp_path: Path) -> None:
     rows = [('"The start of a quote', "that goes on", "neutral"), ("and on", 'and ends here"', "entailment")] * 3
     assert pairs(tsv(tmp_path / "a.tsv", rows)) == rows
     with open(tmp_path / "a.tsv", encoding="utf-8", newline="") as stream:
-        assert len(list(csv.reader(stream, delimiter="\t"))) < len(rows)  # what the csv module makes of it
+        assert len(list(csv.reader(stream, delimiter="\t"))) < len(rows)  # the csv module joins lines
 
 
 def test_quoting_of_a_csv_writer_is_removed(tmp_path: Path) -> None:
@@ -239,10 +239,13 @@ def test_answers_that_are_not_at_their_place_are_marked_as_misplaced(tmp_path: P
     file = squad(tmp_path / "a.json", (CONTEXT, qas))
     whole, moved = read_gold(file)
     assert (whole.misplaced, moved.answers) == (None, (("Ulm", 28),))  # `prepare` counts or refuses it
-    said = f"{file}: question q2: answer 'an der Donau' is not at character {start} of the context"
+    expected = f"{file}: question q2: answer 'an der Donau' is not at character {start} of the context"
     assert moved.misplaced is not None
-    assert moved.misplaced.startswith(said)
-    assert [q.answers for q in read_translated(file)] == [(("Ulm", 0),), (("Ulm", 28),)]  # those that did not
+    assert moved.misplaced.startswith(expected)
+    assert [q.answers for q in read_translated(file)] == [
+        (("Ulm", 0),),
+        (("Ulm", 28),),
+    ]  # translations: without misplaced answers
 
 
 def test_bad_json_is_named(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def entities_by_definition(tags: list[list[str]]) -> set[tuple[int, int, int, st
     found = set()
     for i, sentence in enumerate(tags):
         for j, tag in enumerate(sentence):
-            goes_on = tag[0] == "I" and j > 0 and sentence[j - 1][2:] == tag[2:]
-            if tag == "O" or goes_on:
+            continues = tag[0] == "I" and j > 0 and sentence[j - 1][2:] == tag[2:]
+            if tag == "O" or continues:
                 continue
             k = j + 1
             while k < len(sentence) and sentence[k] == "I-" + tag[2:]:
@@ -103,7 +103,7 @@ def entities_by_definition(tags: list[list[str]]) -> set[tuple[int, int, int, st
 def test_chunk_f1_equals_its_definition(labels: tuple[str, ...], define) -> None:
     rng = random.Random(5)
     for _ in range(300):
-        few = rng.sample(labels, 4)  # so that equal tags meet
+        few = rng.sample(labels, 4)  # so that equal tags are often adjacent
         gold = [[rng.choice(few) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 5))]
         predicted = [[tag if rng.random() < 0.7 else rng.choice(few) for tag in sentence] for sentence in gold]
         ours, theirs = define(predicted), define(gold)

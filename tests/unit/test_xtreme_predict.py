@@ -99,7 +99,7 @@ def test_logits_of_both_sides_are_averaged_for_rows_with_a_translation(tmp_path:
             both = mixed_logits(predictor, row.example.texts, row.back.texts).numpy()
             expected[number] = both.mean(axis=0)
             assert np.abs(both[0] - alone[number]).max() > 1e-3  # the target is mixed
-            assert np.abs(both[0] - both[1]).max() > 1e-3  # and the source another side
+            assert np.abs(both[0] - both[1]).max() > 1e-3  # and the source has other logits
     np.testing.assert_allclose(predictor.class_logits(rows), expected, atol=1e-5)
     np.testing.assert_allclose(predictor.class_logits(rows, "off"), alone, atol=1e-5)
     found = predictor.predict(rows)
@@ -138,7 +138,7 @@ def test_a_model_without_a_task_is_refused(tmp_path: Path) -> None:
 
 
 def tag_logits(predictor: EncoderPredictor, sentence: tuple[str, ...], first: int, stop: int, pooling: str) -> Any:
-    """(stop - first, C): words first..stop-1 alone, token by token; a word's tokens by the tokenizer's own account."""
+    """(stop - first, C): words first..stop-1 alone; a word's tokens are those of the tokenizer's `word_ids`."""
     hf = predictor.tokenizer.tokenizer
     encoded = hf(list(sentence[first:stop]), is_split_into_words=True, return_tensors="pt")
     assert encoded["input_ids"].shape[1] <= predictor.tokenizer.sequence_length
@@ -249,7 +249,7 @@ def strips_accents() -> Any:
 
 
 def composes() -> Any:
-    """As XLM-R's, whose normaliser composes what is decomposed."""
+    """Like XLM-R's, whose normaliser composes decomposed characters."""
     pieces = {"<s>": 0.0, "<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0}
     pieces |= dict.fromkeys([*"abcdefghijklmnopqrstuvwxyzéÂ0123456789.?"], -6.0)
     tokenizer = XLMRobertaTokenizer(vocab=[*pieces.items(), ("<mask>", 0.0)])
@@ -259,7 +259,7 @@ def composes() -> Any:
 
 @pytest.mark.parametrize("make", [wordpiece, unigram, strips_accents, composes])
 def test_an_answer_keeps_its_decomposed_accents(make: Any) -> None:
-    """Whatever the tokenizer does with them: keeps, parts from their letter, strips, composes."""
+    """Whether the tokenizer keeps, separates, strips or composes them."""
     context = unicodedata.normalize("NFD", "cafe café 12 Âncora é fim é")
     tokenizer = TaskTokenizer(make(), TaskConfig(kind="qa", max_question_length=8, doc_stride=8), 64)
     words = [(found.start(), found.group()) for found in re.finditer(r"\S+", context)]
@@ -270,7 +270,7 @@ def test_an_answer_keeps_its_decomposed_accents(make: Any) -> None:
         scores = [np.full(len(window), -9.0, np.float32) for _ in range(2)]
         scores[0][first] = scores[1][last] = 9.0
         assert best_span(context, [ScoredWindow(window, *scores)]).text == answer
-    # an accent that a token of its own stands for belongs to that token alone
+    # an accent that is a token by itself belongs to that token only
     offsets = tokenizer.windows(Example(("1?", context)))[0].context_offsets
     assert offsets is not None
     covered = [place for a, b in offsets.tolist() if a >= 0 for place in range(a, b)]
@@ -281,7 +281,7 @@ def test_gold_answers_do_not_change_predictions(tmp_path: Path) -> None:
     folder = export(tmp_path, "qa", length=60, doc_stride=16, max_question_length=20, mixup_layer=1)
     predictor = EncoderPredictor.open(folder, "fp32")
     rows = questions(8, back=True)
-    told = [
+    labelled = [
         Record(
             row.id, row.group, row.language, row.origin,
             Example(row.example.texts, answers=((row.example.texts[1][:3], 0),)),
@@ -291,7 +291,7 @@ def test_gold_answers_do_not_change_predictions(tmp_path: Path) -> None:
     ]  # fmt: skip
     found = predictor.predict(rows)
     assert found.mixed == 8
-    assert predictor.predict(told).values == found.values
+    assert predictor.predict(labelled).values == found.values
     assert found.values != predictor.predict(rows, "off").values
 
 

@@ -74,7 +74,7 @@ def test_an_output_of_the_same_inputs_is_kept_and_another_one_refused(data: Path
     assert "different: allow_unlabelled_test" in refused("xnli", data, output, allow_unlabelled_test=True)
     status = (data / "xnli/dev-de.tsv").stat()
     os.utime(data / "xnli/dev-de.tsv", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert prepare_task("xnli", data, output) == first  # touched, and the same
+    assert prepare_task("xnli", data, output) == first  # touched, but unchanged
     moved = data.with_name("moved")
     shutil.copytree(data, moved)
     assert prepare_task("xnli", moved, output) == first
@@ -84,8 +84,8 @@ def test_an_output_of_the_same_inputs_is_kept_and_another_one_refused(data: Path
         tsv(data / "xnli/dev-de.tsv", changed)
         os.utime(data / "xnli/dev-de.tsv", ns=(status.st_atime_ns, status.st_mtime_ns))
         assert "different: content of dev/de: dev-de.tsv);" in refused("xnli", data, output)
-    said = refused("xnli", data, output, remedy="name a new --output")
-    assert said.endswith("dev-de.tsv); name a new --output")
+    message = refused("xnli", data, output, remedy="name a new --output")
+    assert message.endswith("dev-de.tsv); name a new --output")
     tsv(data / "xnli/dev-de.tsv", PAIRS[:1])
     assert files(output) == before
     assert prepare_task("xnli", data, output, PrepareOptions(remake=True))["dev"] == {"de": 1, "en": 2}
@@ -107,7 +107,7 @@ def test_files_of_others_are_not_touched(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_failure_leaves_the_output_as_it_was(
+def test_a_failure_leaves_the_output_unchanged(
     data: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "output"
@@ -139,9 +139,9 @@ def test_languages_and_splits_can_be_chosen(data: Path, tmp_path: Path) -> None:
     assert prepared(languages=["de"]) == {"train": {"en": 2}, "dev": {"de": 2}, "test": {"de": 2}}
     assert prepared(splits={"train": "dev", "test": "test"}) == {"train": {"en": 2}, "dev": {}, "test": {"de": 2}}
     assert prepared(splits={"train": "dev"}, train_languages=["de", "en"])["train"] == {"de": 2, "en": 2}
-    assert jsonl(tmp_path / "output-1/train/en.jsonl")[0]["id"] == "xnli-dev-0"  # says where it came from
+    assert jsonl(tmp_path / "output-1/train/en.jsonl")[0]["id"] == "xnli-dev-0"  # the id names the original split
     (data / "xnli/test-de.tsv").unlink()
-    assert prepared(languages=["de", "en"])["test"] == {}  # not named, and none of it there
+    assert prepared(languages=["de", "en"])["test"] == {}  # not requested by name, and there is no file
     options: dict[str, Any] = {"languages": ["de", "fr"]}
     assert f"{data}/xnli/dev-fr.tsv: missing, and xnli's dev 'fr' is requested" in refused(
         "xnli", data, tmp_path / "o", **options
@@ -203,7 +203,7 @@ def test_questions_with_misplaced_answers_are_counted_up_to_a_limit(tmp_path: Pa
 
 def test_unanswerable_questions_are_left_out_and_counted(tmp_path: Path) -> None:
     context = "Ulm liegt an der Donau."
-    asked = [
+    questions = [
         question("1", "Wo?", ("Ulm", 0)),
         {**question("2", "Wer?"), "is_impossible": True, "plausible_answers": [{"text": "Ulm", "answer_start": 0}]},
         question("3", "Wann?"),
@@ -211,7 +211,7 @@ def test_unanswerable_questions_are_left_out_and_counted(tmp_path: Path) -> None
         {**question("5", "Was?", ("Donau", 17)), "is_impossible": False},
     ]
     for name in ("squad/train-v1.1.json", "squad/dev-v1.1.json", "xquad/xquad.de.json"):
-        squad(tmp_path / "data" / name, (context, asked))
+        squad(tmp_path / "data" / name, (context, questions))
     counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output")
     left = {"unanswerable question": 3}
     assert counts["skipped"] == {"train": {"en": left}, "dev": {"en": left}, "test": {"de": left}}

@@ -35,7 +35,7 @@ def sentences(n: int, seed: int) -> list[str]:
 
 
 def slow_vector(encoder: SentenceEncoder, text: str, layer: int, specials: bool) -> Any:
-    """One sentence, transformers' own account of the states: [0] are the embeddings, [l + 1] leave layer l."""
+    """One sentence by transformers, whose hidden_states[0] are the embeddings and [l + 1] the output of layer l."""
     inputs = encoder.states.tokenizer(text, return_tensors="pt")
     with torch.no_grad():
         states = encoder.states.model(**inputs, output_hidden_states=True).hidden_states[layer + 1][0].double()
@@ -100,14 +100,14 @@ def test_a_folder_gives_predictions_and_scores(model: Path, tmp_path: Path, monk
     laser(tmp_path / "tatoeba", "de", english, english)  # a "translation" that is the same is found
     laser(tmp_path / "tatoeba", "sw", other[::-1], other)
     encoder = SentenceEncoder.open(model, 1, dtype="fp32")
-    told: list[int] = []
-    monkeypatch.setattr(console.Progress, "advance", lambda self, n=1: told.append(n))
+    advanced: list[int] = []
+    monkeypatch.setattr(console.Progress, "advance", lambda self, n=1: advanced.append(n))
     results, scores = retrieve_tatoeba(encoder, tmp_path, tmp_path / "out")
     assert scores is not None
     assert list(scores.tasks["tatoeba"].languages) == ["de", "sw"]
     assert scores.tasks["tatoeba"].languages["de"]["accuracy"] == 100
     assert scores.tasks["tatoeba"].languages["sw"]["accuracy"] < 50
-    assert told == [1, 1]
+    assert advanced == [1, 1]
     order = sorted(range(len(english)), key=english.__getitem__)
     predictions = tmp_path / "out" / "predictions" / "tatoeba"
     assert read_indices(predictions / "test-de.tsv") == order
@@ -171,8 +171,8 @@ def test_absent_languages_are_reported_as_missing(
     assert results["missing"] == missing == results["scores"]["tasks"]["tatoeba"]["missing"]
     _, some = retrieve_tatoeba(encoder, tmp_path, tmp_path / "some", languages=["de"])
     assert some is not None
-    told = some.tasks["tatoeba"].missing
-    assert (told["sw"], told["af"]) == ("not requested", "no files")
+    missing_of_some = some.tasks["tatoeba"].missing
+    assert (missing_of_some["sw"], missing_of_some["af"]) == ("not requested", "no files")
     for side in ("de", "en"):
         (tmp_path / "sorted").mkdir(exist_ok=True)
         (tmp_path / "sorted" / f"de-en.{side}").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
@@ -200,6 +200,6 @@ def test_ties_up_to_rounding_are_broken_by_order() -> None:
 
 
 def test_a_sentence_without_tokens_has_no_nearest_sentence() -> None:
-    """Zeros are no vector: below every cosine, though some of these are negative."""
+    """A zero vector ranks below every cosine, also negative ones."""
     candidates = np.array([[0.0, 0.0], [-1.0, 0.0]], np.float32)
     assert nearest(np.array([[1.0, 0.0]], np.float32), candidates) == [1]

@@ -1,4 +1,4 @@
-"""`crosslift xtreme run` with a stand-in for training: composing, selecting, predicting, scoring, continuing."""
+"""`crosslift xtreme run` with a fake training: composing, selecting, predicting, scoring, resuming."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ALL_WORDS = [word for words in WORDS.values() for word in words]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """One untrained model for each checkpoint; they mix, so a run of any method has what it needs."""
+    """One untrained model for each checkpoint; all have X-Mixup, as some methods need."""
     folder = tmp_path_factory.mktemp("models")
     return {
         step: export(folder / str(step), "classification", LABELS, mixup_layer=1, step=step, seed=step)
@@ -53,24 +53,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 class Stage:
-    """Stands for training, for exports, and for the run's record."""
+    """Replaces training, exports and tracking."""
 
     def __init__(self, models: Mapping[int, Path]) -> None:
         self.models, self.calls = models, []  # type: ignore[var-annotated]
         self.steps: tuple[int, ...] = STEPS
-        self.refuses = False
+        self.fails = False
         self.tracked = Tracked()
 
     def train(self, config: Path, nproc: int | None) -> None:
         self.calls.append("train")
-        if self.refuses:
+        if self.fails:
             raise TrainingEnded(config, 2)
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
         for step in self.steps:
             folder = Path(values["output_dir"], "checkpoints", f"step-{step:08d}")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "COMPLETE").write_text('{"files": {}}')
-        (folder.parent / "step-00000009").mkdir(exist_ok=True)  # torn: no marker
+        (folder.parent / "step-00000009").mkdir(exist_ok=True)  # incomplete: no marker
         shutil.rmtree(Path(values["output_dir"], "model"), ignore_errors=True)
         shutil.copytree(self.models[max(self.steps)], Path(values["output_dir"], "model"))
         print("what training prints")
@@ -80,7 +80,7 @@ class Stage:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.models[int(checkpoint.name.removeprefix("step-"))], folder)
 
-    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> Stage:
         monkeypatch.setattr("evals.xtreme.run.train_to_end", self.train)
         monkeypatch.setattr("evals.xtreme.run.parent_run", self.tracked)
         for name in ("export_checkpoint", "export_newest"):
@@ -90,7 +90,7 @@ class Stage:
 
 @pytest.fixture
 def stage(models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> Stage:
-    return Stage(models).put_in(monkeypatch)
+    return Stage(models).install(monkeypatch)
 
 
 def text(rng: np.random.Generator) -> str:
@@ -118,7 +118,7 @@ def relabel(file: Path, labels: list[str]) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path, models: dict[int, Path]) -> Path:
-    """Prepared rows of en and de; the dev labels are what the checkpoint of step BEST answers."""
+    """Prepared rows of en and de; the dev labels are the predictions of the checkpoint of step BEST."""
     folder = tmp_path / "data"
     for split, n in (("train", 30), ("dev", 24), ("test", 18)):
         for seed, language in enumerate(("en", "de")):
@@ -135,7 +135,7 @@ def make(data: Path, output: Path, method: str = "x-mixup", **more: Any) -> Xtre
 
 
 class Tracked:
-    """Stands for `training.tracking.tracker.parent_run` and the tracker that it gives."""
+    """Replaces `training.tracking.tracker.parent_run` and the tracker that it yields."""
 
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
@@ -178,12 +178,12 @@ def test_the_best_checkpoint_on_dev_predicts_the_test_rows(
         assert read_labels(output / "predictions" / "xnli" / f"test-{language}.tsv", LABELS) == expected.values
         pairs = zip(expected.values, records, strict=True)
         right[language] = 100 * sum(label == record.example.label for label, record in pairs) / 18
-    told = results["summary"]
-    assert {language: scores["accuracy"] for language, scores in told["languages"].items()} == pytest.approx(right)
-    assert told["average"]["accuracy"] == pytest.approx(sum(right.values()) / 2)
-    assert told["gap"]["accuracy"] == pytest.approx(right["en"] - right["de"])
-    assert told["published"] == {"accuracy": 78.8}
-    assert told["difference"]["accuracy"] == pytest.approx(sum(right.values()) / 2 - 78.8)
+    summary = results["summary"]
+    assert {language: scores["accuracy"] for language, scores in summary["languages"].items()} == pytest.approx(right)
+    assert summary["average"]["accuracy"] == pytest.approx(sum(right.values()) / 2)
+    assert summary["gap"]["accuracy"] == pytest.approx(right["en"] - right["de"])
+    assert summary["published"] == {"accuracy": 78.8}
+    assert summary["difference"]["accuracy"] == pytest.approx(sum(right.values()) / 2 - 78.8)
     assert json.loads((output / "scores.json").read_bytes()) == results
     assert results["predicted"] == {"de": {"rows": 18, "mixed": 18}, "en": {"rows": 18, "mixed": 18}}
     out = capsys.readouterr().out
@@ -238,7 +238,7 @@ def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: S
         EvalError, match=r"run\.yaml: belongs to a run with another objective.layer; name a new --output"
     ):
         run_xtreme(make(data, tmp_path / "run", overrides=("objective.layer=5",)))
-    assert len(tracked.followed) == 1  # that run's record says nothing of this
+    assert len(tracked.followed) == 1  # the refused run is not tracked
     run_xtreme(make(data, tmp_path / "run", nproc=4))  # ranks and stores may differ
     assert tracked.followed[0] == tracked.followed[1]
     assert tracked.followed[1][0] == tmp_path / "run"
@@ -246,10 +246,10 @@ def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, stage: S
 
 
 def test_a_run_file_that_training_refused_can_be_corrected(data: Path, tmp_path: Path, stage: Stage) -> None:
-    stage.refuses = True
+    stage.fails = True
     with pytest.raises(TrainingEnded, match="ended with status 2"):
         run_xtreme(make(data, tmp_path / "run", overrides=("optimizer.learning_rat=1",)))
-    stage.refuses = False
+    stage.fails = False
     run_xtreme(make(data, tmp_path / "run"))
     assert load_config(tmp_path / "run" / "run.yaml").optimizer.learning_rate == 5e-6
 
@@ -310,7 +310,7 @@ def test_the_gap_reduction_is_reported_against_a_baseline(
     stage.calls.clear()
     with pytest.raises(EvalError, match=r"scores\.json: is of task 'pawsx', not 'xnli'"):
         run_xtreme(make(data, tmp_path / "run", baseline=tmp_path / "base"))
-    assert not stage.calls  # known before hours of training
+    assert not stage.calls  # refused before training
 
 
 def test_unlabelled_test_rows_give_predictions_but_no_scores(
@@ -338,7 +338,7 @@ def options_of(*command: str) -> set[str]:
 
 
 def test_error_messages_name_only_options_of_their_command() -> None:
-    """Each message of the modules that one command alone uses, and of those that several do."""
+    """Each message of modules that one command uses, and of those that several use."""
     root = CONFIG.parents[1]
     run, prepare = options_of("xtreme", "run"), options_of("xtreme", "prepare")
     of_files = {
@@ -348,7 +348,8 @@ def test_error_messages_name_only_options_of_their_command() -> None:
         "evals/xtreme/teacher.py": options_of("xtreme", "soft-labels"),
         "evals/xtreme/retrieval.py": options_of("xtreme", "retrieve"),
         "evals/mgsm/mgsm.py": options_of("eval") & options_of("score"),
-        "data_pipeline/xtreme/*.py": prepare & run | {"--remake"},  # in prepare's own words, which run replaces
+        "data_pipeline/xtreme/*.py": prepare & run
+        | {"--remake"},  # prepare's messages, in which run replaces the options
     }
     for pattern, options in of_files.items():
         for file in root.glob(pattern):
@@ -369,7 +370,7 @@ def test_xtremes_own_files_are_prepared_first(tmp_path: Path, stage: Stage) -> N
     assert list(results["summary"]["languages"]) == ["de", "en"]
     assert load_config(tmp_path / "run" / "run.yaml").max_steps == 1
     for file in source.iterdir():
-        os.utime(file)  # other times, the same content
+        os.utime(file)  # other times, same content
     assert run_xtreme(make(tmp_path / "raw", tmp_path / "run", "zero-shot"))["summary"] == results["summary"]
     kept = (source / "dev-de.tsv").read_bytes()
     (source / "dev-de.tsv").write_bytes(kept + kept)
@@ -436,7 +437,7 @@ def test_translations_for_a_tagger_need_a_teacher(tmp_path: Path, models: dict[i
         tagged(folder / split / "en.jsonl", "en", tags=["O", "B-LOC"])
     tagged(folder / "train" / "de.jsonl", "de", back_words=["old", "bridge"])
     tags = TASKS["panx"].labels
-    Stage({s: export(tmp_path / f"m{s}", "tagging", tags, step=s) for s in STEPS}).put_in(monkeypatch)
+    Stage({s: export(tmp_path / f"m{s}", "tagging", tags, step=s) for s in STEPS}).install(monkeypatch)
     run = {"config": CONFIG, "task": "panx", "model": "mbert", "method": "x-mixup", "data_dir": folder}
     with pytest.raises(EvalError, match=r"de\.jsonl:1: neither tags nor soft_tags; a teacher writes them"):
         run_xtreme(XtremeRun(**run, output=tmp_path / "a"))

@@ -139,7 +139,7 @@ def sections(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_values_are_read_as_in_a_run_file(tmp_path: Path) -> None:
-    """Norwegian is a language and an exponent makes a number, in the file and in an override."""
+    """`no` is the language Norwegian and 1e2 a number, in the file and in an override."""
     file = sections(tmp_path, tasks={"panx": {"data": {"languages": ["en", "LANGUAGE"], "sequence_length": "NUMBER"}}})
     text = file.read_text(encoding="utf-8").replace("LANGUAGE", "no").replace("NUMBER", "1e2")
     file.write_text(text, encoding="utf-8")
@@ -212,7 +212,7 @@ def test_published_rows_are_complete_and_equal_the_papers() -> None:
     assert published_score("mbert", "translate-train", "mlqa") == {"f1": 67.6, "exact_match": 49.8}
     assert published_score("mbert", "translate-train", "panx") is None
     assert published_score("xlm-r-large", "no-mixup", "xnli") is None
-    # The paper's own averages tell whether the cells were copied right: QA counts as the mean of F1 and EM.
+    # The paper's averages verify that the values were copied correctly: QA counts as the mean of F1 and EM.
     averages = {("xlm-r-large", "zero-shot"): 70.1, ("xlm-r-large", "translate-train"): 72.6,
                 ("xlm-r-large", "x-mixup"): 75.5, ("xlm-r-large", "filter"): 74.4, ("xlm-r-large", "xtune"): 76.5,
                 ("mbert", "zero-shot"): 63.2, ("mbert", "x-mixup"): 70.0}  # fmt: skip

@@ -36,8 +36,8 @@ def test_the_table_has_languages_mean_published_row_and_gap() -> None:
     scores = TaskScores(LANGUAGES, {"exact_match": 160 / 3, "f1": 206 / 3}, 61.0, {"ar": "no predictions"})
     baseline = {"output": "o", "model": "m", "method": "zero-shot", "gap": {"exact_match": 50.0, "f1": 0.0},
                 "partial": False}  # fmt: skip
-    told = summary(TASKS["tydiqa"], scores, "en", "xlm-r-large", "x-mixup", baseline)
-    assert run_table(TASKS["tydiqa"], told, "en").splitlines() == [
+    result = summary(TASKS["tydiqa"], scores, "en", "xlm-r-large", "x-mixup", baseline)
+    assert run_table(TASKS["tydiqa"], result, "en").splitlines() == [
         "language            EM      f1",
         "--------------  ------  ------",
         "en               70.00   80.00",
@@ -78,9 +78,9 @@ def test_scores_of_another_run_are_read_or_refused(tmp_path: Path) -> None:
 def test_a_gap_against_a_partial_baseline_is_marked() -> None:
     whole = TaskScores(LANGUAGES, {"exact_match": 160 / 3, "f1": 206 / 3}, 61.0, {})
     baseline = {"output": "o", "model": "m", "method": "z", "partial": True, "gap": {"exact_match": 50.0, "f1": 34.0}}
-    told = summary(TASKS["tydiqa"], whole, "en", "own", "x-mixup", baseline)
-    assert told["partial"] is False
-    lines = run_table(TASKS["tydiqa"], told, "en").splitlines()
+    result = summary(TASKS["tydiqa"], whole, "en", "own", "x-mixup", baseline)
+    assert result["partial"] is False
+    lines = run_table(TASKS["tydiqa"], result, "en").splitlines()
     assert [line.split("  ")[0] for line in lines if "*" in line] == [
         "baseline's gap*", "gap cut by*", "* the baseline lacks languages of the task"
     ]  # fmt: skip

@@ -92,7 +92,7 @@ def make_benchmark(root: Path) -> None:
             write(root / "predictions" / file_name(task.name, language), ours)
 
 
-# What XTREME's evaluate.py, with seqeval 0.0.12, says of these files: means over languages.
+# Output of XTREME's evaluate.py, with seqeval 0.0.12, for these files: means over languages.
 MEASURED = {
     "xnli": {"accuracy": 74.28571428571426},
     "pawsx": {"accuracy": 87.75510204081631},
@@ -110,7 +110,7 @@ MEASURED_GROUPS = {
     "qa": 49.86932820266154,
     "retrieval": 70.42722547108512,
 }
-# What seqeval 1.2.2 says: F1 in its default mode and accuracy, means over languages.
+# Output of seqeval 1.2.2: F1 in its default mode and accuracy, means over languages.
 MEASURED_BESIDE = {
     "udpos": {"f1_seqeval_1_2": 72.45076850030411, "token_accuracy": 76.36363636363636},
     "panx": {"f1_seqeval_1_2": 69.64833288562542, "token_accuracy": 78.0},
@@ -123,7 +123,7 @@ def scores_of(root: Path, **chosen):
 
 @pytest.fixture
 def some(whole: Path, tmp_path: Path) -> Path:
-    """A copy of four small tasks, one of each kind, that a test may spoil."""
+    """A copy of four small tasks, one of each kind, which a test may change."""
     for side in ("predictions", "labels"):
         for task in ("pawsx", "udpos", "mlqa", "bucc2018"):
             shutil.copytree(whole / side / task, tmp_path / side / task)
@@ -451,7 +451,7 @@ def test_files_that_the_task_does_not_have_are_refused(some: Path) -> None:
     with pytest.raises(EvalError, match=r"test-de\.tsv: mlqa has files test-XX\.json"):
         scores_of(some)
     file.unlink()
-    write(some / "predictions/mlqa/test-de.npz", "")  # a writer's own files do not disturb
+    write(some / "predictions/mlqa/test-de.npz", "")  # files with other suffixes are ignored
     write(some / "predictions/mewslix/test-ar.json", "")
     assert len(scores_of(some).tasks) == 4
 

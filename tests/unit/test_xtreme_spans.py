@@ -76,7 +76,7 @@ def test_the_best_span_equals_that_of_an_exhaustive_search(
     for _ in range(40):
         windows = scored(ranges, rng)
         text, score = slow_best(windows, n_best, max_tokens)
-        if text:  # else no pair of so few candidates makes a span, which is another test's matter
+        if text:  # else no pair of the candidates is a span, which another test covers
             found = best_span(CONTEXT, windows, n_best, max_tokens)
             assert (found.text, found.score) == (text, pytest.approx(score, rel=1e-6))
             assert CONTEXT[found.first : found.first + len(found.text)] == found.text
@@ -87,7 +87,7 @@ def test_the_best_span_equals_that_of_an_exhaustive_search(
 def test_only_tokens_of_the_context_form_an_answer() -> None:
     one = window(0, 20)
     start, end = np.zeros(len(one), np.float32), np.zeros(len(one), np.float32)
-    start[[0, 1, 2, 3, len(one) - 1]] = 50.0  # <s>, the question and </s> are surest
+    start[[0, 1, 2, 3, len(one) - 1]] = 50.0  # <s>, the question and </s> have the highest scores
     end[[0, 1, 2, 3, len(one) - 1]] = 50.0
     start[QUESTION + 4], end[QUESTION + 6] = 1.0, 1.0
     assert best_span(CONTEXT, [ScoredWindow(one, start, end)]).text == "Budapest wurde 1949"
@@ -106,7 +106,7 @@ def test_any_pair_is_allowed_if_the_candidates_form_no_span() -> None:
 def test_ties_take_the_first_window_and_answers_exclude_outer_white_space() -> None:
     context = "ab  cd"
     arrays = np.zeros(3, np.int32)
-    characters = np.array([(-1, -1), (0, 3), (3, 6)], np.int32)  # a tokenizer that counts spaces in
+    characters = np.array([(-1, -1), (0, 3), (3, 6)], np.int32)  # a tokenizer that includes spaces in words
     one = EncodedSide(
         arrays, arrays.astype(np.int8), arrays - 1, arrays > 0, words=(0, 2), context_offsets=characters
     )  # fmt: skip

@@ -44,11 +44,11 @@ def test_rows_get_the_teachers_probabilities_and_keep_their_other_fields(
     monkeypatch.setattr("evals.xtreme.teacher.CHUNK", 4)
     predictor = EncoderPredictor.open(export(tmp_path / "model", "tagging", TAGS[::-1]), "fp32")  # another order
     rows = write_rows(tmp_path / "mt" / "zh.jsonl", 10, tags=None, back_words=["old", "bridge"])
-    told: list[int] = []
-    monkeypatch.setattr(teacher.Progress, "advance", lambda self, n=1: told.append(n))
+    advanced: list[int] = []
+    monkeypatch.setattr(teacher.Progress, "advance", lambda self, n=1: advanced.append(n))
     counts = soft_labels(predictor, "panx", [tmp_path / "mt"], tmp_path / "out")
     assert counts == {"zh.jsonl": 10}
-    assert told == [4, 4, 2]
+    assert advanced == [4, 4, 2]
     written = [json.loads(line) for line in (tmp_path / "out" / "zh.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [{key: row[key] for key in row if key != "soft_tags"} for row in written] == [
         {key: row[key] for key in row if key != "tags"} for row in rows

@@ -21,7 +21,7 @@ Rows = list[dict[str, Any]]
 
 
 def prepared(task: str, folder: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Rows]]:
-    """The counts, and the rows by "split/language"; what the rows are for takes them all."""
+    """The counts, and the rows by "split/language"; the reader of the task accepts them all."""
     output = folder.parent / "output"
     counts = prepare_task(task, folder, output, PrepareOptions(**options))
     found = {}
@@ -37,7 +37,7 @@ def refused(task: str, folder: Path, **options: Any) -> str:
     with pytest.raises(DataError) as error:
         prepare_task(task, folder, output, PrepareOptions(**options))
     assert not output.exists()
-    assert list(folder.parent.glob(".*")) == []  # nothing half-written
+    assert list(folder.parent.glob(".*")) == []  # no temporary file is left
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -252,7 +252,7 @@ def test_questions_that_do_not_match_are_refused(tmp_path: Path) -> None:
 
 
 def write_tydiqa(folder: Path, english: list[str], german: list[str]) -> None:
-    """`german` stands for the translations: TyDiQA has none of German, so they are called Finnish."""
+    """`german`: ids of the translations. TyDiQA has no German, so their file is named as Finnish."""
     for name, ids in (("tydiqa-goldp-v1.1-train/tydiqa.goldp.en.train", english),):
         qas = [question(id, f"Q{n}?", ("Ulm", 0)) for n, id in enumerate(ids)]
         squad(folder / f"data/tydiqa/{name}.json", (CONTEXT, qas))
@@ -279,7 +279,7 @@ def test_repeated_ids_are_matched_by_place(tmp_path: Path) -> None:
         assert expected in refused("tydiqa", other / "data", **options | {"translations": other / "mt"})
 
 
-BUCKET = [  # in an order of its own; with two English originals that are not there
+BUCKET = [  # not in the order of the English file, in which one pair occurs twice
     ("Four.", "Five.", "Vier.", "Fünf.", "neutral"),
     ("One.", 'He said ""Two"".', "Eins.", "Zwei.", "contradictory"),
     ("One.", "Two.", "Eins!", "Zwei!", "neutral"),
