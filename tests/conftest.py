@@ -1,6 +1,6 @@
 """Fixtures of the tiny run (`tiny_run.py`).
 
-`corpus` and `prepared_run` are made once a session; nobody writes into them.
+`corpus` and `prepared_run` are made once per session; tests must not write into them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from tiny_run import PreparedRun, run_values, write_config, write_data
 
-# Of torch in each test worker and in all that it starts: more threads than cores take their time from each other
+# For torch in each test worker and its child processes: more threads than cores slow each other down
 # (tests/unit on 2 cores with three workers: 121 s with this, 166 s without).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What a developer's shell says of MLflow reaches no test, nor what a test starts.
+# MLflow variables of a developer's shell must not reach tests or processes that tests start.
 for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
     del os.environ[name]
 
@@ -60,7 +60,7 @@ def prepared_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Callable[..
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2 MB of its own, to be filled. Only root may mount one."""
+    """A separate disk of 2 MB, to be filled. Only root can mount one."""
     folder = tmp_path / "small disk"
     folder.mkdir()
     mounted = subprocess.run(

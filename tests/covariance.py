@@ -1,4 +1,4 @@
-"""Similarity of two sides of states that are all in memory, for tests."""
+"""Linear CKA and centroid distance of two sets of states in memory, for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hub of our own: the few addresses of the Hugging Face hub that downloads ask for, served from a folder.
+"""A fake Hugging Face hub: the endpoints that downloads use, served from a folder.
 
 `<root>/models/OWNER/NAME/...` and `<root>/datasets/OWNER/NAME/...` are repositories; their names may be in `gated`.
 """
@@ -22,13 +22,13 @@ _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)$")
 
 
 class Hub:
-    """What the server serves, and what it was asked for."""
+    """The served folder, and the requests that were received."""
 
     def __init__(self, root: Path, port: int) -> None:
         self.root, self.address = root, f"http://127.0.0.1:{port}"
         self.gated: set[str] = set()
-        self.sizes: dict[str, int] = {}  # of files that say they are larger than they are
-        self.asked: list[tuple[str, str, str | None]] = []  # method, path, the Authorization header
+        self.sizes: dict[str, int] = {}  # reported sizes of files that are smaller
+        self.requests: list[tuple[str, str, str | None]] = []  # method, path, the Authorization header
 
     def files(self, kind: str, name: str) -> list[Path]:
         folder = self.root / kind / name
@@ -37,7 +37,7 @@ class Hub:
 
 @contextmanager
 def serving(root: Path) -> Iterator[Hub]:
-    """The hub on a port of its own, until the block is left."""
+    """Serve the hub on a free port while the context is open."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -56,7 +56,7 @@ def serving(root: Path) -> Iterator[Hub]:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else {}
             path = unquote(urlsplit(self.path).path)
-            hub.asked.append((self.command, path, self.headers.get("Authorization")))
+            hub.requests.append((self.command, path, self.headers.get("Authorization")))
             if match := _API.match(path):
                 self._api(match[1], match[2], match[3], match[4] or "", body)
             elif match := _FILE.match(path):

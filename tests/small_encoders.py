@@ -1,7 +1,7 @@
 """Two small encoder tokenizers and words of five scripts, for tests of tasks.
 
 `wordpiece` is of BERT's family: every digit and character of WORDS, and a few longer pieces. `unigram` is of XLM-R's,
-with the pieces listed by score. Both know too little to keep most words whole.
+with the pieces listed by score. Both vocabularies are too small to keep most words whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Five kinds of tokenizer, four templates and ten languages, which tests of text share."""
+"""Five kinds of tokenizer, four templates and ten languages, shared by tests of text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The tiny run that tests share: a parallel corpus in four languages, and a run file's values that fit it.
 
 `conftest.py` makes fixtures of it. Tests with real ranks import it and so do the programs that are the ranks:
-`distributed/ranks.py` puts this folder on their path. To be read without any room of the project.
+`distributed/ranks.py` puts this folder on their path. It imports no room of the project.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ SITUATIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("{a}加{b}？", "{sum}"),
     ),
 }
-# What the runs of real ranks set: enough pairs a step that four ranks with four micro-batches each have some, and
-# tied weights, with a layer before, between and after the two that shift.
+# Settings of runs on real ranks: enough pairs per step for four ranks with four micro-batches each, and tied weights,
+# with a layer before, between and after the two that shift.
 FOR_RANKS: dict[str, Any] = {
     "model.init.num_hidden_layers": 3,
     "model.init.tie_word_embeddings": True,
@@ -108,7 +108,7 @@ def write_task_data(folder: Path, items: int = ITEMS) -> Path:
     return folder
 
 
-# What turns the tiny run into X-Mixup on a tagger, over `write_task_data`.
+# Changes that turn the tiny run into X-Mixup on a tagger, over `write_task_data`.
 XMIXUP: dict[str, Any] = {
     "model.init": {
         "model_type": "xlm-roberta", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -132,9 +132,9 @@ XMIXUP: dict[str, Any] = {
 
 
 def run_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str, Any]:
-    """Fresh values of a run file, dotted keys set as asked: `run_values(a, b, **{"data.workers": 2})`.
+    """New values of a run file, with dotted keys set: `run_values(a, b, **{"data.workers": 2})`.
 
-    A two-layer Llama from scratch with a tokenizer of its own, ShifCon, 12 steps of 8 slots, fp32, ZeRO-3 with
+    A two-layer Llama from scratch with its own tokenizer, ShifCon, 12 steps of 8 slots, fp32, ZeRO-3 with
     nothing left unsharded.
     """
     values: dict[str, Any] = {
@@ -179,7 +179,7 @@ def run_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str,
         section = values
         for name in parents:
             section = section.setdefault(name, {})
-        section[last] = copy.deepcopy(value)  # a later key may reach into it
+        section[last] = copy.deepcopy(value)  # a later key may change a value in it
     return values
 
 

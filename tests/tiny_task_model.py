@@ -1,8 +1,8 @@
-"""Exported task models that are tiny and untrained, for tests of what is done with a trained one.
+"""Tiny, untrained exports of task models, for tests that need a trained one.
 
-`export` writes what `training.checkpoints.export` does: weights, tokenizer, `crosslift.json` and, where asked for,
-X-Mixup's file.
-The weights are large for an untrained model's, so that different inputs give clearly different outputs.
+`export` writes the files of `training.checkpoints.export`: weights, tokenizer, `crosslift.json` and, if requested,
+X-Mixup's file. The weights are larger than usual for an untrained model, so that different inputs give clearly
+different outputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How tests wait for what another process or thread is to do."""
+"""Polling: wait until another process or thread has done something."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20, every: float = 0.02) -> None:
-    """Look `every` so many seconds until `condition` holds; fail after `seconds`."""
+    """Check `condition` every `every` seconds until it holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition does not hold after {seconds} s"
         time.sleep(every)

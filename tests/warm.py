@@ -1,9 +1,9 @@
 """Programs that start warm: forked from a process that has imported what they need.
 
-Most of a small program's life is importing torch, transformers and DeepSpeed: some 9 s of CPU. A `Warm` has imported
-its modules once; each program is then a process of its own, with its own variables, folder, outputs and exit status.
-What a module read from the environment when it was imported stays as it was. So a program whose variables matter to a
-library (HF_HOME, HF_HUB_OFFLINE) is started by a `Warm` that has not imported that library.
+A small program spends most of its time importing torch, transformers and DeepSpeed: some 9 s of CPU. A `Warm` imports
+its modules once; each program is then a separate process, with its own variables, folder, outputs and exit status.
+Values that a module reads from the environment at import do not change later. So a program with variables that a
+library reads (HF_HOME, HF_HUB_OFFLINE) is started by a `Warm` that has not imported that library.
 
 As a program (`python warm.py FD MODULE...`) this file is that process. It ends with the tests that started it.
 """
@@ -29,13 +29,13 @@ Done = subprocess.CompletedProcess[str]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, with the source and `tests/tiny_run.py` first on the path and one thread a process."""
+    """This process's environment, with the source and `tests` first on the path and one thread per process."""
     path = os.pathsep.join([str(SOURCE), str(SOURCE / "tests"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(extra or {})}
 
 
 class Program(NamedTuple):
-    """`python ARGUMENTS` with these variables alone, in the source's folder; what it prints goes into two files."""
+    """`python ARGUMENTS` with only these variables, in the source's folder; its output is written to two files."""
 
     arguments: Sequence[str]
     variables: Mapping[str, str]
@@ -44,7 +44,7 @@ class Program(NamedTuple):
 
 
 class Warm:
-    """Starts Python programs as forks of a process that has these modules, and not more, imported."""
+    """Starts Python programs as forks of a process that has imported these modules only."""
 
     def __init__(self, *modules: str) -> None:
         self.modules = modules
@@ -52,14 +52,14 @@ class Warm:
         self._ended: dict[int, int] = {}  # exit status by process id
 
     def run(self, arguments: Sequence[str], variables: Mapping[str, str] | None = None, timeout: float = 240) -> Done:
-        """`python ARGUMENTS` to its end; without `variables`, with those of `environment`."""
+        """Run `python ARGUMENTS` to its end; `variables` default to those of `environment`."""
         (done,) = self.run_together([arguments], [environment() if variables is None else variables], timeout)
         return done
 
     def run_together(
         self, programs: Sequence[Sequence[str]], variables: Sequence[Mapping[str, str]], timeout: float
     ) -> list[Done]:
-        """All at once, until the last has ended. Kills them at the deadline, which is a failed assertion."""
+        """Run all at once to their ends. At the deadline they are killed and the assertion fails."""
         with TemporaryDirectory() as temporary:
             started = [
                 Program(each, values, Path(temporary, f"{number}.out"), Path(temporary, f"{number}.err"))
@@ -80,19 +80,19 @@ class Warm:
             ]
 
     def start(self, program: Program) -> int:
-        """The process id of a program that now runs."""
+        """Start a program; returns its process id."""
         if self._server is None:
             self._server, theirs = multiprocessing.Pipe()
             command = [sys.executable, str(Path(__file__)), str(theirs.fileno()), *self.modules]
             server = subprocess.Popen(command, env=environment(), cwd=SOURCE, pass_fds=[theirs.fileno()])
             theirs.close()
             atexit.register(server.wait, 60)
-            atexit.register(self._server.close)  # which comes first
+            atexit.register(self._server.close)  # runs before the wait
         self._server.send(program)
-        return int(self._heard())
+        return int(self._receive_start())
 
     def status(self, process: int, timeout: float) -> int | None:
-        """How a program ended, minus the signal that killed it; None if it still runs after these seconds."""
+        """Exit status of a program, or minus the signal that killed it; None if it still runs after these seconds."""
         assert self._server is not None
         deadline = time.monotonic() + timeout
         while process not in self._ended and self._server.poll(max(deadline - time.monotonic(), 0)):
@@ -100,24 +100,24 @@ class Warm:
         return self._ended.get(process)
 
     def kill(self, process: int) -> None:
-        """With SIGKILL, if it has not ended; returns when it has."""
+        """Kill a program with SIGKILL if it has not ended; returns when it has."""
         if self.status(process, 0) is None:
             os.kill(process, 9)
-            assert self.status(process, 60) is not None, f"{process} outlives SIGKILL"
+            assert self.status(process, 60) is not None, f"process {process} runs after SIGKILL"
 
-    def _heard(self) -> int:
-        """The next answer to a start; ends of other programs may come before it."""
+    def _receive_start(self) -> int:
+        """The process id that answers a start; ends of other programs are noted before it."""
         assert self._server is not None
-        while isinstance(said := self._server.recv(), tuple):
-            self._note(said)
-        return int(said)
+        while isinstance(received := self._server.recv(), tuple):
+            self._note(received)
+        return int(received)
 
     def _note(self, ended: tuple[int, int]) -> None:
         self._ended[ended[0]] = ended[1]
 
 
 def _serve(tests: Connection) -> None:
-    """Answers a program with its process id; says (process id, exit status) of each that ends. Ends with the tests."""
+    """Fork a process for each program; send its id, and (id, exit status) when it ends. Returns when the tests end."""
     running: dict[int, multiprocessing.process.BaseProcess] = {}
     while True:
         ready = wait([tests, *running])
@@ -130,7 +130,7 @@ def _serve(tests: Connection) -> None:
                 program = tests.recv()
             except EOFError:
                 break
-            process = multiprocessing.get_context("fork").Process(target=_be, args=(program,))
+            process = multiprocessing.get_context("fork").Process(target=_run_program, args=(program,))
             process.start()
             running[process.sentinel] = process
             tests.send(process.pid)
@@ -138,8 +138,8 @@ def _serve(tests: Connection) -> None:
         process.kill()
 
 
-def _be(program: Program) -> None:
-    """In the forked process: becomes the program."""
+def _run_program(program: Program) -> None:
+    """Run the program, in the forked process."""
     for number, file in ((1, program.out), (2, program.err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()

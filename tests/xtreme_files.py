@@ -32,7 +32,7 @@ def by_csv_writer(file: Path, rows: Iterable[Sequence[str]]) -> Path:
 
 
 def tagged(file: Path, sentences: Iterable[Sequence[Sequence[str]]]) -> Path:
-    """A line a word, its columns parted by tabs, a blank line after each sentence."""
+    """One line per word with columns separated by tabs, a blank line after each sentence."""
     return write(file, "".join("".join("\t".join(word) + "\n" for word in words) + "\n" for words in sentences))
 
 

@@ -1,4 +1,4 @@
-"""One rank of the fault tests: causes the named fault on rank 1 and lets the trainer meet it.
+"""Program of a rank of the fault tests: causes the named fault on rank 1 during training.
 
 python faults.py FAULT DATA_DIR OUTPUT_DIR
 """
@@ -32,10 +32,10 @@ def skip_a_module(init):
     return build
 
 
-def spoil(loss_terms, where: str):
+def corrupt(loss_terms, where: str):
     calls = 0
 
-    def spoiled(self, engine, batch) -> LossTerms:
+    def corrupted(self, engine, batch) -> LossTerms:
         nonlocal calls
         terms = loss_terms(self, engine, batch)
         calls += torch.is_grad_enabled()
@@ -47,7 +47,7 @@ def spoil(loss_terms, where: str):
                 terms.terms["sft"].sum.register_hook(lambda gradient: gradient * float("inf"))
         return terms
 
-    return spoiled
+    return corrupted
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
     if fault == "module":
         SupervisedFineTuning.__init__ = skip_a_module(SupervisedFineTuning.__init__)
     else:
-        ShifCon.loss_terms = spoil(ShifCon.loss_terms, fault)
+        ShifCon.loss_terms = corrupt(ShifCon.loss_terms, fault)
     return run_rank(["unused.yaml"])
 
 

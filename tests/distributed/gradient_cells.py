@@ -1,7 +1,8 @@
-"""One rank of the gradient test: the same global batch in 1, 2 and 4 micro-batches a rank; rank 0 keeps the gradients.
+"""Program of a rank of the gradient tests: the same global batch in 1, 2 and 4 micro-batches per rank.
 
-X-Mixup has two such batches, of a step with gold sources and of one with back-translations. Two ranks also run under
-every ZeRO stage, and keep the parameters after two updates, with and without a checkpoint in between.
+A cell is an objective at a step; rank 0 saves its gradients. X-Mixup has two cells: a step with gold sources and one
+with back-translations. Two ranks also run under every ZeRO stage and save the parameters after two updates, with and
+without a checkpoint in between.
 
 python gradient_cells.py DATA_DIR WORK_DIR OUTPUT
 """
@@ -30,7 +31,7 @@ from training.run_folder.prepare import prepare
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"name": "sft"}},
     "shifcon": {},
-    # Larger weights than usual: otherwise all attend evenly, and the learned ratio gets next to no gradient.
+    # Larger weights than usual: otherwise attention is uniform and the learned ratio has almost no gradient.
     "xmixup": {**XMIXUP, "model.init.initializer_range": 0.3, "data.slots_per_step": 48},
 }
 STEP = 3
@@ -61,7 +62,7 @@ def _cell(run: Run, step: int, micro_batches: int, output: Path) -> None:
     trainer.accumulate(step, batch, totals)
     gradients = run.engine.full_gradients()
     assert gradients.keys() == dict(run.engine.module.named_parameters()).keys()
-    norm = run.engine.step(learning_rate=0.0)  # clears the gradients, moves nothing
+    norm = run.engine.step(learning_rate=0.0)  # clears the gradients, changes no weight
     if rank() == 0:
         save_file(gradients, output.with_suffix(".safetensors"))
         sets = sum(bool(unit.pairs) for unit in run.data.planner.step(step).units)
@@ -78,7 +79,7 @@ def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage
     for number, name in enumerate(("first", "second", "second-after-load")):
         if name == "second-after-load":
             run.engine.load_state(saved)
-            # Gradients that are dropped leave nothing behind. Not STEP + 1: ShifCon's vectors are estimated before it.
+            # Dropped gradients must have no effect. Not STEP + 1: ShifCon's vectors are estimated before it.
             trainer.accumulate(STEP + 2, *_batch(trainer, STEP + 2, micro_batches=2))
             run.engine.drop_update()
         trainer.accumulate(STEP, batch, totals)

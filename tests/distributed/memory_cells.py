@@ -1,4 +1,6 @@
-"""One rank of the memory test: what the engine really holds, under every ZeRO stage, in fp32 and bf16.
+"""Program of a rank of the memory tests: memory of the engine, measured under every ZeRO stage in fp32 and bf16.
+
+A cell is one such configuration.
 
 python memory_cells.py DATA_DIR WORK_DIR OUTPUT
 """
@@ -21,7 +23,7 @@ from training.run_file import validate
 from training.run_folder.prepare import prepare
 
 BUCKET = 3000  # elements
-# Weights come and go as fast as they can: nothing is kept for later, nothing is fetched early.
+# Gathered weights are released at once: none is kept for reuse, none is prefetched.
 ZERO: dict[str, Any] = {
     "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 0,
     "stage3_max_reuse_distance": 0,
@@ -50,7 +52,7 @@ def values(data_dir: Path, output_dir: Path, cell: str) -> dict[str, Any]:
         "precision": "fp32",
         "objective": {"name": "sft"},
         "deepspeed": {"zero_optimization": ZERO},
-        "watchdog.straggler_every": 0,  # its matrix has one size, whatever the model's
+        "watchdog.straggler_every": 0,  # its matrix has a fixed size, whatever the model
         **CELLS[cell],
     }
     return rank_values(data_dir, output_dir, **changes)
@@ -68,7 +70,7 @@ def main() -> None:
         run.engine.destroy()
         del run, before
         gc.collect()
-    assert not {"mlflow", "torch._inductor.compile_fx"} & sys.modules.keys(), "the engine imports what nothing uses"
+    assert not {"mlflow", "torch._inductor.compile_fx"} & sys.modules.keys(), "the engine imports unused modules"
     if rank() == 0:
         (output / f"{world_size()}.json").write_text(json.dumps(measured))
 

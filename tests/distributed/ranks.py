@@ -1,4 +1,4 @@
-"""Real ranks for tests: starts processes with a rendezvous of their own, and never waits for ever."""
+"""Real ranks for tests: starts processes with their own rendezvous and kills them at a deadline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run_ranks(
     program: Sequence[str], world_size: int, timeout: float = 400, extra: Mapping[str, str] | None = None
 ) -> list[subprocess.CompletedProcess[str]]:
     """`python PROGRAM` as `world_size` ranks; their exit statuses and output. Kills all at the deadline."""
-    return WARM.run_together([program] * world_size, _places(world_size, extra), timeout)
+    return WARM.run_together([program] * world_size, _rank_variables(world_size, extra), timeout)
 
 
 def run_command(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -28,22 +28,22 @@ def run_command(*arguments: object, timeout: float = 240) -> subprocess.Complete
 
 
 def kill_ranks_when(due: Callable[[], bool], program: Sequence[str], world_size: int, log: Path) -> None:
-    """`python PROGRAM` as ranks until it is due: then kill -9 to the last one, and to the rest, as a launcher would."""
+    """Run `python PROGRAM` as ranks until `due()`; then SIGKILL the last one and, as a launcher would, the others."""
     started: list[int] = []
     deadline = time.monotonic() + 200
     try:
-        for rank, variables in enumerate(_places(world_size)):
+        for rank, variables in enumerate(_rank_variables(world_size)):
             started.append(WARM.start(Program(program, variables, *[log.with_suffix(f".{rank}")] * 2)))
         while not due():
-            assert time.monotonic() < deadline, "the run never got there"
+            assert time.monotonic() < deadline, "the ranks were not due to be killed in time"
             assert all(WARM.status(each, 0.02) is None for each in started), "the run ended before it was killed"
     finally:
         for each in reversed(started):
             WARM.kill(each)
 
 
-def _places(world_size: int, extra: Mapping[str, str] | None = None) -> list[dict[str, str]]:
-    """Variables of each rank, with a port for them to meet at."""
+def _rank_variables(world_size: int, extra: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """Environment variables of each rank, with a free rendezvous port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,6 +57,6 @@ def _places(world_size: int, extra: Mapping[str, str] | None = None) -> list[dic
 
 
 def checked(results: Sequence[subprocess.CompletedProcess[str]]) -> None:
-    """All ranks ended well, or their errors as the assertion's message."""
+    """Assert that all ranks ended with status 0; their errors are the message."""
     failed = [f"rank {rank}: {each.returncode}\n{each.stderr[-3000:]}" for rank, each in enumerate(results)]
     assert all(each.returncode == 0 for each in results), "\n".join(failed)

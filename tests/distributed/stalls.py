@@ -1,4 +1,4 @@
-"""One rank of the stall tests: the reader of rank 1 is slow for some steps and then hangs.
+"""Program of a rank of the stall tests: the reader of rank 1 is slow for some steps and then hangs.
 
 python stalls.py loop|stop DATA_DIR OUTPUT_DIR
 """

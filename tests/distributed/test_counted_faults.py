@@ -1,4 +1,4 @@
-"""A short version of `benchmarks/faults.py`: one fault, and the run's end is the undisturbed one's."""
+"""A short version of `benchmarks/faults.py`: one fault, after which the run ends as an undisturbed one does."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_a_rank_that_skips_a_module_is_named_with_the_module(data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_with_step_rank_and_samples(where: str, data: Path, tmp_path: Path) -> None:
+def test_a_non_finite_value_stops_the_run_with_step_rank_and_samples(where: str, data: Path, tmp_path: Path) -> None:
     for text in messages(where, data, tmp_path / "run"):
         assert "is not finite" in text
         assert where in text
@@ -41,5 +41,5 @@ def test_what_is_not_finite_stops_the_run_with_step_rank_and_samples(where: str,
     assert f"step {listed['step']}:" in text
     assert listed["step"] > 0
     assert "1" in listed["sample_ids"]
-    assert ("0" in listed["sample_ids"]) == (where == "gradient")  # a summed gradient tells no rank
+    assert ("0" in listed["sample_ids"]) == (where == "gradient")  # a reduced gradient does not show the rank
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))

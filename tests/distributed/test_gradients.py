@@ -19,13 +19,13 @@ WORLD_SIZES = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4)
 CELLS = ("sft", "shifcon", "xmixup", "xmixup-back")
 
-# Every launch of the fixture counts, beside whatever else the machine does.
+# The first test includes all launches of the fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gradients of every cell: one launch a world size runs them all, from what the first one has prepared."""
+    """Gradients of every cell (`gradient_cells.py`): one launch per world size; the first one prepares the data."""
     folder = tmp_path_factory.mktemp("gradients")
     data = write_data(folder / "data", RANK_ITEMS)
     write_task_data(data / "tasks", RANK_ITEMS)
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_the_whole_batch(cells: Path, cell: str, world_si
 
 
 @pytest.mark.parametrize("cell", ["xmixup", "xmixup-back"])
-def test_so_are_those_of_the_mixing_ratio_which_are_small(cells: Path, cell: str) -> None:
+def test_gradients_of_the_mixing_ratio_are_those_of_the_whole_batch(cells: Path, cell: str) -> None:
     whole = flat(cells, cell, 1, 1, only="mixup_ratio")
     assert len(whole) == 2
     assert whole.abs().min() > 1e-4
@@ -68,11 +68,11 @@ def test_so_are_those_of_the_mixing_ratio_which_are_small(cells: Path, cell: str
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_all_splits_see_the_same_step(cells: Path, cell: str) -> None:
-    seen = [facts(cells, cell, n_ranks, n) for n_ranks in WORLD_SIZES for n in MICRO_BATCHES]
-    assert seen[0]["sets"] >= (16 if cell == "shifcon" else 0)
-    for each in seen:
-        assert {**each, "norm": 0, "idle": 0} == {**seen[0], "norm": 0, "idle": 0}
+def test_all_splits_have_the_same_counts(cells: Path, cell: str) -> None:
+    found = [facts(cells, cell, n_ranks, n) for n_ranks in WORLD_SIZES for n in MICRO_BATCHES]
+    assert found[0]["sets"] >= (16 if cell == "shifcon" else 0)
+    for each in found:
+        assert {**each, "norm": 0, "idle": 0} == {**found[0], "norm": 0, "idle": 0}
 
 
 @pytest.mark.parametrize("cell", ["shifcon", "xmixup"])
@@ -87,21 +87,21 @@ def test_only_gold_sources_have_labels(cells: Path) -> None:
     assert gold["pairs"] == back["pairs"] == 48
 
 
-def test_the_contrastive_loss_has_a_part_in_it(cells: Path) -> None:
+def test_the_contrastive_loss_contributes_to_the_gradients(cells: Path) -> None:
     sft, shifcon = flat(cells, "sft", 1, 1), flat(cells, "shifcon", 1, 1)
     assert (sft - shifcon).norm() / sft.norm() > 1e-2
 
 
 @pytest.mark.parametrize("cell", ["shifcon", "xmixup"])
-def test_the_engine_reports_that_gradients_norm(cells: Path, cell: str) -> None:
+def test_the_engine_reports_the_norm_of_these_gradients(cells: Path, cell: str) -> None:
     assert facts(cells, cell, 2, 2)["norm"] == pytest.approx(float(flat(cells, cell, 1, 1).norm()), rel=1e-4)
 
 
 def after(cells: Path, objective: str, stage: int, update: str, what: str) -> torch.Tensor:
     """Gradients or parameters of an update under a ZeRO stage, at 2 ranks with 2 micro-batches each, as one vector.
 
-    Without the biases of keys, which move every score of a query alike: their gradient is 0 but for rounding, and
-    Adam makes a full step of that.
+    Without the biases of keys, which change all scores of a query by the same amount: their gradient is 0 up to
+    rounding, which Adam turns into a full step.
     """
     tensors = load_file(cells / "2" / f"{objective}-stage-{stage}-{update}-{what}.safetensors")
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors) if not name.endswith("key.bias")])
@@ -117,12 +117,14 @@ def test_every_zero_stage_has_the_same_gradients_and_updates(
         one, other = after(cells, objective, 3, update, what), after(cells, objective, stage, update, what)
         assert (one - other).norm() / one.norm() < 1e-5, what
     moved = after(cells, objective, 3, "second", "parameters") - after(cells, objective, 3, "first", "parameters")
-    assert moved.norm() / one.norm() > 1e-2, "the updates are real"
+    assert moved.norm() / one.norm() > 1e-2, "the updates change the parameters"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["shifcon", "xmixup"])
-def test_the_stages_start_from_the_gradients_of_the_whole_batch(cells: Path, objective: str, stage: int) -> None:
+def test_the_first_gradients_of_every_stage_are_those_of_the_whole_batch(
+    cells: Path, objective: str, stage: int
+) -> None:
     whole = load_file(cells / "1" / f"{objective}-1.safetensors")
     first = load_file(cells / "2" / f"{objective}-stage-{stage}-first-gradients.safetensors")
     assert first.keys() == whole.keys()
@@ -132,8 +134,8 @@ def test_the_stages_start_from_the_gradients_of_the_whole_batch(cells: Path, obj
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["shifcon", "xmixup"])
-def test_an_update_after_loading_is_the_update_without_a_stop(cells: Path, objective: str, stage: int) -> None:
-    """And the gradients of another batch, dropped in between, leave nothing behind."""
+def test_an_update_after_loading_equals_the_uninterrupted_update(cells: Path, objective: str, stage: int) -> None:
+    """Dropped gradients of another batch in between have no effect."""
     for what in ("gradients", "parameters"):
         one = load_file(cells / "2" / f"{objective}-stage-{stage}-second-{what}.safetensors")
         other = load_file(cells / "2" / f"{objective}-stage-{stage}-second-after-load-{what}.safetensors")

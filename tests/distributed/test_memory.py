@@ -1,4 +1,4 @@
-"""The arithmetic of `training.engine.memory` against what the engine holds: real ranks, all stages, fp32, bf16."""
+"""Estimates of `training.engine.memory` against the engine's memory: real ranks, all ZeRO stages, fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from training.engine.memory import Activations, MemoryEstimate, Ranks, memory_es
 from training.run_file import validate
 
 NOTHING = Activations((), 0, 0, 0, 0, counted=True)
-WHOLE_AT_FIRST = (
+WHOLE_UNTIL_REDUCED = (
     "stage 1 fp32",
     "stage 1 bf16",
     "stage 2 fp32",
-)  # gradients, before what is reduced is cut to the rank's part
+)  # gradients are whole until they are reduced and sharded
 HELD = {**NAMES, "bucket": ("bucket for reducing gradients",), "small": ("small weights, whole",)}
 
 
@@ -45,23 +45,23 @@ def estimate(data: Path, cell: str, ranks: int) -> MemoryEstimate:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_the_engine_holds(measured: Any, cell: str) -> None:
+def test_the_estimate_of_each_part_equals_the_engines_memory(measured: Any, cell: str) -> None:
     ranks, data, by_cell = measured
     held, found = by_cell[cell], estimate(data, cell, ranks)
     everywhere = {part.name: part.gpu + part.host + part.nvme for part in found.parts}
     for what, names in HELD.items():
         if what == "small" and ranks == 1:
-            continue  # one rank's shards are whole: views of them
+            continue  # the shards of a single rank are views of the whole weights
         expected = sum(everywhere.get(name, 0) for name in names)
-        if what == "gradients" and cell in WHOLE_AT_FIRST:
+        if what == "gradients" and cell in WHOLE_UNTIL_REDUCED:
             assert held[what] <= expected
         else:
             assert held.get(what, 0) == pytest.approx(expected, rel=0.005, abs=16), what
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_large_is_forgotten(measured: Any, cell: str) -> None:
-    """All float tensors of the process after a backward pass, but for the few that do not grow with the model."""
+def test_the_estimate_includes_all_large_tensors(measured: Any, cell: str) -> None:
+    """Float tensors of the process after a backward pass, except the few that do not grow with the model."""
     ranks, data, by_cell = measured
     found = estimate(data, cell, ranks)
     transient = ("gradients being reduced", "gathered weights", "weights while they are loaded")
@@ -70,7 +70,7 @@ def test_nothing_large_is_forgotten(measured: Any, cell: str) -> None:
     )
     small = 8_000
     assert by_cell[cell]["all"] <= expected + small
-    if cell not in WHOLE_AT_FIRST or ranks == 1:
+    if cell not in WHOLE_UNTIL_REDUCED or ranks == 1:
         assert by_cell[cell]["all"] >= 0.9 * expected
 
 

@@ -1,4 +1,4 @@
-"""A rank that finished ends with status 0: threads of gloo that are still busy do not abort it at exit."""
+"""A finished rank ends with status 0: gloo threads that are still busy do not abort it at exit."""
 
 from __future__ import annotations
 

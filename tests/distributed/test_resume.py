@@ -1,6 +1,6 @@
-"""Kill -9 in mid-run, then `--resume auto`: the run continues exactly as the undisturbed run does.
+"""SIGKILL during training, then `--resume auto`: the run continues exactly as the undisturbed run does.
 
-`crosslift train` itself is killed and started again with ShifCon; the other runs are its ranks, without the launcher.
+With ShifCon, `crosslift train` itself is killed and started again; the other runs are its ranks without the launcher.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SAME = (
 STEPS, KILLED_AFTER = 10, 3
 SHIFCON: dict[str, Any] = {
     "max_steps": STEPS,
-    "model.init.attention_dropout": 0.1,  # random states have to go on exactly, too
-    "objective.refresh_every": 5,  # never due where the run resumes: vectors have to be loaded
+    "model.init.attention_dropout": 0.1,  # random states must be restored exactly, too
+    "objective.refresh_every": 5,  # not due at the resumed step: vectors must be loaded
 }
 XMIXUP_RUN: dict[str, Any] = {
     **XMIXUP,
@@ -55,7 +55,7 @@ def rank_program(config: Path) -> list[str]:
 
 
 def metrics(output_dir: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step; of a step that was done twice, the later ones."""
+    """Metrics by step; of a step that ran twice, the later ones."""
     found: dict[int, dict[str, float]] = {}
     for line in (output_dir / "record.jsonl").read_text().splitlines():
         event = json.loads(line)
@@ -72,20 +72,20 @@ def ranks_below(process: int) -> list[int]:
 
 
 def to_be_killed(output_dir: Path) -> bool:
-    """Once enough steps are recorded and one is saved.
+    """Whether enough steps are recorded and a checkpoint is complete.
 
-    A checkpoint is written while training goes on: when its step is recorded, it may not be complete.
+    Checkpoints are written in the background: one may be incomplete when its step is recorded.
     """
     recorded = (output_dir / "record.jsonl").exists() and max(metrics(output_dir), default=0) >= KILLED_AFTER
     return recorded and next(checkpoint.complete(output_dir), None) is not None
 
 
 def kill_a_rank_of(command: list[str], output_dir: Path) -> int:
-    """Start a run and kill -9 rank 1 in the middle; the launcher's exit status."""
+    """Start a run and SIGKILL rank 1 during training; returns the launcher's exit status."""
     process = subprocess.Popen(command, env=environment(), cwd=SOURCE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not to_be_killed(output_dir):
-        assert time.monotonic() < deadline, "the run never got there"
+        assert time.monotonic() < deadline, "the run was not due to be killed in time"
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.05)
     os.kill(ranks_below(process.pid)[-1], signal.SIGKILL)
@@ -93,9 +93,9 @@ def kill_a_rank_of(command: list[str], output_dir: Path) -> int:
 
 
 def undisturbed_and_killed(folder: Path, data: Path, changes: dict[str, Any], launcher: bool) -> dict[str, Path]:
-    """The same run undisturbed, and killed in mid-run and resumed: with `launcher` as a command, or as ranks alone."""
+    """The same run undisturbed, and killed and resumed: with `launcher` as a command, otherwise as ranks only."""
     found = {name: folder / name for name in ("undisturbed", "killed")}
-    # Slow enough to be killed in mid-run: checkpoints at 2, 4, 6, .. and many steps.
+    # Slow enough to be killed during training: checkpoints at 2, 4, 6, .. and many steps.
     undisturbed, killed = (
         write_config(folder / f"{name}.yaml", rank_values(data, output, **changes)) for name, output in found.items()
     )
@@ -134,7 +134,7 @@ def runs(request: pytest.FixtureRequest) -> dict[str, Path]:
 
 
 def resumed_step(output_dir: Path) -> int:
-    """The step that the second start went on from."""
+    """The step from which the second start resumed."""
     events = [json.loads(line) for line in (output_dir / "record.jsonl").read_text().splitlines()]
     first, second = (event["resumed_step"] for event in events if event["kind"] == "start")
     assert first is None
@@ -145,7 +145,7 @@ def test_the_killed_run_started_again_from_a_checkpoint(runs: dict[str, Path]) -
     assert resumed_step(runs["killed"]) >= 2
 
 
-def test_samples_losses_schedule_and_method_go_on_exactly(runs: dict[str, Path]) -> None:
+def test_samples_losses_schedule_and_method_continue_exactly(runs: dict[str, Path]) -> None:
     one, other = metrics(runs["undisturbed"]), metrics(runs["killed"])
     assert sorted(one) == sorted(other) == list(range(1, STEPS + 1))
     for step, values in one.items():
@@ -153,11 +153,11 @@ def test_samples_losses_schedule_and_method_go_on_exactly(runs: dict[str, Path])
     assert len({values["data/step_fingerprint"] for values in one.values()}) == STEPS
 
 
-def test_the_refresh_of_vectors_is_among_what_is_compared(shifcon: dict[str, Path]) -> None:
+def test_the_compared_metrics_include_a_refresh_of_the_vectors(shifcon: dict[str, Path]) -> None:
     assert "shift/norm/sw" in metrics(shifcon["undisturbed"])[6]
 
 
-def test_the_learned_ratio_and_both_kinds_of_sources_are_among_what_is_compared(xmixup: dict[str, Path]) -> None:
+def test_the_compared_metrics_include_the_ratio_and_both_kinds_of_sources(xmixup: dict[str, Path]) -> None:
     steps = metrics(xmixup["killed"])
     assert all(0 < values["train/mixup_ratio"] < 0.5 for values in steps.values())
     after = [steps[step]["train/source"] for step in range(resumed_step(xmixup["killed"]) + 1, STEPS + 1)]
@@ -174,7 +174,7 @@ def test_the_learned_ratio_and_both_kinds_of_sources_are_among_what_is_compared(
         ("xmixup", "xmixup.safetensors"),
     ],
 )
-def test_the_last_weights_and_what_the_method_adds_are_bit_equal(
+def test_the_final_weights_and_the_methods_own_file_are_bit_equal(
     objective: str, file: str, request: pytest.FixtureRequest
 ) -> None:
     runs: dict[str, Path] = request.getfixturevalue(objective)
@@ -191,13 +191,13 @@ def test_only_the_newest_checkpoints_are_kept(shifcon: dict[str, Path]) -> None:
     assert kept == ["step-00000008", "step-00000010"]
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_changes_are_refused(shifcon: dict[str, Path], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_changes_are_refused(shifcon: dict[str, Path], tmp_path: Path) -> None:
     output = shifcon["undisturbed"]
-    torn = checkpoint.checkpoint_path(output, STEPS)
-    victim = next(torn.glob("zero/*optim_states.pt"))
-    content = victim.read_bytes()
+    damaged = checkpoint.checkpoint_path(output, STEPS)
+    shard = next(damaged.glob("zero/*optim_states.pt"))
+    content = shard.read_bytes()
     middle = len(content) // 2
-    victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])  # its size is right
+    shard.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])  # same size
     tokenizer = output / "tokenizer" / "tokenizer_config.json"
     settings = tokenizer.read_text()
     tokenizer.write_text(json.dumps({**json.loads(settings), "chat_template": "{{ messages }}"}))
@@ -205,17 +205,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_changes_are_refused(shifcon: di
         changed = rank_values(output.parent / "data", output, **SHIFCON, seed=4)
         refused = run_ranks(rank_program(write_config(tmp_path / "changed.yaml", changed)), 2)
         assert [each.returncode for each in refused] == [2, 2]
-        said = refused[0].stderr
-        assert f"{torn} is passed over: zero/{victim.name} is not what was saved" in said
-        assert "config seed: was 3, now 4" in said
-        assert "data tokenizer: has changed" in said
-        assert "step-00000008" in said
+        stderr = refused[0].stderr
+        assert f"{damaged} is passed over: zero/{shard.name} is not what was saved" in stderr
+        assert "config seed: was 3, now 4" in stderr
+        assert "data tokenizer: has changed" in stderr
+        assert "step-00000008" in stderr
     finally:
-        victim.write_bytes(content)
+        shard.write_bytes(content)
         tokenizer.write_text(settings)
 
 
-def test_a_finished_run_is_not_run_again(shifcon: dict[str, Path]) -> None:
+def test_a_finished_run_is_not_trained_again(shifcon: dict[str, Path]) -> None:
     before = (shifcon["killed"] / "record.jsonl").read_bytes()
     again = run_ranks(rank_program(shifcon["killed"].with_suffix(".yaml")), 2)
     checked(again)

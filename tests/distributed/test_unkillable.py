@@ -1,4 +1,4 @@
-"""What two ranks survive, and how they end where they do not: bad losses, a full disk, signals and the deadline."""
+"""Fault tolerance of two ranks: bad losses, a full disk, unreadable data, signals, the deadline, node-local disks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.checkpoints.run_state import RunState
 
 FINISHED = [None, None]
 
-# Every launch of the fixture counts, beside whatever else the machine does.
+# The first test includes all launches of the fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -42,7 +42,7 @@ def events(cells: Path, name: str) -> list[dict[str, Any]]:
 
 
 def fingerprints(cells: Path, name: str) -> list[float]:
-    """Of the data of every step that was run, in the order in which they were."""
+    """Fingerprints of the data of all steps, in the order in which they ran."""
     return [e["values"]["data/step_fingerprint"] for e in events(cells, name) if e["kind"] == "metrics"]
 
 
@@ -52,19 +52,19 @@ def losses(cells: Path, name: str) -> dict[int, Any]:
 
 def saved(cells: Path, name: str) -> list[int]:
     folder = checkpoint.checkpoint_root(cells / name)
-    assert not list(folder.glob(".incomplete*")), "nothing is left half-written"
+    assert not list(folder.glob(".incomplete*")), "no incomplete checkpoint is left"
     paths = sorted(folder.glob("step-*"))
     assert not [path for path in paths if checkpoint.defect(path, checkpoint.ALL_CONTENT)]
     return [int(path.name.removeprefix("step-")) for path in paths]
 
 
-def test_an_undisturbed_run_ends_saved(cells: Path) -> None:
+def test_an_undisturbed_run_ends_with_a_checkpoint_of_its_last_step(cells: Path) -> None:
     assert raised(cells, "undisturbed") == FINISHED
     assert saved(cells, "undisturbed") == [STEPS - EVERY, STEPS]
     assert sorted(losses(cells, "undisturbed")) == list(range(1, STEPS + 1))
 
 
-def test_writing_in_the_background_saves_what_writing_at_once_saves(cells: Path) -> None:
+def test_writing_in_the_background_gives_the_same_checkpoint(cells: Path) -> None:
     """Byte for byte: the copies are taken before training continues."""
     files = [
         checkpoint.files_of(checkpoint.checkpoint_path(cells / each, STEPS)) for each in ("undisturbed", "foreground")
@@ -76,7 +76,7 @@ def test_writing_in_the_background_saves_what_writing_at_once_saves(cells: Path)
     assert states[0] == states[1]
 
 
-def test_a_skipped_update_costs_its_samples_and_nothing_else(cells: Path) -> None:
+def test_a_skipped_update_loses_only_the_samples_of_its_step(cells: Path) -> None:
     assert raised(cells, "skip") == FINISHED
     assert fingerprints(cells, "skip") == fingerprints(cells, "undisturbed")
     here, there = losses(cells, "skip"), losses(cells, "undisturbed")
@@ -104,8 +104,8 @@ def test_a_rollback_skips_the_data_since_the_checkpoint(cells: Path) -> None:
     assert RunState.read(checkpoint.checkpoint_path(cells / "roll back", STEPS)).data_offset == 2
 
 
-def test_roll_backs_add_up(cells: Path) -> None:
-    """Data step 7 fails as step 5 of the second try, which went on with the data of step 6 as its step 4."""
+def test_the_data_offsets_of_two_rollbacks_add_up(cells: Path) -> None:
+    """Data step 7 fails as step 5 of the second attempt, which resumed with the data of step 6 as its step 4."""
     assert raised(cells, "roll back twice") == FINISHED
     before, data = fingerprints(cells, "undisturbed"), fingerprints(cells, "roll back twice")
     assert data == [*before[:5], before[6], *before[8:], *data[10:]]
@@ -114,12 +114,12 @@ def test_roll_backs_add_up(cells: Path) -> None:
     assert (state.data_offset, state.guard["events"]) == (4, 2)
 
 
-def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(cells: Path) -> None:
+def test_a_rollback_without_a_checkpoint_is_an_error(cells: Path) -> None:
     for each in raised(cells, "roll back from nowhere"):
         assert each == ["NonFiniteStep", "step 2: there is no checkpoint to go back to; set checkpoint.every lower"]
 
 
-def test_a_budget_that_is_used_up_stops_the_run(cells: Path) -> None:
+def test_the_run_stops_when_max_events_is_used_up(cells: Path) -> None:
     for each in raised(cells, "used up"):
         assert each is not None
         assert each[0] == "NonFiniteStep"
@@ -128,7 +128,7 @@ def test_a_budget_that_is_used_up_stops_the_run(cells: Path) -> None:
         )
 
 
-def test_a_loss_that_leaps_is_skipped_or_stops_the_run(cells: Path) -> None:
+def test_a_loss_spike_is_skipped_or_stops_the_run(cells: Path) -> None:
     assert raised(cells, "spike skipped") == FINISHED
     here, there = losses(cells, "spike skipped"), losses(cells, "undisturbed")
     assert here[10] == pytest.approx(50 * there[10])
@@ -155,10 +155,10 @@ def test_a_disk_that_stays_full_stops_every_rank(cells: Path) -> None:
         assert each is not None
         assert each[0] == "CheckpointFailed"
         assert each[1].startswith("checkpoint of step 8: not saved: rank 1 on ")
-    assert saved(cells, "disk full") == [2], "what was complete before is still there"
+    assert saved(cells, "disk full") == [2], "the earlier complete checkpoint is kept"
 
 
-def test_a_run_whose_end_cannot_be_saved_is_no_success(cells: Path) -> None:
+def test_a_run_whose_last_step_cannot_be_saved_fails(cells: Path) -> None:
     assert [each and each[0] for each in raised(cells, "disk full at the end")] == ["CheckpointFailed"] * 2
     assert saved(cells, "disk full at the end") == []
 
@@ -173,17 +173,17 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(
     assert sorted(losses(cells, name)) == list(range(1, step + 1))
 
 
-def test_what_one_rank_cannot_read_ends_all_with_its_message_after_the_last_good_step_is_saved(cells: Path) -> None:
-    """The checkpoint of step 4 was being written; step 5 was done when rank 1 could not read its share of the next."""
+def test_unreadable_data_on_one_rank_end_all_ranks_after_the_last_good_step_is_saved(cells: Path) -> None:
+    """While the checkpoint of step 4 was being written and after step 5, rank 1 failed to read its share of step 6."""
     text = "sw.jsonl:7: the file has changed since the run began; start again"
     assert raised(cells, "unreadable") == [["DataError", text]] * 2
     assert saved(cells, "unreadable") == [4, 5]
     assert losses(cells, "unreadable") == {s: loss for s, loss in losses(cells, "undisturbed").items() if s <= 5}
     assert [each and each[0] for each in raised(cells, "unreadable at once")] == ["DataError"] * 2
-    assert saved(cells, "unreadable at once") == [], "nothing was done"
+    assert saved(cells, "unreadable at once") == [], "no step was finished"
 
 
-def test_one_bad_row_too_many_ends_all_after_the_last_good_step_is_saved(cells: Path) -> None:
+def test_one_bad_row_too_many_ends_all_ranks_after_the_last_good_step_is_saved(cells: Path) -> None:
     for each in raised(cells, "bad row"):
         assert each is not None
         assert each[0] == "DataError"
@@ -193,12 +193,12 @@ def test_one_bad_row_too_many_ends_all_after_the_last_good_step_is_saved(cells: 
     assert state.totals["bad_rows"] == [], "the next start reads that step, and counts it"
 
 
-def test_a_step_that_is_not_finite_costs_no_checkpoint_that_was_being_written(cells: Path) -> None:
+def test_a_non_finite_step_does_not_discard_a_checkpoint_being_written(cells: Path) -> None:
     assert [each and each[0] for each in raised(cells, "not finite")] == ["NonFiniteStep"] * 2
     assert saved(cells, "not finite") == [2, 4]
 
 
-def test_the_deadline_is_met_by_stopping_before_it(cells: Path) -> None:
+def test_a_run_stops_before_the_deadline(cells: Path) -> None:
     for each in raised(cells, "deadline near"):
         assert each is not None
         assert each[1].startswith("stopped by the end of the allocation after ")
@@ -206,10 +206,10 @@ def test_the_deadline_is_met_by_stopping_before_it(cells: Path) -> None:
     assert saved(cells, "deadline far") == [STEPS]
 
 
-def test_node_local_disks_hold_a_run_for_the_same_ranks_on_the_same_nodes(cells: Path) -> None:
+def test_a_run_resumes_from_node_local_disks_with_the_same_ranks_and_nodes(cells: Path) -> None:
     report = json.loads((cells / "local disks.json").read_text())
     root, before_last = cells / "local disks" / "checkpoints", f"step-{STEPS - EVERY:08d}"
-    assert report["shared"] == str(root / f"step-{STEPS:08d}"), "the last one lies where the export finds it"
+    assert report["shared"] == str(root / f"step-{STEPS:08d}"), "the last one is in the run folder, for the export"
     homes = [cells / f"disk-{rank}" / "run" / "checkpoints" for rank in (0, 1)]
     assert report["own"] == [str(home / before_last) for home in homes]
     for rank, home in enumerate(homes):
@@ -218,12 +218,14 @@ def test_node_local_disks_hold_a_run_for_the_same_ranks_on_the_same_nodes(cells:
             f"zero/zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt" for what in ("model", "optim")
         }
         assert {"state.json", "reference.safetensors", "model_config/config.json"} <= files.keys()
-    assert report["damaged"] == str(homes[0] / f"step-{STEPS - 2 * EVERY:08d}"), "one disk's damage is all disks'"
+    assert report["damaged"] == str(homes[0] / f"step-{STEPS - 2 * EVERY:08d}"), (
+        "a shard that is damaged on one disk rules out the checkpoint on all"
+    )
     expected = {str(step): loss for step, loss in losses(cells, "undisturbed").items() if step > STEPS - 2 * EVERY}
     assert report["losses"] == expected
     assert "rank 0 finds no part of its own on its node" in report["swapped"]
 
 
-def test_every_cell_is_looked_at() -> None:
+def test_every_cell_is_tested() -> None:
     text = Path(__file__).read_text()
     assert [name for name in CELLS if f'"{name}"' not in text] == []

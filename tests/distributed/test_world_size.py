@@ -10,15 +10,15 @@ from ranks import checked, run_ranks
 from tiny_run import RANK_ITEMS, write_data, write_task_data
 from world_size_cells import CELLS, OTHERS, SAVED, SAVING_RANKS, STEPS
 
-# Relative; ten times what was seen on any machine. A loss is summed in fp64 from equal forward passes; a norm is the
-# root of an fp32 sum of squares over all parameters, two of whose last digits (1.2e-7 each) depend on the processor.
-# bf16 rounds what it sums.
+# Relative; ten times the largest difference measured on any machine. A loss is summed in fp64 from equal forward
+# passes; a norm is the root of an fp32 sum of squares over all parameters, two of whose last digits (1.2e-7 each)
+# depend on the processor. bf16 rounds its sums.
 TOLERANCE = {
     "fp32": {"train/loss": 2e-7, "train/grad_norm": 2e-6},
     "bf16": {"train/loss": 5e-3, "train/grad_norm": 5e-3},
 }
 
-# Every launch of the fixture counts, beside whatever else the machine does.
+# The first test includes all launches of the fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -39,7 +39,7 @@ def metrics(cells: Path, name: str, ranks: int) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize(("name", "ranks"), [(name, ranks) for name in CELLS for ranks in OTHERS[name]])
-def test_the_same_samples_and_losses(cells: Path, name: str, ranks: int) -> None:
+def test_other_world_sizes_have_the_same_samples_and_losses(cells: Path, name: str, ranks: int) -> None:
     here, there = metrics(cells, name, SAVING_RANKS), metrics(cells, name, ranks)
     assert sorted(there) == list(range(SAVED, STEPS))
     tolerance = TOLERANCE["bf16" if "bf16" in name else "fp32"]
@@ -50,11 +50,11 @@ def test_the_same_samples_and_losses(cells: Path, name: str, ranks: int) -> None
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_the_weights_move_in_those_steps(cells: Path, name: str) -> None:
-    """Otherwise equal losses would say nothing about the state that was loaded."""
+def test_the_weights_change_in_the_compared_steps(cells: Path, name: str) -> None:
+    """Otherwise equal losses would not show that the state was loaded."""
     losses = [values["train/loss"] for _, values in sorted(metrics(cells, name, SAVING_RANKS).items())]
     assert abs(losses[-1] - losses[SAVED]) > 1e-2
 
 
-def test_the_vectors_are_estimated_anew_on_the_way(cells: Path) -> None:
+def test_the_vectors_are_refreshed_in_the_compared_steps(cells: Path) -> None:
     assert "shift/norm/sw" in metrics(cells, "shifcon-3", 4)[4]

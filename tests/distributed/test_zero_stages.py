@@ -1,4 +1,4 @@
-"""Every ZeRO stage in fp32 and bf16: updates are dropped, rolled back, saved, resumed and exported alike."""
+"""Every ZeRO stage in fp32 and bf16: updates are dropped and rolled back, runs are saved, resumed and exported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zero_cells import CELLS, FROM_ONE_RANK, INFINITE_GRADIENT, NAN_LOSS, SAVED,
 from training.checkpoints import checkpoint
 from training.checkpoints.export import export_checkpoint
 
-# Every launch of the fixture counts, beside whatever else the machine does.
+# The first test includes all launches of the fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -22,15 +22,15 @@ pytestmark = pytest.mark.timeout(1200)
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     data = write_data(folder / "data", RANK_ITEMS)
-    program, said = [str(Path(__file__).with_name("zero_cells.py")), str(data), str(folder)], []
+    program, output = [str(Path(__file__).with_name("zero_cells.py")), str(data), str(folder)], []
     for mode, ranks in (("short", 1), ("train", 2), ("resume", 2)):
         results = run_ranks([*program, mode], ranks)
         if mode == "train":
             assert [each.returncode for each in results] == [-9, -9], results[0].stderr[-3000:]
         else:
             checked(results)
-        said += [each.stdout + each.stderr for each in results]
-    (folder / "said").write_text("\n".join(said))
+        output += [each.stdout + each.stderr for each in results]
+    (folder / "output").write_text("\n".join(output))
     return folder
 
 
@@ -44,15 +44,15 @@ def losses(cells: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_an_update_that_is_dropped_changes_nothing(cells: Path, cell: str) -> None:
-    """A NaN in a loss, an infinite gradient, a loss spike: weights and moments stay, on both ranks."""
+def test_a_dropped_update_changes_no_weights_or_moments(cells: Path, cell: str) -> None:
+    """A NaN loss, an infinite gradient, a loss spike: weights and moments are unchanged on both ranks."""
     expected = [[step + 1, True] for step in (NAN_LOSS, INFINITE_GRADIENT, SPIKE)]
     assert report(cells, f"{cell}-train")["dropped"] == [expected, expected]
     assert report(cells, f"{cell}-train")["metrics"].keys() == {str(step) for step in range(1, STEPS + 1)}
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_killed_run_resumes_as_if_it_had_not_been_killed(cells: Path, cell: str) -> None:
+def test_a_killed_run_resumes_with_the_metrics_of_the_run_before_the_kill(cells: Path, cell: str) -> None:
     there, here = (report(cells, f"{cell}-{mode}")["metrics"] for mode in ("train", "resume"))
     assert list(here) == [str(step) for step in range(SAVED + 1, STEPS + 1)]
     assert here == {step: there[step] for step in here}
@@ -77,7 +77,7 @@ def test_a_run_of_one_rank_is_exported_and_resumed_on_two(cells: Path, tmp_path:
 @pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-6), ("bf16", 1e-3)])
 def test_stages_have_the_same_losses(cells: Path, precision: str, relative: float) -> None:
     expected = losses(cells, f"3-{precision}-train")
-    assert expected[0] - expected[-1] > 1, "the updates are real"
+    assert expected[0] - expected[-1] > 1, "the updates change the parameters"
     for stage in (1, 2):
         found = losses(cells, f"{stage}-{precision}-train")
         assert found == pytest.approx(expected, rel=relative, nan_ok=True)
@@ -85,19 +85,19 @@ def test_stages_have_the_same_losses(cells: Path, precision: str, relative: floa
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_are_accumulated_in_fp32(cells: Path, cell: str) -> None:
-    """On one rank, where none are reduced: sums in bf16 would be numbers that bf16 can hold."""
+    """On one rank, without reduction: sums in bf16 would be exactly representable in bf16."""
     assert report(cells, f"{cell}-short")["fine"] > 0.3
 
 
 def test_deepspeed_prints_no_memory_lines(cells: Path) -> None:
-    said = (cells / "said").read_text()
-    assert "going back to the last checkpoint" in said, "what ranks say is here"
-    assert "bf16_ optimizer" not in said
-    assert "Max_MA" not in said
+    output = (cells / "output").read_text()
+    assert "going back to the last checkpoint" in output, "the output of the ranks is captured"
+    assert "bf16_ optimizer" not in output
+    assert "Max_MA" not in output
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_optimizer_is_zeros(cells: Path, cell: str) -> None:
-    """Not BF16_Optimizer, which DeepSpeed takes for stage 1 in bf16: its checkpoints cannot be consolidated."""
+def test_the_optimizer_is_the_zero_optimizer(cells: Path, cell: str) -> None:
+    """Not BF16_Optimizer, which DeepSpeed uses for stage 1 in bf16: its checkpoints cannot be consolidated."""
     name = "DeepSpeedZeroOptimizer_Stage3" if cell.startswith("3") else "DeepSpeedZeroOptimizer"
     assert report(cells, f"{cell}-train")["optimizer"] == name

@@ -1,8 +1,9 @@
-"""One rank of the tests of what a run survives: bad losses, a full disk, a request to stop. All in one launch.
+"""Program of a rank of the fault tolerance tests: bad losses, a full disk, unreadable data, requests to stop.
 
 python unkillable_cells.py DATA_DIR WORK_DIR
 
-Every cell is a run of its own with one thing done to it. Rank 0 writes `WORK_DIR/<cell>.json`: what every rank raised.
+A cell is one short run with one fault; one launch runs all cells. Rank 0 writes `WORK_DIR/<cell>.json`: the error that
+each rank raised.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ STEPS, EVERY = 12, 2
 FAULTY_RANK = 1
 SMALL = {"objective": {"name": "sft"}, "data.slots_per_step": 16, "model.init.num_hidden_layers": 1}
 
-Disturb = Callable[[Trainer], None]
+Fault = Callable[[Trainer], None]
 
 
-def poisoned(steps: set[int], factor: float, ranks: set[int]) -> Disturb:
-    """The losses of the samples that belong to these steps of the data are multiplied, on these ranks."""
+def scaled_losses(steps: set[int], factor: float, ranks: set[int]) -> Fault:
+    """Multiply the losses of these steps of the data by a factor, on these ranks."""
 
-    def disturb(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         accumulate, loss_terms = trainer.accumulate, trainer.run.objective.loss_terms
         current = [-1]
 
@@ -57,23 +58,23 @@ def poisoned(steps: set[int], factor: float, ranks: set[int]) -> Disturb:
             current[0] = -1
             return found
 
-        def spoiled(engine, batch):
+        def corrupted(engine, batch):
             terms = loss_terms(engine, batch)
             if current[0] not in steps or rank() not in ranks:
                 return terms
             sft = terms.terms["sft"]
-            spoilt = {**terms.terms, "sft": replace(sft, sum=sft.sum * factor)}
-            return replace(terms, terms=spoilt, label_losses=terms.label_losses * factor)
+            scaled = {**terms.terms, "sft": replace(sft, sum=sft.sum * factor)}
+            return replace(terms, terms=scaled, label_losses=terms.label_losses * factor)
 
-        trainer.accumulate, trainer.run.objective.loss_terms = watched, spoiled
+        trainer.accumulate, trainer.run.objective.loss_terms = watched, corrupted
 
-    return disturb
+    return inject
 
 
-def full_disk(saves: set[int]) -> Disturb:
+def full_disk(saves: set[int]) -> Fault:
     """The disk of one rank is full when these checkpoints (the first is 1) are written."""
 
-    def disturb(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         begin, number = trainer.saver.begin, [0]
 
         def counted(step, state, disk):
@@ -84,7 +85,7 @@ def full_disk(saves: set[int]) -> Disturb:
 
         trainer.saver.begin = counted
 
-    return disturb
+    return inject
 
 
 _OPENS = saving.HashingFile.__init__
@@ -96,10 +97,10 @@ def _opens_full(self, path: Path) -> None:
     _OPENS(self, path)
 
 
-def signalled(step: int, number: signal.Signals, again: bool = False) -> Disturb:
+def signalled(step: int, number: signal.Signals, again: bool = False) -> Fault:
     """One rank gets a signal while it works on a step; and once more while the checkpoint is saved."""
 
-    def disturb(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         trainer.stop.install()
         trainer.stop.begin_training()
         accumulate, begin = trainer.accumulate, trainer.saver.begin
@@ -116,23 +117,23 @@ def signalled(step: int, number: signal.Signals, again: bool = False) -> Disturb
 
         trainer.accumulate, trainer.saver.begin = interrupted, interrupted_again
 
-    return disturb
+    return inject
 
 
-def deadline(seconds: float) -> Disturb:
-    """The allocation ends this soon, as one rank sees it."""
+def deadline(seconds: float) -> Fault:
+    """On one rank, the allocation ends after this many seconds."""
 
-    def disturb(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         if rank() == FAULTY_RANK:
             trainer.stop._deadline = time.time() + seconds
 
-    return disturb
+    return inject
 
 
-def misread(step: int, error: Exception) -> Disturb:
-    """What one rank meets in its share of a step is a mistake of the user's; the others read theirs."""
+def misread(step: int, error: Exception) -> Fault:
+    """Reading its share of a step fails on one rank with this error; the others read theirs."""
 
-    def disturb(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         loader = trainer.run.loader
         read_share, reader = loader.read, loader.reader
 
@@ -147,19 +148,19 @@ def misread(step: int, error: Exception) -> Disturb:
 
         loader.read = failing
 
-    return disturb
+    return inject
 
 
-CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
+CELLS: dict[str, tuple[dict[str, Any], Fault]] = {
     "undisturbed": ({}, lambda trainer: None),
     "foreground": ({"checkpoint.background": False}, lambda trainer: None),
-    "skip": ({"guard.non_finite": "skip"}, poisoned({4}, float("nan"), {FAULTY_RANK})),
-    "roll back": ({"guard.non_finite": "rollback"}, poisoned({5}, float("nan"), {FAULTY_RANK})),
-    "roll back twice": ({"guard.non_finite": "rollback"}, poisoned({5, 7}, float("inf"), {FAULTY_RANK})),
-    "roll back from nowhere": ({"guard.non_finite": "rollback"}, poisoned({1}, float("nan"), {FAULTY_RANK})),
-    "used up": ({"guard": {"non_finite": "skip", "max_events": 1}}, poisoned({3, 6}, float("nan"), {FAULTY_RANK})),
-    "spike skipped": ({"guard": {"spike": "skip", "spike_window": 8}}, poisoned({9}, 50.0, {0, 1})),
-    "spike stops": ({"guard": {"spike": "stop", "spike_window": 8}}, poisoned({9}, 50.0, {0, 1})),
+    "skip": ({"guard.non_finite": "skip"}, scaled_losses({4}, float("nan"), {FAULTY_RANK})),
+    "roll back": ({"guard.non_finite": "rollback"}, scaled_losses({5}, float("nan"), {FAULTY_RANK})),
+    "roll back twice": ({"guard.non_finite": "rollback"}, scaled_losses({5, 7}, float("inf"), {FAULTY_RANK})),
+    "roll back from nowhere": ({"guard.non_finite": "rollback"}, scaled_losses({1}, float("nan"), {FAULTY_RANK})),
+    "used up": ({"guard": {"non_finite": "skip", "max_events": 1}}, scaled_losses({3, 6}, float("nan"), {FAULTY_RANK})),
+    "spike skipped": ({"guard": {"spike": "skip", "spike_window": 8}}, scaled_losses({9}, 50.0, {0, 1})),
+    "spike stops": ({"guard": {"spike": "stop", "spike_window": 8}}, scaled_losses({9}, 50.0, {0, 1})),
     "disk full once": ({}, full_disk({2})),
     "disk full": ({}, full_disk(set(range(2, 99)))),
     "disk full at the end": ({"checkpoint.every": STEPS}, full_disk({1})),
@@ -168,7 +169,7 @@ CELLS: dict[str, tuple[dict[str, Any], Disturb]] = {
     "unreadable": ({}, misread(5, DataError("sw.jsonl:7: the file has changed since the run began; start again"))),
     "unreadable at once": ({}, misread(0, DataError("sw.jsonl:7: cannot be read (I/O error)"))),
     "bad row": ({"checkpoint.every": 100}, misread(5, BadRow("sw.jsonl:7", "the tokenizer writes ' ' for '\u2581'"))),
-    "not finite": ({}, poisoned({4}, float("nan"), {FAULTY_RANK})),
+    "not finite": ({}, scaled_losses({4}, float("nan"), {FAULTY_RANK})),
     "deadline near": ({"checkpoint.every": 100}, deadline(60.0)),
     "deadline far": ({"checkpoint.every": 100}, deadline(100_000.0)),
 }
@@ -178,30 +179,30 @@ FIRST = next(iter(CELLS))
 @process_group(timeout_minutes=3)
 def main() -> None:
     data_dir, work = Path(sys.argv[1]), Path(sys.argv[2])
-    for name, (changes, disturb) in CELLS.items():
-        usual = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY}
-        values = rank_values(data_dir, work / name, **{**usual, **changes})
+    for name, (changes, inject) in CELLS.items():
+        defaults = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY}
+        values = rank_values(data_dir, work / name, **{**defaults, **changes})
         config = validate(values, name)
-        if name != FIRST and rank() == 0:  # the others wait for what rank 0 prepares
+        if name != FIRST and rank() == 0:  # the others wait for rank 0 to prepare
             copy_preparation(work / FIRST, config.output_dir)
         trainer = Trainer(assemble(config, prepare(config, rank())), _tracker(config), StopRequest())
-        disturb(trainer)
+        inject(trainer)
         raised = None
         try:
             trainer.train(0)
         except Exception as error:
             raised = [type(error).__name__, str(error)]
         saving.HashingFile.__init__ = _OPENS
-        everyone = gather_objects(raised)
+        errors = gather_objects(raised)
         if trainer.tracker is not None:
             trainer.tracker.finish("FINISHED" if raised is None else "FAILED")
-            (work / f"{name}.json").write_text(json.dumps(everyone))
+            (work / f"{name}.json").write_text(json.dumps(errors))
         trainer.run.engine.destroy()
     local_disks(data_dir, work)
 
 
 def local_disks(data_dir: Path, work: Path) -> None:
-    """Each rank on a node of its own: a run whose end is taken away goes on from the disks, or says why it cannot."""
+    """Each rank has a node-local disk: without shared checkpoints a run resumes from these disks or is refused."""
     disks = [work / f"disk-{number}" for number in range(2)]
     os.environ["OWN_DISK"] = str(disks[rank()])
     changes = {**SMALL, "max_steps": STEPS, "checkpoint.every": EVERY, "checkpoint.local_dir": "$OWN_DISK/run"}
@@ -223,13 +224,13 @@ def local_disks(data_dir: Path, work: Path) -> None:
     start = find_checkpoint("auto", disks_of(config))
     assert start is not None
     report["damaged"] = str(start)
-    again = Trainer(assemble(config, prepared), None, StopRequest())
+    resumed = Trainer(assemble(config, prepared), None, StopRequest())
     losses = {}
-    for step in range(resume_from(again, start), STEPS):
-        batch = again.run.loader.load(step)
-        losses[step + 1] = again.train_step(step, batch, again.agree(batch))["train/loss"]
+    for step in range(resume_from(resumed, start), STEPS):
+        batch = resumed.run.loader.load(step)
+        losses[step + 1] = resumed.train_step(step, batch, resumed.agree(batch))["train/loss"]
     report["losses"] = losses
-    again.run.engine.destroy()
+    resumed.run.engine.destroy()
     os.environ["OWN_DISK"] = str(disks[1 - rank()])
     try:
         find_checkpoint("auto", disks_of(config))

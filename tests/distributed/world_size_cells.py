@@ -1,10 +1,10 @@
-"""One rank of the test of other world sizes: two ranks save after some steps and go on; others go on from there.
+"""Program of a rank of the world size tests: two ranks save a checkpoint, one and four ranks resume from it.
 
 python world_size_cells.py DATA_DIR WORK_DIR
 
-With two ranks, each cell is trained to its last step and saved on the way. With another number, the cells that have it
-in `OTHERS` go on from what the two saved. Rank 0 writes every step's metrics to `WORK_DIR/<cell>-<ranks>.json`, and the
-order of the data.
+A cell is one run configuration. With two ranks, each cell trains to its last step and saves on the way. With another
+number of ranks, the cells that list it in `OTHERS` resume from that checkpoint. Rank 0 writes every step's metrics,
+including the fingerprint of its data, to `WORK_DIR/<cell>-<ranks>.json`.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ CELLS: dict[str, dict[str, Any]] = {
     "xmixup-3": XMIXUP,
 }
 FIRST = next(iter(CELLS))
-SAVED, STEPS, SAVING_RANKS = 3, 6, 2  # ShifCon estimates its vectors anew before step 4
-# How a batch and a checkpoint are split does not depend on the number format: fp32, to the last digits, shows it for
-# more and for fewer ranks; that what bf16 saves is loaded, one other number does.
+SAVED, STEPS, SAVING_RANKS = 3, 6, 2  # ShifCon refreshes its vectors before step 4
+# How a batch and a checkpoint are split does not depend on the precision: fp32, with its small tolerance, tests more
+# and fewer ranks; for loading what bf16 saves, one other number of ranks is enough.
 OTHERS = {name: (1,) if name.endswith("bf16") else (1, 4) for name in CELLS}
 SMALL: dict[str, Any] = {"max_steps": STEPS, "optimizer.learning_rate": 1e-2, "data.slots_per_step": 48}
 
 
 @contextmanager
 def warm_conversions() -> Iterator[None]:
-    """Inside, the process that converts a checkpoint for this rank starts cold once, and later is a fork."""
+    """In this context, the process that converts a checkpoint is started normally once and later as a fork."""
     warm, run, cold = Warm("training.engine.state"), subprocess.run, [True]
 
     def started(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -73,7 +73,7 @@ def main() -> None:
         data = data_dir / "tasks" if name.startswith("xmixup") else data_dir
         config = validate(rank_values(data, work / name, **{**SMALL, **changes}), "test")
         if rank() == 0 and world_size() == SAVING_RANKS and name.startswith("shifcon") and name != FIRST:
-            copy_preparation(work / FIRST, config.output_dir)  # the others wait for what rank 0 prepares
+            copy_preparation(work / FIRST, config.output_dir)  # the others wait for rank 0 to prepare
         trainer = Trainer(assemble(config, prepare(config, rank())), tracker=None)
         start = 0
         if world_size() != SAVING_RANKS:

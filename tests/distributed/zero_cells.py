@@ -1,9 +1,10 @@
-"""One rank of the test of every ZeRO stage in both precisions: train, skip, roll back and save; resume and finish.
+"""Program of a rank of the ZeRO tests: every stage in both precisions trains, skips, rolls back, saves and resumes.
 
 python zero_cells.py DATA_DIR WORK_DIR train|resume|short
 
-`train` runs every cell past its last checkpoint, and then all ranks are killed with SIGKILL; `resume` finishes these
-runs. `short`, on one rank, saves after three steps and stops after five. Rank 0 writes `WORK_DIR/<cell>-<mode>.json`.
+A cell is a ZeRO stage with a precision. `train` runs every cell past its last checkpoint, and then all ranks are
+killed with SIGKILL; `resume` finishes these runs. `short`, on one rank, saves after three steps and stops after five.
+Rank 0 writes `WORK_DIR/<cell>-<mode>.json`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main() -> None:
             start = 0
             save_until(trainer, SAVED if mode == "train" else SHORT)
             if mode == "train":
-                spoil(trainer)
+                inject_faults(trainer)
             else:
                 stop_after(trainer, STOPPED)
         with suppress(StoppedOnRequest):
@@ -87,8 +88,8 @@ def main() -> None:
 
 def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Trainer:
     config = validate(rank_values(data_dir, work / folder, **CHANGES, **changes), "test")
-    first = work / f"{next(iter(CELLS))}-short"  # whatever the stage and the precision, they start from the same
-    if rank() == 0 and first.exists() and not config.output_dir.exists():  # the others wait for what rank 0 prepares
+    first = work / f"{next(iter(CELLS))}-short"  # all stages and precisions start from the same weights
+    if rank() == 0 and first.exists() and not config.output_dir.exists():  # the others wait for rank 0 to prepare
         copy_preparation(first, config.output_dir)
     return Trainer(assemble(config, prepare(config, rank())), tracker=None)
 
@@ -100,7 +101,7 @@ def resumed(trainer: Trainer) -> int:
 
 
 def save_until(trainer: Trainer, last: int) -> None:
-    """Checkpoints of later steps are not written."""
+    """Write no checkpoints of later steps."""
     save, settle = trainer.save, trainer._settle
     trainer.save = lambda step, metrics: save(step, metrics) if step <= last else None  # type: ignore[method-assign]
     trainer._settle = lambda required=False: settle()  # type: ignore[method-assign]
@@ -118,7 +119,7 @@ def stop_after(trainer: Trainer, step: int) -> None:
 
 
 def watch(trainer: Trainer) -> dict[str, Any]:
-    """Filled while the run goes on: metrics by step; for every step without an update, whether any state has changed.
+    """A report, filled during the run: metrics by step; for each skipped update, whether the state is unchanged.
 
     `fine` is the share of the first step's gradients that bf16 cannot hold.
     """
@@ -166,15 +167,15 @@ def state_hash(trainer: Trainer) -> str:
     return digest.hexdigest()
 
 
-def spoil(trainer: Trainer) -> None:
-    """The losses of three steps of the data are NaN, have an infinite gradient, and leap."""
+def inject_faults(trainer: Trainer) -> None:
+    """Faults at three steps of the data: a NaN loss, an infinite gradient, a loss spike."""
     accumulate, loss_terms, current = trainer.accumulate, trainer.run.objective.loss_terms, [-1]
 
     def noted(step: int, batch: Any, totals: Any) -> Any:
         current[0] = batch.step
         return accumulate(step, batch, totals)
 
-    def spoiled(engine: Any, batch: Any) -> Any:
+    def corrupted(engine: Any, batch: Any) -> Any:
         terms = loss_terms(engine, batch)
         if not torch.is_grad_enabled():
             return terms
@@ -185,7 +186,7 @@ def spoil(trainer: Trainer) -> None:
         changed = {**terms.terms, "sft": replace(sft, sum=sft.sum * factor)}
         return replace(terms, terms=changed, label_losses=terms.label_losses * factor)
 
-    trainer.accumulate, trainer.run.objective.loss_terms = noted, spoiled  # type: ignore[method-assign]
+    trainer.accumulate, trainer.run.objective.loss_terms = noted, corrupted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -23,22 +23,22 @@ import crosslift
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Answer(NamedTuple):
-    """What a command left behind."""
+class Result(NamedTuple):
+    """Exit status and output of a command."""
 
     status: int
     out: str
     err: str
 
 
-Cli = Callable[..., Answer]
+Cli = Callable[..., Result]
 
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`crosslift ARGUMENTS`, in this process: torch is imported once for all tests."""
 
-    def call(*arguments: object) -> Answer:
+    def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["crosslift", *map(str, arguments)])
         capsys.readouterr()
         try:
@@ -46,7 +46,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             status: Any = 0
         except SystemExit as end:
             status = end.code or 0
-        return Answer(status, *capsys.readouterr())
+        return Result(status, *capsys.readouterr())
 
     return call
 
@@ -60,19 +60,19 @@ def shared_file(tmp_path_factory: pytest.TempPathFactory, prepared_run: Any) -> 
     return path
 
 
-def refused(answer: Answer) -> str:
-    """The one line of a refusal; `check` may have said by then what was in order."""
-    assert answer.status == 2
-    assert "ready to train" not in answer.out
-    assert answer.err.endswith("\n")
-    (line,) = answer.err.splitlines()
+def refused(result: Result) -> str:
+    """The one line of an error; `check` may have printed results before it."""
+    assert result.status == 2
+    assert "ready to train" not in result.out
+    assert result.err.endswith("\n")
+    (line,) = result.err.splitlines()
     assert line.startswith("crosslift: ")
     return line.removeprefix("crosslift: ")
 
 
-def objects(answer: Answer) -> list[dict[str, Any]]:
-    assert answer.status == 0, answer.err
-    return [json.loads(line) for line in answer.out.splitlines()]
+def objects(result: Result) -> list[dict[str, Any]]:
+    assert result.status == 0, result.err
+    return [json.loads(line) for line in result.out.splitlines()]
 
 
 # --- help
@@ -93,8 +93,8 @@ def test_commands_at_every_depth_are_found() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "crosslift")
-def test_help_has_an_example_and_answers_at_once(command: tuple[str, ...]) -> None:
-    """At once: below a second of the processor's time, which a busy machine does not stretch as it does the clock's."""
+def test_help_has_an_example_and_is_fast(command: tuple[str, ...]) -> None:
+    """Below one second of CPU time, which, unlike wall time, does not depend on the load of the machine."""
     arguments = [sys.executable, str(ROOT / "crosslift.py"), *command, "--help"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=60)
@@ -114,7 +114,7 @@ def test_help_has_an_example_and_answers_at_once(command: tuple[str, ...]) -> No
     ],
 )
 def test_help_and_config_import_nothing_heavy(module: str, heavy: set[str]) -> None:
-    """Help, and a wrong key in a run file, are told at once: seconds would say what else the machine does."""
+    """So that help and errors in run files are fast; times would depend on the load of the machine."""
     code = f"import {module}, sys; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "")
@@ -139,9 +139,9 @@ def test_every_command_refuses_a_bad_config(cli: Cli, shared_file: Path, command
 
 
 def test_two_mistakes_are_two_lines(cli: Cli, shared_file: Path) -> None:
-    answer = cli("check", shared_file, "max_steps=0", "precision=fp8")
-    assert (answer.status, answer.out) == (2, "")
-    assert [line.split(": ")[-2].split(":")[-1].strip() for line in answer.err.splitlines()] == [
+    result = cli("check", shared_file, "max_steps=0", "precision=fp8")
+    assert (result.status, result.out) == (2, "")
+    assert [line.split(": ")[-2].split(":")[-1].strip() for line in result.err.splitlines()] == [
         "max_steps",
         "precision",
     ]
@@ -154,9 +154,9 @@ def test_ctrl_c_ends_a_command_without_a_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("training.run_file.load_config", interrupted)
-    answer = cli("check", shared_file)
-    assert (answer.status, answer.out) == (130, "")
-    assert "Traceback" not in answer.err
+    result = cli("check", shared_file)
+    assert (result.status, result.out) == (130, "")
+    assert "Traceback" not in result.err
 
 
 def test_a_bad_override_is_named(cli: Cli, shared_file: Path) -> None:
@@ -188,9 +188,9 @@ def test_a_missing_data_dir_is_named(cli: Cli, data_file: Path, tmp_path: Path) 
 
 def test_mistakes_of_different_kinds_are_reported_together(cli: Cli, data_file: Path, tmp_path: Path) -> None:
     """An unknown key, a bad value, a bad override and two missing folders: one line each, exit status 2."""
-    answer = cli("train", data_file, "max_stepz=3", "seed=x", "no equals sign", "model.path=./none", "model.init=null")
-    assert answer.status == 2
-    assert answer.err.removeprefix("crosslift: ").splitlines() == [
+    result = cli("train", data_file, "max_stepz=3", "seed=x", "no equals sign", "model.path=./none", "model.init=null")
+    assert result.status == 2
+    assert result.err.removeprefix("crosslift: ").splitlines() == [
         "override 'no equals sign': must be key.sub=value, e.g. max_steps=100",
         f"{data_file}: seed: input should be a valid integer, unable to parse string as an integer (found 'x')",
         f"{data_file}: max_stepz: unknown key; did you mean 'max_steps'?",
@@ -265,59 +265,59 @@ def test_impossible_runs_are_refused_before_training(
     assert message in refused(cli("check", run_file(tmp_path), override))
 
 
-# --- a look at the data
+# --- commands that show data
 
 
 def test_check_reports_everything_and_ends_with_ready(cli: Cli, shared_file: Path) -> None:
-    answer = cli("check", shared_file)
-    assert answer.status == 0, answer.err
-    lines = answer.out.splitlines()
+    result = cli("check", shared_file)
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
     assert lines[-1] == "ready to train"
     for language in ("en", "de", "sw", "zh"):
-        assert re.search(rf"^{language} +40 +0$", answer.out, re.MULTILINE)
+        assert re.search(rf"^{language} +40 +0$", result.out, re.MULTILINE)
         assert re.search(
-            rf"^--- {language}  .*{language}\.jsonl:\d+  \d+ tokens, \d+ labels$", answer.out, re.MULTILINE
+            rf"^--- {language}  .*{language}\.jsonl:\d+  \d+ tokens, \d+ labels$", result.out, re.MULTILINE
         )
-    assert answer.out.count("⟦label: ") == 4
+    assert result.out.count("⟦label: ") == 4
     assert "in 12 steps of 8 slots:" in lines
-    assert re.search(r"^sw +40 +24 +0\.60 +25\.0% +0\.0% of 40 rows$", answer.out, re.MULTILINE)
+    assert re.search(r"^sw +40 +24 +0\.60 +25\.0% +0\.0% of 40 rows$", result.out, re.MULTILINE)
     assert not any(line.startswith("warning") for line in lines)
     assert any(line.startswith("layout: packed") for line in lines)
     assert any(line.startswith("model: ") and "2 layers" in line for line in lines)
 
 
 def test_check_counts_overlong_rows_and_names_one_if_they_are_an_error(cli: Cli, shared_file: Path) -> None:
-    answer = cli("check", shared_file, "data.sequence_length=60")
-    assert answer.status == 0, answer.err
-    (said,) = [line for line in answer.out.splitlines() if line.startswith("warning")]
+    result = cli("check", shared_file, "data.sequence_length=60")
+    assert result.status == 0, result.err
+    (warning,) = [line for line in result.out.splitlines() if line.startswith("warning")]
     assert re.fullmatch(
         r"warning: rows longer than data.sequence_length \(60\) are left out, their slots stay empty: "
         r"(\w+ [\d.]+%(, |;))+ raise data.sequence_length, or set data.overlong=truncate",
-        said,
+        warning,
     )
-    answer = cli("check", shared_file, "data.sequence_length=60", "data.overlong=truncate")
-    assert answer.status == 0, answer.err
-    assert "(60) are cut to fit: " in answer.out
+    result = cli("check", shared_file, "data.sequence_length=60", "data.overlong=truncate")
+    assert result.status == 0, result.err
+    assert "(60) are cut to fit: " in result.out
     line = refused(cli("check", shared_file, "data.sequence_length=60", "data.overlong=error"))
     assert re.fullmatch(r".*/en\.jsonl:\d+: \d+ tokens, data\.sequence_length is 60; shorten the row, raise .*", line)
 
 
 def test_inspect_shows_every_language(cli: Cli, shared_file: Path, corpus: Path) -> None:
-    """As many samples as asked for, the user's words and the answer marked."""
-    answer = cli("data", "inspect", shared_file, "--samples", 3)
-    assert answer.status == 0, answer.err
-    shown = re.findall(r"^--- (\w+)  (.*):(\d+)  ", answer.out, re.MULTILINE)
+    """The requested number of samples, with the user's words and the answer marked."""
+    result = cli("data", "inspect", shared_file, "--samples", 3)
+    assert result.status == 0, result.err
+    shown = re.findall(r"^--- (\w+)  (.*):(\d+)  ", result.out, re.MULTILINE)
     assert Counter(language for language, _, _ in shown) == dict.fromkeys(("en", "de", "sw", "zh"), 3)
     assert len(set(shown)) == 12
     for language, file, number in shown:
         assert file == str(corpus / f"{language}.jsonl")
         record = json.loads((corpus / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()[int(number) - 1])
-        assert f"⟦content: {record['question']}⟧\n⟦label: {record['answer']}</s>⟧" in answer.out
+        assert f"⟦content: {record['question']}⟧\n⟦label: {record['answer']}</s>⟧" in result.out
 
 
 def test_heldout_items_are_counted(cli: Cli, shared_file: Path) -> None:
-    answer = cli("data", "inspect", shared_file, "data.heldout_items=5")
-    assert len(re.findall(r"^\w\w +35 +5$", answer.out, re.MULTILINE)) == 4
+    result = cli("data", "inspect", shared_file, "data.heldout_items=5")
+    assert len(re.findall(r"^\w\w +35 +5$", result.out, re.MULTILINE)) == 4
 
 
 def test_plan_prints_one_json_line_per_micro_batch(cli: Cli, shared_file: Path) -> None:
@@ -352,14 +352,14 @@ def test_the_plan_is_the_same_on_any_number_of_ranks_and_from_any_step(cli: Cli,
 
 
 def test_the_plan_follows_the_mixture(cli: Cli, shared_file: Path) -> None:
-    """Three English slots to one Swahili slot; samples are in the language that the line says."""
+    """Three English slots to one Swahili slot; samples have the language that the line gives."""
     mixture = "data.mixture={strategy: explicit, weights: {en: 3, sw: 1}}"
     lines = objects(cli("data", "plan", shared_file, mixture, "--steps", "0:4"))
     assert Counter(language for line in lines for language in line["languages"]) == {"en": 24, "sw": 8}
 
 
 def test_a_range_of_no_steps_prints_nothing(cli: Cli, shared_file: Path) -> None:
-    assert cli("data", "plan", shared_file, "--steps", "3:3") == Answer(0, "", "")
+    assert cli("data", "plan", shared_file, "--steps", "3:3") == Result(0, "", "")
 
 
 def test_only_json_lines_are_printed(cli: Cli, shared_file: Path) -> None:
@@ -392,7 +392,7 @@ def _with_output(command: tuple[str, ...]) -> bool:
 
 @pytest.mark.parametrize("command", filter(_with_output, COMMANDS), ids=" ".join)
 def test_an_output_below_a_file_is_refused_by_every_command(cli: Cli, tmp_path: Path, command: tuple[str, ...]) -> None:
-    """Before anything else: what else is asked for is not even there."""
+    """Before anything else is checked: the other arguments do not exist."""
     (tmp_path / "file").touch()
     required = {
         "score": ["mgsm"], "export": ["a"], "eval": ["a", "--data-dir", "a"], "tokenizer": ["a"],
@@ -445,7 +445,7 @@ def test_a_store_in_a_missing_folder_is_named(
 def test_an_untrainable_model_is_refused_before_any_rank_starts(
     cli: Cli, run_file: Callable[..., Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the files that it starts from, or by what is made from `model.init`."""
+    """Because of its stored files, or of the model that `model.init` describes."""
     monkeypatch.setattr("training.launch.launcher.launch", lambda *_: pytest.fail("ranks were started"))
     (tmp_path / "model").mkdir()
     stored = run_file(tmp_path, model={"path": str(tmp_path / "model")}, tokenizer={})
@@ -461,15 +461,15 @@ def test_a_run_is_checked_in_folders_whose_names_are_patterns(
 ) -> None:
     folder = tmp_path / "[v1] a*{b}?"
     shutil.copytree(corpus, folder / "data")
-    answer = cli(
+    result = cli(
         "check", run_file(folder), f"data_dir={folder / 'data'}", "tracking.enabled=true"
-    )  # its store: none yet
-    assert (answer.status, answer.out.splitlines()[-1]) == (0, "ready to train"), answer.err
+    )  # its store does not exist yet
+    assert (result.status, result.out.splitlines()[-1]) == (0, "ready to train"), result.err
 
 
 def test_tokenizer_is_trained_into_a_new_folder(cli: Cli, shared_file: Path, tmp_path: Path) -> None:
-    answer = cli("tokenizer", shared_file, "--output", tmp_path / "tokenizer")
-    assert (answer.status, answer.out.splitlines()[-1:]) == (0, [str(tmp_path / "tokenizer")])
+    result = cli("tokenizer", shared_file, "--output", tmp_path / "tokenizer")
+    assert (result.status, result.out.splitlines()[-1:]) == (0, [str(tmp_path / "tokenizer")])
     assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
     line = refused(cli("tokenizer", shared_file, "--output", tmp_path / "tokenizer"))
     assert line == f"--output {tmp_path / 'tokenizer'}: exists already; give a new folder"

@@ -1,4 +1,4 @@
-"""An encoder as a user makes it: masked words from scratch, then X-Mixup on a tagger, exported and reopened."""
+"""Encoder training end to end: masked words from scratch, then X-Mixup on a tagger, exported and reopened."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [event["values"] for event in events if event["kind"] == "metrics"]
 
 
-def test_a_checkpoint_of_adapters_holds_no_frozen_weight_and_knows_its_base(runs: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_adapters_has_no_frozen_weights_and_needs_its_base_model(runs: Path, tmp_path: Path) -> None:
     whole, adapted = (sum(f.stat().st_size for f in runs.glob(f"{name}/checkpoints/step-*/zero/*.pt")) for name in RUNS)
     assert adapted < whole / 2
     start = runs / "lora" / "task_model" / "model.safetensors"
@@ -109,7 +109,7 @@ def test_every_step_reports_both_sides_consistency_and_ratio(runs: Path) -> None
         assert {f"train/loss/{language}" for language in ("en", "de", "sw", "zh")} <= set(step)
 
 
-def test_the_export_says_what_it_is_and_mixes_again(runs: Path) -> None:
+def test_the_export_describes_itself_and_applies_x_mixup(runs: Path) -> None:
     model_dir = runs / "mixed" / "model"
     info = ExportInfo.read(model_dir)
     assert (info.objective, info.sequence_length, info.step) == ("xmixup", 96, STEPS)
@@ -129,7 +129,7 @@ def test_the_export_says_what_it_is_and_mixes_again(runs: Path) -> None:
         plain = model(input_ids=ids, attention_mask=mask).logits
         with mixup.batch(mask, 1):
             mixed = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(mixed[1], plain[1])  # the source goes on unmixed
+    torch.testing.assert_close(mixed[1], plain[1])  # the source is not mixed
     assert (mixed[0] - plain[0]).abs().max() > 1e-6
 
 
@@ -181,7 +181,7 @@ def test_dora_under_zero_3_starts_from_the_norms_of_whole_weights(runs: Path) ->
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_resumed_run_of_adapters_repeats_the_steps_of_one_never_stopped(runs: Path, name: str) -> None:
+def test_a_resumed_run_of_adapters_repeats_the_steps_of_an_uninterrupted_one(runs: Path, name: str) -> None:
     before = [step["train/loss"] for step in metrics(runs / name) if "train/loss" in step]
     checkpoint = runs / name / "checkpoints" / "step-00000002"
     checked(run_ranks(["-m", "training", str(runs / f"{name}.yaml"), "--resume", str(checkpoint)], 2))

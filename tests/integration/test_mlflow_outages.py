@@ -1,4 +1,4 @@
-"""MLflow slow, silent, failing or full: every metric arrives once, with step and time; no step waits for it.
+"""MLflow slow, unresponsive, failing or full: every metric is stored once, with step and time; no step is delayed.
 
 A real server runs behind a proxy that fails on demand.
 """
@@ -32,7 +32,7 @@ LONGEST_LOG = 0.5  # seconds that a step may wait for the tracker, on a busy mac
 
 
 class Proxy:
-    """Forwards requests to a real server, or fails as `mode` says."""
+    """Forwards requests to a real server, or fails according to `mode`."""
 
     def __init__(self, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -87,7 +87,7 @@ class Proxy:
 
     def fail(self, mode: str) -> None:
         """`mode`: silent, lost (executed, but never answered), slow, 500, 507."""
-        self._monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # shorter than the silence
+        self._monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # shorter than the delay of mode silent
         self.mode = mode
 
     def close(self) -> None:
@@ -166,7 +166,7 @@ def test_after_a_temporary_failure_the_server_has_everything_once(
 
 
 @pytest.mark.parametrize("mode", ["silent", "500"])
-def test_the_end_of_a_run_does_not_wait_for_an_unreachable_server_and_is_synced_later(
+def test_a_run_ends_while_the_server_is_unreachable_and_is_synced_later(
     server: Server, proxy: Proxy, tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     name, folder = f"end {mode}", tmp_path / "run"

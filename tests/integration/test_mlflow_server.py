@@ -1,4 +1,4 @@
-"""A real MLflow server that is killed and restarted during a run: nothing is lost or sent twice, no step waits."""
+"""A real MLflow server that is killed and restarted during a run: nothing is lost or sent twice, no step is delayed."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_run_whose_server_was_never_reachable_is_synced_later(
 
 
 def test_ui_shows_local_runs_and_syncs_a_server_that_responds(server: Server, tmp_path: Path) -> None:
-    """`crosslift ui`: three run folders, one of which has a server of its own."""
+    """`crosslift ui`: three run folders, one of which has its own server."""
     runs = tmp_path / "runs"
     for name in ("a", "deep/b"):
         tracker = Tracker(runs / name, TrackingConfig(enabled=False))

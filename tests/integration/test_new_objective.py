@@ -40,8 +40,8 @@ def crosslift(tree: Path, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=variables, cwd=tree, capture_output=True, text=True, timeout=240)
 
 
-def test_it_trains_resumes_and_exports(tree: Path, tmp_path: Path) -> None:
-    """In two starts: the pairs' distance falls, no step is done twice, and the export opens in plain transformers."""
+def test_the_new_objective_trains_resumes_and_exports(tree: Path, tmp_path: Path) -> None:
+    """In two starts: the pairs' distance falls, no step runs twice, and the export opens in plain transformers."""
     from transformers import AutoModelForCausalLM
 
     output = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_it_trains_resumes_and_exports(tree: Path, tmp_path: Path) -> None:
         ("checkpoint.best=train/distanec", "did you mean 'train/distance'?"),
     ],
 )
-def test_its_mistakes_are_refused_by_check(tree: Path, tmp_path: Path, override: str, message: str) -> None:
+def test_mistakes_in_its_section_are_refused_by_check(tree: Path, tmp_path: Path, override: str, message: str) -> None:
     values = run_values(
         write_data(tmp_path / "data"), tmp_path / "run", objective={"name": "cosine", "layer": 1, "weight": 3.0}
     )

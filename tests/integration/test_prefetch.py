@@ -1,4 +1,4 @@
-"""`crosslift prefetch` from a hub of our own, and a run that trains from what it fetched when the hub is gone."""
+"""`crosslift prefetch` from a fake hub, and a run that trains offline from the fetched files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ READ_WHEN_IMPORTED = ("huggingface_hub", "transformers", "datasets", "accelerate
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory, prepared_run: PreparedRun, corpus: Path) -> Iterator[Hub]:
-    """A model with what its loading does not need beside it, and a data set of JSON lines."""
+    """A model with additional files that loading does not need, and a data set of JSON lines."""
     root = tmp_path_factory.mktemp("hub")
     model, data = root / "models" / MODEL, root / "datasets" / DATA
     shutil.copytree(prepared_run.prepared.model_dir, model)
@@ -57,12 +57,12 @@ def run_file(folder: Path, corpus: Path, model: str = MODEL, data: str | None = 
 
 
 def variables(**given: str) -> dict[str, str]:
-    """This process's without those of the hub, and the given ones."""
+    """This process's environment without the hub's variables, and the given ones."""
     return {**{k: v for k, v in os.environ.items() if not k.startswith("HF_")}, "PYTHONPATH": str(ROOT), **given}
 
 
 def crosslift(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """As a user starts it."""
+    """Run `crosslift` in a new process."""
     return subprocess.run(
         [sys.executable, str(ROOT / "crosslift.py"), *arguments],
         env=variables(**environment), cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -82,7 +82,7 @@ def site_file(folder: Path, cache: Path) -> dict[str, str]:
 
 
 def submit_offline(config: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With a hub that is away, and a shell whose own cache holds nothing."""
+    """With an unreachable hub, from a shell with an empty cache."""
     slurm = FakeSlurm(folder / "fake")
     return crosslift_warm("submit", str(config), "--offline", HF_ENDPOINT="http://127.0.0.1:9",
                           PATH=slurm.search_path, HF_HOME=str(folder / "mine"), **environment)  # fmt: skip
@@ -93,11 +93,11 @@ def test_warm_commands_have_imported_nothing_that_reads_the_variables_of_the_hub
     assert WARM.run(["-c", code]).stdout == "[]\n"
 
 
-def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path, tmp_path: Path) -> None:
-    """The cache is the one that the site's file gives to jobs, whatever the shell says."""
+def test_a_run_trains_from_the_cache_without_the_hub(hub: Hub, corpus: Path, tmp_path: Path) -> None:
+    """The cache is the one that the site's file sets for jobs, not the shell's."""
     config, cache = run_file(tmp_path, corpus), tmp_path / "shared cache"
     site = site_file(tmp_path, cache)
-    hub.asked.clear()
+    hub.requests.clear()
     done = crosslift("prefetch", str(config), HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "mine"), **site)
     assert (done.returncode, done.stderr) == (0, "")
     snapshot = cache / "hub" / f"models--{MODEL.replace('/', '--')}" / "snapshots" / SHA
@@ -110,7 +110,7 @@ def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path
         f"jobs need: HF_HOME={cache} HF_HUB_OFFLINE=1",
     ]
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in snapshot.iterdir()}
-    fetched = " ".join(path for method, path, _ in hub.asked if method == "GET")
+    fetched = " ".join(path for method, path, _ in hub.requests if method == "GET")
     assert not any(name in fetched for name in ("consolidated", "onnx", "pytorch_model.bin", "README.md"))
 
     submitted = submit_offline(config, tmp_path, **site)
@@ -118,14 +118,14 @@ def test_a_run_trains_from_the_cache_when_the_hub_is_gone(hub: Hub, corpus: Path
     assert "ready to train" in submitted.stdout
     assert not (tmp_path / "mine").exists()
 
-    # Another address: nobody is there, and the job does not ask.
-    gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    trained = crosslift("train", str(config), "--nproc", "1", **gone)
+    # At another address there is no server, and the job sends no request.
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    trained = crosslift("train", str(config), "--nproc", "1", **offline)
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_what_was_not_fetched_is_said_before_an_offline_job_is_queued(corpus: Path, tmp_path: Path) -> None:
+def test_files_that_were_not_fetched_are_named_before_an_offline_job_is_queued(corpus: Path, tmp_path: Path) -> None:
     refused = submit_offline(run_file(tmp_path, corpus), tmp_path, **site_file(tmp_path, tmp_path / "empty"))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
     reason = "the download from the hub failed: Cannot find an appropriate cached snapshot"
@@ -145,7 +145,7 @@ def test_what_was_not_fetched_is_said_before_an_offline_job_is_queued(corpus: Pa
         ("offline", "HF_HUB_OFFLINE is set, so nothing can be fetched; unset it"),
     ],
 )
-def test_what_goes_wrong_is_one_line_without_the_token(
+def test_an_error_is_one_line_without_the_token(
     hub: Hub, corpus: Path, tmp_path: Path, case: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_file(
@@ -170,7 +170,7 @@ def test_what_goes_wrong_is_one_line_without_the_token(
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
     assert "verysecret" not in done.stdout + done.stderr
-    if case == "gated":  # the right token opens it, and lies nowhere afterwards
+    if case == "gated":  # the right token is accepted, and written to no file
         again = crosslift_warm("prefetch", str(config), "--hf-home", str(tmp_path / "hf"), HF_ENDPOINT=hub.address,
                                HF_TOKEN="hf_right")  # fmt: skip
         assert again.returncode == 0, again.stderr
@@ -179,7 +179,7 @@ def test_what_goes_wrong_is_one_line_without_the_token(
 
 
 def test_a_full_disk_is_one_line(hub: Hub, corpus: Path, small_disk: Path, tmp_path: Path) -> None:
-    """The model fits, as far as sizes tell; the data set fills the disk."""
+    """By the reported sizes, the model fits; the data set fills the disk."""
     config = run_file(tmp_path, corpus)
     (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 250_000))
     done = crosslift_warm("prefetch", str(config), "--hf-home", str(small_disk / "hf"), HF_ENDPOINT=hub.address)
@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_line(hub: Hub, corpus: Path, small_disk: Path, tmp_p
     assert f"no space left in {small_disk / 'hf'}" in done.stderr
 
 
-def test_local_paths_are_said_to_be_local(prepared_run: PreparedRun, corpus: Path, tmp_path: Path) -> None:
+def test_local_paths_are_reported_as_local(prepared_run: PreparedRun, corpus: Path, tmp_path: Path) -> None:
     tasks = tmp_path / "mgsm"
     tasks.mkdir()
     (tasks / "mgsm_en.tsv").write_text("How many?\t3\nAnd now?\t4\n")
@@ -227,7 +227,7 @@ def test_the_ops_that_settings_need(deepspeed: dict[str, Any], ops: list[str]) -
     assert list(required_ops(config_with(deepspeed).deepspeed)) == ops
 
 
-def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_with({"zero_optimization": {"offload_param": {"device": "nvme"}}})
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"--build-ops: async_io must be compiled, and there is no c\+\+ here; load"):
@@ -235,7 +235,9 @@ def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(build_ops(config_with({}).deepspeed)) == ["DeepSpeed ops: none needed"]
 
 
-def test_a_build_that_was_killed_is_said_instead_of_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_a_killed_build_is_reported_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for tool in ("c++", "ninja"):
         (tmp_path / tool).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

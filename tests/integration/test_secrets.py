@@ -22,7 +22,7 @@ SECRETS = {
 }
 
 
-def test_a_run_writes_no_secret_down(tmp_path: Path, run_file: Callable[..., Path]) -> None:
+def test_a_run_writes_no_secret(tmp_path: Path, run_file: Callable[..., Path]) -> None:
     config = run_file(
         tmp_path,
         max_steps=2,

@@ -1,4 +1,4 @@
-"""A run as a user makes it: trained without a compiler, exported, opened, asked, scored; and by every launcher."""
+"""A run end to end: trained without a compiler, exported, opened, used to generate, scored; and by every launcher."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_export_opens_in_plain_transformers(trained: Path) -> None:
     assert model.config.use_cache
 
 
-def test_the_export_passed_its_check_and_prompts_as_training_did(trained: Path, finished: Finished) -> None:
+def test_the_export_passed_its_check_and_has_the_prompts_of_training(trained: Path, finished: Finished) -> None:
     from transformers import AutoTokenizer
 
     from modeling.export_info import ExportInfo
@@ -89,9 +89,9 @@ def test_the_export_passed_its_check_and_prompts_as_training_did(trained: Path, 
     generation = json.loads((trained / "model" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == finished.chat.template.end_id
     ids, _ = finished.chat.prompt_ids([Message("user", "3 na 4?")], "sw", "sw")
-    spoken = [{"role": "user", "content": "3 na 4?"}]
+    conversation = [{"role": "user", "content": "3 na 4?"}]
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
-    found = tokenizer.apply_chat_template(spoken, add_generation_prompt=True, return_dict=False, language="sw")
+    found = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False, language="sw")
     assert found == ids.tolist()
 
 
@@ -107,7 +107,7 @@ def test_the_run_folder_records_metrics_of_every_kind(trained: Path) -> None:
     assert wanted <= names
 
 
-def test_every_metric_that_may_choose_the_best_checkpoint_is_in_each_of_them(trained: Path) -> None:
+def test_every_checkpoint_has_all_metrics_that_may_select_the_best_one(trained: Path) -> None:
     from training.checkpoints.checkpoint import step_folders
     from training.checkpoints.run_state import RunState
     from training.checks.metric_names import metric_names
@@ -119,7 +119,7 @@ def test_every_metric_that_may_choose_the_best_checkpoint_is_in_each_of_them(tra
     measured = [state for state in states if state.step % config.evaluation.every == 0]
     assert measured
     for state in measured:
-        assert known - set(state.metrics) == {"memory/gpu_peak_gib"}  # which a run on GPUs has
+        assert known - set(state.metrics) == {"memory/gpu_peak_gib"}  # which only runs on GPUs have
 
 
 def test_mlflow_has_the_run_with_its_artefacts(trained: Path) -> None:
@@ -148,7 +148,7 @@ def test_generate_answers_with_the_shift_on(trained: Path) -> None:
 
 
 class Finished(NamedTuple):
-    """What is left of a run, opened for generation as a user opens it."""
+    """A finished run, opened for generation as a user opens it."""
 
     checkpoint: Path
     config: RunConfig
@@ -185,7 +185,7 @@ def finished(trained: Path) -> Finished:
     return Finished(checkpoint, config, *open_model(str(trained / "model")))
 
 
-def test_generation_from_the_export_is_what_training_saw(trained: Path, finished: Finished) -> None:
+def test_generation_from_the_export_has_the_losses_of_training(trained: Path, finished: Finished) -> None:
     """The held-out losses, from the export alone, are those that the run logged at its last step."""
     import torch
 
@@ -203,7 +203,7 @@ def test_generation_from_the_export_is_what_training_saw(trained: Path, finished
         )
         assert float(found.mean()) == pytest.approx(logged[f"eval/loss/{language}"], rel=2e-6)
         moved = float((found - plain).abs().mean())
-        assert moved == 0 if language == "en" else moved > 1e-4, "the shift is seen in these numbers"
+        assert moved == 0 if language == "en" else moved > 1e-4, "the shift changes these losses"
 
 
 def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) -> None:
@@ -223,7 +223,7 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
 
     config, chat = finished.config, finished.chat
     assert isinstance(config.objective, ShifConConfig)
-    spoken = [
+    turns = [
         ("sw", "zh", "Basi lina watu 3?", "答案：7"),
         ("zh", "en", "3加4？", "Answer: 7"),
         ("en", "de", "3+4?", "7"),
@@ -232,7 +232,7 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
         chat.tokenize(
             Record("", str(n), language, "", Conversation((Message("user", q), Message("assistant", a)), response))
         )
-        for n, (language, response, q, a) in enumerate(spoken)
+        for n, (language, response, q, a) in enumerate(turns)
     ]
     directory = finished.generator.model.name_or_path
     model: Any = load_pretrained(directory, torch.float32, "eager", "cpu")
@@ -245,12 +245,12 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
         trained = objective.loss_terms(SimpleNamespace(forward=model), batch).label_losses
     objective.shift.remove()
     generated = torch.cat(
-        [finished.losses(s, *languages) for s, (*languages, _, _) in zip(samples, spoken, strict=True)]
+        [finished.losses(s, *languages) for s, (*languages, _, _) in zip(samples, turns, strict=True)]
     )
 
     vectors = LanguageVectors.load(finished.checkpoint / VECTORS_FILE)
     expected = []
-    for sample, (language, response, _, _) in zip(samples, spoken, strict=True):
+    for sample, (language, response, _, _) in zip(samples, turns, strict=True):
         handles = []
         for sign, layer in zip((1, -1), config.objective.layers, strict=True):
             mean = dict(zip(vectors.languages, vectors.at(layer), strict=True))
@@ -364,7 +364,9 @@ def test_every_launcher_starts_the_same_loop(by_launcher: dict[str, list[float]]
 @pytest.mark.skipif(
     shutil.which("deepspeed", path=os.path.dirname(sys.executable)) is None, reason="no deepspeed launcher"
 )
-def test_the_deepspeed_launcher_starts_it_too(data: Path, tmp_path: Path, by_launcher: dict[str, list[float]]) -> None:
+def test_the_deepspeed_launcher_starts_the_same_loop_too(
+    data: Path, tmp_path: Path, by_launcher: dict[str, list[float]]
+) -> None:
     config = write_config(tmp_path / "run.yaml", rank_values(data, tmp_path / "run", max_steps=2))
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_gpus", "2", "--master_port", "29612", "--module", "training", str(config)]

@@ -1,4 +1,4 @@
-"""A wheel of the repository, installed where there is no checkout, has all that the commands need."""
+"""A wheel of the repository, installed without a checkout, contains everything that the commands need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "mlruns", "tests")
-STARTS_WITHIN = 240.0  # seconds, on two cores with much else to do
+STARTS_WITHIN = 240.0  # seconds, on two busy cores
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def quickstart(installed: Path, tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """`crosslift quickstart` in an empty folder, ended with all that it started."""
+    """`crosslift quickstart` in an empty folder, ended with all processes that it started."""
     process = subprocess.Popen(
         [installed / "crosslift", "quickstart"], cwd=tmp_path, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -62,7 +62,7 @@ def quickstart(installed: Path, tmp_path: Path, environment: dict[str, str]) -> 
 
 
 def test_the_quickstart_trains_from_the_wheel(quickstart: subprocess.Popen[str], tmp_path: Path) -> None:
-    """Its first steps: the story itself takes minutes."""
+    """Only its first steps: the whole quickstart takes minutes."""
     record = tmp_path / "runs" / "quickstart" / "base" / "record.jsonl"
 
     def trains() -> bool:
@@ -82,8 +82,8 @@ def test_every_run_file_of_the_repository_is_in_the_wheel(installed: Path, envir
         text=True,
         check=True,
     )
-    folder, front_door = map(Path, done.stdout.split())
-    assert front_door.is_relative_to(installed.parent)
+    folder, module = map(Path, done.stdout.split())
+    assert module.is_relative_to(installed.parent)
     assert sorted(path.name for path in folder.glob("*.yaml")) == sorted(
         path.name for path in (ROOT / "configs").glob("*.yaml")
     )

@@ -1,4 +1,4 @@
-"""XTREME as its user has it, on a small tagger: zero-shot, its labels as a teacher's, X-Mixup, one MLflow page."""
+"""`crosslift xtreme` end to end with a small tagger: zero-shot, soft labels from it, X-Mixup, nested MLflow runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = ("precision=fp32", "epochs=3", "checkpoints=2", "data.slots_per_step=16"
 
 
 def succeeded(*arguments: object) -> str:
-    """What the command printed. What it starts itself, `crosslift train` and its rank, is started as ever."""
+    """The output of a command. `crosslift train`, which it starts, is a new process as usual."""
     done = run_command(*arguments, timeout=560)
     checked([done])
     return done.stdout
@@ -39,7 +39,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_encoder(folder: Path) -> None:
-    """A pretrained encoder, as far as anyone can tell, with its tokenizer."""
+    """An untrained encoder in place of a pretrained one, with its tokenizer."""
     torch.manual_seed(0)
     config = XLMRobertaConfig(
         vocab_size=len(unigram()), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
@@ -65,7 +65,7 @@ def write_udpos(tiny: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`encoder/`, `zero-shot/`, `soft/` and `x-mixup/`; what the last printed is in `x-mixup.txt`."""
+    """`encoder/`, `zero-shot/`, `soft/` and `x-mixup/`; the output of the last is in `x-mixup.txt`."""
     folder = tmp_path_factory.mktemp("xtreme")
     tiny = write_task_data(folder / "tiny")
     write_udpos(tiny, folder / "udpos")
@@ -107,18 +107,18 @@ def test_both_runs_select_predict_and_score(runs: Path) -> None:
     assert {language: each["mixed"] for language, each in mixed.items()} == {"de": 8, "en": 8, "zh": 8}
 
 
-def test_the_table_is_the_scorers_and_tells_the_gap(runs: Path) -> None:
+def test_the_table_equals_the_scorers_and_shows_the_gap(runs: Path) -> None:
     out = (runs / "x-mixup.txt").read_text(encoding="utf-8")
-    told = scores(runs / "x-mixup")["summary"]
+    summary = scores(runs / "x-mixup")["summary"]
     scored = succeeded(
         "score", "xtreme", "--predictions", runs / "x-mixup" / "predictions", "--labels", runs / "x-mixup" / "labels",
         "--json",
     )  # fmt: skip
     languages = json.loads(scored)["tasks"]["udpos"]["languages"]
     assert {language: found["f1"] for language, found in languages.items()} == pytest.approx(
-        {language: found["f1"] for language, found in told["languages"].items()}
+        {language: found["f1"] for language, found in summary["languages"].items()}
     )
-    gap = told["gap"]["f1"]
+    gap = summary["gap"]["f1"]
     assert gap == pytest.approx(languages["en"]["f1"] - (languages["de"]["f1"] + languages["zh"]["f1"]) / 2)
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines() if line}
     # three of the task's languages: marked as partial

@@ -1,4 +1,4 @@
-"""Cosine alignment: fine-tuning, and translations drawn together at one layer by the cosine of their mean states.
+"""Cosine alignment: fine-tuning plus the cosine distance of the mean states of translations at one layer.
 
 `test_new_objective.py` adds this file to a copy of the source, as its only change beside a line in the registry.
 

@@ -1,4 +1,4 @@
-"""Packed = padded = one by one, for logits, loss and gradients; a class that cannot do it is told apart.
+"""Packed, padded and single samples have equal logits, losses and gradients; models that cannot pack are detected.
 
 The packed form is the one of every training, probe and held-out forward pass: no attention mask, position ids
 that restart, no cache.
@@ -54,7 +54,7 @@ def one_by_one(model: PreTrainedModel) -> list[Tensor]:
 
 
 def packed_batch() -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """Rows of one width; a row's padding is a segment of its own. Also where each sample lies."""
+    """Rows of one width; a row's padding is a separate segment. Also the place of each sample."""
     texts = samples()
     width = max(sum(LENGTHS[i] for i in row) for row in ROWS)
     ids, positions = torch.zeros(len(ROWS), width, dtype=torch.int64), torch.zeros(len(ROWS), width).long()
@@ -115,7 +115,7 @@ def test_packed_equals_padded_equals_one_by_one(model_type: str, attention: str,
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_sliding_windows_take_effect_within_samples(attention: str) -> None:
-    """Guards the test above: with the window off, or the samples' own past hidden, the logits differ."""
+    """Otherwise the test above would show nothing: the window limits which tokens of a sample affect a logit."""
     model = tiny("mistral", attention, False)
     long = samples()[2]
     logits = model(input_ids=long[None], use_cache=False).logits[0]
@@ -127,7 +127,7 @@ def test_sliding_windows_take_effect_within_samples(attention: str) -> None:
     assert torch.equal(logits[reach + 1 :], other[reach + 1 :])
 
 
-def test_bloom_is_padded_and_packing_it_would_have_been_wrong() -> None:
+def test_bloom_is_padded_because_packing_gives_wrong_logits() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2

@@ -1,8 +1,8 @@
-"""ShifCon against a slow second implementation, written from the formulas alone.
+"""ShifCon against a slow second implementation, written only from the formulas.
 
 It runs the model layer by layer, one sample at a time, adds the shift token by token, and takes both losses
-with loops. The system's side is one packed (or padded) forward pass with hooks. Losses and the gradients of
-every parameter must agree.
+with loops. The implementation under test is one packed (or padded) forward pass with hooks. Losses and the gradients
+of every parameter must agree.
 """
 
 import math
@@ -88,8 +88,8 @@ def slow_sample(model: PreTrainedModel, vectors: LanguageVectors, sample: tuple)
     logits = model.lm_head(norm(hidden))[0]
     loss = torch.zeros(())
     for t in range(first_label, len(tokens)):
-        chances = torch.softmax(logits[t - 1], dim=0)
-        loss = loss - torch.log(chances[tokens[t]])
+        probabilities = torch.softmax(logits[t - 1], dim=0)
+        loss = loss - torch.log(probabilities[tokens[t]])
     return loss, pooled, logits
 
 
@@ -188,13 +188,14 @@ def test_one_hooked_forward_pass_equals_the_method(name: str, packed: bool, chec
 
 
 def test_the_shift_changes_the_compared_states() -> None:
-    """The parity above would be hollow if the shift toward or the shift back did not matter here."""
-    nowhere, no_return = make_vectors(), make_vectors()
-    nowhere.mean.copy_(nowhere.mean[:1].expand(3, -1, -1))
-    no_return.mean[:, 1] = no_return.mean[:1, 1]
+    """The parity test would show nothing if the shift or its inverse had no effect here."""
+    no_shift, no_shift_back = make_vectors(), make_vectors()
+    no_shift.mean.copy_(no_shift.mean[:1].expand(3, -1, -1))
+    no_shift_back.mean[:, 1] = no_shift_back.mean[:1, 1]
     with torch.no_grad():
         german = [
-            system_loss(tiny("llama"), vectors, packed=True)[1][1] for vectors in (make_vectors(), nowhere, no_return)
+            system_loss(tiny("llama"), vectors, packed=True)[1][1]
+            for vectors in (make_vectors(), no_shift, no_shift_back)
         ]
     assert (german[1] - german[0]).abs().max() > 0.1
     assert (german[2] - german[0]).abs().max() > 0.1

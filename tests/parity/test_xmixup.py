@@ -1,7 +1,7 @@
-"""X-Mixup against a slow second implementation, written from the formulas alone.
+"""X-Mixup against a slow second implementation, written only from the formulas.
 
-It knows the weights by name and nothing else of transformers: embeddings, every layer, heads, mixing and losses are
-loops over samples, positions and heads in fp64. The system's side is one stacked forward pass with hooks.
+It uses the weights by name and nothing else of transformers: embeddings, every layer, heads, mixing and losses are
+loops over samples, positions and heads in fp64. The implementation under test is one stacked forward pass with hooks.
 """
 
 import math
@@ -63,7 +63,7 @@ def rows_of(width: int = 0) -> list[list[int]]:
     return [row + [PAD] * (width - len(row)) for row in rows]
 
 
-# --- the slow side -------------------------------------------------------------------------------------------------
+# --- the slow implementation -----------------------------------------------------------------------------------------
 
 
 class Slow:
@@ -91,10 +91,13 @@ class Slow:
             seen += token != PAD
             place = position if not self.roberta else (PAD + seen if token != PAD else PAD)
             word = self.weights[table + "word_embeddings.weight"][token]
-            spot = self.weights[table + "position_embeddings.weight"][place]
+            position_embedding = self.weights[table + "position_embeddings.weight"][place]
             if token == PAD:  # transformers trains no embedding of padding
-                word, spot = word.detach(), spot.detach() if self.roberta else spot
-            vector = word + spot + self.weights[table + "token_type_embeddings.weight"][0]
+                word, position_embedding = (
+                    word.detach(),
+                    position_embedding.detach() if self.roberta else position_embedding,
+                )
+            vector = word + position_embedding + self.weights[table + "token_type_embeddings.weight"][0]
             states.append(self.norm(table + "LayerNorm", vector))
         return states
 
@@ -107,7 +110,7 @@ class Slow:
         return [[[(a[cut] * b[cut]).sum() / math.sqrt(size) for b in k] for a in q] for cut in cuts]
 
     def attended(self, layer: str, queries: list[Tensor], keys: list[Tensor], row: list[int]) -> list[Tensor]:
-        """The attention block's dense output at each query; keys are those of `row` that are no padding."""
+        """The attention block's dense output at each query; keys are the tokens of `row` that are not padding."""
         size = HIDDEN // HEADS
         scores = self.scores(layer, queries, keys)
         values = [self.linear(layer + "attention.self.value", state) for state in keys]
@@ -115,8 +118,8 @@ class Slow:
         for i in range(len(queries)):
             parts = []
             for head in range(HEADS):
-                chances = softmax({j: scores[head][i][j] for j, token in enumerate(row) if token != PAD})
-                parts.append(sum(chances[j] * values[j][head * size : (head + 1) * size] for j in chances))
+                probabilities = softmax({j: scores[head][i][j] for j, token in enumerate(row) if token != PAD})
+                parts.append(sum(probabilities[j] * values[j][head * size : (head + 1) * size] for j in probabilities))
             outputs.append(self.linear(layer + "attention.output.dense", torch.cat(parts)))
         return outputs
 
@@ -162,8 +165,8 @@ class Slow:
         self, layer: str, t: list[Tensor], s: list[Tensor], target: list[int], source: list[int], form: str
     ) -> Tensor:
         scores = self.scores(layer, t, s)
-        turned = [[[scores[h][i][j] for i in range(len(t))] for j in range(len(s))] for h in range(HEADS)]
-        total = mean_entropy(scores, target, source, form) + mean_entropy(turned, source, target, form)
+        transposed = [[[scores[h][i][j] for i in range(len(t))] for j in range(len(s))] for h in range(HEADS)]
+        total = mean_entropy(scores, target, source, form) + mean_entropy(transposed, source, target, form)
         w, b = self.weights[layer + "mixup_ratio.w"], self.weights[layer + "mixup_ratio.b"]
         return LAM0 / (1 + torch.exp(-(w * total + b)))
 
@@ -180,8 +183,8 @@ def mean_entropy(scores: list[list[list[Tensor]]], queries: list[int], keys: lis
         for i, token in enumerate(queries):
             row = scores[head][i]
             if form == "true" and token != PAD:
-                chances = softmax({j: row[j] for j, key in enumerate(keys) if key != PAD})
-                found.append(-sum(chance * torch.log(chance) for chance in chances.values()))
+                probabilities = softmax({j: row[j] for j, key in enumerate(keys) if key != PAD})
+                found.append(-sum(probability * torch.log(probability) for probability in probabilities.values()))
             if form == "authors":
                 labels = softmax({j: row[j] + (-10000.0 if key == PAD else 0.0) for j, key in enumerate(keys)})
                 logits = softmax({j: row[j] * (0.0 if key == PAD else 1.0) for j, key in enumerate(keys)})
@@ -205,8 +208,8 @@ def slow_side(kind: str, logits: list[Tensor], row: list[int], number: int, is_s
     classes = [float(c == HARD[number]) for c in range(CLASSES)] if is_source else SOFT[number]
 
     def against(logit: Tensor) -> Tensor:
-        chances = softmax(dict(enumerate(logit)))
-        return -sum(classes[c] * torch.log(chances[c]) for c in range(CLASSES))
+        probabilities = softmax(dict(enumerate(logit)))
+        return -sum(classes[c] * torch.log(probabilities[c]) for c in range(CLASSES))
 
     if kind == "classification":
         return against(logits[0])
@@ -250,7 +253,7 @@ def slow_loss(
     return loss, [torch.stack(row) for row in logits]
 
 
-# --- the system's side ---------------------------------------------------------------------------------------------
+# --- the implementation under test -----------------------------------------------------------------------------------
 
 
 def system_loss(
@@ -338,7 +341,7 @@ def test_a_fixed_ratio_is_used_unchanged() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_changes_the_authors_ratio_and_not_ours(name: str) -> None:
-    """Both against the slow side too, so that the authors' dependence on padding is theirs, not a slip of ours."""
+    """Both equal the slow implementation, so the dependence on padding is a property of the authors' form."""
     for entropy in ("true", "authors"):
         model = tiny(name, "tagging")
         mixup = CrossLingualMixup(model, MIXED_LAYER, LAM0, entropy)
@@ -360,13 +363,13 @@ def test_padding_changes_the_authors_ratio_and_not_ours(name: str) -> None:
 
 
 def test_the_parity_fails_without_mixing() -> None:
-    """The comparison would be hollow if the mixing hardly moved these logits."""
+    """The comparison would show nothing if mixing hardly changed these logits."""
     model = tiny("xlm-roberta", "classification")
     mixup = CrossLingualMixup(model, MIXED_LAYER)
     mixed, plain = (torch.stack(system_loss(model, mixup, "classification", mix)[1]) for mix in (True, False))
     n = len(PAIRS)
     assert (mixed - plain)[:n].abs().amax(dim=(1, 2)).min() > 0.05
-    torch.testing.assert_close(mixed[n:], plain[n:], rtol=0, atol=0)  # sources go on unmixed
+    torch.testing.assert_close(mixed[n:], plain[n:], rtol=0, atol=0)  # sources are not mixed
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -477,12 +480,12 @@ def test_mixing_with_lora_equals_mixing_with_merged_weights() -> None:
         mixup = CrossLingualMixup(plain, MIXED_LAYER)
         slow_losses.append(slow_loss(Slow(plain), "classification", "true"))
     torch.testing.assert_close(torch.stack(logits), torch.stack(slow_losses[0][1]), rtol=1e-10, atol=1e-10)
-    assert abs(slow_losses[1][0] - loss) > 1e-2  # the adapters do something
+    assert abs(slow_losses[1][0] - loss) > 1e-2  # the adapters have an effect
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mixing_in_each_number_format(name: str) -> None:
-    """fp32 and bf16 against fp64; entropies and ratios stay in fp32 at least."""
+    """fp32 and bf16 against fp64; entropies and ratios are at least fp32."""
     exact = tiny(name, "classification")
     mixup = CrossLingualMixup(exact, MIXED_LAYER)
     wanted, wanted_logits = system_loss(exact, mixup, "classification")

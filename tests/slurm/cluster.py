@@ -1,12 +1,12 @@
 """A real Slurm cluster of two nodes on this machine, for tests and benchmarks: munge, slurmctld and two slurmd.
 
     with TwoNodeCluster(folder) as cluster:
-        cluster.use()                      # SLURM_CONF: from here on sbatch, squeue, ... talk to it
+        cluster.use()                      # sets SLURM_CONF, so that sbatch, squeue, ... use it
         cluster.wait_for_state(job, "RUNNING")
         cluster.kill_node("n2")
 
-It needs root and Debian's `slurmctld slurmd slurm-client munge`, uses free ports and a folder of its own, and leaves
-nothing of the system's Slurm or munge touched. Nothing of the project is imported.
+It needs root and Debian's `slurmctld slurmd slurm-client munge`, uses free ports and its own folder, and does not touch
+the system's Slurm or munge. It imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CPUS = 2  # of each node, as many as tests share
 STARTS_WITHIN = 30.0
 REVOKED_SECONDS = 3.0
 # No memory accounting, no cgroups: processes are followed through the process tree. Times are as short as two busy
-# cores allow; a requeued job would otherwise wait two minutes (see `hurry`).
+# cores allow; a requeued job would otherwise wait two minutes (see `skip_requeue_delay`).
 CONFIGURATION = """
 ClusterName=two
 SlurmctldHost={host}(127.0.0.1)
@@ -75,7 +75,7 @@ def missing() -> str | None:
 
 
 class TwoNodeCluster:
-    """Starts with the `with` block and is gone with it, jobs included."""
+    """Runs for the duration of a `with` block; its jobs end with it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +90,9 @@ class TwoNodeCluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
         ports = _free_ports(1 + len(NODES))
-        first = 1 + secrets.randbelow(10_000)  # a job's port comes of its number: two clusters here must not share it
+        first = 1 + secrets.randbelow(
+            10_000
+        )  # a job's port depends on its number, which two clusters on a machine must not share
         self.conf.write_text(
             CONFIGURATION.format(folder=self.folder, host=socket.gethostname(), ports=ports, cpus=CPUS, first_job=first)
         )
@@ -114,7 +116,7 @@ class TwoNodeCluster:
         self.stop()
 
     def stop(self) -> None:
-        """End all jobs and daemons; nothing that was started here stays."""
+        """End all jobs and daemons that were started here."""
         if "slurmctld" in self._daemons:
             self.slurm("scancel", "--user=root", check=False)
             deadline = time.monotonic() + 5
@@ -131,7 +133,7 @@ class TwoNodeCluster:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Inside, this process's and its children's Slurm commands mean this cluster."""
+        """In this context, Slurm commands of this process and its children use this cluster."""
         before = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(self.conf)
         try:
@@ -142,7 +144,7 @@ class TwoNodeCluster:
             else:
                 os.environ["SLURM_CONF"] = before
 
-    # --- asking
+    # --- queries
 
     def slurm(self, *command: str, check: bool = True) -> str:
         """One of Slurm's commands; what it printed."""
@@ -169,34 +171,34 @@ class TwoNodeCluster:
         """Until a job is in one of the states.
 
         Raises:
-            TimeoutError: with what Slurm says of it.
+            TimeoutError: with Slurm's description of the job.
         """
         self.wait_until(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", seconds,
                         lambda: self.slurm("scontrol", "show", "job", job))  # fmt: skip
 
     def wait_until(
         self, condition: Callable[[], Any], what: str, seconds: float = STARTS_WITHIN,
-        otherwise: Callable[[], str] | None = None,
+        details: Callable[[], str] | None = None,
     ) -> None:  # fmt: skip
-        """Poll; TimeoutError with the daemons' last words where it does not come true."""
+        """Poll until the condition holds; TimeoutError with `details()`, by default the daemons' logs."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                said = otherwise() if otherwise else self.last_words()
-                raise TimeoutError(f"waited {seconds:.0f} s for {what}\n{said}")
+                text = details() if details else self.daemon_logs()
+                raise TimeoutError(f"waited {seconds:.0f} s for {what}\n{text}")
             time.sleep(0.1)
 
-    def last_words(self) -> str:
+    def daemon_logs(self) -> str:
         """The ends of the daemons' logs."""
         logs = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
 
-    # --- doing
+    # --- actions
 
-    def hurry(self, job: str) -> None:
-        """A requeued job waits two minutes, for its nodes to forget the credential that they revoked; not here.
+    def skip_requeue_delay(self, job: str) -> None:
+        """Start a requeued job without Slurm's delay of two minutes, in which nodes drop the revoked credential.
 
-        They refuse one that was issued up to the second of that, hence a pause.
+        Nodes refuse credentials issued until the second of the revocation, hence a pause.
         """
         self.wait_until(lambda: self.state(job) in ("PENDING", "RUNNING", "COMPLETED"), f"job {job} to be requeued", 60)
         if self.state(job) == "PENDING":
@@ -208,15 +210,15 @@ class TwoNodeCluster:
         self._start("slurmd", "-D", "-N", node, "-f", str(self.conf), name=node)
 
     def kill_node(self, node: str) -> None:
-        """kill -9 of slurmd and all that runs on the node, as if its power were cut."""
+        """SIGKILL slurmd and all processes of the node, as in a power failure."""
         daemon = self._daemons.pop(node)
-        doomed = [*_tree(daemon.pid), *(each for top in _stepds(self.folder, node) for each in _tree(top))]
-        for process in doomed:
+        processes = [*_tree(daemon.pid), *(each for top in _stepds(self.folder, node) for each in _tree(top))]
+        for process in processes:
             _kill(process)
         daemon.wait()
 
     def processes(self, node: str) -> list[int]:
-        """Everything that runs on a node for jobs."""
+        """All processes that run on a node for jobs."""
         return [each for top in _stepds(self.folder, node) for each in _tree(top)[1:]]
 
     def _start(self, program: str, *arguments: str, name: str | None = None) -> None:
@@ -269,7 +271,7 @@ def _tree(top: int) -> list[int]:
 
 
 def _stepds(folder: Path, node: str = "*") -> list[int]:
-    """slurmstepd processes of this cluster, known by the log that they hold open; they outlive slurmd."""
+    """slurmstepd processes of this cluster, found by the log that they have open; they outlive slurmd."""
     logs, found = [str(log) for log in folder.glob(f"slurmd-{node}.log")], []
     for process, (_, line) in _processes().items():
         if line.startswith("slurmstepd"):

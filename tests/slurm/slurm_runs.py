@@ -1,6 +1,6 @@
 """Runs on the test cluster: a tiny run (`tiny_run.py`) submitted as by a user, its record, and waiting for its state.
 
-`SlurmRun.repeated()` gives every recorded step, for each time that it was done.
+`SlurmRun.repeated()` gives every recorded step, for each time that it ran.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from unittest.mock import patch
 from cluster import TwoNodeCluster
 from tiny_run import RANK_ITEMS, rank_values, write_config, write_data
 
-import crosslift as front_door
+import crosslift as command_line
 
 STEPS = 36
-TRAINS_WITHIN = 240.0  # seconds, on two cores with much else to do
+TRAINS_WITHIN = 240.0  # seconds, on two busy cores
 # Metrics that must not depend on interruptions.
 SAME = ("train/loss", "train/contrastive", "train/grad_norm", "train/learning_rate", "data/step_fingerprint", "shift/")
 # Variables of another allocation in the submitting shell; none of them may reach a job's ranks.
@@ -39,7 +39,7 @@ def reference_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Result:
     """The result of a command."""
 
     returncode: int
@@ -47,20 +47,20 @@ class Answer:
     stderr: str
 
 
-def crosslift(*arguments: object, folder: Path, check: bool = True) -> Answer:
+def crosslift(*arguments: object, folder: Path, check: bool = True) -> Result:
     """Run `crosslift ARGUMENTS` in a folder, in this process, so that imports are shared by all tests."""
     before, sys.argv = sys.argv, ["crosslift", *map(str, arguments)]
     status: object = 0
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, chdir(folder):
         try:
-            front_door.main()
+            command_line.main()
         except SystemExit as end:
             status = end.code or 0
         finally:
             sys.argv = before
     assert isinstance(status, int)
     assert not check or status == 0, f"{arguments}: {status}\n{out.getvalue()}\n{err.getvalue()}"
-    return Answer(status, out.getvalue(), err.getvalue())
+    return Result(status, out.getvalue(), err.getvalue())
 
 
 class SlurmRun:
@@ -111,7 +111,7 @@ class SlurmRun:
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def repeated(self) -> dict[int, list[dict[str, float]]]:
-        """The metrics of each step, for each time that it was done."""
+        """The metrics of each step, for each time that it ran."""
         found: dict[int, list[dict[str, float]]] = defaultdict(list)
         for event in self.events("metrics"):
             values = {name: value for name, value in event["values"].items() if name.startswith(SAME)}
@@ -131,21 +131,21 @@ class SlurmRun:
     def train_until(self, step: int) -> None:
         """Wait until the running job has recorded a step."""
         self.cluster.wait_until(
-            lambda: self.last_step() >= step or self._ended(), f"step {step}", TRAINS_WITHIN, self.said
+            lambda: self.last_step() >= step or self._ended(), f"step {step}", TRAINS_WITHIN, self.diagnostics
         )
-        assert self.last_step() >= step, self.said()
+        assert self.last_step() >= step, self.diagnostics()
 
-    def train_on(self, steps: int = 2) -> None:
-        """Wait until the job has started and done some more steps than the run had."""
+    def train_more(self, steps: int = 2) -> None:
+        """Wait until the run has some more steps."""
         self.train_until(self.last_step() + steps)
 
     def resume(self) -> None:
-        """Let the requeued job start at once and train."""
+        """Start the requeued job at once, and wait until it trains."""
         starts = len(self.starts())
-        self.cluster.hurry(self.job)
+        self.cluster.skip_requeue_delay(self.job)
         self.cluster.wait_until(lambda: len(self.starts()) > starts or self._ended(), "the next start", TRAINS_WITHIN,
-                                self.said)  # fmt: skip
-        self.train_on()
+                                self.diagnostics)  # fmt: skip
+        self.train_more()
 
     def wait_for_state(self, *states: str) -> None:
         self.cluster.wait_for_state(self.job, *states, seconds=TRAINS_WITHIN)
@@ -157,12 +157,12 @@ class SlurmRun:
             job = self.cluster.job(self.job)
             return job["JobState"] == "PENDING" and int(job["Restarts"]) == restarts
 
-        self.cluster.wait_until(lambda: requeued() or self._ended(), "the requeue", 90, self.said)
-        assert requeued(), self.said()
+        self.cluster.wait_until(lambda: requeued() or self._ended(), "the requeue", 90, self.diagnostics)
+        assert requeued(), self.diagnostics()
 
     def _ended(self) -> bool:
         return self.cluster.state(self.job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
-    def said(self) -> str:
+    def diagnostics(self) -> str:
         """State and log of the job, for the message of a failed test."""
         return f"{self.cluster.slurm('scontrol', 'show', 'job', self.job)}\n{self.log()[-6000:]}"

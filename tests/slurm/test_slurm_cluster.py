@@ -2,8 +2,8 @@
 
 In the second half one run is interrupted in every way in which a cluster ends jobs. Its record must equal that of an
 uninterrupted run (`reference`): every step is there, in order, and a step that was repeated after a kill has the same
-values to the last digit. Each test finds the run training and leaves it training; the last one ends it. The tests
-depend on their order.
+values to the last digit. The run is training before and after each test; the last one ends it. The tests depend on
+their order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tiny_run import write_config
 
 
 def test_a_run_on_two_nodes_finishes(reference: SlurmRun) -> None:
-    assert reference.cluster.state(reference.job) == "COMPLETED", reference.said()
+    assert reference.cluster.state(reference.job) == "COMPLETED", reference.diagnostics()
     steps = reference.repeated()
     assert sorted(steps) == list(range(1, STEPS + 1))
     assert all(len(values) == 1 for values in steps.values())
@@ -80,7 +80,7 @@ def test_a_sweep_is_an_array_with_a_folder_for_each_run(cluster: TwoNodeCluster,
     job = run.submit("--array", "seed=1,2", "--array-limit", 2, nodes=1)
     for number in range(2):
         cluster.wait_for_state(f"{job}_{number}", "COMPLETED", "FAILED", seconds=240)
-    assert [cluster.state(f"{job}_{number}") for number in range(2)] == ["COMPLETED"] * 2, run.said()
+    assert [cluster.state(f"{job}_{number}") for number in range(2)] == ["COMPLETED"] * 2, run.diagnostics()
     fingerprints = set()
     for number, seed in enumerate((1, 2)):
         folder = run.output / f"{number}-seed={seed}"
@@ -91,7 +91,7 @@ def test_a_sweep_is_an_array_with_a_folder_for_each_run(cluster: TwoNodeCluster,
         fingerprints |= {line["values"].get("data/step_fingerprint") for line in metrics}
         status = json.loads(crosslift("status", folder, "--json", folder=tmp_path).stdout)
         assert [(each["job"], each["state"]) for each in status["jobs"]] == [(f"{job}_{number}", "COMPLETED")]
-    assert len(fingerprints - {None}) == 4  # another seed is another order
+    assert len(fingerprints - {None}) == 4  # another seed gives another order
 
 
 def test_a_failing_setup_line_ends_the_job_and_those_that_wait_for_it(cluster: TwoNodeCluster, tmp_path: Path) -> None:
@@ -139,113 +139,122 @@ CLOSE = 2e-3  # losses after a change of the number of ranks: fp32 sums in anoth
 
 
 @pytest.fixture(scope="module")
-def life(cluster: TwoNodeCluster, reference: SlurmRun, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
-    folder = tmp_path_factory.mktemp("life")
+def interrupted(cluster: TwoNodeCluster, reference: SlurmRun, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
+    folder = tmp_path_factory.mktemp("interrupted")
     run = SlurmRun(cluster, folder, reference_values(folder))
     run.submit("--time", "30")
     run.train_until(2)
     return run
 
 
-def same_so_far(life: SlurmRun, reference: SlurmRun) -> None:
-    """No step is missing, and repeated steps have the same values."""
-    done, expected = life.repeated(), reference.repeated()
-    assert sorted(done) == list(range(1, life.last_step() + 1))
+def assert_same_steps(interrupted: SlurmRun, reference: SlurmRun) -> None:
+    """Assert that no step is missing and that repeated steps have the same values."""
+    done, expected = interrupted.repeated(), reference.repeated()
+    assert sorted(done) == list(range(1, interrupted.last_step() + 1))
     for step, times in done.items():
         for values in times:
             assert values == expected[step][0], f"step {step}"
 
 
-def lost_steps(life: SlurmRun, before: int) -> int:
+def lost_steps(interrupted: SlurmRun, before: int) -> int:
     """Number of steps that the newest start had to repeat."""
-    resumed = life.starts()[-1]
+    resumed = interrupted.starts()[-1]
     assert resumed is not None
     return before - resumed
 
 
-def test_after_a_stop_signal_the_job_saves_and_requeues_itself(life: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(life.cluster.job(life.job)["Restarts"])
-    life.cluster.slurm("scancel", "--signal=TERM", life.job)
-    life.wait_for_requeue(restarts + 1)
-    before = life.last_step()
-    assert f"job {life.job} stopped on request and is requeued ({restarts + 1} of at most 20)" in life.log()
-    life.resume()
-    assert lost_steps(life, before) == 0
-    same_so_far(life, reference)
+def test_after_a_stop_signal_the_job_saves_and_requeues_itself(interrupted: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
+    interrupted.cluster.slurm("scancel", "--signal=TERM", interrupted.job)
+    interrupted.wait_for_requeue(restarts + 1)
+    before = interrupted.last_step()
+    assert (
+        f"job {interrupted.job} stopped on request and is requeued ({restarts + 1} of at most 20)" in interrupted.log()
+    )
+    interrupted.resume()
+    assert lost_steps(interrupted, before) == 0
+    assert_same_steps(interrupted, reference)
 
 
-def test_a_job_requeued_by_an_administrator_saves_first(life: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(life.cluster.job(life.job)["Restarts"])
-    life.cluster.slurm("scontrol", "requeue", life.job)
-    life.wait_for_requeue(restarts + 1)  # by Slurm only, not again by the script
-    before = life.last_step()
-    life.resume()
-    assert lost_steps(life, before) == 0
-    assert int(life.cluster.job(life.job)["Restarts"]) == restarts + 1
-    same_so_far(life, reference)
+def test_a_job_requeued_by_an_administrator_saves_first(interrupted: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
+    interrupted.cluster.slurm("scontrol", "requeue", interrupted.job)
+    interrupted.wait_for_requeue(restarts + 1)  # by Slurm only, not again by the script
+    before = interrupted.last_step()
+    interrupted.resume()
+    assert lost_steps(interrupted, before) == 0
+    assert int(interrupted.cluster.job(interrupted.job)["Restarts"]) == restarts + 1
+    assert_same_steps(interrupted, reference)
 
 
-def test_a_job_continues_after_a_node_is_set_down(life: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(life.cluster.job(life.job)["Restarts"])
-    life.cluster.slurm("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
+def test_a_job_continues_after_a_node_is_set_down(interrupted: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
+    interrupted.cluster.slurm("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
     try:
-        life.wait_for_requeue(restarts + 1)
-        before = life.last_step()
+        interrupted.wait_for_requeue(restarts + 1)
+        before = interrupted.last_step()
     finally:
-        life.cluster.slurm("scontrol", "update", "NodeName=n2", "State=resume", check=False)  # it may be up again
-    life.resume()
-    assert 0 <= lost_steps(life, before) <= 2  # a checkpoint every other step
-    same_so_far(life, reference)
+        interrupted.cluster.slurm(
+            "scontrol", "update", "NodeName=n2", "State=resume", check=False
+        )  # it may be up again
+    interrupted.resume()
+    assert 0 <= lost_steps(interrupted, before) <= 2  # a checkpoint every other step
+    assert_same_steps(interrupted, reference)
 
 
-def test_a_job_continues_after_a_node_dies(life: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(life.cluster.job(life.job)["Restarts"])
-    life.cluster.kill_node("n2")
+def test_a_job_continues_after_a_node_dies(interrupted: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
+    interrupted.cluster.kill_node("n2")
     try:
-        life.wait_for_requeue(restarts + 1)
-        before = life.last_step()
+        interrupted.wait_for_requeue(restarts + 1)
+        before = interrupted.last_step()
     finally:
-        life.cluster.start_node("n2")
-    life.resume()
-    assert 0 <= lost_steps(life, before) <= 3
-    same_so_far(life, reference)
+        interrupted.cluster.start_node("n2")
+    interrupted.resume()
+    assert 0 <= lost_steps(interrupted, before) <= 3
+    assert_same_steps(interrupted, reference)
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(life: SlurmRun, reference: SlurmRun) -> None:
-    refused = crosslift("submit", life.config, "--gpus-per-node", 0, folder=life.folder, check=False)
+def test_a_cancelled_job_saves_and_stays_cancelled(interrupted: SlurmRun, reference: SlurmRun) -> None:
+    refused = crosslift("submit", interrupted.config, "--gpus-per-node", 0, folder=interrupted.folder, check=False)
     assert refused.returncode == 2
-    assert f"job {life.job} of this run is running" in refused.stderr
-    before = life.last_step()
-    assert f"job {life.job} saves a checkpoint" in crosslift("cancel", life.output, folder=life.folder).stdout
-    life.wait_for_state("CANCELLED")
-    assert life.cluster.job(life.job)["ExitCode"] == "75:0"  # its script's own end, not Slurm's KILL
-    assert "it does not requeue itself" in life.log()
-    assert life.last_step() >= before
-    assert (life.output / "checkpoints" / f"step-{life.last_step():08d}" / "COMPLETE").is_file()
-    same_so_far(life, reference)
+    assert f"job {interrupted.job} of this run is running" in refused.stderr
+    before = interrupted.last_step()
+    assert (
+        f"job {interrupted.job} saves a checkpoint"
+        in crosslift("cancel", interrupted.output, folder=interrupted.folder).stdout
+    )
+    interrupted.wait_for_state("CANCELLED")
+    assert (
+        interrupted.cluster.job(interrupted.job)["ExitCode"] == "75:0"
+    )  # the script's own exit status, not that of Slurm's SIGKILL
+    assert "it does not requeue itself" in interrupted.log()
+    assert interrupted.last_step() >= before
+    assert (interrupted.output / "checkpoints" / f"step-{interrupted.last_step():08d}" / "COMPLETE").is_file()
+    assert_same_steps(interrupted, reference)
 
 
-def test_a_run_resumes_on_one_node_and_again_on_two(life: SlurmRun, reference: SlurmRun) -> None:
+def test_a_run_resumes_on_one_node_and_again_on_two(interrupted: SlurmRun, reference: SlurmRun) -> None:
     """On one node although it was submitted for two: the pending job is given another number of nodes."""
-    before = life.last_step()
-    assert life.cluster.state(life.job) == "CANCELLED"
-    site = life.folder / "slurm.yaml"
+    before = interrupted.last_step()
+    assert interrupted.cluster.state(interrupted.job) == "CANCELLED"
+    site = interrupted.folder / "slurm.yaml"
     site.write_text("sbatch: {hold: true}\n")
-    life.submit(nodes=2)
+    interrupted.submit(nodes=2)
     site.unlink()
-    life.cluster.slurm("scontrol", "update", f"JobId={life.job}", "NumTasks=1", "NumNodes=1-1")
-    life.cluster.slurm("scontrol", "release", life.job)
-    life.train_until(before + 2)
-    assert lost_steps(life, before) == 0
-    assert "on 1 ranks" in life.log()
-    crosslift("cancel", life.job, folder=life.folder)
-    life.wait_for_state("CANCELLED")
-    before = life.last_step()
-    life.submit(nodes=2)
-    life.wait_for_state("COMPLETED", "FAILED")
-    assert life.cluster.state(life.job) == "COMPLETED", life.said()
-    assert lost_steps(life, before) == 0
-    done, expected = life.repeated(), reference.repeated()
+    interrupted.cluster.slurm("scontrol", "update", f"JobId={interrupted.job}", "NumTasks=1", "NumNodes=1-1")
+    interrupted.cluster.slurm("scontrol", "release", interrupted.job)
+    interrupted.train_until(before + 2)
+    assert lost_steps(interrupted, before) == 0
+    assert "on 1 ranks" in interrupted.log()
+    crosslift("cancel", interrupted.job, folder=interrupted.folder)
+    interrupted.wait_for_state("CANCELLED")
+    before = interrupted.last_step()
+    interrupted.submit(nodes=2)
+    interrupted.wait_for_state("COMPLETED", "FAILED")
+    assert interrupted.cluster.state(interrupted.job) == "COMPLETED", interrupted.diagnostics()
+    assert lost_steps(interrupted, before) == 0
+    done, expected = interrupted.repeated(), reference.repeated()
     assert sorted(done) == list(range(1, STEPS + 1))
     for step, times in done.items():
         for values in times:

@@ -41,7 +41,7 @@ class FakeIndex:
 
 
 def parallel_index(items: int = 90) -> FakeIndex:
-    """English has all items, German all but every third, Swahili five English ones and two of its own."""
+    """English has all items, German all but every third, Swahili five of the English ones and two others."""
     german = [item for item in range(items) if item % 3]
     return FakeIndex(LANGUAGES, [list(range(items)), german, [1, 2, 3, 4, 5, 1001, 1002]])
 

@@ -1,4 +1,4 @@
-"""The run's record survives a killed run and a full disk."""
+"""The run's record loses no complete line, after a kill and on a full disk."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def launched(process: subprocess.Popen[str]) -> str:
     raise AssertionError("never launched")
 
 
-def test_it_imports_only_the_standard_library() -> None:
+def test_node_py_imports_only_the_standard_library() -> None:
     alone = [sys.executable, "-I", "-S", SOURCE / "slurm" / "node.py", "--help"]
     done = subprocess.run(alone, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -123,7 +123,7 @@ def test_a_stop_on_request_is_status_0_for_srun_and_node_0_records_it(start: Sta
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
-def test_it_survives_stop_signals_and_forwards_them(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+def test_node_py_survives_stop_signals_and_forwards_them(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     process = start("config.yaml", "--waits")
     launched(process)
     process.send_signal(number)

@@ -367,7 +367,7 @@ def test_a_sequence_length_that_is_too_short_is_refused(hf: Any) -> None:
 # --- serialization and threads
 
 
-def test_it_can_be_restored_from_json(hf: Any) -> None:
+def test_a_task_tokenizer_can_be_restored_from_json(hf: Any) -> None:
     tokenizer = make(hf, "qa", 60, doc_stride=9, max_question_length=11)
     again = TaskTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())), hf)
     assert (again.config, again.sequence_length, again.languages) == (tokenizer.config, 60, LANGUAGES)

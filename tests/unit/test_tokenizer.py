@@ -108,7 +108,7 @@ def test_each_digit_is_a_token(tokenizer):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt_neox", "bloom", "mistral"])
-def test_it_loads_beside_the_config_of_any_model(trained, tmp_path, model_type):
+def test_a_trained_tokenizer_loads_beside_the_config_of_any_model(trained, tmp_path, model_type):
     for file in trained.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
