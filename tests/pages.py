@@ -5,10 +5,12 @@ A value that the page no longer quotes, or quotes twice, is a failed assertion.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from ranks import SOURCE, checked, run_ranks
 
 if TYPE_CHECKING:
+    from data_pipeline.loader import Step
+    from data_pipeline.order.plan import StepPlan
+    from training.assembly import DataParts
     from training.config import RunConfig
+    from training.run_folder.prepare import Prepared
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 ROUNDING = 1e-6  # of fp32, relative to the largest number; it differs between processors
@@ -78,14 +84,41 @@ class Page:
         """Runs the page's run file on one rank, its paths below the folder."""
         from training.run_file import load_config
 
-        text = re.findall(r"^```yaml\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
-        assert len(text) == 1
+        (text,) = re.findall(r"^```yaml\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
         file = folder / "walk.yaml"
-        file.write_text(text[0], encoding="utf-8")
-        values = yaml.safe_load(text[0])
+        file.write_text(text, encoding="utf-8")
+        values = yaml.safe_load(text)
         overrides = [f"{key}={folder / values[key]}" for key in ("data_dir", "output_dir")]
         checked(run_ranks(["-m", "training", str(file), *overrides], 1))
         return load_config(file, overrides)
+
+    @contextmanager
+    def walk(self, write_data: Callable[..., None], folder: Path) -> Iterator[Walk]:
+        """The page's run on the data that the page's call of this function writes."""
+        from training.assembly import assemble_data
+        from training.run_folder.prepare import look
+
+        self.make_data(write_data, folder)
+        config = self.train(folder)
+        events = [json.loads(line) for line in (config.output_dir / "record.jsonl").read_text().splitlines()]
+        metrics = [event["values"] for event in events if event["kind"] == "metrics"]
+        with look(config) as prepared:
+            data = assemble_data(config, prepared)
+            step = data.loader(rank=0, world_size=1).load(0)
+            yield Walk(folder, config, prepared, data, data.planner.step(0), step, metrics)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A page's run after its last step, its data as its rank read them, and step 0."""
+
+    folder: Path
+    config: RunConfig
+    prepared: Prepared
+    data: DataParts
+    plan: StepPlan
+    step: Step
+    metrics: list[dict[str, float]]  # of each step
 
 
 class PlainEngine:

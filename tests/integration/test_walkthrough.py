@@ -14,55 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pages import Page, PlainEngine, files_below, listed_files, named, numbers, of_each, unwrapped
+from pages import Page, PlainEngine, Walk, files_below, listed_files, named, numbers, of_each, unwrapped
 from ranks import run_command
 
 if TYPE_CHECKING:
-    from data_pipeline.loader import Step
-    from data_pipeline.order.plan import StepPlan
     from data_pipeline.records import ChatSample
-    from training.assembly import DataParts
-    from training.config import RunConfig
     from training.objectives.base import LossTerms
     from training.objectives.shifcon import ShifCon
-    from training.run_folder.prepare import Prepared
 
 PAGE = Page("walkthrough.md")
 SW, EN = 152, 32  # entries of the Swahili problem and of its translation
 
 
-@dataclass(frozen=True)
-class Walk:
-    """The page's run after its last step, its data as its rank read them, and step 0."""
-
-    folder: Path
-    config: RunConfig
-    data: DataParts
-    prepared: Prepared
-    plan: StepPlan
-    step: Step
-    metrics: list[dict[str, float]]  # of each step
-
-    def sample(self, row: int) -> ChatSample:
-        sample: Any = self.data.reader.read(self.data.reader.alone(row))
-        return sample
-
-
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
     from data_pipeline.toy_problems.corpus import write_corpus
-    from training.assembly import assemble_data
-    from training.run_folder.prepare import look
 
-    folder = tmp_path_factory.mktemp("walk")
-    PAGE.make_data(write_corpus, folder)
-    config = PAGE.train(folder)
-    events = [json.loads(line) for line in (config.output_dir / "record.jsonl").read_text().splitlines()]
-    metrics = [event["values"] for event in events if event["kind"] == "metrics"]
-    with look(config) as prepared:
-        data = assemble_data(config, prepared)
-        step = data.loader(rank=0, world_size=1).load(0)
-        yield Walk(folder, config, data, prepared, data.planner.step(0), step, metrics)
+    with PAGE.walk(write_corpus, tmp_path_factory.mktemp("walk")) as walk:
+        yield walk
+
+
+def sample_of(walk: Walk, row: int) -> ChatSample:
+    sample: Any = walk.data.reader.read(walk.data.reader.alone(row))
+    return sample
 
 
 @dataclass(frozen=True)
@@ -173,7 +147,7 @@ def test_plan(walk: Walk) -> None:
                 assert value == str(found) if isinstance(found, bool) else numbers(value) == [found]
     ours, size = walk.plan.slots[1], int(walk.data.index.n_bytes[SW])
     said = PAGE.quoted("({} x {} = {} for ours; the sample really has {} tokens)")
-    assert said == [size, ours.cost / size, ours.cost, len(walk.sample(SW))]
+    assert said == [size, ours.cost / size, ours.cost, len(sample_of(walk, SW))]
     PAGE.says("on two ranks the contrast set goes to rank 0 and both single slots to rank 1")
     assert [[bool(unit.pairs) for unit in share] for share in assign(walk.plan, 2)] == [[True], [False, False]]
 
@@ -181,7 +155,7 @@ def test_plan(walk: Walk) -> None:
 def test_tokens(walk: Walk) -> None:
     from data_pipeline.text.chat import describe
 
-    sample, chat = walk.sample(SW), walk.data.reader.stage.chat
+    sample, chat = sample_of(walk, SW), walk.data.reader.stage.chat
     assert PAGE.block("ribbon_gifts-36-6-6: ") == describe(sample, walk.data.tokenizer) + "\n"
     rows = {row.pop("token"): row for row in PAGE.table("token", "0", "1")}
     assert list(rows) == ["id", "piece", "`content`", "`answer`", "`labels`"]
@@ -198,7 +172,7 @@ def test_tokens(walk: Walk) -> None:
     assert PAGE.quoted("Four equal arrays of shape ({},); `language` {}, `response_language` {}.") == [
         *{len(array) for array in arrays}, sample.language, sample.response_language
     ]  # fmt: skip
-    english = walk.sample(EN)
+    english = sample_of(walk, EN)
     counts = [len(english), english.content.sum(), english.labels.sum()]
     assert PAGE.quoted("The English sample has {} tokens, {} content, {} label.") == counts
 
