@@ -241,7 +241,7 @@ _END = """
 # 75: stopped on request after a checkpoint. The job then requeues itself, unless it was ended on purpose (TERM here):
 # by a user's scancel, or by Slurm, which requeues it itself. A time limit is not on purpose.
 # 3: training is finished and its export kept, but the export failed its check; another start would not correct that.
-# A dead node ends the step long before Slurm marks it as down (SlurmdTimeout); then too the job continues elsewhere.
+# A failed node ends the step long before Slurm marks it as down (SlurmdTimeout); the job continues on other nodes.
 again=
 if [ "$(cat "$outcome" 2> /dev/null)" = 75 ]; then
   status=75

@@ -130,7 +130,7 @@ class Packer:
     ) -> list[list[Item]] | None:
         """The rows, whose longest sample has `longest` tokens, with `samples` added; None if that exceeds the budget.
 
-        Only lengths are used. In the padded layout a full micro-batch is refused without a look at its rows.
+        Only lengths are used. In the padded layout a full micro-batch is rejected without reading its rows.
         """
         if self.layout == "padded":
             cost = self.collator.sides * (len(rows) + len(samples)) * max(longest, _longest(samples))

@@ -221,14 +221,14 @@ class TaskTokenizer:
 
     def _context_windows(self, example: Example) -> Windows:
         question, context = example.texts
-        asked = self._encode(question)[0][: self.config.max_question_length]
+        question_ids = self._encode(question)[0][: self.config.max_question_length]
         ids, offsets = self._encode(context)
         offsets = with_marks(without_space(offsets, context), context)
         answer = answer_tokens(offsets, example.answers[0]) if example.answers else None
-        room = self.sequence_length - self._pair.size - len(asked)
+        room = self.sequence_length - self._pair.size - len(question_ids)
 
         def side(part: Range) -> EncodedSide:
-            made, start = self._side(self._pair, asked, ids[slice(*part)], words=part)
+            made, start = self._side(self._pair, question_ids, ids[slice(*part)], words=part)
             shift = start - part[0]
             span = None if answer is None else NO_ANSWER
             if answer is not None and part[0] <= answer[0] and answer[1] < part[1]:

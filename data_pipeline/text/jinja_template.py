@@ -153,9 +153,9 @@ def _literal(value: bool | int | float | str) -> str:
 def _differences(chat: Chat, template: str, defaults: Defaults) -> list[str]:
     """Descriptions of the sample conversations for which the template's tokens differ from training's."""
     wrong = []
-    for messages, asked in _samples(chat, defaults):
-        language = asked.get("language", defaults.language)
-        response = asked.get("response_language") or defaults.response_language or language
+    for messages, variables in _samples(chat, defaults):
+        language = variables.get("language", defaults.language)
+        response = variables.get("response_language") or defaults.response_language or language
         try:
             wanted = chat.prompt_ids(messages, language, response)[0].tolist()
         except DataError:  # a template that rejects such turns
@@ -163,13 +163,15 @@ def _differences(chat: Chat, template: str, defaults: Defaults) -> list[str]:
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
             found = chat.tokenizer.apply_chat_template(
-                conversation, chat_template=template, add_generation_prompt=True, return_dict=False, **asked
+                conversation, chat_template=template, add_generation_prompt=True, return_dict=False, **variables
             )
         except Exception:  # a template may raise anything; the model is exported nevertheless, and this is reported
             found = None
         if found is None or list(found) != wanted:
             roles = ", ".join(message.role for message in messages)
-            wrong.append(f"turns {roles} ({', '.join(f'{key} {value}' for key, value in asked.items()) or 'default'})")
+            wrong.append(
+                f"turns {roles} ({', '.join(f'{key} {value}' for key, value in variables.items()) or 'default'})"
+            )
     return wrong
 
 
@@ -179,9 +181,9 @@ def _samples(chat: Chat, defaults: Defaults) -> Iterator[tuple[list[Message], di
         ["user"], ["system", "user"], ["user", "assistant", "user"],
         ["system", "user", "assistant", "user", "assistant", "user"],
     ]  # fmt: skip
-    asked: list[dict[str, Any]] = [{}]
+    variables: list[dict[str, Any]] = [{}]
     if isinstance(chat.template, PatternTemplate) or defaults.may_differ:
-        asked += [{"language": code} for code in chat.languages]
-        asked += [{"language": code, "response_language": chat.languages[0]} for code in chat.languages[1:2]]
-    for roles, languages in product(turns, asked):
+        variables += [{"language": code} for code in chat.languages]
+        variables += [{"language": code, "response_language": chat.languages[0]} for code in chat.languages[1:2]]
+    for roles, languages in product(turns, variables):
         yield [Message(role, words[role]) for role in roles], languages

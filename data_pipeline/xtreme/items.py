@@ -105,8 +105,8 @@ Item = Pair | Sentence | Question | Line
 class Source:
     """The files of one task, split and language. Each call of `read` starts from the beginning.
 
-    `by`: how the lines of a translation file find their originals. `identity`: identifies the state of a hub dataset,
-    which has no files to compare.
+    `by`: how the lines of a translation file are matched with their originals. `identity`: identifies the state of a
+    hub dataset, which has no files to compare.
     """
 
     files: tuple[Path, ...]

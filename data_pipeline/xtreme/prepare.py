@@ -38,7 +38,7 @@ STAMP = "prepared.json"
 VERSION = 2  # raise it if the same files now give other rows
 Counts = dict[str, Any]
 KEPT_EMPTY = "empty sentence (row kept for its place)"
-UNANSWERABLE, MISPLACED = "unanswerable question", "answer not where the file says"
+UNANSWERABLE, MISPLACED = "unanswerable question", "answer not at its offset"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class PrepareOptions:
 def prepare_task(task: str, data_dir: Path | str, output: Path | str, options: PrepareOptions | None = None) -> Counts:
     """Write the canonical rows of a task to the folder `output`.
 
-    Train holds the labelled items of `train_languages` (XTREME trains on English only, whatever `languages` says) and,
+    Train holds the labelled items of `train_languages` (XTREME trains on English only, whatever `languages` is) and,
     for the other `languages`, their machine translations: those in the folder `translations` (the X-Mixup authors' or
     the bucket's layout; with the layout xmixup in `data_dir` itself). Dev and test rows get their English version if
     the folder has one. An `output` made from the same files with the same options is kept.

@@ -18,7 +18,7 @@ def read_gold(file: Path) -> Iterator[Question]:
 
     Repeated ids get "#2", "#3" (XTREME's download script cuts TyDiQA's training ids so that they repeat). An answer
     without text is an erased one. A question without any answer entry, or with SQuAD 2.0's `is_impossible`, has no
-    answer. An answer that is not where the file says is left out, and the question is marked. Raises DataError: not
+    answer. An answer that is not at its offset is left out, and the question is marked. Raises DataError: not
     SQuAD's JSON.
     """
     seen: Counter[str] = Counter()
@@ -39,7 +39,7 @@ def read_gold(file: Path) -> Iterator[Question]:
 
 
 def read_translated(file: Path) -> Iterator[Question]:
-    """Every question of a machine-translated file, with only the answers that are where the file says."""
+    """Every question of a machine-translated file, with only the answers that are at their offsets."""
     seen: Counter[str] = Counter()
     for index, (question, raw) in enumerate(_questions(file)):
         kept = tuple(

@@ -3,7 +3,7 @@
 XTREME scored both taggers with seqeval 0.0.12, which cuts a tag sequence into chunks as conlleval does: a tag is a
 letter (B, I, O; also E for end and S for single) and a kind. Parts of speech have no prefix, so the letter is the tag's
 first one and the kind is the whole tag: NOUN NOUN is one chunk, SCONJ SCONJ two. From 1.0 on, seqeval takes the tag
-without its first letter as the kind, so CCONJ counts as SCONJ, and X has no kind of its own. Published numbers follow
+without its first letter as the kind, so CCONJ counts as SCONJ, and X has no separate kind. Published numbers follow
 0.0.12.
 
 Question answering: SQuAD's rule for XQuAD and TyDiQA, MLQA's for MLQA. Both compare texts after lowercasing and

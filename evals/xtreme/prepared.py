@@ -122,6 +122,6 @@ def _squad(file: Path, records: Sequence[Record]) -> dict[str, Any]:
     for record in records:
         question, context = record.example.texts
         answers = [{"text": text, "answer_start": start} for text, start in record.example.answers or ()]
-        asked = {"id": record.id, "question": question, "answers": answers}
-        paragraphs.append({"context": context, "qas": [asked]})
+        entry = {"id": record.id, "question": question, "answers": answers}
+        paragraphs.append({"context": context, "qas": [entry]})
     return {"data": [{"title": "", "paragraphs": paragraphs}]}

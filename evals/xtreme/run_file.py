@@ -182,7 +182,7 @@ class XtremeRun:
     mixup: MixupMode = "auto"
     baseline: Path | None = None  # another run's output
     unlabelled: bool = False  # test labels are erased: predictions only
-    max_bad_rows: int = 0  # limit of questions per file whose answers are not where it says
+    max_bad_rows: int = 0  # limit of questions per file with misplaced answers
 
     def plan(self) -> RunPlan:
         """The run's sections of the config file. Raises EvalError, DataError."""

@@ -230,11 +230,11 @@ def _tagging(task: XtremeTask, language: str, ours: Path, gold: Path) -> dict[st
 
 def _qa(task: XtremeTask, language: str, ours: Path, gold: Path) -> dict[str, float]:
     predicted, questions = read_answers(ours), read_questions(gold)
-    asked = {question.id for question in questions}
-    if left_out := sorted(asked - predicted.keys()):
-        what = f"no answer to {len(left_out)} of the {len(asked)} questions in {gold}, such as {left_out[0]!r}"
+    expected = {question.id for question in questions}
+    if left_out := sorted(expected - predicted.keys()):
+        what = f"no answer to {len(left_out)} of the {len(expected)} questions in {gold}, such as {left_out[0]!r}"
         raise EvalError(f"{ours}: {what}; one without an answer has the answer ''")
-    if unknown := sorted(predicted.keys() - asked):
+    if unknown := sorted(predicted.keys() - expected):
         raise EvalError(f"{ours}: answers {len(unknown)} questions that are not in {gold}, such as {unknown[0]!r}")
     normalise = mlqa_words(language) if task.name == "mlqa" else squad_words
     return answer_scores([(question.id, question.answers) for question in questions], predicted, normalise)

@@ -40,7 +40,7 @@ def write_initial_model(
         output: the directory. Callers that need it whole or not at all write into a folder that they rename.
         seed: of the weights.
         architecture: the head.
-        weights: False writes only the config and the tokenizer, for a look at the model's shape.
+        weights: False writes only the config and the tokenizer: enough to build the model on the meta device.
 
     Returns:
         `output`.

@@ -192,7 +192,7 @@ def test_questions_with_misplaced_answers_are_counted_up_to_a_limit(tmp_path: Pa
     assert not (tmp_path / "output").exists()
     counts = prepare_task("xquad", tmp_path / "data", tmp_path / "output", PrepareOptions(max_bad_rows=2))
     assert counts["skipped"] == {
-        "train": {"en": {"answer not where the file says": 2}}, "test": {"de": {"answer not where the file says": 2}}
+        "train": {"en": {"answer not at its offset": 2}}, "test": {"de": {"answer not at its offset": 2}}
     }  # fmt: skip
     for file in ("train/en", "test/de"):
         rows = jsonl(tmp_path / "output" / f"{file}.jsonl")
