@@ -4,7 +4,7 @@
 
 One run under ZeRO-3 trains in rounds of three blocks of steps, in rotating order. A block with a checkpoint starts
 the checkpoint and ends when it is complete. Two figures a checkpoint: how long training waited for it, in `begin` and
-`settle`; and how much longer its block took than the round's block without one, which includes the CPU and disk time
+`complete`; and how much longer its block took than the round's block without one, which includes the CPU and disk time
 that the background thread takes from the steps. Wall clock of the slowest rank. The disk is that of the temporary
 folder (TMPDIR); `written_gb_per_second` is the speed of writing and syncing a plain file of one rank's size there.
 """
@@ -53,10 +53,10 @@ class Timed:
             batch = trainer.run.loader.load(self.step)
             agreed = trainer.agree(batch)
             if trainer.saver.open and not agreed.writing:
-                self._timed_wait(trainer._settle)
+                self._timed_wait(trainer._complete_checkpoint)
             trainer.train_step(self.step, batch, agreed)
             self.step += 1
-        self._timed_wait(trainer._settle)
+        self._timed_wait(trainer._complete_checkpoint)
 
     def _timed_wait(self, work: Any) -> None:
         started = time.perf_counter()

@@ -96,13 +96,13 @@ class Page:
     def walk(self, write_data: Callable[..., None], folder: Path) -> Iterator[Walk]:
         """The page's run on the data that the page's call of this function writes."""
         from training.assembly import assemble_data
-        from training.run_folder.prepare import look
+        from training.run_folder.prepare import prepare_read_only
 
         self.make_data(write_data, folder)
         config = self.train(folder)
         events = [json.loads(line) for line in (config.output_dir / "record.jsonl").read_text().splitlines()]
         metrics = [event["values"] for event in events if event["kind"] == "metrics"]
-        with look(config) as prepared:
+        with prepare_read_only(config) as prepared:
             data = assemble_data(config, prepared)
             step = data.loader(rank=0, world_size=1).load(0)
             yield Walk(folder, config, prepared, data, data.planner.step(0), step, metrics)

@@ -1,1 +1,1 @@
-"""The loop and all that surrounds a step. `trainer.py` is the place to start reading."""
+"""Training: the loop, and what prepares, runs and ends it. `loop/trainer.py` is the place to start reading."""

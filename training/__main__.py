@@ -1,5 +1,5 @@
-"""One rank of a run: `torchrun --nproc-per-node N -m training CONFIG [k=v ...]`, `deepspeed --module training ...`
-or `srun` start this same loop; `crosslift train` does it for one machine.
+"""One rank of a run, started by `torchrun --nproc-per-node N -m training CONFIG [k=v ...]`, `deepspeed --module
+training ...`, `srun`, or by `crosslift train` on one machine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from training.run_folder.lock import held, refuse_other
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run this rank to the end; 0; 2 after one line about what the user can mend; 3, 4: finished, but the export failed
-    its check, or there is none; 75 stopped on request.
+    """Run this rank to the end.
+
+    Returns:
+        The exit status: 0; 2 after a user error, which is printed as one line; 3 or 4 if training finished, but the
+        export failed its check or there is none; 75 if stopped on request; 1 for anything else.
     """
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("config", type=Path)
@@ -51,12 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             _run(options, stop, at_end)
         except Exception as error:
-            if (
-                status := getattr(error, "exit_status", None)
-            ) is not None:  # all ranks meet it: the launcher says it once
+            status = getattr(error, "exit_status", None)
+            if status is not None:  # all ranks raise it: the launcher prints it once
                 logs.report_failure(f"crosslift: {error}")
                 return int(status)
-            if type(error).__module__.startswith("training."):  # it says all there is to say
+            if type(error).__module__.startswith("training."):  # its message is complete
                 logs.report_failure(f"crosslift: rank {rank()}: {error}")
                 return 1
             logs.report_failure(traceback.format_exc().rstrip())
@@ -81,7 +83,7 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not through the interpreter's exit. A rank that failed would wait there for peers that are stuck in a collective;
-    # one that ended well may be aborted there (SIGABRT), where a thread of gloo lets go of its last tensors (pytorch
-    # #179291): DeepSpeed's groups keep such threads after they are destroyed.
+    # Skips the interpreter's shutdown. There a failed rank would wait for ranks that are stuck in a collective call,
+    # and a finished rank may be aborted (SIGABRT) when a gloo thread releases its last tensors (pytorch #179291):
+    # DeepSpeed's groups keep such threads after they are destroyed.
     os._exit(status)

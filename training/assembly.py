@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its config, in the one order that works.
+"""Builds the parts of a run from its config, in the required order.
 
 Data come first (their errors are cheap), then the layout check on a tiny model, then the architecture (sharded as it is
 made), its weights (streamed), the objective's hooks, and DeepSpeed's engine last, so that the objective's hooks are
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-COST_SAMPLES = 32  # rows a language that tokens per byte are measured on
-CHECKED_STEPS = 64  # steps whose contrast sets are held against the micro-batch budget at the start
+COST_SAMPLES = 32  # rows per language on which tokens per byte are measured
+CHECKED_STEPS = 64  # steps whose contrast sets are compared with the micro-batch budget at the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class DataParts:
     reader: Reader
     planner: Planner
     packer: Packer
-    fingerprint: dict[str, str]  # of all that decides which tokens a step reads: the data and the tokenizer
+    fingerprint: dict[str, str]  # of data and tokenizer, which determine the tokens of each step
 
     def loader(self, rank: int, world_size: int, workers: int = 1) -> Loader:
         return Loader(self.reader, self.planner, self.packer, rank, world_size, workers)
@@ -106,7 +106,7 @@ def build_reader(config: RunConfig, index: DataIndex, tokenizer: PreTrainedToken
     """The reader of the run's rows."""
     data = config.data
     if data.task is None and data.template.name == "chat" and data.template.date is None:
-        # Training has fixed the date before; other commands take that of the run.
+        # `train` has set the date already; other commands use that of the run.
         newest = newest_seen(config.output_dir, config.checkpoint.local_dir)
         data = with_date(data, tokenizer, config.output_dir, newest)
     partners = build_partners(data, config.objective, index, config.seed)
@@ -138,7 +138,7 @@ def _fingerprint(index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 
 def assemble(config: RunConfig, prepared: Prepared) -> Run:
-    """Everything; every rank calls it, under an initialised process group."""
+    """All parts of a run. Called on all ranks, with an initialised process group."""
     data = assemble_data(config, prepared)
     for line in pair_warnings(config.data, config.objective, data.index) if rank() == 0 else ():
         log.warning("%s", line)
@@ -218,7 +218,7 @@ def build_packer(
 
 
 def tokens_per_byte(data: DataConfig, reader: Reader) -> list[float]:
-    """Measured on the first samples of every language's probe order; the plan's costs rest on it.
+    """Tokens per byte of each language, measured on some of its rows; the plan's costs are based on it.
 
     Raises:
         DataError: more of them are unusable than `data.max_bad_rows`, or all of a language.
@@ -247,15 +247,16 @@ def tokens_per_byte(data: DataConfig, reader: Reader) -> list[float]:
     refuse_bad_rows(
         bad,
         data.max_bad_rows,
-        f" among the first {COST_SAMPLES} a language; crosslift check --all-rows reads all",
+        f" among the first {COST_SAMPLES} of each language; crosslift check --all-rows reads all",
     )
     return ratios
 
 
 def check_longest(reader: Reader) -> None:
-    """Under `data.overlong: error`, the rows of every language that have the most bytes, compared with the limit.
+    """With `data.overlong: error`, checks the length of the rows with the most bytes of each language.
 
-    Raises DataError, at the start, for what training would otherwise meet at some step.
+    Raises:
+        DataError: one of them is too long, so that training would end at some step.
     """
     index, limit = reader.index, reader.stage.sequence_length
     for language in range(len(index.languages) if reader.stage.overlong == "error" else 0):
@@ -265,7 +266,7 @@ def check_longest(reader: Reader) -> None:
             try:
                 length = reader.length(row)
             except BadRow:
-                continue  # counted, and bounded by max_bad_rows, where a slot of training meets it
+                continue  # counted and limited by max_bad_rows when training reads it
             if length > limit:
                 raise overlong_error(index.origin(row), length, limit)
 
@@ -273,7 +274,7 @@ def check_longest(reader: Reader) -> None:
 def check_contrast_sets(
     data: DataConfig, objective: ObjectiveConfig, max_steps: int, planner: Planner, packer: Packer
 ) -> None:
-    """Refuse at the start what would not fit: a contrast set is one rank's, in one micro-batch."""
+    """Refuses contrast sets above the micro-batch budget: each is in one micro-batch of one rank."""
     set_size = objective.pairing().set_size
     if set_size is None:
         return

@@ -1,4 +1,4 @@
-"""`crosslift check`, `data inspect`, `data plan`: everything that can be known before a run, and a look at its data.
+"""`crosslift check`, `data inspect` and `data plan`: all checks that are possible before a run, and views of its data.
 
 Nothing is trained; one process is enough.
 """
@@ -25,12 +25,12 @@ from training.checks.pairs import pair_warnings, show_pairs
 from training.checks.survey import by_reason, survey, without_limit
 from training.config import DataConfig, RunConfig
 from training.distributed import visible_gpus
-from training.engine.memory import GIB, Ranks, memory_estimate, what_would_help
+from training.engine.memory import GIB, Ranks, memory_estimate, memory_savings
 from training.errors import ConfigError
 from training.loop.resume import permitted, schedule_change
 from training.objectives.base import ObjectiveConfig
 from training.run_folder.lock import make_folder, running_in
-from training.run_folder.prepare import Prepared, look, sample_rows
+from training.run_folder.prepare import Prepared, prepare_read_only, sample_rows
 from training.tracking.config import tracking_target
 
 COUNTED_STEPS = 64
@@ -46,20 +46,22 @@ def check_run(
     accept_changes: bool = False,
     all_rows: bool = False,
 ) -> Iterator[str]:
-    """Lines about everything that a run rests on; raises what the run would have raised.
-
-    With `gpu_memory_gib` also ConfigError where a GPU of so much memory is too small.
+    """Lines about everything that a run depends on.
 
     Args:
-        gpus_per_node: by default what is visible here, or 1; 0: ranks on CPUs.
-        nproc_per_node: ranks a node; by default one a GPU, or 1.
+        gpus_per_node: by default the GPUs that are visible here, or 1; 0: ranks on CPUs.
+        nproc_per_node: ranks per node; by default one per GPU, or 1.
+        gpu_memory_gib: the GPU memory that the run must fit into.
         all_rows: read and tokenise every row, not only a sample of each language.
+
+    Raises:
+        ConfigError: the run needs more than `gpu_memory_gib`. Also any error that the run itself would raise.
     """
     if gpu_memory_gib is not None and not 0 < gpu_memory_gib < math.inf:
         raise ConfigError(f"--gpu-memory {gpu_memory_gib:g}: must be a number of GiB above 0")
     check_start(config)
     check_model_files(config)
-    with look(without_limit(config) if all_rows else config) as prepared:
+    with prepare_read_only(without_limit(config) if all_rows else config) as prepared:
         check_starting_model(config.model, config.data, config.objective, prepared)
         yield from _rows(prepared.index)
         if all_rows:
@@ -74,10 +76,11 @@ def check_run(
         yield from show_pairs(config.data, config.objective, config.max_steps, data.index, data.planner)
         yield from (f"warning: {line}" for line in pair_warnings(config.data, config.objective, data.index))
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
-        of_node = nproc_per_node or gpus or 1
-        yield from _model(config, prepared, data, Ranks(nodes * of_node, of_node, on_gpus=gpus > 0), gpu_memory_gib)
+        per_node = nproc_per_node or gpus or 1
+        ranks = Ranks(nodes * per_node, per_node, on_gpus=gpus > 0)
+        yield from _model(config, prepared, data, ranks, gpu_memory_gib)
         yield from mixture_table(config.data, config.max_steps, data, None if all_rows else LOOKED_AT)
-        yield "one sample a language, its labels checked:"
+        yield "one sample of each language, its labels checked:"
         yield from _samples(data, 1)
         tracking = config.tracking
         yield (
@@ -87,7 +90,7 @@ def check_run(
 
 
 def _start(config: RunConfig, prepared: Prepared, accept_changes: bool) -> Iterator[str]:
-    """What `train` would find in the run's folder, and whether it would begin. Raises ConfigError as it would."""
+    """What `train` would find in the run's folder, and whether it would start. Raises its ConfigErrors."""
     make_folder(config.output_dir)
     if (holder := running_in(config.output_dir)) is not None:
         yield f"output_dir: {config.output_dir} is in use by {holder}: until it ends, train is refused"
@@ -101,20 +104,20 @@ def _start(config: RunConfig, prepared: Prepared, accept_changes: bool) -> Itera
     if state.step == config.max_steps:
         yield f"{path}: the run is finished: nothing is left to train"
         return
-    yield f"{path}: goes on from step {state.step} of {config.max_steps}"
+    yield f"{path}: resumes from step {state.step} of {config.max_steps}"
     yield "ready to train"
 
 
 def inspect_data(config: RunConfig, samples: int) -> Iterator[str]:
-    """`samples` decoded samples a language, label and content marked."""
-    with look(config) as prepared:
+    """`samples` decoded samples per language, with labels and content marked."""
+    with prepare_read_only(config) as prepared:
         yield from _rows(prepared.index)
         yield from _samples(assemble_data(config, prepared), samples)
 
 
 def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
-    """One JSON-ready object a micro-batch: step, rank, micro_batch, ids, languages. Reads and packs for real."""
-    with look(config) as prepared:
+    """One JSON-ready object per micro-batch: step, rank, micro_batch, ids, languages. Rows are read and packed."""
+    with prepare_read_only(config) as prepared:
         yield from _planned(assemble_data(config, prepared), steps, world_size)
 
 
@@ -144,11 +147,11 @@ def _rows(index: DataIndex) -> Iterator[str]:
 
 
 def _unusable(data: DataParts) -> Iterator[str]:
-    """Rows of the sample that have no tokens; more than `data.max_bad_rows` were refused before."""
+    """Unusable rows among the first ones; more than `data.max_bad_rows` have been refused already."""
     languages = range(len(data.index.languages))
     rows = [row for each in languages for row in sample_rows(data.index, each, COST_SAMPLES, data.reader.seed)]
     if bad := data.reader.readable(rows).bad:
-        yield f"of the first {COST_SAMPLES} rows a language (crosslift check --all-rows reads all):"
+        yield f"of the first {COST_SAMPLES} rows of each language (crosslift check --all-rows reads all):"
         yield from by_reason(bad)
 
 
@@ -159,7 +162,7 @@ def _pairs(planner: Planner, max_steps: int) -> str:
     balance = [sum(unit.cost for unit in share) for share in assign(steps[0], 1)]
     return (
         f"first {len(steps)} steps: {sum(sets) / len(steps):.1f} pairs a step, in {len(sets) / len(steps):.1f} "
-        f"contrast sets (plain SFT cuts none), {dropped} pairs dropped for identical content, "
+        f"contrast sets (plain SFT has none), {dropped} pairs dropped for identical content, "
         f"about {balance[0]:.0f} tokens a step"
     )
 
@@ -210,18 +213,19 @@ def _model(
     estimate = memory_estimate(config, model, kept, ranks)
     yield from estimate.table()
     if gpu_memory_gib is not None and estimate.gpu_bytes > gpu_memory_gib * GIB:
-        helps = what_would_help(config, model, kept, ranks)
-        named = ", ".join(f"{change} ({peak / GIB:.1f})" for change, peak in helps) or "a smaller model"
+        savings = memory_savings(config, model, kept, ranks)
+        named = ", ".join(f"{change} ({peak / GIB:.1f})" for change, peak in savings) or "none; use a smaller model"
         raise ConfigError(
             f"a GPU of {gpu_memory_gib:g} GiB is too small: {estimate.gpu_bytes / GIB:.1f} GiB are needed; "
-            f"what would help, and the GiB it then takes: {named}"
+            f"changes that need less, with their GiB: {named}"
         )
 
 
 def largest_batch(data: DataConfig, objective: ObjectiveConfig, parts: DataParts, ranks: int) -> BatchShape:
-    """The largest micro-batch that a rank can meet; how many labels and samples are in it goes by the data.
+    """The largest micro-batch that a rank can get.
 
-    The first samples of every language are looked at, and the language with the most labels a token counts.
+    Its number of labels and samples is estimated from the first samples of every language: by the language with the
+    most labels per token, and by the one with the shortest samples.
     """
     share, length, reader = 0.0, float(data.sequence_length), parts.reader
     for language in range(len(data.languages)):
@@ -243,7 +247,7 @@ def largest_batch(data: DataConfig, objective: ObjectiveConfig, parts: DataParts
 
 
 def _samples(data: DataParts, samples: int) -> Iterator[str]:
-    """Samples of each language as they are read for the first step, decoded, with their labels."""
+    """Samples of each language, decoded, with their labels."""
     reader = data.reader
     for number, language in enumerate(data.index.languages):
         for row in sample_rows(data.index, number, samples, reader.seed):

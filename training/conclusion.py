@@ -28,8 +28,8 @@ def conclude(config: RunConfig, last: Path, tracker: Tracker | None) -> None:
     """Export the checkpoint `last` to `model/` in the run folder, then end the record.
 
     Args:
-        tracker: the run's open record; None where this start found all steps done. The record is then taken up again if
-            the export was made now or the record does not end as finished.
+        tracker: the run's open record; None if this start found all steps done. The record is then reopened if the
+            export was made now or the record does not end as finished.
 
     Raises:
         ExportCheckFailed: training finished and the export is kept, but it failed its check.

@@ -64,16 +64,14 @@ class ModelConfig(Section):
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of 'path' (a model to fine-tune) and 'init' (a config from scratch)")
         if self.init is not None and self.lora is not None:
-            raise ValueError("'lora' adapts a trained model: it goes with 'path', not with 'init'")
+            raise ValueError("'lora' adapts a trained model: it needs 'path' and cannot be combined with 'init'")
         return self
 
 
 class TokenizerConfig(Section):
     """The tokenizer: the model's own by default, another directory or hub name, or trained from the sources."""
 
-    path: PathText | None = Field(
-        None, description="Hugging Face directory or hub name, where it is not the model's own"
-    )
+    path: PathText | None = Field(None, description="Hugging Face directory or hub name; default: the model's own")
     train: TokenizerTrainingConfig | None = Field(None, description="train one from the run's own sources")
 
     @model_validator(mode="after")
@@ -88,15 +86,15 @@ class TokenizerConfig(Section):
         return self.path is None and self.train is None
 
 
-RESERVED_LANGUAGES = ("auto", "none")  # what `crosslift generate --language` takes besides codes
+RESERVED_LANGUAGES = ("auto", "none")  # values of `crosslift generate --language` that are not codes
 
 
 class DataConfig(Section):
-    """From files to batches."""
+    """The data of a run: sources, mixture, and how samples are packed into batches."""
 
-    languages: tuple[str, ...] = Field(min_length=1, description="every language of the run, in a fixed order")
+    languages: tuple[str, ...] = Field(min_length=1, description="all languages of the run, in a fixed order")
     dominant: str = Field("en", description="the language that the others are shifted into, or translated to")
-    task: TaskConfig | None = Field(None, description="what an encoder learns; without it, rows are conversations")
+    task: TaskConfig | None = Field(None, description="the task of an encoder; without it, rows are conversations")
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="files or data sets, read as one corpus")
     template: TemplateConfig = TemplateConfig()
     mixture: MixtureConfig = MixtureConfig()
@@ -113,10 +111,10 @@ class DataConfig(Section):
         "auto", description="packed: several samples per row; padded: one; auto: packed if a check finds no leakage"
     )
     max_bad_rows: int = Field(
-        0, ge=0, description="how many rows may be unusable; each counts once, however often a run reads it"
+        0, ge=0, description="limit of unusable rows; each counts once, however often a run reads it"
     )
-    heldout_items: int = Field(0, ge=0, description="items kept out of all training, in every language")
-    patience_seconds: float = Field(300.0, ge=0, description="how long a source file may be unreadable in mid-run")
+    heldout_items: int = Field(0, ge=0, description="items held out of training, in every language")
+    patience_seconds: float = Field(300.0, ge=0, description="how long reading an unreadable source file is retried")
     workers: int = Field(1, gt=0, le=256, description="background threads per rank that read, tokenise and pack")
 
     @property
@@ -126,7 +124,7 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _tasks_pair_nothing(cls, values: Any) -> Any:
+    def _task_defaults(cls, values: Any) -> Any:
         """Sets the defaults for tasks: no contrast sets, which only conversations have, and truncation."""
         if isinstance(values, dict) and values.get("task") is not None:
             return merged({"mixture": {"pairing": "none"}, "overlong": "truncate"}, values)
@@ -142,7 +140,7 @@ class DataConfig(Section):
     def _codes(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
         for language in languages:
             if not re.fullmatch(r"[\w.@-]+", language) or language in RESERVED_LANGUAGES:
-                raise ValueError(f"{language!r} is no code of a language; take one such as sw, zh-Hant or eng_Latn")
+                raise ValueError(f"{language!r} is not a language code; use one such as sw, zh-Hant or eng_Latn")
         return languages
 
     def _mistakes(self) -> Iterator[str]:
@@ -176,8 +174,8 @@ class DataConfig(Section):
                 if language not in self.languages:
                     yield f"source {source.name!r} has the language {language!r}; {known}"
             if source.columns.kind != self.kind:
-                said = "there is no 'task'" if self.kind == "chat" else f"'task.kind' is {self.kind!r}"
-                yield f"source {source.name!r} has columns of kind {source.columns.kind!r}, but {said}"
+                expected = "there is no 'task'" if self.kind == "chat" else f"'task.kind' is {self.kind!r}"
+                yield f"source {source.name!r} has columns of kind {source.columns.kind!r}, but {expected}"
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -189,7 +187,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(gt=0, description="peak learning rate of the schedule")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the two running moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only: biases and norms are left out")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only, not on biases and norms")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
 
 
@@ -203,9 +201,9 @@ class ScheduleConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _falls(self) -> ScheduleConfig:
+    def _has_final_ratio(self) -> ScheduleConfig:
         if self.name == "constant" and self.final_ratio:
-            raise ValueError("'final_ratio' is what cosine and linear fall to; 'constant' does not fall")
+            raise ValueError("'final_ratio' is for cosine and linear; 'constant' does not decay")
         return self
 
 
@@ -214,13 +212,13 @@ class CheckpointConfig(Section):
 
     every: int = Field(100, gt=0, description="steps between two checkpoints; the last step is always saved")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
-    keep_every: int = Field(0, ge=0, description="also kept for good: those of steps divisible by this; 0: none")
+    keep_every: int = Field(0, ge=0, description="also kept: checkpoints of steps divisible by this; 0: none")
     best: str | None = Field(None, description="also kept: the best by this metric, such as eval/loss or eval/loss/sw")
     best_mode: Literal["min", "max"] = Field("min", description="which value of that metric is best")
     local_dir: str | None = Field(
         None, min_length=1,
         description="folder on each node's own disk, such as $TMPDIR/run-a, for all checkpoints but the last: a run "
-        "then resumes with the same ranks on the same nodes only; variables are those of the node"
+        "then resumes with the same ranks on the same nodes only; variables are expanded on the node"
     )  # fmt: skip
     background: bool = Field(
         True, description="write while training continues; takes as much host memory as the state of a rank's GPU"
@@ -234,15 +232,15 @@ class EvaluationConfig(Section):
     items: int = Field(64, gt=0, description="held-out samples per language")
     swapped_prompts: bool = Field(
         False,
-        description="also the loss with prompts swapped between items: does the model read the question?",
+        description="also report the loss with prompts swapped between items, to see whether the model uses the prompt",
     )
 
 
 class RunConfig(Section):
     """A whole run."""
 
-    data_dir: RunPath | None = Field(None, description="where relative source files lie")
-    output_dir: RunPath = Field(description="everything the run writes lies here")
+    data_dir: RunPath | None = Field(None, description="folder of relative source files")
+    output_dir: RunPath = Field(description="the run folder, which holds everything that the run writes")
     seed: int = Field(
         0,
         ge=0,
@@ -296,21 +294,21 @@ class RunConfig(Section):
         kind, kinds = self.data.kind, self.objective.kinds
         if kind not in kinds:
             wanted = "no 'data.task'" if "chat" in kinds else f"'data.task.kind' to be one of {', '.join(kinds)}"
-            found = "which is not there" if kind == "chat" else f"not {kind!r}"
+            found = "which is missing" if kind == "chat" else f"not {kind!r}"
             yield f"objective {self.objective.name!r} needs {wanted}, {found}"
         else:
             yield from self.objective.mistakes(self.data.languages, self.data.mixture.pairing)
         if kind != "chat" and self.data.mixture.pairing != "none":
-            yield "an encoder's samples come with their sources: 'data.mixture.pairing' must be 'none'"
+            yield "'data.mixture.pairing' must be 'none' with 'data.task', as it builds contrast sets of conversations"
         if kind != "chat" and self.evaluation.swapped_prompts:
-            yield "'evaluation.swapped_prompts' is of conversations; a task has no prompts"
+            yield "'evaluation.swapped_prompts' needs conversations; a task has no prompts"
 
     def _best_is_measured(self) -> Iterator[str]:
-        """Conflicts due to which no checkpoint would have the metric of `checkpoint.best`."""
+        """Reasons why no checkpoint would have the metric of `checkpoint.best`."""
         best, every = self.checkpoint.best, self.evaluation.every
         if best is None:
             if self.checkpoint.best_mode != "min":
-                yield "'checkpoint.best_mode' says which value of 'checkpoint.best' is best, which is not set"
+                yield "'checkpoint.best_mode' needs 'checkpoint.best', which is not set"
             return
         names = metric_names(self.objective, self.data.languages, self.evaluation.swapped_prompts)
         if best not in names:

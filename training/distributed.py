@@ -47,7 +47,7 @@ def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order; for rare events, not for each step."""
+    """The values of all ranks, in rank order; for rare events, not for every step."""
     if not dist.is_initialized():
         return [value]
     heartbeat.phase("gathering from all ranks")

@@ -40,19 +40,19 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     Args:
         resume: "auto", "never" or a path (see `find_checkpoint`).
         accept_changes: resume although data or config differ from the checkpoint's.
-        stop: what asks the run to stop before its last step.
+        stop: the request to stop before the last step, set by signals.
 
     Raises:
         StoppedOnRequest: after a checkpoint; the same call resumes.
         ExportCheckFailed, NotExported: on rank 0, after the last step; see `conclude`.
     """
-    deepspeed_settings(config, 1)  # its mistakes come before anything is written
+    deepspeed_settings(config, 1)  # reports user errors before anything is written
     tracker: Tracker | None = None
     try:
         with process_group(timeout_minutes=30, output_dir=config.output_dir):
             last, tracker = _fit(config, resume, accept_changes, stop or StopRequest())
     except BaseException:
-        if tracker is not None:  # the ranks did not part well
+        if tracker is not None:  # the ranks failed after the last step
             tracker.finish("FAILED")
         raise
     if rank() == 0:
@@ -61,7 +61,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
 
 
 def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest) -> tuple[Path, Tracker | None]:
-    """The last checkpoint, and the record, which is still open if this start trained to the last step (rank 0)."""
+    """The last checkpoint, and on rank 0 the tracker if this start trained to the last step; it is still open."""
     if rank() == 0:
         forget_preparation(config)
     barrier()  # no rank uses an earlier start's preparation
@@ -113,7 +113,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
 
 
 def _dated(data: DataConfig, output_dir: Path, prepared: Prepared, found: Path | None) -> DataConfig:
-    """`data` with the day that the run's prompts name, where they name one: the same on all ranks."""
+    """`data` with the date of the prompts, if the chat template prints one; the same on all ranks."""
     if data.template.name != "chat":
         return data
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
@@ -131,13 +131,13 @@ def _write_resolved(config: RunConfig) -> None:
 
 
 def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:
-    """The run's end in the record and in MLflow; it is what it is, whatever becomes of the plots.
+    """Ends the record, with the plots as artifacts. Errors of the plots do not change the status.
 
     After the last step the record stays open for the export (`conclude`).
     """
     try:
         _track_files(tracker, output_dir)
-    except Exception as error:  # a full disk, say
+    except Exception as error:  # such as a full disk
         log.warning("%s: its plots are not all drawn: %s", output_dir, error)
     except BaseException:
         status = "KILLED"
@@ -148,7 +148,7 @@ def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:
 
 
 def _track_files(tracker: Tracker, output_dir: Path) -> None:
-    """Resolved config, plots and the newest vectors, as artefacts of the run."""
+    """Adds the resolved config, plots and the newest language vectors to the run's artifacts."""
     tracker.artifact(output_dir / CONFIG_FILE)
     for plot in draw_plots(output_dir):
         tracker.artifact(plot, "plots")

@@ -1,6 +1,6 @@
 """Downloads everything that a run reads from the hub into a cache that compute nodes without a network can read.
 
-The cache is that of HF_HOME. A line for each model, tokenizer and data set says where it is; each is then opened by a
+The cache is that of HF_HOME. A line for each model, tokenizer and data set names its place; each is then opened by a
 separate process with HF_HUB_OFFLINE=1, as a job will open it. `python -m training.prefetch` is that process: it reads
 the run's config as JSON from stdin.
 """
@@ -29,32 +29,35 @@ if TYPE_CHECKING:
     from data_pipeline.config import SourceConfig
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-# Places that the hub's libraries would rather use than HF_HOME.
-ELSEWHERE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE")
-MEANT_FOR_HUB = ("HF_", "HUGGINGFACE_")  # beginnings of names
+# Variables that override HF_HOME in the hub's libraries.
+CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE")
+HUB_PREFIXES = ("HF_", "HUGGINGFACE_")  # of the variables that the hub's libraries read
 
 
 def use_variables(variables: Mapping[str, str]) -> None:
-    """From now on the hub's libraries go by those of a job's variables that are meant for them.
+    """Set those of a job's variables that the hub's libraries read.
 
-    Call it before anything of the hub is imported; again with the same ones does no harm.
+    Must be called before the hub's libraries are imported; later calls with the same variables have no effect.
     """
-    chosen = {name: value for name, value in variables.items() if name.startswith(MEANT_FOR_HUB)}
+    chosen = {name: value for name, value in variables.items() if name.startswith(HUB_PREFIXES)}
     if any(os.environ.get(name) != value for name, value in chosen.items()):
         _not_imported()
         os.environ.update(chosen)
 
 
 def use_caches(variables: Mapping[str, str]) -> None:
-    """From now on the cache is where jobs with these variables look for it; as `use_hf_home` else."""
+    """Use the cache of jobs with these variables; otherwise as `use_hf_home`."""
     _keep_login()
-    use_variables({name: variables[name] for name in ("HF_HOME", *ELSEWHERE) if name in variables})
+    use_variables({name: variables[name] for name in ("HF_HOME", *CACHE_VARIABLES) if name in variables})
 
 
 def use_hf_home(folder: Path) -> None:
-    """From now on the cache is in `folder`; call it before anything of the hub is imported.
+    """Use `folder` as the cache. Must be called before the hub's libraries are imported.
 
-    The login stays where it is: a token is nothing for a shared folder. Raises ConfigError if it cannot be written.
+    The token stays in its place, as it must not be in a shared folder.
+
+    Raises:
+        ConfigError: `folder` cannot be written.
     """
     _not_imported()
     try:
@@ -63,7 +66,7 @@ def use_hf_home(folder: Path) -> None:
         raise ConfigError(f"--hf-home {folder}: cannot be written ({error.strerror}); choose another folder") from None
     _keep_login()
     os.environ["HF_HOME"] = str(folder.resolve())
-    for name in ELSEWHERE:
+    for name in CACHE_VARIABLES:
         os.environ.pop(name, None)
 
 
@@ -78,14 +81,14 @@ def _not_imported() -> None:
 
 
 def prefetch(config: RunConfig) -> Iterator[str]:
-    """Fetches what the run needs; a line for each part: what, whence, bytes, where.
+    """Downloads what the run needs; yields a line for each part: kind, name, origin, size, folder.
 
     Raises:
-        ConfigError, DataError, ModelError: one line; what is not on the hub, not allowed, not readable, or too large.
+        ConfigError, DataError, ModelError: a part is not on the hub, not permitted, not readable, or too large.
     """
     from huggingface_hub.constants import HF_HOME
 
-    # The hub warns of a disk that is too small, and then says so again in its error.
+    # The hub's warning about a disk that is too small would repeat its error.
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     if not sys.stderr.isatty():
         import datasets
@@ -137,7 +140,7 @@ def _tokenizer(path: str) -> str:
 
 
 def _snapshot(key: str, name: str, wanted: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
-    """The folder of a repository's files, downloaded; ConfigError in one line where that cannot be."""
+    """The folder of a repository's downloaded files. Raises ConfigError, in one line, if that fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HOME
 
@@ -172,8 +175,8 @@ def _source(source: SourceConfig, data_dir: Path | None, cache: Path) -> Iterato
         cause: BaseException | None = error.__cause__
         while cause is not None and not isinstance(cause, OSError | ValueError):  # datasets wraps a full disk's error
             cause = cause.__cause__
-        said = _why(cause) if cause is not None else _redacted(str(error))
-        raise ConfigError(f"data.sources {source.name!r}: {source.hub}: {said}") from None
+        reason = _why(cause) if cause is not None else _redacted(str(error))
+        raise ConfigError(f"data.sources {source.name!r}: {source.hub}: {reason}") from None
     for shard in shards:
         if isinstance(shard, HubSplit):
             files = [Path(each["filename"]) for each in load_hub(shard.path, shard.config, shard.split).cache_files]
@@ -193,10 +196,10 @@ def _source(source: SourceConfig, data_dir: Path | None, cache: Path) -> Iterato
 
 
 def _check_offline(config: RunConfig) -> None:
-    """In a process of its own, since the hub's libraries read HF_HUB_OFFLINE when they are imported."""
+    """Opens everything in a separate process, as the hub's libraries read HF_HUB_OFFLINE when they are imported."""
     done = subprocess.run(
         [sys.executable, "-m", "training.prefetch"],
-        input=config.model_dump_json(),  # with logins, which are written nowhere
+        input=config.model_dump_json(),  # with logins, which must not be written to a file
         env={**os.environ, **OFFLINE}, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
@@ -205,7 +208,7 @@ def _check_offline(config: RunConfig) -> None:
 
 
 def _why(error: BaseException) -> str:
-    """What a hub error means, and what would be right."""
+    """What a hub error means, and how to correct it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         DryRunError,
@@ -219,7 +222,7 @@ def _why(error: BaseException) -> str:
 
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)  # a library may chain them in a ring
+        causes.append(cause)  # causes may form a cycle
     if any(isinstance(each, OSError) and each.errno == errno.ENOSPC for each in causes):
         return f"no space left in {constants.HF_HOME}; free some, or give another --hf-home"
     for each in causes:
@@ -261,7 +264,7 @@ def _redacted(text: str) -> str:
 
 
 def main() -> int:
-    """`python -m training.prefetch`: 0 where everything opens, else one line and 2."""
+    """`python -m training.prefetch`: returns 0 if everything opens, otherwise 2 after one line."""
     try:
         open_all(validate(json.load(sys.stdin), "stdin"))
     except Exception as error:

@@ -66,5 +66,5 @@ def _git(source: Path, *arguments: str) -> str:
 
 
 def description() -> dict[str, str]:
-    """Versions of the software, and the commit of the source with whether it has changed since."""
+    """Versions of the software, and the commit of the source with whether the tree is dirty."""
     return {**versions(), **git_state()}

@@ -21,8 +21,8 @@ from training.errors import ConfigError
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, apply `key.sub=value` overrides, validate.
 
-    Files and folders that it names and that are missing are reported beside other mistakes; where there are none, it is
-    up to the command whether they must exist (`training.checks.inputs.missing_inputs`).
+    Missing files and folders are reported together with other mistakes. If there are no other mistakes, the command
+    decides whether they must exist (`training.checks.inputs.missing_inputs`).
 
     Raises:
         ConfigError: one line for every mistake, with file and key.
@@ -39,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """A YAML file's mapping with overrides applied, not validated, and a line for every mistake found so far.
+    """A YAML file's mapping with overrides applied, without validation, and a line for every mistake found so far.
 
     Raises:
         ConfigError: the file cannot be read, is no valid YAML, or holds no mapping.
@@ -90,7 +90,7 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def refuse_logins(config: RunConfig, origin: Path) -> None:
-    """For a job: it gets the config as `resolved` writes it, and would miss a login only when it runs.
+    """For a job, whose config is written by `resolved`: without its logins, it would fail only once it runs.
 
     Raises:
         ConfigError: a line for every address with a login.
@@ -114,7 +114,7 @@ def refuse_logins(config: RunConfig, origin: Path) -> None:
 
 
 def _logins(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(key, address) of all that `resolved` would not write as it is."""
+    """(key, address) of all values from which `resolved` removes a login."""
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _logins(each, f"{path}.{key}".lstrip("."))
@@ -133,7 +133,7 @@ def _without_logins(value: Any) -> Any:
 def _repeated_keys(node: yaml.Node | None, path: str = "", seen: set[int] | None = None) -> Iterator[str]:
     """A line for every key that its mapping has twice; PyYAML would silently keep the last."""
     seen = set() if seen is None else seen
-    if node is None or id(node) in seen:  # an anchor's content is looked at once
+    if node is None or id(node) in seen:  # the content of an anchor is checked once
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -143,7 +143,7 @@ def _repeated_keys(node: yaml.Node | None, path: str = "", seen: set[int] | None
         lines: dict[tuple[str, str], int] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # no key of ours; refused with the unknown ones
+                continue  # refused with the unknown keys
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 yield f"{line}: {path}{key.value}: given twice (lines {lines[name]} and {line}); keep one"
@@ -213,7 +213,7 @@ def _explain(item: Any) -> list[str]:
 
 
 def _place(location: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """The keys of a location, and the valid keys where the last one stands, by walking the models' own fields.
+    """The keys of a location, and the valid keys of the section that holds the last one, from the models' fields.
 
     pydantic also names the class of an objective and the branch of a union, as in `files.str`: those are left out.
     """

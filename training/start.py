@@ -1,4 +1,4 @@
-"""Trains a run file with ranks on this machine: `crosslift train`, and the commands of which training is a part."""
+"""Trains a run file with ranks on this machine: for `crosslift train` and other commands that train a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train(
     resume: str = "auto",
     accept_changes: bool = False,
 ) -> int:
-    """Check, prepare and run a run file; its exit status.
+    """Check, prepare and run a run file; returns the exit status.
 
     Args:
         nproc: ranks; default: the visible GPUs, or 1.
@@ -30,7 +30,7 @@ def train(
         accept_changes: resume even if data or config have changed.
 
     Raises:
-        ConfigError, DataError, ModelError: mistakes that are found before any rank starts.
+        ConfigError, DataError, ModelError: user errors found before any rank starts.
     """
     settings = load_config(config, overrides)
     check_start(settings)
@@ -42,11 +42,11 @@ def train(
 
 
 def train_to_end(config: Path, overrides: Sequence[str] = (), nproc: int | None = None) -> None:
-    """`train`, for a caller that needs the trained model; an export that failed its check is one.
+    """`train`, for a caller that needs the trained model, even if its export failed the check.
 
     Raises:
-        TrainingEnded: it ended before its last step or without an export, with the exit status.
-        KeyboardInterrupt: it was interrupted.
+        TrainingEnded: training ended before its last step or without an export.
+        KeyboardInterrupt: training was interrupted.
     """
     status = train(config, overrides, nproc)
     if status == 128 + signal.SIGINT:

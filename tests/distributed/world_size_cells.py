@@ -86,7 +86,7 @@ def main() -> None:
             metrics[step] = {**refreshed, **trainer.train_step(step, batch, trainer.agree(batch))}
             if step + 1 == SAVED and world_size() == SAVING_RANKS:
                 trainer.save(SAVED, metrics[step])
-                trainer.saver.settle(required=True)
+                trainer.saver.complete(required=True)
         if rank() == 0:
             (work / f"{name}-{world_size()}.json").write_text(json.dumps(metrics))
         trainer.run.engine.destroy()

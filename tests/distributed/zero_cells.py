@@ -102,9 +102,9 @@ def resumed(trainer: Trainer) -> int:
 
 def save_until(trainer: Trainer, last: int) -> None:
     """Write no checkpoints of later steps."""
-    save, settle = trainer.save, trainer._settle
+    save, complete = trainer.save, trainer._complete_checkpoint
     trainer.save = lambda step, metrics: save(step, metrics) if step <= last else None  # type: ignore[method-assign]
-    trainer._settle = lambda required=False: settle()  # type: ignore[method-assign]
+    trainer._complete_checkpoint = lambda required=False: complete()  # type: ignore[method-assign]
 
 
 def stop_after(trainer: Trainer, step: int) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from training.assembly import assemble_data
 from training.check import check_run, largest_batch
 from training.config import LoraSettings, RunConfig
-from training.engine.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, Activations, Ranks, memory_estimate, what_would_help
+from training.engine.memory import ALLOWANCE, GIB, ZERO_DEFAULTS, Activations, Ranks, memory_estimate, memory_savings
 from training.errors import ConfigError
 from training.run_file import validate
 from training.run_folder.prepare import prepare
@@ -112,13 +112,13 @@ def test_frozen_weights_have_no_optimizer_states(use_dora: bool) -> None:
 def test_suggested_settings_are_listed_with_the_memory_they_need() -> None:
     config, model = config_of(precision="bf16", zero_stage=2), eight_billion()
     now = memory_estimate(config, model, LARGE, Ranks(8, 8)).gpu_bytes
-    suggested = dict(what_would_help(config, model, LARGE, Ranks(8, 8)))
+    suggested = dict(memory_savings(config, model, LARGE, Ranks(8, 8)))
     assert list(suggested.values()) == sorted(suggested.values())
     assert max(suggested.values()) < now
     assert {"gradient_checkpointing=true", "zero_stage=3", "data.micro_batch_tokens=192"} <= suggested.keys()
     changed = config.model_copy(update={"gradient_checkpointing": True})
     assert suggested["gradient_checkpointing=true"] == memory_estimate(changed, model, LARGE, Ranks(8, 8)).gpu_bytes
-    assert "zero_stage=3" not in dict(what_would_help(config_of(), model, LARGE, Ranks(8, 8)))
+    assert "zero_stage=3" not in dict(memory_savings(config_of(), model, LARGE, Ranks(8, 8)))
 
 
 def test_check_reports_the_peak_and_refuses_a_gpu_that_is_too_small(prepared_run: PreparedRun) -> None:
@@ -128,7 +128,9 @@ def test_check_reports_the_peak_and_refuses_a_gpu_that_is_too_small(prepared_run
     assert any(line.startswith("  activations of a micro-batch") for line in lines)
     with pytest.raises(ConfigError) as refused:
         list(check_run(prepared_run.config, gpu_memory_gib=2.5))
-    assert str(refused.value).startswith("a GPU of 2.5 GiB is too small: 3.9 GiB are needed; what would help")
+    assert str(refused.value).startswith(
+        "a GPU of 2.5 GiB is too small: 3.9 GiB are needed; changes that need less, with their GiB:"
+    )
     assert "deepspeed.zero_optimization.reduce_bucket_size=50000000" in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from training.run_folder.prepare import _made_once
+from training.run_folder.prepare import _created_once
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def make(tmp_path: Path) -> Any:
             folder.mkdir(exist_ok=True)
             (folder / "content").write_text(content)
 
-        return (_made_once(tmp_path / "thing", {"from": content}, write) / "content").read_text()
+        return (_created_once(tmp_path / "thing", {"from": content}, write) / "content").read_text()
 
     made.calls = calls  # type: ignore[attr-defined]
     return made
@@ -48,5 +48,5 @@ def test_a_failed_write_leaves_no_artifact(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        _made_once(tmp_path / "thing", {}, fail)
+        _created_once(tmp_path / "thing", {}, fail)
     assert not (tmp_path / "thing").exists()

@@ -33,7 +33,7 @@ from training.launch.stop import StopRequest
 from training.loop.resume import schedule_change
 from training.run_file import load_config, resolved, validate
 from training.run_folder.lock import LOCK_FILE, held
-from training.run_folder.prepare import look, prepare
+from training.run_folder.prepare import prepare, prepare_read_only
 
 OTHER = ("seed=9", "tokenizer.train.vocab_size=460", "model.init.hidden_size=64", "model.init.intermediate_size=96")
 TAGGER = XMIXUP | {"tokenizer.train": {"vocab_size": 120, "style": "encoder"}}
@@ -109,7 +109,7 @@ def test_a_read_only_command_with_other_settings_changes_nothing_in_the_folder(
 
 
 def test_look_uses_the_given_settings_and_writes_no_weights(run_yaml: Path) -> None:
-    with look(load_config(run_yaml, OTHER)) as prepared:
+    with prepare_read_only(load_config(run_yaml, OTHER)) as prepared:
         assert len(read_tokenizer(prepared.tokenizer_dir)) == 460
         described = json.loads(Path(prepared.model_dir, "config.json").read_text())
         assert (described["vocab_size"], described["hidden_size"]) == (460, 64)
@@ -119,7 +119,7 @@ def test_look_uses_the_given_settings_and_writes_no_weights(run_yaml: Path) -> N
 
 def test_look_with_the_runs_settings_uses_the_runs_tokenizer_and_model(run_yaml: Path) -> None:
     config = load_config(run_yaml)
-    with look(config) as prepared:
+    with prepare_read_only(config) as prepared:
         assert prepared.tokenizer_dir == str(config.output_dir / "tokenizer")
         assert prepared.model_dir == str(config.output_dir / "initial_model")
 
@@ -128,7 +128,7 @@ def test_a_run_reuses_a_tokenizer_that_look_has_trained(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = validate(run_values(corpus, tmp_path / "run"), "test")
-    with look(config) as looked:
+    with prepare_read_only(config) as looked:
         trained = Path(looked.tokenizer_dir, "tokenizer.json").read_bytes()
     assert not (tmp_path / "run" / "tokenizer").exists()
     monkeypatch.setattr("training.run_folder.prepare.train_tokenizer_of", lambda *_: pytest.fail("trained twice"))
@@ -145,12 +145,12 @@ def test_the_tokenizer_of_a_run_with_checkpoints_is_kept_if_the_data_change(tmp_
     line = refusal(config)
     assert "data en.jsonl: has changed" in line
     assert "data tokenizer" not in line
-    assert any("goes on from step 6 of 12" in printed for printed in check_run(config, accept_changes=True))
+    assert any("resumes from step 6 of 12" in printed for printed in check_run(config, accept_changes=True))
 
 
 def test_look_at_an_encoder_run_includes_the_head_of_its_task(tmp_path: Path) -> None:
     values = run_values(write_task_data(tmp_path / "data"), tmp_path / "run", **TAGGER)
-    with look(validate(values, "test")) as prepared:
+    with prepare_read_only(validate(values, "test")) as prepared:
         described = json.loads(Path(prepared.model_dir, "config.json").read_text())
         assert described["label2id"] == {"WORD": 0, "NUMBER": 1}
     assert not (tmp_path / "run" / "task_model").exists()
@@ -239,7 +239,7 @@ def test_all_differences_are_reported_at_once(saved: Path) -> None:
 def test_settings_that_keep_the_result_may_change(saved: Path) -> None:
     lines = list(check_run(load_config(saved, KEEPS_RESULT)))
     assert lines[-1] == "ready to train"
-    assert lines[-2].endswith(f"goes on from step {DONE} of 12")
+    assert lines[-2].endswith(f"resumes from step {DONE} of 12")
 
 
 @pytest.mark.parametrize("override", CANNOT_BE_LOADED)
@@ -293,7 +293,7 @@ def test_more_steps_are_accepted_and_the_changed_schedule_is_shown(saved: Path) 
     assert lines[-3:-1] == [
         "max_steps: was 12, now 24: the learning rate falls until step 24 instead of 12 (cosine); at step 7 it is "
         "0.00256, where it was to be 0.0015",
-        f"{checkpoint.checkpoint_path(load_config(saved).output_dir, DONE)}: goes on from step {DONE} of 24",
+        f"{checkpoint.checkpoint_path(load_config(saved).output_dir, DONE)}: resumes from step {DONE} of 24",
     ]
 
 

@@ -171,7 +171,7 @@ def test_a_rank_is_refused_if_another_run_holds_the_lock(start: Start, tmp_path:
 
 def test_a_requeued_job_takes_over_from_its_killed_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of the other node are not visible, but Slurm ends a job before it starts it again."""
-    monkeypatch.setattr(run_lock, "_shows_life", lambda *_: pytest.fail("nothing to wait for"))
+    monkeypatch.setattr(run_lock, "_renews_lock", lambda *_: pytest.fail("nothing to wait for"))
     written(tmp_path / "run", elsewhere(job="42", restart=1))
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")

@@ -189,7 +189,7 @@ def test_logs_are_followed_to_the_runs_end(tmp_path: Path, monkeypatch: pytest.M
     logs.make_logs_folder(tmp_path)
     file = logs.logs_folder(tmp_path) / "run.log"
     alive = True
-    monkeypatch.setattr(run_status, "_alive", lambda run: Holder.here(0) if alive else None)
+    monkeypatch.setattr(run_status, "_live_holder", lambda run: Holder.here(0) if alive else None)
     shown: list[str] = []
     reader = threading.Thread(target=lambda: shown.append(command("logs", str(tmp_path), "--follow").output))
     reader.start()  # before there is a log

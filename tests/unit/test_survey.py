@@ -95,11 +95,12 @@ def test_an_unusable_row_of_the_sample_is_refused_by_check_and_by_a_start(tmp_pa
         text = str(refusal.value)
         assert text.startswith(f"{tmp_path}/data/sw.jsonl:")
         assert f": {REFUSED} (" in text
-        assert "unusable rows among the first 32 a language; crosslift check --all-rows reads all; data.max" in text
+        sample = "of each language; crosslift check --all-rows reads all; data.max_bad_rows is"
+        assert f"unusable rows among the first 32 {sample}" in text
     allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 100})})
     lines = list(check_run(allowed))
     assert lines[-1] == "ready to train"
-    place = lines.index("of the first 32 rows a language (crosslift check --all-rows reads all):")
+    place = lines.index("of the first 32 rows of each language (crosslift check --all-rows reads all):")
     assert lines[place + 1].startswith("unusable, ")
     assert REFUSED in lines[place + 1]
 

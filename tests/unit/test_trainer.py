@@ -87,7 +87,7 @@ def test_a_stop_does_not_repeat_a_save_that_is_done_or_in_progress(trainer: Made
     made = trainer()
     made.save(4, {})
     if settled:
-        made._settle()
+        made._complete_checkpoint()
     with pytest.raises(StoppedOnRequest, match="stopped by SIGUSR1 after 4 of 12 steps; all of it is saved"):
         made._stop(4)
     assert saved(made) == [4]
@@ -107,7 +107,7 @@ def test_a_stop_saves_a_step_whose_checkpoint_failed(trainer: Made, monkeypatch:
     with monkeypatch.context() as full:
         full.setattr(torch, "save", no_space)
         made.save(4, {})
-        made._settle()
+        made._complete_checkpoint()
     assert saved(made) == []
     with pytest.raises(StoppedOnRequest):
         made._stop(4)
@@ -123,7 +123,7 @@ def test_a_stop_before_the_first_new_step_saves_nothing(trainer: Made) -> None:
     with pytest.raises(StoppedOnRequest):
         made._stop(0)
     made.save(4, {})
-    made._settle()
+    made._complete_checkpoint()
     again = trainer_of(made)
     assert again.restore(checkpoint.checkpoint_path(made.config.output_dir, 4)) == 4
     with pytest.raises(StoppedOnRequest):
@@ -148,7 +148,7 @@ def save_4_and_damaged_6(made: Trainer) -> bytes:
     """Two checkpoints, the newer one with one bit of its weights flipped; returns the original weights."""
     for step in (4, 6):
         made.save(step, {})
-        made._settle()
+        made._complete_checkpoint()
     weights = checkpoint.checkpoint_path(made.config.output_dir, 6) / "zero" / "weights.pt"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -240,7 +240,7 @@ def test_a_non_finite_best_metric_is_not_reported_as_missing(trainer: Made, capl
     made = trainer(**{"checkpoint.best": "train/loss", "checkpoint.keep": 1})
     for step, loss in ((2, 1.0), (4, math.nan), (6, 2.0)):
         made.save(step, {"train/loss": loss})
-        made._settle()
+        made._complete_checkpoint()
     assert "no such metric" not in caplog.text
     assert saved(made) == [2, 6]
 
@@ -396,7 +396,7 @@ def test_run_totals_are_restored_by_a_rollback_and_by_a_resume(trainer: Made) ->
     made.agree(rank_step(languages, bad_rows=(BadRow("sw.jsonl:3", "no answer"),)))
     before = made.totals.state()
     made.save(4, {})
-    made._settle()
+    made._complete_checkpoint()
     made.totals.add_step(slots, np.arange(len(languages)))
     made.agree(rank_step(languages, bad_rows=(BadRow("de.jsonl:9", "no text"),)))
     assert made.totals.state() != before
@@ -425,7 +425,7 @@ def test_a_missing_best_metric_is_warned_of_once(trainer: Made, caplog: pytest.L
     made = trainer(**{"checkpoint.best": "train/loss/zh"})
     for step in (2, 4):
         made.save(step, {"train/loss/en": 1.0, "train/loss": 2.0})
-        made._settle()
+        made._complete_checkpoint()
     assert [each for each in caplog.messages if "train/loss/zh" in each] == [
         "checkpoint.best: train/loss/zh: no such metric at step 2, whose checkpoint can thus not be the best; "
         "nearest: train/loss, train/loss/en"
@@ -434,7 +434,7 @@ def test_a_missing_best_metric_is_warned_of_once(trainer: Made, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         made.saver = saving.Saver(trainer_config(made, "eval/loss"))
         made.save(6, {"eval/loss": 1.0})
-        made._settle()
+        made._complete_checkpoint()
     assert not caplog.messages
 
 
@@ -448,8 +448,8 @@ def trainer_config(made: Trainer, best: str) -> Run:
 def test_a_failed_second_save_of_a_step_keeps_the_first(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     made.save(4, {})
-    made._settle()
+    made._complete_checkpoint()
     monkeypatch.setattr(checkpoint, "commit", no_space)
     made.save(4, {})
-    made._settle()
+    made._complete_checkpoint()
     assert saved(made) == [4]

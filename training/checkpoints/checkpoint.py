@@ -81,7 +81,7 @@ def complete(output_dir: Path) -> Iterator[Path]:
 
 
 def defect(path: Path, content: tuple[int, int] | None = None) -> str | None:
-    """Why a checkpoint must not be used; None where nothing is wrong.
+    """Why a checkpoint must not be used; None if it can be.
 
     Args:
         content: None: the names and sizes of all files. (share, shares): also the checksums, of every `shares`-th file
@@ -170,9 +170,9 @@ def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord]) -> Pa
 
 
 def abandon(output_dir: Path, step: int, committed: bool) -> None:
-    """On the leading rank of a disk, where the checkpoint of `step` failed on some disk: restore what was before.
+    """On the leading rank of a disk, after the checkpoint of `step` failed on any disk: restore the previous state.
 
-    `committed` says whether it was complete on this disk.
+    `committed`: whether it was complete on this disk.
     """
     shutil.rmtree(incomplete_path(output_dir, step), ignore_errors=True)
     if committed:  # a part of a checkpoint that other disks lack
@@ -181,7 +181,7 @@ def abandon(output_dir: Path, step: int, committed: bool) -> None:
 
 
 def resolve_replaced(output_dir: Path) -> None:
-    """Delete what `commit` set aside, or put it back where nothing has taken its place."""
+    """Delete what `commit` set aside, or move it back if nothing has replaced it."""
     for path in checkpoint_root(output_dir).glob(".replaced-step-*"):
         try:
             atomic.recover(path.with_name(path.name.removeprefix(".replaced-")))
@@ -190,7 +190,7 @@ def resolve_replaced(output_dir: Path) -> None:
 
 
 def clear_leftovers(output_dir: Path) -> None:
-    """At a run's start: delete what killed starts left behind, or put it back where nothing replaced it.
+    """At a run's start: delete what killed starts left behind, or move it back if nothing has replaced it.
 
     No other process writes there: this start's ranks wait; the ranks and converters of an earlier start end with their
     launcher; and a rank that has lost its job cannot complete a checkpoint without the others.

@@ -30,12 +30,12 @@ class Disk:
 
     @property
     def leader(self) -> bool:
-        """Whether this rank begins and completes the checkpoints on it."""
+        """Whether this rank creates and completes the checkpoints on it."""
         return rank() == min(self.ranks)
 
     @property
     def share(self) -> tuple[int, int]:
-        """This rank's number among those that see the disk, and how many they are."""
+        """This rank's index among the ranks that see the disk, and their number."""
         return sorted(self.ranks).index(rank()), len(self.ranks)
 
 
@@ -50,9 +50,9 @@ def led_by_this_rank(disks: tuple[Disk, ...]) -> list[Path]:
 
 
 def checkpoint_disks(output_dir: Path, local_dir: str | None, zero_stage: int) -> tuple[Disk, ...]:
-    """The run's folder, and `checkpoint.local_dir` if it is set, which then takes the checkpoints before the last step.
+    """The run's folder, and `checkpoint.local_dir` if it is set, which then holds the checkpoints before the last step.
 
-    Every rank calls it: which ranks share a folder is found out by writing files.
+    All ranks call it, as they write files to find out which ranks share a folder.
 
     Raises:
         ConfigError: `checkpoint.local_dir` names a variable that is not set, or a folder that cannot be written.
@@ -70,11 +70,11 @@ def checkpoint_disks(output_dir: Path, local_dir: str | None, zero_stage: int) -
             token.touch()
         except OSError as error:
             problem = f"checkpoint.local_dir: {home}: cannot be written on rank {rank()}: {error.strerror}"
-    told = gather_objects((token.name, problem))
-    if problems := [each for _, each in told if each]:
+    reports = gather_objects((token.name, problem))
+    if problems := [each for _, each in reports if each]:
         raise ConfigError(problems[0])
-    seen = frozenset(number for number, (name, _) in enumerate(told) if (home / name).exists())
-    barrier()  # all have looked
+    seen = frozenset(number for number, (name, _) in enumerate(reports) if (home / name).exists())
+    barrier()  # all ranks have checked
     token.unlink()
     if len(seen) < world_size() and (reason := needs_shared_disk(zero_stage)) is not None:
         raise ConfigError(f"checkpoint.local_dir: {home} is not shared by all ranks, {reason}")

@@ -55,13 +55,13 @@ def export_checkpoint(checkpoint: Path, output: Path) -> Path:
 
 
 def export_newest(checkpoint: Path, output: Path) -> bool:
-    """`output` as the export of this checkpoint, and whether it was made now; one that is of it already is left alone.
+    """Make `output` the export of this checkpoint, unless it is already; returns whether it was made now.
 
-    An older export stays in its place until the new one is made and checked: it is better than none. Where the new
-    one does not pass its check, an older one that did is kept beside it.
+    An older export stays in place until the new one is made and checked. If the new one fails its check, an older one
+    that passed is kept beside it.
 
     Raises:
-        ConfigError: `output` is something else than an export, which is not ours to replace.
+        ConfigError: `output` exists and is not an export, so it must not be replaced.
         ExportCheckFailed: as `export_checkpoint`.
     """
     recover(output)
@@ -88,7 +88,7 @@ def _refuse_failed(result: CheckResult, output: Path) -> None:
 
 
 def _is_of(checkpoint: Path, output: Path) -> bool:
-    """Of the same step, not older (a run that went on from an earlier checkpoint comes to a step again), and passed."""
+    """Whether an export passed its check, has the checkpoint's step and is not older: a resume may repeat a step."""
     description, marker = output / EXPORT_FILE, checkpoint / MARKER
     info = ExportInfo.read(output)
     same_step = info.step == RunState.read(checkpoint).step and not info.check_failed
@@ -176,19 +176,19 @@ def _weights(
         merged = adapted.merge_and_unload().state_dict()
         weights = ((name, merged[name]) for name in planned)
     for name, tensor in weights:
-        if not objective.is_own_weight(name):  # it is in the objective's own file
+        if not objective.is_own_weight(name):  # those are in the objective's own file
             yield name, tensor.to(planned[name].dtype) if name in planned else tensor
 
 
 def _expected_weights(checkpoint: Path, config: RunConfig, state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the export must hold, made from the checkpoint again."""
+    """The weights that the export must hold, computed from the checkpoint again."""
     planned, adapted = _planned(checkpoint, config.data.kind, config.precision), _adapted(checkpoint, config, state)
     weights = _weights(checkpoint, config.objective, planned, adapted)
     yield from track(weights, len(planned), "check", "weights")
 
 
 def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel | None:
-    """The base model of a LoRA run with the adapters of a checkpoint; None for a run of all weights."""
+    """The base model of a LoRA run with the adapters of a checkpoint; None if all weights are trained."""
     from modeling.adapters import adapted_model
     from modeling.architectures import ARCHITECTURE_OF
     from training.engine.state import consolidated
@@ -202,7 +202,7 @@ def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel 
 
 
 def _base(checkpoint: Path, base: Mapping[str, str], kind: RowKind, precision: str) -> PreTrainedModel:
-    """The model whose weights a LoRA run left frozen. Raises ConfigError where it is gone or another one."""
+    """The base model of a LoRA run, whose weights are frozen. Raises ConfigError if it is missing or has changed."""
     from modeling.architectures import ARCHITECTURE_OF
     from modeling.loading import load_pretrained
     from modeling.weights.weight_files import directory_hash
@@ -215,7 +215,7 @@ def _base(checkpoint: Path, base: Mapping[str, str], kind: RowKind, precision: s
 
 
 def _description(data: DataConfig, objective: ObjectiveConfig, step: int) -> dict[str, Any]:
-    """What `modeling.export_info` reads."""
+    """The content of `crosslift.json`, which `modeling.export_info` reads."""
     described: dict[str, Any] = {
         "format": FORMAT,
         "step": step,

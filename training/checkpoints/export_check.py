@@ -32,26 +32,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FP32_TOLERANCE = 1e-4  # relative to the largest logit
-BF16_STEP = 2.0**-8  # relative distance of neighbouring bf16 numbers: no implementation can be held to less
+BF16_STEP = 2.0**-8  # relative distance of neighbouring bf16 numbers, the least possible bound
 NOISE_FACTOR = 4.0  # times the model's own bf16-to-fp32 difference
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What came of the check; differences are relative to the run's largest logit, None where nothing was computed."""
+    """The result of the check. Differences are relative to the run's largest logit; None if not computed."""
 
     problem: str | None = None  # one line; None: passed
-    attention: str | None = None  # with which the export was reopened
+    attention: str | None = None  # that the export was reopened with
     difference: float | None = None  # of the export's logits from the run's
-    bound: float | None = None  # what is allowed
-    noise: float | None = None  # of the export's logits in bf16 from the same in fp32, where it had to be measured
+    bound: float | None = None  # largest allowed difference
+    noise: float | None = None  # difference between the export's logits in bf16 and in fp32, if it was measured
 
     @property
     def passed(self) -> bool:
         return self.problem is None
 
     def to_json(self) -> dict[str, Any]:
-        """What `crosslift.json` keeps under "check"."""
+        """The entry "check" of `crosslift.json`."""
         return {"passed": self.passed, **asdict(self)}
 
 
@@ -60,8 +60,8 @@ def check_export(
 ) -> CheckResult:
     """Compare an export with its checkpoint.
 
-    `weights` are the checkpoint's, in the export's number format. What goes wrong while the export is read or reopened
-    is a problem of the export, not an exception: a finished run keeps its export, marked.
+    `weights` are the checkpoint's, in the export's number format. An error while the export is read or reopened is
+    returned as its problem, not raised: a finished run keeps its export, marked as failed.
     """
     try:
         if (problem := _wrong_weight(weights, output)) is not None:
@@ -73,7 +73,7 @@ def check_export(
 
 
 def _wrong_weight(weights: Iterable[tuple[str, Tensor]], output: Path) -> str | None:
-    """The first weight that is not the checkpoint's, and how; one tensor of each is in memory."""
+    """The first weight that differs from the checkpoint's, and how. Holds one tensor of each in memory."""
     stored = stored_tensors(output)
     seen = set()
     for name, tensor in weights:

@@ -1,6 +1,6 @@
 """The text settings of an exported decoder: chat template, tokens that end an answer, sampling defaults.
 
-Plain `generate` must stop where training taught the model to stop, and `apply_chat_template` must write the prompt that
+Plain `generate` must stop at the end token of training, and `apply_chat_template` must write the prompt that
 training wrote, whatever the base model's files contain.
 """
 
@@ -55,7 +55,7 @@ def set_text_files(
         tokenizer.chat_template = {**tokenizer.chat_template, "default": text}
     else:
         tokenizer.chat_template = text
-    # Marked as made from the model's config, it would be made anew from there.
+    # With `_from_model_config`, transformers would derive it from the model's config again.
     kept = {key: value for key, value in generation.items() if key not in ("_from_model_config", *IDS)}
     pad = ids["pad_token_id"] if ids["pad_token_id"] is not None else chat.template.end_id
     return {**ids, "pad_token_id": pad, **kept}
@@ -64,9 +64,9 @@ def set_text_files(
 def _special_ids(
     chat: Chat, model_config: PreTrainedConfig, generation: Mapping[str, Any], *, of_model: bool
 ) -> dict[str, Any]:
-    """Begin, end and padding. The taught end token comes first; the base model's own still end an answer.
+    """Begin, end and padding tokens. The trained end token comes first; those of the base model also end an answer.
 
-    With a tokenizer that is not the base's, the base's ids name other tokens, and only the tokenizer's count.
+    If the tokenizer is not the base model's, the base model's ids name other tokens and are ignored.
     """
     tokenizer = chat.tokenizer
     text_config = model_config.get_text_config()
@@ -85,16 +85,16 @@ def _special_ids(
 
 
 def fixed_response_language(sources: Sequence[SourceConfig]) -> str | None:
-    """The one language every answer is in, where the sources say so; else answers follow the prompt.
+    """The language of all answers if the sources fix it; None if answers are in the prompt's language.
 
-    A corpus of one language alone says nothing: its answers did follow their prompts.
+    A corpus in a single language fixes nothing: its answers are in the language of their prompts.
     """
-    said = {_response_language_of(source) for source in sources}
-    return said.pop() if len(said) == 1 and any(source.response_language for source in sources) else None
+    found = {_response_language_of(source) for source in sources}
+    return found.pop() if len(found) == 1 and any(source.response_language for source in sources) else None
 
 
 def _response_language_of(source: SourceConfig) -> str | None:
-    """The language of all of a source's answers, None where its rows may differ."""
+    """The language of all of a source's answers; None if its rows may differ."""
     if source.columns.response_language is not None:
         return None
     if source.response_language is not None:

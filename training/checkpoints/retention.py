@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def retain(output_dir: Path, step: int, config: CheckpointConfig) -> None:
-    """Rank 0, once the checkpoint of `step` is complete on every disk: delete those that need not be kept.
+    """Delete the checkpoints that need not be kept. Called by each disk's leader once that of `step` is complete.
 
-    What cannot be read or deleted is reported and left alone.
+    Checkpoints that cannot be read or deleted are reported and left alone.
     """
     checkpoint.resolve_replaced(output_dir)
     # After a resume from an earlier step, newer checkpoints belong to another branch and are left alone.
@@ -40,10 +40,10 @@ def retain(output_dir: Path, step: int, config: CheckpointConfig) -> None:
 
 
 def _metric(path: Path, name: str) -> float | None:
-    """A metric of a checkpoint; None where it was not measured, or where another version has written the state."""
+    """A metric of a checkpoint; None if it was not measured or another version of crosslift wrote the state."""
     try:
         return RunState.read(path).metrics.get(name)
-    except Exception as error:  # whatever another version's file looks like
+    except Exception as error:  # a file of another version may have any form
         log.warning("%s: its %s is not known: %s", path, name, error)
         return None
 
@@ -52,7 +52,7 @@ def kept(values: Mapping[int, float | None], newest: int, every: int, mode: str)
     """Steps of the checkpoints to keep: the `newest`, every `every`-th step (0: none), and the best one by a metric.
 
     Args:
-        values: the metric of each checkpoint by its step; None where it was not measured.
+        values: the metric of each checkpoint by its step; None if it was not measured.
         mode: "min" or "max": which value is best; of equal ones the newest.
     """
     steps = sorted(values)
@@ -65,7 +65,7 @@ def kept(values: Mapping[int, float | None], newest: int, every: int, mode: str)
 
 
 def no_such_metric(best: str, step: int, metrics: Iterable[str]) -> str:
-    """For people: a checkpoint lacks the metric by which the best one is kept; what may be meant."""
+    """The warning about a checkpoint without the metric of `checkpoint.best`, with similar names."""
     near = difflib.get_close_matches(best, list(metrics), cutoff=0.3)
     return (
         f"checkpoint.best: {best}: no such metric at step {step}, whose checkpoint can thus not be the best; "

@@ -1,6 +1,6 @@
-"""The state of a run that a checkpoint holds beside the engine's files, and how a later start differs from it.
+"""The state of a run that a checkpoint holds besides the engine's files, and its differences from a later start.
 
-`training/loop/resume.py` refuses what differs, for `train` and `check` alike.
+`training/loop/resume.py` refuses differences, for both `train` and `check`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.errors import ConfigError
 from training.objectives.registry import fixed_keys
 
 STATE_FILE = "state.json"
-FORMAT = 3  # raised with every change of a checkpoint's files after which older ones cannot be loaded
+FORMAT = 3  # raised when a checkpoint's files change such that older ones cannot be loaded
 
 # Keys that may differ on a resume: they change neither the order of samples nor a gradient, except for rounding by
 # another order of summation, as another number of ranks does.
@@ -31,12 +31,12 @@ FIXED_KEYS: tuple[str, ...] = (
     "data.task.labels", "objective.name", *ENGINE_KEYS,
 )  # fmt: skip
 
-DATE = "data.template.date"  # of the run, where its prompts name one (`run_folder/date.py`)
+DATE = "data.template.date"  # of the run, if the chat template prints it (`run_folder/date.py`)
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """The state of a run after `step` steps, beside the engine's files."""
+    """The state of a run after `step` steps, besides the engine's files."""
 
     step: int
     world_size: int
@@ -77,7 +77,7 @@ class Difference:
 
 
 def differences(saved: RunState, fingerprint: Mapping[str, str], config: Mapping[str, Any]) -> list[Difference]:
-    """What determines a run's result and differs from the checkpoint: first in the config, then in the data.
+    """Differences from a checkpoint that affect a run's result: first of the config, then of the data.
 
     `max_steps` may be raised.
     """

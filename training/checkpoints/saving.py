@@ -1,7 +1,7 @@
-"""Saves a run in the background: the state is copied to host memory, a thread writes it, a later step completes it.
+"""Saves checkpoints in the background: copies the state to host memory, writes it in a thread, completes it later.
 
-A rank that cannot write (a full disk) makes no other rank wait: writing fails in the rank's own thread, and the outcome
-is exchanged at the next step boundary, in the all-reduce that every step has anyway.
+A rank that cannot write (a full disk) does not block other ranks: writing fails in the rank's own thread, and the
+outcome is exchanged at the next step boundary, in the all-reduce of the step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from training.run_file import resolved
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
-FAILURES_IN_A_ROW = 3  # saves that may fail before the run stops, rather than continue unsaved
+FAILURES_IN_A_ROW = 3  # failed saves in a row after which the run stops
 
 
 class HashingFile(io.RawIOBase):
@@ -59,7 +59,7 @@ class HashingFile(io.RawIOBase):
         return len(data)
 
     def synced(self) -> FileRecord:
-        """What was written; it is on the disk when this returns."""
+        """Sync the file to disk and return the size and checksum of its content."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return FileRecord(self.n_bytes, self._hash.hexdigest())
@@ -101,7 +101,7 @@ class FileWriter:
 
     def _write_all(self) -> None:
         while self._files:
-            path, state = self._files.pop(0)  # its memory is free as soon as it is written
+            path, state = self._files.pop(0)  # frees its memory once it is written
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with HashingFile(path) as self._file:
@@ -114,23 +114,23 @@ class FileWriter:
 
 
 class Saver:
-    """One rank's side of saving; `begin` and `settle` are called by every rank at the same step."""
+    """Saves this rank's part of the checkpoints; all ranks call `begin` and `complete` at the same step."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.config: CheckpointConfig = run.config.checkpoint
-        self.seconds = 0.0  # from the last checkpoint's beginning until it was complete
+        self.seconds = 0.0  # duration of the last checkpoint, from `begin` until it was complete
         self._step: int | None = None
         self._writer: FileWriter | None = None
         self._began = 0.0
         self._disk = shared_disk(run.config.output_dir)
         self._failures = 0
-        self._warned = False  # of a metric in `checkpoint.best` that there is not
-        self.saved_step = 0  # of the last complete checkpoint, or of the one that the run went on from or back to
+        self._warned = False  # that the metric of `checkpoint.best` is not measured
+        self.saved_step = 0  # of the last complete checkpoint, or of the one resumed from or rolled back to
 
     @property
     def open(self) -> bool:
-        """Whether a checkpoint is begun and not settled; the same on every rank."""
+        """Whether a checkpoint has been begun but not completed; the same on every rank."""
         return self._step is not None
 
     @property
@@ -139,21 +139,22 @@ class Saver:
         return self._writer is not None and self._writer.writing
 
     def begin(self, step: int, state: RunState, disk: Disk) -> None:
-        """Copy the state after `step` steps and let it be written; what an earlier call began is settled first.
+        """Copy the state after `step` steps and start writing it; an earlier checkpoint is completed first.
 
-        Raises CheckpointFailed where that was one failure too many.
+        Raises:
+            CheckpointFailed: completing the earlier one failed, once too often.
         """
         if self.open:
-            self.settle()
-        self._look_for_best(state)
+            self.complete()
+        self._check_best(state)
         run, self._began, self._disk = self.run, time.perf_counter(), disk
         directory = checkpoint.incomplete_path(disk.home, step)
         files = run.engine.take_state(directory)
         reference = reference_outputs(run)
         problem = _problem_of(lambda: checkpoint.begin(disk.home, step)) if disk.leader else None
-        # Nobody writes into a folder that its leader has yet to clear.
+        # No rank may write into the folder before its leader has cleared it.
         problem = next(filter(None, gather_objects(problem)), None)
-        if problem is None:  # later errors are reported when the checkpoint is settled
+        if problem is None:  # later errors are reported by `complete`
             problem = _problem_of(lambda: self._write_small_files(directory, state, reference))
             if not disk.shared:
                 problem = self._copy_small_files(directory) or problem
@@ -162,25 +163,26 @@ class Saver:
         self._writer.error = problem
         self._writer.start()
         if not self.config.background:
-            self.settle()
+            self.complete()
 
-    def settle(self, required: bool = False) -> bool:
-        """Wait for every rank's files, and make the checkpoint complete; whether it is.
+    def complete(self, required: bool = False) -> bool:
+        """Wait for the files of all ranks and mark the checkpoint as complete; returns whether that succeeded.
 
-        Raises CheckpointFailed on every rank where it is not and `required`, or where too many failed in a row.
+        Raises:
+            CheckpointFailed: on all ranks, if it failed and is `required`, or if too many failed in a row.
         """
         assert self._step is not None
         assert self._writer is not None
         step, writer, disk = self._step, self._writer, self._disk
         writer.wait()
         self._step = self._writer = None
-        told = gather_objects((writer.records, writer.error, socket.gethostname()))
-        problems = [f"rank {number} on {host}: {error}" for number, (_, error, host) in enumerate(told) if error]
+        outcomes = gather_objects((writer.records, writer.error, socket.gethostname()))
+        problems = [f"rank {number} on {host}: {error}" for number, (_, error, host) in enumerate(outcomes) if error]
         committed = False
         if not problems:
             problem = None
             if disk.leader:
-                written = {name: record for each in disk.ranks for name, record in told[each][0].items()}
+                written = {name: record for each in disk.ranks for name, record in outcomes[each][0].items()}
                 problem = _problem_of(lambda: checkpoint.commit(disk.home, step, written))
                 committed = problem is None
             problems = [each for each in gather_objects(problem) if each]
@@ -193,16 +195,18 @@ class Saver:
         self._failures += 1
         if disk.leader:
             checkpoint.abandon(disk.home, step, committed)
-        self._tell(step, problems, required)
+        self._report_failure(step, problems, required)
         return False
 
-    def _look_for_best(self, state: RunState) -> None:
+    def _check_best(self, state: RunState) -> None:
+        """Warns once if the state lacks the metric of `checkpoint.best`."""
         best = self.config.best
         if best is not None and best not in state.metrics and not self._warned and rank() == 0:
             log.warning("%s", no_such_metric(best, state.step, state.metrics))
             self._warned = True
 
-    def _tell(self, step: int, problems: list[str], required: bool) -> None:
+    def _report_failure(self, step: int, problems: list[str], required: bool) -> None:
+        """Logs a failed checkpoint, or raises CheckpointFailed (see `complete`)."""
         text = f"checkpoint of step {step}: not saved: {'; '.join(problems)}"
         if required or self._failures >= FAILURES_IN_A_ROW:
             raise CheckpointFailed(text)
@@ -210,7 +214,7 @@ class Saver:
             log.warning("%s; training continues (%d of %d failures in a row)", text, self._failures, FAILURES_IN_A_ROW)
 
     def _write_small_files(self, directory: Path, state: RunState, reference: dict[str, torch.Tensor]) -> None:
-        """Write the files of rank 0, and the objective's, which are gathered from all ranks."""
+        """Write the files of rank 0, and those of the objective, whose state is gathered from all ranks."""
         run = self.run
         run.objective.save(run.engine, directory)
         if rank() > 0:
@@ -225,7 +229,7 @@ class Saver:
         state.write(directory)
 
     def _copy_small_files(self, directory: Path) -> str | None:
-        """What rank 0 added, on the other nodes' disks too; why it could not be written on this one."""
+        """Copy the files of rank 0 to the other nodes' disks; the reason if this one could not be written."""
         files = [file for file in directory.rglob("*") if file.is_file()] if rank() == 0 else []
         contents = gather_objects({str(file.relative_to(directory)): file.read_bytes() for file in files})[0]
 
@@ -250,14 +254,14 @@ def run_state(
 
 
 def base_of(run: Run) -> dict[str, str] | None:
-    """Which model the frozen weights are of; None where all are trained."""
+    """Folder and hash of the model that the frozen weights belong to; None if all weights are trained."""
     if run.config.model.lora is None:
         return None
     return {"directory": str(run.model_dir), "hash": directory_hash(run.model_dir)}
 
 
 def _problem_of(work: Callable[[], object]) -> str | None:
-    """The reason why the work failed, or None; returned and not raised, because the other ranks would wait."""
+    """Why the work failed, or None. Returned, not raised: the other ranks would otherwise wait for this one."""
     try:
         work()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run resumes from or rolls back to: the newest usable one, on whatever disks."""
+"""Finds the checkpoint that a run resumes from or rolls back to: the newest usable one, over all disks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoint(resume: str, disks: Sequence[Disk], *, content: bool = True) -> Path | None:
-    """The checkpoint that `--resume` names; None: start from the beginning. Every rank calls it and gets the same one.
+    """The checkpoint that `--resume` names; None: start from the beginning. All ranks call it and get the same one.
 
     Args:
         resume: "auto" (the newest usable one, if any), "never", or the path of a checkpoint or of a run.
-        disks: where the run keeps checkpoints; the first is its own folder. "never" and paths look at no other.
-        content: compare the files with their checksums, each rank a share of them, and pass over what is damaged;
-            without it only names and sizes are compared.
+        disks: where the run keeps checkpoints; the first is its own folder, the only one read for "never".
+        content: compare the files with their checksums, each rank a share of them, and pass over damaged
+            checkpoints; without it only names and sizes are compared.
 
     Raises:
         ConfigError: "never" although the run's folder holds a checkpoint; a path without a usable one; or the newest
-            checkpoint lies on node-local disks, but not every rank's part of it on that rank's node.
+            checkpoint is on node-local disks, but some rank's part of it is not on that rank's node.
     """
     if resume == "auto":
         return _newest(disks, content)
@@ -43,7 +43,7 @@ def find_checkpoint(resume: str, disks: Sequence[Disk], *, content: bool = True)
 
 
 def checkpoint_at(path: Path, *, content: bool = True) -> Path:
-    """The checkpoint at `path`, or the newest usable one of the run at `path`; every rank calls it.
+    """The checkpoint at `path`, or the newest usable one of the run at `path`; all ranks call it.
 
     Raises:
         ConfigError: there is none.
@@ -62,7 +62,7 @@ def checkpoint_at(path: Path, *, content: bool = True) -> Path:
 
 
 def newest_seen(output_dir: Path, local_dir: str | None) -> Path | None:
-    """The newest complete checkpoint that one process can see, its content not read; for commands that only look.
+    """The newest complete checkpoint visible to one process, without reading its content; for read-only commands.
 
     `local_dir` is `checkpoint.local_dir`.
     """
@@ -89,13 +89,13 @@ def _newest(disks: Sequence[Disk], content: bool) -> Path | None:
 
 
 def _defect(path: Path, disk: Disk, content: bool) -> str | None:
-    """`defect` by all ranks together, the first reason that one of them has."""
+    """`defect`, computed by all ranks together; the first reason found by any rank."""
     mine = defect(path, disk.share) if content else defect(path) if rank() == 0 else None
     return next(filter(None, gather_objects(mine)), None)
 
 
 class _DiskSearch:
-    """The newest usable checkpoint of one disk, again after some were passed over."""
+    """Searches one disk for the newest usable checkpoint, except those that were passed over."""
 
     def __init__(self, disk: Disk) -> None:
         self.disk = disk
@@ -107,7 +107,7 @@ class _DiskSearch:
             log.warning("%s is passed over: %s", path, reason)
 
     def newest(self, newer_than: int) -> Path | None:
-        """The newest complete one after more than `newer_than` steps; every rank calls it.
+        """The newest complete one after more than `newer_than` steps; all ranks call it.
 
         Raises:
             ConfigError: on a node-local disk there are some, but none for these ranks on these nodes.
@@ -130,11 +130,11 @@ class _DiskSearch:
     def _newest_of_all_nodes(self, newer_than: int) -> Path | None:
         complete = list(self._complete(newer_than))
         mine = {path.name for path in complete if (path / shard_of(rank())).is_file()}
-        told = gather_objects((mine, bool(complete)))
-        common = set.intersection(*(names for names, _ in told))
+        found = gather_objects((mine, bool(complete)))
+        common = set.intersection(*(names for names, _ in found))
         if not common:
-            if any(some for _, some in told):
-                lacking = next((number for number, (names, _) in enumerate(told) if not names), 0)
+            if any(some for _, some in found):
+                lacking = next((number for number, (names, _) in enumerate(found) if not names), 0)
                 raise ConfigError(
                     f"checkpoint.local_dir: {self.disk.home}: rank {lacking} finds no part of its own on its node: "
                     "node-local checkpoints can only be resumed with the same ranks on the same nodes; for anything "

@@ -1,1 +1,1 @@
-"""What is checked of a run before its first step."""
+"""Checks before the first step of a run."""

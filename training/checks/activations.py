@@ -4,7 +4,7 @@ The model's own forward pass runs on PyTorch's meta device, where tensors have s
 the run's objective on it; every tensor that autograd saves is counted once. Only attention is replaced, since the
 device decides which kernel runs: the replacement saves what that kernel saves. So the count follows the installed
 transformers, whatever the architecture. A model that cannot run this way (a router that reads values, a class with its
-own attention) is estimated by the formula of arXiv 2205.05198, and the result says so.
+own attention) is estimated by the formula of arXiv 2205.05198; then `Activations.counted` is False.
 
 Shapes: B rows, T tokens a row, H hidden, N label positions, S segments, P pairs, D head size.
 """
@@ -31,9 +31,9 @@ from training.config import DataConfig, RunConfig
 from training.engine.memory import Activations
 from training.objectives.base import ObjectiveConfig, ObjectiveParts
 
-STAND_IN = "crosslift_counting"  # the attention that transformers is given while counting
+COUNTING = "crosslift_counting"  # name of the attention that replaces the kernel while counting
 Kernel = Literal["eager", "sdpa", "flash_attention_2"]
-LAYER_FORMULA = 34  # bytes a token and hidden unit in 16 bit, without attention's scores (arXiv 2205.05198, eq. 1)
+LAYER_FORMULA = 34  # bytes per token and hidden unit in 16 bit, without attention scores (arXiv 2205.05198, eq. 1)
 
 
 def count_activations(
@@ -51,13 +51,13 @@ def count_activations(
         blank: makes a micro-batch without content (`Collator.blank`).
     """
     try:
-        with torch.device("meta"), _stand_in(kernel):
+        with torch.device("meta"), _counting_attention(kernel):
             model_class = auto_class(ARCHITECTURE_OF[config.data.kind])
-            model = model_class.from_config(model_config, dtype=dtype, attn_implementation=STAND_IN).train()
+            model = model_class.from_config(model_config, dtype=dtype, attn_implementation=COUNTING).train()
             model.tie_weights()
             if (lora := config.model.lora) is not None:
                 add_adapters(model, lora, config.seed)
-                for parameter in model.parameters():  # PEFT takes the base's format only where the base has data
+                for parameter in model.parameters():  # PEFT adopts the base's dtype only if the base has data
                     parameter.data = parameter.data.to(dtype)
             model.config.use_cache = False
             forward = _forward(config.data, config.objective, model, blank(shape))
@@ -70,7 +70,7 @@ def count_activations(
 def _forward(
     data: DataConfig, objective: ObjectiveConfig, model: PreTrainedModel, batch: Batch[Any]
 ) -> Callable[[], Tensor]:
-    """The objective's own forward pass and losses, as far as they keep anything of size."""
+    """The objective's forward pass and losses, as far as they save large tensors."""
     built = objective.build(model, ObjectiveParts(data.kind, data.languages, data.dominant))
     engine: Any = _PlainEngine(model)
     return lambda: built.saved_loss(engine, batch)
@@ -78,7 +78,7 @@ def _forward(
 
 @dataclass
 class _PlainEngine:
-    """What an objective asks of an engine, without DeepSpeed."""
+    """The parts of `Engine` that an objective uses, without DeepSpeed."""
 
     module: PreTrainedModel
 
@@ -92,7 +92,7 @@ def _counted(model: PreTrainedModel, forward: Callable[[], Tensor], shape: Batch
         loss = forward()
     del loss
     element = next(model.parameters()).element_size()
-    # A gradient the size of the largest tensor, what it is made from, and the loss's fp32 chunk three times over.
+    # Work: the largest gradient and the tensor it is computed from, and three fp32 chunks of the loss.
     chunk = min(CHUNK_ELEMENTS, shape.labels * model.config.get_text_config().vocab_size)
     return Activations(
         tuple(saved.inside), saved.outside, shape.tokens * hidden_size(model) * element,
@@ -101,7 +101,7 @@ def _counted(model: PreTrainedModel, forward: Callable[[], Tensor], shape: Batch
 
 
 class SavedBytes:
-    """Counts, inside, the bytes of all storages that autograd saves: in each of `layers`, and outside them.
+    """Context that counts the bytes of all storages that autograd saves: in each of `layers`, and outside them.
 
     A storage counts once, where it is first saved; weights and buffers do not count.
     """
@@ -114,7 +114,7 @@ class SavedBytes:
         self._here: int | None = None
         owned = [*model.parameters(), *model.buffers()]
         self._seen = {tensor.untyped_storage()._cdata for tensor in owned}
-        self._kept: list[Any] = []  # a freed storage's place in memory would be taken for another's
+        self._kept: list[Any] = []  # keeps storages alive, as a freed one's address could be reused
 
     def __enter__(self) -> SavedBytes:
         def enter(number: int) -> Callable[..., None]:
@@ -154,7 +154,7 @@ class SavedBytes:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel keeps: its inputs and mask, its output, one fp32 number a query and head."""
+    """Saves what a fused attention kernel saves: inputs, mask, output, and one fp32 number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -169,8 +169,8 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def _stand_in(kernel: Kernel) -> Iterator[None]:
-    """Inside, transformers knows an attention that saves what `kernel` saves."""
+def _counting_attention(kernel: Kernel) -> Iterator[None]:
+    """Context in which transformers has an attention named `COUNTING` that saves the same tensors as `kernel`."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
@@ -178,8 +178,8 @@ def _stand_in(kernel: Kernel) -> Iterator[None]:
         """query (B, heads, T, D), key and value (B, key heads, T, D) -> (B, T, heads, D)."""
         groups, mask = query.shape[1] // key.shape[1], None
         if kernel != "flash_attention_2":
-            # Samples are kept apart by a mask, which sdpa turns into one of the states' format in every layer, and
-            # with a mask each query head gets keys of its own.
+            # Samples are separated by a mask, which sdpa converts to the states' dtype in every layer; with a mask,
+            # keys and values are repeated for each query head.
             key, value = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (key, value))
             mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
         if kernel == "eager":
@@ -190,11 +190,11 @@ def _stand_in(kernel: Kernel) -> Iterator[None]:
             output = _FusedAttention.apply(query, key, value, mask)
         return output.transpose(1, 2).contiguous(), None
 
-    ALL_ATTENTION_FUNCTIONS[STAND_IN] = attend
+    ALL_ATTENTION_FUNCTIONS[COUNTING] = attend
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[STAND_IN]
+        del ALL_ATTENTION_FUNCTIONS[COUNTING]
 
 
 def _by_formula(n_layers: int, hidden: int, vocabulary: int, dtype: torch.dtype, shape: BatchShape) -> Activations:

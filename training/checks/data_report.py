@@ -20,16 +20,16 @@ from data_pipeline.tasks.config import WINDOWED
 from training.assembly import DataParts
 from training.config import DataConfig
 
-LOOKED_AT = 1000  # rows a language that the share of those that are too long is estimated on
+LOOKED_AT = 1000  # rows per language on which the share of rows that are too long is estimated
 MOST_OVERLONG = 0.01  # share of a language's rows above which `check` warns
-# Repeated data add next to nothing to a language model from about here on (Muennighoff et al. 2023, arXiv 2305.16264).
+# From about here on, repeated data hardly improve a language model (Muennighoff et al. 2023, arXiv 2305.16264).
 MOST_EPOCHS = 16
-NAMED = 3  # contaminated rows a language that are named
+NAMED = 3  # contaminated rows that are named per language
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How many of the rows looked at are longer than `data.sequence_length`; unusable ones are not looked at."""
+    """How many of the measured rows are longer than `data.sequence_length`; unusable rows are not measured."""
 
     overlong: int
     looked_at: int
@@ -43,10 +43,13 @@ class Lengths:
 def mixture_table(
     data: DataConfig, max_steps: int, parts: DataParts, looked_at: int | None = LOOKED_AT
 ) -> Iterator[str]:
-    """Each language's slots, epochs and share of the planned steps, and how many of its rows are too long; warnings.
+    """A table of each language's slots, epochs, share of the planned steps and rows that are too long; and warnings.
 
-    `looked_at`: rows a language whose length is measured; None: all. Raises DataError for one that is too long where
-    `data.overlong` is "error".
+    Args:
+        looked_at: rows per language whose length is measured; None: all.
+
+    Raises:
+        DataError: a row is too long, and `data.overlong` is "error".
     """
     index = parts.index
     slots = parts.planner.slots_by_language(max_steps)
@@ -79,7 +82,7 @@ def mixture_table(
 
 
 def contamination(index: DataIndex) -> Iterator[str]:
-    """Warnings about held-out texts that are in training, too: a line a language, with the first of them."""
+    """Warnings about held-out texts that are also in training: a line per language, with the first of them."""
     found = contaminated_rows(index)
     for number, language in enumerate(index.languages):
         of_language = [pair for pair in found if index.language[pair[0]] == number]
@@ -89,13 +92,13 @@ def contamination(index: DataIndex) -> Iterator[str]:
         more = f" and {len(of_language) - NAMED} more" if len(of_language) > NAMED else ""
         yield (
             f"warning: {language}: {len(of_language):,} of {len(index.rows(number, heldout=True)):,} held-out texts "
-            f"are also in training, under another id (but for case, white space, Unicode form): {named}{more}; "
+            f"are also in training, under another id (ignoring case, white space, Unicode form): {named}{more}; "
             "their held-out loss is too low: remove either row, or give both the same columns.group"
         )
 
 
 def _lengths(reader: Reader, language: int, most: int | None) -> Lengths:
-    """Of the first rows of the language's order, which are a random sample of it."""
+    """Measures the first rows of the language's order, which are a random sample of it."""
     index, limit = reader.index, reader.stage.sequence_length
     rows = index.rows(language)
     n = len(rows) if most is None else min(most, len(rows))
@@ -106,7 +109,7 @@ def _lengths(reader: Reader, language: int, most: int | None) -> Lengths:
         try:
             length = 0 if index.bad[row] else reader.length(row)
         except BadRow:
-            continue  # what makes a row unusable is another matter, and bounded by data.max_bad_rows
+            continue  # unusable rows are limited by data.max_bad_rows
         looked_at += not index.bad[row]
         overlong += length > limit
         if length > limit and reader.stage.overlong == "error":

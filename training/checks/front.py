@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def check_start(config: RunConfig) -> None:
-    """What the run file and the environment alone tell, with a look at the disk.
+    """Checks the run file, the environment, and whether the paths that they name exist.
 
     Raises:
         ConfigError: a line for every mistake of one kind: missing inputs, raw DeepSpeed settings, tracking.
     """
     if missing := list(missing_inputs(config.model_dump())):
         raise ConfigError("\n".join(missing))
-    if config.deepspeed:  # else nothing of DeepSpeed's can be wrong
+    if config.deepspeed:  # otherwise all settings are crosslift's own
         from training.engine.engine import deepspeed_settings
 
         deepspeed_settings(config, 1)
@@ -34,12 +34,12 @@ def check_start(config: RunConfig) -> None:
         return
     target = tracking_target(config.tracking, config.output_dir)
     if not target.is_default and target.uri and (folder := missing_folder(target.uri)) is not None:
-        said = "tracking.uri" if config.tracking.uri is not None else target.uri_source
-        raise ConfigError(f"{said}: {target.uri}: there is no folder {folder}; make it, or name another place")
+        origin = "tracking.uri" if config.tracking.uri is not None else target.uri_source
+        raise ConfigError(f"{origin}: {target.uri}: there is no folder {folder}; make it, or name another place")
 
 
 def check_model_files(config: RunConfig) -> None:
-    """That the model and the tokenizer that a run starts from can be opened and fit each other; no weight is read.
+    """Checks that a run's model and tokenizer can be opened and fit each other, without reading weights.
 
     Raises:
         ModelError, ConfigError: a line for each kind of mistake.
@@ -71,7 +71,7 @@ def check_model_files(config: RunConfig) -> None:
 
 
 def check_starting_model(model: ModelConfig, data: DataConfig, objective: ObjectiveConfig, prepared: Prepared) -> None:
-    """`check_model` of a model that the run makes itself. Raises ConfigError."""
+    """`check_model` for a model that the run initialises itself. Raises ConfigError."""
     if model.path is not None:
         return
     import torch
@@ -86,7 +86,7 @@ def check_starting_model(model: ModelConfig, data: DataConfig, objective: Object
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, origin: str, embeddings: int | None) -> None:
-    """That each token has an embedding (`embeddings`: how many there are). Raises ConfigError."""
+    """Checks that each token has an embedding; `embeddings` is their number. Raises ConfigError."""
     tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
     if embeddings is not None and tokens > embeddings:
         raise ConfigError(
@@ -96,10 +96,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, origin: str, embeddings
 
 
 def check_model(data: DataConfig, objective: ObjectiveConfig, model: nn.Module) -> None:
-    """That the model reads the longest sample and has the layers that the objective names; needs no weights.
+    """Checks that the model accepts the longest sample and has the objective's layers. Needs no weights.
 
     Raises:
-        ConfigError: `data.sequence_length` is beyond the table of positions that the model learned; no such layer.
+        ConfigError: `data.sequence_length` exceeds the model's learned position embeddings, or a layer is missing.
     """
     from modeling.layers import decoder_layers, position_limit, position_table
 

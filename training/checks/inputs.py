@@ -1,4 +1,4 @@
-"""The files and folders that a run reads: those that must be seen from every node, and those that are missing."""
+"""The files and folders that a run reads: those that every node must see, and those that are missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GLOB = frozenset("*?[")
 
 
 def paths_read(values: Mapping[str, Any]) -> list[Path]:
-    """The existing inputs of a run, absolute: data, and model and tokenizer where they are folders.
+    """The existing inputs of a run, as absolute paths: data, and model and tokenizer if they are folders.
 
     For a glob, the folder before its first pattern. Paths inside `data_dir` are left out, since it is listed itself.
     """
@@ -28,8 +28,8 @@ def paths_read(values: Mapping[str, Any]) -> list[Path]:
 def missing_inputs(values: Mapping[str, Any]) -> Iterator[str]:
     """A line for every local input that a run file's values name and that is missing; nothing is fetched.
 
-    Values that are of a wrong type are passed over: other lines report them. A model or tokenizer counts as local if
-    its name cannot be that of a repository on a hub.
+    Values of a wrong type are ignored here, as validation reports them. A model or tokenizer counts as local if its
+    name cannot be that of a repository on the hub.
     """
     data_dir = _text(values.get("data_dir"))
     if data_dir is not None and not Path(data_dir).is_dir():
@@ -39,7 +39,7 @@ def missing_inputs(values: Mapping[str, Any]) -> Iterator[str]:
         if name is not None and _is_local(name) and not Path(name).exists():
             yield f"{section}.path: {name}: no such folder"
     if data_dir is not None and not Path(data_dir).is_dir():
-        return  # its files are missing with it
+        return  # then its files are missing too
     sources = _section(values.get("data")).get("sources")
     for number, source in enumerate(sources if isinstance(sources, list | tuple) else ()):
         patterns = _section(source).get("files")
@@ -53,7 +53,7 @@ def missing_inputs(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _text(value: Any) -> str | None:
-    """The path in a value, `~` and variables filled in; None where it is none, or names what is not known here."""
+    """The path in a value, with `~` and variables expanded; None if it is no path or a variable is not set."""
     try:
         return expanded(str(value)) if isinstance(value, str | Path) else None
     except PathError:
@@ -78,7 +78,7 @@ def _of_sources(values: Mapping[str, Any], data_dir: str) -> Iterator[str]:
 
 
 def _before_glob(address: str) -> str:
-    """A name that exists is taken as it is, brackets and all."""
+    """The folder before the first pattern; a name that exists is returned unchanged, even with brackets."""
     path = Path(address)
     while not path.exists() and GLOB & set(str(path)):
         path = path.parent

@@ -19,9 +19,9 @@ _BY_LANGUAGE = ("train/loss", "train/token_share", "data/slot_share", "data/labe
 
 
 def metric_names(objective: ObjectiveConfig, languages: Sequence[str], swapped_prompts: bool) -> list[str]:
-    """Names of a step's own metrics, and of the held-out losses.
+    """Names of the held-out losses and of the metrics that every step has.
 
-    Not those of some steps only, such as the shift's after a refresh.
+    Metrics of some steps only, such as those after a refresh of the shift, are excluded.
     """
     held_out = ["eval/loss", *(["eval/loss_swapped"] if swapped_prompts else [])]
     return [
@@ -33,7 +33,7 @@ def metric_names(objective: ObjectiveConfig, languages: Sequence[str], swapped_p
 
 
 def unknown_metric(best: str, names: Sequence[str]) -> str:
-    """What is wrong with a name that is none of `names`."""
+    """The message about a `checkpoint.best` that is not among `names`."""
     near = difflib.get_close_matches(best, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "such as 'eval/loss', or 'eval/loss/' and a language"
     return f"'checkpoint.best' is {best!r}, which this run does not measure at its checkpoints; {hint}"

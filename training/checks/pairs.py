@@ -13,13 +13,13 @@ from data_pipeline.sources.index import DataIndex
 from training.config import DataConfig
 from training.objectives.base import ObjectiveConfig
 
-COUNTED_STEPS, COUNTED_SLOTS = 64, 2_048  # at most so many are looked at for the number of pairs a step
+COUNTED_STEPS, COUNTED_SLOTS = 64, 2_048  # limits of what the number of pairs per step is counted on
 SHOWN = 2
 TEXT = 200  # characters shown of a text
 
 
 def refuse_unpaired(data: DataConfig, objective: ObjectiveConfig, index: DataIndex) -> None:
-    """Raises DataError where an objective learns from pairs and no language has any."""
+    """Raises DataError if the objective learns from pairs and no language has any."""
     rule, dominant = objective.pairing(), index.languages.index(data.dominant)
     if not rule.needed:
         return
@@ -71,7 +71,7 @@ def _has_back(index: DataIndex, language: int) -> bool:
 def show_pairs(
     data: DataConfig, objective: ObjectiveConfig, max_steps: int, index: DataIndex, planner: Planner
 ) -> Iterator[str]:
-    """Pairs a step by language, over the first steps, and two of them as text."""
+    """Number of pairs per step and language over the first steps, and two pairs as text."""
     rule, dominant = objective.pairing(), index.languages.index(data.dominant)
     if not rule.needed:
         return
@@ -87,7 +87,7 @@ def show_pairs(
 
 
 def _planned(rule: PairingRule, index: DataIndex, dominant: int, plan: StepPlan) -> Iterator[tuple[int, int]]:
-    """(row in the dominant language, other row) of every pair; the same row twice: text and its back-translation."""
+    """(row in the dominant language, other row) of every pair; for a back-translation, twice the row that has it."""
     if not rule.with_partner:
         for unit in plan.units:
             yield from ((unit.slots[one].row, unit.slots[other].row) for one, other in unit.pairs)

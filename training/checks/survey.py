@@ -14,12 +14,12 @@ from data_pipeline.reader import Reader
 from data_pipeline.records import BadRow, DataError
 from training.config import DataConfig, RunConfig
 
-CHUNK = 64  # rows that a thread reads at once
-NAMED = 3  # rows that are named of each kind
+CHUNK = 64  # rows per task of a thread
+NAMED = 3  # rows listed per reason
 
 
 def survey(data: DataConfig, reader: Reader) -> Iterator[str]:
-    """Reads every row of the index, held-out ones too; what is unusable, by reason.
+    """Reads every row of the index, held-out ones too; lists the unusable ones by reason.
 
     Raises:
         DataError: more rows are unusable than `data.max_bad_rows`.
@@ -40,12 +40,12 @@ def survey(data: DataConfig, reader: Reader) -> Iterator[str]:
 
 
 def without_limit(config: RunConfig) -> RunConfig:
-    """The same run with any number of unusable rows: for an index that names them all."""
+    """The run without a limit on unusable rows, for an index that lists all of them."""
     return config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": sys.maxsize})})
 
 
 def by_reason(bad: list[BadRow]) -> Iterator[str]:
-    """The rows by kind of reason, which is the reason without what it quotes and counts; the most frequent first."""
+    """The rows grouped by their reason without quoted text and numbers; the most frequent first."""
     kinds: dict[str, list[BadRow]] = {}
     for row in bad:
         kinds.setdefault(_kind(row.reason), []).append(row)
@@ -56,7 +56,7 @@ def by_reason(bad: list[BadRow]) -> Iterator[str]:
 
 
 def refuse_bad_rows(bad: list[BadRow], most: int, of: str = "") -> None:
-    """Raises DataError, naming the first, where these rows are more than `most`, `data.max_bad_rows`."""
+    """Raises DataError, naming the first row, if there are more than `most` (`data.max_bad_rows`)."""
     if len(bad) > most:
         n = f"{len(bad):,} unusable row{'s' if len(bad) > 1 else ''}{of}"
         raise DataError(f"{bad[0]} ({n}; data.max_bad_rows is {most})")

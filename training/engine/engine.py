@@ -3,7 +3,7 @@
 No other files import deepspeed. Gradients are those of the global batch, independent of how it is split over ranks
 and micro-batches.
 
-DeepSpeed is used as follows; tests hold each point:
+DeepSpeed is used as follows; tests check each point:
 - `gradient_accumulation_steps` stays 1 and the boundary is set by hand, since micro-batches vary by step;
 - gradients are averaged over ranks, so a loss share is multiplied by the world size before backward;
 - every training forward goes through the engine (only there its micro-step counter advances);
@@ -205,7 +205,7 @@ class Engine:
     def __init__(self, model: PreTrainedModel, config: RunConfig, settings: dict[str, Any], world_size: int) -> None:
         self.world_size = world_size
         self.sharded = settings["zero_optimization"]["stage"] == 3
-        self._accumulated = False  # gradients of a step that is neither applied nor dropped
+        self._accumulated = False  # there are gradients of a step that is neither applied nor dropped
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         groups = _parameter_groups(model, config.optimizer.weight_decay)
         with engine_state.zero_optimizer(), refusing(config.deepspeed):

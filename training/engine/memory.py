@@ -23,8 +23,8 @@ GIB = 2**30
 ITEM = {"fp32": 4, "bf16": 2}
 ALLOWANCE = 2 * GIB  # CUDA context, NCCL, cuBLAS, fragmentation: not measured
 CPU_ALLOWANCE = 1 * GIB  # Python, its libraries and the data: a tiny model's rank peaks at about 0.6 GiB
-ALIGNMENT = 2  # elements a rank that ZeRO-1 and -2 round a flat group up to
-# What DeepSpeed takes where a run file says nothing; `tests/unit/test_memory_estimate.py` holds them to its own.
+ALIGNMENT = 2  # elements per rank to whose multiple ZeRO-1 and -2 round up a flat group
+# DeepSpeed's defaults; `tests/unit/test_memory_estimate.py` compares them with the installed version's.
 ZERO_DEFAULTS: dict[str, int] = {
     "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,
@@ -47,17 +47,17 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes that one micro-batch's forward pass keeps on one GPU (counted by `training.checks.activations`)."""
+    """Bytes that one micro-batch's forward pass saves on one GPU (counted by `training.checks.activations`)."""
 
     layers: tuple[int, ...]  # saved inside each layer
     outside: int  # saved outside: embeddings, states that the objective keeps, head, logits
-    layer_input: int  # the state that enters a layer: all of it that checkpointing keeps
+    layer_input: int  # the input of a layer, which is all that checkpointing saves of it
     layer_work: int  # temporary gradients in a layer's backward
-    outside_work: int  # and in the head's and the loss's, with their fp32 copies
+    outside_work: int  # the same for head and loss, with their fp32 copies
     counted: bool  # False: by the formula
 
     def peak(self, checkpointing: bool) -> int:
-        """Most that is there at once: when backward begins, or in a layer; checkpointing makes one whole at a time."""
+        """Peak in bytes: at the start of backward or in a layer; checkpointing recomputes one layer at a time."""
         kept, recomputed = sum(self.layers), 0
         if checkpointing:
             kept, recomputed = len(self.layers) * self.layer_input, max(self.layers, default=0)
@@ -77,31 +77,31 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What every rank takes; `parts` are not all there at once."""
+    """Memory of each rank; not all `parts` exist at the same time."""
 
     parts: tuple[Part, ...]
-    ranks: Ranks  # parts of ranks on CPUs all lie in the node's memory
+    ranks: Ranks  # without GPUs, all parts are in the node's memory
     counted: bool  # activations were counted, not estimated by a formula
 
     @property
     def gpu_bytes(self) -> int:
-        """Peak of one rank's device: what is always there, and the larger of forward and backward and the update."""
+        """Peak of one rank's device: permanent parts, plus the larger of (forward and backward) and (update)."""
         most = max(self._sum("gpu", "in forward and backward"), self._sum("gpu", "in the update"))
         return self._sum("gpu", "always") + most + (ALLOWANCE if self.ranks.on_gpus else CPU_ALLOWANCE)
 
     @property
     def host_bytes(self) -> int:
-        """Peak of a node's host memory: what is offloaded, models that each rank loads whole, and CPU ranks' all."""
+        """Peak of a node's host memory: offloaded parts, models that each rank loads whole, all parts of CPU ranks."""
         of_rank = sum(part.host for part in self.parts) + (0 if self.ranks.on_gpus else self.gpu_bytes)
         return min(self.ranks.per_node, self.ranks.total) * of_rank
 
     @property
     def nvme_bytes(self) -> int:
-        """On a node's NVMe."""
+        """Bytes on a node's NVMe."""
         return min(self.ranks.per_node, self.ranks.total) * sum(part.nvme for part in self.parts)
 
     def table(self) -> Iterator[str]:
-        """Lines for people, in GiB."""
+        """Lines to print, in GiB."""
         device = "GPU" if self.ranks.on_gpus else "CPU rank"
         yield f"{f'memory of each {device}':<44}{'GiB':>8}"
         for part in self.parts:
@@ -136,12 +136,12 @@ def memory_estimate(config: RunConfig, model: nn.Module, activations: Activation
     return MemoryEstimate(kept, ranks, activations.counted)
 
 
-def what_would_help(
+def memory_savings(
     config: RunConfig, model: nn.Module, activations: Activations, ranks: Ranks
 ) -> Iterator[tuple[str, int]]:
-    """(change, peak bytes of a GPU with it), for each change that makes the peak smaller, the smallest peak first.
+    """(change, peak bytes per GPU with it) for each change that lowers the peak, the lowest peak first.
 
-    What saves less than a hundredth is left out.
+    Changes that save less than 1% are left out.
     """
     now = memory_estimate(config, model, activations, ranks).gpu_bytes
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -192,11 +192,11 @@ class _Sizes:
         )  # fmt: skip
 
     def shard(self, numbers: Sequence[int]) -> int:
-        """Elements a rank keeps of them, each cut on its own (ZeRO-3)."""
+        """Elements per rank, each weight being sharded separately (ZeRO-3)."""
         return sum(-(-number // self.ranks) for number in numbers)
 
     def partition(self) -> int:
-        """Elements of the optimiser's state a rank keeps, cut group by group (ZeRO-1 and -2)."""
+        """Elements of the optimiser's state per rank, each group being sharded separately (ZeRO-1 and -2)."""
         unit = ALIGNMENT * self.ranks
         return sum(-(-number // unit) * ALIGNMENT for number in self.groups)
 
@@ -218,12 +218,12 @@ def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     largest = max(sizes.trained, default=0)
     moving = item * largest + 4 * min(trained, max(bucket, largest)) + (4 * largest if largest > bucket else 0)
     yield Part("gradients being reduced", "in forward and backward", moving)
-    # Weights stay when they come again within the reuse distance; on the way to the loss and back that is half of it.
-    # Others are fetched early, module by module, until so many are there.
+    # A gathered weight is kept if it is used again within the reuse distance: from forward to backward, that covers
+    # half as many elements. Others are prefetched module by module, up to a limit.
     early = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
     live = max(zero["stage3_max_reuse_distance"] // 2, early) + 2 * sizes.largest_module
     whole = sum(sizes.weights) - small
-    copied = sizes.ranks > 1 or zero["offload_param"] is not None  # one rank's shards are whole already
+    copied = sizes.ranks > 1 or zero["offload_param"] is not None  # a single rank's shards are already whole
     yield Part("gathered weights", "in forward and backward", item * min(whole, live) if copied else 0)
 
 
@@ -235,7 +235,7 @@ def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     yield from _optimizer(_placed(offload), mine)
     if offload is not None:
         yield Part("gradients and weights being moved", "always", item * largest, host=4 * mine + item * mine)
-    # In fp32 a weight's gradient is whole until the update, so one that two ranks share is kept by both.
+    # In fp32 a weight's gradient is whole until the update, so both ranks keep one that is split between them.
     kept = trained if zero["stage"] == 1 else mine if item == 2 else min(trained, mine + largest)
     if offload is None or zero["stage"] == 1:
         yield Part("gradients, fp32", "in forward and backward", 4 * kept)
@@ -251,18 +251,18 @@ def _optimizer(place: Callable[[str, When, int], Part], mine: int) -> Iterator[P
 
 
 def _placed(offload: str | None) -> Callable[[str, When, int], Part]:
-    """Makes parts that lie where `offload` says: None (the GPU), cpu or nvme."""
+    """Makes parts in the memory that `offload` names: None (the GPU), cpu or nvme."""
     where = {None: "gpu", "cpu": "host", "nvme": "nvme"}[offload]
     return lambda name, when, size: Part(name, when, **{where: size})
 
 
 def _to_host(offload: str | None) -> str | None:
-    """Where gradients go: those of an optimiser on NVMe stay in host memory."""
+    """Memory of the gradients: with an optimiser on NVMe, they stay in host memory."""
     return "cpu" if offload == "nvme" else offload
 
 
 def _zero_settings(stage: int, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The `zero_optimization` section that DeepSpeed gets, defaults filled in, as numbers and places."""
+    """The `zero_optimization` section that DeepSpeed gets, with its defaults."""
     given: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
     given |= raw.get("zero_optimization", {})
     settings: dict[str, Any] = {**given}

@@ -57,7 +57,7 @@ FIXED = {
     "hybrid_engine": "it is meant for generation in RLHF",
     "autotuning": "it starts its own runs",
 }
-MAX_LISTED = 30  # known keys in a message
+MAX_LISTED = 30  # most known keys in a message
 FREE = {"optimizer.params.torch_adam"}  # keys below the above that the user may choose
 
 
@@ -123,7 +123,7 @@ def mistakes(
         parse(reading)
     except ValidationError as error:
         yield from (_explain(item, error.title, settings, version) for item in error.errors())
-    except Exception as error:  # an assertion, KeyError, ...: whatever the parser raises
+    except Exception as error:  # the parser also raises AssertionError, KeyError, ...
         text = " ".join(str(error).split()) or type(error).__name__
         last = next(reversed(reading.read_keys), None)  # the key that it read last
         where = f"deepspeed.{last}" if last in settings and last not in own else "deepspeed"

@@ -43,14 +43,14 @@ def check_packing(run: Run, batch: Step) -> None:
     one, other = all_sum(torch.stack(losses), run.engine.device).tolist()
     if not math.isfinite(other):
         raise ConfigError(
-            f"model: its loss on the first samples is {other} before any update, however they lie in rows, though its "
-            "weights are finite numbers; is precision right for it, or the model damaged?"
+            f"model: its loss on the first samples is {other} before any update, even with one sample "
+            "per row, though its weights are finite; check precision, or whether the model is damaged"
         )
     difference = abs(one - other) / max(abs(other), 1e-12)
     if not difference <= PACKING_TOLERANCE[run.config.precision]:
         raise ConfigError(
-            f"data.layout: packed rows give a loss {difference:.1e} off the sample-by-sample one: samples see "
-            "each other with this model and attention; set data.layout=padded"
+            f"data.layout: packed rows give a loss {difference:.1e} off the sample-by-sample one: samples of a row "
+            "attend to each other with this model and attention; set data.layout=padded"
         )
 
 

@@ -1,4 +1,4 @@
-"""Command line of one node's launcher; a job runs it once a node.
+"""Command line of one node's launcher; a job runs it once per node.
 
 python -m training.launch CONFIG [k=v ...] --nproc G [--nodes N --node-rank R --rendezvous HOST:PORT] [--resume ...]
 """
@@ -16,7 +16,7 @@ from training.messages import print_message
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Launch this node's ranks; the run's exit status, 2 after one line about a user's mistake."""
+    """Launch this node's ranks; returns the run's exit status: 2 after a user error, printed as one line."""
     parser = argparse.ArgumentParser(prog="python -m training.launch", description="Starts one node's ranks of a run.")
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")

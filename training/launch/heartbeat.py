@@ -61,7 +61,7 @@ class Heartbeat:
         self._thread = threading.main_thread().ident or 0
 
     def attach(self) -> None:
-        """Connect to the launcher: write heartbeats, die with it, dump stacks on its signal. In the main thread."""
+        """Connect to the launcher: write heartbeats, end with it, dump stacks on its signal. In the main thread."""
         if (folder := os.environ.get(HEARTBEAT_DIR)) is None:
             return
         _die_with_launcher()

@@ -36,12 +36,12 @@ from training.run_folder.lock import held, refuse_other
 from training.tracking.config import tracking_target
 
 POLL_S = 0.1
-FAILURE_GRACE_S = 10.0  # for the other ranks to notice a failure and end
+FAILURE_GRACE_S = 10.0  # for the other ranks to detect a failure and end
 USER_ERROR_GRACE_S = 45.0  # all ranks hit the same error, and rank 0 first gives MLflow 30 s
 STOP_GRACE_S = 300.0  # for the last ranks of a stopped run to finish writing
 KILL_TIMEOUT_S = 30.0  # a process that waits for a disk outlives even SIGKILL
 STORE_LIFETIME_S = {True: 300.0, False: 20.0}  # regular end or not: how long node 0 keeps the store for other nodes
-PROPAGATION_S = 1.5  # until all nodes know of a failure on one of them
+PROPAGATION_S = 1.5  # until all nodes have received a failure message
 
 FORWARDED = {name: signal.SIGTERM if name == "SIGHUP" else signal.Signals[name]
              for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGHUP")}  # fmt: skip
@@ -51,7 +51,7 @@ IMMEDIATE = ("SIGINT", "SIGQUIT")
 def launch(
     config: Path, overrides: Sequence[str], nproc: int, options: Sequence[str], place: NodePlace | None = None
 ) -> int:
-    """Run this node's `nproc` ranks of `python -m training` to their end; the run's exit status.
+    """Run this node's `nproc` ranks of `python -m training` to their end; returns the run's exit status.
 
     Args:
         options: passed on to `python -m training`, such as --resume.
@@ -176,7 +176,7 @@ class Launcher:
                 rank.send(number)
 
     def _check_failures(self) -> None:
-        """Tell the other nodes about failed or stopped ranks here, and limit the time of those that still run."""
+        """Publish failed or stopped ranks to the other nodes, and limit the time of those that still run."""
         statuses = self._statuses()
         host = self.exchange.hostname
         failed = [
@@ -210,7 +210,7 @@ class Launcher:
         if is_here:
             report_culprit(culprit, self.exchange, self.output_dir)
         self._publish_failure(Failure(culprit.rank, culprit.host, FAILED, described=True))
-        # The end of a job on one node may end the others: the node with the report goes first.
+        # Slurm may end the job when one node ends: the node that prints the report must end first.
         self._end_within(0.0 if is_here else PROPAGATION_S)
 
     def _publish_failure(self, failure: Failure) -> None:
@@ -239,7 +239,7 @@ class Launcher:
                 rank.kill()
 
     def _finish(self) -> int:
-        """The run's exit status; node 0 stays until the other nodes have read theirs from its store."""
+        """The run's exit status; node 0 keeps the store open until the other nodes have read theirs from it."""
         if self._failures() and self.exchange.place.nodes > 1:
             time.sleep(PROPAGATION_S)
         status = self._run_status()
@@ -265,7 +265,7 @@ class Launcher:
             return STOPPED
         if self._killed:
             node = f"node {self.exchange.place.node} ({self.exchange.hostname})"
-            print_message(f"{node}: the launcher of node 0 is gone: {self.exchange.lost}")
+            print_message(f"{node}: lost the launcher of node 0: {self.exchange.lost}")
             return FAILED
         return max(statuses.values(), default=0)
 

@@ -168,7 +168,7 @@ def log_to_files(output_dir: Path, rank: int) -> None:
 
 
 def report_failure(text: str) -> None:
-    """Print why this rank fails. A launcher copies it from stderr into the logs; without one it is logged here."""
+    """Print why this rank fails. A launcher copies it from stderr to the logs; without a launcher it is logged here."""
     print(text, file=sys.stderr, flush=True)
     if TERMINAL in os.environ:
         return
@@ -179,7 +179,7 @@ def report_failure(text: str) -> None:
 
 
 def read_lines(path: Path, start: int) -> tuple[list[bytes], int]:
-    """The complete lines after byte `start`, and the offset behind them; none if there is no file yet."""
+    """The complete lines after byte `start`, and the offset after them; none if there is no file yet."""
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -207,8 +207,8 @@ class LogMerger:
     """Merges the events of all ranks and launchers in a thread, until closed.
 
     One process merges, the launcher of node 0 (or rank 0 without a launcher), so no line is torn on a network disk;
-    lines of other nodes come when the disk shows them. How far each part is merged is stored beside the parts, so a
-    restart continues there. After a kill -9 at the wrong moment, one second's lines may appear twice; none is lost.
+    lines of other nodes appear when the disk shows them. The merged length of each part is stored beside the parts, so
+    a restart continues there. After a kill -9 at the wrong moment, one second's lines may appear twice; none is lost.
     """
 
     def __init__(self, output_dir: Path) -> None:

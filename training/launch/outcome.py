@@ -29,7 +29,7 @@ class Failure:
     host: str
     status: int  # exit status; negative: the signal that killed it
     time: float = field(default_factory=time.time)
-    described: bool = False  # a report on it was printed already
+    described: bool = False  # it has been reported already
 
     def __str__(self) -> str:
         if self.status >= 0:
@@ -40,14 +40,14 @@ class Failure:
 
 
 def root_cause(failures: Iterable[Failure]) -> Failure:
-    """The failure that the others followed from.
+    """The failure that caused the others.
 
-    A rank that was killed, or that ended with a user error, failed for a reason of its own, whenever it was noticed;
-    the others then fail with a broken connection. Otherwise the earliest failure.
+    A rank that was killed or ended with a user error is the cause, whenever that was detected: the others then fail
+    with a broken connection. Otherwise it is the earliest failure.
     """
     return min(failures, key=lambda each: (each.status >= 0, each.status != USER_ERROR, each.time))
 
 
 def rank_status(status: int, stop_requested: bool) -> int:
-    """A rank's exit status. One that a stop signal killed had not installed its handler, and had nothing to save."""
+    """A rank's exit status. A rank killed by a stop signal had no handler yet, so there was nothing to save."""
     return STOPPED if stop_requested and -status in SIGNALS else status

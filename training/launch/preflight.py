@@ -2,7 +2,7 @@
 
 Two parts. First through the store, before any collective call: a missing rank would block one, and so may ranks with
 different software. Then in the new process group: clocks, and the bandwidth of each node. Both run at every start;
-rank 0 logs one line, or a table for several nodes. `preflight_report.py` judges the results.
+rank 0 logs one line, or a table for several nodes. `preflight_report.py` evaluates the results.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 300.0  # until the last rank has joined
 READ_TIMEOUT_S = 5.0
 POLL_S = 0.05
-VERDICT_TIMEOUT_S = 60.0  # for rank 0 to judge once all ranks have joined
+ANSWER_TIMEOUT_S = 60.0  # for rank 0 to answer once all ranks have joined
 MESSAGE_BYTES = 4 * 2**20
 DISTANCES = (1, 2, 4)  # to the partner of each exchange round
 
@@ -127,7 +127,7 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _ranks_per_node() -> int:
-    """By the variable of crosslift's launcher and torchrun, or by that of other launchers."""
+    """From the variable of crosslift's launcher and torchrun, or from that of other launchers."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
 
 
@@ -137,7 +137,7 @@ def _exchange_reports(store: TCPStore, own: RankReport, world_size: int) -> list
     store.set(f"{prefix}/{own.rank}", json.dumps(asdict(own)))
     keys = [f"{prefix}/{rank}" for rank in range(world_size)]
     if own.rank > 0:
-        if not _wait_for_keys(store, [f"{prefix}/all"], JOIN_TIMEOUT_S + VERDICT_TIMEOUT_S):
+        if not _wait_for_keys(store, [f"{prefix}/all"], JOIN_TIMEOUT_S + ANSWER_TIMEOUT_S):
             raise RanksMissing(f"{own.name}: rank 0 did not join, or has ended")
         answer = json.loads(store.get(f"{prefix}/all"))
         store.add(f"{prefix}/read", 1)
@@ -209,7 +209,7 @@ def _all_reduce_rate(ranks: int, device: torch.device) -> float | None:
 def _exchange_rate(members: Sequence[int], index: int, distance: int, device: torch.device) -> float:
     """GiB/s of sending to one partner while receiving from another.
 
-    A slow node slows down its partners of a round; over several rounds a good node has a good partner at least once.
+    A slow node slows down its partners of a round; over several rounds, a fast node has a fast partner at least once.
     """
     outgoing = torch.zeros(MESSAGE_BYTES // 4, device=device)
     incoming = torch.empty_like(outgoing)

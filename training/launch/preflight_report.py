@@ -1,4 +1,4 @@
-"""Judges the preflight: mismatches that stop a run, warnings, and the summary that is logged. Pure functions."""
+"""Evaluates the preflight: mismatches that stop a run, warnings, and the summary that is logged. Pure functions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SHOULD_MATCH = ("python", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What one rank sees of its node."""
+    """One rank's view of its node."""
 
     rank: int
-    node: int  # -1: not given by its launcher
+    node: int  # -1: not set by its launcher
     host: str
     device: str  # "cpu", or the GPU's name
     memory_gib: float  # of the GPU; 0 for a CPU
@@ -36,7 +36,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one rank measured in the process group."""
+    """The measurements of one rank in the process group."""
 
     clock: float  # unix seconds, taken by all ranks at the same moment
     all_reduce: float | None  # GiB/s of all ranks together; None for a single rank
@@ -44,7 +44,7 @@ class Measurement:
 
 
 def with_node_numbers(reports: Sequence[RankReport]) -> list[RankReport]:
-    """The reports with nodes numbered by host name where no launcher has numbered them."""
+    """The reports with nodes numbered by host name, unless the launcher has numbered them."""
     hosts = list(dict.fromkeys(report.host for report in reports))
     return [replace(report, node=hosts.index(report.host)) if report.node < 0 else report for report in reports]
 
@@ -66,7 +66,7 @@ def find_mismatch(reports: Sequence[RankReport]) -> str | None:
 
 
 def find_warnings(reports: Sequence[RankReport], measurements: Sequence[Measurement]) -> list[str]:
-    """Differences with which a run can proceed, but which its user should know."""
+    """Differences that do not prevent a run, but that the user should know about."""
     lines = []
     for package in SHOULD_MATCH:
         if odd := _find_odd(reports, [report.versions.get(package, "none") for report in reports]):
@@ -82,7 +82,7 @@ def find_warnings(reports: Sequence[RankReport], measurements: Sequence[Measurem
         if report.disk_gib is not None and report.disk_gib < LOW_DISK_GIB:
             lines.append(f"{report.host} has {report.disk_gib:.2f} GiB free at output_dir")
     rates = sorted(each.exchange for each in measurements if each.exchange is not None)
-    median_rate = rates[len(rates) // 2] if len(rates) > 2 else 0.0  # of two, the slow one cannot be told
+    median_rate = rates[len(rates) // 2] if len(rates) > 2 else 0.0  # of two, neither can be called slow
     for report, each in zip(reports, measurements, strict=True):
         if each.exchange is not None and each.exchange < SLOW_SHARE * median_rate:
             rate = f"{each.exchange:.2f} GiB/s, the median is {median_rate:.2f} GiB/s"
@@ -116,7 +116,7 @@ def summary(reports: Sequence[RankReport], measurements: Sequence[Measurement], 
 
 
 def missing_ranks(joined: Sequence[int], world_size: int, ranks_per_node: int) -> str:
-    """The ranks that are not in `joined`, whole nodes as nodes."""
+    """The ranks that are not in `joined`, as text; complete nodes as one entry."""
     absent = sorted(set(range(world_size)) - set(joined))
     by_node: dict[int, list[int]] = {}
     for rank in absent:

@@ -2,7 +2,7 @@
 
 The launcher reads stderr, because a process that aborts (a traceback, a C++ abort, NCCL) cannot log its own last
 lines. It prints them, appends them to the rank's log, and adds them to the events: level CRITICAL for crosslift's own
-message on why the rank ends, STDERR otherwise. It copies stdout to its own. Secrets are redacted in both.
+message on why the rank ends, otherwise STDERR. It copies stdout to its own. Secrets are redacted in both.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class RankProcess:
         return heartbeat.step if heartbeat is not None else -1
 
     def _environment(self, terminal: int) -> dict[str, str]:
-        """torchrun's variables, so that a rank need not know its launcher, and those of crosslift's launcher."""
+        """torchrun's variables, so that ranks work the same under any launcher, and those of crosslift's launcher."""
         source = str(Path(__file__).resolve().parents[2])
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return {
@@ -116,7 +116,7 @@ class RankOutput:
         claim_line: Callable[[str, int], bool],
         step: Callable[[], int],
     ) -> None:
-        """`claim_line(text, n)` tells whether to print crosslift's own line `text`, which the rank wrote n times."""
+        """`claim_line(text, n)` returns whether to print crosslift's own line `text`, which the rank wrote n times."""
         self.has_message = False  # the rank has printed crosslift's own message on why it ends
         self._process = process
         self._rank = rank
@@ -146,7 +146,7 @@ class RankOutput:
         for line in self._process.stderr:
             text = self._text(line)
             self._print(text)
-            text = text.rstrip("\r").rpartition("\r")[2]  # of a progress bar only its last state
+            text = text.rstrip("\r").rpartition("\r")[2]  # only the last state of a progress bar
             if self._log is not None:
                 self._log.write(text + "\n")
             if self._events is not None and text.strip():
@@ -158,7 +158,7 @@ class RankOutput:
         for line in self._process.stdout:
             rest = f"{self._text(line)}\n".encode(errors="backslashreplace")
             self._blocked.set()
-            with suppress(OSError):  # the reader is gone; keep reading, since a full pipe would block the rank
+            with suppress(OSError):  # the reader has ended; keep reading, since a full pipe would block the rank
                 while rest:  # not through Python's buffer: its lock and final flush would block the launcher's exit
                     rest = rest[os.write(STDOUT, rest) :]
             self._blocked.clear()

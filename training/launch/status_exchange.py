@@ -1,8 +1,8 @@
 """Status exchange between the launchers of a run's nodes, over a TCPStore: failures, stops, stalls, exit statuses.
 
 The launcher of node 0 holds the store, not rank 0: it outlives the ranks, so the last messages of a failing run still
-arrive. A node cannot see that a rank of another node is dead (NCCL waits until its timeout), so the launchers tell each
-other, about once a second.
+arrive. A node cannot detect that a rank of another node is dead (NCCL waits until its timeout), so the launchers
+exchange it, about once per second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NodeLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class NodePlace:
-    """Which node of how many this is, and where they meet."""
+    """The index of this node, the number of nodes, and their rendezvous address."""
 
     nodes: int = 1
     node: int = 0
@@ -129,7 +129,7 @@ class StatusExchange:
             return True
         try:
             return self._store.add(f"crosslift/printed/{stable_hash(line, nth)}", 1) == 1
-        except RuntimeError:  # the store is gone: printing twice is better than not at all
+        except RuntimeError:  # the store is closed: printing twice is better than not at all
             return True
 
     def _open(self) -> TCPStore:
@@ -168,7 +168,7 @@ class StatusExchange:
                 if count != read:
                     read = count
                     self._read()
-        except Exception as error:  # whatever torch raises for a broken connection
+        except Exception as error:  # torch raises several types for a broken connection
             self.lost = str(error).splitlines()[0]
 
     def _read(self) -> None:

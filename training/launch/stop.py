@@ -44,8 +44,8 @@ def allocation_end() -> float:
         raise ConfigError(f"{DEADLINE}={text}: must be the unix time (in seconds) at which the allocation ends")
     if (past := time.time() - end) > 0:
         raise ConfigError(
-            f"{DEADLINE}={text}: is {past:.0f} s in the past, so it is another allocation's; unset it, or set the "
-            "unix time at which this one ends"
+            f"{DEADLINE}={text}: is {past:.0f} s in the past, so it belongs to another allocation; unset it, or set "
+            "the unix time at which this one ends"
         )
     return end
 

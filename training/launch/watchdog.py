@@ -101,9 +101,9 @@ class Watchdog:
         return any(seconds > self.stall_seconds for seconds in silent)
 
     def snapshots(self) -> list[RankSnapshot]:
-        """The state of every rank of this node that has a heartbeat. Takes `STACK_TIMEOUT_S` at most.
+        """The state of every rank of this node that has a heartbeat. Takes at most `STACK_TIMEOUT_S`.
 
-        A stopped process is continued, since it cannot dump its stacks otherwise; the caller kills it afterwards.
+        A stopped process is continued, as it could not dump its stacks otherwise; the caller kills it afterwards.
         """
         states = {local_rank: _process_state(pid) for local_rank, pid in self.pids.items()}
         before = {local_rank: self._stacks_size(local_rank) for local_rank in self.pids}
@@ -112,7 +112,7 @@ class Watchdog:
             if states[local_rank] in ("T", "t"):
                 _send_to_main_thread(pid, STACKS_SIGNAL)
                 _send(pid, signal.SIGCONT)
-            else:  # to any thread, as the main one may be in a disk wait
+            else:  # to any thread, as the main one may be waiting for a disk
                 _send(pid, STACKS_SIGNAL)
         self._wait_for_stacks(before, heartbeats)
         return [
@@ -249,8 +249,10 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def _send_to_main_thread(pid: int, number: signal.Signals) -> None:
-    """Make a stopped process dump its stacks where it stopped: another thread would take the signal while the main one
-    runs on. The main thread's id is the process's. glibc before 2.30 has no tgkill."""
+    """Signals the main thread, whose id is the pid, so that a stopped process dumps the stack at which it stopped.
+
+    Otherwise another thread could handle the signal while the main one continues. glibc before 2.30 has no tgkill.
+    """
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
     if tgkill is None:
         _send(pid, number)

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What all ranks have agreed on before a step begins."""
+    """The values that all ranks agree on before a step begins."""
 
     totals: StepTotals
     read: StepRead
@@ -107,7 +107,7 @@ class Trainer:
         """Runs the steps from `start`, with the evaluations and checkpoints that are due."""
         config, run, offset = self.config, self.run, self.data_offset
         reader: Iterator[Step] = run.loader.steps(start + offset, config.max_steps + offset)
-        batches = heartbeat.steps(_or_mistake(reader), start)
+        batches = heartbeat.steps(_with_user_errors(reader), start)
         began = time.perf_counter()
         for step, read in zip(range(start, config.max_steps), batches, strict=True):
             waited = time.perf_counter() - began
@@ -119,7 +119,7 @@ class Trainer:
                 self._save_before_end(step)
                 raise
             if self.saver.open and not agreed.writing:
-                self._settle()
+                self._complete_checkpoint()
             if agreed.stop:
                 self._stop(step)
             metrics = {"data/wait_seconds": waited, **run.objective.before_step(run.engine, step)}
@@ -141,7 +141,7 @@ class Trainer:
                 self.save(done, metrics)
             self.stop.record_step(time.perf_counter() - began)
             began = time.perf_counter()
-        self._settle(required=True)
+        self._complete_checkpoint(required=True)
 
     def train_step(self, step: int, batch: Step, agreed: Agreed) -> dict[str, float]:
         """Runs one optimiser step over the global batch and returns its metrics.
@@ -197,7 +197,7 @@ class Trainer:
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """Begins a checkpoint of the state after `step` steps, whose metrics are `metrics`. Called on all ranks."""
         if self.saver.open:
-            self._settle()
+            self._complete_checkpoint()
         heartbeat.phase("copying a checkpoint")
         state = run_state(self.run, step, self.data_offset, metrics, self.guard.state(), self.totals.state())
         # The last checkpoint is written where all nodes and the export can read it.
@@ -218,30 +218,30 @@ class Trainer:
         self.saver.saved_step = state.step
         return state.step
 
-    def _settle(self, required: bool = False) -> None:
-        """Completes a checkpoint that has been begun; the metrics are written to disk before it."""
+    def _complete_checkpoint(self, required: bool = False) -> None:
+        """Completes the open checkpoint, if there is one; the metrics are written to disk first."""
         if not self.saver.open:
             return
         if self.tracker is not None:
             self.tracker.sync()
         heartbeat.phase("completing a checkpoint")
-        self.saver.settle(required)
+        self.saver.complete(required)
         self.stop.record_save(self.saver.seconds)
 
-    def _save_rest(self, step: int) -> None:
+    def _ensure_saved(self, step: int) -> None:
         """Saves the state after `step` steps if it is not saved yet. Called on all ranks, between two steps."""
-        self._settle()  # the open checkpoint may be of this step
+        self._complete_checkpoint()  # the open checkpoint may be of this step
         if self.saver.saved_step != step:
             self.save(step, self._metrics)
-        self._settle(required=True)
+        self._complete_checkpoint(required=True)
 
     def _save_before_end(self, step: int | None) -> None:
-        """As `_save_rest`, before an error that ends the run: a failure to save is only logged.
+        """As `_ensure_saved`, before an error that ends the run: a failure to save is only logged.
 
         With None, only an open checkpoint is completed, as the state of this step may be wrong.
         """
         try:
-            self._settle() if step is None else self._save_rest(step)
+            self._complete_checkpoint() if step is None else self._ensure_saved(step)
         except CheckpointFailed as failed:
             if rank() == 0:
                 log.warning("%s", failed)
@@ -252,7 +252,7 @@ class Trainer:
     def _stop(self, step: int) -> None:
         """Saves the state and ends the loop on all ranks."""
         reason = next(each for each in gather_objects(self.stop.reason) if each)
-        self._save_rest(step)
+        self._ensure_saved(step)
         raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
 
     def agree(self, batch: Step, mistake: Exception | None = None) -> Agreed:
@@ -322,7 +322,7 @@ class Trainer:
 
     def _roll_back(self, failed: int) -> int:
         """Restores the last checkpoint, skips the data up to step `failed` (from 1), returns the finished steps."""
-        self._settle()
+        self._complete_checkpoint()
         found = find_checkpoint("auto", self.disks)
         if found is None:
             raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
@@ -338,8 +338,8 @@ class Trainer:
         return start
 
 
-def _or_mistake(batches: Iterator[Step]) -> Iterator[Step | Exception]:
-    """Yields the batches; yields a user's mistake instead of raising it, so that all ranks learn of it first."""
+def _with_user_errors(batches: Iterator[Step]) -> Iterator[Step | Exception]:
+    """Yields the batches. A user error is yielded, not raised, so that all ranks can end with it."""
     try:
         yield from batches
     except Exception as error:

@@ -1,1 +1,1 @@
-"""What a step optimises: config sections, losses of decoders and encoders, how terms are weighted, held-out losses."""
+"""Objectives: their config sections, losses of decoders and encoders, weights of loss terms, held-out losses."""

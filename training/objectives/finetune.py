@@ -62,5 +62,5 @@ def unit_losses(outputs: Any, batch: TaskBatch) -> Tensor:
         case SpanTargets(spans):
             losses = span_losses(outputs.start_logits, outputs.end_logits, batch.padding_mask, spans, rows)
         case labels:
-            raise TypeError(f"{type(labels).__name__} are no labels of a task with a head of its own")
+            raise TypeError(f"{type(labels).__name__}: not the labels of a task with its own head")
     return losses * batch.label_weights

@@ -74,7 +74,7 @@ class ShifConConfig(ObjectiveConfig):
     @model_validator(mode="after")
     def _learns(self) -> ShifConConfig:
         if not self.sft_weight and not self.contrastive.weight:
-            raise ValueError("'sft_weight' and 'contrastive.weight' are both 0: nothing would be learned")
+            raise ValueError("'sft_weight' and 'contrastive.weight' are both 0: nothing would be trained")
         return self
 
     @field_validator("layers")

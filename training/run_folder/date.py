@@ -29,8 +29,8 @@ CONFIG_FILE = "config.yaml"  # in a run's folder: the resolved run file of its l
 
 
 def with_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, output_dir: Path, found: Path | None) -> DataConfig:
-    """`data` with the date that the prompts name: the run file's, else the saved one, else today; none where no
-    prompt names one.
+    """`data` with the date of the prompts: the run file's, else the saved one, else today; no date if the chat
+    template prints none.
 
     `found` is the checkpoint that the run resumes from.
     """
@@ -56,7 +56,7 @@ def prints_date(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> b
         try:
             if one.turns(roles, "", "") != other.turns(roles, "", ""):
                 return True
-        except DataError:  # a template that knows no system message, say
+        except DataError:  # for example, a template without system messages
             continue
     return False
 
@@ -66,7 +66,7 @@ def _today() -> dt.date:
 
 
 def _saved(output_dir: Path, found: Path | None) -> dt.date | None:
-    """The date that the checkpoint, or else the run's first start, was made with."""
+    """The date in the config of the checkpoint, or else of the run's last start."""
     if found is not None and (day := _date_of(RunState.read(found).config)) is not None:
         return day
     file = output_dir / CONFIG_FILE
@@ -74,7 +74,7 @@ def _saved(output_dir: Path, found: Path | None) -> dt.date | None:
         return None
     try:
         return _date_of(read_yaml(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:  # torn when a process was killed
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:  # cut off by a kill
         log.warning("%s: not readable, so the run's date is not taken from it: %s", file, one_line(error))
         return None
 

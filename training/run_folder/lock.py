@@ -5,7 +5,7 @@ process and start time; the file is empty when no run holds it. Whether the hold
 
 - on the same machine by its process: pid and start time, because a pid can be in use again;
 - for a later start of the same Slurm job by the job: Slurm has ended the earlier start;
-- otherwise by the file's time, which a holder renews every few seconds: without a renewal for a minute it is gone.
+- otherwise by the file's time, which a holder renews every few seconds: without a renewal for a minute it has ended.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from training.errors import ConfigError
 from training.messages import print_message
 
 LOCK_FILE = "run.lock"
-HELD = "CROSSLIFT_RUN_LOCK"  # environment: the lock that this process or the one that started it holds
+HELD = "CROSSLIFT_RUN_LOCK"  # environment variable: token of the lock that this process or its parent holds
 RENEW_SECONDS = 10.0
-SILENT_SECONDS = 60.0  # after which a holder on another machine is taken for gone
+SILENT_SECONDS = 60.0  # without a renewal, after which a holder on another machine counts as ended
 POLL_SECONDS = 0.5
-GUARD_SECONDS = 5.0  # how long another start may be looking at the file
+GUARD_SECONDS = 5.0  # longest wait for another start that is reading or writing the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class Holder:
 
     token: str
     host: str
-    machine: str  # in which the pid means something: one boot and one pid namespace
+    machine: str  # in which the pid is valid: one boot and one pid namespace
     pid: int
-    started: int  # of the process, in clock ticks since the boot; 0: not known
-    since: str  # when it took the lock
-    port: int  # where the run's ranks meet; 0: on one node
+    started: int  # start time of the process, in clock ticks since the boot; 0: unknown
+    since: str  # when it acquired the lock
+    port: int  # rendezvous port of the run's ranks; 0: single node
     job: str  # Slurm's; empty outside
     restart: int  # of the job
 
@@ -60,7 +60,7 @@ class Holder:
         )  # fmt: skip
 
     def alive(self, successor: Holder) -> bool | None:
-        """Whether it still runs, as far as `successor`'s process can tell; None: not from here."""
+        """Whether it still runs; None if that cannot be determined on the machine of `successor`, this process."""
         if self.machine == successor.machine:
             process = _process(self.pid)
             return process is not None and process[0] not in "ZX" and self.started in (0, process[1])
@@ -75,10 +75,10 @@ class Holder:
 
 @contextmanager
 def held(output_dir: Path, port: int = 0) -> Iterator[None]:
-    """Inside, no other run writes into `output_dir`; a process started inside holds it too.
+    """Context in which no other run writes into `output_dir`. Processes started in it share the lock.
 
     Args:
-        port: where the ranks of several nodes meet (see `refuse_other`).
+        port: rendezvous port of the ranks of several nodes (see `refuse_other`).
 
     Raises:
         ConfigError: another run holds it, or the folder cannot be written.
@@ -106,9 +106,12 @@ def held(output_dir: Path, port: int = 0) -> Iterator[None]:
 
 
 def refuse_other(output_dir: Path, port: int) -> None:
-    """For launchers and ranks beside the one that holds the lock: ConfigError where another run visibly does.
+    """For launchers and ranks that do not hold the lock themselves: checks that no other run holds it.
 
-    They belong to the same run where their ranks meet at the same `port`.
+    They belong to the same run if they have the same rendezvous `port`.
+
+    Raises:
+        ConfigError: another run holds it, as far as can be determined on this machine.
     """
     holder = holder_of(output_dir)
     if holder is None or holder.port == port or holder.token == os.environ.get(HELD):
@@ -118,13 +121,13 @@ def refuse_other(output_dir: Path, port: int) -> None:
 
 
 def running_in(output_dir: Path) -> Holder | None:
-    """The run that holds the folder, unless its process is known to be gone."""
+    """The run that holds the folder, unless its process is known to have ended."""
     holder = holder_of(output_dir)
     return None if holder is None or holder.alive(Holder.here(0)) is False else holder
 
 
 def holder_of(output_dir: Path) -> Holder | None:
-    """Who holds the folder by its lock, alive or not; None where nobody does."""
+    """The holder named in the folder's lock, alive or not; None if there is none."""
     try:
         with (output_dir / LOCK_FILE).open("rb") as file:
             return _parsed(file.read())
@@ -133,14 +136,14 @@ def holder_of(output_dir: Path) -> Holder | None:
 
 
 def in_use(output_dir: Path, holder: Holder) -> ConfigError:
-    """The refusal of a second run."""
+    """The error for a second run in the same folder."""
     return ConfigError(
         f"output_dir: {output_dir}: in use by {holder}; wait for it or end it, or give another output_dir"
     )
 
 
 def make_folder(output_dir: Path) -> None:
-    """The run's folder. Raises ConfigError where it cannot be made or written."""
+    """Creates the run's folder. Raises ConfigError if it cannot be created or written."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=output_dir):
@@ -150,15 +153,15 @@ def make_folder(output_dir: Path) -> None:
 
 
 def cannot_write(output_dir: Path, error: OSError) -> ConfigError:
-    """The refusal of a folder that no run can have."""
+    """The error for a folder that cannot be written."""
     return ConfigError(f"output_dir: {output_dir}: cannot be written to ({error.strerror}); name a folder of your own")
 
 
 def _acquire(output_dir: Path, mine: Holder) -> Holder:
-    """Write `mine` into the lock, once nobody holds it."""
+    """Write `mine` into the lock once it is free."""
     make_folder(output_dir)
     path = output_dir / LOCK_FILE
-    silent: Holder | None = None  # a holder on another machine that showed no life
+    silent: Holder | None = None  # a holder on another machine that did not renew its lock
     while True:
         with _guarded(path) as (file, guarded):
             holder = _read(file)
@@ -169,24 +172,24 @@ def _acquire(output_dir: Path, mine: Holder) -> Holder:
                 os.ftruncate(file, len(content))
                 os.fsync(file)
         if alive is False:
-            if not guarded:  # of two that wrote at once, the later one has it
+            if not guarded:  # if two wrote at the same time, the later one holds it
                 time.sleep(2 * POLL_SECONDS)
             if holder_of(output_dir) == mine:
                 if holder is not None:
-                    print_message(f"{path}: left by {holder}, which is gone; taken over")
+                    print_message(f"{path}: left by {holder}, which has ended; taken over")
                 return mine
         elif holder is not None:
-            if alive or _shows_life(path, holder):
+            if alive or _renews_lock(path, holder):
                 raise in_use(output_dir, holder)
             silent = holder
 
 
-def _shows_life(path: Path, holder: Holder) -> bool:
+def _renews_lock(path: Path, holder: Holder) -> bool:
     """Whether a holder on another machine renews its lock."""
     first = _time_of(path)
     print_message(
         f"{path}: held by {holder}; waiting up to {SILENT_SECONDS:.0f} s to see whether it is alive "
-        "(if you know that it is gone, remove the file and start again)"
+        "(if you know that it has ended, remove the file and start again)"
     )
     until = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < until:
@@ -197,7 +200,7 @@ def _shows_life(path: Path, holder: Holder) -> bool:
 
 
 def _time_of(path: Path) -> int | None:
-    """When the file was written; opened for it, since a network disk remembers the time of a closed file."""
+    """The file's modification time; the file is opened, since network disks cache the time of a closed file."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
@@ -206,7 +209,7 @@ def _time_of(path: Path) -> int | None:
 
 
 def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
-    """The thread of a holder: shows that it is alive, and ends the run if another one has taken its place."""
+    """The holder's thread: renews the lock, and ends the run if another run has taken the lock over."""
     path = output_dir / LOCK_FILE
     while not ended.wait(RENEW_SECONDS):
         try:
@@ -215,18 +218,20 @@ def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
             elif now is None:  # removed by hand
                 path.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")
             else:
-                print_message(f"{path}: {now} has taken this folder, since this run seemed gone; this run ends")
+                print_message(
+                    f"{path}: {now} has taken this folder over, as this run did not renew its lock; this run ends"
+                )
                 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & by a script
                     os._exit(128 + signal.SIGINT)  # at once: a checkpoint would be written into the other run's folder
                 os.kill(os.getpid(), signal.SIGINT)
                 return
-        except OSError:  # a disk that is away: the others see a silent run, and wait a while longer
+        except OSError:  # the disk is unreachable: try again at the next renewal
             continue
 
 
 @contextmanager
 def _guarded(path: Path) -> Iterator[tuple[int, bool]]:
-    """The lock's file, and whether no other process is inside here: a disk without `flock` cannot say."""
+    """The lock's file, and whether this process has exclusive access: without `flock` on the disk that is unknown."""
     with _opened(path) as file:
         until, guarded = time.monotonic() + GUARD_SECONDS, False
         while not guarded and time.monotonic() < until:
@@ -254,7 +259,7 @@ def _read(file: int) -> Holder | None:
 
 
 def _parsed(content: bytes) -> Holder | None:
-    """None for an empty file, and for what a kill left of one."""
+    """The holder in a lock's content; None if it is empty or was cut off by a kill."""
     try:
         return Holder(**json.loads(content))
     except (ValueError, TypeError):
@@ -262,7 +267,7 @@ def _parsed(content: bytes) -> Holder | None:
 
 
 def _machine() -> str:
-    """This boot of this machine and this process's pid namespace; the host's name where there is no /proc."""
+    """Ids of this machine's boot and of this process's pid namespace; the host's name if there is no /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -271,7 +276,7 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> tuple[str, int] | None:
-    """State (a letter) and start, in clock ticks since the boot, of a process; None where there is none."""
+    """State (a letter) and start time, in clock ticks since the boot, of a process; None if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return fields[0], int(fields[19])

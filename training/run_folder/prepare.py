@@ -1,12 +1,12 @@
 """Prepares what a run needs before its first step: index, tokenizer, starting weights.
 
-A run (`prepare`) makes `tokenizer/`, `initial_model/` and `task_model/` in its folder, each atomically and with a note
-of what it was made from: a second start finds them, and a changed config makes new ones, unless checkpoints depend on
-them. Rank 0 makes them. The other ranks wait for files, not in a collective call, which would time out while a large
-corpus is indexed.
+A run (`prepare`) creates `tokenizer/`, `initial_model/` and `task_model/` in its folder, each atomically and with a
+note of its inputs: a second start reuses them, and a changed config replaces them, unless checkpoints depend on them.
+Rank 0 creates them. The other ranks poll for files instead of waiting in a collective call, which would time out while
+a large corpus is indexed.
 
-Commands that only look (`look`) never write these. What they share with runs is in `index/`, in folders named by a hash
-of everything they depend on: the index, and trained tokenizers.
+Commands that do not train (`prepare_read_only`) never write these. They share `index/` with runs: the index and trained
+tokenizers, in folders named by a hash of everything they depend on.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2
 CACHE = "index"
 NOTE = "made_from.json"
-# What of it a start with checkpoints may not change, beside which data and seed do not matter: they are kept.
-SETTLED = {"tokenizer": ("train",), "initial_model": ("init", "head"), "task_model": ("kind", "labels")}
+# The inputs in the note that must not change once there are checkpoints. Others, such as data and seed, may.
+FIXED_INPUTS = {"tokenizer": ("train",), "initial_model": ("init", "head"), "task_model": ("kind", "labels")}
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What `prepare` made."""
+    """The results of `prepare`."""
 
     index: DataIndex
     tokenizer_dir: str  # directory or hub name
@@ -54,10 +54,10 @@ class Prepared:
 
 
 def prepare(config: RunConfig, rank: int = 0) -> Prepared:
-    """For a run: index the data, train the tokenizer, initialise the weights, as far as the config asks for it.
+    """For a run: index the data, train the tokenizer and initialise the weights, as far as the config requires.
 
     Raises:
-        DataError, ConfigError: with one line, before anything is trained.
+        DataError, ConfigError: before anything is trained.
     """
     if rank == 0:
         run_lock.make_folder(config.output_dir)
@@ -74,16 +74,19 @@ def prepare(config: RunConfig, rank: int = 0) -> Prepared:
 
 
 def forget_preparation(config: RunConfig) -> None:
-    """Rank 0, before a barrier: the others shall wait for this start's preparation, not take an earlier one's."""
+    """Remove the file of an earlier start's preparation, so that other ranks wait for that of this start.
+
+    Called by rank 0, before a barrier.
+    """
     _ready_file(config).unlink(missing_ok=True)
 
 
 @contextmanager
-def look(config: RunConfig) -> Iterator[Prepared]:
-    """For a command that only looks: what a run would be prepared with; what the run's folder holds stays as it is.
+def prepare_read_only(config: RunConfig) -> Iterator[Prepared]:
+    """Context with the preparation of a run for commands that do not train; the run's files are not changed.
 
-    Inside, a model from scratch and a task's model are their config without weights where the run has not made them.
-    Raises as `prepare`.
+    A model from scratch or a task's model is only a config, without weights, if the run has not created it. Raises the
+    errors of `prepare`.
     """
     with cache_folder(config.output_dir) as cache, TemporaryDirectory(prefix="crosslift-") as scratch:
         index = open_index(config, cache)
@@ -93,7 +96,7 @@ def look(config: RunConfig) -> Iterator[Prepared]:
 
 @contextmanager
 def cache_folder(output_dir: Path) -> Iterator[Path]:
-    """Where a command that only looks keeps its index: with the run, or where that folder is read-only, for a while.
+    """Context with the index folder for commands that do not train: the run's, or a temporary one if that is read-only.
 
     Raises:
         ConfigError: `output_dir` cannot be a folder.
@@ -116,7 +119,7 @@ def cache_folder(output_dir: Path) -> Iterator[Path]:
 
 
 def open_index(config: RunConfig, cache: Path | None = None) -> DataIndex:
-    """The index of the run's sources, built where it is missing: in the run's folder, or in `cache`."""
+    """The index of the run's sources, built if it is missing: in the run's folder, or in `cache`."""
     data = config.data
     return build_index(
         data.sources, data.languages, config.data_dir, cache or config.output_dir / CACHE,
@@ -126,10 +129,10 @@ def open_index(config: RunConfig, cache: Path | None = None) -> DataIndex:
 
 
 def sample_rows(index: DataIndex, language: int, n: int, seed: int) -> list[int]:
-    """`n` usable training rows of a language, spread over its whole order; fewer where it has fewer.
+    """`n` usable training rows of a language, or all if there are fewer.
 
-    Items that several languages have come first and are the same in all of them, since they are ranked by a
-    hash of the item: probe sets are as parallel as the data allow.
+    Rows are ranked by a hash of their item, so languages that share items get the same ones: probe sets are as parallel
+    as the data allow.
     """
     rows = index.rows(language)
     usable = [int(row) for row in rows if not index.bad[row]]
@@ -138,7 +141,7 @@ def sample_rows(index: DataIndex, language: int, n: int, seed: int) -> list[int]
 
 
 def training_texts(index: DataIndex, n: int, seed: int) -> Iterator[str]:
-    """Up to `n` texts for tokenizer training, the same number from every language, held-out items left out."""
+    """Up to `n` texts for tokenizer training, the same number from every language, without held-out items."""
     each = max(n // len(index.languages), 1)
     for number, language in enumerate(index.languages):
         rows = index.rows(number)
@@ -152,53 +155,53 @@ def training_texts(index: DataIndex, n: int, seed: int) -> Iterator[str]:
 
 
 def train_tokenizer_of(settings: TokenizerTrainingConfig | None, index: DataIndex, output: Path, seed: int) -> None:
-    """Train the tokenizer that `tokenizer.train` describes and save it as a Hugging Face tokenizer."""
+    """Train a tokenizer by `tokenizer.train` and save it as a Hugging Face tokenizer."""
     from data_pipeline.text.tokenizer import train_tokenizer
 
     if settings is None:
-        raise ConfigError("tokenizer.train: missing; it says how large a vocabulary to train")
+        raise ConfigError("tokenizer.train: missing; set tokenizer.train.vocab_size")
     train_tokenizer(training_texts(index, settings.max_sentences, seed), output, settings)
 
 
 def _tokenizer(config: RunConfig, index: DataIndex, cache: Path | None = None) -> str:
-    """The run's own tokenizer, or with `cache` one for a command that only looks."""
+    """The directory or hub name of the run's tokenizer. With `cache`, for commands that do not train."""
     settings = config.tokenizer.train
     if settings is None:
         path = config.tokenizer.path or config.model.path
         assert path is not None  # the config model requires one
         return path
-    made_from = {
+    inputs = {
         "train": settings.model_dump(mode="json"), "seed": config.seed,
         "data": index.fingerprint, "heldout": config.data.heldout_items,
     }  # fmt: skip
-    trained = (cache or config.output_dir / CACHE) / f"tokenizer-{_key(made_from)}"
+    trained = (cache or config.output_dir / CACHE) / f"tokenizer-{_key(inputs)}"
     own = config.output_dir / "tokenizer"
 
     def train(path: Path) -> None:
         train_tokenizer_of(settings, index, path, config.seed)
 
     def copy(path: Path) -> None:
-        _made_by_key(trained, train)
+        _created_by_key(trained, train)
         shutil.copytree(trained, path, dirs_exist_ok=True)
 
     if cache is None:
-        return str(_made_once(own, made_from, copy))
-    if _is_kept(own, made_from):
+        return str(_created_once(own, inputs, copy))
+    if _is_reusable(own, inputs):
         return str(own)
-    return str(_made_by_key(trained, train))
+    return str(_created_by_key(trained, train))
 
 
 def _starting_weights(config: RunConfig, tokenizer_dir: str, scratch: Path | None = None) -> str:
-    """The directory or hub name that weights are loaded from; an encoder's gets its task's head there.
+    """The directory or hub name that weights are loaded from; those of an encoder include its task's head.
 
-    With `scratch`, for a command that only looks, the run's own or a config without weights.
+    With `scratch`, for commands that do not train: the run's own, or a config without weights created there.
     """
     task = config.data.task
     start = config.model.path or _from_scratch(config, tokenizer_dir, scratch)
     if task is None:
         return start
     if task.kind == "text" and config.model.path is None:
-        return start  # made with that head
+        return start  # created with that head
 
     def write(path: Path) -> None:
         from modeling.tasks.encoders import write_task_config, write_task_start
@@ -208,8 +211,8 @@ def _starting_weights(config: RunConfig, tokenizer_dir: str, scratch: Path | Non
         else:
             write_task_config(start, task.kind, task.labels, path, pretrained=config.model.path is not None)
 
-    made_from = {"start": start, "kind": task.kind, "labels": list(task.labels), "seed": config.seed}
-    return str(_made_once(config.output_dir / "task_model", made_from, write, scratch))
+    inputs = {"start": start, "kind": task.kind, "labels": list(task.labels), "seed": config.seed}
+    return str(_created_once(config.output_dir / "task_model", inputs, write, scratch))
 
 
 def _from_scratch(config: RunConfig, tokenizer_dir: str, scratch: Path | None) -> str:
@@ -224,8 +227,8 @@ def _from_scratch(config: RunConfig, tokenizer_dir: str, scratch: Path | None) -
         tokenizer = read_tokenizer(tokenizer_dir)
         write_initial_model(init, tokenizer, path, config.seed, architecture=head, weights=scratch is None)
 
-    made_from = {"init": init, "seed": config.seed, "tokenizer": _identity(tokenizer_dir), "head": head}
-    return str(_made_once(config.output_dir / "initial_model", made_from, write, scratch))
+    inputs = {"init": init, "seed": config.seed, "tokenizer": _identity(tokenizer_dir), "head": head}
+    return str(_created_once(config.output_dir / "initial_model", inputs, write, scratch))
 
 
 def _identity(tokenizer_dir: str) -> Any:
@@ -233,58 +236,57 @@ def _identity(tokenizer_dir: str) -> Any:
     return stable_hash(file.read_text(encoding="utf-8")) if file.is_file() else tokenizer_dir
 
 
-def _made_once(
-    path: Path, made_from: Mapping[str, Any], make: Callable[[Path], None], scratch: Path | None = None
+def _created_once(
+    path: Path, inputs: Mapping[str, Any], create: Callable[[Path], None], scratch: Path | None = None
 ) -> Path:
-    """`path`, made by `make` unless it is there already from the same ingredients; with `scratch`, made there instead.
+    """`path`, created by `create` unless it exists with the same inputs; with `scratch`, created there instead.
 
-    What checkpoints depend on is never made again: whether they may be used with other ingredients is decided, with
-    the difference, when one is loaded.
+    It is not replaced if checkpoints depend on it: loading a checkpoint reports the difference of the inputs.
     """
-    if _is_kept(path, made_from):
+    if _is_reusable(path, inputs):
         return path
     if scratch is not None:
-        make(scratch / path.name)
+        create(scratch / path.name)
         return scratch / path.name
     if (path / NOTE).is_file() and _has_checkpoints(path.parent):
         return path
     with atomic_folder(path, exists="replace", exclusive=True) as temporary:
-        make(temporary)
-        (temporary / NOTE).write_text(json.dumps(made_from, sort_keys=True), encoding="utf-8")
+        create(temporary)
+        (temporary / NOTE).write_text(json.dumps(inputs, sort_keys=True), encoding="utf-8")
     return path
 
 
-def _is_kept(path: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether a run with these ingredients uses what lies at `path`."""
+def _is_reusable(path: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether a run with these inputs uses the existing files at `path`."""
     try:
         noted = json.loads((path / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    wanted = json.loads(json.dumps(made_from))
+    wanted = json.loads(json.dumps(inputs))
     if noted == wanted:
         return True
-    settled = SETTLED.get(path.name, ())
-    return _has_checkpoints(path.parent) and all(noted.get(name) == wanted[name] for name in settled)
+    fixed = FIXED_INPUTS.get(path.name, ())
+    return _has_checkpoints(path.parent) and all(noted.get(name) == wanted[name] for name in fixed)
 
 
 def _has_checkpoints(output_dir: Path) -> bool:
     return bool(step_folders(output_dir))
 
 
-def _made_by_key(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, whose name says what it is made from; processes that make it at once do no harm."""
+def _created_by_key(path: Path, create: Callable[[Path], None]) -> Path:
+    """`path`, whose name identifies its inputs, created if it is missing. Several processes may create it at once."""
     if not path.is_dir():
         with atomic_folder(path, exists="keep") as temporary:
-            make(temporary)
+            create(temporary)
     return path
 
 
-def _key(made_from: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+def _key(inputs: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _link_all(source: Path, target: Path) -> None:
-    """`target` as a folder of links to what lies in `source`, folders named `arrow` left out."""
+    """Creates `target` as a folder of links to the entries of `source`, except folders named `arrow`."""
     target.mkdir(exist_ok=True)
     for entry in source.iterdir() if source.is_dir() else ():
         if entry.name != "arrow":

@@ -12,12 +12,12 @@ from training.launch.logs import logs_folder, read_event, read_lines
 from training.run_folder.lock import LOCK_FILE, SILENT_SECONDS, Holder, holder_of
 from training.tracking.run_record import RECORD_NAME, read_events, run_folders
 
-RATE_STEPS = 20  # newest steps, from whose times the rate is taken
+RATE_STEPS = 20  # number of latest steps over which the rate is computed
 State = Literal["starting", "running", "finished", "stopped", "interrupted", "failed", "killed"]
 _ENDS: dict[str, State] = {
     "FINISHED": "finished", "SCHEDULED": "stopped", "KILLED": "interrupted", "FAILED": "failed",
 }  # fmt: skip
-_MEANS = {
+_DESCRIPTIONS = {
     "starting": "starting, no step is done yet",
     "running": "running",
     "finished": "finished",
@@ -30,7 +30,7 @@ _MEANS = {
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """A run as it stands. Times are seconds, `updated` since 1970."""
+    """The state and progress of a run. Times are in seconds, `updated` since 1970."""
 
     run: str  # its folder
     state: State
@@ -40,31 +40,31 @@ class RunStatus:
     since: str | None
     step: int
     max_steps: int | None
-    seconds_per_step: float | None  # of the newest steps of its newest start
-    seconds_left: float | None  # at that rate, while it runs
-    checkpoint: str | None  # the newest complete one
-    updated: float | None  # when its record or log last grew
-    error: str | None  # the last one of a start that failed
+    seconds_per_step: float | None  # over the latest steps of the latest start
+    seconds_left: float | None  # at that rate; None unless it runs
+    checkpoint: str | None  # newest complete checkpoint
+    updated: float | None  # time of the last write to its record or log
+    error: str | None  # last error of a start that failed
 
     @property
     def log(self) -> Path:
-        """What rank 0 logged, and the warnings of all."""
+        """The log of rank 0, with the warnings of all ranks."""
         return logs_folder(Path(self.run)) / "run.log"
 
     def alive(self) -> bool:
-        """Whether it runs now."""
-        return _alive(Path(self.run)) is not None
+        """Whether the run has a live process now."""
+        return _live_holder(Path(self.run)) is not None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        """Two or three lines for people."""
+        """Two or three lines to print."""
         where = f" on {self.host} (pid {self.pid}) since {self.since}" if self.host else ""
         rate = f", {self.seconds_per_step:.2f} s a step" if self.seconds_per_step is not None else ""
         left = f", {_duration(self.seconds_left)} left" if self.seconds_left is not None else ""
         lines = [
-            f"{self.run}: {_MEANS[self.state]}{where}",
+            f"{self.run}: {_DESCRIPTIONS[self.state]}{where}",
             f"  step {self.step} of {'?' if self.max_steps is None else self.max_steps}{rate}{left}; "
             f"newest checkpoint: {self.checkpoint or 'none'}",
         ]
@@ -72,56 +72,56 @@ class RunStatus:
 
 
 def local_runs(folder: Path) -> list[RunStatus]:
-    """The run in a folder, or those below it; none where there is none."""
+    """The status of the run in a folder, or of the runs below it; empty if there is none."""
     if (status := run_status(folder)) is not None:
         return [status]
     return [status for each in sorted(run_folders(folder)) if (status := run_status(each)) is not None]
 
 
 def run_status(run: Path) -> RunStatus | None:
-    """None where the folder holds no run. No checksum is computed: it answers at once."""
+    """The status of the run in a folder; None if it holds no run. Reads no checkpoint content, so it is fast."""
     record, logs = run / RECORD_NAME, logs_folder(run)
     if not record.is_file() and not logs.is_dir():
         return None
-    told = _Told.of(record)
-    holder = _alive(run)
-    error, restarted = _last_error(logs / "events.jsonl", told.began, told.ended)
-    state: State = "failed" if error else "killed"  # it ended before it could say how
+    start = _LatestStart.of(record)
+    holder = _live_holder(run)
+    error, restarted = _last_error(logs / "events.jsonl", start.began, start.ended)
+    state: State = "failed" if error else "killed"  # unless the record has its end
     if holder is not None:
-        state = "running" if told.times else "starting"
-    elif told.end is not None and not restarted:
-        state = _ENDS.get(told.end, "failed")
+        state = "running" if start.times else "starting"
+    elif start.end is not None and not restarted:
+        state = _ENDS.get(start.end, "failed")
     rate = None
-    if len(told.times) > 1:
-        rate = (told.times[-1] - told.times[0]) / (len(told.times) - 1) / 1000
+    if len(start.times) > 1:
+        rate = (start.times[-1] - start.times[0]) / (len(start.times) - 1) / 1000
     checkpoint = next(complete(run), None)
-    left = rate * (told.total - told.step) if state == "running" and rate is not None and told.total else None
+    left = rate * (start.total - start.step) if state == "running" and rate is not None and start.total else None
     return RunStatus(
         str(run), state, holder.host if holder else None, holder.pid if holder else None,
-        holder.job or None if holder else None, holder.since if holder else None, told.step, told.total, rate, left,
+        holder.job or None if holder else None, holder.since if holder else None, start.step, start.total, rate, left,
         str(checkpoint) if checkpoint else None, _updated(record, logs), error if state == "failed" else None,
     )  # fmt: skip
 
 
 @dataclass
-class _Told:
-    """What a record says of the run's newest start."""
+class _LatestStart:
+    """The latest start of a run, from its record."""
 
     step: int = 0
     total: int | None = None
     began: int = 0  # times are milliseconds since 1970
-    end: str | None = None  # MLflow's word; None: the start has not ended, or was killed
+    end: str | None = None  # MLflow's status; None: the start has not ended, or was killed
     ended: int = 0
-    times: tuple[int, ...] = ()  # of the newest steps
+    times: tuple[int, ...] = ()  # of the latest steps
 
     @classmethod
-    def of(cls, record: Path) -> _Told:
-        told = cls()
+    def of(cls, record: Path) -> _LatestStart:
+        start = cls()
         for _, event in read_events(record) if record.is_file() else ():
-            told._take(event)
-        return told
+            start._add(event)
+        return start
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _add(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "start":
             self.began, self.end, self.times = event["time"], None, ()
@@ -134,8 +134,8 @@ class _Told:
             self.end, self.ended = event["status"], event["time"]
 
 
-def _alive(run: Path) -> Holder | None:
-    """The process that holds the folder, if it lives; one on another machine does while it renews its lock."""
+def _live_holder(run: Path) -> Holder | None:
+    """The process that holds the folder's lock, if it is alive; on another machine it is while it renews the lock."""
     if (holder := holder_of(run)) is None:
         return None
     alive = holder.alive(Holder.here(0))
@@ -148,9 +148,10 @@ def _alive(run: Path) -> Holder | None:
 
 
 def _last_error(events: Path, since: int, ended: int) -> tuple[str | None, bool]:
-    """The last line of a rank that failed after `since`: our own word if there is one, else a traceback's.
+    """The last error after `since`, and whether ranks were started again after the run `ended`.
 
-    Also whether ranks were started once more after the run had `ended`, and came to nothing that the record has.
+    The error is crosslift's own message on why a rank failed, otherwise the last line of a traceback. Ranks that were
+    started again and failed early have left nothing in the record.
     """
     own: str | None = None
     other: str | None = None

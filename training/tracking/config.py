@@ -15,7 +15,7 @@ from training.tracking.mlflow_store import checked_address, default_store, on_sh
 from training.tracking.run_record import RECORD_NAME, read_starts
 
 URI_VARIABLE, EXPERIMENT_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
-# An id is valid in one store only, and a record may be sent to several: never read.
+# Never read: an id is valid in one store only, and a record may be sent to several.
 EXPERIMENT_ID_VARIABLE = "MLFLOW_EXPERIMENT_ID"
 DEFAULT_EXPERIMENT = "crosslift"
 MAX_EXPERIMENT = 500  # characters, MLflow's own limit

@@ -3,8 +3,8 @@
 One record becomes one MLflow run, in any number of stores. How much of the record each store has is kept in
 `tracking.json` beside it. `tracker.py` feeds a running run from a thread, `crosslift ui` feeds finished ones.
 
-Everything here may be interrupted at any point and repeated: the MLflow run is found by its tag, events carry the time
-of the record, and a store keeps a metric with the same name, step, time and value once.
+Everything here may be interrupted at any point and repeated: the MLflow run is found by its tag, events keep the time
+of the record, and a store keeps only one metric with the same name, step, time and value.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SyncResult:
 
 @dataclass
 class _StoreState:
-    """What one store has; kept in tracking.json, so that nothing is sent twice."""
+    """How much of the record one store has; kept in tracking.json, so that nothing is sent twice."""
 
     run_id: str = ""  # empty: none yet
     cursor: int = 0  # bytes of the record that were sent

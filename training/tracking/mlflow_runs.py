@@ -56,8 +56,8 @@ def find_or_create_run(client: MlflowClient, start: dict[str, Any], output_dir: 
 def link_run(client: MlflowClient, run_id: str, start: dict[str, Any]) -> str:
     """Set the kind of the run's experiment if it has none, and nest child runs under their parent. The experiment's id.
 
-    A run has its tags before it looks for its parent, and before the parent looks for it: whichever arrives second
-    finds the other, even if the first has ended by then.
+    Both runs are tagged before they are linked, and each of them searches for the other: the link is made by
+    whichever is recorded second, even if the first has ended by then.
     """
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 

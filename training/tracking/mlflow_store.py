@@ -87,7 +87,7 @@ def remove_misread(uri: str) -> None:
     """Remove the empty folder that MLflow creates where it reads a SQLite address without its escapes."""
     database, misread = _database(uri), Path(uri.partition(":///")[2].partition("?")[0]).parent
     if database is not None and misread != database.parent:
-        with contextlib.suppress(OSError):  # it does not exist, or is not empty and somebody else's
+        with contextlib.suppress(OSError):  # it does not exist, or is not empty
             os.removedirs(misread)
 
 
@@ -251,7 +251,7 @@ def server_answers(uri: str, timeout: float = 3.0) -> bool:
 
 
 def on_shared_disk(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether the folder is on a network disk; False if the system does not tell."""
+    """Whether the folder is on a network disk; False if that cannot be determined."""
     try:
         table = mounts.read_text(encoding="utf-8", errors="replace")
     except OSError:

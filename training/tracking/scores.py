@@ -46,7 +46,8 @@ def track_scores(
         A line for the user; None if no run exported the model.
 
     Raises:
-        ConfigError: `run` is not a run's folder, or cannot be written. Never for MLflow: what it lacks is sent later.
+        ConfigError: `run` is not a run's folder, or cannot be written. Errors of MLflow are not raised: its scores are
+            sent later.
     """
     if run is not None and not (run / RECORD_NAME).is_file():
         raise ConfigError(f"{run}: holds no run: {RECORD_NAME} is missing")

@@ -70,7 +70,7 @@ def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_bro
     for page in elsewhere:
         print(page, flush=True)
     here = _pages([result for result in shown if result.uri == store], f"http://{host}:{port}")
-    if elsewhere and not here:  # the own server would have nothing to show
+    if elsewhere and not here:  # a server started here would have no runs
         if open_browser:
             webbrowser.open(elsewhere[0].address)
         return 0
