@@ -34,7 +34,7 @@ TESTS = {"test_seen": "known situations, new numbers", "test_unseen": "situation
 LEAST_ENGLISH, LEAST_GAP = 0.50, 0.10  # below these there is no dominance that a method could use
 ANSWER_TOKENS = 40
 RANKS = 2
-BATCH = 500  # answers generated together; a model this small is slow only by the number of batches
+BATCH = 100  # answers generated together
 PROBLEMS = 50  # of each test and language
 
 Correct = dict[str, list[bool]]  # by language, in the order of the items
