@@ -156,7 +156,7 @@ class Finished(NamedTuple):
     chat: Chat
 
     def losses(self, sample: ChatSample, language: str, response_language: str, shifted: bool = True) -> Tensor:
-        """(N,): the cross entropy of each label, given to the generator behind its prompt."""
+        """(N,): the cross entropy of each label, given to the generator after its prompt."""
         import torch
         from torch.nn import functional
 

@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     own = sysconfig.get_path("purelib", vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")})
-    # The paths alone: what an editable install of the checkout puts beside them is not read from there.
+    # Only the paths: .pth files in them, as of an editable install of the checkout, are not read.
     others = [path for path in sys.path if path.endswith("site-packages")]
     Path(own, "others.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
     subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)

@@ -34,7 +34,7 @@ AUTO = {
 }
 # Token ids of target and source, without start and end; different lengths, so that both sides are padded.
 PAIRS = [([5, 9, 12], [21, 22, 23, 24, 25]), ([30, 31, 32, 33, 34, 6], [7, 8]), ([40], [41, 42, 43])]
-# Label probabilities of the target (a translate-train teacher's, say) and the class of the source.
+# Label probabilities of the target (for example a translate-train teacher's) and the class of the source.
 SOFT, HARD = [[0.7, 0.2, 0.1], [0.0, 0.25, 0.75], [0.1, 0.8, 0.1]], [0, 2, 1]
 # The answer's first and last token, start token counted, of target and source.
 SPANS = [((1, 2), (2, 4)), ((3, 6), (0, 0)), ((1, 1), (3, 3))]

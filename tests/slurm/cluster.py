@@ -90,9 +90,8 @@ class TwoNodeCluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
         ports = _free_ports(1 + len(NODES))
-        first = 1 + secrets.randbelow(
-            10_000
-        )  # a job's port depends on its number, which two clusters on a machine must not share
+        # A job's port depends on its number, so two clusters on this machine must not use the same numbers.
+        first = 1 + secrets.randbelow(10_000)
         self.conf.write_text(
             CONFIGURATION.format(folder=self.folder, host=socket.gethostname(), ports=ports, cpus=CPUS, first_job=first)
         )
@@ -147,7 +146,7 @@ class TwoNodeCluster:
     # --- queries
 
     def slurm(self, *command: str, check: bool = True) -> str:
-        """One of Slurm's commands; what it printed."""
+        """Run one of Slurm's commands; returns its output."""
         done = subprocess.run(command, env={**os.environ, "SLURM_CONF": str(self.conf)}, capture_output=True, text=True,
                               timeout=60)  # fmt: skip
         if check and done.returncode != 0:

@@ -74,7 +74,7 @@ class SlurmRun:
         self.jobs: list[dict[str, Any]] = []
 
     def submit(self, *options: object, nodes: int = 2) -> str:
-        """Submit the run; the job's number."""
+        """Submit the run; returns the job's number."""
         with patch.dict(os.environ, FOREIGN):
             done = crosslift("submit", self.config, "--nodes", nodes, "--gpus-per-node", 0, "--cpus-per-task", 1,
                              "--json", *options, folder=self.folder)  # fmt: skip

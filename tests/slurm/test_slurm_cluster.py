@@ -139,7 +139,8 @@ CLOSE = 2e-3  # losses after a change of the number of ranks: fp32 sums in anoth
 
 
 @pytest.fixture(scope="module")
-def interrupted(cluster: TwoNodeCluster, reference: SlurmRun, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
+def run(cluster: TwoNodeCluster, reference: SlurmRun, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
+    """The run that the following tests interrupt."""
     folder = tmp_path_factory.mktemp("interrupted")
     run = SlurmRun(cluster, folder, reference_values(folder))
     run.submit("--time", "30")
@@ -147,114 +148,105 @@ def interrupted(cluster: TwoNodeCluster, reference: SlurmRun, tmp_path_factory: 
     return run
 
 
-def assert_same_steps(interrupted: SlurmRun, reference: SlurmRun) -> None:
+def assert_same_steps(run: SlurmRun, reference: SlurmRun) -> None:
     """Assert that no step is missing and that repeated steps have the same values."""
-    done, expected = interrupted.repeated(), reference.repeated()
-    assert sorted(done) == list(range(1, interrupted.last_step() + 1))
+    done, expected = run.repeated(), reference.repeated()
+    assert sorted(done) == list(range(1, run.last_step() + 1))
     for step, times in done.items():
         for values in times:
             assert values == expected[step][0], f"step {step}"
 
 
-def lost_steps(interrupted: SlurmRun, before: int) -> int:
+def lost_steps(run: SlurmRun, before: int) -> int:
     """Number of steps that the newest start had to repeat."""
-    resumed = interrupted.starts()[-1]
+    resumed = run.starts()[-1]
     assert resumed is not None
     return before - resumed
 
 
-def test_after_a_stop_signal_the_job_saves_and_requeues_itself(interrupted: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
-    interrupted.cluster.slurm("scancel", "--signal=TERM", interrupted.job)
-    interrupted.wait_for_requeue(restarts + 1)
-    before = interrupted.last_step()
-    assert (
-        f"job {interrupted.job} stopped on request and is requeued ({restarts + 1} of at most 20)" in interrupted.log()
-    )
-    interrupted.resume()
-    assert lost_steps(interrupted, before) == 0
-    assert_same_steps(interrupted, reference)
+def test_after_a_stop_signal_the_job_saves_and_requeues_itself(run: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(run.cluster.job(run.job)["Restarts"])
+    run.cluster.slurm("scancel", "--signal=TERM", run.job)
+    run.wait_for_requeue(restarts + 1)
+    before = run.last_step()
+    assert f"job {run.job} stopped on request and is requeued ({restarts + 1} of at most 20)" in run.log()
+    run.resume()
+    assert lost_steps(run, before) == 0
+    assert_same_steps(run, reference)
 
 
-def test_a_job_requeued_by_an_administrator_saves_first(interrupted: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
-    interrupted.cluster.slurm("scontrol", "requeue", interrupted.job)
-    interrupted.wait_for_requeue(restarts + 1)  # by Slurm only, not again by the script
-    before = interrupted.last_step()
-    interrupted.resume()
-    assert lost_steps(interrupted, before) == 0
-    assert int(interrupted.cluster.job(interrupted.job)["Restarts"]) == restarts + 1
-    assert_same_steps(interrupted, reference)
+def test_a_job_requeued_by_an_administrator_saves_first(run: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(run.cluster.job(run.job)["Restarts"])
+    run.cluster.slurm("scontrol", "requeue", run.job)
+    run.wait_for_requeue(restarts + 1)  # by Slurm only, not again by the script
+    before = run.last_step()
+    run.resume()
+    assert lost_steps(run, before) == 0
+    assert int(run.cluster.job(run.job)["Restarts"]) == restarts + 1
+    assert_same_steps(run, reference)
 
 
-def test_a_job_continues_after_a_node_is_set_down(interrupted: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
-    interrupted.cluster.slurm("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
+def test_a_job_continues_after_a_node_is_set_down(run: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(run.cluster.job(run.job)["Restarts"])
+    run.cluster.slurm("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
     try:
-        interrupted.wait_for_requeue(restarts + 1)
-        before = interrupted.last_step()
+        run.wait_for_requeue(restarts + 1)
+        before = run.last_step()
     finally:
-        interrupted.cluster.slurm(
-            "scontrol", "update", "NodeName=n2", "State=resume", check=False
-        )  # it may be up again
-    interrupted.resume()
-    assert 0 <= lost_steps(interrupted, before) <= 2  # a checkpoint every other step
-    assert_same_steps(interrupted, reference)
+        run.cluster.slurm("scontrol", "update", "NodeName=n2", "State=resume", check=False)  # it may be up again
+    run.resume()
+    assert 0 <= lost_steps(run, before) <= 2  # a checkpoint every other step
+    assert_same_steps(run, reference)
 
 
-def test_a_job_continues_after_a_node_dies(interrupted: SlurmRun, reference: SlurmRun) -> None:
-    restarts = int(interrupted.cluster.job(interrupted.job)["Restarts"])
-    interrupted.cluster.kill_node("n2")
+def test_a_job_continues_after_a_node_dies(run: SlurmRun, reference: SlurmRun) -> None:
+    restarts = int(run.cluster.job(run.job)["Restarts"])
+    run.cluster.kill_node("n2")
     try:
-        interrupted.wait_for_requeue(restarts + 1)
-        before = interrupted.last_step()
+        run.wait_for_requeue(restarts + 1)
+        before = run.last_step()
     finally:
-        interrupted.cluster.start_node("n2")
-    interrupted.resume()
-    assert 0 <= lost_steps(interrupted, before) <= 3
-    assert_same_steps(interrupted, reference)
+        run.cluster.start_node("n2")
+    run.resume()
+    assert 0 <= lost_steps(run, before) <= 3
+    assert_same_steps(run, reference)
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(interrupted: SlurmRun, reference: SlurmRun) -> None:
-    refused = crosslift("submit", interrupted.config, "--gpus-per-node", 0, folder=interrupted.folder, check=False)
+def test_a_cancelled_job_saves_and_stays_cancelled(run: SlurmRun, reference: SlurmRun) -> None:
+    refused = crosslift("submit", run.config, "--gpus-per-node", 0, folder=run.folder, check=False)
     assert refused.returncode == 2
-    assert f"job {interrupted.job} of this run is running" in refused.stderr
-    before = interrupted.last_step()
-    assert (
-        f"job {interrupted.job} saves a checkpoint"
-        in crosslift("cancel", interrupted.output, folder=interrupted.folder).stdout
-    )
-    interrupted.wait_for_state("CANCELLED")
-    assert (
-        interrupted.cluster.job(interrupted.job)["ExitCode"] == "75:0"
-    )  # the script's own exit status, not that of Slurm's SIGKILL
-    assert "it does not requeue itself" in interrupted.log()
-    assert interrupted.last_step() >= before
-    assert (interrupted.output / "checkpoints" / f"step-{interrupted.last_step():08d}" / "COMPLETE").is_file()
-    assert_same_steps(interrupted, reference)
+    assert f"job {run.job} of this run is running" in refused.stderr
+    before = run.last_step()
+    assert f"job {run.job} saves a checkpoint" in crosslift("cancel", run.output, folder=run.folder).stdout
+    run.wait_for_state("CANCELLED")
+    assert run.cluster.job(run.job)["ExitCode"] == "75:0"  # the script's own exit status, not that of Slurm's SIGKILL
+    assert "it does not requeue itself" in run.log()
+    assert run.last_step() >= before
+    assert (run.output / "checkpoints" / f"step-{run.last_step():08d}" / "COMPLETE").is_file()
+    assert_same_steps(run, reference)
 
 
-def test_a_run_resumes_on_one_node_and_again_on_two(interrupted: SlurmRun, reference: SlurmRun) -> None:
+def test_a_run_resumes_on_one_node_and_again_on_two(run: SlurmRun, reference: SlurmRun) -> None:
     """On one node although it was submitted for two: the pending job is given another number of nodes."""
-    before = interrupted.last_step()
-    assert interrupted.cluster.state(interrupted.job) == "CANCELLED"
-    site = interrupted.folder / "slurm.yaml"
+    before = run.last_step()
+    assert run.cluster.state(run.job) == "CANCELLED"
+    site = run.folder / "slurm.yaml"
     site.write_text("sbatch: {hold: true}\n")
-    interrupted.submit(nodes=2)
+    run.submit(nodes=2)
     site.unlink()
-    interrupted.cluster.slurm("scontrol", "update", f"JobId={interrupted.job}", "NumTasks=1", "NumNodes=1-1")
-    interrupted.cluster.slurm("scontrol", "release", interrupted.job)
-    interrupted.train_until(before + 2)
-    assert lost_steps(interrupted, before) == 0
-    assert "on 1 ranks" in interrupted.log()
-    crosslift("cancel", interrupted.job, folder=interrupted.folder)
-    interrupted.wait_for_state("CANCELLED")
-    before = interrupted.last_step()
-    interrupted.submit(nodes=2)
-    interrupted.wait_for_state("COMPLETED", "FAILED")
-    assert interrupted.cluster.state(interrupted.job) == "COMPLETED", interrupted.diagnostics()
-    assert lost_steps(interrupted, before) == 0
-    done, expected = interrupted.repeated(), reference.repeated()
+    run.cluster.slurm("scontrol", "update", f"JobId={run.job}", "NumTasks=1", "NumNodes=1-1")
+    run.cluster.slurm("scontrol", "release", run.job)
+    run.train_until(before + 2)
+    assert lost_steps(run, before) == 0
+    assert "on 1 ranks" in run.log()
+    crosslift("cancel", run.job, folder=run.folder)
+    run.wait_for_state("CANCELLED")
+    before = run.last_step()
+    run.submit(nodes=2)
+    run.wait_for_state("COMPLETED", "FAILED")
+    assert run.cluster.state(run.job) == "COMPLETED", run.diagnostics()
+    assert lost_steps(run, before) == 0
+    done, expected = run.repeated(), reference.repeated()
     assert sorted(done) == list(range(1, STEPS + 1))
     for step, times in done.items():
         for values in times:

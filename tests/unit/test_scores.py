@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, finished: Path) -> Path:
-    """A copy of that run's folder whose record has not been sent to its store yet."""
+    """A copy of that run's folder whose `tracking.json` has nothing recorded as sent."""
     shutil.copytree(
         finished, tmp_path / "a", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "tracking.json")
     )

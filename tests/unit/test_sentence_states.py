@@ -94,7 +94,7 @@ def test_states_of_a_decoder_exclude_the_first_token(tmp_path: Path, template: s
     found = states.pooled(encoded)
     assert states.is_decoder
     for row, text in enumerate(encoded):
-        first = 0 if text.ids == [13] else 1  # unless it is the only word
+        first = 0 if text.ids == [13] else 1  # excluded, unless it is the only word
         last = len(text.ids) - (text.ids[-1] == 2)
         for layer, state in enumerate(reported(folder, text.ids)[:3]):  # the last is after the final norm there
             torch.testing.assert_close(found[layer, row], state[first:last].mean(dim=0), rtol=1e-4, atol=1e-5)
