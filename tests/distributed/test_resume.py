@@ -6,11 +6,13 @@ With ShifCon, `crosslift train` itself is killed and started again; the other ru
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ranks import SOURCE, checked, environment, kill_ranks_when, run_ranks
 from safetensors.torch import load_file
 from tiny_run import RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
+from benchmarks.disturbed_run import compare, starts
 from training.checkpoints import checkpoint
 
 SAME = (
@@ -184,6 +187,23 @@ def test_the_final_weights_and_the_methods_own_file_are_bit_equal(
         assert torch.equal(one[tensor], other[tensor]), tensor
     if file == "xmixup.safetensors":
         assert (float(one["w"]), float(one["b"])) != (1.0, 0.0)  # trained
+
+
+def test_the_fault_benchmark_accepts_this_run_and_notices_lost_samples_and_changed_losses(
+    shifcon: dict[str, Path],
+) -> None:
+    (undisturbed,), (killed, resumed) = (starts(shifcon[name]) for name in ("undisturbed", "killed"))
+    assert compare(killed, undisturbed.metrics, before=0).passed
+    assert compare(resumed, undisturbed.metrics, before=killed.last).passed
+    skipped = replace(resumed, metrics={step: each for step, each in resumed.metrics.items() if step != STEPS - 1})
+    assert not compare(skipped, undisturbed.metrics, before=killed.last).samples
+    assert not compare(resumed, undisturbed.metrics, before=resumed.resumed - 1).samples
+    last = resumed.metrics[STEPS]
+    for changed, kept in (("train/loss", "samples"), ("data/step_fingerprint", "losses")):
+        other = {**last, changed: math.nextafter(last[changed], math.inf)}
+        found = compare(replace(resumed, metrics={**resumed.metrics, STEPS: other}), undisturbed.metrics, killed.last)
+        assert not found.passed
+        assert getattr(found, kept)
 
 
 def test_only_the_newest_checkpoints_are_kept(shifcon: dict[str, Path]) -> None:
