@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 import shlex
@@ -89,6 +90,93 @@ def command_faults(line: str) -> list[str]:
     return [f"command {name}" for name in unknown] + [f"option {each}" for each in options - known if not unknown]
 
 
+class Code:
+    """What the source defines: functions by name, classes with their members and fields, base classes included."""
+
+    def __init__(self) -> None:
+        files = [name for name in SOURCES if name.endswith(".py") and not name.startswith(("tests/", "benchmarks/"))]
+        nodes = [node for name in files for node in ast.walk(ast.parse((ROOT / name).read_text()))]
+        self.functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        self.classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+
+    def lineage(self, name: str) -> list[ast.ClassDef]:
+        """A class after its base classes, as far as the source defines them."""
+        if name not in self.classes:
+            return []
+        bases = [ast.unparse(base).split("[")[0] for base in self.classes[name].bases]
+        return [*(each for base in bases for each in self.lineage(base)), self.classes[name]]
+
+    def members(self, name: str) -> set[str]:
+        """Methods, fields and attributes of a class."""
+        found = set()
+        for node in (node for each in self.lineage(name) for node in ast.walk(each)):
+            if isinstance(node, ast.FunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.AnnAssign | ast.Assign):
+                targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+                found |= {ast.unparse(each).removeprefix("self.") for each in targets}
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+        return found
+
+    def signatures(self, owner: str, name: str) -> list[tuple[list[str], int]]:
+        """The parameters, and how many of them are required, of each function or class that a call may mean."""
+        within = [node for each in self.lineage(owner) for node in each.body] or self.functions
+        if name in self.classes:
+            within = [node for each in self.lineage(name) for node in each.body]
+            fields = [
+                node for node in within if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node)
+            ]
+            if not any(isinstance(node, ast.FunctionDef) and node.name == "__init__" for node in within):
+                names = [ast.unparse(node.target) for node in fields]
+                return [(names, sum(node.value is None for node in fields))]
+            name = "__init__"
+        found = []
+        for node in within:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                names = [each.arg for each in node.args.args if each.arg not in ("self", "cls")]
+                required = len(names) - len(node.args.defaults)
+                found.append(([*names, *(each.arg for each in node.args.kwonlyargs)], required))
+        return found
+
+
+CODE = Code()
+
+
+def code_faults(code: str) -> list[str]:
+    """What `Class.member` or a call with arguments names and does not exist; a call may end with `...` for the rest.
+
+    An argument that is a name is the parameter's; any value may stand for another. `f()` is just the name.
+    """
+    path, bracket, _ = code.partition("(")
+    if not re.fullmatch(r"\w+(\.\w+)?", path):
+        return []
+    owner, _, name = path.rpartition(".")
+    if owner in CODE.classes and name not in CODE.members(owner):
+        return [code]
+    try:
+        call = ast.parse(code, mode="eval").body
+    except SyntaxError:
+        return []
+    if not bracket or not isinstance(call, ast.Call) or not (call.args or call.keywords):
+        return []
+    given = [ast.unparse(each) for each in call.args]
+    open_end = given[-1:] == ["..."]
+    names = [each.arg for each in call.keywords]
+    signatures = CODE.signatures(owner, name)
+
+    def fits(parameters: list[str], required: int) -> bool:
+        positional = given[: len(given) - open_end]
+        matching = all(
+            each == parameter or not each.isidentifier()
+            for each, parameter in zip(positional, parameters, strict=False)
+        )
+        enough = open_end or len(positional) + len(names) >= required
+        return matching and enough and len(positional) <= len(parameters) and set(names) <= set(parameters)
+
+    return [code] if signatures and not any(fits(*each) for each in signatures) else []
+
+
 def doc_commands(text: str) -> Iterator[str]:
     """Command lines of a document: in code blocks, with continued lines joined, and in inline code."""
     for block in CODE_BLOCK.findall(text):
@@ -152,6 +240,12 @@ def test_names_of_code_that_a_document_uses_exist(doc: Path) -> None:
     assert not {name for name in names if not set(re.findall(r"\w+", name)) <= words}
 
 
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def test_members_and_arguments_that_a_document_names_exist(doc: Path) -> None:
+    text = CODE_BLOCK.sub("", doc.read_text())
+    assert not [fault for code in re.findall(r"`([^`]+)`", text) for fault in code_faults(" ".join(code.split()))]
+
+
 def test_files_that_comments_name_exist() -> None:
     missing = []
     for source in SOURCES:
@@ -206,5 +300,11 @@ def test_unknown_commands_options_and_files_are_found() -> None:
     assert command_faults("crosslift train CONFIG --gpus 8") == ["option --gpus"]
     assert command_faults("crosslift status|logs RUN") == []
     assert command_faults(shlex.join(["crosslift", "data", "plan", "CONFIG", "--steps", "0:1"])) == []
+    assert code_faults("Planner.steps") == ["Planner.steps"]
+    assert code_faults("Trainer.save(2)") == ["Trainer.save(2)"]
+    assert code_faults("LossTerm(sum, per, weight)") == ["LossTerm(sum, per, weight)"]
+    assert code_faults('Partner("itself", row=1, step=0)') == ['Partner("itself", row=1, step=0)']
+    assert code_faults("scaling.learning_rate(step, ...)") == []
+    assert code_faults("tokenizer.apply_chat_template(messages)") == []
     assert not exists("training/utils.py", "docs")
     assert "1.1" in headings("docs/methods.md")
