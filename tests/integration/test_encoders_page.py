@@ -121,16 +121,17 @@ def test_rows(walk: Walk) -> None:
 
 def test_index_and_plan(walk: Walk) -> None:
     index, codes = walk.data.index, walk.config.data.languages
+    assert PAGE.quoted("en is {}, de {}, sw {}") == [*map(codes.index, ("en", "de", "sw"))]
     ends = [end for language in range(3) for end in (index.rows(language)[0], index.rows(language)[-1])]
-    assert PAGE.quoted("`build_index` gives {} entries: {}-{} en, {}-{} de, {}-{} sw.") == [len(index), *ends]
-    said = PAGE.quoted("Ours are entry {} ({} bytes of text, at byte {}) and entry {}; both have `group` {}, a hash")
+    assert PAGE.quoted("{} entries: {}-{} en, {}-{} de, {}-{} sw") == [len(index), *ends]
+    said = PAGE.quoted("entry {} ({} bytes of text, at byte {}) and entry {}; both have `group` {}")
     assert said == [DE, index.n_bytes[DE], index._place(DE).offset, EN, index.group[DE]]
     assert index.group[DE] == index.group[EN]
-    assert PAGE.quoted(f"`DataIndex.translation({DE}, 0)` is {{}}") == [index.translation(DE, 0)]
-    PAGE.says(f"(`mixture.pairing` is `{walk.config.data.mixture.pairing}`): each slot is a unit of its own")
+    assert PAGE.quoted(f"`DataIndex.translation({DE}, 0)`~{{}}") == [index.translation(DE, 0)]
+    PAGE.says(f"(`mixture.pairing` is `{walk.config.data.mixture.pairing}`)")
     assert all(len(unit.slots) == 1 and not unit.pairs for unit in walk.plan.units)
     languages = ", ".join(codes[slot.language] for slot in walk.plan.slots)
-    said = PAGE.quoted(f"`Planner.step(0)`: rows {{}}, {{}}, {{}}, {{}}, {{}}, {{}}, of {languages}.")
+    said = PAGE.quoted(f"`Planner.step(0)`: rows {{}}, {{}}, {{}}, {{}}, {{}}, {{}}, of {languages}")
     assert said == [slot.row for slot in walk.plan.slots]
 
 
@@ -141,15 +142,15 @@ def test_partners(walk: Walk) -> None:
     partners, seed, steps = walk.data.reader.partners, walk.config.seed, range(4)
     assert partners is not None
     k = walk.config.objective.source_schedule
-    said = PAGE.quoted("for our `source_schedule` of {} it is {}, {}, {}, {} in steps 0 to 3")
+    said = PAGE.quoted("`source_schedule` of {}~{}, {}, {}, {} in steps 0 to 3")
     assert said == [k, *[gold_probability(step, k) for step in steps]]
     drawn = [stable_hash(seed, "source", step) / 2**63 for step in steps]
-    assert PAGE.quoted("a number drawn from (seed, step) with it: {}, {}, {}, {}.") == drawn
-    PAGE.says("the sources of steps 0 and 1 are gold and those of steps 2 and 3 back-translations")
+    assert PAGE.quoted("drawn from (seed, step)~{}, {}, {}, {}") == drawn
+    PAGE.says("steps 0 and 1 are gold and those of steps 2 and 3 back-translations")
     assert [partners.gold(step) for step in steps] == [True, True, False, False]
     first, third = partners.of(DE, 1, 0), partners.of(DE, 1, 2)
     shown = f'("{first.kind}", row={first.row}, language={first.language}, gold_step={first.gold_step})'
-    PAGE.says(f"`Partners.of` gives slot {DE} `Partner{shown}` in step 0, and kind `{third.kind}` in step 2")
+    PAGE.says(f"slot {DE} `Partner{shown}` in step 0, and kind `{third.kind}` in step 2")
     assert walk.plan.slots[1].partner == first
 
 
@@ -158,8 +159,11 @@ def test_tokens(walk: Walk) -> None:
     target, sources = samples[0].target, {step: sample.source for step, sample in samples.items()}
     assert (target.input_ids == samples[2].target.input_ids).all()
     sides = [target, *[source.side for source in sources.values() if source is not None]]
-    for line, side in zip(PAGE.block("target  22").splitlines(), sides, strict=True):
-        length, shown = re.sub(r"^(target|step \d) +", "", line).split("  ", 1)
+    assert PAGE.quoted("its source in step {} and {}") == list(sources)
+    heads = ["target", *[f"step {step}" for step in sources]]
+    for head, line, side in zip(heads, PAGE.block("target  ").splitlines(), sides, strict=True):
+        assert line.startswith(f"{head}  ")
+        length, shown = line.removeprefix(head).strip().split("  ", 1)
         begin, _, end = shown.partition(" ... ")
         tokens = " ".join(walk.data.tokenizer.convert_ids_to_tokens(side.input_ids.tolist()))
         assert int(length) == len(side)
@@ -176,7 +180,7 @@ def test_tokens(walk: Walk) -> None:
     assert target.content.tolist() == [False, *[True] * (len(target) - 2), False]
     classes = samples[0].target_labels.classes
     assert classes is not None
-    said = PAGE.quoted("have `classes` ({}, {}) float32: {}, {}, {}, {}, {}, {}, {}.")
+    said = PAGE.quoted("`classes` ({}, {}) float32: {}, {}, {}, {}, {}, {}, {}")
     assert said == [*classes.shape, *classes[0].tolist()]
     PAGE.says("`language` is 0, `is_gold` true in step 0 and false in step 2; `counts` is true in both")
     facts = [attrgetter("language", "is_gold", "counts")(source) for source in sources.values()]
@@ -186,21 +190,25 @@ def test_tokens(walk: Walk) -> None:
 def test_batches(walk: Walk) -> None:
     first, second = walk.step.micro_batches
     rows, longest = first.input_ids.shape
-    said = PAGE.quoted("The three longest pairs take {} x {} x {} = {} of {} tokens.")
+    said = PAGE.quoted("longest pairs~{} x {} x {} = {} of {} tokens")
     assert said == [2, rows // 2, longest, rows * longest, walk.config.data.micro_batch_tokens]
     ids = ["rope_pieces-36-6-7-sw", "rope_pieces-36-6-7-de", walk.data.index.record(DE).id]
     lengths = second.padding_mask.sum(dim=1).tolist()
+    n = second.targets.n_pairs
+    assert PAGE.quoted("rows {} to {} are targets") + PAGE.quoted("rows {} to {} are their sources") == [
+        0, n - 1, n, 2 * n - 1
+    ]  # fmt: skip
     said = PAGE.quoted("`rope_pieces` in Swahili ({} tokens) and German ({}) and ours ({})")
     assert (said, list(second.sample_ids)) == (lengths[:3], ids)
-    assert PAGE.quoted("their sources in the same order ({}, {}, {})") == lengths[3:]
+    assert PAGE.quoted("in the same order ({}, {}, {})") == lengths[3:]
     said = PAGE.quoted("`input_ids` and `attention_mask` are ({}, {}) int64")
     assert said == [*second.input_ids.shape] == [*second.padding_mask.shape]
     assert {str(each.dtype) for each in (second.input_ids, second.padding_mask)} == {"torch.int64"}
-    said = PAGE.quoted("`label_languages` {}, {}, {}, {}, {}, {}, the target's on both sides")
+    said = PAGE.quoted("`label_languages` {}, {}, {}, {}, {}, {}")
     assert said == second.label_languages.tolist()
-    assert second.label_weights.tolist() == [1.0] * 6
+    assert PAGE.quoted("`label_weights` all {}") * 6 == second.label_weights.tolist()
     targets = second.targets
-    PAGE.says(f"hold `n_pairs` {targets.n_pairs}; `gold` true, of the step")
+    PAGE.says(f"`n_pairs` {targets.n_pairs}; `gold` true")
     assert targets.gold
     assert PAGE.quoted("`classes` ({}, {}) one-hot") == list(targets.labels.classes.shape)
     PAGE.says("`label_rows` 0 to 5, `label_is_source` false for the first three")
@@ -215,7 +223,7 @@ def test_loader(walk: Walk) -> None:
     )
     assert said == [*step.counts.values(), *step.tokens]
     assert list(step.counts) == ["target_labels", "source_labels", "pairs"]
-    assert PAGE.quoted("and a fingerprint ({})") == [step.fingerprint] == [walk.metrics[0]["data/step_fingerprint"]]
+    assert PAGE.quoted("fingerprint ({})") == [step.fingerprint] == [walk.metrics[0]["data/step_fingerprint"]]
 
 
 def test_mixed_layer(walk: Walk, forward: Forward) -> None:
@@ -230,19 +238,27 @@ def test_mixed_layer(walk: Walk, forward: Forward) -> None:
     valid = second.padding_mask != 0
     n_target, n_source = int(valid[2].sum()), int(valid[5].sum())
     over_source, over_target = (float(each[2]) for each in forward.entropies)
-    said = PAGE.quoted("the entropy of target over source is {} nats, averaged over heads and {} tokens")
+    said = PAGE.quoted("target over source is {} nats~{} tokens")
     assert said == [over_source, n_target]
-    assert PAGE.quoted("({} equal weights would give {})") == [n_source, math.log(n_source)]
-    assert PAGE.quoted("and of source over target {} ({}).") == [over_target, math.log(n_target)]
-    state, ratio = mixup.state(), mixup.last_ratio
+    assert PAGE.quoted("({} equal weights~{})") == [n_source, math.log(n_source)]
+    assert PAGE.quoted("source over target {} ({})") == [over_target, math.log(n_target)]
+    state, ratio, n = mixup.state(), mixup.last_ratio, second.targets.n_pairs
+    said = PAGE.quoted("hooks on layer {}~`mixup_ratio` (`w` {}, `b` {})")
+    assert said == [state.layer, state.w, state.b]
+    assert PAGE.quoted("`mixup.batch(attention_mask, {})`") == PAGE.quoted("valid tokens and n = {}") == [n]
+    assert PAGE.quoted("rows {}-{} are `Z_t`, rows {}-{} `Z_s`") == [0, n - 1, n, 2 * n - 1]
+    assert PAGE.quoted("key and value of `Z_s`, {} heads") == [shapes["query"][1]]
+    layers = walk.config.model.init["num_hidden_layers"]
+    assert PAGE.quoted("feed-forward, layer {} |~`EncoderStates`~`h[{}]`") == [layers - 1, layers]
+    assert forward.objective.states.last == layers
     assert ratio is not None
-    said = PAGE.quoted("`lam` is {} x sigmoid({} x {} + {}) = {}.")
+    said = PAGE.quoted("`lam` is {} x sigmoid({} x {} + {}) = {}")
     assert said == [state.lam0, state.w, over_source + over_target, state.b, float(ratio[2])]
     before, mixed = (target[2][valid[2]] for target in forward.targets)
     moved = float((mixed - before).norm() / before.norm())
-    assert PAGE.quoted("The mixture differs from `Z_t` by {} of its length.") == [moved]
+    assert PAGE.quoted("differs from `Z_t` by {} of its length") == [moved]
     apart = (forward.logits[0] - forward.logits[1]).abs()
-    said = PAGE.quoted("our target's logits differ by up to {}, those of all sources by {}.")
+    said = PAGE.quoted("target's logits differ by up to {}~sources by {}")
     assert said == [float(apart[2].max()), float(apart[3:].max())]
 
 
@@ -254,11 +270,12 @@ def test_loss(walk: Walk, forward: Forward) -> None:
     second = walk.step.micro_batches[1]
     logits, metrics = forward.logits[0], walk.metrics[0]
     losses = classification_losses(logits, second.targets.labels.classes, second.targets.label_rows)
-    said = PAGE.quoted("`classification_losses` gives {} for our target, {} for its source.")
+    assert PAGE.quoted("Logits are ({}, {})") == list(logits.shape)
+    said = PAGE.quoted("`classification_losses`~{} for our target, {} for its source")
     assert said == [float(losses[2]), float(losses[5])]
     states = representations(forward.last[0])
     square, both = consistency(states, 3)[2], consistency(states, 3, logits)[2]
-    said = PAGE.quoted("between the first tokens in `h[3]`, {}, plus KL(source || target), {}.")
+    said = PAGE.quoted("in `h[3]`, {}, plus KL(source || target), {}")
     assert said == [float(square), float(both - square)]
     totals = StepTotals(walk.step.counts, 2)
     for row in PAGE.table("term", "`denominator`"):
@@ -273,18 +290,18 @@ def test_loss(walk: Walk, forward: Forward) -> None:
         assert metrics[f"train/{name}"] == pytest.approx(total, rel=1e-4)
     shares = [float(step_loss_share(each.terms, totals)) for each in forward.terms]
     target, source, apart, _ = forward.terms[1].terms.values()
-    said = PAGE.quoted("Micro-batch 2 contributes {} x {} / {} + {} x {} / {} + {} / {} = {} to the loss")
+    said = PAGE.quoted("Micro-batch 2~{} x {} / {} + {} x {} / {} + {} / {} = {}")
     assert said == [
         target.weight, float(target.sum), 6, source.weight, float(source.sum), 6, float(apart.sum), 6, shares[1]
     ]  # fmt: skip
-    said = PAGE.quoted("micro-batch 1 contributes {}. The step's loss is {}, however it is split.")
+    said = PAGE.quoted("micro-batch 1~{}. The step's loss is {}")
     assert said == [shares[0], sum(shares)]
-    assert PAGE.quoted("`train/loss` is the target's, {}; for German it is ({} + {}) / {} = {}.") == [
+    assert PAGE.quoted("`train/loss`~{}~({} + {}) / {} = {}") == [
         metrics["train/loss"], *forward.terms[1].label_losses[1:].tolist(), 2, metrics["train/loss/de"]
     ]  # fmt: skip
-    said = PAGE.quoted("The next steps have {}, {} and {}; a uniform guess costs ln {} = {}.")
+    assert PAGE.quoted("next steps~{}, {} and {}") == [each["train/loss"] for each in walk.metrics[1:]]
     classes = len(walk.config.data.task.labels)
-    assert said == [*[each["train/loss"] for each in walk.metrics[1:]], classes, math.log(classes)]
+    assert PAGE.quoted("ln {} = {}") == [classes, math.log(classes)]
 
 
 def test_checkpoint_and_export(walk: Walk) -> None:
@@ -294,14 +311,14 @@ def test_checkpoint_and_export(walk: Walk) -> None:
     of_decoder = listed_files(Page("walkthrough.md").block("run/checkpoints/step-00000002/"))
     own = {"language_vectors.safetensors": "xmixup.safetensors"}
     files = {own.get(file, file) for file in of_decoder if not file.endswith("generation_config.json")}
-    PAGE.says("with `xmixup.safetensors` in place of the language vectors and without `generation_config.json`")
+    PAGE.says("without `generation_config.json`")
     assert files == files_below(run / "checkpoints" / "step-00000004")
     listing = PAGE.block("run/model/")
     assert listed_files(listing) == files_below(run / "model")
     description = json.loads((run / "model" / "crosslift.json").read_text())
     (described,) = re.findall(r"crosslift\.json +(.*)", listing)
     assert set(described.split(", ")) == description.keys() - {"format"}
-    PAGE.rounding("The export gives the reference logits, unmixed, to {}:", description["check"]["difference"])
+    PAGE.rounding("reference logits, unmixed, to {}", description["check"]["difference"])
     (shown,) = re.findall(r"xmixup\.safetensors +(layer .*), the weights' hash", listing)
     state = MixupState.load(run / "model" / "xmixup.safetensors")
     for name, value in (part.split() for part in shown.split(", ")):
@@ -317,7 +334,7 @@ def test_prediction(walk: Walk) -> None:
     predictor = EncoderPredictor.open(walk.config.output_dir / "model")
     records = list(read_task_file(walk.config.data_dir / "test_seen" / "de.jsonl", "classification"))
     block = PAGE.block("David füllt")
-    (place,) = PAGE.quoted("In line {} of `test_seen/de.jsonl` the German text is the original")
+    (place,) = PAGE.quoted("line {} of `test_seen/de.jsonl`")
     record = records[place - 1]
     assert record.back is not None
     assert block.splitlines()[:2] == [*record.example.texts, *record.back.texts]
@@ -400,18 +417,14 @@ def test_tagging(walk: Walk) -> None:
         collator = TaskCollator(walk.data.tokenizer.pad_token_id, tagging.tokenizer.config, True, False)
         (batch,) = Packer("padded", 512, 64, collator).pack([SampleUnit((ours,)), SampleUnit((itself,))])
         counts += [batch.counts()["target_labels"], batch.counts()["source_labels"]]
-    said = PAGE.quoted(
-        "(five words each, a slot each) counts {} `target_labels` and {} `source_labels`; with back-translations, which"
-        " have no tags, {} and {}"
-    )
-    assert said == counts
+    assert PAGE.quoted("{} `target_labels` and {} `source_labels`; with back-translations~{} and {}") == counts
 
 
 def test_question_answering(walk: Walk) -> None:
     from evals.xtreme.spans import MAX_TOKENS, N_BEST
 
     length, stride, asked, n_tokens = PAGE.quoted(
-        "With {} tokens, a stride of {}, a German question of {} tokens and a context of {}, there are three windows"
+        "With {} tokens, a stride of {}, a German question of {} tokens and a context of {}"
     )
     qa = stage(walk, length, kind="qa", doc_stride=stride, max_question_length=12)
 
@@ -421,21 +434,21 @@ def test_question_answering(walk: Walk) -> None:
         span = " ".join(words[before : before + answer]), len(" ".join([*words[:before], ""]))
         return Example((" ".join(["Orangen"] * question), " ".join(words)), answers=(span,))
 
-    first, last = PAGE.quoted("is ({}, {}), (18, 19) and (0, 0), which means not contained")
+    first, last = PAGE.quoted("({}, {}), (18, 19) and (0, 0)")
     german = example(asked, n_tokens, first - asked - 3, last - first + 1)
-    (name,) = re.findall(r"one window of a row; for the id `([\w-]+)` in steps 0 to 3", PAGE.words)
+    (name,) = re.findall(r"for the id `([\w-]+)` in steps 0 to 3", PAGE.words)
     record = Record(name, name, "de", "de:1", german)
     english = Record(name, name, "en", "en:1", example(12, 39, 13, 2))
     windows = list(qa.tokenizer.windows(german))
     ranges = [end for window in windows for end in (window.words[0], window.words[1] - 1)]
-    assert PAGE.quoted("context tokens {}-{}, {}-{} and {}-{}.") == ranges
+    assert PAGE.quoted("context tokens {}-{}, {}-{} and {}-{}") == ranges
     spans = [place for window in windows for place in window.span or ()]
-    assert PAGE.quoted("first and last position, is ({}, {}), ({}, {}) and ({}, {})") == spans
+    assert PAGE.quoted("first and last position~({}, {}), ({}, {}) and ({}, {})") == spans
     drawn = [qa.sample(record, slot(1, step, "translation", True), english) for step in range(4)]
     found = [(each.target.words, each.source.side.words) for each in drawn if each is not None and each.source]
-    said = PAGE.quoted(f"for the id `{name}` in steps 0 to 3: {{}}-{{}}, {{}}-{{}}, {{}}-{{}}, {{}}-{{}}.")
+    said = PAGE.quoted(f"for the id `{name}` in steps 0 to 3: {{}}-{{}}, {{}}-{{}}, {{}}-{{}}, {{}}-{{}}")
     assert said == [end for (start, stop), _ in found for end in (start, stop - 1)]
-    said = PAGE.quoted("so does the source's window: {}-{}, {}-{}, {}-{}, {}-{}.")
+    said = PAGE.quoted("the source's window: {}-{}, {}-{}, {}-{}, {}-{}")
     assert said == [end for _, (start, stop) in found for end in (start, stop - 1)]
-    said = PAGE.quoted("one of the {} best starts and one of the 20 best ends, at most {} tokens")
+    said = PAGE.quoted("{} best starts~20 best ends, at most {} tokens")
     assert said == [N_BEST, MAX_TOKENS]

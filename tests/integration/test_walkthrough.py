@@ -17,6 +17,8 @@ import pytest
 from pages import Page, PlainEngine, Walk, files_below, listed_files, named, numbers, of_each, unwrapped
 from ranks import run_command
 
+from data_pipeline.records import NO_LANGUAGE
+
 if TYPE_CHECKING:
     from data_pipeline.records import ChatSample
     from training.objectives.base import LossTerms
@@ -88,23 +90,23 @@ def test_records(walk: Walk) -> None:
         assert [message.content for message in read.conversation.messages] == [shown["question"], shown["answer"]]
         assert (read.id, read.group, read.language) == (shown["id"], shown["id"], shown["language"])
     assert [message.role for message in record.conversation.messages] == ["user", "assistant"]
-    PAGE.says(f"`origin` (`{Path(record.origin).relative_to(walk.folder)}`, for error messages)")
+    PAGE.says(f"`origin` (`{Path(record.origin).relative_to(walk.folder)}`,")
 
 
 def test_index(walk: Walk) -> None:
     index = walk.data.index
-    entries = PAGE.quoted(
-        "Here it has {} entries: {}-{} en, {}-{} de, {}-{} sw. Ours are entry {} (Swahili) and entry {}"
-    )
+    said = PAGE.quoted("`data.languages`: en {}, de {}, sw {}; {} is")
+    assert said == [*map(walk.config.data.languages.index, ("en", "de", "sw")), NO_LANGUAGE]
     ends = [end for language in range(3) for end in (index.rows(language)[0], index.rows(language)[-1])]
-    assert entries == [len(index), *ends, SW, EN]
+    assert PAGE.quoted("has {} entries: {}-{} en, {}-{} de, {}-{} sw.") == [len(index), *ends]
+    assert PAGE.quoted("entry {} (Swahili)~entry {}") == [SW, EN]
     for shown in PAGE.table("entry", "`language`"):
         row = int(shown.pop("entry"))
         found = {f"`{name}`": getattr(index, name)[row] for name in ("language", "group", "content", "n_bytes")}
         found |= dict(zip(("line", "offset", "length"), index._place(row), strict=True))
         assert shown == {name: shown[name] if shown[name] == "-" else str(value) for name, value in found.items()}
-    assert PAGE.quoted(f"`DataIndex.translation({SW}, 0)` is {{}}") == [index.translation(SW, 0)]
-    assert PAGE.quoted(f"`DataIndex.record({SW})` seeks to byte {{}} and reads {{}} bytes") == [*index._place(SW)][1:]
+    assert PAGE.quoted(f"`DataIndex.translation({SW}, 0)`~{{}}") == [index.translation(SW, 0)]
+    assert PAGE.quoted(f"`DataIndex.record({SW})`~byte {{}}~{{}} bytes") == [*index._place(SW)][1:]
 
 
 def test_order_and_mixture(walk: Walk) -> None:
@@ -116,16 +118,17 @@ def test_order_and_mixture(walk: Walk) -> None:
         code: [row_at(index.rows(number), cursor, walk.config.seed, code) for cursor in range(4)]
         for number, code in enumerate(data.languages)
     }
-    assert PAGE.quoted("Cursors 0-3 give sw {}, {}, {}, {}; en {}, {}, {}, {}.") == found["sw"] + found["en"]
+    assert PAGE.quoted("Cursors 0-3~sw {}, {}, {}, {}; en {}, {}, {}, {}") == found["sw"] + found["en"]
     quotas = Quotas(language_weights(data.mixture, dict.fromkeys(data.languages, 60)), data.languages, 65536)
-    assert PAGE.quoted("the period: {}, {}, {} of {}") == [*quotas.counts, data.mixture.period]
-    languages, cursors = quotas.between(0, data.slots_per_step)
+    assert PAGE.quoted("period: {}, {}, {} of {}") == [*quotas.counts, data.mixture.period]
+    languages, cursors = quotas.between(*PAGE.quoted("`Quotas.between({}, {})`"))
     slots, codes, places = (line.split()[1:] for line in PAGE.block("slot ").splitlines())
     assert codes == [data.languages[number] for number in languages]
     assert (slots, places) == ([str(slot) for slot in range(8)], [str(cursor) for cursor in cursors])
 
 
 def test_plan(walk: Walk) -> None:
+    from data_pipeline.order.order import row_at
     from data_pipeline.order.plan import assign
 
     _, *shown = PAGE.block("Unit ").split("Unit ")
@@ -145,8 +148,20 @@ def test_plan(walk: Walk) -> None:
             for name, value in re.findall(r"(\w+)=([\w.]+)", values):
                 found = getattr(slot, name)
                 assert value == str(found) if isinstance(found, bool) else numbers(value) == [found]
-    ours, size = walk.plan.slots[1], int(walk.data.index.n_bytes[SW])
-    said = PAGE.quoted("({} x {} = {} for ours; the sample really has {} tokens)")
+    slots, rows = walk.plan.slots, [slot.row for slot in walk.plan.slots]
+    cursors = walk.data.planner._quotas.between(0, 2)[1]
+    assert PAGE.quoted("slot 1~(sw, cursor {})~row {}") == [cursors[1], rows[1]]
+    alone = row_at(walk.data.index.rows(0), 0, walk.config.seed, "en")
+    assert PAGE.quoted("Slot 0~(en, cursor {})~row {}") == [cursors[0], alone]
+    assert PAGE.quoted("slot 0~row {}") == [rows[0]]
+    german, single = PAGE.quoted("slot {} stays unpaired~slot {}")
+    assert PAGE.quoted("Slot {}~German translation of the same item") == [german]
+    assert [single, german] == [slot.number for unit in walk.plan.units[1:] for slot in unit.slots]
+    groups = walk.data.index.group
+    assert (slots[german].language, groups[rows[german]]) == (1, groups[SW])
+    assert PAGE.quoted("contrast sets of `set_size` {}") == [walk.config.objective.contrastive.set_size]
+    ours, size = slots[1], int(walk.data.index.n_bytes[SW])
+    said = PAGE.quoted("({} x {} = {}~{} tokens)")
     assert said == [size, ours.cost / size, ours.cost, len(sample_of(walk, SW))]
     PAGE.says("on two ranks the contrast set goes to rank 0 and both single slots to rank 1")
     assert [[bool(unit.pairs) for unit in share] for share in assign(walk.plan, 2)] == [[True], [False, False]]
@@ -165,16 +180,16 @@ def test_tokens(walk: Walk) -> None:
         assert rows["piece"][str(place)] == f"`{walk.data.tokenizer.convert_ids_to_tokens(token)}`"
         for mask in ("content", "answer", "labels"):
             assert rows[f"`{mask}`"][str(place)] == ("x" if getattr(sample, mask)[place] else ""), (mask, place)
-    first, last = PAGE.quoted("so tokens {}-{} are exactly what `Chat.prompt_ids` gives")
+    first, last = PAGE.quoted("tokens {}-{} are~`Chat.prompt_ids`")
     prompt, _ = chat.prompt_ids(walk.data.index.record(SW).conversation.messages[:-1], "sw", "sw")
     assert sample.input_ids[first : last + 1].tolist() == prompt.tolist()
     arrays = (sample.input_ids, sample.labels, sample.content, sample.answer)
-    assert PAGE.quoted("Four equal arrays of shape ({},); `language` {}, `response_language` {}.") == [
+    assert PAGE.quoted("of shape ({},); `language` {}, `response_language` {}") == [
         *{len(array) for array in arrays}, sample.language, sample.response_language
     ]  # fmt: skip
     english = sample_of(walk, EN)
     counts = [len(english), english.content.sum(), english.labels.sum()]
-    assert PAGE.quoted("The English sample has {} tokens, {} content, {} label.") == counts
+    assert PAGE.quoted("English sample has {} tokens, {} content, {} label") == counts
 
 
 def test_packed_rows(walk: Walk) -> None:
@@ -196,7 +211,7 @@ def test_packed_rows(walk: Walk) -> None:
         assert " ".join(line.split()) == found
     log = (walk.config.output_dir / "logs" / "run.log").read_text()
     (difference,) = re.findall(r"packed logits of a tiny llama differ from single ones by (\S+);", log)
-    PAGE.rounding("compares the logits with unpacked ones ({} apart)", float(difference))
+    PAGE.rounding("({} apart)", float(difference))
 
 
 def test_fields_of_a_batch(walk: Walk) -> None:
@@ -218,12 +233,15 @@ def test_fields_of_a_batch(walk: Walk) -> None:
     said = PAGE.quoted("positions {}-{} predict ids {}, {}, ..., {}, {}")
     assert said == [places[0], places[-1], *ids[:2], *ids[-2:]]
     counted, content = int((targets.vector_languages[ours] == 2).sum()), int(targets.content[ours].sum())
-    said = PAGE.quoted("2 on {} tokens ({} content + {} answer), -1 on the rest")
+    said = PAGE.quoted("2 on {} tokens ({} content + {} answer), -1")
     assert said == [counted, content, counted - content]
     assert PAGE.quoted("| {} true |") == [content]
-    assert PAGE.quoted("[{}, {}]: segment 2 (English), segment 0 (Swahili)") == targets.pairs.segments[0].tolist()
+    weights = [*first.label_weights.unique(), *walk.data.packer.idle().label_weights]
+    assert PAGE.quoted("| {}; a micro-batch without labels~weight {} |") == weights
+    assert PAGE.quoted("(3, 2) int64 | set {},") == [targets.pairs.sets[0]]
+    assert PAGE.quoted("[{}, {}]: segment 2 (English)") == targets.pairs.segments[0].tolist()
     single = [slot.number for unit in walk.plan.units[1:] for slot in unit.slots]
-    assert PAGE.quoted("The second holds slots {} and {} in one row") == single
+    assert PAGE.quoted("holds slots {} and {} in one row") == single
     said = PAGE.quoted("in one row: ({}, {}), {} labels, `pairs.segments` ({}, {})")
     assert said == [*second.input_ids.shape, len(second.label_weights), *second.targets.pairs.segments.shape]
 
@@ -232,13 +250,13 @@ def test_loader(walk: Walk) -> None:
     step = walk.step
     said = PAGE.quoted("`counts` ({} `label_tokens`, {} `pairs`), `tokens` [{}, {}, {}] and `samples` [{}, {}, {}]")
     assert said == [step.counts["label_tokens"], step.counts["pairs"], *step.tokens, *step.samples]
-    assert PAGE.quoted("a fingerprint of what was read ({}) that adds up over ranks") == [step.fingerprint]
+    assert PAGE.quoted("fingerprint~({})") == [step.fingerprint]
     assert walk.metrics[0]["data/step_fingerprint"] == step.fingerprint
 
 
 def test_step(walk: Walk) -> None:
     step = walk.step
-    said = PAGE.quoted("Here: {} label tokens, {} pairs, {} micro-batches.")
+    said = PAGE.quoted("{} label tokens, {} pairs, {} micro-batches")
     assert said == [step.counts["label_tokens"], step.counts["pairs"], len(step.micro_batches)]
     rates = [metrics["train/learning_rate"] for metrics in walk.metrics]
     assert PAGE.quoted("`scaling.learning_rate(step, ...)` ({}, then {})") == rates
@@ -249,12 +267,14 @@ def test_language_vectors(walk: Walk, forward: Forward) -> None:
 
     vectors, metrics = forward.objective.vectors, walk.metrics[0]
     assert vectors is not None
-    assert PAGE.quoted("over {}, {} and {} tokens of en, de, sw") == vectors.tokens.tolist()
+    assert PAGE.quoted("probe set ({} items a language)") == [walk.config.objective.probe_items]
+    said = PAGE.quoted("entering layers {} and {}~{}, {} and {} tokens of en, de, sw")
+    assert said == [*vectors.layers, *vectors.tokens]
     assert PAGE.quoted("`LanguageVectors.mean` is ({}, {}, {})") == list(vectors.mean.shape)
     norms = [metrics[f"shift/norm/{code}"] for code in ("sw", "de", "en")]
-    assert PAGE.quoted("Swahili's shift at layer 1 has length {}, German's {}, English's {}.") == norms
+    assert PAGE.quoted("at layer 1~length {}, German's {}, English's {}") == norms
     errors = [metrics[f"shift/restoration_error/{code}"] for code in ("sw", "de")]
-    assert PAGE.quoted("the restoration error: {} (sw), {} (de)") == errors
+    assert PAGE.quoted("restoration error: {} (sw), {} (de)") == errors
     assert {name: metrics[name] for name in forward.before} == pytest.approx(forward.before, rel=1e-4)
     saved = LanguageVectors.load(walk.config.output_dir / "checkpoints/step-00000002/language_vectors.safetensors")
     assert saved.tokens.tolist() == vectors.tokens.tolist()
@@ -262,17 +282,19 @@ def test_language_vectors(walk: Walk, forward: Forward) -> None:
 
 def test_forward_pass(walk: Walk, forward: Forward) -> None:
     first, shapes = walk.step.micro_batches[0], forward.shapes
-    assert PAGE.quoted("which language each of the ({}, {}) tokens has") == shapes["located"]
+    assert PAGE.quoted("each of the ({}, {}) tokens") == shapes["located"]
     ours, area = first.targets.segment_ids == 0, walk.config.objective.layers
-    said = PAGE.quoted("adds `v[en,{}] - v[sw,{}]` to our {} tokens; mean of our {} content tokens")
+    said = PAGE.quoted("`v[en,{}] - v[sw,{}]`~{} tokens~{} content tokens")
     assert said == [area[0], area[0], ours.sum(), first.targets.content[ours].sum()]
-    assert PAGE.quoted("| `h[{}]` | shift back | adds `v[sw,{}] - v[en,{}]`") == [area[1]] * 3
-    said = PAGE.quoted("lets only the {} label positions through: logits ({}, {}, {})")
+    assert PAGE.quoted("| `h[{}]` | shift toward") == [area[0]]
+    assert PAGE.quoted("| `h[{}]` | `ContentPooling._pool` |") == [area[0] + 1]
+    assert PAGE.quoted("| `h[{}]` | shift back |~`v[sw,{}] - v[en,{}]`") == [area[1]] * 3
+    said = PAGE.quoted("the {} label positions~logits ({}, {}, {})")
     assert said == [len(first.label_weights), *shapes["logits"]]
-    assert PAGE.quoted("Pooling gives two tensors ({}, {}), one a layer of the area.") == shapes["pooled 0"]
+    assert PAGE.quoted("Pooling~two tensors ({}, {}), one a layer") == shapes["pooled 0"]
     assert shapes["pooled 0"] == shapes["pooled 1"]
     assert "pooled 2" not in shapes
-    said = PAGE.quoted("within the set, segment {} with {}, {} with {} and {} with {}")
+    said = PAGE.quoted("segment {} with {}, {} with {} and {} with {}")
     assert sorted(zip(said[::2], said[1::2], strict=True)) == sorted(map(tuple, first.targets.pairs.segments.tolist()))
 
 
@@ -296,16 +318,18 @@ def test_loss(walk: Walk, forward: Forward) -> None:
     metrics = sums.metrics(sums.vector(), totals, walk.config.data.languages)
     assert metrics == pytest.approx({name: walk.metrics[0][name] for name in metrics}, rel=1e-4)
     sft, contrastive = forward.terms[0].terms.values()
+    said = PAGE.quoted("over all ranks, {} and {},")
+    assert said == [totals.denominator(term.denominator) for term in (sft, contrastive)]
     PAGE.says("`sft` per `label_tokens`, `contrastive` per `pairs`.")
     assert (sft.denominator, contrastive.denominator) == ("label_tokens", "pairs")
     loss = sum(each.item() for each in sums.shares)
     found = [sft.weight, metrics["train/loss"], contrastive.weight, metrics["train/contrastive"], loss]
     assert numbers(whole) == found
-    said = PAGE.quoted("Swahili's own loss is {} over {} label tokens, {} each (`train/loss/sw`)")
+    said = PAGE.quoted("Swahili's~loss is {} over {} label tokens, {} each")
     assert said == [sums.losses[2].item(), sums.labels[2].item(), metrics["train/loss/sw"]]
-    said = PAGE.quoted("a uniform guess over {} tokens costs {}. The second step's loss is {}.")
     size = len(walk.data.tokenizer)
-    assert said == [size, math.log(size), walk.metrics[1]["train/loss"]]
+    assert PAGE.quoted("uniform guess over {} tokens~{}") == [size, math.log(size)]
+    assert PAGE.quoted("second step's loss is {}") == [walk.metrics[1]["train/loss"]]
 
 
 def test_checkpoint(walk: Walk) -> None:
@@ -346,10 +370,10 @@ def test_export(walk: Walk) -> None:
     (described,) = re.findall(r"crosslift\.json +(.*?)\n  \w", listing, re.DOTALL)
     assert set(re.split(r",\s+", described)) == description.keys() - {"format"}
     assert description["check"]["passed"]
-    assert PAGE.quoted("its logits must equal the run's to {} of the largest") == [FP32_TOLERANCE]
-    PAGE.rounding("of the largest (here {})", description["check"]["difference"])
-    PAGE.says("logits that differ by more than one rounding step (2^-8)")
-    PAGE.says("four times the difference between its bf16 and fp32 logits is allowed")
+    assert PAGE.quoted("logits~the run's to {} of the largest") == [FP32_TOLERANCE]
+    PAGE.rounding("(here {})", description["check"]["difference"])
+    PAGE.says("one rounding step (2^-8)")
+    PAGE.says("four times the difference between its bf16 and fp32 logits")
     assert (BF16_STEP, NOISE_FACTOR) == (2**-8, 4)
 
 
@@ -366,7 +390,7 @@ def test_generation(walk: Walk) -> None:
         line = (walk.config.data_dir / "test_seen" / f"{code}.jsonl").read_text().splitlines()[0]
         ids, _ = chat.prompt_ids([Message("user", json.loads(line)["question"])], code, code)
         prompts.append(Prompt(ids.tolist(), code, code))
-    said = PAGE.quoted("two prompts from the test split, Swahili ({} tokens) and English ({})")
+    said = PAGE.quoted("Swahili ({} tokens) and English ({})")
     assert said == [len(prompt.ids) for prompt in prompts]
     shift, passes = generator.shift, []
     assert shift is not None
@@ -374,22 +398,22 @@ def test_generation(walk: Walk) -> None:
     answers = generator.generate(prompts, max_new_tokens=12)
     watching.remove()
     prompt, *generated = passes
-    assert PAGE.quoted("pads on the left, to ({}, {})") == list(prompt.shape)
-    assert PAGE.quoted("gives row 0 language {} throughout") == prompt[0].unique().tolist()
+    assert PAGE.quoted("on the left, to ({}, {})") == list(prompt.shape)
+    assert PAGE.quoted("row 0 language {} throughout") == prompt[0].unique().tolist()
     places = prompt[1].tolist()
-    PAGE.says("row 1 three times -1 (padding) and")
+    PAGE.says("row 1 three times -1 (padding)")
     assert places == [-1] * 3 + [2] * (len(places) - 3)
-    assert PAGE.quoted("(padding) and {} times {}.") == [places.count(2), 2]
-    said = PAGE.quoted("it gives the response languages [[{}], [{}]], ({}, {})")
+    assert PAGE.quoted("(padding) and {} times {}") == [places.count(2), 2]
+    said = PAGE.quoted("response languages [[{}], [{}]], ({}, {})")
     assert all(said == [*each.flatten().tolist(), *each.shape] for each in generated)
     ids = torch.tensor([prompts[0].ids])
     with torch.no_grad():
         plain = generator.model(input_ids=ids).logits
         with generator.shifted(prompts[:1], torch.ones_like(ids)):
             shifted = generator.model(input_ids=ids).logits
-    said = PAGE.quoted("the Swahili prompt's logits differ by up to {} (the largest is {})")
+    said = PAGE.quoted("Swahili prompt's logits differ by up to {} (~{})")
     assert said == [float((shifted - plain).abs().max()), float(shifted.abs().max())]
-    PAGE.says("both answers are new lines, `finished` is False and `shifted` True")
+    PAGE.says("new lines, `finished` is False and `shifted` True")
     assert [(set(each.text), each.finished, each.shifted) for each in answers] == [({"\n"}, False, True)] * 2
 
 
@@ -407,7 +431,7 @@ def test_score(walk: Walk) -> None:
         assert shown.pop(name).items() <= row[name].items()
     assert shown.items() <= row.items()
     results = json.loads((folder / "results.json").read_text())
-    said = PAGE.quoted("with its 95 % interval: {} of {}, [{}, {}] %")
+    said = PAGE.quoted("95 % interval: {} of {}, [{}, {}] %")
     for scores in results["languages"].values():
         headline = scores["accuracy"][results["headline"]]
         assert said == [headline["correct"], scores["n"], 100 * headline["low"], 100 * headline["high"]]
