@@ -288,7 +288,7 @@ class RunConfig(Section):
         if "rollback" in (self.guard.non_finite, self.guard.spike) and self.checkpoint.every >= self.max_steps:
             yield (
                 f"'guard' rolls back to the last checkpoint, but with 'checkpoint.every' {self.checkpoint.every} and "
-                f"'max_steps' {self.max_steps} there is none before the last step; set the former lower"
+                f"'max_steps' {self.max_steps} no checkpoint is saved before the last step; lower 'checkpoint.every'"
             )
         yield from self._best_is_measured()
         kind, kinds = self.data.kind, self.objective.kinds

@@ -138,7 +138,7 @@ def _finish(tracker: Tracker, output_dir: Path, status: Status) -> None:
     try:
         _track_files(tracker, output_dir)
     except Exception as error:  # such as a full disk
-        log.warning("%s: its plots are not all drawn: %s", output_dir, error)
+        log.warning("%s: some plots could not be drawn: %s", output_dir, error)
     except BaseException:
         status = "KILLED"
         raise

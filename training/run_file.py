@@ -184,7 +184,9 @@ def apply_override(values: dict[str, Any], text: str) -> None:
 
 def _list_index(node: list[Any], name: str, text: str) -> int:
     if not name.isdigit() or int(name) >= len(node):
-        raise ConfigError(f"override {text!r}: {name!r} is no entry of a list of {len(node)} (0 to {len(node) - 1})")
+        raise ConfigError(
+            f"override {text!r}: {name!r} is not an index of a list of {len(node)} (0 to {len(node) - 1})"
+        )
     return int(name)
 
 
@@ -201,7 +203,7 @@ def _explain(item: Any) -> list[str]:
     if item["type"] == "union_tag_not_found":
         return [f"{path}.name: required, but missing"]
     if item["type"] == "union_tag_invalid":
-        return [f"{path}.name: {item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"]
+        return [f"{path}.name: {item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"]
     if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return [f"{path}: must be a section of keys (found {item['input']!r})"]
     message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")

@@ -54,7 +54,7 @@ class MixtureConfig(Section):
         if self.weights is not None and not any(self.weights.values()):
             raise ValueError("weights has no language above 0; give at least one")
         if self.strategy != "temperature" and self.temperature != type(self).model_fields["temperature"].default:
-            raise ValueError(f"temperature goes with strategy: temperature, not with {self.strategy}")
+            raise ValueError(f"'temperature' applies only to strategy: temperature, not to {self.strategy}")
         return self
 
 

@@ -288,7 +288,7 @@ def _unlike(written: str, answer: str) -> str:
     shown = [_short(each) for each in (written, answer)]
     if max(map(len, texts)) > _SHOWN:
         shown = [_around(each, at) for each in texts]
-    lost = f": U+{ord(texts[1][at]):04X} does not come back" if at < len(texts[1]) else ""
+    lost = f": U+{ord(texts[1][at]):04X} is lost" if at < len(texts[1]) else ""
     return f"the tokenizer writes {shown[0]} for {shown[1]}{lost}; change or remove the row"
 
 

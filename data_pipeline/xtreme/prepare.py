@@ -37,7 +37,7 @@ from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
 STAMP = "prepared.json"
 VERSION = 2  # raise it if the same files now give other rows
 Counts = dict[str, Any]
-KEPT_EMPTY = "empty sentence (row kept for its place)"
+KEPT_EMPTY = "empty sentence (row kept, so that lines match)"
 UNANSWERABLE, MISPLACED = "unanswerable question", "answer not at its offset"
 
 

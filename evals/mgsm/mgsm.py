@@ -193,7 +193,7 @@ def read_predictions(file: Path, language: str, problems: Sequence[Problem]) -> 
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvalError(f'{file}:{number + 1}: not an answer; a line is {{"output": TEXT}}') from error
         if not 0 <= index < len(problems) or index in rows:
-            fault = "comes twice" if index in rows else f"is not one of the {len(problems)} problems"
+            fault = "occurs twice" if index in rows else f"is not one of the {len(problems)} problems"
             raise EvalError(f"{file}:{number + 1}: problem {index} {fault}")
         if row.get("question", problems[index].question) != problems[index].question:
             raise EvalError(f"{file}:{number + 1}: answers another question than problem {index} of the labels")

@@ -130,7 +130,7 @@ class CrossLingualMixup:
         self.last_ratio: Tensor | None = None  # (n,) lam of the last mixed forward pass, detached
         self._layer = cast(Any, layers[layer])
         if hasattr(self._layer, _KEYWORD):
-            raise ModelError(f"x-mixup: layer {layer} mixes already")
+            raise ModelError(f"x-mixup: layer {layer} already has X-Mixup hooks")
         setattr(self._layer, _KEYWORD, True)
         if ratio == "learned":
             norm = self._layer.attention.output.LayerNorm.weight

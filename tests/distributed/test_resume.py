@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_is_skipped_and_changes_are_refused(shifcon: dict[s
         refused = run_ranks(rank_program(write_config(tmp_path / "changed.yaml", changed)), 2)
         assert [each.returncode for each in refused] == [2, 2]
         stderr = refused[0].stderr
-        assert f"{damaged} is passed over: zero/{shard.name} is not what was saved" in stderr
+        assert f"{damaged} is passed over: zero/{shard.name} is damaged" in stderr
         assert "config seed: was 3, now 4" in stderr
         assert "data tokenizer: has changed" in stderr
         assert "step-00000008" in stderr

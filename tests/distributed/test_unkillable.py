@@ -116,7 +116,7 @@ def test_the_data_offsets_of_two_rollbacks_add_up(cells: Path) -> None:
 
 def test_a_rollback_without_a_checkpoint_is_an_error(cells: Path) -> None:
     for each in raised(cells, "roll back from nowhere"):
-        assert each == ["NonFiniteStep", "step 2: there is no checkpoint to go back to; set checkpoint.every lower"]
+        assert each == ["NonFiniteStep", "step 2: there is no checkpoint to roll back to; set checkpoint.every lower"]
 
 
 def test_the_run_stops_when_max_events_is_used_up(cells: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_run_stops_when_max_events_is_used_up(cells: Path) -> None:
         assert each is not None
         assert each[0] == "NonFiniteStep"
         assert each[1].startswith(
-            "step 7: loss is not finite, and guard.max_events=1 were used up before; samples of rank 1: "
+            "step 7: loss is not finite, and guard.max_events=1 were used up; samples of rank 1: "
         )
 
 
@@ -223,7 +223,7 @@ def test_a_run_resumes_from_node_local_disks_with_the_same_ranks_and_nodes(cells
     )
     expected = {str(step): loss for step, loss in losses(cells, "undisturbed").items() if step > STEPS - 2 * EVERY}
     assert report["losses"] == expected
-    assert "rank 0 finds no part of its own on its node" in report["swapped"]
+    assert "rank 0 has no shard of it on its node" in report["swapped"]
 
 
 def test_every_cell_is_tested() -> None:

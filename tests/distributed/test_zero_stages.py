@@ -91,7 +91,7 @@ def test_gradients_are_accumulated_in_fp32(cells: Path, cell: str) -> None:
 
 def test_deepspeed_prints_no_memory_lines(cells: Path) -> None:
     output = (cells / "output").read_text()
-    assert "going back to the last checkpoint" in output, "the output of the ranks is captured"
+    assert "rolling back to the last checkpoint" in output, "the output of the ranks is captured"
     assert "bf16_ optimizer" not in output
     assert "Max_MA" not in output
 

@@ -121,7 +121,7 @@ def test_a_server_killed_during_a_run_has_everything_once(
     out, err = capfd.readouterr()
     assert out == ""
     assert [line.split(": ")[0] for line in err.splitlines()] == ["crosslift"] * len(err.splitlines())
-    assert "is back and has everything" in err
+    assert "is reachable again and has everything" in err
 
     # A job that resumes from step 38 continues the same run.
     tracker = tracker_for(server, folder, resumed_step=38)

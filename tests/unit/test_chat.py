@@ -354,7 +354,7 @@ def test_every_wrong_label_mask_is_refused(tokenizers, kind, template):
 def test_an_answer_that_the_tokenizer_cannot_round_trip_is_a_bad_row(tokenizers):
     chat = make_chat(tokenizers, "spm")
     record = make_record("q", "a▁b")  # sentencepiece uses U+2581 for the space
-    with pytest.raises(BadRow, match=r"file.jsonl:7: the tokenizer writes 'a b' for 'a▁b': U\+2581 does not come"):
+    with pytest.raises(BadRow, match=r"file.jsonl:7: the tokenizer writes 'a b' for 'a▁b': U\+2581 is lost"):
         check_labels(chat, record, chat.tokenize(record))
 
 
@@ -367,7 +367,7 @@ def test_the_error_for_a_long_answer_shows_only_its_first_difference(tokenizers)
     around = f"...{start[-26:]}here{{}}it is{end[:24]}..."
     assert refusal.value.reason == (
         f"the tokenizer writes '{around.format(' ')}' for '{around.format('▁')}':"
-        " U+2581 does not come back; change or remove the row"
+        " U+2581 is lost; change or remove the row"
     )
 
 

@@ -164,7 +164,7 @@ def test_a_flipped_bit_is_found_only_if_content_is_verified(tmp_path: Path, name
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert checkpoint.defect(path) is None, "sizes are right"
-    assert checkpoint.defect(path, ALL_CONTENT) == f"{name} is not what was saved: its checksum differs"
+    assert checkpoint.defect(path, ALL_CONTENT) == f"{name} is damaged: its checksum differs"
     shares = [checkpoint.defect(path, (share, 2)) for share in (0, 1)]
     assert sorted(map(str, shares)) == sorted(["None", str(checkpoint.defect(path, ALL_CONTENT))]), (
         "each file is read once"
@@ -176,7 +176,7 @@ def test_damaged_content_is_refused_if_content_is_verified(tmp_path: Path, caplo
     (newer / "zero" / "rank_0.pt").write_bytes(b"y" * 1000)
     assert find("auto", tmp_path) == newer
     assert find("auto", tmp_path, content=True) == older
-    reason = "zero/rank_0.pt is not what was saved: its checksum differs"
+    reason = "zero/rank_0.pt is damaged: its checksum differs"
     assert caplog.messages == [f"{newer} is passed over: {reason}"]
     assert find(str(tmp_path), tmp_path / "other run", content=True) == older
     with pytest.raises(ConfigError, match=f"step-00000020: not a complete checkpoint: {reason}"):
@@ -206,7 +206,7 @@ def test_complete_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
 def test_a_file_that_rank_0_cannot_find_prevents_the_commit(tmp_path: Path) -> None:
     directory = checkpoint.begin(tmp_path, 10)
     state(10).write(directory)
-    with pytest.raises(ConfigError, match=r"zero/rank_1\.pt: written by its rank, but not seen by rank 0"):
+    with pytest.raises(ConfigError, match=r"zero/rank_1\.pt: written by its rank, but not visible on rank 0"):
         checkpoint.commit(tmp_path, 10, {"zero/rank_1.pt": FileRecord(1, "x")})
     assert newest(tmp_path) is None
 
@@ -218,7 +218,7 @@ def test_checksums_reported_by_ranks_are_recorded(tmp_path: Path) -> None:
     (directory / "rank_0.pt").write_bytes(b"abc")
     reported = FileRecord(3, sha256(b"abd").hexdigest())
     path = checkpoint.commit(tmp_path, 10, {"rank_0.pt": reported})
-    assert "rank_0.pt is not what was saved" in str(checkpoint.defect(path, ALL_CONTENT))
+    assert "rank_0.pt is damaged" in str(checkpoint.defect(path, ALL_CONTENT))
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_logged_and_fails_no_save(
     monkeypatch.setattr(shutil, "rmtree", failing_rmtree)
     save(tmp_path, 40, keep=1)
     assert steps_of(tmp_path) == [20, 40]
-    assert f"{old[1]} need not be kept, but cannot be deleted: [Errno 13] Permission denied" in caplog.text
+    assert f"{old[1]}: an old checkpoint that cannot be deleted: [Errno 13] Permission denied" in caplog.text
 
 
 def test_an_unreadable_state_counts_as_without_metric_and_fails_no_save(
@@ -457,7 +457,7 @@ def test_only_leftovers_of_killed_starts_are_deleted(tmp_path: Path) -> None:
 def test_the_error_for_an_unknown_metric_names_the_nearest_ones() -> None:
     available = ["train/loss", "eval/loss", "eval/loss/sw", "data/overlong", "memory/host_peak_gib"]
     assert no_such_metric("eval_loss", 4, available) == (
-        "checkpoint.best: eval_loss: no such metric at step 4, whose checkpoint can thus not be the best; "
+        "checkpoint.best: eval_loss: no such metric at step 4, so its checkpoint cannot be the best; "
         "nearest: eval/loss, eval/loss/sw, train/loss"
     )
     assert no_such_metric("eval_loss", 4, []).endswith("nearest: none")

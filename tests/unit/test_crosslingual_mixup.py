@@ -134,7 +134,7 @@ def test_invalid_settings_are_refused() -> None:
             CrossLingualMixup(model, **settings)
     assert not [name for name, _ in model.named_parameters() if "mixup" in name]
     mixup = CrossLingualMixup(model, 1)
-    with pytest.raises(ModelError, match="layer 1 mixes already"):
+    with pytest.raises(ModelError, match="layer 1 already has X-Mixup hooks"):
         CrossLingualMixup(model, 1)
     mixup.remove()
     CrossLingualMixup(model, 1)

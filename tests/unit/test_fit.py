@@ -105,7 +105,7 @@ def test_a_plot_that_cannot_be_drawn_does_not_change_the_status_of_the_run(
         assert raised.value is error
     last = last_event(config)
     assert (last["kind"], last["status"]) == ("finish", status)
-    assert f"{config.output_dir}: its plots are not all drawn: " in caplog.text
+    assert f"{config.output_dir}: some plots could not be drawn: " in caplog.text
 
 
 def test_ctrl_c_while_plots_are_drawn_ends_the_record_as_killed(

@@ -261,7 +261,7 @@ def test_outputs_of_other_programs_are_scored(tmp_path: Path, data: Path) -> Non
         (["[]"], "mgsm_de.jsonl:1: not an answer"),
         (['{"output": 18}'], "mgsm_de.jsonl:1: not an answer"),
         (['{"output": "1"}'] * 3, "mgsm_de.jsonl:3: problem 2 is not one of the 2"),
-        (['{"output": "1", "index": 0}'] * 2, "mgsm_de.jsonl:2: problem 0 comes twice"),
+        (['{"output": "1", "index": 0}'] * 2, "mgsm_de.jsonl:2: problem 0 occurs twice"),
         (['{"output": "1", "question": "Wie?"}'], "mgsm_de.jsonl:1: answers another question"),
     ],
 )

@@ -226,7 +226,9 @@ def test_check_refuses_settings_that_change_the_result_and_shows_them(
     saved: Path, override: str, difference: str
 ) -> None:
     line = refusal(load_config(saved, [override]))
-    assert line.startswith(f"{checkpoint.checkpoint_path(load_config(saved).output_dir, DONE)}: is another run's: ")
+    assert line.startswith(
+        f"{checkpoint.checkpoint_path(load_config(saved).output_dir, DONE)}: belongs to another run: "
+    )
     assert difference in line
     assert "give another output_dir, or resume with --accept-changes" in line
 
@@ -292,7 +294,7 @@ def test_more_steps_are_accepted_and_the_changed_schedule_is_shown(saved: Path) 
     lines = list(check_run(load_config(saved, ["max_steps=24"])))
     assert lines[-3:-1] == [
         "max_steps: was 12, now 24: the learning rate falls until step 24 instead of 12 (cosine); at step 7 it is "
-        "0.00256, where it was to be 0.0015",
+        "0.00256, instead of 0.0015",
         f"{checkpoint.checkpoint_path(load_config(saved).output_dir, DONE)}: resumes from step {DONE} of 24",
     ]
 
@@ -300,9 +302,9 @@ def test_more_steps_are_accepted_and_the_changed_schedule_is_shown(saved: Path) 
 @pytest.mark.parametrize(
     ("schedule", "step", "expected"),
     [
-        ({"name": "linear"}, 6, "falls until step 24 instead of 12 (linear); at step 7 it is 0.00225, where it was"),
-        ({"name": "linear"}, 12, "at step 13 it is 0.0015, where it was to be 0"),
-        ({"name": "cosine", "final_ratio": 0.1}, 12, "where it was to be 0.0003"),
+        ({"name": "linear"}, 6, "falls until step 24 instead of 12 (linear); at step 7 it is 0.00225, instead of"),
+        ({"name": "linear"}, 12, "at step 13 it is 0.0015, instead of 0"),
+        ({"name": "cosine", "final_ratio": 0.1}, 12, "instead of 0.0003"),
         ({"name": "constant", "warmup_ratio": 0.5}, 6, "warms up as a run of 24 instead of 12 steps does; at step 7"),
     ],
 )
@@ -318,7 +320,7 @@ def test_the_schedule_of_a_longer_run(saved: Path, schedule: dict[str, Any], ste
 def test_train_refuses_another_run_in_the_folder_of_a_finished_one(run_yaml: Path) -> None:
     finished = save(load_config(run_yaml), step=12)
     for overrides in (["seed=9"], ["model.init.hidden_size=64"], ["optimizer.learning_rate=0.1"]):
-        with pytest.raises(ConfigError, match=r": is another run's: config "):
+        with pytest.raises(ConfigError, match=r": belongs to another run: config "):
             fit._fit(load_config(run_yaml, overrides), "auto", accept_changes=False, stop=StopRequest())
     assert fit._fit(load_config(run_yaml, KEEPS_RESULT), "auto", accept_changes=False, stop=StopRequest()) == (
         finished,

@@ -191,7 +191,7 @@ def test_a_lock_from_another_machine_that_is_not_renewed_is_taken_over(
         pass
     printed = capsys.readouterr().err
     assert "held by a run on node-7" in printed
-    assert "to see whether it is alive" in printed
+    assert "for its lock to be renewed" in printed
     assert "taken over" in printed
 
 

@@ -68,7 +68,5 @@ def test_a_row_that_is_bad_in_two_languages_counts_once() -> None:
     made = RunTotals(["en", "sw"])
     made.add_bad_rows([BadRow("wide.csv:3", "no answer in en"), BadRow("wide.csv:3", "no answer in sw")], most=1)
     made.add_bad_rows([BadRow("wide.csv:3", "no answer in en")], most=1)
-    with pytest.raises(
-        DataError, match=r"wide.csv:4: no text \(2 unusable rows were met so far; data.max_bad_rows is 1"
-    ):
+    with pytest.raises(DataError, match=r"wide.csv:4: no text \(2 unusable rows so far; data.max_bad_rows is 1"):
         made.add_bad_rows([BadRow("wide.csv:4", "no text")], most=1)

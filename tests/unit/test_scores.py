@@ -117,7 +117,7 @@ def test_an_unreachable_store_loses_no_score(tmp_path: Path) -> None:
     tracker.finish("FINISHED", timeout=0.1)
     line = track_scores(export_in(run / "model"), "mgsm", METRICS, [])
     assert line is not None
-    assert "http://127.0.0.1:9 lacks them: " in line
+    assert "http://127.0.0.1:9 does not have them yet: " in line
     assert (run / SCORES_NAME).is_file()
 
 

@@ -52,7 +52,7 @@ def test_the_newest_checkpoint_is_taken_from_any_disk(
 
 @pytest.mark.parametrize(
     ("shard", "world_size", "message"),
-    [(False, 1, "rank 0 finds no part of its own on its node"), (True, 2, "saved on 2 ranks, on node-local disks")],
+    [(False, 1, "rank 0 has no shard of it on its node"), (True, 2, "saved on 2 ranks, on node-local disks")],
 )
 def test_older_node_local_checkpoints_do_not_block_a_resume(
     config: RunConfig, disk: Disk, shard: bool, world_size: int, message: str
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_on_a_node_local_disk_is_skipped_too(
     both = [shared_disk(config.output_dir), Disk(disk.home, frozenset({0}))]
     assert both[1].shared == (ranks == 1)
     assert find_checkpoint("auto", both) is None
-    assert caplog.messages == [f"{damaged} is passed over: {shard_of(0)} is not what was saved: its checksum differs"]
+    assert caplog.messages == [f"{damaged} is passed over: {shard_of(0)} is damaged: its checksum differs"]
     older = save(config.output_dir, 4)
     assert find_checkpoint("auto", both) == older
     whole = save(disk.home, 5)
@@ -96,8 +96,7 @@ def test_a_max_bad_rows_below_the_saved_count_is_refused_before_loading(config: 
     with pytest.raises(ConfigError) as refusal:
         resume_from(trainer, path)
     assert str(refusal.value) == (
-        "data.max_bad_rows: 0, but 3 unusable rows were met before step-00000004 was saved; "
-        "set data.max_bad_rows=3 or more"
+        "data.max_bad_rows: 0, but 3 unusable rows before step-00000004 was saved; set data.max_bad_rows=3 or more"
     )
     run.config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 3})})
     assert resume_from(trainer, path) == 4

@@ -134,7 +134,7 @@ def test_all_rows_are_read_and_summed_up_by_reason(tmp_path: Path, tokenizer: Pa
     place = lines.index("all rows: 240 read, 6 of them unusable")
     assert lines[place + 1] == (
         f"unusable, 4 rows, such as {data}/de.jsonl:51: the tokenizer writes '50 Antwort' for '50\u2581Antwort':"
-        " U+2581 does not come back; change or remove the row"
+        " U+2581 is lost; change or remove the row"
     )
     assert lines[place + 2] == f"    {data}/de.jsonl:52, {data}/de.jsonl:53 and 1 more"
     others = sorted(lines[place + 3 :])
@@ -171,7 +171,7 @@ def test_if_no_row_is_usable_the_reason_of_the_first_is_reported(tmp_path: Path,
 
 def test_reasons_that_differ_only_in_quoted_text_are_one_kind() -> None:
     rows = [BadRow(f"a:{n}", f"'content'[{n}] is {text!r}, not 7") for n, text in enumerate(["it's", 'say "x"', "b"])]
-    rows += [BadRow(f"c:{n}", f"'{each}': U+{ord(each):04X} does not come back") for n, each in enumerate("ก▁«🙂")]
+    rows += [BadRow(f"c:{n}", f"'{each}': U+{ord(each):04X} is lost") for n, each in enumerate("ก▁«🙂")]
     assert list(by_reason([*rows, BadRow("b:1", "'content' is empty")])) == [
         "unusable, 4 rows, such as c:0: 'ก': U+0E01 does not come back",
         "    c:1, c:2 and 1 more",

@@ -162,7 +162,7 @@ def test_a_rollback_skips_a_damaged_checkpoint(trainer: Made, caplog: pytest.Log
     assert made._roll_back(failed=8) == 4
     assert cast(Engine, made.run.engine).loaded[-1] == "step-00000004"
     assert made.data_offset == 4
-    assert "step-00000006 is passed over: zero/weights.pt is not what was saved" in caplog.text
+    assert "step-00000006 is passed over: zero/weights.pt is damaged" in caplog.text
     with pytest.raises(StoppedOnRequest):
         made._stop(6)
     assert checkpoint.defect(checkpoint.checkpoint_path(made.config.output_dir, 6), checkpoint.ALL_CONTENT) is None
@@ -184,7 +184,7 @@ def test_the_next_start_ignores_a_checkpoint_that_a_rollback_skipped(trainer: Ma
 
 
 def test_a_rollback_without_a_complete_checkpoint_is_an_error(trainer: Made) -> None:
-    with pytest.raises(NonFiniteStep, match="step 8: there is no checkpoint to go back to"):
+    with pytest.raises(NonFiniteStep, match="step 8: there is no checkpoint to roll back to"):
         trainer()._roll_back(failed=8)
 
 
@@ -292,7 +292,7 @@ def test_an_unusable_row_counts_once_however_often_it_is_read(trainer: Made, cap
     assert len([message for message in caplog.messages if "sw.jsonl:3" in message]) == 1
     with pytest.raises(DataError) as refusal:
         made.agree(rank_step(languages, bad_rows=(row, BadRow("de.jsonl:9", "no text"))))
-    assert str(refusal.value) == "de.jsonl:9: no text (2 unusable rows were met so far; data.max_bad_rows is 1)"
+    assert str(refusal.value) == "de.jsonl:9: no text (2 unusable rows so far; data.max_bad_rows is 1)"
 
 
 UNREADABLE = "sw.jsonl:7: the file has changed since the run began; start again"
@@ -427,7 +427,7 @@ def test_a_missing_best_metric_is_warned_of_once(trainer: Made, caplog: pytest.L
         made.save(step, {"train/loss/en": 1.0, "train/loss": 2.0})
         made._complete_checkpoint()
     assert [each for each in caplog.messages if "train/loss/zh" in each] == [
-        "checkpoint.best: train/loss/zh: no such metric at step 2, whose checkpoint can thus not be the best; "
+        "checkpoint.best: train/loss/zh: no such metric at step 2, so its checkpoint cannot be the best; "
         "nearest: train/loss, train/loss/en"
     ]
     caplog.clear()

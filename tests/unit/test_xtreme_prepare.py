@@ -175,7 +175,7 @@ def test_empty_items_are_left_out_refused_or_kept_by_split_and_task(data: Path, 
     write(tmp_path / "panx/panx/test-de.tsv", "Ulm\tB-LOC\n\n\nlebt\tO\n")
     counts = prepare_task("panx", tmp_path / "panx", tmp_path / "c")
     # scorers count it too, so it keeps its place
-    kept = {"test": {"de": {"empty sentence (row kept for its place)": 1}}}
+    kept = {"test": {"de": {"empty sentence (row kept, so that lines match)": 1}}}
     assert (counts["test"], counts["skipped"]) == ({"de": 3}, kept)
 
 

@@ -110,7 +110,7 @@ def _file_defect(path: Path, name: str, record: FileRecord, checksum: bool) -> s
     if (size := file.stat().st_size) != record.bytes:
         return f"{name} has {size} bytes instead of {record.bytes}"
     if checksum and _record(file) != record:
-        return f"{name} is not what was saved: its checksum differs"
+        return f"{name} is damaged: its checksum differs"
     return None
 
 
@@ -153,7 +153,7 @@ def commit(output_dir: Path, step: int, written: Mapping[str, FileRecord]) -> Pa
     temporary, final = incomplete_path(output_dir, step), checkpoint_path(output_dir, step)
     if unseen := sorted(name for name in written if not (temporary / name).is_file()):
         raise ConfigError(
-            f"{temporary / unseen[0]}: written by its rank, but not seen by rank 0: the folder of checkpoints must "
+            f"{temporary / unseen[0]}: written by its rank, but not visible on rank 0: the folder of checkpoints must "
             "be on a disk that all nodes share"
         )
     files = {}

@@ -67,7 +67,7 @@ def export_newest(checkpoint: Path, output: Path) -> bool:
     recover(output)
     if output.exists():
         if not (output / EXPORT_FILE).is_file():
-            raise ConfigError(f"{output}: in the way of the export, and no export itself; move it and start again")
+            raise ConfigError(f"{output}: exists and is not an export; move it and start again")
         if _is_of(checkpoint, output):
             return False
     with atomic_folder(output, exists="replace", exclusive=True) as temporary:

@@ -36,7 +36,7 @@ def retain(output_dir: Path, step: int, config: CheckpointConfig) -> None:
             try:
                 shutil.rmtree(path)
             except OSError as error:
-                log.warning("%s need not be kept, but cannot be deleted: %s", path, error)
+                log.warning("%s: an old checkpoint that cannot be deleted: %s", path, error)
 
 
 def _metric(path: Path, name: str) -> float | None:
@@ -68,6 +68,6 @@ def no_such_metric(best: str, step: int, metrics: Iterable[str]) -> str:
     """The warning about a checkpoint without the metric of `checkpoint.best`, with similar names."""
     near = difflib.get_close_matches(best, list(metrics), cutoff=0.3)
     return (
-        f"checkpoint.best: {best}: no such metric at step {step}, whose checkpoint can thus not be the best; "
+        f"checkpoint.best: {best}: no such metric at step {step}, so its checkpoint cannot be the best; "
         f"nearest: {', '.join(near) or 'none'}"
     )

@@ -136,7 +136,7 @@ class _DiskSearch:
             if any(some for _, some in found):
                 lacking = next((number for number, (names, _) in enumerate(found) if not names), 0)
                 raise ConfigError(
-                    f"checkpoint.local_dir: {self.disk.home}: rank {lacking} finds no part of its own on its node: "
+                    f"checkpoint.local_dir: {self.disk.home}: rank {lacking} has no shard of it on its node: "
                     "node-local checkpoints can only be resumed with the same ranks on the same nodes; for anything "
                     "else, keep checkpoints in a shared folder"
                 )

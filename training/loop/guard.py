@@ -77,7 +77,7 @@ class Guard:
 
     def _bounded(self, policy: Policy, what: str) -> Verdict:
         if policy != "stop" and self.events >= self.config.max_events:
-            return Verdict("stop", f"{what}, and guard.max_events={self.config.max_events} were used up before")
+            return Verdict("stop", f"{what}, and guard.max_events={self.config.max_events} were used up")
         self.events += policy != "stop"
         return Verdict(policy, what)
 

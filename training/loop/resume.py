@@ -63,13 +63,13 @@ def permitted(
     if not any(each.fixed for each in found):
         found += [Difference(line, fixed=True) for line in _other_shapes(path, config.data.kind, prepared.model_dir)]
     if fixed := [each for each in found if each.fixed]:
-        what = "cannot be loaded with" if accept_changes else "is another run's"
+        what = "cannot be loaded with" if accept_changes else "belongs to another run"
         listed = "; ".join(map(str, fixed if accept_changes else found))
         raise ConfigError(f"{path}: {what}: {listed} (set it back, or give another output_dir)")
     if found and not accept_changes:
         listed = "; ".join(map(str, found))
         raise ConfigError(
-            f"{path}: is another run's: {listed} (set it back, give another output_dir, or resume with "
+            f"{path}: belongs to another run: {listed} (set it back, give another output_dir, or resume with "
             "--accept-changes)"
         )
     for each in found if rank() == 0 else ():
@@ -124,7 +124,7 @@ def schedule_change(state: RunState, config: RunConfig) -> str | None:
     what = f"falls until step {steps} ({name})" if name != "constant" else f"warms up as a run of {steps} steps does"
     return (
         f"max_steps: was {before.max_steps}, now {config.max_steps}: the learning rate {what}; at step "
-        f"{state.step + 1} it is {now:.3g}, where it was to be {was:.3g}"
+        f"{state.step + 1} it is {now:.3g}, instead of {was:.3g}"
     )
 
 
@@ -137,7 +137,7 @@ def resume_from(trainer: Trainer, path: Path) -> int:
     run, state = trainer.run, RunState.read(path)
     if (met := len(state.totals.get("bad_rows", ()))) > (allowed := run.config.data.max_bad_rows):
         raise ConfigError(
-            f"data.max_bad_rows: {allowed}, but {met} unusable rows were met before {path.name} was saved; "
+            f"data.max_bad_rows: {allowed}, but {met} unusable rows before {path.name} was saved; "
             f"set data.max_bad_rows={met} or more"
         )
     if state.base is not None and (now := base_of(run)) != state.base and (now or {}).get("hash") != state.base["hash"]:

@@ -51,7 +51,7 @@ class RunTotals:
                 continue
             known[row.origin] = None
             if (met := len(known)) > most:
-                raise DataError(f"{row} ({met} unusable rows were met so far; data.max_bad_rows is {most})")
+                raise DataError(f"{row} ({met} unusable rows so far; data.max_bad_rows is {most})")
             if rank() == 0:
                 log.warning("an unusable row, whose slot stays empty each time it comes up: %s", row)
         self.bad_rows = known

@@ -315,7 +315,7 @@ class Trainer:
         self.run.engine.drop_update()
         if rank() == 0:
             used = f"{self.guard.events} of {self.config.guard.max_events} such events"
-            done = "the update is skipped" if verdict.policy == "skip" else "going back to the last checkpoint"
+            done = "the update is skipped" if verdict.policy == "skip" else "rolling back to the last checkpoint"
             log.warning("%s; %s (%s)", text, done, used)
         if verdict.policy == "rollback":
             raise RollBack(step)
@@ -325,7 +325,7 @@ class Trainer:
         self._complete_checkpoint()
         found = find_checkpoint("auto", self.disks)
         if found is None:
-            raise NonFiniteStep(f"step {failed}: there is no checkpoint to go back to; set checkpoint.every lower")
+            raise NonFiniteStep(f"step {failed}: there is no checkpoint to roll back to; set checkpoint.every lower")
         events, offset = self.guard.events, self.data_offset
         start = self.restore(found)
         for home in led_by_this_rank(self.disks):  # newer checkpoints belong to the abandoned steps

@@ -188,7 +188,7 @@ def _renews_lock(path: Path, holder: Holder) -> bool:
     """Whether a holder on another machine renews its lock."""
     first = _time_of(path)
     print_message(
-        f"{path}: held by {holder}; waiting up to {SILENT_SECONDS:.0f} s to see whether it is alive "
+        f"{path}: held by {holder}; waiting up to {SILENT_SECONDS:.0f} s for its lock to be renewed "
         "(if you know that it has ended, remove the file and start again)"
     )
     until = time.monotonic() + SILENT_SECONDS

@@ -91,7 +91,7 @@ def _sent(run: Path) -> str:
         return f"scores: in {run / SCORES_NAME}; `crosslift ui {run}` shows them on the run's MLflow page"
     result = sync_record(run)
     if result.error or not result.run_id:
-        why = f"MLflow at {result.uri} lacks them: {result.error}"
+        why = f"MLflow at {result.uri} does not have them yet: {result.error}"
         return f"scores: in {run / SCORES_NAME}; {why}; `crosslift ui` sends them"
     return f"scores: on the run's MLflow page at {result.uri}"
 

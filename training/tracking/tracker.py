@@ -206,7 +206,7 @@ class Tracker:
             self._outage = reason
             raise
         if self._outage is not None:
-            print_message(f"MLflow at {self._store_name} is back and has everything")
+            print_message(f"MLflow at {self._store_name} is reachable again and has everything")
             self._outage = None
         elif not self._page_logged and is_server(self._store_name) and self._feeder.experiment_id:
             log.info("MLflow: %s", run_page(self._store_name, self._feeder.experiment_id, self._feeder.run_id))
