@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from data_pipeline.records import DataError
-from data_pipeline.xtreme.items import NO_WORD, Sentence, Source, Split
+from data_pipeline.xtreme.items import NO_WORD, Sentence, Source, Split, check_label
 from data_pipeline.xtreme.lines import text_lines
 from data_pipeline.xtreme.tasks import XtremeTask
 
@@ -51,10 +51,7 @@ def read_conllu(files: tuple[Path, ...], task: XtremeTask) -> Iterator[Sentence]
                     continue
                 if id != str(len(words) + 1):
                     raise DataError(f"{file}:{number}: word {id!r}, but the next one is {len(words) + 1}")
-                if tag not in task.labels:
-                    raise DataError(
-                        f"{file}:{number}: tag {tag!r} is not one of {task.name}'s: {', '.join(task.labels)}"
-                    )
+                check_label(tag, task, f"{file}:{number}", "tag")
                 words.append(form if form.strip() else NO_WORD)
                 tags.append(tag)
             withheld = bool(words.count(WITHHELD)) and words.count(WITHHELD) >= len(words) - 1

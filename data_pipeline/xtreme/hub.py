@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.records import DataError
 from data_pipeline.sources.tables import BATCH, load_hub
-from data_pipeline.xtreme.items import DOMINANT, NO_WORD, Item, Line, Pair, Question, Sentence, Source, Split
+from data_pipeline.xtreme.items import (
+    DOMINANT,
+    NO_WORD,
+    Item,
+    Line,
+    Pair,
+    Question,
+    Sentence,
+    Source,
+    Split,
+    check_label,
+)
 from data_pipeline.xtreme.tasks import TATOEBA_CODES, XtremeTask
 
 if TYPE_CHECKING:
@@ -53,12 +64,6 @@ def source(task: XtremeTask, split: Split, language: str, data_dir: Path | str) 
     return Source(files or (Path(data_dir, config, f"{name}-00000-of-00001.parquet"),), read)
 
 
-def hub_bucc_gold(data_dir: Path | str, language: str, split: Split) -> set[tuple[str, str]]:
-    """BUCC's {(source id, English id)}. The hub has only the sentences of gold pairs, so nothing can be mined."""
-    dataset = _load(str(data_dir), f"bucc18.{language}", "validation" if split == "dev" else "test")
-    return set(zip(dataset["source_lang"], dataset["target_lang"], strict=True))  # the columns of the ids
-
-
 def _place(task: XtremeTask, split: Split, language: str) -> tuple[str, str] | None:
     """(configuration, split) of the hub."""
     name = {"train": "train", "dev": "validation", "test": "test"}[split]
@@ -75,7 +80,7 @@ def _place(task: XtremeTask, split: Split, language: str) -> tuple[str, str] | N
         return {"train": ("tydiqa", "train"), "test": ("tydiqa", "validation")}.get(split)
     if task.name == "tatoeba":
         return (f"tatoeba.{TATOEBA_CODES[language]}", "validation") if split == "test" else None
-    if task.name == "bucc2018":
+    if task.name == "bucc2018":  # the hub has only the sentences of gold pairs, so nothing could be mined
         return None
     if split == "train" or (split == "dev" and task.name == "xquad"):
         return ("SQuAD", name) if english else None
@@ -116,12 +121,13 @@ def _is_of(task: XtremeTask, language: str, row: dict[str, Any]) -> bool:
 def _item(task: XtremeTask, language: str, dataset: Dataset, row: dict[str, Any], place: str, index: int) -> Item:
     if task.kind == "classification":
         label = str(row["gold_label" if task.name == "xnli" else "label"])
-        _check_labels([label], task, place)
+        check_label(label, task, place)
         return Pair(place, index, row["sentence1"].strip(), row["sentence2"].strip(), label)
     if task.kind == "tagging":
         column = "ner_tags" if task.name == "panx" else "pos_tags"
         tags = _names(row[column], dataset, column)
-        _check_labels(tags, task, place)
+        for tag in tags:
+            check_label(tag, task, place)
         words = tuple(word if word.strip() else NO_WORD for word in row["tokens"])
         if len(words) != len(tags):
             raise DataError(f"{place}: {len(words)} tokens, but {len(tags)} {column}")
@@ -141,12 +147,6 @@ def _names(values: Sequence[Any], dataset: Dataset, column: str) -> list[str]:
     feature = getattr(dataset.features[column], "feature", None)
     names = getattr(feature, "names", None)
     return [names[value] if names is not None else str(value) for value in values]
-
-
-def _check_labels(labels: Sequence[str], task: XtremeTask, place: str) -> None:
-    for label in labels:
-        if label not in task.labels:
-            raise DataError(f"{place}: label {label!r} is not one of {task.name}'s: {', '.join(task.labels)}")
 
 
 def _entries(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -147,6 +147,12 @@ def to_row(
     return row | (_back(back) if back is not None else {})
 
 
+def check_label(label: str, task: XtremeTask, place: str, what: str = "label") -> None:
+    """Raises DataError for a label that the task does not have."""
+    if label not in task.labels:
+        raise DataError(f"{place}: {what} {label!r} is not one of {task.name}'s: {', '.join(task.labels)}")
+
+
 def item_id(task: XtremeTask, split: Split, language: str, item: Item) -> str:
     if isinstance(item, Question | Line):
         return item.id
@@ -215,9 +221,9 @@ def _one_label(items: list[Item]) -> bool:
 
 def _unlabelled(item: Item) -> Item:
     if isinstance(item, Pair):
-        return Pair(item.place, item.index, item.text_a, item.text_b, None, item.name, item.original)
+        return replace(item, label=None)
     if isinstance(item, Sentence):
-        return Sentence(item.place, item.index, item.words, text=item.text, withheld=item.withheld)
+        return replace(item, tags=None, soft_tags=None)
     return replace(item, unanswerable=False) if isinstance(item, Question) else item
 
 

@@ -1,6 +1,6 @@
 """The layouts of XTREME's files: detection, and one reader for all of them.
 
-`read_rows` gives the canonical rows of a split; `find_source` gives the source that has them.
+`find_source` gives the source of a split, and `read_items` its items.
 
 Layouts: `download` (XTREME's script; also one task's files in a flat folder), `xmixup` (the X-Mixup authors'), `conllu`
 (Universal Dependencies' files), `hub` (google/xtreme, or a folder of its Parquet files).
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from data_pipeline.records import DataError
 from data_pipeline.xtreme import conllu, download, hub, retrieval, xmixup
-from data_pipeline.xtreme.items import Item, Question, Row, Source, Split, checked_test, is_empty, is_left_out, to_row
+from data_pipeline.xtreme.items import Item, Line, Question, Source, Split, checked_test, is_empty, is_left_out
 from data_pipeline.xtreme.squad import repeated_id
 from data_pipeline.xtreme.tasks import XtremeTask, xtreme_task
 
@@ -25,35 +25,6 @@ SOURCES: dict[str, Callable[[XtremeTask, Split, str, Path], Source | None]] = {
     "conllu": conllu.source,
     "hub": hub.source,
 }
-
-
-def read_rows(
-    task: str,
-    split: Split,
-    language: str,
-    data_dir: Path | str,
-    layout: str = "auto",
-    *,
-    allow_unlabelled_test: bool = False,
-) -> Iterator[Row]:
-    """The canonical rows of a split of one language, in the files' order, without translations.
-
-    Raises:
-        DataError: no such task, language, layout or file; a line that violates the format; erased test labels, unless
-            they are allowed.
-    """
-    found = xtreme_task(task)
-    if language not in found.languages:
-        raise DataError(f"{task}: language {language!r} is not one of its languages: {', '.join(found.languages)}")
-    layout = detect_layout(found, data_dir, layout)
-    source = find_source(found, split, language, data_dir, layout)
-    if source is None:
-        raise DataError(f"{task}: the layout {layout} has no {split} split for {language!r}")
-    for item in read_items(found, split, source, allow_unlabelled_test):
-        if isinstance(item, Question) and item.misplaced is not None:
-            raise DataError(item.misplaced)
-        if not is_empty(item) and not is_left_out(item):
-            yield to_row(found, split, language, item)
 
 
 def find_source(task: XtremeTask, split: Split, language: str, data_dir: Path | str, layout: str) -> Source | None:
@@ -126,12 +97,7 @@ def tatoeba_pairs(data_dir: Path | str, language: str, layout: str = "auto") -> 
     task = xtreme_task("tatoeba")
     if detect_layout(task, data_dir, layout) != "hub":
         return retrieval.tatoeba_pairs(Path(data_dir), language)
-    rows = list(read_rows("tatoeba", "test", language, data_dir, "hub"))
-    return retrieval.sorted_pairs([row["text"] for row in rows], [row["translation"] for row in rows])
-
-
-def bucc_gold(data_dir: Path | str, language: str, split: Split = "test", layout: str = "auto") -> set[tuple[str, str]]:
-    """The gold pairs {(source id, English id)} of BUCC. Raises DataError."""
-    if layout == "hub":
-        return hub.hub_bucc_gold(data_dir, language, split)
-    return retrieval.bucc_gold(Path(data_dir), language, split)
+    source = hub.source(task, "test", language, data_dir)
+    assert source is not None  # the hub has a test split of every language
+    lines = [item for item in read_items(task, "test", source, False) if isinstance(item, Line) and not is_empty(item)]
+    return retrieval.sorted_pairs([line.text for line in lines], [line.translation or "" for line in lines])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.records import DataError
-from data_pipeline.xtreme.items import NO_WORD, Pair, Sentence
+from data_pipeline.xtreme.items import NO_WORD, Pair, Sentence, check_label
 from data_pipeline.xtreme.tasks import XtremeTask
 
 OTHER_NAMES = {"contradictory": "contradiction"}  # the label's name in XNLI's training files
@@ -140,8 +140,7 @@ def _xnli_lines(file: Path, task: XtremeTask) -> Iterator[tuple[str, str, tuple[
             raise DataError(f"{place}: {len(fields)} columns, but the header has {len(header)}")
         code, text_a, text_b, label = (fields[header.index(name)].strip() for name in wanted)
         label = OTHER_NAMES.get(label, label)
-        if label not in task.labels:
-            raise DataError(f"{place}: label {label!r} is not one of {task.name}'s: {', '.join(task.labels)}")
+        check_label(label, task, place)
         yield place, code, (text_a, text_b, label)
 
 
@@ -170,8 +169,8 @@ def read_tagged(file: Path, task: XtremeTask) -> Iterator[Sentence]:
             number = next(number for number, (_, tag) in enumerate(lines, start) if tag is None)
             raise DataError(f"{file}:{number}: no tag; a line is WORD<tab>TAG, in all lines or in none")
         for number, (_, tag) in enumerate(lines, start):
-            if tag is not None and tag not in task.labels:
-                raise DataError(f"{file}:{number}: tag {tag!r} is not one of {task.name}'s: {', '.join(task.labels)}")
+            if tag is not None:
+                check_label(tag, task, f"{file}:{number}", "tag")
         tags = tuple(tag for _, tag in tagged if tag is not None) if tagged else None
         yield Sentence(f"{file}:{start}", index, tuple(word for word, _ in lines), tags)
 

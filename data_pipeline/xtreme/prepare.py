@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,9 @@ class _Part:
     split: Split  # of the output
     read: Split  # of the layout
     language: str
-    gold: Source | None
+    gold: Source
     translated: Source | None = None
     back: Source | None = None
-
-
-@dataclass
-class _Plan:
-    parts: list[_Part] = field(default_factory=list)
-    missing: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,6 @@ class PrepareOptions:
         splits: {split to write: split to read}, such as {"train": "dev", "test": "test"} for treebanks without train.
         translations: the folder of machine translations, in the X-Mixup authors' or the bucket's layout.
         allow_unlabelled_test: accept test files whose labels are erased; the rows have no labels.
-        train_languages: languages of the labelled training items; XTREME trains on English only.
         remake: replace an `output` that was made from other files or with other options.
         max_bad_rows: how many questions of a file may have answers that are not at the given offset. Such questions
             lose these answers, or are left out if they have no others, and are counted.
@@ -81,7 +74,6 @@ class PrepareOptions:
     splits: Mapping[str, str] | None = None
     translations: Path | str | None = None
     allow_unlabelled_test: bool = False
-    train_languages: Sequence[str] = (DOMINANT,)
     remake: bool = False
     max_bad_rows: int = 0
     remedy: str = "name a new --output, or add --remake"
@@ -90,10 +82,9 @@ class PrepareOptions:
 def prepare_task(task: str, data_dir: Path | str, output: Path | str, options: PrepareOptions | None = None) -> Counts:
     """Write the canonical rows of a task to the folder `output`.
 
-    Train holds the labelled items of `train_languages` (XTREME trains on English only, whatever `languages` is) and,
-    for the other `languages`, their machine translations: those in the folder `translations` (the X-Mixup authors' or
-    the bucket's layout; with the layout xmixup in `data_dir` itself). Dev and test rows get their English version if
-    the folder has one. An `output` made from the same files with the same options is kept.
+    Train holds the English labelled items, whatever `languages` is, and machine translations of them into the
+    `languages`; with the layout xmixup these are in `data_dir` itself. Dev and test rows get their English version if
+    the folder of translations has one. An `output` made from the same files with the same options is kept.
 
     Returns:
         {"train": {language: rows}, "dev": ..., "test": ..., "skipped": {split: {language: {reason: count}}},
@@ -104,14 +95,12 @@ def prepare_task(task: str, data_dir: Path | str, output: Path | str, options: P
             translations that do not match their originals; an `output` with other content.
     """
     options = options or PrepareOptions()
-    translations, max_bad_rows = options.translations, options.max_bad_rows
+    translations = options.translations
     found = xtreme_task(task)
     layout = detect_layout(found, data_dir, options.layout)
     root = Path(translations) if translations is not None else Path(data_dir) if layout == "xmixup" else None
-    plan = _plan(
-        found, data_dir, layout, options.languages, _splits(options.splits), root, tuple(options.train_languages)
-    )
-    if translations is not None and not any(part.translated or part.back for part in plan.parts):
+    parts, missing = _plan(found, data_dir, layout, root, options)
+    if translations is not None and not any(part.translated or part.back for part in parts):
         raise DataError(
             f"{translations}: no translation of the requested files of {task}, in the X-Mixup authors' layout"
             " or in that of XTREME's bucket"
@@ -121,19 +110,16 @@ def prepare_task(task: str, data_dir: Path | str, output: Path | str, options: P
         "task": task,
         "layout": layout,
         "allow_unlabelled_test": options.allow_unlabelled_test,
-        "max_bad_rows": max_bad_rows,
-        "languages or splits": sorted(f"{part.split}/{part.language} from {part.read}" for part in plan.parts),
-        "files": _identities(plan.parts),
+        "max_bad_rows": options.max_bad_rows,
+        "languages or splits": sorted(f"{part.split}/{part.language} from {part.read}" for part in parts),
+        "files": _identities(parts),
     }
     output = Path(output)
     if (counts := _kept(output, made_from, options.remake, options.remedy)) is not None:
         return counts
     try:
         with atomic_folder(output, exists="replace") as temporary:
-            counts = _write(found, plan, temporary, options.allow_unlabelled_test, max_bad_rows) | {
-                "missing": plan.missing,
-                "layout": layout,
-            }
+            counts = _write(found, parts, temporary, options) | {"missing": missing, "layout": layout}
             stamp = json.dumps({"made_from": made_from, "counts": counts}, ensure_ascii=False, indent=1)
             (temporary / STAMP).write_text(stamp + "\n", encoding="utf-8")
     except OSError as error:
@@ -154,27 +140,29 @@ def _splits(splits: Mapping[str, str] | None) -> dict[Split, Split] | None:
 
 
 def _plan(
-    task: XtremeTask,
-    data_dir: Path | str,
-    layout: str,
-    languages: Sequence[str] | None,
-    splits: dict[Split, Split] | None,
-    root: Path | None,
-    train_languages: tuple[str, ...],
-) -> _Plan:
-    """The files to write. Raises DataError: a language or a split that was requested by name has no file.
+    task: XtremeTask, data_dir: Path | str, layout: str, root: Path | None, options: PrepareOptions
+) -> tuple[list[_Part], dict[str, list[str]]]:
+    """The files to write, and for each split the languages without files.
 
     A split that was not requested by name may be missing completely, but not in some of the requested languages only.
+
+    Args:
+        root: the folder of translations.
+
+    Raises:
+        DataError: a language or a split that was requested by name has no file.
     """
-    for language in (*(languages or ()), *train_languages):
+    languages, splits = options.languages, _splits(options.splits)
+    for language in languages or ():
         # a retrieval task has no English rows and no training
         if language not in task.languages and (language != DOMINANT or task.kind != "retrieval"):
             raise DataError(
                 f"{task.name}: language {language!r} is not one of its languages: {', '.join(task.languages)}"
             )
-    plan = _Plan()
+    parts: list[_Part] = []
+    missing: dict[str, list[str]] = {}
     for split, read in (splits or {name: name for name in SPLITS}).items():
-        own = train_languages if split == "train" else tuple(languages or task.languages)
+        own = (DOMINANT,) if split == "train" else tuple(languages or task.languages)
         gold = {language: find_source(task, read, language, data_dir, layout) for language in own}
         there = [language for language, source in gold.items() if source is not None and source.exists()]
         for language, source in gold.items():
@@ -182,61 +170,57 @@ def _plan(
                 continue
             if language in there:
                 back = None if root is None or split == "train" else mt.back_translation(task, read, language, root)
-                plan.parts.append(_Part(split, read, language, source, back=back))
+                parts.append(_Part(split, read, language, source, back=back))
                 continue
             if languages is not None and split != "train" and (there or splits is not None):
                 where = source.name or data_dir
                 raise DataError(f"{where}: missing, and {task.name}'s {read} {language!r} is requested")
-            plan.missing.setdefault(split, []).append(language)
-        if split == "train" and root is not None:
-            _plan_translations(task, plan, read, languages, root, train_languages)
-        if splits is not None and not any(part.split == split for part in plan.parts):
+            missing.setdefault(split, []).append(language)
+        if (split, read) == ("train", "train") and root is not None:
+            english = gold[DOMINANT] if there else None
+            parts += _translations(task, english, languages or task.languages, root, missing)
+        if splits is not None and not any(part.split == split for part in parts):
             raise DataError(f"{data_dir}: no file of {task.name} for {split} (read from {read}) in the layout {layout}")
-    if not plan.parts:
+    if not parts:
         raise DataError(f"{data_dir}: no file of {task.name} in the layout {layout}")
-    return plan
+    return parts, missing
 
 
-def _plan_translations(
-    task: XtremeTask, plan: _Plan, read: Split, languages: Sequence[str] | None, root: Path, own: tuple[str, ...]
-) -> None:
-    english = next((part.gold for part in plan.parts if part.split == "train" and part.language == DOMINANT), None)
-    for language in languages or task.languages:
-        if language in own or read != "train":
+def _translations(
+    task: XtremeTask, english: Source | None, languages: Sequence[str], root: Path, missing: dict[str, list[str]]
+) -> Iterator[_Part]:
+    for language in languages:
+        if language == DOMINANT:
             continue
         translated = mt.training_translation(task, language, root)
         if translated is None:
-            plan.missing.setdefault("train", []).append(language)
+            missing.setdefault("train", []).append(language)
             continue
         if english is None:
             raise DataError(f"{translated.name}: translates {task.name}'s English training items, which are missing")
         back = mt.back_translation(task, "train", language, root)
-        plan.parts.append(_Part("train", read, language, english, translated, back))
+        yield _Part("train", "train", language, english, translated, back)
 
 
-def _write(task: XtremeTask, plan: _Plan, folder: Path, allow_unlabelled: bool, max_bad_rows: int) -> Counts:
+def _write(task: XtremeTask, parts: Iterable[_Part], folder: Path, options: PrepareOptions) -> Counts:
     counts: Counts = {split: {} for split in SPLITS} | {"skipped": {}}
-    for part in plan.parts:
+    for part in parts:
         lost: Counter[str] = Counter()
         file = folder / part.split / f"{part.language}.jsonl"
-        rows = _rows(task, part, lost, allow_unlabelled, max_bad_rows)
-        counts[part.split][part.language] = _write_rows(file, rows)
+        counts[part.split][part.language] = _write_rows(file, _rows(task, part, lost, options))
         if lost:
             counts["skipped"].setdefault(part.split, {})[part.language] = dict(lost)
     return counts
 
 
-def _rows(
-    task: XtremeTask, part: _Part, lost: Counter[str], allow_unlabelled: bool, max_bad_rows: int
-) -> Iterator[Row]:
-    assert part.gold is not None
+def _rows(task: XtremeTask, part: _Part, lost: Counter[str], options: PrepareOptions) -> Iterator[Row]:
     if part.translated is not None:
         yield from mt.translated_rows(task, part.language, part.gold, part.translated, part.back, lost)
         return
-    items = read_items(task, part.read, part.gold, allow_unlabelled)
+    items = read_items(task, part.read, part.gold, options.allow_unlabelled_test)
     written = False
     for item, version in mt.with_versions(part.read, items, part.gold, part.back, lost):
-        if _is_usable(item, part, lost, max_bad_rows):
+        if _is_usable(item, part, lost, options.max_bad_rows):
             written = True
             yield to_row(task, part.read, part.language, item, back=version)
     if lost[UNANSWERABLE] and not written:

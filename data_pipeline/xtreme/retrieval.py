@@ -1,4 +1,4 @@
-"""Sentence retrieval: Tatoeba's pairs, and the two sides of BUCC with their gold pairs.
+"""Sentence retrieval: Tatoeba's pairs, and the two sides of BUCC.
 
 Reads XTREME's files (`tatoeba/de-en.de`, `bucc2018/de-en.dev.de`), LASER's (`tatoeba.deu-eng.deu`) or the hub's.
 
@@ -10,7 +10,7 @@ no gold.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,40 +80,19 @@ def bucc_source(task: XtremeTask, split: Split, language: str, data_dir: Path) -
     """Both sides, the language's first; ids as in the gold pairs."""
     if split == "train":
         return None
-    files = tuple(_bucc_file(data_dir, language, split, side) for side in (language, DOMINANT))
-    return Source(files, partial(_bucc_sides, files, language))
-
-
-def bucc_gold(data_dir: Path, language: str, split: Split = "dev") -> set[tuple[str, str]]:
-    """{(source id, English id)}. Raises DataError: no such file (XTREME removes the test's), or a bad line."""
-    file = _bucc_file(Path(data_dir), language, split, "gold")
-    if not file.is_file():
-        raise DataError(
-            f"{file}: missing, as XTREME's download script leaves it; it is the file"
-            f" {language}-en.{'training' if split == 'test' else 'sample'}.gold of BUCC 2018 under this name"
-        )
-    return {(source, english) for _, source, english in _two_columns(file, "SOURCE-ID<tab>ENGLISH-ID")}
-
-
-def _bucc_sides(files: tuple[Path, ...], language: str) -> Iterator[Line]:
-    index = 0
-    for file, side in zip(files, (language, DOMINANT), strict=True):
-        for place, id, text in _two_columns(file, "ID<tab>SENTENCE"):
-            yield Line(place, index, id, side, text)
-            index += 1
-
-
-def _bucc_file(data_dir: Path, language: str, split: Split, side: str) -> Path:
     folder = data_dir / "bucc2018" if (data_dir / "bucc2018").is_dir() else data_dir
-    return folder / f"{language}-en.{split}.{side}"
+    files = {side: folder / f"{language}-en.{split}.{side}" for side in (language, DOMINANT)}
 
+    def read() -> Iterator[Line]:
+        index = count()
+        for side, file in files.items():
+            for number, text in text_lines(file):
+                columns = [column.strip() for column in text.split("\t")]
+                if len(columns) != 2 or not all(columns):
+                    raise DataError(f"{file}:{number}: not two columns; a line is ID<tab>SENTENCE")
+                yield Line(f"{file}:{number}", next(index), columns[0], side, columns[1])
 
-def _two_columns(file: Path, meaning: str) -> Iterator[tuple[str, str, str]]:
-    for number, text in text_lines(file):
-        columns = [column.strip() for column in text.split("\t")]
-        if len(columns) != 2 or not all(columns):
-            raise DataError(f"{file}:{number}: not two columns; a line is {meaning}")
-        yield f"{file}:{number}", columns[0], columns[1]
+    return Source(tuple(files.values()), read)
 
 
 def _parallel(files: tuple[Path, Path], empty: bool = False) -> tuple[list[str], list[str]]:

@@ -35,28 +35,19 @@ def read_gold(file: Path) -> Iterator[Question]:
                 f"{question.place}: answer {text[:40]!r} is not at character {start} of the context, where there is"
                 f" {found!r}"
             )
-        yield replace(_numbered(question, index, tuple(answers), seen), misplaced=misplaced)
+        seen[question.id] += 1
+        suffix = f"#{seen[question.id]}" if seen[question.id] > 1 else ""
+        yield replace(question, index=index, id=question.id + suffix, answers=tuple(answers), misplaced=misplaced)
 
 
 def read_translated(file: Path) -> Iterator[Question]:
-    """Every question of a machine-translated file, with only the answers that are at their offsets."""
-    seen: Counter[str] = Counter()
-    for index, (question, raw) in enumerate(_questions(file)):
-        kept = tuple(
-            (text, start) for text, start in raw if text and start >= 0 and question.context[start:].startswith(text)
-        )
-        yield _numbered(question, index, kept, seen)
+    """Every question of a machine-translated file; answers that are not at their offsets were lost in translation."""
+    return (replace(question, misplaced=None) for question in read_gold(file))
 
 
 def repeated_id(questions: list[Question]) -> str | None:
     """An id that the file gives to several questions."""
     return next((question.id.rpartition("#")[0] for question in questions if "#" in question.id), None)
-
-
-def _numbered(question: Question, index: int, answers: tuple[tuple[str, int], ...], seen: Counter[str]) -> Question:
-    seen[question.id] += 1
-    suffix = f"#{seen[question.id]}" if seen[question.id] > 1 else ""
-    return replace(question, index=index, id=question.id + suffix, answers=answers)
 
 
 def _questions(file: Path) -> Iterator[tuple[Question, list[tuple[str, int]]]]:

@@ -11,8 +11,10 @@ from xtreme_files import by_csv_writer, question, squad, tagged, tsv, write, xnl
 
 from data_pipeline.records import DataError
 from data_pipeline.tasks.rows import read_task_file
-from data_pipeline.xtreme.layouts import bucc_gold, detect_layout, read_rows, tatoeba_pairs
-from data_pipeline.xtreme.tasks import TASKS
+from data_pipeline.xtreme.items import is_empty, is_left_out, to_row
+from data_pipeline.xtreme.layouts import detect_layout, find_source, read_items, tatoeba_pairs
+from data_pipeline.xtreme.prepare import PrepareOptions, prepare_task
+from data_pipeline.xtreme.tasks import TASKS, xtreme_task
 
 PAIRS = [('He said "hi".', "He spoke.", "entailment"), ("A", "B", "neutral"), ("C", "D", "contradiction")]
 CONTEXT = "  Ulm liegt an der Donau."
@@ -29,8 +31,15 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
 
 
-def rows(task: str, split: str, language: str, folder: Path, layout: str = "auto", **options: Any) -> Rows:
-    found = list(read_rows(task, split, language, folder, layout, **options))  # type: ignore[arg-type]
+def rows(
+    task: str, split: Any, language: str, folder: Path, layout: str = "auto", allow_unlabelled_test: bool = False
+) -> Rows:
+    """The rows of a split, as `prepare_task` writes them; this way also where it would not read a training split."""
+    of = xtreme_task(task)
+    source = find_source(of, split, language, folder, detect_layout(of, folder, layout))
+    assert source is not None
+    items = [item for item in read_items(of, split, source, allow_unlabelled_test) if not is_empty(item)]
+    found = [to_row(of, split, language, item) for item in items if not is_left_out(item)]
     if TASKS[task].kind != "retrieval":  # the reader of the task accepts the rows
         kind: Any = TASKS[task].kind
         file = write(folder.parent / "read-back.jsonl", "".join(json.dumps(row) + "\n" for row in found))
@@ -70,7 +79,6 @@ def write_download(folder: Path, erased: bool) -> None:
     for split in ("dev", "test"):
         tsv(folder / f"bucc2018/de-en.{split}.de", [("de-000000001", "Eins."), ("de-000000002", "Zwei.")])
         tsv(folder / f"bucc2018/de-en.{split}.en", [("en-000000009", "Two.")])
-    tsv(folder / "bucc2018/de-en.dev.gold", [("de-000000002", "en-000000009")])
 
 
 PAIR_ROW = {"text_a": 'He said "hi".', "text_b": "He spoke.", "label": "entailment"}
@@ -188,7 +196,7 @@ def test_tatoeba_files_give_sentences_and_pairs(tmp_path: Path) -> None:
         tatoeba_pairs(tmp_path / "laser", "de")
 
 
-def test_bucc_files_give_sentences_and_gold_pairs(tmp_path: Path) -> None:
+def test_bucc_files_give_sentences(tmp_path: Path) -> None:
     write_download(tmp_path / "data", erased=True)
     found = rows("bucc2018", "dev", "de", tmp_path / "data")
     assert [(row["id"], row["language"], row["text"]) for row in found] == [
@@ -197,12 +205,10 @@ def test_bucc_files_give_sentences_and_gold_pairs(tmp_path: Path) -> None:
         ("en-000000009", "en", "Two."),
     ]
     assert len(rows("bucc2018", "test", "de", tmp_path / "data")) == 3  # it has no labels that could be erased
-    assert bucc_gold(tmp_path / "data", "de", "dev") == {("de-000000002", "en-000000009")}
-    with pytest.raises(DataError, match=r"de-en.test.gold: missing, .* de-en.training.gold of BUCC 2018"):
-        bucc_gold(tmp_path / "data", "de", "test")
-    write(tmp_path / "data/bucc2018/de-en.dev.gold", "de-000000002\n")
-    with pytest.raises(DataError, match=r"dev.gold:1: not two columns; a line is SOURCE-ID<tab>ENGLISH-ID"):
-        bucc_gold(tmp_path / "data", "de", "dev")
+    file = write(tmp_path / "data/bucc2018/de-en.dev.en", "en-000000009\n")
+    assert f"{file}:1: not two columns; a line is ID<tab>SENTENCE" in failure(
+        "bucc2018", "dev", "de", tmp_path / "data"
+    )
 
 
 CONLLU = """# sent_id = a-1
@@ -288,8 +294,6 @@ def test_hub_datasets_give_the_canonical_rows(tmp_path: Path) -> None:
     parquet(folder, "tydiqa", "validation", tydiqa)
     pair = {"source_sentence": "Zwei.\n", "target_sentence": "Two.\n", "source_lang": "deu", "target_lang": "eng"}
     parquet(folder, "tatoeba.deu", "validation", [pair])
-    gold = {**pair, "source_lang": "de-000000002", "target_lang": "en-000000009"}
-    parquet(folder, "bucc18.de", "test", [gold])
 
     def first(task: str, split: str, language: str) -> dict[str, Any]:
         row = rows(task, split, language, folder, "hub")[0]
@@ -306,9 +310,9 @@ def test_hub_datasets_give_the_canonical_rows(tmp_path: Path) -> None:
     assert [row["id"] for row in rows("tydiqa", "test", "fi", folder, "hub")] == ["finnish-12-0"]
     assert first("tatoeba", "test", "de") == {"text": "Zwei.", "translation": "Two."}
     assert tatoeba_pairs(folder, "de", "hub") == (["Zwei."], ["Two."], [0])
-    assert bucc_gold(folder, "de", "test", "hub") == {("de-000000002", "en-000000009")}
-    for split, task, language in (("train", "xnli", "en"), ("dev", "tydiqa", "en"), ("dev", "udpos", "th")):
-        assert f"the layout hub has no {split} split" in failure(task, split, language, folder, "hub")
+    without: Any = (("train", "xnli", "en"), ("dev", "tydiqa", "en"), ("dev", "udpos", "th"))
+    for split, task, language in without:
+        assert find_source(TASKS[task], split, language, folder, "hub") is None
 
 
 def test_bad_hub_rows_are_named(tmp_path: Path) -> None:
@@ -321,7 +325,9 @@ def test_bad_hub_rows_are_named(tmp_path: Path) -> None:
     )
     qa = {"id": "1", "context": "Ulm.", "question": "Wo?", "answers": hub_answers("Bonn", 0)}
     parquet(folder, "MLQA.de.de", "test", [qa])
-    assert "question 1: answer 'Bonn' is not near character 0" in failure("mlqa", "test", "de", folder, "hub")
+    only = PrepareOptions(languages=["de"], layout="hub", splits={"test": "test"})
+    with pytest.raises(DataError, match="question 1: answer 'Bonn' is not near character 0"):
+        prepare_task("mlqa", folder, tmp_path / "rows", only)
 
 
 def test_the_authors_layout_gives_the_canonical_rows(tmp_path: Path) -> None:
@@ -345,7 +351,7 @@ def test_the_authors_layout_gives_the_canonical_rows(tmp_path: Path) -> None:
         assert [row["label"] for row in rows("xnli", split, language, folder)] == [pair[2] for pair in PAIRS]
     assert rows("pawsx", "dev", "de", folder)[0]["text_a"] == "a"
     assert rows("panx", "test", "de", folder)[1]["tags"] == ["B-LOC"]
-    assert "the layout xmixup has no dev split for 'el'" in failure("xquad", "dev", "el", folder, "xmixup")
+    assert find_source(TASKS["xquad"], "dev", "el", folder, "xmixup") is None
 
 
 def test_missing_and_ambiguous_files_and_unknown_names_are_refused(tmp_path: Path) -> None:
@@ -363,5 +369,6 @@ def test_missing_and_ambiguous_files_and_unknown_names_are_refused(tmp_path: Pat
         "xnli", "test", "de", "google/xtreme"
     )
     assert "layout 'tfds' is not one of auto, download" in failure("xnli", "test", "de", tmp_path, "tfds")
-    assert "xnli: language 'ja' is not one of its languages" in failure("xnli", "test", "ja", tmp_path)
+    with pytest.raises(DataError, match="xnli: language 'ja' is not one of its languages"):
+        prepare_task("xnli", tmp_path / "data", tmp_path / "rows", PrepareOptions(languages=["ja"], layout="download"))
     assert "task 'xcopa' is not one of XTREME's" in failure("xcopa", "test", "et", tmp_path)

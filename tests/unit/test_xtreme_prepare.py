@@ -138,7 +138,6 @@ def test_languages_and_splits_can_be_chosen(data: Path, tmp_path: Path) -> None:
 
     assert prepared(languages=["de"]) == {"train": {"en": 2}, "dev": {"de": 2}, "test": {"de": 2}}
     assert prepared(splits={"train": "dev", "test": "test"}) == {"train": {"en": 2}, "dev": {}, "test": {"de": 2}}
-    assert prepared(splits={"train": "dev"}, train_languages=["de", "en"])["train"] == {"de": 2, "en": 2}
     assert jsonl(tmp_path / "output-1/train/en.jsonl")[0]["id"] == "xnli-dev-0"  # the id names the original split
     (data / "xnli/test-de.tsv").unlink()
     assert prepared(languages=["de", "en"])["test"] == {}  # not requested by name, and there is no file
