@@ -48,8 +48,9 @@ def open_model(
     """
     import torch
 
-    from data_pipeline.text.chat import Chat, TemplateConfig
+    from data_pipeline.text.chat import Chat
     from data_pipeline.text.next_turn import next_turn
+    from data_pipeline.text.templates import TemplateConfig
     from modeling.generation import ShiftedGenerator
     from modeling.stopping import Stops
 

@@ -116,7 +116,7 @@ def build_reader(config: RunConfig, index: DataIndex, tokenizer: PreTrainedToken
 def text_stage(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TextStage:
     """The text stage for the kind of rows."""
     if data.task is not None:
-        return TaskStage(TaskTokenizer(tokenizer, data.task, data.sequence_length, data.languages), data.overlong)
+        return TaskStage(TaskTokenizer(tokenizer, data.task, data.sequence_length), data.overlong)
     return ChatStage(Chat(tokenizer, data.template, data.languages), data.sequence_length, data.overlong)
 
 

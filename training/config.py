@@ -16,7 +16,7 @@ from data_pipeline.config import Overlong, RowKind, SourceConfig, merged
 from data_pipeline.order.mixture import MixtureConfig
 from data_pipeline.settings import PathText, Plain, Raw, RunPath, Section, refuse
 from data_pipeline.tasks.config import WINDOWED, TaskConfig
-from data_pipeline.text.chat import TemplateConfig
+from data_pipeline.text.templates import TemplateConfig
 from data_pipeline.text.tokenizer import TokenizerTrainingConfig
 from training.checks.metric_names import metric_names, unknown_metric
 from training.engine.settings import contradictions, own_settings

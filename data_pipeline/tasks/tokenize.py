@@ -125,25 +125,11 @@ class _Frame:
 class TaskTokenizer:
     """Tokenises the examples of one task. Thread-safe."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        config: TaskConfig,
-        sequence_length: int,
-        languages: Sequence[str] = (),
-    ) -> None:
-        """Checks tokenizer, task and length against each other.
-
-        Args:
-            languages: stored for `to_dict` only.
-
-        Raises:
-            DataError: the tokenizer lacks a token, or the length is too short for the task.
-        """
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, sequence_length: int) -> None:
+        """Raises DataError if the tokenizer lacks a token, or if the length is too short for the task."""
         self.tokenizer = tokenizer
         self.config = config
         self.sequence_length = sequence_length
-        self.languages = tuple(languages)
         self._check_tokens()
         from tokenizers import Tokenizer
 
@@ -183,22 +169,6 @@ class TaskTokenizer:
         room = self.sequence_length - self._single.size
         ranges = [(start, min(start + room, len(ids))) for start in range(0, len(ids), room)]
         return Windows(ranges, lambda part: self._side(self._single, ids[slice(*part)])[0])
-
-    def encode(self, example: Example, which_window: int = 0) -> EncodedSide:
-        """One window of an example."""
-        return self.windows(example)[which_window]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON data, for an export; `from_dict` reads them."""
-        return {
-            "task": self.config.model_dump(mode="json"),
-            "sequence_length": self.sequence_length,
-            "languages": list(self.languages),
-        }
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> TaskTokenizer:
-        return cls(tokenizer, TaskConfig(**saved["task"]), saved["sequence_length"], saved["languages"])
 
     def _one_window(self, texts: tuple[str, ...]) -> Windows:
         parts = [self._encode(text)[0] for text in texts]

@@ -12,27 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise, zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.records import BadRow, ChatSample, DataError, Message, Record, Role, stable_hash
-from data_pipeline.text.templates import (
-    LANGUAGE_NAMES,
-    Slot,
-    TemplateConfig,
-    Turn,
-    check_roles,
-    language_name,
-    make_template,
-)
+from data_pipeline.text.templates import Slot, TemplateConfig, Turn, check_roles, make_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["LANGUAGE_NAMES", "Chat", "TemplateConfig", "check_labels", "describe", "language_name"]
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -125,14 +115,6 @@ class Chat:
     def token_starts(self, content: str) -> list[int]:
         """Start of each token of a message in a prompt, in characters; the message is encoded without the template."""
         return [start for start, _ in self._encode(content, [(0, len(content))], self._control)[1]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON data, for an export; `from_dict` reads them."""
-        return {"template": self.config.model_dump(mode="json"), "languages": list(self.languages)}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Chat:
-        return cls(tokenizer, TemplateConfig(**saved["template"]), saved["languages"])
 
     def _tokens(
         self, messages: Sequence[Message], language: str, response_language: str

@@ -121,7 +121,7 @@ def evaluate_mgsm(
             "shots": 0,
             "decoding": "greedy",
             "max_new_tokens": max_new_tokens,
-            "template": chat.to_dict()["template"],
+            "template": chat.config.model_dump(mode="json"),
             "response_language": response_language or "the question's",
             "limit": limit,
         },

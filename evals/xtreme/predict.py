@@ -104,9 +104,7 @@ class EncoderPredictor:
         )  # fmt: skip
         # A model trained on pairs that were never mixed (`objective.mix: false`) has no such file.
         mixup = CrossLingualMixup.attach(model, directory) if (directory / MIXUP_FILE).is_file() else None
-        tokenizer = TaskTokenizer(
-            read_tokenizer(directory, local_files_only=True), task, info.sequence_length, info.languages
-        )  # fmt: skip
+        tokenizer = TaskTokenizer(read_tokenizer(directory, local_files_only=True), task, info.sequence_length)
         return cls(model, tokenizer, info, mixup, batch_tokens)
 
     def predict(self, records: Sequence[Record], mixup: MixupMode = "auto") -> Predictions:

@@ -381,7 +381,7 @@ def stage(walk: Walk, length: int, **task: Any) -> TaskStage:
     from data_pipeline.tasks.stage import TaskStage
     from data_pipeline.tasks.tokenize import TaskTokenizer
 
-    return TaskStage(TaskTokenizer(walk.data.tokenizer, TaskConfig(**task), length, walk.config.data.languages))
+    return TaskStage(TaskTokenizer(walk.data.tokenizer, TaskConfig(**task), length))
 
 
 def slot(language: int, step: int, kind: Any, gold_step: bool) -> Slot:

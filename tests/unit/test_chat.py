@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.records import BadRow, Conversation, DataError, Message, Record, stable_hash
-from data_pipeline.text.chat import LANGUAGE_NAMES, Chat, TemplateConfig, check_labels, describe, language_name
+from data_pipeline.text.chat import Chat, check_labels, describe
+from data_pipeline.text.templates import LANGUAGE_NAMES, TemplateConfig, language_name
 
 LLAMA2 = (  # no generation prompt, white space around answers, the system inside the first user turn
     "{% for m in messages %}{% if m.role == 'system' %}{% elif m.role == 'user' %}<s>[INST] "
@@ -452,8 +453,9 @@ def test_tokens_are_equal_in_threads_and_after_pickle_and_json(tokenizers):
     expected_ids = [chat.tokenize(record).input_ids.tolist() for record in records]
     with ThreadPoolExecutor(4) as pool:
         assert [s.input_ids.tolist() for s in pool.map(chat.tokenize, records)] == expected_ids
-    saved = json.loads(json.dumps(chat.to_dict()))
-    for again in (Chat.from_dict(saved, chat.tokenizer), pickle.loads(pickle.dumps(chat))):
+    saved = json.loads(json.dumps(chat.config.model_dump(mode="json")))  # as an export holds it
+    restored = Chat(chat.tokenizer, TemplateConfig(**saved), chat.languages)
+    for again in (restored, pickle.loads(pickle.dumps(chat))):
         assert again.config == chat.config
         assert again.languages == chat.languages
         assert [again.tokenize(record).input_ids.tolist() for record in records] == expected_ids

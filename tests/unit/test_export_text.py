@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
 from data_pipeline.records import Message
-from data_pipeline.text.chat import Chat, TemplateConfig
+from data_pipeline.text.chat import Chat
+from data_pipeline.text.templates import TemplateConfig
 from training.checkpoints import checkpoint, saving
 from training.checkpoints.export import export_checkpoint
 from training.checkpoints.run_state import RunState

@@ -13,8 +13,9 @@ from small_tokenizers import ITEMS, KINDS, LANGUAGES, TEMPLATES, small_tokenizer
 from transformers import AutoTokenizer
 
 from data_pipeline.records import Conversation, Message
-from data_pipeline.text.chat import Chat, TemplateConfig
+from data_pipeline.text.chat import Chat
 from data_pipeline.text.jinja_template import Defaults, jinja_template
+from data_pipeline.text.templates import TemplateConfig
 
 SYSTEM, FIRST, ANSWER, SECOND = "Be brief.\n", "one {user} {{ two }}", "{% if x %} Uno 'y\" \\n", "drei\nvier 😀"
 

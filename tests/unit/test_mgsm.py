@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data_pipeline.text.chat import Chat, TemplateConfig
+from data_pipeline.text.chat import Chat
+from data_pipeline.text.templates import TemplateConfig
 from evals.errors import EvalError
 from evals.mgsm import mgsm
 from evals.mgsm.mgsm import MgsmSettings, evaluate_mgsm, read_problems, score_mgsm

@@ -22,7 +22,8 @@ from tiny_run import LANGUAGES, PreparedRun, run_values
 from data_pipeline.config import SourceConfig
 from data_pipeline.records import DataError
 from data_pipeline.sources.index import build_index
-from data_pipeline.text.chat import Chat, TemplateConfig
+from data_pipeline.text.chat import Chat
+from data_pipeline.text.templates import TemplateConfig
 from evals.xtreme.run_file import read_plan
 from modeling.errors import ModelError
 from modeling.loading import load_config, load_pretrained

@@ -81,7 +81,7 @@ def pack(packer: Packer, samples: Sequence[Sample]) -> list[TaskBatch]:
 
 
 def make(kind: str, paired: bool, budget: int = 300, name: str = "wordpiece", pooling: str = "mean") -> Any:
-    tokenizer = TaskTokenizer(TOKENIZERS[name](), config_of(kind, pooling), 60, LANGUAGES)
+    tokenizer = TaskTokenizer(TOKENIZERS[name](), config_of(kind, pooling), 60)
     return tokenizer, packer_of(tokenizer, paired, budget, tokenizer.has_token_types)
 
 

@@ -120,7 +120,7 @@ def make(tmp_path: Path) -> Make:
         task = TASKS[kind]
         source = SourceConfig(name="rows", files="rows.jsonl", columns=columns)
         index = build_index([source], languages, tmp_path / kind, tmp_path / "index", task=task, **options)
-        stage = TaskStage(TaskTokenizer(unigram(), task, length, languages), overlong)
+        stage = TaskStage(TaskTokenizer(unigram(), task, length), overlong)
         with_partner = kind != "text" if paired is None else paired
         partners = Partners(index, languages.index("en"), schedule, seed) if with_partner else None
         return Reader(index, stage, seed, partners)
