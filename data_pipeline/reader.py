@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from data_pipeline.config import Overlong
 from data_pipeline.order.pairing import Partners
-from data_pipeline.order.plan import Slot
+from data_pipeline.order.plan import FILL, Slot
 from data_pipeline.records import BadRow, DataError, Record, Sample
 from data_pipeline.sources.index import DataIndex
 
@@ -85,7 +85,9 @@ class Reader:
 
     def alone(self, row: int, step: int = 0) -> Slot:
         """The slot of a row of a fixed set, which is read as in step `step`."""
-        return Slot.alone(row, int(self.index.language[row]), self.seed, step, self.partners)
+        language = int(self.index.language[row])
+        partner = None if self.partners is None else self.partners.of(row, language, step)
+        return Slot(FILL, row, language, True, 0.0, partner, (self.seed, step))
 
     def readable(self, rows: Sequence[int]) -> Readable:
         """Reads the rows of a fixed set. Raises DataError."""

@@ -59,14 +59,6 @@ def _feistel(words: Unsigned, bits: Unsigned, keys: Unsigned) -> Unsigned:
     return words
 
 
-def shuffled(position: int, n: int, key: int) -> int:
-    """Maps `position` through the permutation of range(n) given by the 64-bit `key`."""
-    if not 0 <= position < n:
-        raise ValueError(f"position {position} is not in range({n})")
-    words = np.array([key % 2**64], np.uint64)
-    return int(shuffled_many(np.array([position], np.int64), np.array([n], np.int64), words)[0])
-
-
 def order_key(seed: int, language: str) -> int:
     """The key of a language's order; from the code, not the index, so adding a language reorders no other language."""
     return stable_hash("order", seed, language)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Literal
 
 from data_pipeline.order.mixture import Pairing
 from data_pipeline.records import stable_hash
+
+if TYPE_CHECKING:
+    from data_pipeline.sources.index import DataIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,6 @@ class PairingRule:
     with_partner: bool = False
     gold_schedule: float | None = None
     needed: bool = False
-
-
-class TranslatedIndex(Protocol):
-    """The part of a data index that partners are chosen from; implemented by `index.DataIndex`."""
-
-    @property
-    def has_back(self) -> npt.NDArray[np.bool_]: ...
-    def translation(self, row: int, language: int) -> int:
-        """The row of the same item and split in `language`, or -1."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +66,7 @@ class Partners:
         seed: the run's seed.
     """
 
-    index: TranslatedIndex
+    index: DataIndex
     dominant: int
     schedule: float | None
     seed: int

@@ -17,40 +17,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.order.mixture import Quotas
 from data_pipeline.order.order import order_key, places_at
-from data_pipeline.order.pairing import Partner, Partners, PlannedPairing
+from data_pipeline.order.pairing import Partner, PlannedPairing
 from data_pipeline.records import DataError, stable_hash
+
+if TYPE_CHECKING:
+    from data_pipeline.sources.index import DataIndex
 
 FILL = -1
 Pair = tuple[int, int]  # positions (dominant, other)
-
-
-class PlannedIndex(Protocol):
-    """The part of a data index that a plan uses; implemented by `index.DataIndex`."""
-
-    @property
-    def languages(self) -> Sequence[str]: ...
-    @property
-    def group(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def content(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def n_bytes(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def bad(self) -> npt.NDArray[np.bool_]: ...
-    def rows(self, language: int) -> npt.NDArray[np.int64]:
-        """Row ids of the language's training split, in file order."""
-        ...
-
-    def translation(self, row: int, language: int) -> int:
-        """The row of the same group and split in `language`, or -1."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +39,7 @@ class Slot:
     """One sample of a step.
 
     Attributes:
-        number: counted from the run's first slot; -1 for a fill.
+        number: counted from the run's first slot; -1 for a fill, and for a row of a fixed set (probe, held-out).
         row: row id in the data index.
         language: index into the declared languages.
         labelled: False for a fill, which has no labels.
@@ -74,12 +55,6 @@ class Slot:
     cost: float
     partner: Partner | None = None
     seed: tuple[int, int] = (0, 0)
-
-    @classmethod
-    def alone(cls, row: int, language: int, seed: int, step: int = 0, partners: Partners | None = None) -> Slot:
-        """A slot for a row of a fixed set (probe, held-out) that belongs to no step; it is read as in step `step`."""
-        partner = None if partners is None else partners.of(row, language, step)
-        return cls(FILL, row, language, True, 0.0, partner, (seed, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +101,7 @@ class Planner:
 
     def __init__(
         self,
-        index: PlannedIndex,
+        index: DataIndex,
         quotas: Quotas,
         pairing: PlannedPairing,
         slots_per_step: int,

@@ -17,7 +17,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
@@ -166,7 +166,8 @@ class Delimited(TextShard):
     quoting: bool = True
 
     def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
-        records = self._records(file, Place(1, 0, 0), self._warn_of_quotes())
+        # In most corpora in TSV a quote is an ordinary character.
+        records = self._records(file, Place(1, 0, 0), warn_of_quotes=self.quoting and self.delimiter == "\t")
         _, header = next(records, (None, []))
         if not isinstance(header, BadRow) and (encoding := _other_encoding(header)):
             raise DataError(f"{self.address}: {encoding}, where UTF-8 is needed; iconv -t UTF-8 converts it")
@@ -188,27 +189,10 @@ class Delimited(TextShard):
         with open_binary(self.address) as file:
             return next(self._records(file, Place(1, 0, 0)))[1]
 
-    def _warn_of_quotes(self) -> Callable[[int, bytes], None] | None:
-        """For TSV, which in most corpora has no quoting: a function that warns once if a field begins with a quote."""
-        if not self.quoting or self.delimiter != "\t":
-            return None
-        warned = False
-
-        def check(number: int, line: bytes) -> None:
-            nonlocal warned
-            if not warned and _QUOTED_FIELD.search(line):
-                warned = True
-                log.warning(
-                    "%s:%d: a field begins with a quote, so it is read as CSV reads it: without its quotes; where "
-                    "quotes are ordinary characters, set the source's quoting: none", self.address, number,
-                )  # fmt: skip
-
-        return check
-
     def _records(
-        self, file: IO[bytes], start: Place, check: Callable[[int, bytes], None] | None = None
+        self, file: IO[bytes], start: Place, warn_of_quotes: bool = False
     ) -> Iterator[tuple[Place, list[str] | BadRow]]:
-        """Every record with its place; `check` gets the line number and bytes of each."""
+        """Every record with its place. `warn_of_quotes`: warn once if a field begins with a quote."""
         csv.field_size_limit(FIELD_LIMIT)
         lines = _Lines(file, at_start=start.offset == 0)
         if self.quoting:
@@ -227,8 +211,12 @@ class Delimited(TextShard):
                 lines.unread()
                 fields = BadRow(f"{self.address}:{number}", _reason(str(error), self.quoting))
             place = Place(number, offset, sum(map(len, lines.read_lines)))
-            if check is not None:
-                check(number, b"".join(lines.read_lines))
+            if warn_of_quotes and _QUOTED_FIELD.search(b"".join(lines.read_lines)):
+                warn_of_quotes = False
+                log.warning(
+                    "%s:%d: a field begins with a quote, so it is read as CSV reads it: without its quotes; where "
+                    "quotes are ordinary characters, set the source's quoting: none", self.address, number,
+                )  # fmt: skip
             number, offset = number + len(lines.read_lines), offset + place.length
             if fields:
                 yield place, fields

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import tenacity
-
 log = logging.getLogger(__name__)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two attempts; doubled each time
 
@@ -23,30 +21,20 @@ def retry_reading(
     Raises:
         OSError: the last one, after `seconds`.
     """
-    try:
-        return read()  # every row is read through here, and tenacity's loop would cost as much as the read itself
-    except OSError as error:
-        first_failure = iter([error])
-
-    def attempt() -> Result:
-        for error in first_failure:
-            raise error
-        return read()
-
-    backoff = tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(OSError),
-        wait=lambda state: min(backoff(state), seconds - state.idle_for),
-        stop=lambda state: state.idle_for >= seconds,
-        before_sleep=lambda state: _log_outage(state, source, seconds),
-        sleep=sleep,
-        reraise=True,
-    )
-    result = retrying(attempt)
-    log.warning("%s: can be read again, after %.1f s", source, retrying.statistics["idle_for"])
-    return result
-
-
-def _log_outage(state: tenacity.RetryCallState, source: str, seconds: float) -> None:
-    if state.attempt_number == 1 and state.outcome is not None:
-        log.warning("%s: cannot be read (%s); retrying for %g s", source, state.outcome.exception(), seconds)
+    waited, pause = 0.0, FIRST_WAIT
+    while True:
+        try:
+            result = read()
+        except OSError as error:
+            if waited >= seconds:
+                raise
+            if not waited:
+                log.warning("%s: cannot be read (%s); retrying for %g s", source, error, seconds)
+            pause = min(pause, seconds - waited)
+            sleep(pause)
+            waited += pause
+            pause = min(2 * pause, LONGEST_WAIT)
+        else:
+            if waited:
+                log.warning("%s: can be read again, after %.1f s", source, waited)
+            return result

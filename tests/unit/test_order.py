@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.order.order import mix64, order_key, places_at, row_at, shuffled, shuffled_many
+from data_pipeline.order.order import mix64, order_key, places_at, row_at, shuffled_many
 from data_pipeline.records import DataError
 
 GOLDEN = "[6, 3, 9, 4, 0, 7, 1, 8, 10, 5, 2]"
@@ -28,10 +28,13 @@ def test_shuffled_is_a_permutation(n: int) -> None:
         assert sorted(permutation(n, key)) == list(range(n))
 
 
-def test_shuffled_is_one_position_of_the_permutation() -> None:
+def shuffled(position: int, n: int, key: int) -> int:
+    """One position alone."""
+    return int(shuffled_many(np.array([position]), np.array([n]), np.array([key], np.uint64))[0])
+
+
+def test_one_position_alone_is_that_of_the_permutation() -> None:
     assert [shuffled(position, 53, 99) for position in range(53)] == permutation(53, 99)
-    with pytest.raises(ValueError, match="range"):
-        shuffled(53, 53, 99)
 
 
 def test_one_call_handles_languages_of_different_sizes() -> None:
@@ -89,7 +92,10 @@ def test_seek_is_fast_and_gives_the_row_of_that_epoch() -> None:
 
 
 def test_orders_are_the_same_in_another_process_and_in_every_version() -> None:
-    program = "from data_pipeline.order.order import shuffled; print([shuffled(i, 11, 2026) for i in range(11)])"
+    program = (
+        "import numpy as np; from data_pipeline.order.order import shuffled_many;"
+        "print(shuffled_many(np.arange(11), np.full(11, 11), np.full(11, 2026, np.uint64)).tolist())"
+    )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", program]
