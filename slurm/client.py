@@ -123,11 +123,11 @@ def past(job: JobId) -> list[JobState]:
 def _from_accounting(job: JobId) -> list[JobState]:
     if shutil.which("sacct") is None:
         return []
-    answer = _call(["sacct", "--noheader", "--parsable2", "--allocations", *_cluster(job.cluster), "--jobs", job.number,
-                    "--format=JobID,State,Elapsed,NodeList,ExitCode,Restarts"])  # fmt: skip
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", *_cluster(job.cluster), "--jobs", job.number]
+    fields = "JobID,State,Elapsed,NodeList,ExitCode"
+    answer = _call([*command, f"--format={fields},Restarts"])
     if answer.returncode != 0 and "Restarts" in answer.stderr:  # a field that older versions lack
-        answer = _call(["sacct", "--noheader", "--parsable2", "--allocations", *_cluster(job.cluster), "--jobs",
-                        job.number, "--format=JobID,State,Elapsed,NodeList,ExitCode"])  # fmt: skip
+        answer = _call([*command, f"--format={fields}"])
     found = []
     for line in answer.stdout.splitlines() if answer.returncode == 0 else ():
         parts = line.split("|")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from slurm.client import JobState
     from slurm.history import SubmittedJob
-    from slurm.jobs import JobReport
     from slurm.request import Request
     from training.run_folder.status import RunStatus
 
@@ -99,12 +99,18 @@ def status(
     steps = progress(target.run)
     element_steps = {job: progress(folder) for job, folder in element_folders(target.run).items()}
     if as_json:
-        found = [{**asdict(each), "progress": element_steps.get(each.job)} for each in reports]
+        found = [
+            {
+                "job": state.job, "what": job.what, **asdict(state),
+                "output": job.output.replace("%A_%a", state.job), "progress": element_steps.get(state.job),
+            }
+            for job, state in reports
+        ]  # fmt: skip
         print(json.dumps({"progress": steps, "jobs": found}, ensure_ascii=False))
         return
-    for each in reports:
-        done = element_steps.get(each.job)
-        print(f"{_job_line(each)}; {done}" if done else _job_line(each))
+    for job, state in reports:
+        line, done = _job_line(job.what, state), element_steps.get(state.job)
+        print(f"{line}; {done}" if done else line)
     if steps:
         print(steps)
     for started in local_runs(target.run):  # the run may also have been started without Slurm
@@ -222,7 +228,7 @@ def _job_title(job: SubmittedJob, request: Request) -> str:
     return f"train {runs}{request.folder}, {chosen.nodes} node(s) of {chosen.ranks} rank(s)"
 
 
-def _job_line(job: JobReport) -> str:
+def _job_line(what: str, job: JobState) -> str:
     """The state of one job in one line."""
     details = [
         job.state.lower()
@@ -234,4 +240,4 @@ def _job_line(job: JobReport) -> str:
         job.restarts and f"restarted {job.restarts} times",
         job.exit and job.exit != "0:0" and f"exit {job.exit}",
     ]
-    return f"job {job.job} ({job.what}): {' '.join(each for each in details if each)}"
+    return f"job {job.job} ({what}): {' '.join(each for each in details if each)}"

@@ -20,21 +20,6 @@ UNLISTED = "UNKNOWN"
 
 
 @dataclass(frozen=True, slots=True)
-class JobReport:
-    """The state of a job, or of an element of an array."""
-
-    job: str
-    what: str  # "train", or a crosslift command
-    state: str  # Slurm's; UNKNOWN if Slurm no longer lists the job
-    reason: str | None
-    elapsed: str | None
-    nodes: str | None
-    restarts: int | None
-    exit: str | None  # STATUS:SIGNAL
-    output: str
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
     """The run and jobs that a command refers to."""
 
@@ -87,8 +72,11 @@ def progress(run: Path) -> str | None:
     return f"step {step} of {total}"
 
 
-def report(target: Target) -> list[JobReport]:
-    """Every job of the newest submission, elements of arrays one by one."""
+def report(target: Target) -> list[tuple[SubmittedJob, JobState]]:
+    """Every job of the newest submission with its state, elements of arrays one by one.
+
+    The state of a job that Slurm no longer lists is UNLISTED.
+    """
     active = client.queued([job.id for job in target.jobs])
     found = []
     for job in target.jobs:
@@ -97,20 +85,13 @@ def report(target: Target) -> list[JobReport]:
         if len(states) < job.elements:  # the others have ended
             past = [each for each in client.past(job.id) if each.job not in known and belongs_to(each, job)]
             states = [*past, *states]
-        found += [_report(job, state) for state in states or [JobState(job.job, UNLISTED)]]
+        found += [(job, state) for state in states or [JobState(job.job, UNLISTED)]]
     return found
 
 
 def belongs_to(state: JobState, job: SubmittedJob) -> bool:
     """Whether it is the state of the job itself or of one of its elements."""
     return state.job == job.job or state.job.startswith(f"{job.job}_")
-
-
-def _report(job: SubmittedJob, state: JobState) -> JobReport:
-    return JobReport(
-        job=state.job, what=job.what, state=state.state, reason=state.reason, elapsed=state.elapsed, nodes=state.nodes,
-        restarts=state.restarts, exit=state.exit, output=job.output.replace("%A_%a", state.job),
-    )  # fmt: skip
 
 
 def cancel(target: Target) -> tuple[list[str], list[str]]:
@@ -163,7 +144,7 @@ def read_log(file: Path, target: Target, follow: bool) -> Iterator[str]:
         SlurmError: without `follow`, if there is no log yet.
     """
     if not follow and not file.is_file():
-        states = ", ".join(f"job {each.job} is {each.state.lower()}" for each in report(target))
+        states = ", ".join(f"job {state.job} is {state.state.lower()}" for _, state in report(target))
         raise SlurmError(f"{file}: does not exist yet; {states}")
     job = [job.id for job in target.jobs[:1]]
     yield from follow_file(file, (lambda: not client.queued(job)) if follow else None, QUERY_INTERVAL_S)

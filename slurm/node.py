@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(OTHER_NODES_S)
         return USER_ERROR
     print(f"crosslift: node {node.name}: {', '.join(node.prepare())}", flush=True)
-    status = Work(node.command()).run()
+    status = run(node.command())
     if status != STOPPED or options.command:
         return status
     if node.rank == 0:
@@ -127,32 +127,30 @@ class Node:
         return words
 
 
-class Work:
-    """The process of the launcher or command, and the signals for it."""
+def run(command: list[str]) -> int:
+    """Run the launcher or command, and forward signals to it.
 
-    def __init__(self, command: list[str]) -> None:
-        self.command = command
-        self._forwarded: signal.Signals | None = None
+    Returns:
+        The exit status: 128 + n for signal n, but 75 for a stop signal before its handler.
+    """
+    # Signals are awaited, not handled: a handler could miss one between two calls, and none runs at Python's exit.
+    awaited = {*STOP_SIGNALS, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 
-    def run(self) -> int:
-        """Run it. Returns the exit status: 128 + n for signal n, but 75 for a stop signal before its handler."""
-        # Signals are awaited, not handled: a handler could miss one between two calls, and none runs at Python's exit.
-        awaited = {*STOP_SIGNALS, signal.SIGCHLD}
-        signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
 
-        def unblock() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
-
-        process = subprocess.Popen(self.command, preexec_fn=unblock)
-        while (status := process.poll()) is None:
-            number = signal.Signals(signal.sigwait(awaited))
-            if number != signal.SIGCHLD:
-                # Slurm signals every process of a step, others perhaps only this one. A second signal is harmless.
-                self._forwarded = number
-                process.send_signal(number)
-        if status < 0:
-            return STOPPED if self._forwarded is not None and -status in STOP_SIGNALS else 128 - status
-        return status
+    process = subprocess.Popen(command, preexec_fn=unblock)
+    forwarded = False
+    while (status := process.poll()) is None:
+        number = signal.Signals(signal.sigwait(awaited))
+        if number != signal.SIGCHLD:
+            # Slurm signals every process of a step, others perhaps only this one. A second signal is harmless.
+            forwarded = True
+            process.send_signal(number)
+    if status < 0:
+        return STOPPED if forwarded and -status in STOP_SIGNALS else 128 - status
+    return status
 
 
 def reachable(host: str) -> str:

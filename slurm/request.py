@@ -65,14 +65,6 @@ class Request:
     accept_changes: bool = False  # resume even if data or config changed
 
 
-@dataclass(frozen=True, slots=True)
-class SweepPoint:
-    """One element of a sweep."""
-
-    name: str  # of its folder below the sweep's
-    overrides: tuple[str, ...]
-
-
 def load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Every value of a run file, defaults included.
 
@@ -129,9 +121,9 @@ def build_request(options: SubmitOptions, commands: Collection[str]) -> Request:
     base = load_values(options.config, options.overrides)
     folder = Path(base["output_dir"]).absolute()
     runs = []
-    for point in sweep_points(options.array) if options.array else (None,):
-        values = load_values(options.config, [*options.overrides, *point.overrides]) if point else base
-        run_folder = folder / point.name if point else folder
+    for name, overrides in (sweep_points(options.array) if options.array else {"": ()}).items():
+        values = load_values(options.config, [*options.overrides, *overrides]) if overrides else base
+        run_folder = folder / name
         readable = tuple(paths_read(values))
         runs.append(PlannedRun(run_folder, {**values, "output_dir": str(run_folder)}, readable))
     return Request(
@@ -200,8 +192,8 @@ def following_commands(texts: Sequence[str], commands: Collection[str]) -> tuple
     return tuple(found)
 
 
-def sweep_points(texts: Sequence[str]) -> list[SweepPoint]:
-    """The product of all `key=v1,v2` texts, in their order.
+def sweep_points(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The overrides of each element of a sweep, by the name of its folder: the product of all `key=v1,v2` texts.
 
     Raises:
         SlurmError: a text is not such a list, or a key is given twice.
@@ -217,11 +209,11 @@ def sweep_points(texts: Sequence[str]) -> list[SweepPoint]:
         if key == "output_dir":
             raise SlurmError(f"--array {text!r}: every element gets its own folder below output_dir")
         axes[key] = values
-    found = []
+    found = {}
     for number, chosen in enumerate(itertools.product(*axes.values())):
         overrides = tuple(f"{key}={value}" for key, value in zip(axes, chosen, strict=True))
         plain = re.sub(r"[^A-Za-z0-9_.=+-]", "_", "+".join(overrides))[:MAX_NAME]  # no comma: containers mount it
-        found.append(SweepPoint(f"{number}-{plain}", overrides))
+        found[f"{number}-{plain}"] = overrides
     if len(found) > MAX_ELEMENTS:
         raise SlurmError(f"--array: {len(found)} elements; at most {MAX_ELEMENTS}")
     return found

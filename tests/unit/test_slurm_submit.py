@@ -418,7 +418,7 @@ def test_a_sweep_over_two_keys_and_lists_can_run_in_a_container(cli: Cli) -> Non
 
 
 def test_values_of_a_sweep_are_split_outside_of_brackets_and_quotes() -> None:
-    assert [point.overrides for point in sweep_points(["a=[1,2],{b: 3, c: 4},'x,y'"])] == [
+    assert [*sweep_points(["a=[1,2],{b: 3, c: 4},'x,y'"]).values()] == [
         ("a=[1,2]",), ("a={b: 3, c: 4}",), ("a='x,y'",),
     ]  # fmt: skip
     with pytest.raises(SlurmError, match=r"1001 elements; at most 1000"):
