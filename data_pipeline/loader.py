@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,20 +59,6 @@ def no_slots(n_languages: int) -> Integers:
     return np.zeros((len(OUTCOMES), n_languages), np.int64)
 
 
-@dataclass(slots=True)
-class _Reading:
-    """The outcomes of the slots of a share."""
-
-    slots: Integers  # (OUTCOMES, languages)
-    units: list[SampleUnit] = field(default_factory=list)
-    bad_rows: list[BadRow] = field(default_factory=list)
-    overlong: int = 0
-
-    def count(self, slot: Slot, outcome: str) -> None:
-        """Counts one slot; unlabelled fills are not counted."""
-        self.slots[OUTCOMES.index(outcome), slot.language] += slot.labelled
-
-
 class Loader:
     """Loads the steps of one rank in advance, in `workers` threads (tokenizers release the GIL)."""
 
@@ -89,11 +75,7 @@ class Loader:
     def load(self, step: int) -> Step:
         """This rank's share of step `step`, as a pure function of (seed, config, data, step, rank, world size)."""
         plan = self.planner.step(step)
-        return self.read(plan, self.share(plan))
-
-    def share(self, plan: StepPlan) -> list[Unit]:
-        """This rank's part of a step's plan."""
-        return assign(plan, self.world_size)[self.rank]
+        return self.read(plan, assign(plan, self.world_size)[self.rank])
 
     def empty(self, step: int) -> Step:
         """Step `step` without samples, for a rank whose share could not be read."""
@@ -102,28 +84,56 @@ class Loader:
     def read(self, plan: StepPlan, share: Sequence[Unit]) -> Step:
         """Reads and packs a rank's share of a step's plan."""
         n_languages = len(self.reader.index.languages)
-        reading = _Reading(no_slots(n_languages))
+        slots = no_slots(n_languages)
+        bad_rows: list[BadRow] = []
+        overlong = 0
+        units = []
         for unit in share:
-            self._read_unit(unit, reading)
-        samples = [sample for unit in reading.units for sample in unit.samples]
+            samples: list[Sample] = []
+            place: dict[int, int] = {}  # slot of the unit -> its sample
+            for number, slot in enumerate(unit.slots):
+                result = self._sample(slot)
+                if isinstance(result, BadRow):
+                    outcomes = ["unusable"]
+                    bad_rows.append(result)
+                elif result is None:
+                    outcomes = ["overlong"]
+                    overlong += 1
+                else:
+                    outcomes = ["filled", "truncated"] if result.truncated else ["filled"]
+                    place[number] = len(samples)
+                    samples.append(result)
+                for outcome in outcomes:
+                    slots[OUTCOMES.index(outcome), slot.language] += slot.labelled
+            if samples:  # with the pairs of which both sides were read
+                pairs = tuple((place[a], place[b]) for a, b in unit.pairs if a in place and b in place)
+                units.append(SampleUnit(tuple(samples), pairs))
+        read = [sample for unit in units for sample in unit.samples]
         tokens, counted = np.zeros(n_languages, np.int64), np.zeros(n_languages, np.int64)
-        for sample in samples:
+        for sample in read:
             counted[sample.language] += 1
             for language, n in sample.tokens_by_language():
                 tokens[language] += n
-        batches = tuple(self.packer.pack(reading.units))
+        batches = tuple(self.packer.pack(units))
         return Step(
             step=plan.step,
             micro_batches=batches,
             counts=summed([batch.counts() for batch in batches], self.packer.collator.counts),
             tokens=tokens,
             samples=counted,
-            slots=reading.slots,
-            bad_rows=tuple(reading.bad_rows),
-            overlong=reading.overlong,
-            fingerprint=sum(sample.fingerprint() % FINGERPRINT_RANGE for sample in samples),
+            slots=slots,
+            bad_rows=tuple(bad_rows),
+            overlong=overlong,
+            fingerprint=sum(sample.fingerprint() % FINGERPRINT_RANGE for sample in read),
             dropped_pairs=plan.dropped_pairs,
         )
+
+    def _sample(self, slot: Slot) -> Sample | BadRow | None:
+        """The sample of a slot, its bad row, or None if it is too long."""
+        try:
+            return self.reader.read(slot)
+        except BadRow as bad:
+            return bad
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Steps `start` .. `stop - 1`, in order."""
@@ -138,30 +148,6 @@ class Loader:
             finally:
                 for future in waiting:
                     future.cancel()
-
-    def _read_unit(self, unit: Unit, reading: _Reading) -> None:
-        """Adds the unit's readable samples, and the pairs of which both sides were read."""
-        samples: list[Sample] = []
-        place: dict[int, int] = {}
-        for number, slot in enumerate(unit.slots):
-            try:
-                sample = self.reader.read(slot)
-            except BadRow as error:
-                reading.bad_rows.append(error)
-                reading.count(slot, "unusable")
-                continue
-            if sample is None:
-                reading.overlong += 1
-                reading.count(slot, "overlong")
-                continue
-            reading.count(slot, "filled")
-            if sample.truncated:
-                reading.count(slot, "truncated")
-            place[number] = len(samples)
-            samples.append(sample)
-        if samples:
-            pairs = tuple((place[a], place[b]) for a, b in unit.pairs if a in place and b in place)
-            reading.units.append(SampleUnit(tuple(samples), pairs))
 
 
 def fixed_batches(samples: Sequence[Sample], packer: Packer, rank: int, world_size: int) -> list[Batch[Any]]:

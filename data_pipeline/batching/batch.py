@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +17,7 @@ from data_pipeline.records import Sample
 Moved = TypeVar("Moved")
 
 
-class SupportsCounts(Protocol):
-    """The targets of one kind of rows."""
-
-    def counts(self, label_weights: Tensor) -> dict[str, float]:
-        """The batch's contribution to the step's counts, the denominators of loss terms, by name."""
-        ...
-
-
-Targets = TypeVar("Targets", bound=SupportsCounts)
+Targets = TypeVar("Targets", bound="ChatTargets | TaskTargets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +75,7 @@ class Batch(Generic[Targets]):
         return self.attention_mask
 
     def counts(self) -> dict[str, float]:
-        """The micro-batch's contribution to the step's counts, by name."""
+        """The micro-batch's contribution to the step's counts, the denominators of loss terms, by name."""
         return self.targets.counts(self.label_weights)
 
     def model_inputs(self) -> dict[str, Any]:

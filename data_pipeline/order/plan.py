@@ -111,11 +111,8 @@ class Planner:
         """Checks the mixture against the index.
 
         Args:
-            index: the rows.
-            quotas: the sequence of languages.
             pairing: without `set_size`, the same rows are planned as one unit each, without fills.
             slots_per_step: slots of a step on all ranks together.
-            seed: the run's seed.
             tokens_per_byte: one value per language; None: costs are in bytes.
 
         Raises:

@@ -44,10 +44,12 @@ def jinja_template(chat: Chat, defaults: Defaults) -> tuple[str, str | None]:
         candidates = [_preamble(chat, defaults) + chat.template.text]
     else:
         candidates = [_of_pattern(chat, chat.template, defaults, *spaces) for spaces in product(("", " "), repeat=3)]
-    found = [(text, _differences(chat, text, defaults)) for text in candidates[:1]]
-    while found[-1][1] and len(found) < len(candidates):
-        text = candidates[len(found)]
-        found.append((text, _differences(chat, text, defaults)))
+    found = []
+    for text in candidates:
+        wrong = _differences(chat, text, defaults)
+        found.append((text, wrong))
+        if not wrong:
+            break
     text, wrong = min(found, key=lambda each: len(each[1]))
     return text, wrong[0] if wrong else None
 

@@ -11,12 +11,12 @@ alone. So `test_seen` has known situations with new numbers, and `test_unseen` h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -25,6 +25,7 @@ from data_pipeline.toy_problems.structures import STRUCTURES, Structure
 
 LANGUAGES = ("en", "de", "es", "fr", "ru", "zh", "ja", "th", "sw", "bn")
 PHRASINGS = 3
+T = TypeVar("T")
 Split = Literal["base", "finetune", "test_seen", "test_unseen"]
 SHARES: Mapping[Split, int] = {"base": 60, "finetune": 25, "test_seen": 15}  # per cent of the number sets
 
@@ -94,11 +95,15 @@ def items_of(split: Split, n: int, seed: int) -> list[ToyItem]:
         sorted(_items(structure, split, seed), key=lambda item: stable_hash(seed, split, item.id))
         for structure in STRUCTURES
     ]
-    turns = chain.from_iterable(zip_longest(*columns))
-    items = [item for item in turns if item is not None]
+    items = in_turns(columns)
     if n > len(items):
         raise DataError(f"toy corpus: {n} items requested from split {split}, which has {len(items)}")
     return items[:n]
+
+
+def in_turns(columns: Iterable[Sequence[T]]) -> list[T]:
+    """The first element of each, then the second of each, and so on."""
+    return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]
 
 
 def write_corpus(output: Path, sizes: CorpusSizes, seed: int) -> None:

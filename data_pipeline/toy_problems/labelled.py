@@ -21,20 +21,18 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from data_pipeline.atomic import atomic_folder
 from data_pipeline.records import DataError, stable_hash
-from data_pipeline.toy_problems.corpus import LANGUAGES, PHRASINGS, ToyItem, phrasings, render
+from data_pipeline.toy_problems.corpus import LANGUAGES, PHRASINGS, ToyItem, in_turns, phrasings, render
 from data_pipeline.toy_problems.structures import STRUCTURES, Structure
 
 DOMINANT = "en"
 UNSPACED = ("zh", "ja", "th")  # written without spaces between words
-T = TypeVar("T")
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     # parts of different kinds, times or places are put together
@@ -123,13 +121,13 @@ def labelled_items(split: Split, n: int, seed: int) -> list[ToyItem]:
     So class counts differ by at most one. Raises DataError if a class has too few items.
     """
     by_class = [
-        _in_turns([_items(structure, split, seed) for structure in STRUCTURES if structure.id in members])
+        in_turns([_items(structure, split, seed) for structure in STRUCTURES if structure.id in members])
         for members in CLASSES.values()
     ]
     most = len(LABELS) * min(map(len, by_class))
     if n > most:
         raise DataError(f"labelled toy task: {n} items requested from {split}, which has {most} in equal classes")
-    return _in_turns(by_class)[:n]
+    return in_turns(by_class)[:n]
 
 
 def wordings(item: ToyItem, split: Split, seed: int) -> tuple[int, int]:
@@ -202,7 +200,7 @@ def _text_rows(counts: Mapping[str, int], seed: int) -> dict[str, list[dict[str,
     for structure in STRUCTURES:
         sentences = [(item, wording) for item in _items(structure, "text", seed) for wording in range(PHRASINGS)]
         columns.append(sorted(sentences, key=lambda each: stable_hash(seed, "text", each[0].id, each[1])))
-    sentences = _in_turns(columns)
+    sentences = in_turns(columns)
     rows = {}
     for language, n in counts.items():
         if n > len(sentences):
@@ -239,11 +237,6 @@ def _numbers(structure: Structure, split: Split, seed: int) -> list[dict[str, in
     before = sum(shares[other] for other in list(shares)[: list(shares).index(split)])
     start, stop = (len(shuffled) * per_cent // 100 for per_cent in (before, before + shares[split]))
     return shuffled[start:stop]
-
-
-def _in_turns(columns: Iterable[Sequence[T]]) -> list[T]:
-    """The first element of each, then the second of each, and so on."""
-    return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]
 
 
 def _check(sizes: LabelledSizes) -> None:
