@@ -153,19 +153,12 @@ def _counterpart(of_source: Windows, of_target: Windows, number: int, kind: Task
     if len(of_source) == 1:
         return of_source[0]
     if kind == "tagging":
-        middles, wanted = _middles(of_source), _middles(of_target)[number]
-        return of_source[min(range(len(middles)), key=lambda n: abs(middles[n] - wanted))]
+        return of_source.nearest_to(of_target, number)
     if of_target[number].span not in (None, NO_ANSWER):
         answering = [n for n, side in enumerate(of_source) if side.span not in (None, NO_ANSWER)]
         if answering:
             return of_source[min(answering, key=lambda n: abs(n - number))]
     return of_source[min(number, len(of_source) - 1)]
-
-
-def _middles(windows: Windows) -> list[float]:
-    """The middle of each window in words, relative to the text's length."""
-    n_words = windows.ranges[-1][1]
-    return [(first + stop) / 2 / n_words for first, stop in windows.ranges]
 
 
 def _drawn(what: str, record: Record, slot: Slot) -> int:

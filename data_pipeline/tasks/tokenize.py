@@ -91,6 +91,14 @@ class Windows:
     def __iter__(self) -> Iterator[EncodedSide]:
         return map(self._make, self.ranges)
 
+    def nearest_to(self, others: Windows, number: int) -> EncodedSide:
+        """The window whose middle is nearest to that of window `number` of `others`, as shares of the two texts."""
+        wanted = others._middle(number)
+        return self[min(range(len(self)), key=lambda each: abs(self._middle(each) - wanted))]
+
+    def _middle(self, number: int) -> float:
+        return sum(self.ranges[number]) / 2 / self.ranges[-1][1]
+
 
 @dataclass(frozen=True, slots=True)
 class _Frame:

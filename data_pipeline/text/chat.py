@@ -246,7 +246,7 @@ def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
         if written != (kept := chat.rewritten(answer)):
             fault = "too wide" if kept in written else "too narrow" if written in kept else "another text"
             fail(f"it is {fault}: {_short(written)} instead of {_short(answer)}")
-        if not _alike(written, answer):
+        if _normal(written) != _normal(answer):
             raise BadRow(record.origin, _unlike(written, answer))
     if not np.array_equal(sample.answer & sample.labels, sample.labels & (sample.input_ids != end)):
         fail("the answer mask is not the labels without end tokens")
@@ -254,12 +254,8 @@ def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
         fail("a content token is the first token or is labelled")
 
 
-def _alike(a: str, b: str) -> bool:
-    """Whether two texts are equal up to composed characters and runs of white space, which tokenizers normalise."""
-    return _normal(a) == _normal(b)
-
-
 def _normal(text: str) -> str:
+    """The text without differences of composed characters and runs of white space, which tokenizers normalise."""
     return normalize("NFKC", " ".join(text.split()))
 
 
@@ -279,8 +275,8 @@ def _around(text: str, at: int) -> str:
     return repr(f"{'...' * (start > 0)}{text[start:stop]}{'...' * (stop < len(text))}")
 
 
-def _short(text: str, most: int = _SHOWN) -> str:
-    return repr(text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}")
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 2 :]}")
 
 
 def describe(sample: ChatSample, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -50,7 +50,7 @@ def training_translation(task: XtremeTask, language: str, data_dir: Path) -> Sou
     """The English training items in another language."""
     folder = data_dir / task.name
     if task.kind == "qa":
-        file = _folder_of_training(task, data_dir) / "translate-train" / _train_name(task, f"en-{language}")
+        file = _training_file(task, data_dir, "translate-train", f"en-{language}")
         return Source((file,), partial(read_translated, file), by="id")
     if task.kind == "tagging":
         file = folder / "translate-train-logits" / f"{language}.txt"
@@ -98,7 +98,7 @@ def _gold_questions(task: XtremeTask, split: Split, language: str, data_dir: Pat
     if task.name == "tydiqa":
         # their reader takes the English questions from the translations folder
         if split == "train":
-            return data_dir / "tydiqa" / "translate-train" / _train_name(task, "en-en")
+            return _training_file(task, data_dir, "translate-train", "en-en")
         return data_dir / "tydiqa" / "dev" / f"tydiqa.{language}.dev.json"
     if split == "train":
         return data_dir / "squad" / "train-v1.1.json"
@@ -113,18 +113,16 @@ def _back_questions(task: XtremeTask, split: Split, language: str, data_dir: Pat
     if split == "dev":
         return None
     if split == "train":
-        file = _folder_of_training(task, data_dir) / "translate-train-en" / _train_name(task, f"en-{language}-en")
+        file = _training_file(task, data_dir, "translate-train-en", f"en-{language}-en")
     else:
         file = data_dir / task.name / "translate-test" / f"{task.name}.translate.test.{language}-en.json"
     return Source((file,), partial(read_translated, file), by="id")
 
 
-def _folder_of_training(task: XtremeTask, data_dir: Path) -> Path:
-    return data_dir / ("tydiqa" if task.name == "tydiqa" else "squad")
-
-
-def _train_name(task: XtremeTask, pair: str) -> str:
-    return f"{'tydiqa' if task.name == 'tydiqa' else 'squad'}.translate.train.{pair}.json"
+def _training_file(task: XtremeTask, data_dir: Path, folder: str, pair: str) -> Path:
+    """A file of training questions: TyDiQA has its own, the others train on SQuAD."""
+    dataset = "tydiqa" if task.name == "tydiqa" else "squad"
+    return data_dir / dataset / folder / f"{dataset}.translate.train.{pair}.json"
 
 
 def _first(*files: Path) -> Path:

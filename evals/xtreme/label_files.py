@@ -29,14 +29,6 @@ class TaggedSentence:
     tags: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A gold question: its id and the accepted answers, at least one."""
-
-    id: str
-    answers: tuple[str, ...]
-
-
 def read_labels(file: Path, labels: Sequence[str], gold: bool = False) -> list[str]:
     """One label a line, all of them among `labels`. Raises EvalError, also for erased gold labels."""
     lines = _lines(file)
@@ -98,8 +90,11 @@ def read_answers(file: Path) -> dict[str, str]:
     return answers
 
 
-def read_questions(file: Path) -> list[Question]:
-    """Gold questions of SQuAD's JSON, in order. Raises EvalError, also for an answer that is not in its context."""
+def read_questions(file: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Gold questions of SQuAD's JSON, in order: the id, and the accepted answers, at least one.
+
+    Raises EvalError, also for an answer that is not in its context.
+    """
     data = _json(file)
     try:
         articles = data["data"] if isinstance(data, dict) else data
@@ -113,7 +108,7 @@ def read_questions(file: Path) -> list[Question]:
     return found
 
 
-def _question(file: Path, item: dict[str, Any], context: str) -> Question:
+def _question(file: Path, item: dict[str, Any], context: str) -> tuple[str, tuple[str, ...]]:
     name, answers = item["id"], tuple(answer["text"] for answer in item["answers"])
     if not isinstance(name, str):
         raise TypeError(f"id {name!r} is not a text")
@@ -124,7 +119,7 @@ def _question(file: Path, item: dict[str, Any], context: str) -> Question:
             raise EvalError(f"{file}: the answer to {name!r} is empty; {ERASED}")
         if answer not in context:
             raise EvalError(f"{file}: the answer to {name!r}, {_shown(answer)}, is not in its context")
-    return Question(name, answers)
+    return name, answers
 
 
 def _lines(file: Path) -> list[str]:

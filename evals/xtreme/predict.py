@@ -24,7 +24,7 @@ import numpy.typing as npt
 from data_pipeline.atomic import write_text
 from data_pipeline.records import Example, Record
 from data_pipeline.tasks.config import TaskConfig
-from data_pipeline.tasks.tokenize import EncodedSide, TaskTokenizer, Windows
+from data_pipeline.tasks.tokenize import EncodedSide, TaskTokenizer
 from evals.errors import EvalError
 from evals.xtreme.spans import ScoredWindow, best_span, window_of_each
 
@@ -186,7 +186,7 @@ class EncoderPredictor:
             windows = self.tokenizer.windows(Example(record.example.texts))
             others = None if example is None else self.tokenizer.windows(Example(example.texts))
             for place, window in enumerate(windows):
-                source = None if others is None else _counterpart(others, windows, place)
+                source = None if others is None else others.nearest_to(windows, place)
                 units.append(_Unit(number, window, source))
         return units
 
@@ -215,13 +215,13 @@ class EncoderPredictor:
 
     def _forward(self, sides: Sequence[EncodedSide], n_pairs: int) -> Logits:
         """Logits of all rows: (R, C); (R, T, C); or start and end, (R, T) each."""
-        device, length = self.model.device, max(map(len, sides))
         inputs = {
-            "input_ids": _padded([side.input_ids for side in sides], length, self.tokenizer.pad_id).to(device),
-            "attention_mask": _padded([np.ones_like(side.input_ids) for side in sides], length, 0).to(device),
+            "input_ids": _padded([side.input_ids for side in sides], self.tokenizer.pad_id),
+            "attention_mask": _padded([np.ones_like(side.input_ids) for side in sides], 0),
         }
         if self.tokenizer.has_token_types:
-            inputs["token_type_ids"] = _padded([side.token_type_ids for side in sides], length, 0).to(device)
+            inputs["token_type_ids"] = _padded([side.token_type_ids for side in sides], 0)
+        inputs = {name: values.to(self.model.device) for name, values in inputs.items()}
         if self.mixup is None:
             outputs: Any = self.model(**inputs)
         else:
@@ -245,21 +245,12 @@ def write_predictions(file: Path, kind: str, records: Sequence[Record], values: 
     write_text(file, text)
 
 
-def _counterpart(of_source: Windows, of_target: Windows, number: int) -> EncodedSide:
-    """The source's window whose middle is nearest to that of the target's window, as shares of their texts."""
-    wanted = sum(of_target.ranges[number]) / of_target.ranges[-1][1]
-    length = of_source.ranges[-1][1]
-    return of_source[min(range(len(of_source)), key=lambda at: abs(sum(of_source.ranges[at]) / length - wanted))]
-
-
-def _padded(arrays: Sequence[npt.NDArray[Any]], length: int, fill: int) -> torch.Tensor:
-    """(R, length) int64, padded on the right."""
+def _padded(arrays: Sequence[npt.NDArray[Any]], fill: int) -> torch.Tensor:
+    """(R, T) int64, padded on the right."""
     import torch
 
-    rows = np.full((len(arrays), length), fill, np.int64)
-    for row, array in zip(rows, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(rows)
+    rows = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 def _joined(windows: Sequence[tuple[EncodedSide, Floats]]) -> Floats:

@@ -32,7 +32,7 @@ from data_pipeline.xtreme.tasks import XtremeTask
 from evals.errors import EvalError
 from evals.xtreme.predict import EncoderPredictor, write_predictions
 from evals.xtreme.prepared import gold_file, read_records, split_files, write_gold
-from evals.xtreme.run_file import RUN_YAML, RunPlan, XtremeRun, composed, write_run_file
+from evals.xtreme.run_file import RUN_YAML, RunPlan, XtremeRun, composed, read_plan, write_run_file
 from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
 from evals.xtreme.score import score_directory
 from evals.xtreme.selection import Selection, select
@@ -50,7 +50,7 @@ def run_xtreme(run: XtremeRun) -> dict[str, Any]:
     Raises EvalError, DataError, ModelError or ConfigError, one line each, and TrainingEnded. Tracking starts after the
     checks of data and folder.
     """
-    plan = run.plan()
+    plan = read_plan(run.config, run.task, run.model, run.method, run.overrides)
     baseline = read_scores(run.baseline, plan.task) if run.baseline is not None else None
     _report(f"1/5  rows of {run.task}")
     data = _data(run, plan)

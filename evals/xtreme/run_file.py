@@ -184,10 +184,6 @@ class XtremeRun:
     unlabelled: bool = False  # test labels are erased: predictions only
     max_bad_rows: int = 0  # limit of questions per file with misplaced answers
 
-    def plan(self) -> RunPlan:
-        """The run's sections of the config file. Raises EvalError, DataError."""
-        return read_plan(self.config, self.task, self.model, self.method, self.overrides)
-
 
 def composed(run: XtremeRun, plan: RunPlan, data: Path) -> Values:
     """The run file's values. Raises EvalError: rows that the method cannot learn from, or the folder of another run."""

@@ -86,11 +86,7 @@ def summary(
         "gap": gap,
         "baseline": baseline
         and {
-            "output": baseline["output"],
-            "model": baseline["model"],
-            "method": baseline["method"],
-            "gap": before,
-            "partial": baseline["partial"],
+            **{key: baseline[key] for key in ("output", "model", "method", "gap", "partial")},
             "reduction": gap_reduction(gap, before) if gap and before else None,
         },
     }

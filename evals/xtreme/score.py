@@ -11,7 +11,7 @@ Incomplete input is scored and marked: `missing`, `partial`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +80,10 @@ class XtremeScores:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: what `results.json` holds."""
-        tasks = {
-            name: {
-                "languages": task.languages,
-                "average": task.average,
-                "score": task.score,
-                "missing": task.missing,
-                "partial": task.partial,
-            }
-            for name, task in self.tasks.items()
-        }
-        return {
-            "tasks": tasks,
-            "groups": self.groups,
-            ALL_TASKS: self.all_task,
-            "missing": list(self.missing),
-            "partial": list(self.partial),
-        }
+        values = asdict(self)
+        for name, task in self.tasks.items():
+            values["tasks"][name]["partial"] = task.partial
+        return values | {"missing": list(self.missing), "partial": list(self.partial)}
 
 
 def score_directory(
@@ -230,14 +217,14 @@ def _tagging(task: XtremeTask, language: str, ours: Path, gold: Path) -> dict[st
 
 def _qa(task: XtremeTask, language: str, ours: Path, gold: Path) -> dict[str, float]:
     predicted, questions = read_answers(ours), read_questions(gold)
-    expected = {question.id for question in questions}
+    expected = {question for question, _ in questions}
     if left_out := sorted(expected - predicted.keys()):
         what = f"no answer to {len(left_out)} of the {len(expected)} questions in {gold}, such as {left_out[0]!r}"
         raise EvalError(f"{ours}: {what}; one without an answer has the answer ''")
     if unknown := sorted(predicted.keys() - expected):
         raise EvalError(f"{ours}: answers {len(unknown)} questions that are not in {gold}, such as {unknown[0]!r}")
     normalise = mlqa_words(language) if task.name == "mlqa" else squad_words
-    return answer_scores([(question.id, question.answers) for question in questions], predicted, normalise)
+    return answer_scores(questions, predicted, normalise)
 
 
 def _retrieval(task: XtremeTask, language: str, ours: Path, gold: Path) -> dict[str, float]:

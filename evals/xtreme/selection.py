@@ -22,7 +22,7 @@ from evals.errors import EvalError
 from evals.xtreme.predict import EncoderPredictor, MixupMode, write_predictions
 from evals.xtreme.prepared import gold_file, read_records, write_gold
 from evals.xtreme.score import score_directory
-from modeling.export_info import RUN_EXPORT
+from modeling.export_info import RUN_EXPORT, ExportInfo
 from training.checkpoints.checkpoint import complete, step_of
 from training.checkpoints.export import export_checkpoint, export_newest
 from training.errors import ExportCheckFailed
@@ -82,7 +82,7 @@ def select(training: Path, output: Path, task: XtremeTask, dev: Mapping[str, Pat
         selection = Selection(max(scores, key=lambda at: (scores[at], -at)), tuple(dev), mixup, scores)
         write_text(output / SELECTION_FILE, json.dumps(selection.to_json(), indent=1) + "\n")
         print(f"     step {step}: {score:.2f} on dev ({', '.join(dev)})", file=sys.stderr, flush=True)
-    if _exported(output / "model", selection.step) is None:
+    if not _exported(output / "model", selection.step):
         with _report_failed_check():
             export_newest(found[selection.step], output / "model")
     return selection
@@ -91,7 +91,7 @@ def select(training: Path, output: Path, task: XtremeTask, dev: Mapping[str, Pat
 @contextmanager
 def _export_of(checkpoint: Path, step: int, existing: Path, temporary: Path) -> Iterator[Path]:
     """The run's own export if it is of this checkpoint, else one at `temporary`, deleted at the end."""
-    if _exported(existing, step) is not None:
+    if _exported(existing, step):
         yield existing
         return
     shutil.rmtree(temporary, ignore_errors=True)
@@ -112,11 +112,9 @@ def _report_failed_check() -> Iterator[None]:
         print(f"     {error}", file=sys.stderr, flush=True)
 
 
-def _exported(folder: Path, step: int) -> Path | None:
-    """The folder, if it holds the export of that step."""
-    from modeling.export_info import ExportInfo
-
-    return folder if folder.is_dir() and ExportInfo.read(folder).step == step else None
+def _exported(folder: Path, step: int) -> bool:
+    """Whether the folder holds the export of that step."""
+    return folder.is_dir() and ExportInfo.read(folder).step == step
 
 
 def _earlier_scores(file: Path, languages: list[str], mixup: MixupMode) -> dict[int, float]:
