@@ -27,31 +27,18 @@ FINGERPRINT_RANGE = 2**40  # the sum over 8,192 samples is below 2**53, which a 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One rank's share of a step's global batch.
-
-    Attributes:
-        step: the step's number, from 0.
-        micro_batches: the samples as tensors.
-        counts: this rank's part of the denominators of loss terms.
-        tokens: (languages,) processed tokens, by the language of their text.
-        samples: (languages,).
-        slots: (OUTCOMES, languages) outcomes of this rank's slots; unlabelled fills are not counted.
-        bad_rows: one for each slot or fill that a bad row left empty.
-        overlong: slots and fills left empty by samples that are too long.
-        fingerprint: sum of a hash of each sample; the sum over ranks identifies the step's samples.
-        dropped_pairs: of the whole step, as planned; equal on all ranks.
-    """
+    """One rank's share of a step's global batch."""
 
     step: int
-    micro_batches: tuple[Batch[Any], ...]
-    counts: Mapping[str, float]
-    tokens: Integers
-    samples: Integers
-    slots: Integers
-    bad_rows: tuple[BadRow, ...]
-    overlong: int
-    fingerprint: int
-    dropped_pairs: int
+    micro_batches: tuple[Batch[Any], ...]  # the samples as tensors
+    counts: Mapping[str, float]  # this rank's part of the denominators of loss terms
+    tokens: Integers  # (languages,) processed tokens, by the language of their text
+    samples: Integers  # (languages,)
+    slots: Integers  # (OUTCOMES, languages) outcomes of this rank's slots; unlabelled fills are not counted
+    bad_rows: tuple[BadRow, ...]  # one for each slot or fill that a bad row left empty
+    overlong: int  # slots and fills left empty by samples that are too long
+    fingerprint: int  # sum of a hash of each sample; the sum over ranks identifies the step's samples
+    dropped_pairs: int  # of the whole step, as planned; equal on all ranks
 
 
 def no_slots(n_languages: int) -> Integers:

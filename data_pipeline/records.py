@@ -45,17 +45,11 @@ class BadRow(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: the author.
-        content: the text.
-        trained: an assistant turn contributes to the loss (`weight` in files).
-    """
+    """One turn of a conversation."""
 
     role: Role
     content: str
-    trained: bool = True
+    trained: bool = True  # an assistant turn contributes to the loss (`weight` in files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +72,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A labelled text for a task of encoders: a row's own text, or its back-translation.
+    """A labelled text for a task of encoders: a row's own text, or its back-translation."""
 
-    Attributes:
-        texts: classification: (text,) or (text_a, text_b); qa: (question, context); tagging: the words; text: (text,).
-        label: classification.
-        tags: tagging: one tag per word.
-        soft_tags: tagging: for each word the probability of each of `task.labels`.
-        answers: qa: (text, start in the context in characters); training uses the first answer.
-    """
-
+    # classification: (text,) or (text_a, text_b); qa: (question, context); tagging: the words; text: (text,)
     texts: tuple[str, ...]
     label: str | None = None
-    tags: tuple[str, ...] | None = None
+    tags: tuple[str, ...] | None = None  # tagging: one tag per word
+    # tagging: for each word the probability of each of `task.labels`
     soft_tags: tuple[tuple[float, ...], ...] | None = None
+    # qa: (text, start in the context in characters); training uses the first answer
     answers: tuple[tuple[str, int], ...] | None = None
 
     @property
@@ -102,24 +91,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One labelled text in one language, as read from a source.
-
-    Attributes:
-        id: the row's name.
-        group: the item, in Unicode form NFC (`item_key`). Records with the same group in different languages are
-            translations of each other.
-        language: code of the text's language.
-        origin: the row's place for messages, such as "file.jsonl:17".
-        content: texts and labels.
-        back: the Example translated into the dominant language, if the row has one.
-    """
+    """One labelled text in one language, as read from a source."""
 
     id: str
+    # the item, in Unicode form NFC (`item_key`). Records with the same group in different languages are translations
+    # of each other.
     group: str
-    language: str
-    origin: str
-    content: Conversation | Example
-    back: Example | None = None
+    language: str  # code of the text's language
+    origin: str  # the row's place for messages, such as "file.jsonl:17"
+    content: Conversation | Example  # texts and labels
+    back: Example | None = None  # the Example translated into the dominant language, if the row has one
 
     @property
     def conversation(self) -> Conversation:
@@ -189,22 +170,14 @@ class ChatSample(Sample):
 
     Prompt tokens are in `language`, tokens of `labels` and `answer` in `response_language`. An unlabelled sample
     (pairing `fill`) has no labels.
-
-    Attributes:
-        content_hash: stable_hash of Record.user_text.
-        response_language: index of the answer's language.
-        input_ids: token ids.
-        labels: tokens to be predicted: answers and their end tokens, except in turns of weight 0.
-        content: tokens of user text: no template, no special token, never the first token.
-        answer: tokens of assistant text, predicted or not: no end token, no template.
     """
 
-    content_hash: int
-    response_language: int
+    content_hash: int  # stable_hash of Record.user_text
+    response_language: int  # index of the answer's language
     input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.bool_]
-    content: npt.NDArray[np.bool_]
-    answer: npt.NDArray[np.bool_]
+    labels: npt.NDArray[np.bool_]  # tokens to be predicted: answers and their end tokens, except in turns of weight 0
+    content: npt.NDArray[np.bool_]  # tokens of user text: no template, no special token, never the first token
+    answer: npt.NDArray[np.bool_]  # tokens of assistant text, predicted or not: no end token, no template
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -40,28 +40,17 @@ class Batch(Generic[Targets]):
     A label unit is a token to be predicted (conversations, masked words), a text (classification, question answering)
     or a word (tagging). A micro-batch without labels holds one placeholder of weight 0, so that every rank runs the
     same graph.
-
-    Attributes:
-        input_ids: (B, T) int64.
-        attention_mask: (B, T) int64; None in the packed layout.
-        label_weights: (N,) float32: 1, or 0 for a label that does not contribute to the loss.
-        label_languages: (N,) int64: the sample's language.
-        targets: the labels, specific to the kind of rows.
-        units: the units it holds, in the order of placement.
-        sample_ids: in the order of segments or rows.
-        position_ids: (B, T) int64, if positions restart at each sample.
-        token_type_ids: (B, T) int64, if the tokenizer has them.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    label_weights: Tensor
-    label_languages: Tensor
-    targets: Targets
-    units: tuple[SampleUnit, ...]
-    sample_ids: tuple[str, ...]
-    position_ids: Tensor | None = None
-    token_type_ids: Tensor | None = None
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor | None  # (B, T) int64; None in the packed layout
+    label_weights: Tensor  # (N,) float32: 1, or 0 for a label that does not contribute to the loss
+    label_languages: Tensor  # (N,) int64: the sample's language
+    targets: Targets  # the labels, specific to the kind of rows
+    units: tuple[SampleUnit, ...]  # the units it holds, in the order of placement
+    sample_ids: tuple[str, ...]  # in the order of segments or rows
+    position_ids: Tensor | None = None  # (B, T) int64, if positions restart at each sample
+    token_type_ids: Tensor | None = None  # (B, T) int64, if the tokenizer has them
 
     @property
     def samples(self) -> list[Sample]:
@@ -139,25 +128,16 @@ class ContrastPairs:
 
 @dataclass(frozen=True, slots=True)
 class ChatTargets:
-    """Targets of conversations.
-
-    Attributes:
-        tokens: the tokens to be predicted.
-        segment_ids: (B, T) int64, -1 on padding.
-        n_segments: S, at least 1.
-        languages: (B, T) int64: each token's language (the prompt's or the answer's), -1 on padding.
-        vector_languages: (B, T) int64: the same for tokens that count towards language vectors, else -1. These are
-            user content, and the answer if it is in the sample's language (docs/methods.md, section 1.1).
-        content: (B, T) bool: tokens of user content.
-        pairs: translation pairs.
-    """
+    """Targets of conversations."""
 
     tokens: TokenTargets
-    segment_ids: Tensor
-    n_segments: int
-    languages: Tensor
+    segment_ids: Tensor  # (B, T) int64, -1 on padding
+    n_segments: int  # S, at least 1
+    languages: Tensor  # (B, T) int64: each token's language (the prompt's or the answer's), -1 on padding
+    # (B, T) int64: the same for tokens that count towards language vectors, else -1. These are user content, and the
+    # answer if it is in the sample's language (docs/methods.md, section 1.1).
     vector_languages: Tensor
-    content: Tensor
+    content: Tensor  # (B, T) bool: tokens of user content
     pairs: ContrastPairs
 
     def counts(self, label_weights: Tensor) -> dict[str, float]:

@@ -20,36 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PairingRule:
-    """The pairing that an objective requires of the plan.
+    """The pairing that an objective requires of the plan."""
 
-    Attributes:
-        set_size: pairs per contrast set; None: no sets.
-        with_partner: every sample has a partner: its translation, its back-translation, or itself.
-        gold_schedule: k of the scheduled sampling of partners (docs/methods.md, section 2.3); None: always gold.
-        needed: data without any pair are an error.
-    """
-
-    set_size: int | None = None
-    with_partner: bool = False
+    set_size: int | None = None  # pairs per contrast set; None: no sets
+    with_partner: bool = False  # every sample has a partner: its translation, its back-translation, or itself
+    # k of the scheduled sampling of partners (docs/methods.md, section 2.3); None: always gold
     gold_schedule: float | None = None
-    needed: bool = False
+    needed: bool = False  # data without any pair are an error
 
 
 @dataclass(frozen=True, slots=True)
 class Partner:
-    """The text that a sample is read together with.
+    """The text that a sample is read together with."""
 
-    Attributes:
-        kind: a translation is the text of `row`; the other kinds come from the sample's own row.
-        row: row id of the text.
-        language: language of the text.
-        gold_step: whether gold text is preferred in this step.
-    """
-
+    # a translation is the text of `row`; the other kinds come from the sample's own row
     kind: Literal["translation", "back-translation", "itself"]
     row: int
     language: int
-    gold_step: bool
+    gold_step: bool  # whether gold text is preferred in this step
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +46,11 @@ class Partners:
 
     Gold text is chosen with a probability that decreases over the steps, otherwise the back-translation, which is
     what the model reads at test time (X-Mixup, arXiv 2205.04182, section 3.3).
-
-    Attributes:
-        index: where translations are looked up.
-        dominant: the language of the partners.
-        schedule: k of `gold_probability`; None: always gold.
-        seed: the run's seed.
     """
 
     index: DataIndex
-    dominant: int
-    schedule: float | None
+    dominant: int  # the language of the partners
+    schedule: float | None  # k of `gold_probability`; None: always gold
     seed: int
 
     def gold(self, step: int) -> bool:

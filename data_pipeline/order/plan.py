@@ -36,38 +36,23 @@ Pair = tuple[int, int]  # positions (dominant, other)
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One sample of a step.
+    """One sample of a step."""
 
-    Attributes:
-        number: counted from the run's first slot; -1 for a fill, and for a row of a fixed set (probe, held-out).
-        row: row id in the data index.
-        language: index into the declared languages.
-        labelled: False for a fill, which has no labels.
-        cost: estimated tokens.
-        partner: the text that the sample is read together with, if the objective uses partners.
-        seed: (run's seed, step), from which all randomness of the sample is derived.
-    """
-
-    number: int
-    row: int
-    language: int
-    labelled: bool
-    cost: float
-    partner: Partner | None = None
-    seed: tuple[int, int] = (0, 0)
+    number: int  # counted from the run's first slot; -1 for a fill, and for a row of a fixed set (probe, held-out)
+    row: int  # row id in the data index
+    language: int  # index into the declared languages
+    labelled: bool  # False for a fill, which has no labels
+    cost: float  # estimated tokens
+    partner: Partner | None = None  # the text that the sample is read together with, if the objective uses partners
+    seed: tuple[int, int] = (0, 0)  # (run's seed, step), from which all randomness of the sample is derived
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Slots that stay on one rank and in one micro-batch. A unit with pairs is a contrast set.
-
-    Attributes:
-        slots: the slots of the unit.
-        pairs: (dominant, other), indices into `slots`.
-    """
+    """Slots that stay on one rank and in one micro-batch. A unit with pairs is a contrast set."""
 
     slots: tuple[Slot, ...]
-    pairs: tuple[tuple[int, int], ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()  # (dominant, other), indices into `slots`
 
     @property
     def cost(self) -> float:
@@ -77,17 +62,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The global batch of a step.
+    """The global batch of a step."""
 
-    Attributes:
-        step: the step's number, from 0.
-        units: the slots of the step, grouped.
-        dropped_pairs: translations that were not paired because both texts are identical.
-    """
-
-    step: int
+    step: int  # the step's number, from 0
     units: tuple[Unit, ...]
-    dropped_pairs: int
+    dropped_pairs: int  # translations that were not paired because both texts are identical
 
     @property
     def slots(self) -> list[Slot]:

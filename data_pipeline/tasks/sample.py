@@ -14,38 +14,24 @@ from data_pipeline.tasks.tokenize import EncodedSide
 
 @dataclass(frozen=True, slots=True)
 class SideLabels:
-    """Labels of one side; the span of an answer is in its EncodedSide.
+    """Labels of one side; the span of an answer is in its EncodedSide."""
 
-    Attributes:
-        classes: (units, C) probabilities; classification: one unit; tagging: one unit per word of the window.
-        positions: (units,) text: positions of the tokens to be predicted.
-        ids: (units,) text: the original tokens at these positions.
-    """
-
+    # (units, C) probabilities; classification: one unit; tagging: one unit per word of the window
     classes: npt.NDArray[np.float32] | None = None
-    positions: npt.NDArray[np.int32] | None = None
-    ids: npt.NDArray[np.int32] | None = None
+    positions: npt.NDArray[np.int32] | None = None  # (units,) text: positions of the tokens to be predicted
+    ids: npt.NDArray[np.int32] | None = None  # (units,) text: the original tokens at these positions
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSide:
-    """The tokenised partner of a sample.
-
-    Attributes:
-        side: the window that is read.
-        labels: its labels.
-        language: index of its language.
-        is_gold: False for a back-translation.
-        counts: its labels are correct and contribute to the loss.
-        is_itself: the row has no other text, so the sample is its own source.
-    """
+    """The tokenised partner of a sample."""
 
     side: EncodedSide
     labels: SideLabels
-    language: int
-    is_gold: bool
-    counts: bool
-    is_itself: bool = False
+    language: int  # index of its language
+    is_gold: bool  # False for a back-translation
+    counts: bool  # its labels are correct and contribute to the loss
+    is_itself: bool = False  # the row has no other text, so the sample is its own source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

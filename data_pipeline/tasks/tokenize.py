@@ -42,27 +42,19 @@ NO_ANSWER = (0, 0)  # the span of a window without the answer: the first token
 
 @dataclass(frozen=True, slots=True)
 class EncodedSide:
-    """One window of a text or of a pair of texts.
+    """One window of a text or of a pair of texts."""
 
-    Attributes:
-        input_ids: (T,) token ids.
-        token_type_ids: (T,) segment of each token.
-        word_of_token: (T,) tagging: the word of each token, -1 if none.
-        content: (T,) True for tokens of the texts, False for special tokens.
-        words: tagging: the words of this window, (first, stop); qa: the context's tokens in this window, counted
-            over the whole context, which gives the distance of a token to the window's ends.
-        span: qa: (first, last) position of the answer's tokens; (0, 0) if they are not all in this window; None
-            without answers, or if no token covers the answer.
-        context_offsets: (T, 2) qa: start and stop of a token in the context, in characters, without white space;
-            -1 outside the context.
-    """
-
-    input_ids: Ids
-    token_type_ids: npt.NDArray[np.int8]
-    word_of_token: Ids
-    content: npt.NDArray[np.bool_]
+    input_ids: Ids  # (T,) token ids
+    token_type_ids: npt.NDArray[np.int8]  # (T,) segment of each token
+    word_of_token: Ids  # (T,) tagging: the word of each token, -1 if none
+    content: npt.NDArray[np.bool_]  # (T,) True for tokens of the texts, False for special tokens
+    # tagging: the words of this window, (first, stop); qa: the context's tokens in this window, counted over the
+    # whole context, which gives the distance of a token to the window's ends
     words: Range = (0, 0)
+    # qa: (first, last) position of the answer's tokens; (0, 0) if they are not all in this window; None without
+    # answers, or if no token covers the answer
     span: Range | None = None
+    # (T, 2) qa: start and stop of a token in the context, in characters, without white space; -1 outside the context
     context_offsets: Ids | None = None
 
     def __len__(self) -> int:

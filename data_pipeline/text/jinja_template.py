@@ -21,17 +21,11 @@ from data_pipeline.text.templates import ChatTemplate, PatternTemplate, language
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Languages of a prompt for which the caller gives none.
+    """Languages of a prompt for which the caller gives none."""
 
-    Attributes:
-        language: code of the prompt's language.
-        response_language: code of the answer's language; None: the prompt's language.
-        may_differ: whether training had answers in another language than their prompts.
-    """
-
-    language: str
-    response_language: str | None = None
-    may_differ: bool = False
+    language: str  # code of the prompt's language
+    response_language: str | None = None  # code of the answer's language; None: the prompt's language
+    may_differ: bool = False  # whether training had answers in another language than their prompts
 
 
 def jinja_template(chat: Chat, defaults: Defaults) -> tuple[str, str | None]:

@@ -22,15 +22,10 @@ _SHORTEST = 8  # least characters before a language's name in a header line: sho
 
 @dataclass(frozen=True, slots=True)
 class NextTurn:
-    """Stop conditions of one template.
+    """Stop conditions of one template."""
 
-    Attributes:
-        ids: added tokens of the header.
-        patterns: regular expressions, one per line of the header.
-    """
-
-    ids: tuple[int, ...] = ()
-    patterns: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()  # added tokens of the header
+    patterns: tuple[str, ...] = ()  # regular expressions, one per line of the header
 
 
 def next_turn(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> NextTurn:

@@ -55,27 +55,20 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class PrepareOptions:
-    """What `prepare_task` prepares, and how strictly.
+    """What `prepare_task` prepares, and how strictly."""
 
-    Attributes:
-        languages: languages of dev, test and translations; default: all that exist.
-        layout: the layout of the files; "auto" detects it.
-        splits: {split to write: split to read}, such as {"train": "dev", "test": "test"} for treebanks without train.
-        translations: the folder of machine translations, in the X-Mixup authors' or the bucket's layout.
-        allow_unlabelled_test: accept test files whose labels are erased; the rows have no labels.
-        remake: replace an `output` that was made from other files or with other options.
-        max_bad_rows: how many questions of a file may have answers that are not at the given offset. Such questions
-            lose these answers, or are left out if they have no others, and are counted.
-        remedy: end of the error message for an `output` with other inputs, in terms of the calling command.
-    """
-
-    languages: Sequence[str] | None = None
-    layout: str = "auto"
+    languages: Sequence[str] | None = None  # languages of dev, test and translations; default: all that exist
+    layout: str = "auto"  # the layout of the files; "auto" detects it
+    # {split to write: split to read}, such as {"train": "dev", "test": "test"} for treebanks without train
     splits: Mapping[str, str] | None = None
+    # the folder of machine translations, in the X-Mixup authors' or the bucket's layout
     translations: Path | str | None = None
-    allow_unlabelled_test: bool = False
-    remake: bool = False
+    allow_unlabelled_test: bool = False  # accept test files whose labels are erased; the rows have no labels
+    remake: bool = False  # replace an `output` that was made from other files or with other options
+    # how many questions of a file may have answers that are not at the given offset. Such questions lose these
+    # answers, or are left out if they have no others, and are counted.
     max_bad_rows: int = 0
+    # end of the error message for an `output` with other inputs, in terms of the calling command
     remedy: str = "name a new --output, or add --remake"
 
 
