@@ -118,7 +118,7 @@ class Launcher:
                 finally:
                     self._kill()
                 for rank in self.ranks:
-                    rank.output.close()
+                    rank.close_output()
                 return self._finish()
 
     def _start(self, heartbeat_dir: Path) -> None:
@@ -134,9 +134,9 @@ class Launcher:
         first_rank = place.node * self.nproc
         for local_rank in range(self.nproc):
             own = {"RANK": str(first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
-            rank = RankProcess(self.command, {**common, **own}, heartbeat_dir, self.output_dir)
-            rank.start(self.exchange.claim_line)
-            self.ranks.append(rank)
+            self.ranks.append(
+                RankProcess(self.command, {**common, **own}, heartbeat_dir, self.output_dir, self.exchange.claim_line)
+            )
         pids = {rank.local_rank: rank.process.pid for rank in self.ranks}
         self.watchdog = Watchdog(heartbeat_dir, pids, self.exchange.hostname, self.stall_seconds, first_rank)
 
@@ -274,7 +274,7 @@ class Launcher:
         details = f"; ranks {sorted(self._killed)} did not end and were killed" if self._killed else ""
         if failed := [rank for rank, status in statuses.items() if status not in (0, STOPPED)]:
             details += f"; ranks {failed} failed after others had ended"
-        if details or not any(rank.output.has_message for rank in self.ranks):
+        if details or not any(rank.has_message for rank in self.ranks):
             cause = self._stop_signal.name if self._stop_signal else "request"
             print_message(f"stopped by {cause}{details}; the same command resumes from the last checkpoint")
 

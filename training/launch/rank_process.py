@@ -29,35 +29,49 @@ STDOUT = 1
 
 
 class RankProcess:
-    """A rank of this node."""
-
-    process: subprocess.Popen[bytes]
-    output: RankOutput
+    """A rank of this node, from its start on, and the threads that read its stderr and stdout."""
 
     def __init__(
-        self, command: Sequence[str], place: Mapping[str, str], heartbeat_dir: Path, output_dir: Path | None
+        self,
+        command: Sequence[str],
+        place: Mapping[str, str],
+        heartbeat_dir: Path,
+        output_dir: Path | None,
+        claim_line: Callable[[str, int], bool],
     ) -> None:
-        """`place` holds torchrun's variables of this rank: RANK, LOCAL_RANK, WORLD_SIZE and so on."""
+        """Start the process.
+
+        Args:
+            place: torchrun's variables of this rank: RANK, LOCAL_RANK, WORLD_SIZE and so on.
+            claim_line: `claim_line(text, n)` returns whether to print crosslift's own line `text`, which the rank wrote
+                n times.
+        """
         self.rank = int(place["RANK"])
         self.local_rank = int(place["LOCAL_RANK"])
-        self._command = list(command)
-        self._place = place
+        self.has_message = False  # the rank has printed crosslift's own message on why it ends
         self._heartbeat_dir = heartbeat_dir
-        self._output_dir = output_dir
+        self._claim_line = claim_line
         self._group_killed = False
-
-    def start(self, claim_line: Callable[[str, int], bool]) -> None:
-        """Start the process and the threads that read its output."""
+        self._redactor = Redactor(os.environ)
+        self._written: Counter[str] = Counter()
+        self._log = Appender(rank_log(output_dir, self.rank)) if output_dir else None
+        self._events = Appender(events_part(output_dir, f"stderr-{self.rank:05d}")) if output_dir else None
+        self._blocked = threading.Event()  # set while the reader of the launcher's stdout is slower than the rank
         terminal = os.dup(sys.stderr.fileno())
         try:
             # A session of its own: Ctrl-C reaches only the launcher, which forwards it once.
             self.process = subprocess.Popen(
-                self._command, env=self._environment(terminal), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                pass_fds=[terminal], start_new_session=True,
+                command, env=_environment(place, heartbeat_dir, terminal), stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, pass_fds=[terminal], start_new_session=True,
             )  # fmt: skip
         finally:
             os.close(terminal)
-        self.output = RankOutput(self.process, self.rank, self._output_dir, claim_line, self._step)
+        self._threads = [
+            threading.Thread(target=self._read_stderr, name=f"stderr-{self.rank}", daemon=True),
+            threading.Thread(target=self._copy_stdout, name=f"stdout-{self.rank}", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def exit_status(self) -> int | None:
         """Exit status, negative for a signal; None while it runs. Its child processes are killed when it has ended."""
@@ -83,58 +97,7 @@ class RankProcess:
         if self.exit_status() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def _step(self) -> int:
-        heartbeat = read_heartbeat(self._heartbeat_dir, self.local_rank)
-        return heartbeat.step if heartbeat is not None else -1
-
-    def _environment(self, terminal: int) -> dict[str, str]:
-        """torchrun's variables, so that ranks work the same under any launcher, and those of crosslift's launcher."""
-        source = str(Path(__file__).resolve().parents[2])
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return {
-            "PYTHONUNBUFFERED": "1",  # stdout is a pipe: show lines at once, and keep them after a SIGKILL
-            "OMP_NUM_THREADS": str(max(cpus // int(self._place["LOCAL_WORLD_SIZE"]), 1)),
-            **os.environ,
-            **self._place,
-            "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, rank 0 only connects to it
-            "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
-            LAUNCHER_PID: str(os.getpid()),
-            HEARTBEAT_DIR: str(self._heartbeat_dir),
-            TERMINAL: str(terminal),
-        }
-
-
-class RankOutput:
-    """Reads the stderr and stdout of one rank, each in a thread."""
-
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        rank: int,
-        output_dir: Path | None,
-        claim_line: Callable[[str, int], bool],
-        step: Callable[[], int],
-    ) -> None:
-        """`claim_line(text, n)` returns whether to print crosslift's own line `text`, which the rank wrote n times."""
-        self.has_message = False  # the rank has printed crosslift's own message on why it ends
-        self._process = process
-        self._rank = rank
-        self._redactor = Redactor(os.environ)
-        self._claim_line = claim_line
-        self._step = step
-        self._written: Counter[str] = Counter()
-        self._log = Appender(rank_log(output_dir, rank)) if output_dir else None
-        self._events = Appender(events_part(output_dir, f"stderr-{rank:05d}")) if output_dir else None
-        self._blocked = threading.Event()  # set while the reader of the launcher's stdout is slower than the rank
-        self._threads = [
-            threading.Thread(target=self._read_stderr, name=f"stderr-{rank}", daemon=True),
-            threading.Thread(target=self._copy_stdout, name=f"stdout-{rank}", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
+    def close_output(self) -> None:
         """After the rank's end: wait for the rest of its output, however slow the reader of stdout is."""
         for thread in self._threads:
             thread.join(DRAIN_TIMEOUT_S)
@@ -142,8 +105,8 @@ class RankOutput:
                 thread.join(DRAIN_TIMEOUT_S)
 
     def _read_stderr(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
             text = self._text(line)
             self._print(text)
             text = text.rstrip("\r").rpartition("\r")[2]  # only the last state of a progress bar
@@ -151,11 +114,11 @@ class RankOutput:
                 self._log.write(text + "\n")
             if self._events is not None and text.strip():
                 level = "CRITICAL" if text.startswith(PREFIX) else "STDERR"
-                self._events.write(event_line(self._rank, level, self._step(), text))
+                self._events.write(event_line(self.rank, level, self._step(), text))
 
     def _copy_stdout(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             rest = f"{self._text(line)}\n".encode(errors="backslashreplace")
             self._blocked.set()
             with suppress(OSError):  # the reader has ended; keep reading, since a full pipe would block the rank
@@ -173,3 +136,25 @@ class RankOutput:
             if not self._claim_line(text, self._written[text]):
                 return
         print(text, file=sys.stderr, flush=True)
+
+    def _step(self) -> int:
+        heartbeat = read_heartbeat(self._heartbeat_dir, self.local_rank)
+        return heartbeat.step if heartbeat is not None else -1
+
+
+def _environment(place: Mapping[str, str], heartbeat_dir: Path, terminal: int) -> dict[str, str]:
+    """torchrun's variables, so that ranks work the same under any launcher, and those of crosslift's launcher."""
+    source = str(Path(__file__).resolve().parents[2])
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "PYTHONUNBUFFERED": "1",  # stdout is a pipe: show lines at once, and keep them after a SIGKILL
+        "OMP_NUM_THREADS": str(max(cpus // int(place["LOCAL_WORLD_SIZE"]), 1)),
+        **os.environ,
+        **place,
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, rank 0 only connects to it
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        LAUNCHER_PID: str(os.getpid()),
+        HEARTBEAT_DIR: str(heartbeat_dir),
+        TERMINAL: str(terminal),
+    }
