@@ -27,7 +27,7 @@ from training.launch.heartbeat import (
     heartbeat_file,
     read_heartbeat,
 )
-from training.launch.watchdog import RankSnapshot, Watchdog, from_json, furthest_behind, main_stack
+from training.launch.watchdog import RankSnapshot, Watchdog, furthest_behind, main_stack
 
 HANGS = """
     import os, signal, sys, threading, time
@@ -148,8 +148,8 @@ def test_zero_stall_seconds_disable_the_watchdog(
     assert not monitor.stalled()
 
 
-WAITS = ('File ".../torch/distributed/distributed_c10d.py", line 1 in all_reduce', 'File "trainer.py", line 2 in agree')
-WORKS = ('File "reader.py", line 3 in parse', 'File "trainer.py", line 1 in train')
+WAITS = ['File ".../torch/distributed/distributed_c10d.py", line 1 in all_reduce', 'File "trainer.py", line 2 in agree']
+WORKS = ['File "reader.py", line 3 in parse', 'File "trainer.py", line 1 in train']
 
 
 def rank(number: int, **changes: object) -> RankSnapshot:
@@ -163,7 +163,7 @@ def rank(number: int, **changes: object) -> RankSnapshot:
         rank(2, step=4, phases=30),  # a step behind
         rank(2, phases=8, silent_seconds=50),  # a phase behind
         rank(2, state="T"),  # at the same point, but stopped
-        rank(2, state="D", stack=()),
+        rank(2, state="D", stack=[]),
         rank(2, stack=WORKS),  # at the same point, but not in a collective call
         rank(2, silent_seconds=101),
     ],
@@ -172,7 +172,7 @@ def test_the_rank_that_the_others_wait_for_is_found(cause: RankSnapshot) -> None
     others = [rank(0), rank(1, silent_seconds=99), rank(3, step=5, phases=9)]
     assert furthest_behind([*others, cause]) == cause
     from_other_nodes = json.loads(json.dumps([asdict(each) for each in (cause, *others)]))
-    assert furthest_behind(map(from_json, from_other_nodes)) == cause
+    assert furthest_behind(RankSnapshot(**each) for each in from_other_nodes) == cause
 
 
 def test_the_report_has_rank_host_step_phase_state_and_stack() -> None:
@@ -197,8 +197,8 @@ def test_the_main_threads_stack_is_extracted_from_the_dump() -> None:
           File "main.py", line 3 in g
           File "main.py", line 4 in main
         """)
-    assert main_stack(shown, 0x7F00000000CC) == ('File "main.py", line 3 in g', 'File "main.py", line 4 in main')
-    assert main_stack(shown, 0x1) == ()
+    assert main_stack(shown, 0x7F00000000CC) == ['File "main.py", line 3 in g', 'File "main.py", line 4 in main']
+    assert main_stack(shown, 0x1) == []
 
 
 @contextmanager

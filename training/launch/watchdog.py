@@ -14,9 +14,9 @@ import re
 import signal
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -62,7 +62,7 @@ class RankSnapshot:
     phase: str
     silent_seconds: float  # since the last heartbeat
     state: str  # the kernel's letter; "?" if unknown
-    stack: tuple[str, ...]  # of the main thread, innermost call first; empty if it could not be dumped
+    stack: list[str]  # of the main thread, innermost call first; empty if it could not be dumped
 
     @property
     def in_collective(self) -> bool:
@@ -76,21 +76,21 @@ class RankSnapshot:
             f"step {self.step + 1}, phase '{self.phase}', process {self.pid} is "
             f"{PROCESS_STATES.get(self.state, self.state)}"
         )
-        lines = self.stack or ("(no stack available)",)
+        lines = self.stack or ["(no stack available)"]
         return "\n".join([text, *(f"    {line}" for line in lines[:PRINTED_FRAMES])])
 
 
+@dataclass
 class Watchdog:
     """Watches the heartbeats of one node's ranks."""
 
-    def __init__(self, folder: Path, pids: Mapping[int, int], host: str, stall_seconds: float, first_rank: int) -> None:
-        """`folder` holds the heartbeats; `pids` by local rank; with `stall_seconds` 0 no rank counts as stalled."""
-        self.folder = folder
-        self.pids = pids
-        self.host = host
-        self.stall_seconds = stall_seconds
-        self.first_rank = first_rank
-        self._seen: dict[int, tuple[int, float]] = {}  # local rank: heartbeat counter, when it was first seen
+    folder: Path  # of the heartbeats
+    pids: Mapping[int, int]  # by local rank
+    host: str
+    stall_seconds: float  # 0: no rank counts as stalled
+    first_rank: int
+    # By local rank: the last heartbeat's counter, and when it was first seen.
+    _seen: dict[int, tuple[int, float]] = field(default_factory=dict, init=False)
 
     def stalled(self) -> bool:
         """Whether a watched rank has sent no heartbeat for too long. Must be called more often than that."""
@@ -106,28 +106,28 @@ class Watchdog:
         A stopped process is continued, as it could not dump its stacks otherwise; the caller kills it afterwards.
         """
         states = {local_rank: _process_state(pid) for local_rank, pid in self.pids.items()}
-        before = {local_rank: self._stacks_size(local_rank) for local_rank in self.pids}
-        heartbeats = {local_rank: read_heartbeat(self.folder, local_rank) for local_rank in self.pids}
+        before = {local_rank: len(self.all_stacks(local_rank)) for local_rank in self.pids}
+        heartbeats = {each: beat for each in self.pids if (beat := read_heartbeat(self.folder, each)) is not None}
         for local_rank, pid in self.pids.items():
             if states[local_rank] in ("T", "t"):
                 _send_to_main_thread(pid, STACKS_SIGNAL)
                 _send(pid, signal.SIGCONT)
             else:  # to any thread, as the main one may be waiting for a disk
                 _send(pid, STACKS_SIGNAL)
-        self._wait_for_stacks(before, heartbeats)
+        stacks = self._wait_for_stacks(before, heartbeats)
         return [
             RankSnapshot(
                 rank=self.first_rank + local_rank, host=self.host, pid=self.pids[local_rank], step=beat.step,
                 phases=beat.phases, phase=beat.phase, silent_seconds=self._silent_seconds(local_rank, beat),
-                state=states[local_rank], stack=self._stack(local_rank, before[local_rank], beat),
+                state=states[local_rank], stack=stacks[local_rank],
             )
-            for local_rank, beat in heartbeats.items() if beat is not None
+            for local_rank, beat in heartbeats.items()
         ]  # fmt: skip
 
-    def all_stacks(self, rank: int) -> str:
+    def all_stacks(self, local_rank: int) -> str:
         """The dumped stacks of all threads of a rank."""
         try:
-            return stacks_file(self.folder, rank - self.first_rank).read_text(encoding="utf-8", errors="replace")
+            return stacks_file(self.folder, local_rank).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return ""
 
@@ -139,26 +139,24 @@ class Watchdog:
             return 0.0
         return now - since
 
-    def _wait_for_stacks(self, before: Mapping[int, int], heartbeats: Mapping[int, HeartbeatState | None]) -> None:
-        """Wait until each dump has its main thread, which comes last, and nothing more is written."""
+    def _wait_for_stacks(
+        self, before: Mapping[int, int], heartbeats: Mapping[int, HeartbeatState]
+    ) -> dict[int, list[str]]:
+        """The main threads' stacks, once each dump has one, which comes last, and nothing more is written.
+
+        `before`: the length of each rank's earlier dumps.
+        """
         until = time.monotonic() + STACK_TIMEOUT_S
-        sizes: dict[int, int] = {}
-        while time.monotonic() < until:
+        dumps: dict[int, str] = {}
+        while True:
             time.sleep(2 * POLL_S)
-            last, sizes = sizes, {local_rank: self._stacks_size(local_rank) for local_rank in before}
-            expected = [(local_rank, beat) for local_rank, beat in heartbeats.items() if beat is not None]
-            if sizes == last and all(self._stack(each, before[each], beat) for each, beat in expected):
-                return
-
-    def _stacks_size(self, local_rank: int) -> int:
-        try:
-            return stacks_file(self.folder, local_rank).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def _stack(self, local_rank: int, before: int, heartbeat: HeartbeatState) -> tuple[str, ...]:
-        dump = self.all_stacks(self.first_rank + local_rank).encode()[before:].decode(errors="replace")
-        return main_stack(dump, heartbeat.thread)
+            last, dumps = (
+                dumps,
+                {local_rank: self.all_stacks(local_rank)[start:] for local_rank, start in before.items()},
+            )
+            stacks = {local_rank: main_stack(dumps[local_rank], beat.thread) for local_rank, beat in heartbeats.items()}
+            if (dumps == last and all(stacks.values())) or time.monotonic() >= until:
+                return stacks
 
 
 def find_culprit(watchdog: Watchdog, exchange: StatusExchange, output_dir: Path | None) -> RankSnapshot | None:
@@ -173,7 +171,7 @@ def find_culprit(watchdog: Watchdog, exchange: StatusExchange, output_dir: Path 
     until = time.monotonic() + OTHER_NODES_TIMEOUT_S
     while len(exchange.received("stalled")) < exchange.place.nodes and not exchange.lost and time.monotonic() < until:
         time.sleep(POLL_S)
-    all_nodes = [from_json(each) for node in exchange.received("stalled").values() for each in node]
+    all_nodes = [RankSnapshot(**each) for node in exchange.received("stalled").values() for each in node]
     return furthest_behind(all_nodes) if all_nodes else None
 
 
@@ -192,13 +190,13 @@ def report_culprit(culprit: RankSnapshot, exchange: StatusExchange, output_dir: 
         events.write(event_line(None, "CRITICAL", culprit.step, text))
 
 
-def main_stack(dump: str, thread: int) -> tuple[str, ...]:
+def main_stack(dump: str, thread: int) -> list[str]:
     """The lines of one thread in faulthandler's output, innermost call first."""
     parts = re.split(r"^(?:Current thread|Thread) (0x[0-9a-f]+).*$", dump, flags=re.MULTILINE)
     for ident, lines in zip(parts[1::2], parts[2::2], strict=True):
         if int(ident, 16) == thread:
-            return tuple(line.strip() for line in lines.splitlines() if line.strip())
-    return ()
+            return [line.strip() for line in lines.splitlines() if line.strip()]
+    return []
 
 
 def furthest_behind(ranks: Iterable[RankSnapshot]) -> RankSnapshot:
@@ -215,15 +213,10 @@ def furthest_behind(ranks: Iterable[RankSnapshot]) -> RankSnapshot:
     )  # fmt: skip
 
 
-def from_json(values: Mapping[str, Any]) -> RankSnapshot:
-    """The inverse of `dataclasses.asdict`, after JSON has made a list of the stack."""
-    return RankSnapshot(**{**values, "stack": tuple(values["stack"])})
-
-
 def _write_snapshots(snapshots: list[RankSnapshot], watchdog: Watchdog, output_dir: Path, node: int) -> None:
     redactor = Redactor(os.environ)
     for each in snapshots:
-        text = f"{each}\nall threads:\n{watchdog.all_stacks(each.rank)}\n"
+        text = f"{each}\nall threads:\n{watchdog.all_stacks(each.rank - watchdog.first_rank)}\n"
         Appender(rank_log(output_dir, each.rank)).write(redactor.redact(text))
     file = logs_folder(output_dir) / f"stall-node-{node}.json"
     try:
