@@ -111,60 +111,49 @@ class Appender:
         self._warned = True
 
 
-class _LogFileHandler(logging.Handler):
-    """Writes a rank's own log."""
+class _Redacting(logging.Formatter):
+    """A message without secrets."""
 
-    def __init__(self, path: Path, redactor: Redactor) -> None:
+    def __init__(self, form: str) -> None:
+        super().__init__(form)
+        self._redactor = Redactor(os.environ)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redactor.redact(super().format(record))
+
+
+class _FileHandler(logging.Handler):
+    """Writes a rank's own log, and its part of the events."""
+
+    def __init__(self, output_dir: Path, rank: int) -> None:
         super().__init__()
-        self._file, self._redactor = Appender(path), redactor
-        self.setFormatter(logging.Formatter(FORMAT))
+        self._rank = rank
+        self._log = Appender(rank_log(output_dir, rank))
+        self._events = Appender(events_part(output_dir, f"rank-{rank:05d}"))
+        self._text, self._message = _Redacting(FORMAT), _Redacting("%(message)s")
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._file.write(self._redactor.redact(self.format(record)) + "\n")
-
-
-class _EventsHandler(logging.Handler):
-    """Writes a rank's part of the events."""
-
-    def __init__(self, path: Path, rank: int, redactor: Redactor) -> None:
-        super().__init__()
-        self._file, self._rank, self._redactor = Appender(path), rank, redactor
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = self._redactor.redact(self.format(record))
-        self._file.write(event_line(self._rank, record.levelname, heartbeat.step, text))
+        self._log.write(self._text.format(record) + "\n")
+        self._events.write(event_line(self._rank, record.levelname, heartbeat.step, self._message.format(record)))
 
 
 class _TerminalHandler(logging.Handler):
-    """Prints rank 0's messages, and the warnings of all ranks."""
-
-    def __init__(self, rank: int, redactor: Redactor) -> None:
-        super().__init__(logging.INFO if rank == 0 else logging.WARNING)
-        self._redactor = redactor
+    """Prints messages above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print_line(self._redactor.redact(self.format(record)))
+            print_line(self.format(record))
         except Exception:
             self.handleError(record)
 
 
 def log_to_terminal(rank: int) -> None:
-    """Print log messages at the terminal; from the start of a rank on."""
-    handler = _TerminalHandler(rank, Redactor(os.environ))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    """Print log messages at the terminal, from the start of a rank on: all of rank 0, the warnings of the others."""
+    handler = _TerminalHandler(logging.INFO if rank == 0 else logging.WARNING)
+    handler.setFormatter(_Redacting("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
-
-
-def log_to_files(output_dir: Path, rank: int) -> None:
-    """Also write log messages to the rank's log and its part of the events; once the run's folder is known."""
-    redactor = Redactor(os.environ)
-    for handler in (
-        _LogFileHandler(rank_log(output_dir, rank), redactor),
-        _EventsHandler(events_part(output_dir, f"rank-{rank:05d}"), rank, redactor),
-    ):
-        logging.getLogger().addHandler(handler)
 
 
 def report_failure(text: str) -> None:
@@ -174,7 +163,7 @@ def report_failure(text: str) -> None:
         return
     record = log.makeRecord(log.name, logging.CRITICAL, __file__, 0, text, (), None)
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, _EventsHandler | _LogFileHandler):
+        if isinstance(handler, _FileHandler):
             handler.handle(record)
 
 
@@ -198,7 +187,7 @@ def run_logs(output_dir: Path, rank: int) -> Iterator[None]:
         ConfigError: the folder of logs cannot be created.
     """
     make_logs_folder(output_dir)
-    log_to_files(output_dir, rank)
+    logging.getLogger().addHandler(_FileHandler(output_dir, rank))
     with closing(LogMerger(output_dir)) if rank == 0 and TERMINAL not in os.environ else nullcontext():
         yield
 
@@ -253,9 +242,8 @@ class LogMerger:
         try:
             offsets = json.loads((self._parts / OFFSETS_FILE).read_text(encoding="utf-8"))
             return {name: int(offset) for name, offset in offsets.items()}
-        except FileNotFoundError:
-            return {}
-        except (ValueError, AttributeError, TypeError):  # a damaged file: repeating lines is better than losing them
+        # None yet, or damaged: repeating lines is better than losing them.
+        except (FileNotFoundError, ValueError, AttributeError, TypeError):
             return {}
 
 
