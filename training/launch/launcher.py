@@ -12,6 +12,7 @@ A rank gets the same environment as from torchrun: the variables, and a store he
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -25,10 +26,10 @@ from types import FrameType
 
 from training.config import RunConfig
 from training.launch.logs import LogMerger, make_logs_folder
-from training.launch.outcome import FAILED, FINISHED, INTERRUPTED, USER_ERROR, Failure, rank_status, root_cause
+from training.launch.outcome import FAILED, FINISHED, INTERRUPTED, USER_ERROR, Failure, root_cause
 from training.launch.rank_process import RankProcess
 from training.launch.status_exchange import NodeLost, NodePlace, StatusExchange
-from training.launch.stop import STOPPED, allocation_end
+from training.launch.stop import SIGNALS, STOPPED, allocation_end
 from training.launch.watchdog import Watchdog, find_culprit, report_culprit
 from training.messages import print_message
 from training.run_file import load_config
@@ -43,9 +44,8 @@ KILL_TIMEOUT_S = 30.0  # a process that waits for a disk outlives even SIGKILL
 STORE_LIFETIME_S = {True: 300.0, False: 20.0}  # regular end or not: how long node 0 keeps the store for other nodes
 PROPAGATION_S = 1.5  # until all nodes have received a failure message
 
-FORWARDED = {name: signal.SIGTERM if name == "SIGHUP" else signal.Signals[name]
-             for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGHUP")}  # fmt: skip
-IMMEDIATE = ("SIGINT", "SIGQUIT")
+FORWARDED = (*SIGNALS, signal.SIGHUP)  # the last one as TERM
+IMMEDIATE = (signal.SIGINT, signal.SIGQUIT)
 
 
 def launch(
@@ -97,7 +97,7 @@ class Launcher:
         self._pending: list[signal.Signals] = []  # received, not handled yet
         self._stop_signal: signal.Signals | None = None  # the first one that requested a stop
         self._interrupt: signal.Signals | None = None
-        self._deadline: float | None = None  # when the ranks that still run are killed
+        self._deadline = math.inf  # when the ranks that still run are killed
         self._killed: set[int] = set()  # ranks that this launcher killed: they did not fail by themselves
 
     def run(self) -> int:
@@ -148,7 +148,7 @@ class Launcher:
             self._check_failures()
             self._check_stall()
             now = time.monotonic()
-            if self._deadline is not None and now > self._deadline:
+            if now > self._deadline:
                 self._kill()
                 killed_at = killed_at or now
             if killed_at is not None and now > killed_at + KILL_TIMEOUT_S:
@@ -163,7 +163,7 @@ class Launcher:
     def _forward_signals(self) -> None:
         while self._pending:
             number = self._pending.pop(0)
-            if number.name in IMMEDIATE:
+            if number in IMMEDIATE:
                 if self._interrupt is not None:  # the second Ctrl-C
                     self._kill()
                 self._interrupt = number
@@ -171,7 +171,7 @@ class Launcher:
                 number = signal.SIGINT
             else:
                 self._stop_signal = self._stop_signal or number
-                number = FORWARDED[number.name]
+                number = signal.SIGTERM if number == signal.SIGHUP else number
             for rank in self.ranks:
                 rank.send(number)
 
@@ -189,7 +189,8 @@ class Launcher:
             self.exchange.publish("stopped", STOP_GRACE_S if saves else FAILURE_GRACE_S)
         if failed:
             known = self.exchange.received("failed").get(self.exchange.place.node)
-            self._publish_failure(root_cause([*([Failure(**known)] if known else []), *failed]))
+            first = root_cause([*([Failure(**known)] if known else []), *failed])
+            self.exchange.publish("failed", asdict(first))
         elif stopped:
             self._end_within(STOP_GRACE_S)
         for seconds in self.exchange.received("stopped").values():
@@ -201,7 +202,7 @@ class Launcher:
 
     def _check_stall(self) -> None:
         """If a rank of any node is stalled: find the one that the others wait for, report it, end the run."""
-        if self._deadline is not None or not (self.exchange.received("stalled") or self.watchdog.stalled()):
+        if self._deadline < math.inf or not (self.exchange.received("stalled") or self.watchdog.stalled()):
             return
         culprit = find_culprit(self.watchdog, self.exchange, self.output_dir)
         if culprit is None:
@@ -209,28 +210,29 @@ class Launcher:
         is_here = any(rank.rank == culprit.rank for rank in self.ranks)
         if is_here:
             report_culprit(culprit, self.exchange, self.output_dir)
-        self._publish_failure(Failure(culprit.rank, culprit.host, FAILED, described=True))
+        failure = Failure(culprit.rank, culprit.host, FAILED, described=True)
+        self.exchange.publish("failed", asdict(failure))
         # Slurm may end the job when one node ends: the node that prints the report must end first.
         self._end_within(0.0 if is_here else PROPAGATION_S)
-
-    def _publish_failure(self, failure: Failure) -> None:
-        self.exchange.publish("failed", asdict(failure))
 
     def _failures(self) -> list[Failure]:
         return [Failure(**values) for values in self.exchange.received("failed").values()]
 
     def _statuses(self) -> dict[int, int]:
-        """Exit statuses of this node's ranks that have ended by themselves."""
-        requested = self._stop_signal is not None
-        return {
-            rank.rank: rank_status(status, requested)
-            for rank in self.ranks
-            if (status := rank.exit_status()) is not None and rank.rank not in self._killed
-        }
+        """Exit statuses of this node's ranks that have ended by themselves.
+
+        A rank that a stop signal killed counts as stopped: it had no handler yet, so there was nothing to save.
+        """
+        statuses = {}
+        for rank in self.ranks:
+            status = rank.exit_status()
+            if status is not None and rank.rank not in self._killed:
+                killed_by_stop = self._stop_signal is not None and -status in SIGNALS
+                statuses[rank.rank] = STOPPED if killed_by_stop else status
+        return statuses
 
     def _end_within(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def _kill(self) -> None:
         for rank in self.ranks:
@@ -288,7 +290,7 @@ class Launcher:
     def _stopped_before_start(self) -> int:
         number = self._pending[0]
         print_message(f"stopped by {number.name} before any rank was started; the same command starts the run")
-        return INTERRUPTED if number.name in IMMEDIATE else STOPPED
+        return INTERRUPTED if number in IMMEDIATE else STOPPED
 
     @contextmanager
     def _signal_handlers(self) -> Iterator[None]:
@@ -299,11 +301,11 @@ class Launcher:
 
         before = {}
         in_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
-        for name in (*FORWARDED, *IMMEDIATE) if in_main_thread else ():
-            if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN:
-                before[name] = signal.signal(signal.Signals[name], queue)
+        for number in (*FORWARDED, *IMMEDIATE) if in_main_thread else ():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, queue)
         try:
             yield
         finally:
-            for name, handler in before.items():
-                signal.signal(signal.Signals[name], handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from training.errors import ConfigError, ExportCheckFailed, NotExported
-from training.launch.stop import SIGNALS, STOPPED
 
 FAILED = 1
 USER_ERROR = ConfigError.exit_status
@@ -46,8 +45,3 @@ def root_cause(failures: Iterable[Failure]) -> Failure:
     with a broken connection. Otherwise it is the earliest failure.
     """
     return min(failures, key=lambda each: (each.status >= 0, each.status != USER_ERROR, each.time))
-
-
-def rank_status(status: int, stop_requested: bool) -> int:
-    """A rank's exit status. A rank killed by a stop signal had no handler yet, so there was nothing to save."""
-    return STOPPED if stop_requested and -status in SIGNALS else status
