@@ -73,19 +73,18 @@ def newest_seen(output_dir: Path, local_dir: str | None) -> Path | None:
 
 
 def _newest(disks: Sequence[Disk], content: bool) -> Path | None:
-    searches = [_DiskSearch(disk) for disk in disks]
+    passed_over: set[Path] = set()
     while True:
-        found: tuple[Path, _DiskSearch] | None = None
-        for search in searches:
-            if (path := search.newest(step_of(found[0]) if found else -1)) is not None:
-                found = path, search
+        found: tuple[Path, Disk] | None = None
+        for disk in disks:
+            if (path := _newest_on(disk, step_of(found[0]) if found else -1, passed_over)) is not None:
+                found = path, disk
         if found is None:
             return None
-        path, search = found
-        reason = _defect(path, search.disk, content)
-        if reason is None:
+        path, disk = found
+        if (reason := _defect(path, disk, content)) is None:
             return path
-        search.pass_over(path, reason)
+        _pass_over(path, reason, passed_over)
 
 
 def _defect(path: Path, disk: Disk, content: bool) -> str | None:
@@ -94,58 +93,50 @@ def _defect(path: Path, disk: Disk, content: bool) -> str | None:
     return next(filter(None, gather_objects(mine)), None)
 
 
-class _DiskSearch:
-    """Searches one disk for the newest usable checkpoint, except those that were passed over."""
+def _newest_on(disk: Disk, newer_than: int, passed_over: set[Path]) -> Path | None:
+    """The newest complete checkpoint on a disk after more than `newer_than` steps; all ranks call it.
 
-    def __init__(self, disk: Disk) -> None:
-        self.disk = disk
-        self._passed_over: set[str] = set()
-
-    def pass_over(self, path: Path, reason: str) -> None:
-        self._passed_over.add(path.name)
-        if rank() == 0:
-            log.warning("%s is passed over: %s", path, reason)
-
-    def newest(self, newer_than: int) -> Path | None:
-        """The newest complete one after more than `newer_than` steps; all ranks call it.
-
-        Raises:
-            ConfigError: on a node-local disk there are some, but none for these ranks on these nodes.
-        """
-        if not self.disk.shared:
-            return self._newest_of_all_nodes(newer_than)
-        name = gather_objects(next((path.name for path in self._complete(newer_than)), None) if rank() == 0 else None)[
-            0
-        ]
-        return None if name is None else checkpoint_root(self.disk.home) / name
-
-    def _complete(self, newer_than: int) -> Iterator[Path]:
-        for path in reversed(step_folders(self.disk.home)):
-            if step_of(path) > newer_than and path.name not in self._passed_over:
-                if (reason := defect(path)) is None:
-                    yield path
-                else:
-                    self.pass_over(path, reason)
-
-    def _newest_of_all_nodes(self, newer_than: int) -> Path | None:
-        complete = list(self._complete(newer_than))
-        mine = {path.name for path in complete if (path / shard_of(rank())).is_file()}
-        found = gather_objects((mine, bool(complete)))
-        common = set.intersection(*(names for names, _ in found))
-        if not common:
-            if any(some for _, some in found):
-                lacking = next((number for number, (names, _) in enumerate(found) if not names), 0)
-                raise ConfigError(
-                    f"checkpoint.local_dir: {self.disk.home}: rank {lacking} has no shard of it on its node: "
-                    "node-local checkpoints can only be resumed with the same ranks on the same nodes; for anything "
-                    "else, keep checkpoints in a shared folder"
-                )
-            return None
-        path = checkpoint_root(self.disk.home) / max(common)
-        saved_on = RunState.read(path).world_size
-        if saved_on != world_size():
+    Raises:
+        ConfigError: on a node-local disk there are some, but none for these ranks on these nodes.
+    """
+    if disk.shared:
+        newest = next(_complete(disk.home, newer_than, passed_over), None) if rank() == 0 else None
+        name = gather_objects(newest and newest.name)[0]
+        return None if name is None else checkpoint_root(disk.home) / name
+    complete = list(_complete(disk.home, newer_than, passed_over))
+    mine = {path.name for path in complete if (path / shard_of(rank())).is_file()}
+    found = gather_objects((mine, bool(complete)))
+    common = set.intersection(*(names for names, _ in found))
+    if not common:
+        if any(some for _, some in found):
+            lacking = next((number for number, (names, _) in enumerate(found) if not names), 0)
             raise ConfigError(
-                f"{path}: saved on {saved_on} ranks, on node-local disks; another number of ranks "
-                f"({world_size()} here) needs checkpoints in a shared folder"
+                f"checkpoint.local_dir: {disk.home}: rank {lacking} has no shard of it on its node: node-local "
+                "checkpoints can only be resumed with the same ranks on the same nodes; for anything else, keep "
+                "checkpoints in a shared folder"
             )
-        return path
+        return None
+    path = checkpoint_root(disk.home) / max(common)
+    saved_on = RunState.read(path).world_size
+    if saved_on != world_size():
+        raise ConfigError(
+            f"{path}: saved on {saved_on} ranks, on node-local disks; another number of ranks "
+            f"({world_size()} here) needs checkpoints in a shared folder"
+        )
+    return path
+
+
+def _complete(home: Path, newer_than: int, passed_over: set[Path]) -> Iterator[Path]:
+    """The complete checkpoints on this rank's disk, the newest first."""
+    for path in reversed(step_folders(home)):
+        if step_of(path) > newer_than and path not in passed_over:
+            if (reason := defect(path)) is None:
+                yield path
+            else:
+                _pass_over(path, reason, passed_over)
+
+
+def _pass_over(path: Path, reason: str, passed_over: set[Path]) -> None:
+    passed_over.add(path)
+    if rank() == 0:
+        log.warning("%s is passed over: %s", path, reason)
