@@ -11,7 +11,7 @@ from modeling.export_info import VECTORS_FILE
 from modeling.weights.untrusted import read_tokenizer
 from training.assembly import assemble, fingerprint
 from training.checkpoints import checkpoint
-from training.checkpoints.disks import checkpoint_disks, led_by_this_rank
+from training.checkpoints.disks import checkpoint_disks
 from training.checkpoints.search import find_checkpoint
 from training.checks.data_report import contamination
 from training.conclusion import conclude
@@ -67,7 +67,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
     barrier()  # no rank uses an earlier start's preparation
     prepared = prepare(config, rank())
     disks = checkpoint_disks(config.output_dir, config.checkpoint.local_dir, config.zero_stage)
-    homes = led_by_this_rank(disks)
+    homes = [disk.home for disk in disks if disk.leader]
     for home in homes:
         checkpoint.clear_leftovers(home)
     barrier()

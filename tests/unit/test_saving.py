@@ -20,7 +20,6 @@ from training.engine.state import TAG, _copied, consolidated, load_state, to_uni
 
 def written(root: Path, files: list[tuple[Path, object]]) -> FileWriter:
     writer = FileWriter(root, files)
-    writer.start()
     writer.wait()
     assert not writer.writing
     return writer

@@ -30,7 +30,7 @@ class Disk:
 
     @property
     def leader(self) -> bool:
-        """Whether this rank creates and completes the checkpoints on it."""
+        """Whether this rank creates, completes and deletes the checkpoints on it."""
         return rank() == min(self.ranks)
 
     @property
@@ -42,11 +42,6 @@ class Disk:
 def shared_disk(home: Path) -> Disk:
     """A folder that all ranks see, such as the run's own."""
     return Disk(home, frozenset(range(world_size())))
-
-
-def led_by_this_rank(disks: tuple[Disk, ...]) -> list[Path]:
-    """The folders whose checkpoints this rank manages."""
-    return [disk.home for disk in disks if disk.leader]
 
 
 def checkpoint_disks(output_dir: Path, local_dir: str | None, zero_stage: int) -> tuple[Disk, ...]:

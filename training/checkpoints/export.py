@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def _write_checked(checkpoint: Path, output: Path) -> CheckResult:
     _write(checkpoint, config, state, output)
     result = check_export(checkpoint, config, _expected_weights(checkpoint, config, state), output)
     description = json.loads((output / EXPORT_FILE).read_text(encoding="utf-8"))
-    _write_json(output / EXPORT_FILE, {**description, "check": result.to_json()})
+    _write_json(output / EXPORT_FILE, {**description, "check": {"passed": result.passed, **asdict(result)}})
     if result.difference is not None and result.passed:
         log.info(
             "reopened the export with %s attention: its weights are the checkpoint's, and its logits agree with the "

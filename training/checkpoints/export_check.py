@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -49,10 +49,6 @@ class CheckResult:
     @property
     def passed(self) -> bool:
         return self.problem is None
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry "check" of `crosslift.json`."""
-        return {"passed": self.passed, **asdict(self)}
 
 
 def check_export(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class RunState:
     format: int = FORMAT
 
     def write(self, directory: Path) -> None:
-        text = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=1, sort_keys=True)
+        text = json.dumps(asdict(self), indent=1, sort_keys=True)
         (directory / STATE_FILE).write_text(text, encoding="utf-8")
 
     @classmethod

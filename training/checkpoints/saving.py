@@ -70,7 +70,7 @@ class HashingFile(io.RawIOBase):
 
 
 class FileWriter:
-    """Writes this rank's files of one checkpoint in a thread; an error is kept in `error`, not raised."""
+    """Writes this rank's files of one checkpoint in a thread, started at once; `error` has an error, none is raised."""
 
     def __init__(self, root: Path, files: Sequence[tuple[Path, Any]]) -> None:
         self.records: dict[str, FileRecord] = {}
@@ -79,8 +79,6 @@ class FileWriter:
         self._file: HashingFile | None = None
         self._files = list(files)
         self._thread = Thread(target=self._write_all, name="checkpoint-writer")
-
-    def start(self) -> None:
         self._thread.start()
 
     @property
@@ -160,8 +158,8 @@ class Saver:
                 problem = self._copy_small_files(directory) or problem
         self._step = step
         self._writer = FileWriter(directory, [] if problem else files)
-        self._writer.error = problem
-        self._writer.start()
+        if problem is not None:
+            self._writer.error = problem
         if not self.config.background:
             self.complete()
 

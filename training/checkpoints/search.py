@@ -101,7 +101,7 @@ def _newest_on(disk: Disk, newer_than: int, passed_over: set[Path]) -> Path | No
     """
     if disk.shared:
         newest = next(_complete(disk.home, newer_than, passed_over), None) if rank() == 0 else None
-        name = gather_objects(newest and newest.name)[0]
+        name = gather_objects(newest.name if newest else None)[0]
         return None if name is None else checkpoint_root(disk.home) / name
     complete = list(_complete(disk.home, newer_than, passed_over))
     mine = {path.name for path in complete if (path / shard_of(rank())).is_file()}

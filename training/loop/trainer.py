@@ -18,7 +18,7 @@ from data_pipeline.loader import Step
 from data_pipeline.records import DataError
 from training.assembly import Run
 from training.checkpoints import checkpoint
-from training.checkpoints.disks import checkpoint_disks, led_by_this_rank
+from training.checkpoints.disks import checkpoint_disks
 from training.checkpoints.run_state import RunState
 from training.checkpoints.saving import Saver, run_state
 from training.checkpoints.search import find_checkpoint
@@ -328,8 +328,9 @@ class Trainer:
             raise NonFiniteStep(f"step {failed}: there is no checkpoint to roll back to; set checkpoint.every lower")
         events, offset = self.guard.events, self.data_offset
         start = self.restore(found)
-        for home in led_by_this_rank(self.disks):  # newer checkpoints belong to the abandoned steps
-            checkpoint.set_aside_newer(home, start)
+        for disk in self.disks:
+            if disk.leader:  # newer checkpoints belong to the abandoned steps
+                checkpoint.set_aside_newer(disk.home, start)
         self.guard.events, self.data_offset = events, offset + failed - start
         if self.tracker is not None:
             self.tracker.rewind(start)
