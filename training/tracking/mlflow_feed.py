@@ -41,26 +41,13 @@ from training.tracking.run_record import (
 )
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
 STATE_NAME = "tracking.json"
 
 
-@dataclass(frozen=True, slots=True)
-class SyncResult:
-    """How much of a record a store has."""
-
-    uri: str
-    run_id: str  # empty: no run there yet
-    fed: int  # lines sent by this call
-    left: int  # lines and artifacts still to be sent
-    refused: dict[str, int]  # what cannot be sent (damaged, invalid or deleted), and how often
-    error: str | None  # why something is left
-
-
 @dataclass
-class _StoreState:
+class StoreState:
     """How much of the record one store has; kept in tracking.json, so that nothing is sent twice."""
 
     run_id: str = ""  # empty: none yet
@@ -76,20 +63,18 @@ class RecordFeeder:
         self._output_dir = output_dir.resolve()
         self._record = self._output_dir / RECORD_NAME
         self._scores = self._output_dir / SCORES_NAME
-        self._uri = uri
-        self._store = without_login(uri)
-        self._state = _read_states(self._output_dir).get(self._store, _StoreState())
+        self._address = uri
+        self.uri = without_login(uri)
+        self._state = read_states(self._output_dir).get(self.uri, StoreState())
         self._opened = False
         self._unlinked: dict[str, Any] | None = None  # the record's first start, until the run is linked
-        self._metrics: list[Metric] = []
-        self._params: list[Param] = []
-        self._tags: list[RunTag] = []
+        self._clear_batch()
         self._known_params: dict[str, str] = {}
         self._replayed: dict[int, dict[str, Any]] = {}  # step -> values recorded before the last resume
-        self._taken = 0  # lines converted, but not sent yet
         self.experiment_id = ""  # in the store; empty: not known yet
         self.fed = 0  # lines sent
-        self.refused: Counter[str] = Counter()  # see SyncResult
+        self.refused: Counter[str] = Counter()  # what cannot be sent (damaged, invalid or deleted), and how often
+        self.error: str | None = None  # why something is left; set by `sync_record`
 
     @property
     def run_id(self) -> str:
@@ -98,8 +83,9 @@ class RecordFeeder:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        return open_client(self._uri)
+        return open_client(self._address)
 
+    @property
     def left(self) -> int:
         """Number of lines and artifacts still to be sent."""
         if not self._record.exists():
@@ -116,7 +102,7 @@ class RecordFeeder:
                 return
             sent = self._state.cursor
             for end, event in read_events(self._record, self._state.cursor):
-                if len(self._metrics) + len(event.get("values", ())) > MAX_METRICS:
+                if len(self._batch["metrics"]) + len(event.get("values", ())) > MAX_METRICS:
                     self._flush(sent)
                 self._take(event, sent)
                 sent = end
@@ -129,9 +115,9 @@ class RecordFeeder:
             self._upload()
         except Exception:
             # The next call looks up what the store has, and reads again what was not sent.
-            self._opened, self._taken = False, 0
-            self._metrics, self._params, self._tags = [], [], []
-            self._state = _read_states(self._output_dir).get(self._store, _StoreState())
+            self._opened = False
+            self._clear_batch()
+            self._state = read_states(self._output_dir).get(self.uri, StoreState())
             raise
 
     def _feed_scores(self) -> None:
@@ -158,8 +144,8 @@ class RecordFeeder:
         if not is_line_start(self._record, self._state.cursor):  # a power cut has removed lines that were sent
             self._state.cursor = 0
         known = self._state.run_id
-        if not known or not run_exists(client, known, self.left() > 0, self._uri):
-            self._state = _StoreState(find_or_create_run(client, first, self._output_dir, self._uri))
+        if not known or not run_exists(client, known, self.left > 0, self._address):
+            self._state = StoreState(find_or_create_run(client, first, self._output_dir, self._address))
             self._save()
         self._unlinked = first
         self._known_params = {}
@@ -188,12 +174,14 @@ class RecordFeeder:
             before = self._replayed.get(event["step"], {})
             for name, value in event["values"].items():
                 if (key := metric_name(name)) is not None and (name not in before or before[name] != value):
-                    self._metrics.append(Metric(key, float(value), event["time"], event["step"]))
+                    self._batch["metrics"].append(Metric(key, float(value), event["time"], event["step"]))
         elif kind == "params":
             self._take_params(event["values"])
         elif kind == "tags":
             values = event["values"].items()
-            self._tags += [RunTag(mlflow_key(name), truncate(value, MAX_TAG, PARAMS_NAME)) for name, value in values]
+            self._batch["tags"] += [
+                RunTag(mlflow_key(name), truncate(value, MAX_TAG, PARAMS_NAME)) for name, value in values
+            ]
         elif kind == "artifact":
             self._state.pending.append([event["path"], event["folder"]])
         elif kind == "start" and offset > 0:  # a resume
@@ -215,9 +203,9 @@ class RecordFeeder:
 
         for name, value in values.items():
             if name not in self._known_params:
-                self._params.append(Param(mlflow_key(name), truncate(value, MAX_PARAM, PARAMS_NAME)))
+                self._batch["params"].append(Param(mlflow_key(name), truncate(value, MAX_PARAM, PARAMS_NAME)))
             elif self._known_params[name] != value:
-                self._tags.append(RunTag(mlflow_key(f"resumed.{name}"), truncate(value, MAX_TAG, PARAMS_NAME)))
+                self._batch["tags"].append(RunTag(mlflow_key(f"resumed.{name}"), truncate(value, MAX_TAG, PARAMS_NAME)))
         self._known_params.update(values)
 
     def _flush(self, cursor: int) -> None:
@@ -228,11 +216,14 @@ class RecordFeeder:
             self._save()
 
     def _send_taken(self) -> None:
-        self._send("metrics", self._metrics)
-        self._send("params", self._params)
-        self._send("tags", self._tags)
-        self._metrics, self._params, self._tags = [], [], []
-        self.fed, self._taken = self.fed + self._taken, 0
+        for kind, items in self._batch.items():
+            self._send(kind, items)
+        self.fed += self._taken
+        self._clear_batch()
+
+    def _clear_batch(self) -> None:
+        self._batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}  # converted, but not sent yet
+        self._taken = 0  # lines of the record in it
 
     def _send(self, kind: str, items: list[Any]) -> None:
         """Send items. If MLflow refuses a batch, the invalid items are found by bisection and left out."""
@@ -273,15 +264,15 @@ class RecordFeeder:
 
     def _save(self) -> None:
         """Write tracking.json; the entries of other stores are kept."""
-        states = _read_states(self._output_dir) | {self._store: self._state}
+        states = read_states(self._output_dir) | {self.uri: self._state}
         text = json.dumps({"stores": {store: vars(state) for store, state in states.items()}}, indent=1)
         write_text(self._output_dir / STATE_NAME, text)
 
 
-def sync_record(output_dir: Path, uri: str | None = None) -> SyncResult:
+def sync_record(output_dir: Path, uri: str | None = None) -> RecordFeeder:
     """Send the rest of a run's record to the store at `uri`, by default the store that the run itself used.
 
-    May be repeated. An unreachable store is not an exception: the result says what is left and why.
+    May be repeated. An unreachable store is not an exception: the feeder says what is left and why.
 
     Raises:
         ConfigError: the folder has no record.
@@ -290,18 +281,18 @@ def sync_record(output_dir: Path, uri: str | None = None) -> SyncResult:
     if not starts:
         raise ConfigError(f"{output_dir}: holds no run: {RECORD_NAME} is missing or empty")
     uri = uri or starts[-1][1].get("uri") or default_store(output_dir)
-    feeder, error = RecordFeeder(output_dir, uri), None
+    feeder = RecordFeeder(output_dir, uri)
     try:
         feeder.feed()
-    except Exception as failure:
-        error = error_line(failure)
-    return SyncResult(without_login(uri), feeder.run_id, feeder.fed, feeder.left(), dict(feeder.refused), error)
+    except Exception as error:
+        feeder.error = error_line(error)
+    return feeder
 
 
-def _read_states(output_dir: Path) -> dict[str, _StoreState]:
-    """The content of tracking.json; nothing if it is missing or damaged: all of it can be determined again."""
+def read_states(output_dir: Path) -> dict[str, StoreState]:
+    """What each store has, from tracking.json; nothing if that is missing or damaged: it can be determined again."""
     try:
         stores = json.loads((output_dir / STATE_NAME).read_text(encoding="utf-8"))["stores"]
-        return {uri: _StoreState(**state) for uri, state in stores.items()}
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return {uri: StoreState(**state) for uri, state in stores.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

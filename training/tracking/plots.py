@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_pipeline.plot_text import PlotText
 from training.tracking.run_record import RECORD_NAME, read_events
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # file name: (title, y axis, metric names or prefixes that end in "/")
 PLOTS = {
@@ -56,17 +52,13 @@ def _draw(curves: Mapping[str, Mapping[int, float]], title: str, axis: str, file
             points = sorted(curve.items())
             mark = "." if len(points) < 30 else None
             axes.plot(*zip(*points, strict=True), label=text(name), linewidth=1.2, marker=mark)
-        _mark_not_finite(axes, curves.values())
+        # A cross at the lower edge for each step with a NaN or infinite value, where its curve has a gap.
+        gaps = sorted({step for curve in curves.values() for step, value in curve.items() if not math.isfinite(value)})
+        if gaps:
+            edge = axes.get_xaxis_transform()
+            axes.plot(gaps, [0.02] * len(gaps), "x", color="black", transform=edge, label="not finite", clip_on=False)
         axes.set(title=title, xlabel="step", ylabel=axis)
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend(ncols=2, fontsize="small")
         figure.savefig(file, dpi=120)
-
-
-def _mark_not_finite(axes: Axes, curves: Iterable[Mapping[int, float]]) -> None:
-    """Draw a cross at the lower edge for each step with a NaN or infinite value, where its curve has a gap."""
-    steps = sorted({step for curve in curves for step, value in curve.items() if not math.isfinite(value)})
-    if steps:
-        edge = axes.get_xaxis_transform()
-        axes.plot(steps, [0.02] * len(steps), "x", color="black", transform=edge, label="not finite", clip_on=False)

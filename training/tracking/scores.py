@@ -17,7 +17,7 @@ from typing import Any
 
 from modeling.export_info import EXPORT_FILE, ExportInfo
 from training.errors import ConfigError
-from training.tracking.mlflow_feed import STATE_NAME, sync_record
+from training.tracking.mlflow_feed import read_states, sync_record
 from training.tracking.mlflow_store import default_store
 from training.tracking.run_record import RECORD_NAME, SCORES_NAME, json_number, read_events, read_starts
 
@@ -87,18 +87,11 @@ def _sent(run: Path) -> str:
     """Send the scores to the store that the run itself used; the line for the user."""
     starts = list(read_starts(run / RECORD_NAME))
     own = starts[-1][1].get("uri") if starts else None
-    if own is None and not _has_store(run):  # tracking was off, or the folder is on a network disk
+    # Without one of its own, tracking was off or the folder is on a network disk.
+    if own is None and default_store(run) not in read_states(run):
         return f"scores: in {run / SCORES_NAME}; `crosslift ui {run}` shows them on the run's MLflow page"
     result = sync_record(run)
     if result.error or not result.run_id:
         why = f"MLflow at {result.uri} does not have them yet: {result.error}"
         return f"scores: in {run / SCORES_NAME}; {why}; `crosslift ui` sends them"
     return f"scores: on the run's MLflow page at {result.uri}"
-
-
-def _has_store(run: Path) -> bool:
-    """Whether the run is in the store in its folder."""
-    try:
-        return default_store(run) in json.loads((run / STATE_NAME).read_text(encoding="utf-8"))["stores"]
-    except (OSError, ValueError, KeyError):
-        return False

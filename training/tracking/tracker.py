@@ -133,13 +133,13 @@ class Tracker:
             return
         self._stop.set()
         self._thread.join(timeout)
-        refused, left = dict(self._feeder.refused), self._feeder.left()
+        refused, left = dict(self._feeder.refused), self._feeder.left
         if refused:
             count = sum(refused.values())
             print_message(f"MLflow does not have {count} items of {record.path}, such as {min(refused)}")
         if left:
             print_message(
-                f"{left} lines of {record.path} have not reached MLflow at {self._store_name} "
+                f"{left} lines of {record.path} have not reached MLflow at {self._feeder.uri} "
                 f"({self._outage or 'out of time'}); `crosslift ui` or a resume sends them"
             )
 
@@ -174,10 +174,6 @@ class Tracker:
             raise RuntimeError("the Tracker has not started or has finished")
         return self._record
 
-    @property
-    def _store_name(self) -> str:
-        return without_login(self._target.uri or "") if self._target is not None else ""
-
     def _feed_until_stopped(self) -> None:
         """The feeder thread; never raises. Retries with back-off while the store is unreachable."""
         retrying = tenacity.Retrying(
@@ -196,20 +192,21 @@ class Tracker:
 
     def _feed(self) -> None:
         """One attempt; reports the beginning and the end of an outage."""
-        assert self._feeder is not None
+        feeder = self._feeder
+        assert feeder is not None
         try:
-            self._feeder.feed()
+            feeder.feed()
         except Exception as error:  # whatever MLflow raises must not reach the run
             reason = error_line(error)
             if self._outage is None:
-                print_message(f"MLflow at {self._store_name}: {reason}; {RECORD_NAME} keeps what is not sent")
+                print_message(f"MLflow at {feeder.uri}: {reason}; {RECORD_NAME} keeps what is not sent")
             self._outage = reason
             raise
         if self._outage is not None:
-            print_message(f"MLflow at {self._store_name} is reachable again and has everything")
+            print_message(f"MLflow at {feeder.uri} is reachable again and has everything")
             self._outage = None
-        elif not self._page_logged and is_server(self._store_name) and self._feeder.experiment_id:
-            log.info("MLflow: %s", run_page(self._store_name, self._feeder.experiment_id, self._feeder.run_id))
+        elif not self._page_logged and is_server(feeder.uri) and feeder.experiment_id:
+            log.info("MLflow: %s", run_page(feeder.uri, feeder.experiment_id, feeder.run_id))
             self._page_logged = True
 
 

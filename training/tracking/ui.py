@@ -11,11 +11,10 @@ import threading
 import webbrowser
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import ConfigError
-from training.tracking.mlflow_feed import SyncResult, sync_record
+from training.tracking.mlflow_feed import RecordFeeder, sync_record
 from training.tracking.mlflow_store import (
     QUIET,
     combined_runs_page,
@@ -26,18 +25,6 @@ from training.tracking.mlflow_store import (
     server_answers,
 )
 from training.tracking.run_record import RECORD_NAME, read_starts, run_folders
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    """A server's list of runs, of one experiment or of several."""
-
-    address: str
-    experiment: str
-    runs: int
-
-    def __str__(self) -> str:
-        return f"{self.address}  ({self.experiment}: {self.runs} run{'s' * (self.runs != 1)})"
 
 
 def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_browser: bool = False) -> int:
@@ -62,17 +49,17 @@ def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_bro
         except OSError as error:
             raise ConfigError(f"--port {port}: {error.strerror} on {host}; choose another port") from None
     store, results = default_store(runs_dir), []
-    for folder in sorted(folders, key=_last_written, reverse=True):
+    for folder in sorted(folders, key=lambda folder: (folder / RECORD_NAME).stat().st_mtime, reverse=True):
         results.append(result := _synced(folder, store))
         print(_line(folder, result, store), flush=True)
     shown = [result for result in results if result is not None and result.run_id]
     elsewhere = _pages([result for result in shown if result.uri != store and not result.error], None)
-    for page in elsewhere:
-        print(page, flush=True)
+    for address, content in elsewhere:
+        print(f"{address}  ({content})", flush=True)
     here = _pages([result for result in shown if result.uri == store], f"http://{host}:{port}")
     if elsewhere and not here:  # a server started here would have no runs
         if open_browser:
-            webbrowser.open(elsewhere[0].address)
+            webbrowser.open(elsewhere[0][0])
         return 0
     return _serve(store, runs_dir, port, host, here, open_browser)
 
@@ -83,11 +70,7 @@ def has_display() -> bool:
     return sys.stdout.isatty() and bool(graphical)
 
 
-def _last_written(folder: Path) -> float:
-    return (folder / RECORD_NAME).stat().st_mtime
-
-
-def _synced(folder: Path, store: str) -> SyncResult | None:
+def _synced(folder: Path, store: str) -> RecordFeeder | None:
     """Sync one run with its own server if that responds, else with the folder's store; None for an empty record."""
     starts = list(read_starts(folder / RECORD_NAME))
     if not starts:
@@ -96,7 +79,7 @@ def _synced(folder: Path, store: str) -> SyncResult | None:
     return sync_record(folder, own if own and server_answers(own) else store)
 
 
-def _line(folder: Path, result: SyncResult | None, store: str) -> str:
+def _line(folder: Path, result: RecordFeeder | None, store: str) -> str:
     if result is None:
         return f"{folder}: empty record, skipped"
     where = "" if result.uri == store else f" at {result.uri}"
@@ -106,21 +89,28 @@ def _line(folder: Path, result: SyncResult | None, store: str) -> str:
     return f"{line}, {result.left} left ({result.error})" if result.error else line
 
 
-def _pages(results: Sequence[SyncResult], server: str | None) -> list[_Page]:
-    """The lists that contain these runs, in their order, at `server` or (None) at each run's own one."""
+def _pages(results: Sequence[RecordFeeder], server: str | None) -> list[tuple[str, str]]:
+    """The lists that contain these runs, in their order, at `server` or (None) at each run's own one.
+
+    Each is its address and what it shows: an experiment, or the number of experiments, and the number of runs.
+    """
     found: Counter[tuple[str, str, str]] = Counter()
     for result in results:
         client = open_client(result.uri)
         experiment = client.get_experiment(client.get_run(result.run_id).info.experiment_id)
         found[server or result.uri, str(experiment.experiment_id), experiment.name] += 1
-    pages = [_Page(runs_page(at, number), name, runs) for (at, number, name), runs in found.items()]
-    if server is not None and len(pages) > 1:
-        together = combined_runs_page(server, [number for _, number, _ in found])
-        pages.insert(0, _Page(together, f"{len(pages)} experiments", found.total()))
-    return pages
+    pages = [
+        (runs_page(at, number), f"{name}: {runs} run{'s' * (runs != 1)}") for (at, number, name), runs in found.items()
+    ]
+    if server is None or len(pages) < 2:
+        return pages
+    together = combined_runs_page(server, [number for _, number, _ in found])
+    return [(together, f"{len(pages)} experiments: {found.total()} runs"), *pages]
 
 
-def _serve(store: str, runs_dir: Path, port: int, host: str, pages: Sequence[_Page], open_browser: bool) -> int:
+def _serve(
+    store: str, runs_dir: Path, port: int, host: str, pages: Sequence[tuple[str, str]], open_browser: bool
+) -> int:
     """Run MLflow's server until it ends or this process is asked to end."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
     command += ["--artifacts-destination", str(runs_dir.resolve() / "mlartifacts")]
@@ -135,11 +125,11 @@ def _serve(store: str, runs_dir: Path, port: int, host: str, pages: Sequence[_Pa
             threading.Event().wait(0.2)
         remove_misread(store)
         if server.poll() is None:
-            for page in pages:
-                print(page, flush=True)
+            for page, content in pages:
+                print(f"{page}  ({content})", flush=True)
             print(f"Ctrl-C ends {address}", flush=True)
             if open_browser and pages:
-                webbrowser.open(pages[0].address)
+                webbrowser.open(pages[0][0])
         return server.wait()
     except KeyboardInterrupt:  # the server received it too
         return server.wait()
