@@ -100,7 +100,7 @@ def held(output_dir: Path, port: int = 0) -> Iterator[None]:
         os.environ.pop(HELD)
         if before is not None:
             os.environ[HELD] = before
-        with suppress(OSError), _opened(output_dir / LOCK_FILE) as file:
+        with suppress(OSError), _guarded(output_dir / LOCK_FILE) as (file, _):
             if _read(file) == mine:
                 os.ftruncate(file, 0)
 
@@ -232,7 +232,8 @@ def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
 @contextmanager
 def _guarded(path: Path) -> Iterator[tuple[int, bool]]:
     """The lock's file, and whether this process has exclusive access: without `flock` on the disk that is unknown."""
-    with _opened(path) as file:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
         until, guarded = time.monotonic() + GUARD_SECONDS, False
         while not guarded and time.monotonic() < until:
             try:
@@ -243,13 +244,6 @@ def _guarded(path: Path) -> Iterator[tuple[int, bool]]:
             except OSError:
                 break
         yield file, guarded
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        yield file
     finally:
         os.close(file)
 

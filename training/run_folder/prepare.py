@@ -174,21 +174,19 @@ def _tokenizer(config: RunConfig, index: DataIndex, cache: Path | None = None) -
         "train": settings.model_dump(mode="json"), "seed": config.seed,
         "data": index.fingerprint, "heldout": config.data.heldout_items,
     }  # fmt: skip
-    trained = (cache or config.output_dir / CACHE) / f"tokenizer-{_key(inputs)}"
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    shared = (cache or config.output_dir / CACHE) / f"tokenizer-{key}"
     own = config.output_dir / "tokenizer"
 
-    def train(path: Path) -> None:
-        train_tokenizer_of(settings, index, path, config.seed)
-
-    def copy(path: Path) -> None:
-        _created_by_key(trained, train)
-        shutil.copytree(trained, path, dirs_exist_ok=True)
+    def trained() -> Path:
+        if not shared.is_dir():
+            with atomic_folder(shared, exists="keep") as temporary:  # several processes may train it at once
+                train_tokenizer_of(settings, index, temporary, config.seed)
+        return shared
 
     if cache is None:
-        return str(_created_once(own, inputs, copy))
-    if _is_reusable(own, inputs):
-        return str(own)
-    return str(_created_by_key(trained, train))
+        return str(_created_once(own, inputs, lambda path: shutil.copytree(trained(), path, dirs_exist_ok=True)))
+    return str(own if _is_reusable(own, inputs) else trained())
 
 
 def _starting_weights(config: RunConfig, tokenizer_dir: str, scratch: Path | None = None) -> str:
@@ -237,7 +235,7 @@ def _identity(tokenizer_dir: str) -> Any:
 
 
 def _created_once(
-    path: Path, inputs: Mapping[str, Any], create: Callable[[Path], None], scratch: Path | None = None
+    path: Path, inputs: Mapping[str, Any], create: Callable[[Path], object], scratch: Path | None = None
 ) -> Path:
     """`path`, created by `create` unless it exists with the same inputs; with `scratch`, created there instead.
 
@@ -248,7 +246,7 @@ def _created_once(
     if scratch is not None:
         create(scratch / path.name)
         return scratch / path.name
-    if (path / NOTE).is_file() and _has_checkpoints(path.parent):
+    if (path / NOTE).is_file() and step_folders(path.parent):
         return path
     with atomic_folder(path, exists="replace", exclusive=True) as temporary:
         create(temporary)
@@ -266,23 +264,7 @@ def _is_reusable(path: Path, inputs: Mapping[str, Any]) -> bool:
     if noted == wanted:
         return True
     fixed = FIXED_INPUTS.get(path.name, ())
-    return _has_checkpoints(path.parent) and all(noted.get(name) == wanted[name] for name in fixed)
-
-
-def _has_checkpoints(output_dir: Path) -> bool:
-    return bool(step_folders(output_dir))
-
-
-def _created_by_key(path: Path, create: Callable[[Path], None]) -> Path:
-    """`path`, whose name identifies its inputs, created if it is missing. Several processes may create it at once."""
-    if not path.is_dir():
-        with atomic_folder(path, exists="keep") as temporary:
-            create(temporary)
-    return path
-
-
-def _key(inputs: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    return bool(step_folders(path.parent)) and all(noted.get(name) == wanted[name] for name in fixed)
 
 
 def _link_all(source: Path, target: Path) -> None:
