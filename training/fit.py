@@ -94,7 +94,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         tracker.start(resolved(config), description(), resumed_step=start if found else None)
     status: Status = "FAILED"
     try:
-        stop.begin_training()
+        stop.training = True
         trainer.train(start)
         status = "FINISHED"
     except StoppedOnRequest:
@@ -105,7 +105,7 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         raise
     finally:
         heartbeat.end()
-        stop.end_training()
+        stop.training = False
         if tracker is not None:
             _finish(tracker, config.output_dir, status)
     run.engine.destroy()

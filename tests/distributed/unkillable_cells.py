@@ -102,7 +102,7 @@ def signalled(step: int, number: signal.Signals, again: bool = False) -> Fault:
 
     def inject(trainer: Trainer) -> None:
         trainer.stop.install()
-        trainer.stop.begin_training()
+        trainer.stop.training = True
         accumulate, begin = trainer.accumulate, trainer.saver.begin
 
         def interrupted(at, batch, totals):

@@ -30,7 +30,7 @@ def own_handlers() -> Iterator[None]:
 def test_a_signal_in_training_is_a_request_and_further_ones_change_nothing(number: signal.Signals) -> None:
     stop = StopRequest()
     stop.install()
-    stop.begin_training()
+    stop.training = True
     assert stop.reason is None
     os.kill(os.getpid(), number)
     assert stop.reason == number.name
@@ -42,7 +42,7 @@ def test_a_signal_in_training_is_a_request_and_further_ones_change_nothing(numbe
 def test_outside_of_training_a_signal_ends_the_process_with_the_status_of_a_stop(number: signal.Signals) -> None:
     program = (
         "import time; from training.launch.stop import StopRequest; stop = StopRequest(); stop.install(); "
-        "stop.begin_training(); stop.end_training(); print('ready', flush=True); time.sleep(60)"
+        "stop.training = True; stop.training = False; print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -116,19 +116,13 @@ def _own_report(rank: int, output_dir: Path | None) -> RankReport:
             device, memory = properties.name, properties.total_memory / 2**30
         else:
             device, problem = "none", f"has local rank {local_rank}, but sees {visible} GPUs; start fewer ranks"
-    free = shutil.disk_usage(_nearest_existing(output_dir)).free / 2**30 if output_dir is not None else None
+    free = None
+    if output_dir is not None:
+        path = output_dir.absolute()
+        existing = next(each for each in (path, *path.parents) if each.exists())
+        free = shutil.disk_usage(existing).free / 2**30
     node = int(os.environ.get("GROUP_RANK", -1))
     return RankReport(rank, node, socket.gethostname(), device, memory, problem, versions(), free)
-
-
-def _nearest_existing(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else _nearest_existing(path.parent)
-
-
-def _ranks_per_node() -> int:
-    """From the variable of crosslift's launcher and torchrun, or from that of other launchers."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
 
 
 def _exchange_reports(store: TCPStore, own: RankReport, world_size: int) -> list[RankReport]:
@@ -146,7 +140,9 @@ def _exchange_reports(store: TCPStore, own: RankReport, world_size: int) -> list
         return with_node_numbers([RankReport(**report) for report in answer])
     if not _wait_for_keys(store, keys, JOIN_TIMEOUT_S):
         joined = [rank for rank, key in enumerate(keys) if store.check([key])]
-        absent = missing_ranks(joined, world_size, _ranks_per_node())
+        # From crosslift's launcher and torchrun, or from other launchers.
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+        absent = missing_ranks(joined, world_size, per_node)
         text = f"{absent} did not join within {JOIN_TIMEOUT_S:.0f} s; {len(joined)} of {world_size} ranks joined"
         store.set(f"{prefix}/all", json.dumps(text))
         _wait_for_readers(store, len(joined))

@@ -74,7 +74,11 @@ def find_warnings(reports: Sequence[RankReport], measurements: Sequence[Measurem
     if odd := _find_odd(reports, [f"{report.device} with {report.memory_gib:.0f} GiB" for report in reports]):
         lines.append(f"{odd[0].name} has {odd[1]}, the others {odd[2]}: all run at the speed of the slowest")
     median_clock = sorted(each.clock for each in measurements)[len(measurements) // 2]
-    for report, each in _one_per_host(reports, measurements):
+    hosts: set[str] = set()
+    for report, each in zip(reports, measurements, strict=True):
+        if report.host in hosts:
+            continue
+        hosts.add(report.host)
         if abs(each.clock - median_clock) > MAX_CLOCK_OFFSET_S:
             lines.append(
                 f"the clock of {report.host} is off by {each.clock - median_clock:+.0f} s: logs will not be in order"
@@ -133,12 +137,3 @@ def _find_odd(reports: Sequence[RankReport], values: Sequence[str]) -> tuple[Ran
     """The first rank whose value is not the most common one, its value, and the most common one."""
     usual = Counter(values).most_common(1)[0][0]
     return next(((report, value, usual) for report, value in zip(reports, values, strict=True) if value != usual), None)
-
-
-def _one_per_host(
-    reports: Sequence[RankReport], measurements: Sequence[Measurement]
-) -> list[tuple[RankReport, Measurement]]:
-    first: dict[str, tuple[RankReport, Measurement]] = {}
-    for report, each in zip(reports, measurements, strict=True):
-        first.setdefault(report.host, (report, each))
-    return list(first.values())

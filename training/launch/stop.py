@@ -54,8 +54,8 @@ class StopRequest:
     """Whether this rank was asked to stop. Outside of training a signal ends the process at once."""
 
     def __init__(self) -> None:
+        self.training = False  # whether there is state to save: signals then only set the request
         self._reason: str | None = None
-        self._training = False
         self._deadline = allocation_end()
         self._longest_step = 0.0
         self._longest_save = 0.0
@@ -64,14 +64,6 @@ class StopRequest:
         """Install the signal handlers; in the main thread, as early as possible."""
         for each in SIGNALS:
             signal.signal(each, self._handle)
-
-    def begin_training(self) -> None:
-        """From here on there is state to save: signals only set the request."""
-        self._training = True
-
-    def end_training(self) -> None:
-        """From here on everything is saved: signals end the process."""
-        self._training = False
 
     def record_step(self, seconds: float) -> None:
         """Record the duration of a step; the longest one counts towards the deadline."""
@@ -90,7 +82,7 @@ class StopRequest:
         return self._reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._training:
+        if self.training:
             self._reason = signal.Signals(number).name
             return
         if os.environ.get("RANK", "0") == "0":
