@@ -74,7 +74,9 @@ def submit(
         array=tuple(array or ()), array_limit=array_limit, after=tuple(after or ()), then=tuple(then or ()),
         offline=offline, accept_changes=accept_changes,
     )  # fmt: skip
-    request = build_request(options, _queueable_commands(context))
+    root = context.find_root().command
+    queueable = [name for name in root.list_commands(context) if name not in NOT_QUEUEABLE]  # type: ignore[attr-defined]
+    request = build_request(options, queueable)
     if dry_run:
         _print_scripts(request, as_json)
     else:
@@ -154,12 +156,6 @@ def cancel(run: Target) -> None:
         print("no job is pending or running")
 
 
-def _queueable_commands(context: typer.Context) -> list[str]:
-    """Names of the commands that `--then` may queue."""
-    root = context.find_root().command
-    return [name for name in root.list_commands(context) if name not in NOT_QUEUEABLE]  # type: ignore[attr-defined]
-
-
 def _local_runs(text: str) -> Sequence[RunStatus]:
     """The runs in or below a folder from which nothing was submitted."""
     from slurm.history import read_jobs
@@ -207,7 +203,7 @@ def _submit(request: Request, as_json: bool) -> None:
     job_specs(request, request.folder)  # its errors, and a queued job of this run, are reported before the long check
     refuse_if_queued(request)
     for run in request.runs:
-        for line in check_values(run.values, request.settings, request.accept_changes):
+        for line in check_values(run.values, request.settings, request.options.accept_changes):
             print(line, file=sys.stderr if as_json else sys.stdout)
     jobs = submit(request)
     if as_json:

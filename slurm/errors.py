@@ -19,12 +19,6 @@ def mistakes(error: ValidationError, model: type[BaseModel], origins: Mapping[st
     return SlurmError("\n".join(_line(item, model, origins) for item in error.errors()))
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """A hint: the most similar known name, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-
-
 def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> str:
     assert isinstance(item, dict)
     place = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "lax-", "json-"))]
@@ -37,7 +31,10 @@ def _line(item: object, model: type[BaseModel], origins: Mapping[str, str]) -> s
     path = ".".join(of_option if origin and origin.startswith("--") else place)
     where = ": ".join(filter(None, [origin, path]))
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {nearest(place[-1], _known(model, place[:-1]))}"
+        known = _known(model, place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: required, but missing"
     if item["type"] == "value_error":

@@ -34,12 +34,12 @@ class SubmitOptions:
     config: Path
     overrides: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)  # of JobSettings, by key; None: not given
-    array: tuple[str, ...] = ()
+    array: tuple[str, ...] = ()  # of a sweep: key=v1,v2
     array_limit: int | None = None
     after: tuple[str, ...] = ()
     then: tuple[str, ...] = ()
     offline: bool = False
-    accept_changes: bool = False
+    accept_changes: bool = False  # resume even if data or config changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,13 @@ class Request:
     folder: Path  # of the run, or the parent folder of a sweep's runs
     runs: tuple[PlannedRun, ...]
     settings: JobSettings
-    array: bool = False
-    array_limit: int | None = None
-    after: tuple[str, ...] = ()
-    then: tuple[tuple[str, ...], ...] = ()  # words of crosslift commands
-    accept_changes: bool = False  # resume even if data or config changed
+    then: tuple[tuple[str, ...], ...]  # words of crosslift commands
+    options: SubmitOptions
+
+    @property
+    def array(self) -> bool:
+        """Whether it is a sweep."""
+        return bool(self.options.array)
 
 
 def load_values(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -126,10 +128,7 @@ def build_request(options: SubmitOptions, commands: Collection[str]) -> Request:
         run_folder = folder / name
         readable = tuple(paths_read(values))
         runs.append(PlannedRun(run_folder, {**values, "output_dir": str(run_folder)}, readable))
-    return Request(
-        folder, tuple(runs), settings, array=bool(options.array), array_limit=options.array_limit,
-        after=options.after, then=then, accept_changes=options.accept_changes,
-    )  # fmt: skip
+    return Request(folder, tuple(runs), settings, then, options)
 
 
 def job_specs(request: Request, folder: Path) -> list[JobSpec]:
@@ -150,7 +149,7 @@ def job_specs(request: Request, folder: Path) -> list[JobSpec]:
     common: dict[str, Any] = {
         "settings": chosen, "folder": folder, "code": folder / "code", "chdir": Path.cwd(), "python": python,
     }  # fmt: skip
-    passed = ("--accept-changes",) if request.accept_changes else ()
+    passed = ("--accept-changes",) if request.options.accept_changes else ()
     configs = config_files(request, folder)
     try:
         elements = tuple(
@@ -158,8 +157,8 @@ def job_specs(request: Request, folder: Path) -> list[JobSpec]:
             for run, config in zip(request.runs, configs, strict=True)
         )
         train = JobSpec(
-            name=name, kind="train", stem="train", array=request.array, array_limit=request.array_limit,
-            after=request.after, elements=elements, **common,
+            name=name, kind="train", stem="train", array=request.array, array_limit=request.options.array_limit,
+            after=request.options.after, elements=elements, **common,
         )  # fmt: skip
         return [train, *(_command_spec(request, words, number, common) for number, words in enumerate(request.then, 1))]
     except ValidationError as error:
