@@ -27,7 +27,7 @@ from data_pipeline.console import Progress
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
 from data_pipeline.sources.formats import Place
 from data_pipeline.sources.patience import retry_reading
-from data_pipeline.sources.scan import COLUMNS, Arrays, Scan, check_columns, check_rows, lookups, refuse_bad
+from data_pipeline.sources.scan import COLUMNS, Scan, check_columns, check_rows, lookups, refuse_bad
 from data_pipeline.sources.sources import RecordReader, open_source
 from data_pipeline.tasks.config import TaskConfig
 
@@ -47,43 +47,27 @@ Integers = npt.NDArray[np.int64]
 
 
 class DataIndex:
-    """An opened index. Cheap to pickle, as the arrays stay on disk.
-
-    Attributes:
-        languages: the declared languages; arrays hold indices into it.
-        language: (N,) int16.
-        group: (N,) int64, stable_hash of Record.group: equal in translations of the same item.
-        content: (N,) int64, stable_hash of Record.user_text.
-        normalized: (N,) int64, stable_hash of Record.user_text normalised for case, white space and Unicode form.
-        n_bytes: (N,) int32, UTF-8 bytes of all messages, or of a task's texts.
-        has_back: (N,) bool: the row has a back-translation.
-        bad: (N,) bool: the row is unusable and keeps its place in the order.
-        heldout: (N,) bool: the row is in no training batch.
-        groups_heldout: (items,) int64, sorted.
-        bad_rows: (origin, reason) of every unusable row.
-        fingerprint: content hashes and settings, which a resume compares.
-        patience: seconds to wait for a file that cannot be read.
-    """
+    """An opened index. Cheap to pickle, as the arrays stay on disk."""
 
     def __init__(self, directory: Path, readers: Sequence[RecordReader], patience: float = 0.0) -> None:
-        self.patience = patience
+        self.patience = patience  # seconds to wait for a file that cannot be read
         self._directory = directory
         self._readers = tuple(readers)
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        self.languages: tuple[str, ...] = tuple(meta["languages"])
-        self.fingerprint: dict[str, str] = meta["fingerprint"]
+        self.languages: tuple[str, ...] = tuple(meta["languages"])  # arrays hold indices into it
+        self.fingerprint: dict[str, str] = meta["fingerprint"]  # hashes of content and settings, compared on resume
         self.bad_rows: tuple[tuple[str, str], ...] = tuple((origin, reason) for origin, reason in meta["bad_rows"])
         # as plain ndarrays: slicing a memmap object is slower
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS}
         self.language: npt.NDArray[np.int16] = arrays["language"]
-        self.group: Integers = arrays["group"]
-        self.content: Integers = arrays["content"]
-        self.normalized: Integers = arrays["normalized"]
-        self.n_bytes: npt.NDArray[np.int32] = arrays["n_bytes"]
-        self.has_back: npt.NDArray[np.bool_] = arrays["has_back"]
-        self.bad: npt.NDArray[np.bool_] = arrays["bad"]
-        self.heldout: npt.NDArray[np.bool_] = arrays["heldout"]
-        self.groups_heldout: Integers = arrays["groups_heldout"]
+        self.group: Integers = arrays["group"]  # stable_hash of Record.group: equal in translations of an item
+        self.content: Integers = arrays["content"]  # stable_hash of Record.user_text
+        self.normalized: Integers = arrays["normalized"]  # the same of `normalized(user_text)`
+        self.n_bytes: npt.NDArray[np.int32] = arrays["n_bytes"]  # UTF-8 bytes of all texts
+        self.has_back: npt.NDArray[np.bool_] = arrays["has_back"]  # the row has a back-translation
+        self.bad: npt.NDArray[np.bool_] = arrays["bad"]  # the row is unusable and keeps its place in the order
+        self.heldout: npt.NDArray[np.bool_] = arrays["heldout"]  # the row is in no training batch
+        self.groups_heldout: Integers = arrays["groups_heldout"]  # (items,), sorted
         self._shard: npt.NDArray[np.int32] = arrays["shard"]
         self._arrays = arrays
         sources = [reader.source.name for reader in self._readers]
@@ -194,7 +178,7 @@ def build_index(
         "languages": " ".join(languages),
         "held out": f"{heldout_items} items, seed {seed}" if heldout_items else "none",
         "sources": " ".join(source.name for source in sources),
-    } | {f"source {source.name}": _settings_of(source) for source in sources}
+    } | {f"source {source.name}": source.model_dump_json(exclude={"files"}, exclude_none=True) for source in sources}
     if task is not None:
         settings["task"] = f"{task.kind}: {' '.join(task.labels)}"
     shards = [(reader.source.name, reader.shard.address, reader.shard.identity) for reader in readers]
@@ -219,7 +203,9 @@ def build_index(
             raise DataError(f"{error}; {scan.bad_count:,} rows are unusable, such as {first}") from None
         meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
         with atomic_folder(directory, exists="keep") as temporary:
-            _write(temporary, arrays, meta)
+            for name, values in arrays.items():
+                np.save(temporary / f"{name}.npy", values)
+            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             # A complete folder was built by another process.
             if directory.exists() and _opened(directory, readers) is None:
                 shutil.rmtree(directory)
@@ -229,22 +215,11 @@ def build_index(
     return index
 
 
-def _write(folder: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
-    for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", values)
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
 def _opened(directory: Path, readers: Sequence[RecordReader]) -> DataIndex | None:
     try:
         return DataIndex(directory, readers)
     except (OSError, ValueError, KeyError):  # missing or incomplete: it is rebuilt
         return None
-
-
-def _settings_of(source: SourceConfig) -> str:
-    """A source's settings as JSON, without files and without unset keys."""
-    return source.model_dump_json(exclude={"files"}, exclude_none=True)
 
 
 def _check_kinds(sources: Sequence[SourceConfig], task: TaskConfig | None) -> None:

@@ -31,6 +31,7 @@ from data_pipeline.tasks.windows import (
     without_space,
     word_ranges,
 )
+from data_pipeline.text.tokenizer import private_backend
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -131,12 +132,7 @@ class TaskTokenizer:
         self.config = config
         self.sequence_length = sequence_length
         self._check_tokens()
-        from tokenizers import Tokenizer
-
-        # A private copy: truncation and padding are state of the shared backend, which other code changes.
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = private_backend(tokenizer)
         self._single = self._frame("a", None)
         self._pair = self._frame("a", "a")
         self._backend.encode_special_tokens = True  # from here on, text that spells a special token stays text

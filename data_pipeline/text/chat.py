@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from data_pipeline.records import BadRow, ChatSample, DataError, Message, Record, Role, stable_hash
 from data_pipeline.text.templates import Slot, TemplateConfig, Turn, check_roles, make_template
+from data_pipeline.text.tokenizer import private_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,17 +40,12 @@ class Chat:
         """Raises DataError if the template does not work with the tokenizer."""
         if not tokenizer.is_fast:
             raise DataError(f"{tokenizer.name_or_path!r} is not a fast tokenizer, so it has no offsets")
-        from tokenizers import Tokenizer
-
         self.tokenizer = tokenizer
         self.config = template
         self.languages = tuple(languages)
         self._language_ids = {code: number for number, code in enumerate(languages)}
         self.template = make_template(template, tokenizer)
-        # A private copy: truncation and padding are state of the shared backend, which other code changes.
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = private_backend(tokenizer)
         added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
         end = str(self._backend.id_to_token(self.template.end_id))
         written = str(tokenizer.chat_template if template.name == "chat" else template.prompt)
@@ -104,10 +100,6 @@ class Chat:
         """The text of token ids, including special tokens."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
-    def answer_words(self, content: str) -> str:
-        """An assistant message as the template writes it; some templates strip white space."""
-        return self.template.answer_slot.words(content)
-
     def rewritten(self, answer: str) -> str:
         """An answer encoded and decoded; differs from the answer if the tokenizer normalises text."""
         return self.decode(self._encode(answer, [(0, len(answer))], self._special)[0])
@@ -129,7 +121,7 @@ class Chat:
             ids += new
             marks += _marks(text, offsets, users)
             if message is not None:
-                answer = self.answer_words(message.content)
+                answer = self.template.answer_slot.words(message.content)
                 new, _ = self._encode(answer, [(0, len(answer))], self._special)
                 ids += [*new, self.template.end_id]
                 marks += [*[_ANSWER] * len(new), _END] if message.trained else [*[_UNTRAINED] * len(new), _TEMPLATE]
@@ -228,8 +220,9 @@ def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
         raise DataError(f"{record.origin}: label mask: {what}")
 
     messages = record.conversation.messages
-    answers = [chat.answer_words(m.content) for m in messages if m.role == "assistant" and m.trained]
-    runs, end = _runs(sample.labels), chat.template.end_id
+    template = chat.template
+    answers = [template.answer_slot.words(m.content) for m in messages if m.role == "assistant" and m.trained]
+    runs, end = _runs(sample.labels), template.end_id
     if not runs:
         fail("no token is labelled")
     if len(runs) != len(answers):

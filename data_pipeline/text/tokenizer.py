@@ -1,4 +1,4 @@
-"""Trains a tokenizer for a model trained from scratch.
+"""Trains a tokenizer for a model trained from scratch. For any tokenizer: a hash, and a private copy.
 
 Decoder: a sentencepiece BPE model with byte fallback, saved as a fast Llama tokenizer. Decoding restores any text
 exactly, except for U+2581, which sentencepiece uses for the space. No prefix space is added, so the parts of a text
@@ -25,6 +25,7 @@ from data_pipeline.records import DataError
 from data_pipeline.settings import Section
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
@@ -73,6 +74,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     tokens = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return hashlib.sha256(json.dumps([tokens, tokenizer.chat_template]).encode()).hexdigest()
+
+
+def private_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy that never truncates or pads: both are state of the shared backend, which other code changes."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _decoder(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:
