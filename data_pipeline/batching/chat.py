@@ -94,8 +94,9 @@ class _Grid:
         self.filled[row] = stop
         targets = np.flatnonzero(sample.labels)
         targets = targets[targets > 0]  # no position predicts the first token
-        positions = row * self.length + start + targets - 1
-        self.labels.append((positions, sample.input_ids[targets], sample.language))
+        if len(targets):
+            positions = row * self.length + start + targets - 1
+            self.labels.append((positions, sample.input_ids[targets], sample.language))
 
     def batch(self, units: Sequence[SampleUnit], order: Sequence[Sample], with_mask: bool) -> ChatBatch:
         padding = self.segment_ids == PADDING
@@ -105,8 +106,13 @@ class _Grid:
         mask = (~padding).astype(np.int64)
         if not self.filled.any():
             mask[:, 0] = 1  # in an idle micro-batch, the only token attends to itself
+        # without labels, one placeholder of weight 0
+        labels = self.labels or [(np.zeros(1, np.int64), np.zeros(1, np.int32), 0)]
+        positions = np.concatenate([places for places, _, _ in labels])
+        ids = np.concatenate([predicted for _, predicted, _ in labels]).astype(np.int64)
+        label_languages = np.concatenate([np.full(len(places), language, np.int64) for places, _, language in labels])
         targets = ChatTargets(
-            tokens=TokenTargets(*(torch.from_numpy(each) for each in self._label_tokens())),
+            tokens=TokenTargets(torch.from_numpy(positions), torch.from_numpy(ids)),
             segment_ids=torch.from_numpy(self.segment_ids),
             n_segments=max(len(order), 1),
             languages=torch.from_numpy(self.languages),
@@ -114,28 +120,15 @@ class _Grid:
             content=torch.from_numpy(self.content),
             pairs=_contrast_pairs(units, order),
         )
-        languages = [np.full(len(ids), language, np.int64) for _, ids, language in self.labels if len(ids)]
-        weight = 1.0 if languages else 0.0
-        label_languages = np.concatenate(languages) if languages else np.zeros(1, np.int64)
         return Batch(
             input_ids=torch.from_numpy(self.input_ids),
             attention_mask=torch.from_numpy(mask) if with_mask else None,
             position_ids=torch.from_numpy(self.position_ids),
-            label_weights=torch.full((len(label_languages),), weight),
+            label_weights=torch.full((len(positions),), 1.0 if self.labels else 0.0),
             label_languages=torch.from_numpy(label_languages),
             targets=targets,
             units=tuple(units),
             sample_ids=tuple(sample.id for sample in order),
-        )
-
-    def _label_tokens(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Predicting positions (N,) and predicted ids (N,); without labels, one placeholder of each."""
-        labels = [(positions, ids) for positions, ids, _ in self.labels if len(positions)]
-        if not labels:
-            return np.zeros(1, np.int64), np.zeros(1, np.int64)
-        return (
-            np.concatenate([positions for positions, _ in labels]),
-            np.concatenate([ids for _, ids in labels]).astype(np.int64),
         )
 
 
