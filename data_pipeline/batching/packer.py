@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal
 
 from data_pipeline.batching.batch import Batch, BatchShape, SampleUnit
 from data_pipeline.records import Sample
@@ -21,30 +22,26 @@ log = logging.getLogger(__name__)
 Layout = Literal["packed", "padded"]
 
 
-class HasRowLength(Protocol):
-    """What placement requires of a sample; implemented by `Sample`."""
-
-    @property
-    def row_length(self) -> int: ...
-
-
-Item = TypeVar("Item", bound=HasRowLength)
-
-
-@dataclass(frozen=True, slots=True)
-class Blank:
-    """A placeholder for a sample of this length."""
-
-    row_length: int
-
-
 @dataclass(slots=True)
 class Bin:
     """The rows of one micro-batch while it is filled."""
 
     rows: list[list[Sample]] = field(default_factory=list)
+    row_tokens: list[int] = field(default_factory=list)  # of each row
     units: list[SampleUnit] = field(default_factory=list)
     longest: int = 0  # tokens of its longest sample
+
+    def add(self, unit: SampleUnit, places: Iterable[tuple[int, int]]) -> None:
+        """Adds a unit. `places`: (sample, row), in the order in which samples are added."""
+        for number, row in places:
+            sample = unit.samples[number]
+            if row == len(self.rows):
+                self.rows.append([])
+                self.row_tokens.append(0)
+            self.rows[row].append(sample)
+            self.row_tokens[row] += sample.row_length
+            self.longest = max(self.longest, sample.row_length)
+        self.units.append(unit)
 
 
 class Collator(ABC):
@@ -82,23 +79,22 @@ class Packer:
         """First-fit decreasing over units; a unit above the budget gets its own micro-batch."""
         bins: list[Bin] = []
         for unit in sorted(units, key=lambda unit: -unit.n_tokens):
-            if not unit.samples:
+            lengths = [sample.row_length for sample in unit.samples]
+            if not lengths:
                 continue
             for candidate in bins:
-                rows = self._place(candidate.rows, candidate.longest, unit.samples, self.micro_batch_tokens)
-                if rows is not None:
+                places = self._place(candidate.row_tokens, candidate.longest, lengths, self.micro_batch_tokens)
+                if places is not None:
                     break
             else:
                 candidate = Bin()
                 bins.append(candidate)
-                rows = self._place([], 0, unit.samples, self.micro_batch_tokens)
-                if rows is None:
-                    rows = self._place([], 0, unit.samples, None)
+                places = self._place([], 0, lengths, self.micro_batch_tokens)
+                if places is None:
+                    places = self._place([], 0, lengths, None)
                     self._warn(unit)
-            assert rows is not None
-            candidate.rows = rows
-            candidate.longest = max(candidate.longest, _longest(unit.samples))
-            candidate.units.append(unit)
+            assert places is not None
+            candidate.add(unit, places)
         return [self.collator.collate(each, self.layout) for each in bins]
 
     def idle(self) -> Batch[Any]:
@@ -112,9 +108,10 @@ class Packer:
 
     def tokens_alone(self, lengths: Sequence[int]) -> int:
         """Rows x longest row of a micro-batch of samples of these lengths."""
-        rows = self._place([], 0, list(map(Blank, lengths)), None)
-        assert rows is not None
-        return self.collator.sides * len(rows) * max(map(_row_tokens, rows))
+        row_tokens: Counter[int] = Counter()
+        for number, row in self._place([], 0, lengths, None) or ():
+            row_tokens[row] += lengths[number]
+        return self.collator.sides * len(row_tokens) * max(row_tokens.values())
 
     def _warn(self, unit: SampleUnit) -> None:
         needed = self.tokens_alone([sample.row_length for sample in unit.samples])
@@ -126,35 +123,30 @@ class Packer:
             )  # fmt: skip
 
     def _place(
-        self, rows: list[list[Item]], longest: int, samples: Sequence[Item], budget: int | None
-    ) -> list[list[Item]] | None:
-        """The rows, whose longest sample has `longest` tokens, with `samples` added; None if that exceeds the budget.
+        self, row_tokens: Sequence[int], longest: int, lengths: Sequence[int], budget: int | None
+    ) -> list[tuple[int, int]] | None:
+        """The row of each further sample, (sample, row) in the order of placement; None if that exceeds the budget.
 
-        Only lengths are used. In the padded layout a full micro-batch is rejected without reading its rows.
+        Args:
+            row_tokens: tokens of each row so far; a number beyond them is a new row.
+            longest: tokens of the longest sample so far.
+            lengths: row lengths of the further samples.
         """
         if self.layout == "padded":
-            cost = self.collator.sides * (len(rows) + len(samples)) * max(longest, _longest(samples))
-            return [*rows, *([sample] for sample in samples)] if budget is None or cost <= budget else None
-        placed = [list(row) for row in rows]
-        room = [self.row_tokens - _row_tokens(row) for row in placed]
-        for sample in sorted(samples, key=lambda sample: sample.row_length, reverse=True):
-            length = sample.row_length
-            fitting = [index for index, free in enumerate(room) if free >= length]
+            cost = self.collator.sides * (len(row_tokens) + len(lengths)) * max(longest, *lengths)
+            fits = budget is None or cost <= budget
+            return list(enumerate(range(len(row_tokens), len(row_tokens) + len(lengths)))) if fits else None
+        places = []
+        room = [self.row_tokens - tokens for tokens in row_tokens]
+        for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
+            fitting = [row for row, free in enumerate(room) if free >= lengths[number]]
             if fitting:
-                best = min(fitting, key=lambda index: room[index])
-                placed[best].append(sample)
-                room[best] -= length
-            elif budget is None or (len(placed) + 1) * self.row_tokens <= budget or not placed:
-                placed.append([sample])
-                room.append(self.row_tokens - length)
+                row = min(fitting, key=lambda row: room[row])
+            elif budget is None or (len(room) + 1) * self.row_tokens <= budget or not room:
+                row = len(room)
+                room.append(self.row_tokens)
             else:
                 return None
-        return placed
-
-
-def _longest(samples: Sequence[HasRowLength]) -> int:
-    return max(sample.row_length for sample in samples)
-
-
-def _row_tokens(row: Sequence[HasRowLength]) -> int:
-    return sum(sample.row_length for sample in row)
+            room[row] -= lengths[number]
+            places.append((number, row))
+        return places
