@@ -46,19 +46,15 @@ def open_model(
         dtype: bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU.
         template: a template's name instead of the one the model was trained with ("alpaca": MGSM's protocol).
     """
-    import torch
-
     from data_pipeline.text.chat import Chat
     from data_pipeline.text.next_turn import next_turn
     from data_pipeline.text.templates import TemplateConfig
     from modeling.generation import ShiftedGenerator
+    from modeling.loading import resolve_device
     from modeling.stopping import Stops
 
-    on_gpu = torch.cuda.is_available()
-    number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
-    generator = ShiftedGenerator.from_directory(
-        path, dtype=number_format, device="cuda" if on_gpu else "cpu", attention=attention
-    )
+    device, number_format = resolve_device(dtype)
+    generator = ShiftedGenerator.from_directory(path, dtype=number_format, device=device, attention=attention)
     trained_template = generator.info.template
     if template is not None:
         chosen = TemplateConfig(name=template)

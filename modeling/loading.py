@@ -37,6 +37,13 @@ HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jin
 HUB_IGNORED = ("*/*", "consolidated*")  # the same weights in other layouts
 
 
+def resolve_device(dtype: str) -> tuple[str, torch.dtype]:
+    """The device and number format for evaluation. `dtype`: bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    bf16 = dtype == "bf16" or (dtype == "auto" and on_gpu)
+    return "cuda" if on_gpu else "cpu", torch.bfloat16 if bf16 else torch.float32
+
+
 def resolve_attention(
     name: str, config: PreTrainedConfig | None = None, architecture: Architecture = "causal-lm"
 ) -> str:

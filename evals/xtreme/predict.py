@@ -82,10 +82,8 @@ class EncoderPredictor:
 
         Raises EvalError for a model without a task, ModelError for files that do not fit together.
         """
-        import torch
-
         from modeling.export_info import EXPORT_FILE, ExportInfo
-        from modeling.loading import resolve_directory
+        from modeling.loading import resolve_device, resolve_directory
         from modeling.tasks.encoders import load_task_model
         from modeling.weights.untrusted import read_tokenizer
         from modeling.xmixup.mixup import CrossLingualMixup
@@ -97,11 +95,8 @@ class EncoderPredictor:
         if info.task is None or info.sequence_length is None or info.task["kind"] == "text":
             raise EvalError(f"{directory / EXPORT_FILE}: missing, or without a task; use a model trained on one")
         task = TaskConfig(**info.task)
-        on_gpu = torch.cuda.is_available()
-        number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
-        model = load_task_model(
-            directory, task.kind, task.labels, number_format, "auto", "cuda" if on_gpu else "cpu"
-        )  # fmt: skip
+        device, number_format = resolve_device(dtype)
+        model = load_task_model(directory, task.kind, task.labels, number_format, "auto", device)
         # A model trained on pairs that were never mixed (`objective.mix: false`) has no such file.
         mixup = CrossLingualMixup.attach(model, directory) if (directory / MIXUP_FILE).is_file() else None
         tokenizer = TaskTokenizer(read_tokenizer(directory, local_files_only=True), task, info.sequence_length)

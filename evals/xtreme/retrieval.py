@@ -58,13 +58,10 @@ class SentenceEncoder:
         cls, path: str | Path, layer: int | None = None, specials: bool = False, dtype: str = "auto"
     ) -> SentenceEncoder:
         """Opens an encoder without its head. `dtype`: bf16, fp32, or auto: bf16 on a GPU. Raises ModelError."""
-        import torch
-
+        from modeling.loading import resolve_device
         from modeling.tasks.sentence_states import SentenceStates
 
-        on_gpu = torch.cuda.is_available()
-        number_format = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
-        device = "cuda" if on_gpu else "cpu"
+        device, number_format = resolve_device(dtype)
         states = SentenceStates.open(path, max_length=MAX_TOKENS, dtype=number_format, device=device)
         return cls(states, layer, specials)
 
