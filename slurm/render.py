@@ -64,7 +64,8 @@ def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
         yield "dependency", ",".join(f"{kind}:{job}" for job in spec.after)
         yield "kill-on-invalid-dep", "yes"  # instead of waiting forever for a job that failed
     yield "chdir", str(spec.chdir)
-    yield "output", slurm_file(spec)
+    output = spec.output()
+    yield "output", f"{str(output.parent).replace('%', '%%')}/{output.name}"  # no pattern in the folder's name
     yield "open-mode", "append"  # a requeued job continues the same file
     if spec.kind == "train":
         yield "requeue", None
@@ -74,12 +75,6 @@ def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
             yield name, None
         elif option is not False:
             yield name, str(option)
-
-
-def slurm_file(spec: JobSpec) -> str:
-    """The pattern of the output file; a `%` in the folder's name is doubled."""
-    path = spec.output()
-    return f"{str(path.parent).replace('%', '%%')}/{path.name}"
 
 
 def gpus_of(spec: JobSpec) -> str | None:
