@@ -1,6 +1,6 @@
 """`crosslift quickstart`: the protocol of ShifCon at toy scale (docs/methods.md, section 1.5).
 
-Generates a parallel corpus, trains an English-dominant base model, fine-tunes it on all languages (MSFT), and goes on
+Generates a parallel corpus, trains an English-dominant base model, fine-tunes it on all languages (MSFT), and continues
 from the MSFT model twice with equal steps and label tokens: by MSFT, and by ShifCon. All four models answer held-out
 problems. `verdict` says what the numbers allow to say.
 """
