@@ -31,14 +31,7 @@ from training.tracking.mlflow_store import (
     open_client,
     truncate,
 )
-from training.tracking.run_record import (
-    PARAMS_NAME,
-    RECORD_NAME,
-    SCORES_NAME,
-    is_line_start,
-    read_events,
-    read_starts,
-)
+from training.tracking.run_record import RECORD_NAME, SCORES_NAME, is_line_start, read_events, read_starts
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -179,9 +172,7 @@ class RecordFeeder:
             self._take_params(event["values"])
         elif kind == "tags":
             values = event["values"].items()
-            self._batch["tags"] += [
-                RunTag(mlflow_key(name), truncate(value, MAX_TAG, PARAMS_NAME)) for name, value in values
-            ]
+            self._batch["tags"] += [RunTag(mlflow_key(name), truncate(value, MAX_TAG)) for name, value in values]
         elif kind == "artifact":
             self._state.pending.append([event["path"], event["folder"]])
         elif kind == "start" and offset > 0:  # a resume
@@ -203,9 +194,9 @@ class RecordFeeder:
 
         for name, value in values.items():
             if name not in self._known_params:
-                self._batch["params"].append(Param(mlflow_key(name), truncate(value, MAX_PARAM, PARAMS_NAME)))
+                self._batch["params"].append(Param(mlflow_key(name), truncate(value, MAX_PARAM)))
             elif self._known_params[name] != value:
-                self._batch["tags"].append(RunTag(mlflow_key(f"resumed.{name}"), truncate(value, MAX_TAG, PARAMS_NAME)))
+                self._batch["tags"].append(RunTag(mlflow_key(f"resumed.{name}"), truncate(value, MAX_TAG)))
         self._known_params.update(values)
 
     def _flush(self, cursor: int) -> None:

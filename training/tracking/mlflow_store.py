@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.atomic import atomic_file
 from data_pipeline.secrets import without_login
 from data_pipeline.sources.paths import expanded
+from training.tracking.run_record import PARAMS_NAME
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -54,7 +55,7 @@ _GROUPS = {
     "eval": "validation", "score": "validation",
 }  # fmt: skip
 _INVALID = r"[^/\w.\- :]"  # characters in names
-_NOT_SENT = ("data/step_fingerprint",)  # a hash, whose chart would be meaningless
+_NOT_SENT = "data/step_fingerprint"  # a hash, whose chart would be meaningless
 
 _importing = threading.Lock()
 
@@ -202,17 +203,17 @@ def run_page(server: str, experiment_id: str, run_id: str) -> str:
 
 def metric_name(name: str) -> str | None:
     """A metric's name in MLflow; None if it is not sent."""
-    if name in _NOT_SENT:
+    if name == _NOT_SENT:
         return None
     group, slash, rest = name.partition("/")
     return mlflow_key(f"{_GROUPS.get(group, group)}/{rest}" if slash else name)
 
 
-def truncate(text: str, limit: int, artifact: str) -> str:
+def truncate(text: str, limit: int) -> str:
     """At most `limit` characters of a text; a truncated one names the artifact that holds it whole."""
     if len(text) <= limit:
         return text
-    mark = f" ... [cut; whole in the artifact {artifact}]"
+    mark = f" ... [cut; whole in the artifact {PARAMS_NAME}]"
     return text[: limit - len(mark)] + mark
 
 
