@@ -92,7 +92,7 @@ def status(
 
     if local := _local_runs(run):
         if as_json:
-            print(json.dumps({"runs": [each.to_json() for each in local]}, ensure_ascii=False))
+            print(json.dumps({"runs": [asdict(each) for each in local]}, ensure_ascii=False))
         else:
             print("\n".join(map(str, local)))
         return

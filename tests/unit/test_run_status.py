@@ -150,7 +150,7 @@ def test_steps_are_those_of_the_newest_start_and_the_checkpoint_is_complete(tmp_
     assert found.step == 6
     assert found.checkpoint == str(checkpoint_path(tmp_path, 4))
     printed = json.loads(command("status", str(tmp_path), "--json").output)
-    assert printed["runs"] == [found.to_json()]
+    assert printed["runs"] == [asdict(found)]
 
 
 def test_status_shows_all_runs_below_a_folder(tmp_path: Path) -> None:

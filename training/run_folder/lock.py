@@ -212,7 +212,7 @@ def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
     """The holder's thread: renews the lock, and ends the run if another run has taken the lock over."""
     path = output_dir / LOCK_FILE
     while not ended.wait(RENEW_SECONDS):
-        try:
+        with suppress(OSError):  # the disk is unreachable: try again at the next renewal
             if (now := holder_of(output_dir)) == mine:
                 os.utime(path)
             elif now is None:  # removed by hand
@@ -225,8 +225,6 @@ def _renew(output_dir: Path, mine: Holder, ended: threading.Event) -> None:
                     os._exit(128 + signal.SIGINT)  # at once: a checkpoint would be written into the other run's folder
                 os.kill(os.getpid(), signal.SIGINT)
                 return
-        except OSError:  # the disk is unreachable: try again at the next renewal
-            continue
 
 
 @contextmanager

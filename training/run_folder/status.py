@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from training.checkpoints.checkpoint import complete
 from training.launch.logs import logs_folder, read_event, read_lines
@@ -55,9 +55,6 @@ class RunStatus:
         """Whether the run has a live process now."""
         return _live_holder(Path(self.run)) is not None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         """Two or three lines to print."""
         where = f" on {self.host} (pid {self.pid}) since {self.since}" if self.host else ""
@@ -83,7 +80,7 @@ def run_status(run: Path) -> RunStatus | None:
     record, logs = run / RECORD_NAME, logs_folder(run)
     if not record.is_file() and not logs.is_dir():
         return None
-    start = _LatestStart.of(record)
+    start = _latest_start(record)
     holder = _live_holder(run)
     error, restarted = _last_error(logs / "events.jsonl", start.began, start.ended)
     state: State = "failed" if error else "killed"  # unless the record has its end
@@ -114,24 +111,21 @@ class _LatestStart:
     ended: int = 0
     times: tuple[int, ...] = ()  # of the latest steps
 
-    @classmethod
-    def of(cls, record: Path) -> _LatestStart:
-        start = cls()
-        for _, event in read_events(record) if record.is_file() else ():
-            start._add(event)
-        return start
 
-    def _add(self, event: dict[str, Any]) -> None:
+def _latest_start(record: Path) -> _LatestStart:
+    start = _LatestStart()
+    for _, event in read_events(record) if record.is_file() else ():
         kind = event["kind"]
         if kind == "start":
-            self.began, self.end, self.times = event["time"], None, ()
-            self.step = event.get("resumed_step") or 0
+            start.began, start.end, start.times = event["time"], None, ()
+            start.step = event.get("resumed_step") or 0
         elif kind == "params" and str(event["values"].get("max_steps", "")).isdigit():
-            self.total = int(event["values"]["max_steps"])
+            start.total = int(event["values"]["max_steps"])
         elif kind == "metrics":
-            self.step, self.times = event["step"], (*self.times, event["time"])[-RATE_STEPS:]
+            start.step, start.times = event["step"], (*start.times, event["time"])[-RATE_STEPS:]
         elif kind == "finish":
-            self.end, self.ended = event["status"], event["time"]
+            start.end, start.ended = event["status"], event["time"]
+    return start
 
 
 def _live_holder(run: Path) -> Holder | None:
