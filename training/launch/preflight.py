@@ -137,8 +137,7 @@ def _exchange_reports(store: TCPStore, own: RankReport, world_size: int) -> list
         store.add(f"{prefix}/read", 1)
         if isinstance(answer, str):
             raise RanksMissing(answer)
-        return with_node_numbers([RankReport(**report) for report in answer])
-    if not _wait_for_keys(store, keys, JOIN_TIMEOUT_S):
+    elif not _wait_for_keys(store, keys, JOIN_TIMEOUT_S):
         joined = [rank for rank, key in enumerate(keys) if store.check([key])]
         # From crosslift's launcher and torchrun, or from other launchers.
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
@@ -147,9 +146,10 @@ def _exchange_reports(store: TCPStore, own: RankReport, world_size: int) -> list
         store.set(f"{prefix}/all", json.dumps(text))
         _wait_for_readers(store, len(joined))
         raise RanksMissing(text)
-    reports = [json.loads(store.get(key)) for key in keys]
-    store.set(f"{prefix}/all", json.dumps(reports))
-    return with_node_numbers([RankReport(**report) for report in reports])
+    else:
+        answer = [json.loads(store.get(key)) for key in keys]
+        store.set(f"{prefix}/all", json.dumps(answer))
+    return with_node_numbers([RankReport(**report) for report in answer])
 
 
 def _wait_for_keys(store: TCPStore, keys: Sequence[str], seconds: float) -> bool:

@@ -67,10 +67,9 @@ class StatusExchange:
         self.host, self.port = place.address()
         self.hostname = socket.gethostname()
         self.lost: str | None = None  # why the store cannot be reached any more
-        self._received: dict[Kind, dict[int, Any]] = {kind: {} for kind in KINDS}
+        self._messages: dict[tuple[Kind, int], Any] = {}  # by kind and node
         self._outbox: queue.SimpleQueue[tuple[Kind, Any]] = queue.SimpleQueue()
         self._store: TCPStore | None = None
-        self._writing = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._exchange, name="status-exchange", daemon=True)
 
@@ -112,13 +111,14 @@ class StatusExchange:
 
     def publish(self, kind: Kind, value: Any) -> None:
         """Set this node's message of a kind, replacing an earlier one. `value` must be serialisable as JSON."""
-        if self._received[kind].get(self.place.node) != value:
-            self._set(kind, self.place.node, value)
+        if self._messages.get((kind, self.place.node)) != value:
+            self._messages[kind, self.place.node] = value
             self._outbox.put((kind, value))
 
     def received(self, kind: Kind) -> dict[int, Any]:
         """The messages of a kind by node, this one's included."""
-        return self._received[kind]
+        messages = self._messages.copy()  # the thread adds to them
+        return {node: value for (each, node), value in messages.items() if each == kind}
 
     def claim_line(self, line: str, nth: int) -> bool:
         """Whether this is the first rank of all nodes to print the line for the `nth` time.
@@ -178,8 +178,4 @@ class StatusExchange:
             for node in others:
                 key = f"crosslift/{kind}/{node}"
                 if self._store.check([key]):
-                    self._set(kind, node, json.loads(self._store.get(key)))
-
-    def _set(self, kind: Kind, node: int, value: Any) -> None:
-        with self._writing:  # the launcher's loop and the thread both write
-            self._received[kind] = {**self._received[kind], node: value}
+                    self._messages[kind, node] = json.loads(self._store.get(key))
