@@ -144,7 +144,10 @@ class Saver:
         """
         if self.open:
             self.complete()
-        self._check_best(state)
+        best = self.config.best
+        if best is not None and best not in state.metrics and not self._warned and rank() == 0:
+            log.warning("%s", no_such_metric(best, state.step, state.metrics))
+            self._warned = True
         run, self._began, self._disk = self.run, time.perf_counter(), disk
         directory = checkpoint.incomplete_path(disk.home, step)
         files = run.engine.take_state(directory)
@@ -163,8 +166,8 @@ class Saver:
         if not self.config.background:
             self.complete()
 
-    def complete(self, required: bool = False) -> bool:
-        """Wait for the files of all ranks and mark the checkpoint as complete; returns whether that succeeded.
+    def complete(self, required: bool = False) -> None:
+        """Wait for the files of all ranks and mark the checkpoint as complete; a failure is logged by rank 0.
 
         Raises:
             CheckpointFailed: on all ranks, if it failed and is `required`, or if too many failed in a row.
@@ -189,22 +192,10 @@ class Saver:
             self._failures, self.saved_step = 0, step
             if disk.leader:
                 retain(disk.home, step, self.config)
-            return True
+            return
         self._failures += 1
         if disk.leader:
             checkpoint.abandon(disk.home, step, committed)
-        self._report_failure(step, problems, required)
-        return False
-
-    def _check_best(self, state: RunState) -> None:
-        """Warns once if the state lacks the metric of `checkpoint.best`."""
-        best = self.config.best
-        if best is not None and best not in state.metrics and not self._warned and rank() == 0:
-            log.warning("%s", no_such_metric(best, state.step, state.metrics))
-            self._warned = True
-
-    def _report_failure(self, step: int, problems: list[str], required: bool) -> None:
-        """Logs a failed checkpoint, or raises CheckpointFailed (see `complete`)."""
         text = f"checkpoint of step {step}: not saved: {'; '.join(problems)}"
         if required or self._failures >= FAILURES_IN_A_ROW:
             raise CheckpointFailed(text)
