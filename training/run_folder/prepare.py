@@ -225,13 +225,10 @@ def _from_scratch(config: RunConfig, tokenizer_dir: str, scratch: Path | None) -
         tokenizer = read_tokenizer(tokenizer_dir)
         write_initial_model(init, tokenizer, path, config.seed, architecture=head, weights=scratch is None)
 
-    inputs = {"init": init, "seed": config.seed, "tokenizer": _identity(tokenizer_dir), "head": head}
+    file = Path(tokenizer_dir, "tokenizer.json")
+    tokenizer_id = stable_hash(file.read_text(encoding="utf-8")) if file.is_file() else tokenizer_dir
+    inputs = {"init": init, "seed": config.seed, "tokenizer": tokenizer_id, "head": head}
     return str(_created_once(config.output_dir / "initial_model", inputs, write, scratch))
-
-
-def _identity(tokenizer_dir: str) -> Any:
-    file = Path(tokenizer_dir) / "tokenizer.json"
-    return stable_hash(file.read_text(encoding="utf-8")) if file.is_file() else tokenizer_dir
 
 
 def _created_once(
