@@ -12,7 +12,7 @@ from data_pipeline.secrets import without_login
 from data_pipeline.settings import Section
 from training.errors import ConfigError
 from training.tracking.mlflow_store import checked_address, default_store, on_shared_disk
-from training.tracking.run_record import RECORD_NAME, read_starts
+from training.tracking.run_record import RECORD_NAME, latest_start
 
 URI_VARIABLE, EXPERIMENT_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
 # Never read: an id is valid in one store only, and a record may be sent to several.
@@ -81,8 +81,8 @@ def tracking_target(config: TrackingConfig, output_dir: Path) -> TrackingTarget:
             return TrackingTarget(checked_address(variable), False, experiment, URI_VARIABLE, experiment_source)
         except ValueError as error:
             raise ConfigError(f"{URI_VARIABLE}: {error}; or unset the variable") from None
-    starts = list(read_starts(output_dir / RECORD_NAME))
-    if starts and (earlier := starts[-1][1].get("uri")) is not None:
+    start = latest_start(output_dir / RECORD_NAME)
+    if start is not None and (earlier := start.get("uri")) is not None:
         return TrackingTarget(earlier, False, experiment, "as when the run started", experiment_source)
     if on_shared_disk(output_dir):
         return TrackingTarget(None, True, experiment, "the run folder is on a network disk", experiment_source)

@@ -31,7 +31,7 @@ from training.tracking.mlflow_store import (
     open_client,
     truncate,
 )
-from training.tracking.run_record import RECORD_NAME, SCORES_NAME, is_line_start, read_events, read_starts
+from training.tracking.run_record import RECORD_NAME, SCORES_NAME, is_line_start, latest_start, read_events, read_starts
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -268,10 +268,10 @@ def sync_record(output_dir: Path, uri: str | None = None) -> RecordFeeder:
     Raises:
         ConfigError: the folder has no record.
     """
-    starts = list(read_starts(output_dir / RECORD_NAME))
-    if not starts:
+    start = latest_start(output_dir / RECORD_NAME)
+    if start is None:
         raise ConfigError(f"{output_dir}: holds no run: {RECORD_NAME} is missing or empty")
-    uri = uri or starts[-1][1].get("uri") or default_store(output_dir)
+    uri = uri or start.get("uri") or default_store(output_dir)
     feeder = RecordFeeder(output_dir, uri)
     try:
         feeder.feed()

@@ -166,6 +166,12 @@ def read_starts(path: Path, stop: int | None = None) -> Iterator[tuple[int, dict
         offset = end
 
 
+def latest_start(path: Path) -> dict[str, Any] | None:
+    """The event of the last start in a record; None if there is none."""
+    starts = [event for _, event in read_starts(path)]
+    return starts[-1] if starts else None
+
+
 def run_folders(folder: Path) -> Iterator[Path]:
     """Folders with a record. Within one, only child runs are searched: checkpoints are large trees."""
     for each, below, files in os.walk(folder):

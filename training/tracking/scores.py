@@ -19,7 +19,7 @@ from modeling.export_info import EXPORT_FILE, ExportInfo
 from training.errors import ConfigError
 from training.tracking.mlflow_feed import read_states, sync_record
 from training.tracking.mlflow_store import default_store
-from training.tracking.run_record import RECORD_NAME, SCORES_NAME, json_number, read_events, read_starts
+from training.tracking.run_record import RECORD_NAME, SCORES_NAME, json_number, latest_start, read_events
 
 FOLDER = "scores"  # in the run's folder and among its artifacts
 
@@ -85,10 +85,9 @@ def _append(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
 
 def _sent(run: Path) -> str:
     """Send the scores to the store that the run itself used; the line for the user."""
-    starts = list(read_starts(run / RECORD_NAME))
-    own = starts[-1][1].get("uri") if starts else None
-    # Without one of its own, tracking was off or the folder is on a network disk.
-    if own is None and default_store(run) not in read_states(run):
+    start = latest_start(run / RECORD_NAME) or {}
+    # Without a store, tracking was off or the folder is on a network disk.
+    if start.get("uri") is None and default_store(run) not in read_states(run):
         return f"scores: in {run / SCORES_NAME}; `crosslift ui {run}` shows them on the run's MLflow page"
     result = sync_record(run)
     if result.error or not result.run_id:

@@ -24,7 +24,7 @@ from training.tracking.mlflow_store import (
     runs_page,
     server_answers,
 )
-from training.tracking.run_record import RECORD_NAME, read_starts, run_folders
+from training.tracking.run_record import RECORD_NAME, latest_start, run_folders
 
 
 def serve_ui(runs_dir: Path, port: int = 5000, host: str = "127.0.0.1", open_browser: bool = False) -> int:
@@ -72,10 +72,10 @@ def has_display() -> bool:
 
 def _synced(folder: Path, store: str) -> RecordFeeder | None:
     """Sync one run with its own server if that responds, else with the folder's store; None for an empty record."""
-    starts = list(read_starts(folder / RECORD_NAME))
-    if not starts:
+    start = latest_start(folder / RECORD_NAME)
+    if start is None:
         return None
-    own = starts[-1][1].get("uri")
+    own = start.get("uri")
     return sync_record(folder, own if own and server_answers(own) else store)
 
 
