@@ -28,6 +28,7 @@ from training.launch.heartbeat import (
     read_heartbeat,
 )
 from training.launch.watchdog import RankSnapshot, Watchdog, furthest_behind, main_stack
+from training.run_folder.lock import process_of
 
 HANGS = """
     import os, signal, sys, threading, time
@@ -239,7 +240,7 @@ def test_the_stack_of_a_stopped_process_is_from_where_it_stopped(tmp_path: Path)
     """Another thread could take the signal, and the main one would have moved on by then."""
     with rank_process(STOPS_ITSELF, tmp_path) as process:
         for _ in range(10):
-            wait_for(lambda: watchdog._process_state(process.pid) == "T")
+            wait_for(lambda: (process_of(process.pid) or "?")[0] == "T")
             (seen,) = Watchdog(tmp_path, {0: process.pid}, "host", 1, first_rank=0).snapshots()
             assert "in stopping" in seen.stack[0]
 

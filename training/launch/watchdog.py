@@ -26,6 +26,7 @@ from data_pipeline.settings import Section
 from training.launch.heartbeat import STACKS_SIGNAL, STEPPING, HeartbeatState, read_heartbeat, stacks_file
 from training.launch.logs import Appender, event_line, events_part, logs_folder, rank_log
 from training.messages import print_message
+from training.run_folder.lock import process_of
 
 if TYPE_CHECKING:
     from training.launch.status_exchange import StatusExchange
@@ -106,7 +107,8 @@ class Watchdog:
 
         A stopped process is continued, as it could not dump its stacks otherwise; the caller kills it afterwards.
         """
-        states = {local_rank: _process_state(pid) for local_rank, pid in self.pids.items()}
+        processes = {local_rank: process_of(pid) for local_rank, pid in self.pids.items()}
+        states = {local_rank: process[0] if process else "?" for local_rank, process in processes.items()}
         before = {local_rank: len(self.all_stacks(local_rank)) for local_rank in self.pids}
         heartbeats = {each: beat for each in self.pids if (beat := read_heartbeat(self.folder, each)) is not None}
         for local_rank, pid in self.pids.items():
@@ -224,15 +226,6 @@ def _write_snapshots(snapshots: list[RankSnapshot], watchdog: Watchdog, output_d
         file.write_text(json.dumps([asdict(each) for each in snapshots], indent=1), encoding="utf-8")
     except OSError as error:
         print_message(f"{file}: cannot be written: {error.strerror}")
-
-
-def _process_state(pid: int) -> str:
-    """The kernel's letter for a process; "?" if there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "?"
-    return stat.rpartition(")")[2].split()[0]
 
 
 def _send(pid: int, number: signal.Signals) -> None:

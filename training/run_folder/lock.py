@@ -52,7 +52,7 @@ class Holder:
     @classmethod
     def here(cls, port: int) -> Holder:
         """This process."""
-        process = _process(os.getpid())
+        process = process_of(os.getpid())
         return cls(
             uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), process[1] if process else 0,
             time.strftime("%Y-%m-%d %H:%M:%S"), port, os.environ.get("SLURM_JOB_ID", ""),
@@ -62,7 +62,7 @@ class Holder:
     def alive(self, successor: Holder) -> bool | None:
         """Whether it still runs; None if that cannot be determined on the machine of `successor`, this process."""
         if self.machine == successor.machine:
-            process = _process(self.pid)
+            process = process_of(self.pid)
             return process is not None and process[0] not in "ZX" and self.started in (0, process[1])
         if self.job and self.job == successor.job and self.restart < successor.restart:
             return False
@@ -267,7 +267,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _process(pid: int) -> tuple[str, int] | None:
+def process_of(pid: int) -> tuple[str, int] | None:
     """State (a letter) and start time, in clock ticks since the boot, of a process; None if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
