@@ -50,19 +50,18 @@ def _lines(template: PatternTemplate | ChatTemplate) -> list[tuple[str, bool]]:
     lines: list[tuple[str, bool]] = []
     text = ""
     for part in template.next_user_turn():
-        if isinstance(part, Slot):
-            *whole, last = text.split("\n")
-            lines += [(line.strip(), True) for line in whole]
-            lines.append((last.strip(), False))
-            return [line for line in lines if line[0]]
-        if part is None:  # a language's name, which varies
-            *whole, last = text.split("\n")
-            lines += [(line.strip(), True) for line in whole]
-            lines += [(last.strip(), False)] if len(last.strip()) >= _SHORTEST else []
-            text = ""
-        else:
+        if isinstance(part, str):
             # what follows a name on its line belongs to that line
             text = text + part if text or not lines or lines[-1][1] else part.partition("\n")[2]
+            continue
+        *whole, last = text.split("\n")
+        lines += [(line.strip(), True) for line in whole]
+        if isinstance(part, Slot):
+            lines.append((last.strip(), False))
+            return [line for line in lines if line[0]]
+        if len(last.strip()) >= _SHORTEST:  # a language's name follows, which varies
+            lines.append((last.strip(), False))
+        text = ""
     return []
 
 

@@ -11,7 +11,6 @@ import datetime as dt
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -279,12 +278,8 @@ class ChatTemplate:
 
     def _first_token(self, text: str) -> str | None:
         """The special or added token that `text` begins with."""
-        begins = [token for token in self._added_tokens if text.startswith(token)]
-        return max(begins, key=len, default=None)
-
-    @cached_property
-    def _added_tokens(self) -> list[str]:
-        return [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        added = (token.content for token in self._tokenizer.added_tokens_decoder.values())
+        return max((token for token in added if text.startswith(token)), key=len, default=None)
 
 
 def make_template(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> PatternTemplate | ChatTemplate:

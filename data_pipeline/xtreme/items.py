@@ -214,8 +214,6 @@ def _one_label(items: list[Item]) -> bool:
             labels.add(item.label)
         elif isinstance(item, Sentence):
             labels.update(item.tags or ())
-        if len(labels) > 1:
-            return False
     return len(labels) == 1 and len(items) >= SAME_LABELS
 
 

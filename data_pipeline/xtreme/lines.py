@@ -253,15 +253,14 @@ def _written_as_csv(file: Path) -> bool:
     A CSV writer quotes a field only because of its content, so a text that is merely between quotes shows that none
     wrote the file.
     """
-    found = False
-    for _, line in text_lines(file):
-        if '"' in line:
-            for field in line.split("\t"):
-                if '"' in field:
-                    if not _quoted(field.strip()):
-                        return False
-                    found = True
-    return found
+    quoted = (
+        _quoted(field.strip())
+        for _, line in text_lines(file)
+        if '"' in line
+        for field in line.split("\t")
+        if '"' in field
+    )
+    return next(quoted, False) and all(quoted)
 
 
 def _quoted(field: str) -> bool:

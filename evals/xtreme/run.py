@@ -80,8 +80,11 @@ def _train_and_score(
     _report(f"4/5  predictions of step {chosen.step} for the test rows: {run.output / 'predictions' / run.task}")
     predicted, labelled = _predict(run, plan.task, data, chosen.step)
     _report("5/5  scores")
-    run_summary = _summary(run, plan, baseline) if labelled else None
-    table = None if run_summary is None else run_table(plan.task, run_summary, plan.dominant)
+    run_summary = table = None
+    if labelled:
+        scores = score_directory(run.output / "predictions", run.output / "labels", [run.task]).tasks[run.task]
+        run_summary = summary(plan.task, scores, plan.dominant, run.model, run.method, baseline)
+        table = run_table(plan.task, run_summary, plan.dominant)
     results = {
         "task": run.task, "model": run.model, "method": run.method, "selection": chosen.to_json(),
         "predicted": predicted, "summary": run_summary, "versions": description(),
@@ -158,11 +161,6 @@ def _earlier_predictions(folder: Path, stamp: Mapping[str, Any]) -> dict[str, An
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return {}
-
-
-def _summary(run: XtremeRun, plan: RunPlan, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
-    scores = score_directory(run.output / "predictions", run.output / "labels", [run.task]).tasks[run.task]
-    return summary(plan.task, scores, plan.dominant, run.model, run.method, baseline)
 
 
 def _track(tracker: Tracker, run: XtremeRun, chosen: Selection, results: Mapping[str, Any]) -> None:
