@@ -52,7 +52,7 @@ def texts(rows: int, n_pairs: int, seed: int) -> TaskBatch:
     classes = torch.randint(CLASSES, (n_pairs or rows,), generator=generator).repeat(2 if n_pairs else 1)
     numbers = torch.arange(rows)
     targets = TaskTargets(
-        ClassTargets(torch.nn.functional.one_hot(classes, CLASSES).float()), n_pairs=n_pairs, row_languages=numbers * 0,
+        ClassTargets(torch.nn.functional.one_hot(classes, CLASSES).float()), n_pairs=n_pairs,
         label_is_source=numbers >= (n_pairs or rows), label_rows=numbers, gold=True,
     )  # fmt: skip
     return Batch(

@@ -175,7 +175,6 @@ class TaskTargets:
 
     labels: TaskLabels
     n_pairs: int  # n; 0 without partners
-    row_languages: Tensor  # (B,) int64
     label_is_source: Tensor  # (N,) bool
     label_rows: Tensor  # (N,) int64
     gold: bool  # the step prefers gold sources to back-translations

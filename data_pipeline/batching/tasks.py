@@ -40,8 +40,7 @@ class _Row:
 
     side: EncodedSide
     labels: SideLabels
-    language: int
-    target_language: int
+    language: int  # of the sample, also for its source
     weight: float
     is_source: bool
 
@@ -91,7 +90,6 @@ class TaskCollator(Collator):
         targets = TaskTargets(
             labels=self._labels(rows, shape),
             n_pairs=len(rows) // 2 if self.paired else 0,
-            row_languages=torch.tensor([row.language for row in rows], dtype=torch.int64),
             label_is_source=of_units([row.is_source for row in rows], torch.bool),
             label_rows=of_units(list(range(len(rows))), torch.int64),
             gold=all(sample.gold for sample in samples),
@@ -101,7 +99,7 @@ class TaskCollator(Collator):
             attention_mask=torch.from_numpy(attention_mask),
             token_type_ids=torch.from_numpy(token_type_ids) if self.has_token_types else None,
             label_weights=of_units([row.weight for row in rows], torch.float32),
-            label_languages=of_units([row.target_language for row in rows], torch.int64),
+            label_languages=of_units([row.language for row in rows], torch.int64),
             targets=targets,
             units=tuple(filled.units),
             sample_ids=tuple(sample.id for sample in samples),
@@ -111,7 +109,7 @@ class TaskCollator(Collator):
         ids_RT = torch.zeros(shape.rows, shape.row_tokens, dtype=torch.int64)
         labels_N = torch.zeros(shape.labels, dtype=torch.int64)
         targets = TaskTargets(
-            TokenTargets(labels_N, labels_N), n_pairs=shape.rows // 2, row_languages=ids_RT[:, 0],
+            TokenTargets(labels_N, labels_N), n_pairs=shape.rows // 2,
             label_is_source=labels_N.bool(), label_rows=labels_N, gold=True,
         )  # fmt: skip
         return Batch(
@@ -120,13 +118,13 @@ class TaskCollator(Collator):
         )  # fmt: skip
 
     def _rows(self, samples: Sequence[TaskSample]) -> list[_Row]:
-        rows = [_Row(s.target, s.target_labels, s.language, s.language, 1.0, False) for s in samples]
+        rows = [_Row(s.target, s.target_labels, s.language, 1.0, False) for s in samples]
         if self.paired:
             for sample in samples:
                 if sample.source is None:
                     raise ValueError(f"{sample.id} has no source, and samples are paired")
                 source, weight = sample.source, float(sample.source.counts)
-                rows.append(_Row(source.side, source.labels, source.language, sample.language, weight, True))
+                rows.append(_Row(source.side, source.labels, sample.language, weight, True))
         return rows
 
     def _placeholder(self, is_source: bool) -> _Row:
@@ -137,7 +135,7 @@ class TaskCollator(Collator):
         elif self.task.kind == "text":
             labels = SideLabels(positions=one, ids=one)
         side = EncodedSide(one + self.pad_id, one.astype(np.int8), one, one.astype(np.bool_), (0, 1), NO_ANSWER)
-        return _Row(side, labels, 0, 0, 0.0, is_source)
+        return _Row(side, labels, 0, 0.0, is_source)
 
     def _labels(self, rows: Sequence[_Row], shape: tuple[int, int]) -> TaskLabels:
         """The labels of all rows; the type depends on the task."""

@@ -21,6 +21,7 @@ from data_pipeline.xtreme.tasks import XtremeTask
 OTHER_NAMES = {"contradictory": "contradiction"}  # the label's name in XNLI's training files
 DOCUMENT_START = "-DOCSTART-"  # followed by a blank line in CoNLL's files; not a sentence
 SUM_TOLERANCE = 0.01  # tolerance for a teacher's printed probabilities
+XnliLine = tuple[str, str, tuple[str, str, str]]  # place, language, (text, text, label)
 
 
 class Columns(NamedTuple):
@@ -125,8 +126,7 @@ def read_xnli(file: Path, task: XtremeTask, language: str, codes: Path | None = 
             yield Pair(place, next(index), *pair)
 
 
-def _xnli_lines(file: Path, task: XtremeTask) -> Iterator[tuple[str, str, tuple[str, str, str]]]:
-    """(place, language, (text, text, label)) of each line."""
+def _xnli_lines(file: Path, task: XtremeTask) -> Iterator[XnliLine]:
     wanted = ("language", "sentence1", "sentence2", "gold_label")
     header: list[str] = []
     for number, line in text_lines(file):
@@ -144,12 +144,7 @@ def _xnli_lines(file: Path, task: XtremeTask) -> Iterator[tuple[str, str, tuple[
         yield place, code, (text_a, text_b, label)
 
 
-def _same_lines(
-    lines: Iterator[tuple[str, str, tuple[str, str, str]]],
-    others: Iterator[tuple[str, str, tuple[str, str, str]]],
-    file: Path,
-    codes: Path,
-) -> Iterator[tuple[str, str, tuple[str, str, str]]]:
+def _same_lines(lines: Iterator[XnliLine], others: Iterator[XnliLine], file: Path, codes: Path) -> Iterator[XnliLine]:
     """`lines` with the languages of `others`."""
     for number, (line, other) in enumerate(zip_longest(lines, others), 2):
         if line is None or other is None:

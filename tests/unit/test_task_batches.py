@@ -123,7 +123,7 @@ def test_rows_hold_their_tokens_and_nothing_else(kind: str, paired: bool, name: 
     for batch in pack(packer, samples):
         assert (batch.token_type_ids is None) == (name == "unigram")
         assert [sample.id for sample in batch.samples] == list(batch.sample_ids)
-        for row, (encoded, _, sample, is_source) in enumerate(rows_of(batch, samples)):
+        for row, (encoded, *_) in enumerate(rows_of(batch, samples)):
             n = len(encoded)
             assert batch.input_ids[row, :n].tolist() == encoded.input_ids.tolist()
             assert (batch.input_ids[row, n:] == PAD).all()
@@ -131,7 +131,6 @@ def test_rows_hold_their_tokens_and_nothing_else(kind: str, paired: bool, name: 
             if batch.token_type_ids is not None:
                 assert batch.token_type_ids[row, :n].tolist() == encoded.token_type_ids.tolist()
                 assert (batch.token_type_ids[row, n:] == 0).all()
-            assert batch.targets.row_languages[row] == (0 if is_source else sample.language)
 
 
 @pytest.mark.parametrize(("kind", "paired"), PAIRED)

@@ -505,11 +505,11 @@ def contents(*steps: Step) -> Counter[tuple[Any, ...]]:
     for step in steps:
         for batch in step.micro_batches:
             n = len(batch.sample_ids)
-            for number, name in enumerate(batch.sample_ids):
-                parts: list[Any] = [name]
+            for number, (name, sample) in enumerate(zip(batch.sample_ids, batch.samples, strict=True)):
+                parts: list[Any] = [name, *(language for language, _ in sample.tokens_by_language())]
                 for each in [number, number + n] if batch.targets.n_pairs else [number]:
                     mask, units = batch.attention_mask[each].bool(), batch.targets.label_rows == each
-                    parts += [tuple(batch.input_ids[each][mask].tolist()), int(batch.targets.row_languages[each])]
+                    parts.append(tuple(batch.input_ids[each][mask].tolist()))
                     parts += [tuple(batch.label_weights[units].tolist()), tuple(batch.label_languages[units].tolist())]
                     for field in labels_of(batch):
                         parts.append(None if field is None else str(field[units].tolist()))
@@ -596,9 +596,9 @@ def test_a_row_that_cannot_be_read_leaves_its_slot_empty(make: Make, monkeypatch
             if (record := reader.index.record(slot.row)) not in unreadable
         )
         found = Counter(
-            (name, LANGUAGES[int(batch.targets.row_languages[place])])
+            (name, LANGUAGES[sample.language])
             for batch in step.micro_batches
-            for place, name in enumerate(batch.sample_ids)
+            for name, sample in zip(batch.sample_ids, batch.samples, strict=True)
         )
         assert found == expected
         assert contents(step) <= contents(before), "other samples are unchanged"
