@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +68,7 @@ class RecordFeeder:
         self.experiment_id = ""  # in the store; empty: not known yet
         self.fed = 0  # lines sent
         self.refused: Counter[str] = Counter()  # what cannot be sent (damaged, invalid or deleted), and how often
-        self.error: str | None = None  # why something is left; set by `sync_record`
+        self.error: str | None = None  # why the last `feed` failed
 
     @property
     def run_id(self) -> str:
@@ -91,27 +92,31 @@ class RecordFeeder:
     def feed(self) -> None:
         """Send everything that the record holds. Passes on MLflow's errors; the next call continues there."""
         try:
-            if not self._opened and not self._open():
-                return
-            sent = self._state.cursor
-            for end, event in read_events(self._record, self._state.cursor):
-                if len(self._batch["metrics"]) + len(event.get("values", ())) > MAX_METRICS:
-                    self._flush(sent)
-                self._take(event, sent)
-                sent = end
-                self._taken += 1
-            self._flush(sent)
-            self._feed_scores()
-            if self._unlinked is not None:
-                self.experiment_id = link_run(self._client, self._state.run_id, self._unlinked)
-                self._unlinked = None
-            self._upload()
-        except Exception:
+            if self._opened or self._open():
+                self._feed_record()
+                self._feed_scores()
+                if self._unlinked is not None:
+                    self.experiment_id = link_run(self._client, self._state.run_id, self._unlinked)
+                    self._unlinked = None
+                self._upload()
+        except Exception as error:
             # The next call looks up what the store has, and reads again what was not sent.
+            self.error = error_line(error)
             self._opened = False
             self._clear_batch()
             self._state = read_states(self._output_dir).get(self.uri, StoreState())
             raise
+        self.error = None
+
+    def _feed_record(self) -> None:
+        sent = self._state.cursor
+        for end, event in read_events(self._record, sent):
+            if len(self._batch["metrics"]) + len(event.get("values", ())) > MAX_METRICS:
+                self._flush(sent)
+            self._take(event, sent)
+            sent = end
+            self._taken += 1
+        self._flush(sent)
 
     def _feed_scores(self) -> None:
         """Send what other processes have added to the run in scores.jsonl."""
@@ -273,10 +278,8 @@ def sync_record(output_dir: Path, uri: str | None = None) -> RecordFeeder:
         raise ConfigError(f"{output_dir}: holds no run: {RECORD_NAME} is missing or empty")
     uri = uri or start.get("uri") or default_store(output_dir)
     feeder = RecordFeeder(output_dir, uri)
-    try:
+    with suppress(Exception):  # the feeder keeps the reason
         feeder.feed()
-    except Exception as error:
-        feeder.error = error_line(error)
     return feeder
 
 

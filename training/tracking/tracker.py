@@ -27,7 +27,7 @@ from training.messages import print_message
 from training.provenance import description, source_tags
 from training.tracking.config import DEFAULT_EXPERIMENT, TrackingConfig, TrackingTarget, tracking_target
 from training.tracking.mlflow_feed import RecordFeeder
-from training.tracking.mlflow_store import MAX_PARAM, error_line, is_server, run_page
+from training.tracking.mlflow_store import MAX_PARAM, is_server, run_page
 from training.tracking.run_record import (
     PARAMS_NAME,
     RECORD_NAME,
@@ -52,7 +52,6 @@ class Tracker:
         self._feeder: RecordFeeder | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._outage: str | None = None  # why the store cannot be reached
         self._page_logged = False
         self._target: TrackingTarget | None = None
         self.id = ""  # the record's id, once started
@@ -140,7 +139,7 @@ class Tracker:
         if left:
             print_message(
                 f"{left} lines of {record.path} have not reached MLflow at {self._feeder.uri} "
-                f"({self._outage or 'out of time'}); `crosslift ui` or a resume sends them"
+                f"({self._feeder.error or 'out of time'}); `crosslift ui` or a resume sends them"
             )
 
     def _append_start(self, resumed_step: int | None) -> None:
@@ -194,17 +193,15 @@ class Tracker:
         """One attempt; reports the beginning and the end of an outage."""
         feeder = self._feeder
         assert feeder is not None
+        outage = feeder.error is not None
         try:
             feeder.feed()
-        except Exception as error:  # whatever MLflow raises must not reach the run
-            reason = error_line(error)
-            if self._outage is None:
-                print_message(f"MLflow at {feeder.uri}: {reason}; {RECORD_NAME} keeps what is not sent")
-            self._outage = reason
+        except Exception:
+            if not outage:
+                print_message(f"MLflow at {feeder.uri}: {feeder.error}; {RECORD_NAME} keeps what is not sent")
             raise
-        if self._outage is not None:
+        if outage:
             print_message(f"MLflow at {feeder.uri} is reachable again and has everything")
-            self._outage = None
         elif not self._page_logged and is_server(feeder.uri) and feeder.experiment_id:
             log.info("MLflow: %s", run_page(feeder.uri, feeder.experiment_id, feeder.run_id))
             self._page_logged = True
