@@ -60,7 +60,8 @@ def options(spec: JobSpec) -> Iterator[tuple[str, str | None]]:
         limit = f"%{spec.array_limit}" if spec.array_limit else ""
         yield "array", f"0-{len(spec.elements) - 1}{limit}"
     if spec.after:
-        kind = "aftercorr" if spec.elementwise else "afterok"
+        # In an array, a command waits for the training of its own element only.
+        kind = "aftercorr" if spec.kind == "command" and spec.array else "afterok"
         yield "dependency", ",".join(f"{kind}:{job}" for job in spec.after)
         yield "kill-on-invalid-dep", "yes"  # instead of waiting forever for a job that failed
     yield "chdir", str(spec.chdir)

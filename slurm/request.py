@@ -227,8 +227,9 @@ def _command_spec(request: Request, words: tuple[str, ...], number: int, common:
         for folder in folders
     )
     name = f"{printable(request.folder.name)}: {words[0]}"
-    return JobSpec(name=name, kind="command", stem=f"then-{number}", array=per_element, elementwise=per_element,
-                   elements=elements, **common)  # fmt: skip
+    return JobSpec(
+        name=name, kind="command", stem=f"then-{number}", array=per_element, elements=elements, **common
+    )  # fmt: skip
 
 
 def _split(text: str) -> list[str]:

@@ -236,7 +236,6 @@ class JobSpec(Section):
     array: bool = Field(False, description="whether it is a job array of the elements")
     array_limit: int | None = Field(None, ge=1, description="elements that run at the same time")
     after: tuple[Annotated[str, AfterValidator(printable)], ...] = Field((), description="jobs that must succeed first")
-    elementwise: bool = Field(False, description="element i waits for element i of the jobs before")
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:
