@@ -12,7 +12,7 @@ Shapes: T tokens of a window, special tokens included; words and characters are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -201,9 +201,7 @@ class TaskTokenizer:
                 span = (answer[0] + shift, answer[1] + shift)
             characters = np.full((len(made), 2), -1, np.int32)
             characters[start : start + part[1] - part[0]] = offsets[slice(*part)]
-            return EncodedSide(
-                made.input_ids, made.token_type_ids, made.word_of_token, made.content, part, span, characters
-            )
+            return replace(made, span=span, context_offsets=characters)
 
         return Windows(strided(len(ids), room, self.config.doc_stride), side)
 
