@@ -10,7 +10,7 @@ import pytest
 from ranks import environment
 
 from training.launch.launcher import Launcher
-from training.launch.status_exchange import NodePlace, StatusExchange
+from training.launch.status_exchange import NodePlace
 
 # Leaves reductions with which gloo's threads are still busy when the function returns.
 BUSY = """
@@ -46,4 +46,4 @@ def test_a_finished_rank_is_not_aborted_at_exit(program: str, tmp_path: Path, mo
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     command = [sys.executable, "-c", textwrap.dedent(BUSY + program), str(tmp_path)]
-    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 0
+    assert Launcher(NodePlace(), command, 2, tmp_path).run() == 0

@@ -29,9 +29,8 @@ def start_node(fault: str, data: Path, output: Path, place: str, nproc: int) -> 
         import sys
         from pathlib import Path
         from training.launch.launcher import Launcher
-        from training.launch.status_exchange import NodePlace, StatusExchange
-        exchange = StatusExchange({place})
-        sys.exit(Launcher(exchange, {command!r}, {nproc}, Path({str(output)!r}), {STALL_SECONDS}).run())
+        from training.launch.status_exchange import NodePlace
+        sys.exit(Launcher({place}, {command!r}, {nproc}, Path({str(output)!r}), {STALL_SECONDS}).run())
     """
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)], env=environment(), cwd=SOURCE, text=True,

@@ -20,7 +20,7 @@ from training.launch import launcher as launching
 from training.launch import status_exchange
 from training.launch.__main__ import main
 from training.launch.launcher import Launcher
-from training.launch.status_exchange import NodePlace, StatusExchange
+from training.launch.status_exchange import NodePlace
 
 HOST = socket.gethostname()
 # Handles the signals as a training rank does: records them and exits with status 75 at its next step.
@@ -102,7 +102,7 @@ def free_port() -> int:
 )
 def test_the_run_ends_with_the_status_of_its_ranks(statuses: tuple[int, int], expected: int, tmp_path: Path) -> None:
     command = rank_program(tmp_path, f"os._exit({statuses[0]})", {1: f"os._exit({statuses[1]})"})
-    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == expected
+    assert Launcher(NodePlace(), command, 2, tmp_path).run() == expected
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_stop_signal_is_forwarded_to_every_rank(
     number: signal.Signals, forwarded: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     send_when_ready(tmp_path, 2, number)
-    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, STOPPABLE), 2).run() == 75
+    assert Launcher(NodePlace(), rank_program(tmp_path, STOPPABLE), 2, tmp_path).run() == 75
     assert signal.getsignal(number) == signal.SIG_DFL
     assert [(tmp_path / f"received-{rank}").read_text() for rank in range(2)] == [forwarded, forwarded]
     assert capfd.readouterr().err == (
@@ -126,13 +126,13 @@ def test_a_stop_signal_before_ranks_handle_it_counts_as_a_stop(
 ) -> None:
     program = "open(f'{FOLDER}/ready-{RANK}', 'w').close(); import time; time.sleep(60)"
     send_when_ready(tmp_path, 2, signal.SIGUSR1)
-    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, program), 2).run() == 75
+    assert Launcher(NodePlace(), rank_program(tmp_path, program), 2, tmp_path).run() == 75
     assert "killed" not in capfd.readouterr().err
 
 
 def test_a_rank_killed_by_a_stop_signal_that_was_not_forwarded_is_a_failure(tmp_path: Path) -> None:
     command = rank_program(tmp_path, "", {1: "os.kill(os.getpid(), 10)"})
-    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 1
+    assert Launcher(NodePlace(), command, 2, tmp_path).run() == 1
 
 
 def test_ctrl_c_ends_all_ranks_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_all_ranks_at_once(tmp_path: Path, capfd: pytest.CaptureFixt
     """
     send_when_ready(tmp_path, 2, signal.SIGINT)
     started = time.monotonic()
-    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, program), 2).run() == 130
+    assert Launcher(NodePlace(), rank_program(tmp_path, program), 2, tmp_path).run() == 130
     assert time.monotonic() - started < launching.FAILURE_GRACE_S
     assert len(list(tmp_path.glob("interrupted-*"))) == 2
     assert capfd.readouterr().err.count("stopped by SIGINT") == 1
@@ -156,7 +156,7 @@ def test_ctrl_c_ends_all_ranks_at_once(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_a_second_ctrl_c_kills_ranks_that_ignore_the_first(tmp_path: Path) -> None:
     send_when_ready(tmp_path, 2, signal.SIGINT, signal.SIGINT)
     started = time.monotonic()
-    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, IGNORES_SIGNALS), 2).run() == 130
+    assert Launcher(NodePlace(), rank_program(tmp_path, IGNORES_SIGNALS), 2, tmp_path).run() == 130
     assert time.monotonic() - started < launching.FAILURE_GRACE_S
 
 
@@ -166,20 +166,20 @@ def test_a_killed_rank_is_named_and_the_others_end_soon(
     monkeypatch.setattr(launching, "FAILURE_GRACE_S", 1.0)
     command = rank_program(tmp_path, IGNORES_SIGNALS, {1: "import time; time.sleep(0.5); os.kill(os.getpid(), 9)"})
     started = time.monotonic()
-    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 1
+    assert Launcher(NodePlace(), command, 2, tmp_path).run() == 1
     assert time.monotonic() - started < 10
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"crosslift: rank 1 on {HOST} was killed by signal 9 (SIGKILL")
 
 
-def run_nodes(commands: list[list[str]], nproc: int) -> list[int]:
-    """Run one launcher per node, in threads; their exit statuses."""
+def run_nodes(commands: list[list[str]], nproc: int, folder: Path) -> list[int]:
+    """Run one launcher per node, in threads, with the run folder `folder`; their exit statuses."""
     rendezvous = f"127.0.0.1:{free_port()}"
     statuses = [-1] * len(commands)
 
     def run(node: int) -> None:
         place = NodePlace(len(commands), node, rendezvous)
-        statuses[node] = Launcher(StatusExchange(place), commands[node], nproc).run()
+        statuses[node] = Launcher(place, commands[node], nproc, folder).run()
 
     threads = [threading.Thread(target=run, args=(node,), daemon=True) for node in range(len(commands))]
     for thread in threads:
@@ -198,8 +198,10 @@ def test_ranks_of_two_nodes_have_global_numbers_and_share_a_store(tmp_path: Path
         assert [store.get(f"from {n}") for n in range(world)] == [b"0", b"1", b"0", b"1"]
         open(f"{FOLDER}/{rank}-of-{world}", "w").close()
     """
-    assert run_nodes([rank_program(tmp_path, program)] * 2, 2) == [0, 0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{rank}-of-4" for rank in range(4)]
+    written = tmp_path / "written"
+    written.mkdir()
+    assert run_nodes([rank_program(written, program)] * 2, 2, tmp_path) == [0, 0]
+    assert sorted(path.name for path in written.iterdir()) == [f"{rank}-of-4" for rank in range(4)]
 
 
 def test_a_killed_rank_ends_the_ranks_of_the_other_node_and_is_reported_once(
@@ -208,7 +210,7 @@ def test_a_killed_rank_ends_the_ranks_of_the_other_node_and_is_reported_once(
     monkeypatch.setattr(launching, "FAILURE_GRACE_S", 1.0)
     command = rank_program(tmp_path, IGNORES_SIGNALS, {1: "import time; time.sleep(0.5); os.kill(os.getpid(), 9)"})
     started = time.monotonic()
-    assert run_nodes([command] * 2, 1) == [1, 1]
+    assert run_nodes([command] * 2, 1, tmp_path) == [1, 1]
     assert time.monotonic() - started < 15
     (line,) = capfd.readouterr().err.splitlines()
     assert "rank 1 on" in line
@@ -238,7 +240,7 @@ def test_a_killed_rank_or_a_user_error_is_the_root_cause_even_if_noticed_later(
         {end}
     """
     command = rank_program(tmp_path, program, {1: ends_later})
-    assert run_nodes([command] * nodes, 2 // nodes) == [status] * nodes
+    assert run_nodes([command] * nodes, 2 // nodes, tmp_path) == [status] * nodes
     printed = capfd.readouterr().err.splitlines()
     assert len(printed) == (status == 1)  # a user error is printed by the rank itself
     assert all(f"rank 1 on {HOST} was killed" in line for line in printed)
@@ -249,17 +251,17 @@ def test_a_missing_node_0_is_named(
 ) -> None:
     monkeypatch.setattr(status_exchange, "JOIN_TIMEOUT_S", 1.0)
     port = free_port()
-    assert Launcher(StatusExchange(NodePlace(2, 1, f"127.0.0.1:{port}")), rank_program(tmp_path, ""), 1).run() == 1
+    assert Launcher(NodePlace(2, 1, f"127.0.0.1:{port}"), rank_program(tmp_path, ""), 1, tmp_path).run() == 1
     assert f"node 1 ({HOST}): no answer from node 0 at 127.0.0.1:{port}" in capfd.readouterr().err
 
 
-def test_a_port_in_use_is_a_user_error() -> None:
+def test_a_port_in_use_is_a_user_error(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--rendezvous 127.0.0.1:{port}: node 0 cannot listen there"):
-            Launcher(StatusExchange(NodePlace(2, 0, f"127.0.0.1:{port}")), [], 1).run()
+            Launcher(NodePlace(2, 0, f"127.0.0.1:{port}"), [], 1, tmp_path).run()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +299,7 @@ def test_a_signal_ignored_by_the_caller_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         send_when_ready(tmp_path, 1, signal.SIGHUP, signal.SIGTERM)
-        assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, STOPPABLE), 1).run() == 75
+        assert Launcher(NodePlace(), rank_program(tmp_path, STOPPABLE), 1, tmp_path).run() == 75
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -308,7 +310,7 @@ def test_a_rank_that_does_not_end_after_a_stop_is_killed_and_the_run_counts_as_s
 ) -> None:
     monkeypatch.setattr(launching, "STOP_GRACE_S", 1.0)
     command = rank_program(tmp_path, IGNORES_SIGNALS, {0: "import time; time.sleep(0.5); os._exit(75)"})
-    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 75
+    assert Launcher(NodePlace(), command, 2, tmp_path).run() == 75
     assert "; ranks [1] did not end and were killed; the same command resumes" in capfd.readouterr().err
 
 
@@ -330,9 +332,7 @@ def test_ranks_that_fail_because_another_was_stopped_before_training_are_not_fai
 ) -> None:
     """Rank 0 has not reached its first step, the other waits for it in a collective: the run is to be requeued."""
     send_when_ready(tmp_path, 2, signal.SIGUSR1)
-    assert (
-        Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, FAILS_AFTER_RANK_0, {0: STOPPABLE}), 2).run() == 75
-    )
+    assert Launcher(NodePlace(), rank_program(tmp_path, FAILS_AFTER_RANK_0, {0: STOPPABLE}), 2, tmp_path).run() == 75
     printed = capfd.readouterr().err
     assert "stopped by SIGUSR1; ranks [1] failed after others had ended; the same command resumes" in printed
     assert "the first to end" not in printed
@@ -352,7 +352,7 @@ def test_ranks_of_another_node_that_fail_because_of_a_stop_are_not_failures(
             launcher._pending.append(signal.SIGUSR1)
 
     monkeypatch.setattr(Launcher, "_start", start_and_signal)
-    assert run_nodes([rank_program(tmp_path, FAILS_AFTER_RANK_0, {0: STOPPABLE})] * 2, 1) == [75, 75]
+    assert run_nodes([rank_program(tmp_path, FAILS_AFTER_RANK_0, {0: STOPPABLE})] * 2, 1, tmp_path) == [75, 75]
     assert "the first to end" not in capfd.readouterr().err
 
 
@@ -365,7 +365,7 @@ def test_after_a_stop_before_the_first_step_the_other_ranks_get_no_time_to_save(
     send_when_ready(tmp_path, 2, signal.SIGUSR1)
     command = rank_program(tmp_path, IGNORES_SIGNALS, {0: f"{attach}\n{textwrap.dedent(STOPPABLE)}"})
     started = time.monotonic()
-    assert Launcher(StatusExchange(NodePlace()), command, 2).run() == 75
+    assert Launcher(NodePlace(), command, 2, tmp_path).run() == 75
     assert time.monotonic() - started < launching.STOP_GRACE_S / 2
     assert "; ranks [1] did not end and were killed" in capfd.readouterr().err
 
@@ -379,6 +379,6 @@ def test_child_processes_of_a_rank_end_with_it(tmp_path: Path, status: int) -> N
         open(f"{{FOLDER}}/child", "w").write(str(child.pid))
         os._exit({status})
     """
-    assert Launcher(StatusExchange(NodePlace()), rank_program(tmp_path, program), 1).run() == status
+    assert Launcher(NodePlace(), rank_program(tmp_path, program), 1, tmp_path).run() == status
     child = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
     wait_for(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")

@@ -18,7 +18,7 @@ from training.launch import logs
 from training.launch.launcher import Launcher
 from training.launch.logs import Appender, LogMerger, event_line, events_part, rank_log, read_lines
 from training.launch.rank_process import DRAIN_TIMEOUT_S
-from training.launch.status_exchange import NodePlace, StatusExchange
+from training.launch.status_exchange import NodePlace
 
 HOST = socket.gethostname()
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +38,7 @@ RANK = """
 
 def run(folder: Path, program: str, nproc: int = 2) -> int:
     code = textwrap.dedent(RANK) + textwrap.dedent(program)
-    return Launcher(
-        StatusExchange(NodePlace()), [sys.executable, "-c", code.replace("FOLDER", repr(str(folder)))], nproc, folder
-    ).run()
+    return Launcher(NodePlace(), [sys.executable, "-c", code.replace("FOLDER", repr(str(folder)))], nproc, folder).run()
 
 
 def events(folder: Path) -> list[dict]:
@@ -164,7 +162,7 @@ def launched(folder: Path, lines: int) -> subprocess.Popen[bytes]:
         "import sys; from pathlib import Path\n"
         "from training.launch.launcher import Launcher; from training.launch.status_exchange import *\n"
         f"command = [sys.executable, {str(program)!r}]\n"
-        f"sys.exit(Launcher(StatusExchange(NodePlace()), command, 2, Path({str(folder)!r})).run())"
+        f"sys.exit(Launcher(NodePlace(), command, 2, Path({str(folder)!r})).run())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE)

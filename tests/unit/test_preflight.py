@@ -210,10 +210,11 @@ def test_a_rank_that_never_joins_is_named_by_all_the_others(tmp_path: Path) -> N
     code = textwrap.dedent(JOIN).format(before=before)
     program = f"""
         import sys
+        from pathlib import Path
         from training.launch import launcher
-        from training.launch.status_exchange import NodePlace, StatusExchange
+        from training.launch.status_exchange import NodePlace
         launcher.FAILURE_GRACE_S = 2.0
-        sys.exit(launcher.Launcher(StatusExchange(NodePlace()), [sys.executable, "-c", {code!r}], 3).run())
+        sys.exit(launcher.Launcher(NodePlace(), [sys.executable, "-c", {code!r}], 3, Path({str(tmp_path)!r})).run())
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], env=environment(), cwd=SOURCE, capture_output=True, text=True,

@@ -73,7 +73,7 @@ def launch(
             refuse_other(settings.output_dir, port)
         make_logs_folder(settings.output_dir)
         stall_seconds = settings.watchdog.stall_minutes * 60
-        return Launcher(StatusExchange(place), command, nproc, settings.output_dir, stall_seconds).run()
+        return Launcher(place, command, nproc, settings.output_dir, stall_seconds).run()
 
 
 class Launcher:
@@ -81,14 +81,14 @@ class Launcher:
 
     def __init__(
         self,
-        exchange: StatusExchange,
+        place: NodePlace,
         command: Sequence[str],
         nproc: int,
-        output_dir: Path | None = None,
+        output_dir: Path,
         stall_seconds: float = 0,
     ) -> None:
-        """`command` starts one rank. Without `output_dir` nothing is logged; `stall_seconds` 0: no watchdog."""
-        self.exchange = exchange
+        """`command` starts one rank. With `stall_seconds` 0 there is no watchdog."""
+        self.exchange = StatusExchange(place)
         self.command = list(command)
         self.nproc = nproc
         self.output_dir = output_dir
@@ -110,7 +110,7 @@ class Launcher:
                 print_message(str(lost))
                 return FAILED
             first_node = self.exchange.place.node == 0
-            logs = closing(LogMerger(self.output_dir)) if self.output_dir and first_node else nullcontext()
+            logs = closing(LogMerger(self.output_dir)) if first_node else nullcontext()
             with logs, TemporaryDirectory(prefix="crosslift-") as heartbeat_dir:
                 try:
                     self._start(Path(heartbeat_dir))

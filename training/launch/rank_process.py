@@ -36,7 +36,7 @@ class RankProcess:
         command: Sequence[str],
         place: Mapping[str, str],
         heartbeat_dir: Path,
-        output_dir: Path | None,
+        output_dir: Path,
         claim_line: Callable[[str, int], bool],
     ) -> None:
         """Start the process.
@@ -54,8 +54,8 @@ class RankProcess:
         self._group_killed = False
         self._redactor = Redactor(os.environ)
         self._written: Counter[str] = Counter()
-        self._log = Appender(rank_log(output_dir, self.rank)) if output_dir else None
-        self._events = Appender(events_part(output_dir, f"stderr-{self.rank:05d}")) if output_dir else None
+        self._log = Appender(rank_log(output_dir, self.rank))
+        self._events = Appender(events_part(output_dir, f"stderr-{self.rank:05d}"))
         self._blocked = threading.Event()  # set while the reader of the launcher's stdout is slower than the rank
         terminal = os.dup(sys.stderr.fileno())
         try:
@@ -110,9 +110,8 @@ class RankProcess:
             text = self._text(line)
             self._print(text)
             text = text.rstrip("\r").rpartition("\r")[2]  # only the last state of a progress bar
-            if self._log is not None:
-                self._log.write(text + "\n")
-            if self._events is not None and text.strip():
+            self._log.write(text + "\n")
+            if text.strip():
                 level = "CRITICAL" if text.startswith(PREFIX) else "STDERR"
                 self._events.write(event_line(self.rank, level, self._step(), text))
 

@@ -162,14 +162,13 @@ class Watchdog:
                 return stacks
 
 
-def find_culprit(watchdog: Watchdog, exchange: StatusExchange, output_dir: Path | None) -> RankSnapshot | None:
+def find_culprit(watchdog: Watchdog, exchange: StatusExchange, output_dir: Path) -> RankSnapshot | None:
     """The rank furthest behind, from the snapshots of all nodes; None if no rank has a heartbeat.
 
     This node's stacks are written to its ranks' logs, its snapshots to `logs/stall-node-N.json`.
     """
     snapshots = watchdog.snapshots()
-    if output_dir is not None:
-        _write_snapshots(snapshots, watchdog, output_dir, exchange.place.node)
+    _write_snapshots(snapshots, watchdog, output_dir, exchange.place.node)
     exchange.publish("stalled", [asdict(each) for each in snapshots])
     until = time.monotonic() + OTHER_NODES_TIMEOUT_S
     while len(exchange.received("stalled")) < exchange.place.nodes and not exchange.lost and time.monotonic() < until:
@@ -178,19 +177,17 @@ def find_culprit(watchdog: Watchdog, exchange: StatusExchange, output_dir: Path 
     return furthest_behind(all_nodes) if all_nodes else None
 
 
-def report_culprit(culprit: RankSnapshot, exchange: StatusExchange, output_dir: Path | None) -> None:
+def report_culprit(culprit: RankSnapshot, exchange: StatusExchange, output_dir: Path) -> None:
     """Report the stalled rank on its own node: at the terminal, in `run.log` and in the events."""
     text = str(culprit)
     missing = sorted(set(range(exchange.place.nodes)) - set(exchange.received("stalled")))
     if missing:
         text += f"\n    no answer from node(s) {missing} in {OTHER_NODES_TIMEOUT_S:.0f} s: the cause may be there"
-    if output_dir is not None:
-        text += f"\n    all stacks: {rank_log(output_dir, culprit.rank)} and the other ranks' logs"
+    text += f"\n    all stacks: {rank_log(output_dir, culprit.rank)} and the other ranks' logs"
     text = Redactor(os.environ).redact(text)
     print_message(text)
-    if output_dir is not None:
-        events = Appender(events_part(output_dir, f"launcher-{exchange.place.node}"))
-        events.write(event_line(None, "CRITICAL", culprit.step, text))
+    events = Appender(events_part(output_dir, f"launcher-{exchange.place.node}"))
+    events.write(event_line(None, "CRITICAL", culprit.step, text))
 
 
 def main_stack(dump: str, thread: int) -> list[str]:
