@@ -62,8 +62,8 @@ class Shard(ABC):
         """Every row in order, in one pass that also feeds the whole content to `digest`."""
 
     @abstractmethod
-    def read(self, place: Place) -> Row:
-        """One row. Raises the BadRow that the scan yielded."""
+    def read(self, place: Place) -> Row | BadRow:
+        """One row alone, as the scan yielded it."""
 
     def origin(self, place: Place) -> str:
         return f"{self.address}:{place.number}"
@@ -101,15 +101,12 @@ class JsonLines(TextShard):
             place = Place(number, offset, len(line))
             offset += len(line)
             if not line.isspace():
-                try:
-                    yield place, self._parse(line, place)
-                except BadRow as bad:
-                    yield place, bad
+                yield place, self._parse(line, place)
 
-    def read(self, place: Place) -> Row:
+    def read(self, place: Place) -> Row | BadRow:
         return self._parse(self.bytes_at(place), place)
 
-    def _parse(self, line: bytes, place: Place) -> Row:
+    def _parse(self, line: bytes, place: Place) -> Row | BadRow:
         try:
             row = json.loads(line.decode().removeprefix(BOM).rstrip())
         except UnicodeDecodeError as error:
@@ -122,7 +119,7 @@ class JsonLines(TextShard):
             if isinstance(row, dict):
                 return row
             reason = f"a JSON {type(row).__name__}; each line must be one JSON object"
-        raise BadRow(self.origin(place), reason)
+        return BadRow(self.origin(place), reason)
 
 
 class _Lines:
@@ -174,12 +171,9 @@ class Delimited(TextShard):
         if isinstance(header, BadRow) or len(set(header)) < len(header):
             raise DataError(f"{self.address}:1: not a header line, which must name each column once: {header}")
         for place, fields in records:
-            try:
-                yield place, self._row(header, fields, place)
-            except BadRow as bad:
-                yield place, bad
+            yield place, self._row(header, fields, place)
 
-    def read(self, place: Place) -> Row:
+    def read(self, place: Place) -> Row | BadRow:
         records = self._records(io.BytesIO(self.bytes_at(place)), place)
         _, fields = next(records, (place, BadRow(self.origin(place), "the line no longer exists")))
         return self._row(self._header, fields, place)
@@ -221,11 +215,13 @@ class Delimited(TextShard):
             if fields:
                 yield place, fields
 
-    def _row(self, header: list[str] | BadRow, fields: list[str] | BadRow, place: Place) -> Row:
-        if isinstance(header, BadRow) or isinstance(fields, BadRow):
-            raise fields if isinstance(fields, BadRow) else cast(BadRow, header)
+    def _row(self, header: list[str] | BadRow, fields: list[str] | BadRow, place: Place) -> Row | BadRow:
+        if isinstance(fields, BadRow):
+            return fields
+        if isinstance(header, BadRow):
+            return header
         if len(fields) != len(header):
-            raise BadRow(self.origin(place), f"{len(fields)} fields, but the header has {len(header)}")
+            return BadRow(self.origin(place), f"{len(fields)} fields, but the header has {len(header)}")
         return dict(zip(header, fields, strict=True))
 
 

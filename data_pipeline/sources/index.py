@@ -123,6 +123,8 @@ class DataIndex:
         wide = self.languages[self.language[row]] if reader.source.languages is not None else None
         try:
             row_of_file = retry_reading(lambda: reader.shard.read(place), reader.shard.address, self.patience)
+            if isinstance(row_of_file, BadRow):
+                raise row_of_file
             record = reader.record(row_of_file, place, wide)
         except BadRow:
             if self.bad[row]:
@@ -187,32 +189,45 @@ def build_index(
     directory = cache_dir / hashlib.sha256(json.dumps([settings, shards, ARRAYS]).encode()).hexdigest()[:32]
     index = _opened(directory, readers)
     if index is None:
-        scan = Scan(languages, max_bad_rows)
-        with Progress("index", None, "rows") as progress:
-            contents = {reader.shard.name: scan.read(number, reader, progress) for number, reader in enumerate(readers)}
-        check_columns(readers)
-        refuse_bad(scan.bad_rows, scan.bad_count, max_bad_rows)
-        arrays = scan.arrays()
-        try:
-            check_rows(arrays, readers)
-            arrays |= lookups(arrays, languages, heldout_items, seed)
-        except DataError as error:
-            if not scan.bad_rows:
-                raise
-            first = BadRow(*scan.bad_rows[0])
-            raise DataError(f"{error}; {scan.bad_count:,} rows are unusable, such as {first}") from None
-        meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
-        with atomic_folder(directory, exists="keep") as temporary:
-            for name, values in arrays.items():
-                np.save(temporary / f"{name}.npy", values)
-            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            # A complete folder was built by another process.
-            if directory.exists() and _opened(directory, readers) is None:
-                shutil.rmtree(directory)
+        _build(directory, readers, settings, languages, heldout_items, seed, max_bad_rows)
         index = DataIndex(directory, readers)
     refuse_bad(index.bad_rows, len(index.bad_rows), max_bad_rows)
     index.patience = patience
     return index
+
+
+def _build(
+    directory: Path,
+    readers: Sequence[RecordReader],
+    settings: dict[str, str],
+    languages: Sequence[str],
+    heldout_items: int,
+    seed: int,
+    max_bad_rows: int,
+) -> None:
+    """Scans all shards and writes the index."""
+    scan = Scan(languages, max_bad_rows)
+    with Progress("index", None, "rows") as progress:
+        contents = {reader.shard.name: scan.read(number, reader, progress) for number, reader in enumerate(readers)}
+    check_columns(readers)
+    refuse_bad(scan.bad_rows, scan.bad_count, max_bad_rows)
+    arrays = scan.arrays()
+    try:
+        check_rows(arrays, readers)
+        arrays |= lookups(arrays, languages, heldout_items, seed)
+    except DataError as error:
+        if not scan.bad_rows:
+            raise
+        first = BadRow(*scan.bad_rows[0])
+        raise DataError(f"{error}; {scan.bad_count:,} rows are unusable, such as {first}") from None
+    meta = {"languages": list(languages), "fingerprint": settings | contents, "bad_rows": scan.bad_rows}
+    with atomic_folder(directory, exists="keep") as temporary:
+        for name, values in arrays.items():
+            np.save(temporary / f"{name}.npy", values)
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        # A complete folder was built by another process.
+        if directory.exists() and _opened(directory, readers) is None:
+            shutil.rmtree(directory)
 
 
 def _opened(directory: Path, readers: Sequence[RecordReader]) -> DataIndex | None:

@@ -53,12 +53,9 @@ class Parquet(Shard):
                 number += 1
                 yield Place(number, index, start), row
 
-    def read(self, place: Place) -> Row:
+    def read(self, place: Place) -> Row | BadRow:
         batch = _arrow_copy(self).get_batch(place.offset).slice(place.length, 1)
-        row = self._rows(batch, place.number - 1)[0]
-        if isinstance(row, BadRow):
-            raise row
-        return row
+        return self._rows(batch, place.number - 1)[0]
 
     def _rows(self, batch: pa.RecordBatch, before: int) -> Sequence[Row | BadRow]:
         try:
