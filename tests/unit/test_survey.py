@@ -173,7 +173,7 @@ def test_reasons_that_differ_only_in_quoted_text_are_one_kind() -> None:
     rows = [BadRow(f"a:{n}", f"'content'[{n}] is {text!r}, not 7") for n, text in enumerate(["it's", 'say "x"', "b"])]
     rows += [BadRow(f"c:{n}", f"'{each}': U+{ord(each):04X} is lost") for n, each in enumerate("ก▁«🙂")]
     assert list(by_reason([*rows, BadRow("b:1", "'content' is empty")])) == [
-        "unusable, 4 rows, such as c:0: 'ก': U+0E01 does not come back",
+        "unusable, 4 rows, such as c:0: 'ก': U+0E01 is lost",
         "    c:1, c:2 and 1 more",
         "unusable, 3 rows, such as a:0: 'content'[0] is \"it's\", not 7",
         "    a:1, a:2",
