@@ -31,7 +31,6 @@ from training.run_file import validate
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
     from training.checkpoints.export_check import CheckResult
 
@@ -189,30 +188,29 @@ def _expected_weights(checkpoint: Path, config: RunConfig, state: RunState) -> I
 
 
 def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel | None:
-    """The base model of a LoRA run with the adapters of a checkpoint; None if all weights are trained."""
+    """The base model of a LoRA run with the adapters of a checkpoint; None if all weights are trained.
+
+    Raises:
+        ConfigError: the base model, whose weights are frozen, is missing or has changed.
+    """
     from modeling.adapters import adapted_model
-    from modeling.architectures import ARCHITECTURE_OF
-    from training.engine.state import consolidated
-
-    if (lora := config.model.lora) is None:
-        return None
-    base = _base(checkpoint, state.base or {}, config.data.kind, config.precision)
-    weights = consolidated(checkpoint)
-    trained = {name: tensor for name, tensor in weights if not config.objective.is_own_weight(name)}
-    return adapted_model(base, ARCHITECTURE_OF[config.data.kind], lora, trained)
-
-
-def _base(checkpoint: Path, base: Mapping[str, str], kind: RowKind, precision: str) -> PreTrainedModel:
-    """The base model of a LoRA run, whose weights are frozen. Raises ConfigError if it is missing or has changed."""
     from modeling.architectures import ARCHITECTURE_OF
     from modeling.loading import load_pretrained
     from modeling.weights.weight_files import directory_hash
     from training.engine.engine import DTYPES
+    from training.engine.state import consolidated
 
-    directory = Path(base["directory"])
-    if not directory.is_dir() or directory_hash(directory) != base["hash"]:
+    if (lora := config.model.lora) is None:
+        return None
+    saved = state.base or {}
+    directory = Path(saved["directory"])
+    if not directory.is_dir() or directory_hash(directory) != saved["hash"]:
         raise ConfigError(f"{checkpoint}: holds adapters to the model in {directory}, which is gone or has changed")
-    return load_pretrained(directory, DTYPES[precision], "eager", "cpu", ARCHITECTURE_OF[kind])
+    head = ARCHITECTURE_OF[config.data.kind]
+    base = load_pretrained(directory, DTYPES[config.precision], "eager", "cpu", head)
+    weights = consolidated(checkpoint)
+    trained = {name: tensor for name, tensor in weights if not config.objective.is_own_weight(name)}
+    return adapted_model(base, head, lora, trained)
 
 
 def _description(data: DataConfig, objective: ObjectiveConfig, step: int) -> dict[str, Any]:

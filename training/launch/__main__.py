@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     passed = ["--resume", options.resume, *(["--accept-changes"] if options.accept_changes else [])]
     place = NodePlace(options.nodes, options.node_rank, options.rendezvous)
     try:
-        place.address()
         return launch(options.config, options.overrides, options.nproc, passed, place)
     except ConfigError as error:
         print_message(str(error))

@@ -60,12 +60,12 @@ def launch(
         ConfigError: a mistake in the run file or in `place`; a run folder that cannot be written or belongs to another
             run; a port in use. Raised before any rank starts.
     """
+    place = place or NodePlace()
+    port = place.address()[1]
     command = [sys.executable, "-m", "training", str(config), *overrides, *options]
     settings: RunConfig = load_config(config, overrides)
     allocation_end()
     tracking_target(settings.tracking, settings.output_dir)
-    place = place or NodePlace()
-    port = place.address()[1]
     with ExitStack() as stack:
         if place.node == 0:
             stack.enter_context(held(settings.output_dir, port))

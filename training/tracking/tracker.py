@@ -88,7 +88,9 @@ class Tracker:
         if self._target.uri is None:
             return
         self._feeder = RecordFeeder(self._output_dir, self._target.uri)
-        self._thread = threading.Thread(target=self._feed_until_stopped, name="mlflow-feeder", daemon=True)
+        self._thread = threading.Thread(
+            target=self._feed_until_stopped, args=(self._feeder,), name="mlflow-feeder", daemon=True
+        )
         self._thread.start()
 
     def rewind(self, step: int) -> None:
@@ -173,7 +175,7 @@ class Tracker:
             raise RuntimeError("the Tracker has not started or has finished")
         return self._record
 
-    def _feed_until_stopped(self) -> None:
+    def _feed_until_stopped(self, feeder: RecordFeeder) -> None:
         """The feeder thread; never raises. Retries with back-off while the store is unreachable."""
         retrying = tenacity.Retrying(
             wait=tenacity.wait_exponential(multiplier=self._config.sync_seconds, max=MAX_RETRY_WAIT_S),
@@ -184,15 +186,13 @@ class Tracker:
         while not stopping:
             stopping = self._stop.is_set()  # the record is complete: feed it once more
             try:
-                retrying(self._feed)
+                retrying(self._feed, feeder)
             except tenacity.RetryError:  # `finish` reports what is left
                 return
             self._stop.wait(self._config.sync_seconds)
 
-    def _feed(self) -> None:
+    def _feed(self, feeder: RecordFeeder) -> None:
         """One attempt; reports the beginning and the end of an outage."""
-        feeder = self._feeder
-        assert feeder is not None
         outage = feeder.error is not None
         try:
             feeder.feed()
