@@ -118,8 +118,8 @@ class Saver:
         self.run = run
         self.config: CheckpointConfig = run.config.checkpoint
         self.seconds = 0.0  # duration of the last checkpoint, from `begin` until it was complete
-        self._step: int | None = None
-        self._writer: FileWriter | None = None
+        self._writer: FileWriter | None = None  # of the checkpoint after `_step` steps; None: none is open
+        self._step = 0
         self._began = 0.0
         self._disk = shared_disk(run.config.output_dir)
         self._failures = 0
@@ -129,7 +129,7 @@ class Saver:
     @property
     def open(self) -> bool:
         """Whether a checkpoint has been begun but not completed; the same on every rank."""
-        return self._step is not None
+        return self._writer is not None
 
     @property
     def writing(self) -> bool:
@@ -172,11 +172,10 @@ class Saver:
         Raises:
             CheckpointFailed: on all ranks, if it failed and is `required`, or if too many failed in a row.
         """
-        assert self._step is not None
         assert self._writer is not None
         step, writer, disk = self._step, self._writer, self._disk
         writer.wait()
-        self._step = self._writer = None
+        self._writer = None
         outcomes = gather_objects((writer.records, writer.error, socket.gethostname()))
         problems = [f"rank {number} on {host}: {error}" for number, (_, error, host) in enumerate(outcomes) if error]
         committed = False
