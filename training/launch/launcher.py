@@ -105,7 +105,11 @@ class Launcher:
         with self._signal_handlers():
             try:
                 if not self.exchange.connect(cancelled=lambda: bool(self._pending)):
-                    return self._stopped_before_start()
+                    number = self._pending[0]
+                    print_message(
+                        f"stopped by {number.name} before any rank was started; the same command starts the run"
+                    )
+                    return INTERRUPTED if number in IMMEDIATE else STOPPED
             except NodeLost as lost:
                 print_message(str(lost))
                 return FAILED
@@ -260,7 +264,11 @@ class Launcher:
             return INTERRUPTED
         stopped = bool(self.exchange.received("stopped"))
         if (failures := self._failures()) and not stopped:
-            return self._report_failure(root_cause(failures))
+            failure = root_cause(failures)
+            is_here = any(rank.rank == failure.rank for rank in self.ranks)
+            if is_here and failure.status != USER_ERROR and not failure.described:  # the rank has printed a user error
+                print_message(str(failure))
+            return USER_ERROR if failure.status == USER_ERROR else FAILED
         statuses = self._statuses()
         if stopped or STOPPED in statuses.values():
             self._report_stop(statuses)
@@ -279,18 +287,6 @@ class Launcher:
         if details or not any(rank.has_message for rank in self.ranks):
             cause = self._stop_signal.name if self._stop_signal else "request"
             print_message(f"stopped by {cause}{details}; the same command resumes from the last checkpoint")
-
-    def _report_failure(self, failure: Failure) -> int:
-        """Print one line on the node of the failed rank; a user error has been printed by the rank itself."""
-        is_here = any(rank.rank == failure.rank for rank in self.ranks)
-        if is_here and failure.status != USER_ERROR and not failure.described:
-            print_message(str(failure))
-        return USER_ERROR if failure.status == USER_ERROR else FAILED
-
-    def _stopped_before_start(self) -> int:
-        number = self._pending[0]
-        print_message(f"stopped by {number.name} before any rank was started; the same command starts the run")
-        return INTERRUPTED if number in IMMEDIATE else STOPPED
 
     @contextmanager
     def _signal_handlers(self) -> Iterator[None]:

@@ -68,8 +68,6 @@ class Tracker:
         Raises:
             ConfigError: the run folder cannot be written, or an environment variable is not a store's address.
         """
-        if self._record is not None:
-            raise RuntimeError("a Tracker starts once")
         config = self._config
         self._target = tracking_target(config, self._output_dir) if config.enabled else None
         self._record = RunRecord(self._output_dir)
