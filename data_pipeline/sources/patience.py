@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import tenacity
+
 log = logging.getLogger(__name__)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two attempts; doubled each time
 
@@ -21,20 +23,21 @@ def retry_reading(
     Raises:
         OSError: the last one, after `seconds`.
     """
-    waited, pause = 0.0, FIRST_WAIT
-    while True:
-        try:
-            result = read()
-        except OSError as error:
-            if waited >= seconds:
-                raise
-            if not waited:
-                log.warning("%s: cannot be read (%s); retrying for %g s", source, error, seconds)
-            pause = min(pause, seconds - waited)
-            sleep(pause)
-            waited += pause
-            pause = min(2 * pause, LONGEST_WAIT)
-        else:
-            if waited:
-                log.warning("%s: can be read again, after %.1f s", source, waited)
-            return result
+
+    def log_outage(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            log.warning("%s: cannot be read (%s); retrying for %g s", source, state.outcome.exception(), seconds)
+
+    backoff = tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError),
+        wait=lambda state: min(backoff(state), seconds - state.idle_for),
+        stop=lambda state: state.idle_for >= seconds,
+        before_sleep=log_outage,
+        sleep=sleep,
+        reraise=True,
+    )
+    result = retrying(read)
+    if waited := retrying.statistics["idle_for"]:
+        log.warning("%s: can be read again, after %.1f s", source, waited)
+    return result
