@@ -7,8 +7,8 @@
 2. Activations: models of Llama's, Qwen3's and XLM-R's shapes run forward and backward; measured are the tensors that
    autograd saves and the peak allocation (PyTorch's MemTracker), with and without gradient checkpointing.
 
-`tests/distributed/test_memory.py` and `tests/unit/test_activations.py` use the same measurements. Not measured: GPUs,
-so neither flash-attention's kernels nor the CUDA allocator.
+`tests/distributed/test_memory.py` and `tests/unit/training/checks/test_activations.py` use the same measurements. Not
+measured: GPUs, so neither flash-attention's kernels nor the CUDA allocator.
 """
 
 from __future__ import annotations

@@ -44,6 +44,11 @@ def shared_disk(home: Path) -> Disk:
     return Disk(home, frozenset(range(world_size())))
 
 
+def expanded(local_dir: str) -> Path:
+    """The folder of `checkpoint.local_dir`, which may begin with `~` and name environment variables."""
+    return Path(os.path.expanduser(os.path.expandvars(local_dir)))
+
+
 def checkpoint_disks(output_dir: Path, local_dir: str | None, zero_stage: int) -> tuple[Disk, ...]:
     """The run's folder, and `checkpoint.local_dir` if it is set, which then holds the checkpoints before the last step.
 
@@ -55,7 +60,7 @@ def checkpoint_disks(output_dir: Path, local_dir: str | None, zero_stage: int) -
     own = shared_disk(output_dir)
     if local_dir is None:
         return (own,)
-    home, problem = Path(os.path.expanduser(os.path.expandvars(local_dir))), None
+    home, problem = expanded(local_dir), None
     token = home / f".rank-{rank()}-{uuid.uuid4().hex}"
     if "$" in str(home):
         problem = f"checkpoint.local_dir: {local_dir}: names a variable that is not set on rank {rank()}"

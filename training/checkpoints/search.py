@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from training.checkpoints.checkpoint import checkpoint_root, defect, step_folders, step_of
-from training.checkpoints.disks import Disk, shared_disk
+from training.checkpoints.disks import Disk, expanded, shared_disk
 from training.checkpoints.run_state import RunState
 from training.distributed import gather_objects, rank, world_size
 from training.engine.saved_files import shard_of
@@ -68,7 +67,7 @@ def newest_seen(output_dir: Path, local_dir: str | None) -> Path | None:
     """
     homes = [output_dir]
     if local_dir is not None:
-        homes.append(Path(os.path.expandvars(local_dir)))
+        homes.append(expanded(local_dir))
     return find_checkpoint("auto", [shared_disk(home) for home in homes], content=False)
 
 

@@ -3,9 +3,9 @@
 The arithmetic is that of DeepSpeed 0.19 under the settings of `settings.py`: gradients are summed and reduced in fp32,
 AdamW keeps two fp32 moments beside fp32 master weights (in fp32 runs too, where they are a second copy). ZeRO's shards
 are divided over all ranks, each weight rounded up. `tests/distributed/test_memory.py` compares weights, gradients and
-optimizer with the engine's own buffers, `tests/unit/test_activations.py` activations with what autograd saves, both on
-the CPU; `benchmarks/memory_estimate.py` measures them. No GPU was measured: its context, NCCL's buffers and the
-allocator's fragmentation are an allowance.
+optimizer with the engine's own buffers, `tests/unit/training/checks/test_activations.py` activations with what autograd
+saves, both on the CPU; `benchmarks/memory_estimate.py` measures them. No GPU was measured: its context, NCCL's buffers
+and the allocator's fragmentation are an allowance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ITEM = {"fp32": 4, "bf16": 2}
 ALLOWANCE = 2 * GIB  # CUDA context, NCCL, cuBLAS, fragmentation: not measured
 CPU_ALLOWANCE = 1 * GIB  # Python, its libraries and the data: a tiny model's rank peaks at about 0.6 GiB
 ALIGNMENT = 2  # elements per rank to whose multiple ZeRO-1 and -2 round up a flat group
-# DeepSpeed's defaults; `tests/unit/test_memory_estimate.py` compares them with the installed version's.
+# DeepSpeed's defaults; `tests/unit/training/engine/test_memory_estimate.py` compares them with the installed version's.
 ZERO_DEFAULTS: dict[str, int] = {
     "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,

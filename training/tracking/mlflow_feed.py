@@ -288,5 +288,5 @@ def read_states(output_dir: Path) -> dict[str, StoreState]:
     try:
         stores = json.loads((output_dir / STATE_NAME).read_text(encoding="utf-8"))["stores"]
         return {uri: StoreState(**state) for uri, state in stores.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -13,7 +13,7 @@ import pytest
 from training.checkpoints import checkpoint, disks
 from training.checkpoints.disks import Disk, shared_disk
 from training.checkpoints.run_state import RunState
-from training.checkpoints.search import find_checkpoint
+from training.checkpoints.search import find_checkpoint, newest_seen
 from training.config import RunConfig
 from training.engine.saved_files import shard_of
 from training.errors import ConfigError
@@ -48,6 +48,17 @@ def test_the_newest_checkpoint_is_taken_from_any_disk(
 ) -> None:
     here = {step: save(home, step) for home, step in ((config.output_dir, shared), (disk.home, own)) if step}
     assert find_checkpoint("auto", [shared_disk(config.output_dir), disk]) == here.get(max(here, default=0))
+
+
+def test_read_only_commands_find_a_checkpoint_below_the_home_directory_or_a_variable(
+    config: RunConfig, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = save(disk.home, 6)
+    monkeypatch.setenv("HOME", str(disk.home.parent))
+    monkeypatch.setenv("LOCAL", str(disk.home))
+    assert newest_seen(config.output_dir, "~/disk") == saved
+    assert newest_seen(config.output_dir, "$LOCAL") == saved
+    assert newest_seen(config.output_dir, None) is None
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_orders_are_the_same_in_another_process_and_in_every_version() -> None:
         "import numpy as np; from data_pipeline.order.order import shuffled_many;"
         "print(shuffled_many(np.arange(11), np.full(11, 11), np.full(11, 2026, np.uint64)).tolist())"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", program]
     other = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=environment)

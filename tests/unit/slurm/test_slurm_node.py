@@ -17,7 +17,7 @@ from waiting import wait_for
 from slurm import node
 from training.engine.ops import prebuilt
 
-SOURCE = Path(__file__).resolve().parents[2]
+SOURCE = Path(__file__).resolve().parents[3]
 LAUNCHER = """
 import os, signal, sys, time
 def stop(number, frame):

@@ -22,7 +22,7 @@ from training.errors import ConfigError
 from training.run_folder import lock as run_lock
 from training.run_folder.lock import HELD, LOCK_FILE, Holder, held, holder_of, refuse_other, running_in
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -36,7 +36,7 @@ from training.run_file import load_config as load_run_file
 from training.run_file import resolved, validate
 from training.run_folder.prepare import prepare
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROOMS = ("training", "modeling", "data_pipeline", "evals", "slurm")
 CODE = "open({canary!r}, 'w').close()\n"
 

@@ -20,7 +20,7 @@ from training.objectives.sft import SFTConfig
 from training.objectives.shifcon import ContrastiveConfig, ShifConConfig
 from training.run_file import _models_in, load_config, resolved, validate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # `crosslift xtreme run` makes run files of the sections of xtreme.yaml: see test_xtreme_run_config.py
 OTHERS = ("xtreme.yaml", "slurm-site.example.yaml")  # not run files; other tests load them
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in OTHERS)

@@ -35,7 +35,7 @@ from training.errors import TrainingEnded
 from training.objectives.xmixup import XMixupConfig
 from training.run_file import load_config
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "xtreme.yaml"
+CONFIG = Path(__file__).resolve().parents[4] / "configs" / "xtreme.yaml"
 LABELS = TASKS["xnli"].labels
 STEPS = (2, 4, 6)
 BEST = 4

@@ -462,7 +462,7 @@ def test_node_py_starts_the_launcher(tmp_path: Path, slurm: FakeSlurm, run_scrip
     """The script runs node.py, which runs a fake launcher that prints its arguments."""
     spec = make_spec(tmp_path / "s", (HOSTILE,), code=tmp_path / "code")
     (tmp_path / "code" / "training" / "launch").mkdir(parents=True)
-    (tmp_path / "code" / "slurm").symlink_to(Path(__file__).resolve().parents[2] / "slurm")
+    (tmp_path / "code" / "slurm").symlink_to(Path(__file__).resolve().parents[3] / "slurm")
     (tmp_path / "code" / "training" / "__init__.py").touch()
     (tmp_path / "code" / "training" / "launch" / "__init__.py").touch()
     (tmp_path / "code" / "training" / "launch" / "__main__.py").write_text(

@@ -17,7 +17,7 @@ from evals.opening import open_model
 from modeling.export_info import ExportInfo
 from modeling.generation import Prompt, ShiftedGenerator
 from modeling.stopping import Stops, TextStop
-from tests.unit.test_opening import write_model
+from tests.unit.evals.test_opening import write_model
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

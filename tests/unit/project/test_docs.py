@@ -15,7 +15,7 @@ import typer
 
 from crosslift import app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 # Names and files of other projects that docs and comments name.
 NAMES_ELSEWHERE = {"SBATCH_ACCOUNT"}

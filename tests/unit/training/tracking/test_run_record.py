@@ -15,7 +15,7 @@ import pytest
 from training.errors import ConfigError
 from training.tracking.run_record import RECORD_NAME, RunRecord, flatten, json_number, read_events
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def test_a_cut_off_last_line_is_removed_and_a_complete_one_is_kept(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from training.launch.rank_process import DRAIN_TIMEOUT_S
 from training.launch.status_exchange import NodePlace
 
 HOST = socket.gethostname()
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 TOKEN = "hf_fakeFAKEfakeFAKE"
 PASSWORD = "correct horse"
 RANK = """

@@ -20,7 +20,7 @@ from training.objectives.finetune import FineTuneConfig
 from training.objectives.xmixup import XMixupConfig
 from training.run_file import load_config, validate
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "xtreme.yaml"
+CONFIG = Path(__file__).resolve().parents[4] / "configs" / "xtreme.yaml"
 FINE_TUNED = tuple(name for name, task in TASKS.items() if task.kind != "retrieval")
 MODELS = {"xlm-r-large": 24, "mbert": 12}
 METHODS = ("zero-shot", "translate-train", "translate-train-consistency", "x-mixup")

@@ -13,7 +13,7 @@ from slurm.errors import SlurmError
 from slurm.site import load_settings
 from slurm.spec import Container, Element, JobSettings, JobSpec, seconds
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_later_layers_override_key_by_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

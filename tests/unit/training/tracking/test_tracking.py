@@ -40,7 +40,7 @@ from training.tracking.run_record import RECORD_NAME, read_events
 from training.tracking.tracker import Tracker
 from training.tracking.ui import _serve, serve_ui
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.fixture(scope="module")
