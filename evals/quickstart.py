@@ -54,6 +54,9 @@ class Verdict:
 
 def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     """Everything from corpus to table, printed as it goes. A second call resumes where the first stopped."""
+    import torch
+
+    torch.set_num_threads(1)  # models this small answer no faster with more, and much slower on busy cores
     started = time.monotonic()
     data = output / "data"
     _say(f"1/6  parallel word problems in {len(LANGUAGES)} languages: {data}")
