@@ -56,7 +56,6 @@ def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     """Everything from corpus to table, printed as it goes. A second call resumes where the first stopped."""
     import torch
 
-    torch.set_num_threads(1)  # models this small answer no faster with more, and much slower on busy cores
     started = time.monotonic()
     data = output / "data"
     _say(f"1/6  parallel word problems in {len(LANGUAGES)} languages: {data}")
@@ -70,6 +69,7 @@ def run_quickstart(output: Path, seed: int) -> dict[str, Any]:
     _say("5/6  from the MSFT model, ShifCon: same steps, same order, same label tokens")
     _train("quickstart-shifcon", output / "shifcon", data, seed + 1, start=output / "msft" / "model")
     _say(f"6/6  all {len(MODELS)} answer held-out problems")
+    torch.set_num_threads(1)  # models this small answer no faster with more, and much slower on busy cores
     correct = {test: {model: _answers(output, model, test) for model in MODELS} for test in TESTS}
     verdicts = {
         test: verdict(answers["base"], answers["msft-continued"], answers["shifcon"])

@@ -68,3 +68,19 @@ def small_tokenizers(folder: Path) -> dict[str, Any]:
         tokenizer.add_tokens(["<tool>"])  # added, but not special
         tokenizer.chat_template = CHATML
     return made
+
+
+def byte_tokenizer(chat_template: str | None = None, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Three special tokens, one for every byte, and `special`."""
+    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", "<pad>"])}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[symbol] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=list(special),
+    )  # fmt: skip
+    tokenizer.chat_template = chat_template
+    return tokenizer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ports import free_port
 from warm import SOURCE, Program, Warm, environment
 
 __all__ = ["SOURCE", "checked", "environment", "kill_ranks_when", "run_command", "run_ranks"]
@@ -44,9 +44,7 @@ def kill_ranks_when(due: Callable[[], bool], program: Sequence[str], world_size:
 
 def _rank_variables(world_size: int, extra: Mapping[str, str] | None = None) -> list[dict[str, str]]:
     """Environment variables of each rank, with a free rendezvous port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [
         environment({
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),

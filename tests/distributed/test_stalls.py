@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from ranks import SOURCE, environment
 from tiny_run import RANK_ITEMS, write_data
 
@@ -43,12 +44,6 @@ def printed(process: subprocess.Popen[str]) -> str:
         return process.communicate(timeout=150)[1]
     finally:
         process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_an_endless_loop_is_detected_and_slow_steps_before_it_are_not(data: Path, tmp_path: Path) -> None:

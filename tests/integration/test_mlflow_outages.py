@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_mlflow_server import ROOT, Server, free_port, wait_for
+from ports import free_port
+from test_mlflow_server import ROOT, Server, wait_for
 
 from training.tracking.config import TrackingConfig
 from training.tracking.mlflow_feed import sync_record

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import waiting
+from ports import free_port
 
 from training.tracking.config import TrackingConfig
 from training.tracking.mlflow_feed import sync_record
@@ -52,12 +52,6 @@ class Server:
             self._process.wait()
             self._process = None
             wait_for(lambda: not server_answers(self.uri, 1.0))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

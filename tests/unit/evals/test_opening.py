@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny_task_model
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_tokenizers import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_pipeline.records import DataError, Message
 from data_pipeline.text.chat import Chat
@@ -31,19 +31,12 @@ Opened = tuple[ShiftedGenerator, Chat]
 
 def write_model(directory: Path, *, shifts: bool = False, plain: bool = False, **described: Any) -> Path:
     """Write a tiny Llama with one token per byte, as an export; `plain`: as a Hugging Face directory."""
-    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", "<pad>"])}
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[symbol] = len(vocabulary)
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(directory)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(directory)
     torch.manual_seed(5)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
             num_attention_heads=4, max_position_embeddings=512, initializer_range=0.3, eos_token_id=1,
         )
     ).save_pretrained(directory)  # fmt: skip

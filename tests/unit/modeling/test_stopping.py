@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small_tokenizers import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_pipeline.text.next_turn import next_turn
@@ -28,22 +28,6 @@ ZEPHYR = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + ZEPHYR
-
-
-def byte_tokenizer(chat_template: str | None = None, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """Every byte a token."""
-    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", "<pad>"])}
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[symbol] = len(vocabulary)
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=list(special),
-    )  # fmt: skip
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 @pytest.mark.parametrize(

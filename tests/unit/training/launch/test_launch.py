@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from waiting import wait_for
 
 from training.errors import ConfigError
@@ -78,12 +79,6 @@ def send_when_ready(folder: Path, ranks: int, *numbers: signal.Signals) -> threa
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     return thread
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
