@@ -6,8 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from data_pipeline.records import stable_hash
 from training.launch.heartbeat import heartbeat
 
 END_OF_FORWARD = "(end of the forward pass)"
+_cpu_group: dist.ProcessGroup | None = None  # None: the default group, if that is gloo
 
 
 class RanksDisagree(Exception):
@@ -46,21 +50,40 @@ def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     return total.cpu()
 
 
+def open_cpu_group(timeout: timedelta) -> None:
+    """Adds a gloo group of all ranks to a default group of another backend, whose calls would wait for the device.
+
+    Called on all ranks after `init_process_group`; `dist.destroy_process_group()` ends both.
+    """
+    global _cpu_group
+    gloo = dist.get_backend() == "gloo"
+    _cpu_group = None if gloo else dist.new_group(backend="gloo", timeout=timeout, group_desc="cpu")
+
+
+def cpu_sum(values: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Exact element-wise sum of integers over ranks, modulo 2^64; the device is not waited for."""
+    total = torch.from_numpy(np.array(values, np.int64))
+    if dist.is_initialized():
+        heartbeat.phase("all-reduce")
+        dist.all_reduce(total, group=_cpu_group)
+    return total.numpy()
+
+
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in rank order; for rare events, not for every step."""
+    """The values of all ranks, in rank order, over the CPU; for rare events, not for every step."""
     if not dist.is_initialized():
         return [value]
     heartbeat.phase("gathering from all ranks")
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_cpu_group)
     return values
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait for all ranks, on the CPU."""
     if dist.is_initialized():
         heartbeat.phase("waiting for all ranks")
-        dist.barrier()
+        dist.barrier(group=_cpu_group)
 
 
 def seed_step(seed: int, step: int) -> None:

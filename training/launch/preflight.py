@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from training.distributed import gather_objects
+from training.distributed import gather_objects, open_cpu_group
 from training.errors import ConfigError
 from training.launch.preflight_report import (
     Measurement,
@@ -81,6 +81,7 @@ def join(output_dir: Path | None, timeout: timedelta) -> None:
         "nccl" if on_gpu else "gloo", store=group_store, rank=rank, world_size=world_size, timeout=timeout,
         device_id=device if on_gpu and world_size > 1 else None,  # connects NCCL at once instead of at the first call
     )  # fmt: skip
+    open_cpu_group(timeout)
     measurements: list[Measurement] = gather_objects(_measure(reports, rank, device))
     if rank > 0:
         return

@@ -23,7 +23,7 @@ from training.checkpoints.run_state import RunState
 from training.checkpoints.saving import Saver, run_state
 from training.checkpoints.search import find_checkpoint
 from training.config import RunConfig
-from training.distributed import all_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
+from training.distributed import all_sum, cpu_sum, gather_objects, rank, same_modules_on_every_rank, seed_step
 from training.engine.engine import NonFiniteUpdate
 from training.engine.start_checks import check_packing, warm_up
 from training.errors import CheckpointFailed, NonFiniteStep
@@ -270,9 +270,10 @@ class Trainer:
         flags = [mistake is not None, self.stop.reason is not None, self.saver.writing]
         seen = [*flags, len(batch.bad_rows), batch.overlong, batch.fingerprint]
         slots = batch.slots.flatten().tolist()
-        total = all_sum(
-            [*seen, *batch.counts.values(), *n_micro_batches, *batch.tokens.tolist(), *slots], self.run.engine.device
-        )
+        counts_of_rank = [int(count) for count in batch.counts.values()]
+        total = torch.from_numpy(
+            cpu_sum([*seen, *counts_of_rank, *n_micro_batches, *batch.tokens.tolist(), *slots])
+        ).double()
         sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens), len(slots)]
         seen_by_all, counts, by_rank, tokens, slots_of_all = total.split(sizes)
         mistaken, stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()

@@ -162,6 +162,20 @@ JOIN = """
         print(type(error).__name__, error)
         os._exit(9)  # not a status of a finished run, which a launcher treats differently
     import torch
+    import torch.distributed as dist
+    from training import distributed
+    mine, used, all_reduce = [2**53 + 1, -7 * rank, 2**63 - 1], [], dist.all_reduce
+    dist.all_reduce = lambda tensor, group=None: (used.append(group), all_reduce(tensor, group=group))
+    for backend in "gloo", "nccl":  # the CPU's sum needs no other group, or one beside NCCL's
+        dist.get_backend = lambda *_: backend
+        distributed.open_cpu_group(timedelta(seconds=60))
+        assert (distributed._cpu_group is None) == (backend == "gloo")
+        assert distributed.cpu_sum(mine).tolist() == [2**54 + 2, -7, -2], "modulo 2^64"
+        assert distributed.gather_objects(rank) == [0, 1]
+        distributed.barrier()
+    assert mine == [2**53 + 1, -7 * rank, 2**63 - 1]
+    assert used == [None, distributed._cpu_group]
+    assert dist.distributed_c10d._world.pg_map[distributed._cpu_group][0] == "gloo"
     from training.loop.straggler import StragglerMonitor
     torch.manual_seed(0)
     monitor = StragglerMonitor(4, torch.device("cpu"))

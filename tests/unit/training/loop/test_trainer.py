@@ -369,9 +369,7 @@ def test_unreadable_data_on_another_rank_end_this_rank_with_the_same_message(
     trainer: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The all-reduce is patched as if another rank had failed."""
-    monkeypatch.setattr(
-        "training.loop.trainer.all_sum", lambda values, _: torch.tensor([1, *values[1:]], dtype=torch.double)
-    )
+    monkeypatch.setattr("training.loop.trainer.cpu_sum", lambda values: np.array([1, *values[1:]]))
     monkeypatch.setattr("training.loop.trainer.gather_objects", lambda mine: [mine, UNREADABLE])
     made = trainer()
     with pytest.raises(DataError) as refusal:
@@ -411,9 +409,7 @@ def test_dropped_pairs_are_those_of_the_plan_and_not_summed_over_ranks(
     trainer: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The all-reduce is patched as if another rank had the same values."""
-    monkeypatch.setattr(
-        "training.loop.trainer.all_sum", lambda values, device: 2 * torch.tensor(values, dtype=torch.double)
-    )
+    monkeypatch.setattr("training.loop.trainer.cpu_sum", lambda values: 2 * np.array(values))
     made = trainer()
     languages = made.config.data.languages
     read = made.agree(rank_step(languages)).read.metrics(languages)
