@@ -17,6 +17,16 @@ from data_pipeline.order.plan import FILL, Slot
 from data_pipeline.records import BadRow, DataError, Record, Sample
 from data_pipeline.sources.index import DataIndex
 
+Outcome = Sample | BadRow | None  # of a slot: None if its row is too long and dropped
+
+
+class SlotRecord(NamedTuple):
+    """A slot and its record."""
+
+    slot: Slot
+    record: Record
+    partner: Record | None = None  # the record of `slot.partner`, if that is a translation
+
 
 class TextStage(ABC):
     """Turns Records of one kind into Samples. Thread-safe."""
@@ -29,18 +39,11 @@ class TextStage(ABC):
         """Number of tokens without truncation; 0 if long texts are read in windows. Raises BadRow."""
 
     @abstractmethod
-    def sample(self, record: Record, slot: Slot, partner: Record | None) -> Sample | None:
-        """The sample of a record in a slot.
-
-        Args:
-            partner: the record of `slot.partner`, if that is a translation.
-
-        Returns:
-            None if the record is longer than `sequence_length` and dropped, depending on `overlong`.
+    def samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
+        """The sample of each slot, tokenised together; its BadRow; or None, depending on `overlong`.
 
         Raises:
-            BadRow: the record is unusable.
-            DataError: it is too long, and `overlong` is "error".
+            DataError: a record is too long, and `overlong` is "error".
         """
 
     @abstractmethod
@@ -78,10 +81,30 @@ class Reader:
 
     def read(self, slot: Slot) -> Sample | None:
         """The sample of a slot; None if it is too long and dropped. Raises BadRow, DataError."""
-        record = self.index.record(slot.row)
+        (outcome,) = self.read_many([slot])
+        if isinstance(outcome, BadRow):
+            raise outcome
+        return outcome
+
+    def read_many(self, slots: Sequence[Slot]) -> list[Outcome]:
+        """The sample of each slot, its BadRow, or None if it is too long and dropped. Raises DataError."""
+        outcomes: list[Outcome] = [None] * len(slots)
+        items: list[SlotRecord] = []
+        places: list[int] = []
+        for place, slot in enumerate(slots):
+            try:
+                items.append(self._record(slot))
+                places.append(place)
+            except BadRow as bad:
+                outcomes[place] = bad
+        for place, outcome in zip(places, self.stage.samples(items), strict=True):
+            outcomes[place] = outcome
+        return outcomes
+
+    def _record(self, slot: Slot) -> SlotRecord:
         partner = slot.partner
         other = self.index.record(partner.row) if partner is not None and partner.kind == "translation" else None
-        return self.stage.sample(record, slot, other)
+        return SlotRecord(slot, self.index.record(slot.row), other)
 
     def alone(self, row: int, step: int = 0) -> Slot:
         """The slot of a row of a fixed set, which is read as in step `step`."""
@@ -92,15 +115,12 @@ class Reader:
     def readable(self, rows: Sequence[int]) -> Readable:
         """Reads the rows of a fixed set. Raises DataError."""
         found = Readable([], [], [])
-        for row in rows:
-            try:
-                sample = self.read(self.alone(row))
-            except BadRow as bad:
-                found.bad.append(bad)
-                continue
-            if sample is not None:
+        for row, outcome in zip(rows, self.read_many([self.alone(row) for row in rows]), strict=True):
+            if isinstance(outcome, BadRow):
+                found.bad.append(outcome)
+            elif outcome is not None:
                 found.rows.append(row)
-                found.samples.append(sample)
+                found.samples.append(outcome)
         return found
 
 

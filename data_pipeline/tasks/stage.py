@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from data_pipeline.config import Overlong, TaskKind
 from data_pipeline.order.plan import Slot
-from data_pipeline.reader import TextStage, overlong_error
+from data_pipeline.reader import Outcome, SlotRecord, TextStage, overlong_error
 from data_pipeline.records import BadRow, Example, Record, Sample, stable_hash
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.masking import mask_tokens
@@ -35,7 +35,16 @@ class TaskStage(TextStage):
     def length(self, record: Record) -> int:
         return self.tokenizer.windows(record.example).uncut
 
-    def sample(self, record: Record, slot: Slot, partner: Record | None) -> TaskSample | None:
+    def samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
+        return [self._outcome(item) for item in items]
+
+    def _outcome(self, item: SlotRecord) -> Outcome:
+        try:
+            return self._sample(*item)
+        except BadRow as bad:
+            return bad
+
+    def _sample(self, slot: Slot, record: Record, partner: Record | None) -> TaskSample | None:
         windows = self.tokenizer.windows(record.example)
         too_long = windows.uncut > self.sequence_length
         if too_long and self.overlong == "error":

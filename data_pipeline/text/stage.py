@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.config import Overlong
-from data_pipeline.order.plan import Slot
-from data_pipeline.reader import TextStage, overlong_error
-from data_pipeline.records import ChatSample, Record, Sample
+from data_pipeline.reader import Outcome, SlotRecord, TextStage, overlong_error
+from data_pipeline.records import BadRow, ChatSample, Record, Sample
 from data_pipeline.text.chat import Chat, check_labels, describe
 from data_pipeline.text.truncation import truncate
 
@@ -24,11 +23,17 @@ class ChatStage(TextStage):
     def length(self, record: Record) -> int:
         return len(self.chat.tokenize(record))
 
-    def sample(self, record: Record, slot: Slot, partner: Record | None = None) -> ChatSample | None:
-        """See `TextStage.sample`. With `overlong` "truncate", None only if the prompt cannot be shortened enough."""
-        sample = self.fitted(record, labelled=slot.labelled)
-        if sample is None and self.overlong == "error":
-            raise overlong_error(record.origin, self.length(record), self.sequence_length)
+    def samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
+        """See `TextStage.samples`. With `overlong` "truncate", None only if the prompt cannot be shortened enough."""
+        return [self._outcome(item) for item in items]
+
+    def _outcome(self, item: SlotRecord) -> Outcome:
+        try:
+            sample = self.fitted(item.record, labelled=item.slot.labelled)
+            if sample is None and self.overlong == "error":
+                raise overlong_error(item.record.origin, self.length(item.record), self.sequence_length)
+        except BadRow as bad:
+            return bad
         return sample
 
     def fitted(self, record: Record, *, labelled: bool = True) -> ChatSample | None:

@@ -395,6 +395,8 @@ def test_tagging(walk: Walk) -> None:
     from data_pipeline.batching.batch import SampleUnit
     from data_pipeline.batching.packer import Packer
     from data_pipeline.batching.tasks import TaskCollator
+    from data_pipeline.reader import SlotRecord
+    from data_pipeline.tasks.sample import TaskSample
 
     tokens, words_of, soft = PAGE.block("tokens  ").splitlines()
     pieces = tokens.split()[1:]
@@ -406,10 +408,10 @@ def test_tagging(walk: Walk) -> None:
     source = Record("lina", "lina", "en", "en:1", english)
     counts = []
     for kind, gold_step in (("translation", True), ("back-translation", False)):
-        ours = tagging.sample(german, slot(1, 0, kind, gold_step), source if gold_step else None)
-        itself = tagging.sample(source, slot(0, 0, "itself", gold_step), None)
-        assert ours is not None
-        assert itself is not None
+        of_german = SlotRecord(slot(1, 0, kind, gold_step), german, source if gold_step else None)
+        ours, itself = tagging.samples([of_german, SlotRecord(slot(0, 0, "itself", gold_step), source)])
+        assert isinstance(ours, TaskSample)
+        assert isinstance(itself, TaskSample)
         assert walk.data.tokenizer.convert_ids_to_tokens(ours.target.input_ids.tolist()) == pieces
         assert ours.target.word_of_token.tolist() == list(map(int, words_of.split()[1:]))
         assert ours.target_labels.classes is not None
@@ -421,6 +423,8 @@ def test_tagging(walk: Walk) -> None:
 
 
 def test_question_answering(walk: Walk) -> None:
+    from data_pipeline.reader import SlotRecord
+    from data_pipeline.tasks.sample import TaskSample
     from evals.xtreme.spans import MAX_TOKENS, N_BEST
 
     length, stride, asked, n_tokens = PAGE.quoted(
@@ -444,8 +448,9 @@ def test_question_answering(walk: Walk) -> None:
     assert PAGE.quoted("context tokens {}-{}, {}-{} and {}-{}") == ranges
     spans = [place for window in windows for place in window.span or ()]
     assert PAGE.quoted("first and last position~({}, {}), ({}, {}) and ({}, {})") == spans
-    drawn = [qa.sample(record, slot(1, step, "translation", True), english) for step in range(4)]
-    found = [(each.target.words, each.source.side.words) for each in drawn if each is not None and each.source]
+    drawn = qa.samples([SlotRecord(slot(1, step, "translation", True), record, english) for step in range(4)])
+    read = [each for each in drawn if isinstance(each, TaskSample)]
+    found = [(each.target.words, each.source.side.words) for each in read if each.source]
     said = PAGE.quoted(f"for the id `{name}` in steps 0 to 3: {{}}-{{}}, {{}}-{{}}, {{}}-{{}}, {{}}-{{}}")
     assert said == [end for (start, stop), _ in found for end in (start, stop - 1)]
     said = PAGE.quoted("the source's window: {}-{}, {}-{}, {}-{}, {}-{}")

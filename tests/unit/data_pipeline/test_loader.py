@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from data_pipeline.loader import Loader, Step, fixed_batches, no_slots
 from data_pipeline.order.mixture import Pairing, Quotas
 from data_pipeline.order.pairing import PlannedPairing
 from data_pipeline.order.plan import Planner, Slot
-from data_pipeline.reader import Reader
+from data_pipeline.reader import Outcome, Reader
 from data_pipeline.records import BadRow, ChatSample, DataError
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.text.chat import Chat
@@ -290,10 +290,11 @@ class BrokenReader(Reader):
 
     broken: frozenset[int] = frozenset()
 
-    def read(self, slot: Slot) -> Any:
-        if slot.row in self.broken:
-            raise BadRow(f"file.jsonl:{slot.row}", "the tokenizer cannot round-trip it")
-        return super().read(slot)
+    def read_many(self, slots: Sequence[Slot]) -> list[Outcome]:
+        return [
+            BadRow(f"file.jsonl:{slot.row}", "the tokenizer cannot round-trip it") if slot.row in self.broken else read
+            for slot, read in zip(slots, super().read_many(slots), strict=True)
+        ]
 
 
 def broken_reader(reader: Reader, broken: set[int], longest: int = 96) -> Reader:
