@@ -3,7 +3,7 @@
 They are measured in forward passes without the shift over a probe set (`StateMeans`), and saved as one checked
 safetensors file (docs/methods.md, section 1.1).
 
-Shapes: B rows, T tokens, L languages, N layers measured, H hidden.
+Shapes: B rows, T tokens, M tokens of a batch (B * T), C tokens of a chunk, L languages, N layers measured, H hidden.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from modeling.errors import ModelError
 from modeling.layers import hidden_size, membership, state_hook
 from modeling.weights.checked_file import CheckedFormat
+
+CHUNK_ELEMENTS = 1 << 19  # fp64 numbers of a chunk: 4 MiB
 
 _FORMAT = CheckedFormat(
     "crosslift language vectors 1", ("mean", "state_norm", "tokens"), "language vectors", "estimate them again"
@@ -103,7 +105,7 @@ class LanguageVectors:
 
 
 class StateMeans:
-    """Sums states by language at chosen layers:
+    """Sums states by language at chosen layers, in fp64 in chunks of tokens:
 
         with StateMeans(model, layers, n_languages) as means, torch.no_grad():
             with means.batch(languages): model(...)
@@ -124,7 +126,7 @@ class StateMeans:
         self.counts = torch.zeros(n_languages, dtype=torch.int64)
         self._model = model
         self._handles: list[RemovableHandle] = []
-        self._tokens_LN: Tensor | None = None  # fp64 membership of the batch's tokens
+        self._members_LM: Tensor | None = None  # which of the batch's tokens are of each language
 
     def __enter__(self) -> StateMeans:
         self._handles = [state_hook(self._model, layer, self._adder(i)) for i, layer in enumerate(self.layers)]
@@ -137,23 +139,28 @@ class StateMeans:
     @contextmanager
     def batch(self, languages: Tensor) -> Iterator[None]:
         """Inside, forward passes are summed by `languages`, (B, T) int64; tokens of -1 are left out."""
-        members = membership(languages, len(self.counts))
         for name in ("sums", "norms", "counts"):
             setattr(self, name, getattr(self, name).to(languages.device))
-        self._tokens_LN = members.double()
+        self._members_LM = membership(languages, len(self.counts))
         try:
             yield
         finally:
-            self._tokens_LN = None
+            self._members_LM = None
 
     def _adder(self, position: int) -> Callable[[Tensor], None]:
         def add(hidden_BTH: Tensor) -> None:
-            if self._tokens_LN is not None:
-                if position == 0:
-                    self.counts += self._tokens_LN.sum(dim=1).long()
-                states = hidden_BTH.detach().flatten(0, 1).double()
-                self.sums[:, position] += self._tokens_LN @ states
-                self.norms[:, position] += self._tokens_LN @ states.norm(dim=1)
+            if self._members_LM is None:
+                return
+            if position == 0:
+                self.counts += self._members_LM.sum(dim=1)
+            sums_LH, norms_L = self.sums[:, position], self.norms[:, position]
+            hidden_MH = hidden_BTH.detach().flatten(0, 1)
+            tokens = max(1, CHUNK_ELEMENTS // max(hidden_MH.shape[1], len(norms_L)))
+            chunks = zip(hidden_MH.split(tokens), self._members_LM.split(tokens, dim=1), strict=True)
+            for states, members in chunks:
+                states_CH, members_LC = states.double(), members.double()
+                sums_LH.addmm_(members_LC, states_CH)
+                norms_L.addmv_(members_LC, states_CH.norm(dim=1))
 
         return add
 

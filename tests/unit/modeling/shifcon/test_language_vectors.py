@@ -5,15 +5,18 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling.errors import ModelError
-from modeling.shifcon.language_vectors import LanguageVectors, StateMeans, restoration_error
+from modeling.layers import state_hook
+from modeling.shifcon.language_vectors import CHUNK_ELEMENTS, LanguageVectors, StateMeans, restoration_error
 from modeling.shifcon.shift import LanguageShift
 
 IDS = torch.arange(1, 21).view(2, 10)
@@ -49,6 +52,51 @@ def test_means_and_norms_equal_those_of_transformers_hidden_states() -> None:
     assert vectors.has("sw")
     assert not vectors.has("xx")
     assert not vectors.has("unknown")
+
+
+class LargestFp64(TorchDispatchMode):
+    """Inside, `elements` is the size of the largest fp64 tensor that an operation made; `known` ones do not count."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {each.untyped_storage().data_ptr() for each in known}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dtype == torch.float64:
+            known = made.untyped_storage().data_ptr() in self.known
+            self.elements = max(self.elements, 0 if known else made.numel())
+        return made
+
+
+@pytest.mark.parametrize("n_languages", [3, 1000])
+def test_many_tokens_and_languages_are_summed_in_small_chunks(n_languages: int) -> None:
+    """As a loop over languages in numpy sums them, in bf16, without a large tensor of fp64."""
+    model, rows, tokens = tiny().bfloat16(), 128, 300
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(64, (rows, tokens), generator=generator)
+    languages = torch.randint(-1, n_languages, (rows, tokens), generator=generator)
+    assert ids.numel() * model.config.hidden_size > CHUNK_ELEMENTS
+    states: list[Tensor] = []
+    for layer in (1, 4):
+        state_hook(model, layer, states.append)
+    with (
+        torch.no_grad(),
+        StateMeans(model, (1, 4), n_languages) as means,
+        means.batch(languages),
+        LargestFp64(means.sums, means.norms) as largest,
+    ):
+        model(ids)
+    assert 0 < largest.elements <= CHUNK_ELEMENTS
+    of = languages.flatten().numpy()
+    for position, state in enumerate(states):
+        flat = state.double().flatten(0, 1).numpy()
+        for language in range(n_languages):
+            mine = flat[of == language]
+            assert means.counts[language] == len(mine)
+            np.testing.assert_allclose(means.sums[language, position].numpy(), mine.sum(0), rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(means.norms[language, position], np.sqrt((mine**2).sum(1)).sum(), rtol=1e-12)
 
 
 def test_measuring_uses_shifted_states_and_leaves_no_hook() -> None:
