@@ -40,11 +40,14 @@ def train(
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks; default: visible GPUs, or 1")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint or run")] = "auto",
     accept_changes: Annotated[bool, typer.Option(help="resume even if data or config changed")] = False,
+    profile: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="steps of which rank 0 writes a torch profiler trace")
+    ] = None,
 ) -> None:
     """Train on this machine. Example: crosslift train configs/gsm8k-parallel.yaml data_dir=DIR --nproc 2"""
     from training.start import train as train_here
 
-    raise SystemExit(train_here(config, overrides or (), nproc, resume, accept_changes))
+    raise SystemExit(train_here(config, overrides or (), nproc, resume, accept_changes, profile))
 
 
 @app.command()
@@ -59,6 +62,10 @@ def check(
     gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU; fails if the run does not fit")] = None,
     accept_changes: Annotated[bool, typer.Option(help="as for train: even if data or config changed")] = False,
     all_rows: Annotated[bool, typer.Option("--all-rows", help="read and tokenise every row")] = False,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="run folder whose speed gives the time; default: the run's own")
+    ] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="speed of all ranks, instead of --measured")] = None,
 ) -> None:
     """Check data, model and memory before a run. Example: crosslift check CONFIG data_dir=DIR --gpus-per-node 8"""
     from slurm.site import load_settings
@@ -68,13 +75,14 @@ def check(
     settings = load_config(config, overrides or [])  # errors are reported before heavy imports
     job = load_settings({"gpus_per_node": gpus_per_node, "nproc_per_node": nproc_per_node}, files=())
     from training.check import check_run
+    from training.checks.forecast import GivenSpeed
 
     gpus = None if gpus_per_node is None else job.gpus
     if gpus == 0 and gpu_memory is not None:
         raise ConfigError("--gpu-memory: ranks on CPUs (--gpus-per-node 0) have no GPU; leave the option out")
     lines = check_run(
         settings, nodes=nodes, gpus_per_node=gpus, nproc_per_node=nproc_per_node, gpu_memory_gib=gpu_memory,
-        accept_changes=accept_changes, all_rows=all_rows,
+        accept_changes=accept_changes, all_rows=all_rows, speed=GivenSpeed(measured, tokens_per_second),
     )  # fmt: skip
     for line in lines:
         print(line)

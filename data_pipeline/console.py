@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TERMINAL = "CROSSLIFT_TERMINAL"  # environment variable: the launcher's stderr as a file descriptor of the rank
 MARK = "*"  # after a number that a note below the table explains
 REFRESH_S = 0.1  # minimum time between two updates of a bar
+SPEED_PERIOD_S = 3600.0  # over which a bar averages its speed and time left; rich's 30 s may be less than a step
 LINE_INTERVAL_S = 15.0  # minimum time between two lines
 _BLANK = "\ue000"  # a space that rich does not strip; a private-use character
 _WIDE = 100_000  # columns: no table is wrapped or cut
@@ -76,6 +77,12 @@ def table(
     page = StringIO()
     Console(file=page, width=_WIDE, color_system=None, force_terminal=False).print(drawn)
     return "\n".join([*(line.replace(_BLANK, " ").rstrip() for line in page.getvalue().splitlines()), *notes])
+
+
+def duration(seconds: float) -> str:
+    """Rounded to minutes, such as "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under 1 min"
 
 
 def print_line(line: str) -> None:
@@ -192,5 +199,5 @@ def _bar(unit: str) -> RichProgress:
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(), Rate(),
         TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[details]}", markup=False),
         console=Console(file=terminal(), force_terminal=True), auto_refresh=False, redirect_stdout=False,
-        redirect_stderr=False,
+        redirect_stderr=False, speed_estimate_period=SPEED_PERIOD_S,
     )  # fmt: skip

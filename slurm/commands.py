@@ -55,6 +55,7 @@ def submit(
                                                    "{run} being the run's folder; repeatable")] = None,
     offline: Annotated[bool, typer.Option(help="no Hugging Face hub on the nodes")] = False,
     accept_changes: Annotated[bool, typer.Option(help="as for train: even if data or config changed")] = False,
+    profile: Annotated[int | None, typer.Option(min=1, metavar="N", help="as for train: steps to profile")] = None,
     dry_run: Annotated[bool, typer.Option(help="print the script; write and queue nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the jobs as JSON")] = False,
 ) -> None:  # fmt: skip
@@ -72,7 +73,7 @@ def submit(
             "setup": tuple(setup) if setup else None, "container": {"image": container} if container else None,
         },
         array=tuple(array or ()), array_limit=array_limit, after=tuple(after or ()), then=tuple(then or ()),
-        offline=offline, accept_changes=accept_changes,
+        offline=offline, accept_changes=accept_changes, profile=profile,
     )  # fmt: skip
     root = context.find_root().command
     queueable = [name for name in root.list_commands(context) if name not in NOT_QUEUEABLE]  # type: ignore[attr-defined]

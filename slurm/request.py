@@ -40,6 +40,7 @@ class SubmitOptions:
     then: tuple[str, ...] = ()
     offline: bool = False
     accept_changes: bool = False  # resume even if data or config changed
+    profile: int | None = None  # steps of which rank 0 writes a profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,8 @@ def job_specs(request: Request, folder: Path) -> list[JobSpec]:
         "settings": chosen, "folder": folder, "code": folder / "code", "chdir": Path.cwd(), "python": python,
     }  # fmt: skip
     passed = ("--accept-changes",) if request.options.accept_changes else ()
+    if request.options.profile:
+        passed = (*passed, "--profile", str(request.options.profile))
     configs = config_files(request, folder)
     try:
         elements = tuple(

@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's or run's folder")
     parser.add_argument("--accept-changes", action="store_true", help="resume although data or config differ")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="steps of which rank 0 writes a profile")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args(arguments)
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -76,7 +77,7 @@ def _run(options: argparse.Namespace, stop: StopRequest, at_end: ExitStack) -> N
     else:
         refuse_other(config.output_dir, port)
     at_end.enter_context(logs.run_logs(config.output_dir, rank()))
-    fit(config, expanded(options.resume), options.accept_changes, stop)
+    fit(config, expanded(options.resume), options.accept_changes, stop, options.profile)
 
 
 if __name__ == "__main__":

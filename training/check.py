@@ -6,7 +6,7 @@ Nothing is trained; one process is enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from modeling.weights.untrusted import read_tokenizer
 from training.assembly import COST_SAMPLES, DataParts, assemble_data, build_reader, fingerprint
 from training.checkpoints.search import newest_seen
 from training.checks.data_report import LOOKED_AT, contamination, mixture_table
+from training.checks.forecast import OWN_SPEED, GivenSpeed, time_lines
 from training.checks.front import check_model, check_model_files, check_start, check_starting_model
 from training.checks.pairs import pair_warnings, show_pairs
 from training.checks.survey import by_reason, survey, without_limit
@@ -45,6 +46,7 @@ def check_run(
     gpu_memory_gib: float | None = None,
     accept_changes: bool = False,
     all_rows: bool = False,
+    speed: GivenSpeed = OWN_SPEED,
 ) -> Iterator[str]:
     """Lines about everything that a run depends on.
 
@@ -53,9 +55,11 @@ def check_run(
         nproc_per_node: ranks per node; by default one per GPU, or 1.
         gpu_memory_gib: the GPU memory that the run must fit into.
         all_rows: read and tokenise every row, not only a sample of each language.
+        speed: from which the run's time is computed.
 
     Raises:
-        ConfigError: the run needs more than `gpu_memory_gib`. Also any error that the run itself would raise.
+        ConfigError: the run needs more than `gpu_memory_gib`; `speed` is of something else. Also any error
+            that the run itself would raise.
     """
     if gpu_memory_gib is not None and not 0 < gpu_memory_gib < math.inf:
         raise ConfigError(f"--gpu-memory {gpu_memory_gib:g}: must be a number of GiB above 0")
@@ -86,26 +90,28 @@ def check_run(
         yield (
             str(tracking_target(tracking, config.output_dir)) if tracking.enabled else "MLflow: off (tracking.enabled)"
         )
-        yield from _start(config, prepared, accept_changes)
+        done = yield from _start(config, prepared, accept_changes)
+        if done < config.max_steps:
+            yield from time_lines(config, data.planner, ranks, config.max_steps - done, speed)
+            yield "ready to train"
 
 
-def _start(config: RunConfig, prepared: Prepared, accept_changes: bool) -> Iterator[str]:
-    """What `train` would find in the run's folder, and whether it would start. Raises its ConfigErrors."""
+def _start(config: RunConfig, prepared: Prepared, accept_changes: bool) -> Generator[str, None, int]:
+    """What `train` would find in the run's folder; returns the steps that are done. Raises its ConfigErrors."""
     make_folder(config.output_dir)
     if (holder := running_in(config.output_dir)) is not None:
         yield f"output_dir: {config.output_dir} is in use by {holder}: until it ends, train is refused"
     path = newest_seen(config.output_dir, config.checkpoint.local_dir)
     if path is None:
-        yield "ready to train"
-        return
+        return 0
     state = permitted(path, config, prepared, fingerprint(prepared), accept_changes)
     if change := schedule_change(state, config):
         yield change
     if state.step == config.max_steps:
         yield f"{path}: the run is finished: nothing is left to train"
-        return
-    yield f"{path}: resumes from step {state.step} of {config.max_steps}"
-    yield "ready to train"
+    else:
+        yield f"{path}: resumes from step {state.step} of {config.max_steps}"
+    return state.step
 
 
 def inspect_data(config: RunConfig, samples: int) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.records import stable_hash
 from training.launch.heartbeat import heartbeat
 
+CPU = "cpu"
 END_OF_FORWARD = "(end of the forward pass)"
 _cpu_group: dist.ProcessGroup | None = None  # None: the default group, if that is gloo
 
@@ -39,6 +40,12 @@ def world_size() -> int:
 def visible_gpus() -> int:
     """Number of GPUs that this process may use."""
     return torch.cuda.device_count()
+
+
+def placement() -> dict[str, str]:
+    """The number of ranks and the kind of their device (`CPU`, or a GPU's name), as tags of the run."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
+    return {"ranks": str(world_size()), "device": device}
 
 
 def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:

@@ -16,10 +16,11 @@ from training.checkpoints.search import find_checkpoint
 from training.checks.data_report import contamination
 from training.conclusion import conclude
 from training.config import DataConfig, RunConfig
-from training.distributed import barrier, gather_objects, rank
+from training.distributed import barrier, gather_objects, placement, rank
 from training.engine.engine import deepspeed_settings, process_group
 from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
+from training.loop.profiler import profiled_steps
 from training.loop.resume import permitted, resume_from, schedule_change
 from training.loop.trainer import Trainer
 from training.provenance import description
@@ -34,13 +35,20 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).resolve().parent.parent
 
 
-def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, stop: StopRequest | None = None) -> Path:
+def fit(
+    config: RunConfig,
+    resume: str = "auto",
+    accept_changes: bool = False,
+    stop: StopRequest | None = None,
+    profile: int = 0,
+) -> Path:
     """Run `config` to its last step on every rank, and export it; the last checkpoint.
 
     Args:
         resume: "auto", "never" or a path (see `find_checkpoint`).
         accept_changes: resume although data or config differ from the checkpoint's.
         stop: the request to stop before the last step, set by signals.
+        profile: steps of which rank 0 writes a profile; 0: none.
 
     Raises:
         StoppedOnRequest: after a checkpoint; the same call resumes.
@@ -50,7 +58,7 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     tracker: Tracker | None = None
     try:
         with process_group(timeout_minutes=30, output_dir=config.output_dir):
-            last, tracker = _fit(config, resume, accept_changes, stop or StopRequest())
+            last, tracker = _fit(config, resume, accept_changes, stop or StopRequest(), profile)
     except BaseException:
         if tracker is not None:  # the ranks failed after the last step
             tracker.finish("FAILED")
@@ -60,7 +68,9 @@ def fit(config: RunConfig, resume: str = "auto", accept_changes: bool = False, s
     return last
 
 
-def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest) -> tuple[Path, Tracker | None]:
+def _fit(
+    config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest, profile: int = 0
+) -> tuple[Path, Tracker | None]:
     """The last checkpoint, and on rank 0 the tracker if this start trained to the last step; it is still open."""
     if rank() == 0:
         forget_preparation(config)
@@ -91,11 +101,12 @@ def _fit(config: RunConfig, resume: str, accept_changes: bool, stop: StopRequest
         for line in contamination(run.data.index):
             log.warning("%s", line.removeprefix("warning: "))
         _write_resolved(config)
-        tracker.start(resolved(config), description(), resumed_step=start if found else None)
+        tracker.start(resolved(config), {**description(), **placement()}, resumed_step=start if found else None)
     status: Status = "FAILED"
     try:
         stop.training = True
-        trainer.train(start)
+        with profiled_steps(profile, config.output_dir, start):
+            trainer.train(start)
         status = "FINISHED"
     except StoppedOnRequest:
         status = "SCHEDULED"  # MLflow's status of a run that will be resumed

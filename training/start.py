@@ -21,6 +21,7 @@ def train(
     nproc: int | None = None,
     resume: str = "auto",
     accept_changes: bool = False,
+    profile: int | None = None,
 ) -> int:
     """Check, prepare and run a run file; returns the exit status.
 
@@ -28,6 +29,7 @@ def train(
         nproc: ranks; default: the visible GPUs, or 1.
         resume: "auto", "never", or the path of a checkpoint or run.
         accept_changes: resume even if data or config have changed.
+        profile: steps of which rank 0 writes a profile.
 
     Raises:
         ConfigError, DataError, ModelError: user errors found before any rank starts.
@@ -36,6 +38,7 @@ def train(
     check_start(settings)
     check_model_files(settings)
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
+    options += ["--profile", str(profile)] if profile else []
     with held(settings.output_dir):
         check_starting_model(settings.model, settings.data, settings.objective, prepare(settings))
         return launch(config, overrides, nproc or visible_gpus() or 1, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import math
 import os
@@ -326,10 +328,18 @@ def test_bf16_trains_and_exports_under_zero_3(objective: str, data: Path, tmp_pa
         assert all(abs(float(learned[name]) - start) > 1e-4 for name, start in (("w", 1), ("b", 0)))
 
 
+PHASES = {"waiting for data", "agreeing on the step", "forward 1", "backward", "all-reduce", "update"}
+
+
 @pytest.fixture(scope="module")
-def by_launcher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Losses of one 2-rank run, started by three launchers."""
-    folder = tmp_path_factory.mktemp("launchers")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs of `by_launcher`."""
+    return tmp_path_factory.mktemp("launchers")
+
+
+@pytest.fixture(scope="module")
+def by_launcher(data: Path, folder: Path) -> dict[str, list[float]]:
+    """Losses of one 2-rank run, started by three launchers; the first also writes a profile."""
     rank_program = ["-m", "training"]
     launchers = {
         "crosslift": [sys.executable, "crosslift.py", "train"],
@@ -339,11 +349,11 @@ def by_launcher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     losses = {}
     for name, command in launchers.items():
         output = folder / name
-        config = str(write_config(folder / f"{name}.yaml", rank_values(data, output, max_steps=2)))
+        config = str(write_config(folder / f"{name}.yaml", rank_values(data, output, max_steps=3)))
         if name == "bare":
             checked(run_ranks([*rank_program, config], world_size=2))
         else:
-            tail = ["--nproc", "2"] if name == "crosslift" else []
+            tail = ["--nproc", "2", "--profile", "1"] if name == "crosslift" else []
             extra = {"MASTER_PORT": "29611"}
             done = subprocess.run(
                 [*command, config, *tail], env={**environment(), **extra}, cwd=SOURCE, capture_output=True, text=True,
@@ -355,9 +365,32 @@ def by_launcher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return losses
 
 
+def test_the_profile_holds_the_phases_of_the_chosen_step(by_launcher: dict[str, list[float]], folder: Path) -> None:
+    """That it changes no number is seen below: only one of the launchers' runs is profiled."""
+    (trace,) = (folder / "crosslift" / "profile").iterdir()
+    assert trace.name == "from-step-3.json.gz"
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    (step,) = [each for each in ranges if each["name"].startswith("ProfilerStep")]
+    phases = [each for each in ranges if each["tid"] == step["tid"] and each["name"] in PHASES]
+    assert {each["name"] for each in phases} == PHASES
+    for one, following in itertools.pairwise(sorted(phases, key=lambda each: each["ts"])):
+        assert one["ts"] + one["dur"] <= following["ts"], "phases follow each other"
+    update = next(each for each in phases if each["name"] == "update")
+    (adam,) = {each["name"] for each in ranges if "AdamW" in each["name"]}
+    inside = [each for each in ranges if each["name"] == adam]
+    assert all(update["ts"] <= each["ts"] <= update["ts"] + update["dur"] for each in inside)
+    matrices = [event for event in events if event.get("name") == "aten::mm"]
+    for name in ("forward 1", "backward"):
+        first = next(each for each in phases if each["name"] == name)
+        assert any(first["ts"] <= each["ts"] <= first["ts"] + first["dur"] for each in matrices), name
+    assert not list((folder / "torchrun").glob("profile"))
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "bare"])
 def test_every_launcher_starts_the_same_loop(by_launcher: dict[str, list[float]], launcher: str) -> None:
-    assert len(by_launcher["crosslift"]) == 2
+    assert len(by_launcher["crosslift"]) == 3
     assert by_launcher[launcher] == by_launcher["crosslift"]
 
 
@@ -367,7 +400,7 @@ def test_every_launcher_starts_the_same_loop(by_launcher: dict[str, list[float]]
 def test_the_deepspeed_launcher_starts_the_same_loop_too(
     data: Path, tmp_path: Path, by_launcher: dict[str, list[float]]
 ) -> None:
-    config = write_config(tmp_path / "run.yaml", rank_values(data, tmp_path / "run", max_steps=2))
+    config = write_config(tmp_path / "run.yaml", rank_values(data, tmp_path / "run", max_steps=3))
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_gpus", "2", "--master_port", "29612", "--module", "training", str(config)]
     extra = {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}

@@ -26,8 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="a free port of node 0; not needed for one node")
     parser.add_argument("--resume", default="auto", help="auto, never, or the folder of a checkpoint or run")
     parser.add_argument("--accept-changes", action="store_true", help="resume although data or config differ")
+    parser.add_argument("--profile", type=_positive, metavar="N", help="steps of which rank 0 writes a profile")
     options = parser.parse_intermixed_args(arguments)
     passed = ["--resume", options.resume, *(["--accept-changes"] if options.accept_changes else [])]
+    passed += ["--profile", str(options.profile)] if options.profile else []
     place = NodePlace(options.nodes, options.node_rank, options.rendezvous)
     try:
         return launch(options.config, options.overrides, options.nproc, passed, place)

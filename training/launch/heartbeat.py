@@ -19,7 +19,7 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +29,7 @@ HEARTBEAT_DIR = "CROSSLIFT_HEARTBEAT_DIR"  # environment variable: folder of the
 LAUNCHER_PID = "CROSSLIFT_LAUNCHER_PID"
 STACKS_SIGNAL = signal.SIGURG  # ignored by default, so it does not harm a rank that has no handler yet
 STARTING, STEPPING, ENDED = 0, 1, 2
+WAITING_FOR_DATA = "waiting for data"  # the first phase of a step
 
 _FORMAT = struct.Struct("<QQqQQB64s")
 _PR_SET_PDEATHSIG = 1  # from Linux' prctl.h
@@ -52,6 +53,7 @@ class Heartbeat:
 
     def __init__(self) -> None:
         self.step = -1
+        self.listener: Callable[[str], None] | None = None  # is told every phase, by the thread that reports it
         self._counter = 0
         self._phases = 0
         self._forwards = 0
@@ -80,7 +82,7 @@ class Heartbeat:
             self.step, self._phases, self._forwards = step, 0, 0
             if self._state == STARTING:
                 self._state = STEPPING
-            self.phase("waiting for data")
+            self.phase(WAITING_FOR_DATA)
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -102,6 +104,8 @@ class Heartbeat:
         if self._map is not None:
             values = (self._counter, self._pid, self.step, self._phases, self._thread, self._state)
             _FORMAT.pack_into(self._map, 0, *values, name.encode()[:64])
+        if self.listener is not None:
+            self.listener(name)
 
     def end(self) -> None:
         """Report the end of the steps. What follows (an export) may take long and is not watched."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
-from data_pipeline.console import Progress
+from data_pipeline.console import Progress, duration
 
 log = logging.getLogger(__name__)
 SHOWN = {
@@ -22,6 +23,8 @@ class TrainingProgress(Progress):
         super().__init__("training", max_steps, "steps", start=start, shown=shown)
         self.max_steps = max_steps
         self.shown = shown
+        self._steps = 0  # done in this start, those before a rollback included
+        self._first_end = 0.0  # when the first of them ended, which takes longer than the others
 
     def step_done(self, done: int, metrics: Mapping[str, float]) -> None:
         """Reports that `done` steps are finished, with the last one's metrics; `done` decreases after a rollback."""
@@ -29,8 +32,14 @@ class TrainingProgress(Progress):
         if self.is_bar:
             self.update(done, "  ".join(f"{name} {text}" for name, text in brief.items()))
             return
+        now = time.monotonic()
+        self._first_end = self._first_end or now
         every = max(self.max_steps // LINES, 1)
         if self.shown and (done % every == 0 or "held-out" in brief or done == self.max_steps):
+            if self._steps and done < self.max_steps:
+                mean = (now - self._first_end) / self._steps  # with evaluations and checkpoints
+                brief["left"] = duration(mean * (self.max_steps - done))
             log.info(
                 "step %d/%d  %s", done, self.max_steps, "  ".join(f"{name} {text}" for name, text in brief.items())
             )
+        self._steps += 1

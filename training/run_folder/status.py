@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.console import duration
 from training.checkpoints.checkpoint import complete
 from training.launch.logs import logs_folder, read_event, read_lines
 from training.run_folder.lock import LOCK_FILE, SILENT_SECONDS, Holder, holder_of
@@ -59,7 +60,7 @@ class RunStatus:
         """Two or three lines to print."""
         where = f" on {self.host} (pid {self.pid}) since {self.since}" if self.host else ""
         rate = f", {self.seconds_per_step:.2f} s a step" if self.seconds_per_step is not None else ""
-        left = f", {_duration(self.seconds_left)} left" if self.seconds_left is not None else ""
+        left = f", {duration(self.seconds_left)} left" if self.seconds_left is not None else ""
         lines = [
             f"{self.run}: {_DESCRIPTIONS[self.state]}{where}",
             f"  step {self.step} of {'?' if self.max_steps is None else self.max_steps}{rate}{left}; "
@@ -166,8 +167,3 @@ def _last_error(events: Path, since: int, ended: int) -> tuple[str | None, bool]
 def _updated(record: Path, logs: Path) -> float | None:
     files = [file for file in (record, logs / "run.log", logs / "events.jsonl") if file.is_file()]
     return max((file.stat().st_mtime for file in files), default=None)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under 1 min"

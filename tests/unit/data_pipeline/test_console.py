@@ -141,3 +141,14 @@ def test_rich_is_imported_only_when_something_is_shown() -> None:
     program = "import sys, data_pipeline.console; print(any(name.partition('.')[0] == 'rich' for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_bar_shows_the_time_left_of_steps_that_take_minutes(clock: Clock, terminal: Terminal) -> None:
+    """rich alone forgets what is older than 30 s, and shows none."""
+    with Progress("training", 10, "steps") as progress:
+        assert progress._bar is not None
+        progress._bar.get_time = clock.monotonic
+        for done in range(4):
+            clock.now += 100
+            progress.update(done)
+        assert progress._bar.tasks[0].time_remaining == 700

@@ -147,6 +147,12 @@ def test_accept_changes_applies_to_the_check_and_to_the_job(cli: Cli, checked: C
     assert f"arguments=({words})" in (folder / "train.sh").read_text()
 
 
+def test_profile_is_passed_on_to_the_job(cli: Cli) -> None:
+    assert cli("submit", run_file(), "--gpus-per-node", 0, "--profile", 3).status == 0
+    folder = submitted(Path("runs/run").absolute())
+    assert f"arguments=({folder}/config.yaml --profile 3)" in (folder / "train.sh").read_text()
+
+
 def test_offline_applies_to_the_job_and_to_its_check(cli: Cli, checked: Checked) -> None:
     Path("slurm.yaml").write_text("environment: {HF_HOME: /work/hf, HF_HUB_OFFLINE: '0'}\n")
     assert cli("submit", run_file(), "--gpus-per-node", 0, "--offline", "--then", "score x").status == 0
