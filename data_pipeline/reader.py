@@ -7,16 +7,24 @@ encoders (`tasks/stage.py`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from data_pipeline.config import Overlong
 from data_pipeline.order.pairing import Partners
 from data_pipeline.order.plan import FILL, Slot
 from data_pipeline.records import BadRow, DataError, Record, Sample
 from data_pipeline.sources.index import DataIndex
+from data_pipeline.text.tokenizer import UnencodableText
 
+BATCH_BYTES = 1 << 16  # of text that is tokenised in one call
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+Result = TypeVar("Result")
 Outcome = Sample | BadRow | None  # of a slot: None if its row is too long and dropped
 
 
@@ -34,17 +42,25 @@ class TextStage(ABC):
     sequence_length: int  # most tokens of a sample
     overlong: Overlong
 
-    @abstractmethod
-    def length(self, record: Record) -> int:
-        """Number of tokens without truncation; 0 if long texts are read in windows. Raises BadRow."""
+    def lengths(self, records: Sequence[Record]) -> list[int | BadRow]:
+        """Number of tokens of each record without truncation; 0 if long texts are read in windows."""
+        return _together(self._lengths, records, lambda record: record.origin)
 
-    @abstractmethod
     def samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
         """The sample of each slot, tokenised together; its BadRow; or None, depending on `overlong`.
 
         Raises:
             DataError: a record is too long, and `overlong` is "error".
         """
+        return _together(self._samples, items, lambda item: item.record.origin)
+
+    @abstractmethod
+    def _lengths(self, records: Sequence[Record]) -> list[int | BadRow]:
+        """See `lengths`. Raises UnencodableText."""
+
+    @abstractmethod
+    def _samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
+        """See `samples`. Raises UnencodableText."""
 
     @abstractmethod
     def describe(self, sample: Sample, uncut: int) -> Iterator[str]:
@@ -77,34 +93,34 @@ class Reader:
 
         Raises BadRow, DataError.
         """
-        return self.stage.length(self.index.record(row))
+        return _raised(next(self.lengths([row])))
+
+    def lengths(self, rows: Sequence[int]) -> Iterator[int | BadRow]:
+        """The same of many rows, or their BadRow, read in batches. Raises DataError."""
+        for batch in self._batches(rows, rows):
+            yield from _answered(self.index.record, self.stage.lengths, batch)
 
     def read(self, slot: Slot) -> Sample | None:
         """The sample of a slot; None if it is too long and dropped. Raises BadRow, DataError."""
-        (outcome,) = self.read_many([slot])
-        if isinstance(outcome, BadRow):
-            raise outcome
-        return outcome
+        return _raised(self.read_many([slot])[0])
 
     def read_many(self, slots: Sequence[Slot]) -> list[Outcome]:
         """The sample of each slot, its BadRow, or None if it is too long and dropped. Raises DataError."""
-        outcomes: list[Outcome] = [None] * len(slots)
-        items: list[SlotRecord] = []
-        places: list[int] = []
-        for place, slot in enumerate(slots):
-            try:
-                items.append(self._record(slot))
-                places.append(place)
-            except BadRow as bad:
-                outcomes[place] = bad
-        for place, outcome in zip(places, self.stage.samples(items), strict=True):
-            outcomes[place] = outcome
-        return outcomes
+        batches = self._batches(slots, [slot.row for slot in slots])
+        return [outcome for batch in batches for outcome in _answered(self._record, self.stage.samples, batch)]
 
     def _record(self, slot: Slot) -> SlotRecord:
         partner = slot.partner
         other = self.index.record(partner.row) if partner is not None and partner.kind == "translation" else None
         return SlotRecord(slot, self.index.record(slot.row), other)
+
+    def _batches(self, items: Sequence[Item], rows: Sequence[int]) -> Iterator[Sequence[Item]]:
+        """Splits `items`, which belong to `rows`, in batches of about BATCH_BYTES of text."""
+        if len(rows):
+            numbers = np.cumsum(self.index.n_bytes[rows], dtype=np.int64) // BATCH_BYTES
+            edges = np.flatnonzero(np.diff(numbers)) + 1
+            for start, stop in pairwise([0, *edges.tolist(), len(rows)]):
+                yield items[start:stop]
 
     def alone(self, row: int, step: int = 0) -> Slot:
         """The slot of a row of a fixed set, which is read as in step `step`."""
@@ -122,6 +138,38 @@ class Reader:
                 found.rows.append(row)
                 found.samples.append(outcome)
         return found
+
+
+def _answered(
+    read: Callable[[Item], Read], answer: Callable[[Sequence[Read]], Sequence[Result]], items: Sequence[Item]
+) -> list[Result | BadRow]:
+    """What `answer` says of the records that `read` gives; the BadRow of those that cannot be read."""
+    found: list[Read | BadRow] = []
+    for item in items:
+        try:
+            found.append(read(item))
+        except BadRow as bad:
+            found.append(bad)
+    answers = iter(answer([each for each in found if not isinstance(each, BadRow)]))
+    return [each if isinstance(each, BadRow) else next(answers) for each in found]
+
+
+def _together(
+    work: Callable[[Sequence[Item]], list[Result | BadRow]], items: Sequence[Item], origin: Callable[[Item], str]
+) -> list[Result | BadRow]:
+    """`work` on all items; item by item if a text among them cannot be encoded, which only then is known."""
+    try:
+        return work(items)
+    except UnencodableText as error:
+        if len(items) == 1:
+            return [BadRow(origin(items[0]), str(error))]
+    return [result for item in items for result in _together(work, [item], origin)]
+
+
+def _raised(outcome: Result | BadRow) -> Result:
+    if isinstance(outcome, BadRow):
+        raise outcome
+    return outcome
 
 
 def overlong_error(origin: str, length: int, most: int) -> DataError:

@@ -9,6 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from data_pipeline.records import ChatSample, Record
+from data_pipeline.text.chat import Chat
+from data_pipeline.text.label_check import check_labels
 from data_pipeline.text.tokenizer import TokenizerTrainingConfig, train_tokenizer
 
 ITEMS = {  # language: (question, answer)
@@ -84,3 +87,10 @@ def byte_tokenizer(chat_template: str | None = None, special: tuple[str, ...] = 
     )  # fmt: skip
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def check_sample(chat: Chat, record: Record, sample: ChatSample) -> None:
+    """`check_labels` for one sample. Raises DataError for a wrong mask, BadRow for an answer that cannot be used."""
+    (bad,) = check_labels(chat, [record], [sample])
+    if bad is not None:
+        raise bad

@@ -262,12 +262,10 @@ def check_longest(reader: Reader) -> None:
     for language in range(len(index.languages) if reader.stage.overlong == "error" else 0):
         rows = index.rows(language)
         usable = rows[~index.bad[rows]]
-        for row in usable[np.argsort(-index.n_bytes[usable], kind="stable")[:COST_SAMPLES]].tolist():
-            try:
-                length = reader.length(row)
-            except BadRow:
-                continue  # counted and limited by max_bad_rows when training reads it
-            if length > limit:
+        longest = usable[np.argsort(-index.n_bytes[usable], kind="stable")[:COST_SAMPLES]].tolist()
+        for row, length in zip(longest, reader.lengths(longest), strict=True):
+            # an unusable row is counted and limited by max_bad_rows when training reads it
+            if not isinstance(length, BadRow) and length > limit:
                 raise overlong_error(index.origin(row), length, limit)
 
 

@@ -32,20 +32,26 @@ class TaskStage(TextStage):
         self.overlong = overlong
         self.label_ids = {label: number for number, label in enumerate(tokenizer.config.labels)}
 
-    def length(self, record: Record) -> int:
-        return self.tokenizer.windows(record.example).uncut
+    def _lengths(self, records: Sequence[Record]) -> list[int | BadRow]:
+        return [windows.uncut for windows in self.tokenizer.windows_of_all([record.example for record in records])]
 
-    def samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
-        return [self._outcome(item) for item in items]
+    def _samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
+        partners = [_partner_example(item) for item in items]
+        examples = [item.record.example for item in items]
+        windows = self.tokenizer.windows_of_all([*examples, *(each for each in partners if each is not None)])
+        of_partners = iter(windows[len(items) :])
+        found: list[Outcome] = []
+        for item, partner, own in zip(items, partners, windows[: len(items)], strict=True):
+            other = None if partner is None else (partner, next(of_partners))
+            try:
+                found.append(self._sample(item, own, other))
+            except BadRow as bad:
+                found.append(bad)
+        return found
 
-    def _outcome(self, item: SlotRecord) -> Outcome:
-        try:
-            return self._sample(*item)
-        except BadRow as bad:
-            return bad
-
-    def _sample(self, slot: Slot, record: Record, partner: Record | None) -> TaskSample | None:
-        windows = self.tokenizer.windows(record.example)
+    def _sample(self, item: SlotRecord, windows: Windows, other: tuple[Example, Windows] | None) -> TaskSample | None:
+        """The sample of a slot, from the windows of its record and those of its partner, if that is another text."""
+        slot, record, _ = item
         too_long = windows.uncut > self.sequence_length
         if too_long and self.overlong == "error":
             raise overlong_error(record.origin, windows.uncut, self.sequence_length)
@@ -55,7 +61,7 @@ class TaskStage(TextStage):
         target, labels = self._labelled(record.example, windows[number], record.origin, _drawn("mask", record, slot))
         return TaskSample(
             id=record.id, group=stable_hash(record.group), language=slot.language, target=target, target_labels=labels,
-            truncated=too_long, source=self._source(record, slot, partner, windows, number),
+            truncated=too_long, source=self._source(item, windows, number, other),
             gold=slot.partner is None or slot.partner.gold_step,
         )  # fmt: skip
 
@@ -69,23 +75,21 @@ class TaskStage(TextStage):
             yield f"source ({kind}): {self._decoded(source.side, source.labels)}"
 
     def _source(
-        self, record: Record, slot: Slot, partner: Record | None, windows: Windows, number: int
+        self, item: SlotRecord, windows: Windows, number: int, other: tuple[Example, Windows] | None
     ) -> SourceSide | None:
         """The partner's window that matches window `number` of the record's text; None without partners."""
+        slot, record, partner = item
         if slot.partner is None:
             return None
-        kind = slot.partner.kind
-        example, origin = (record.example, record.origin) if partner is None else (partner.example, partner.origin)
-        if kind == "back-translation":
-            assert record.back is not None  # the plan chooses it only if the index has one
-            example = record.back
-        is_gold = kind != "back-translation"
+        is_gold = slot.partner.kind != "back-translation"
         counts = self.tokenizer.config.kind == "classification" or (is_gold and slot.partner.gold_step)
-        side = windows[number]
-        if kind != "itself":
-            side = _counterpart(self.tokenizer.windows(example), windows, number, self.tokenizer.config.kind)
+        example, side = record.example, windows[number]
+        if other is not None:
+            example, of_partner = other
+            side = _counterpart(of_partner, windows, number, self.tokenizer.config.kind)
+        origin = (partner or record).origin
         side, labels = self._labelled(example, side, origin, as_source=True, counts=counts)
-        return SourceSide(side, labels, slot.partner.language, is_gold, counts, is_itself=kind == "itself")
+        return SourceSide(side, labels, slot.partner.language, is_gold, counts, is_itself=other is None)
 
     def _decoded(self, side: EncodedSide, labels: SideLabels) -> str:
         decode, names = self.tokenizer.tokenizer.decode, self.tokenizer.config.labels
@@ -150,6 +154,17 @@ class TaskStage(TextStage):
             if label is not None:
                 classes[number, self.label_ids[label]] = 1
         return classes
+
+
+def _partner_example(item: SlotRecord) -> Example | None:
+    """The text of a slot's partner; None without partner, or if the sample is its own source."""
+    if item.slot.partner is None or item.slot.partner.kind == "itself":
+        return None
+    if item.slot.partner.kind == "translation":
+        assert item.partner is not None
+        return item.partner.example
+    assert item.record.back is not None  # the plan chooses it only if the index has one
+    return item.record.back
 
 
 def _counterpart(of_source: Windows, of_target: Windows, number: int, kind: TaskKind) -> EncodedSide:

@@ -31,7 +31,7 @@ from data_pipeline.tasks.windows import (
     without_space,
     word_ranges,
 )
-from data_pipeline.text.tokenizer import private_backend
+from data_pipeline.text.tokenizer import encode_batch, private_backend, token_offsets
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -141,12 +141,18 @@ class TaskTokenizer:
         special = set(tokenizer.all_special_ids)
         self.ordinary_ids = np.array([number for number in range(len(tokenizer)) if number not in special], np.int32)
         self._unknown = np.int32(tokenizer.unk_token_id)
-        self._never_text = np.array(sorted(special - {tokenizer.unk_token_id}), np.int32)
+        # What each id becomes in a text: special ones unknown, as unigram models encode spelled ones as pieces.
+        self._text_id = np.arange(max(tokenizer.get_vocab().values()) + 1, dtype=np.int32)
+        self._text_id[sorted(special)] = self._unknown
         self.has_token_types = "token_type_ids" in tokenizer.model_input_names
         self._check_length()
 
     def windows(self, example: Example) -> Windows:
-        """All windows of an example. Except in classification, every word or token is in at least one window.
+        """See `windows_of_all`."""
+        return self.windows_of_all([example])[0]
+
+    def windows_of_all(self, examples: Sequence[Example]) -> list[Windows]:
+        """All windows of each example. Except in classification, every word or token is in at least one window.
 
         classification: one window; of two texts, the longer is truncated first.
         tagging: whole words, as many as fit; the next window starts `doc_stride` tokens later, or earlier if that
@@ -154,28 +160,35 @@ class TaskTokenizer:
         qa: the question, truncated to `max_question_length`, followed by a part of the context; window i starts at
             token i * doc_stride of the context, as in the SQuAD baseline scripts.
         text: consecutive parts of the text.
+
+        The examples are tokenised together. Raises UnencodableText.
         """
         if self.config.kind == "classification":
-            return self._one_window(example.texts)
+            encoded = self._encode([text for example in examples for text in example.texts])
+            return [self._one_window([next(encoded) for _ in example.texts]) for example in examples]
         if self.config.kind == "tagging":
-            return self._word_windows(example.texts)
+            words = encode_batch(self._backend, [list(example.texts) for example in examples], offsets=True)
+            return [self._word_windows(example.texts, next(words)) for example in examples]
         if self.config.kind == "qa":
-            return self._context_windows(example)
-        ids = self._encode(example.texts[0])[0]
+            questions = self._encode([example.texts[0] for example in examples])
+            contexts = encode_batch(self._backend, [example.texts[1] for example in examples], offsets=True)
+            return [self._context_windows(example, next(questions), next(contexts)) for example in examples]
+        return list(map(self._parts, self._encode([example.texts[0] for example in examples])))
+
+    def _parts(self, ids: Ids) -> Windows:
         room = self.sequence_length - self._single.size
         ranges = [(start, min(start + room, len(ids))) for start in range(0, len(ids), room)]
         return Windows(ranges, lambda part: self._side(self._single, ids[slice(*part)])[0])
 
-    def _one_window(self, texts: tuple[str, ...]) -> Windows:
-        parts = [self._encode(text)[0] for text in texts]
+    def _one_window(self, parts: Sequence[Ids]) -> Windows:
         frame = self._single if len(parts) == 1 else self._pair
         whole = [len(part) for part in parts]
         lengths = longest_first(whole, self.sequence_length - frame.size)
         cut = [part[:length] for part, length in zip(parts, lengths, strict=True)]
         return Windows([(0, 1)], lambda _: self._side(frame, *cut)[0], uncut=frame.size + sum(whole))
 
-    def _word_windows(self, words: tuple[str, ...]) -> Windows:
-        ids, word_of_token = self._encode_words(words)
+    def _word_windows(self, words: tuple[str, ...], encoding: Encoding) -> Windows:
+        ids, word_of_token = self._ids_of_words(len(words), encoding)
         room = self.sequence_length - self._single.size
         first_token = np.searchsorted(word_of_token, np.arange(len(words) + 1))
 
@@ -185,10 +198,12 @@ class TaskTokenizer:
 
         return Windows(word_ranges(first_token, room, self.config.doc_stride), side)
 
-    def _context_windows(self, example: Example) -> Windows:
-        question, context = example.texts
-        question_ids = self._encode(question)[0][: self.config.max_question_length]
-        ids, offsets = self._encode(context)
+    def _context_windows(self, example: Example, question_ids: Ids, encoding: Encoding) -> Windows:
+        context = example.texts[1]
+        question_ids = question_ids[: self.config.max_question_length]
+        ids, offsets = self._text_ids(encoding), token_offsets(encoding)
+        if not len(offsets):  # the one unknown token
+            offsets = np.zeros((1, 2), np.int32)
         offsets = with_marks(without_space(offsets, context), context)
         answer = answer_tokens(offsets, example.answers[0]) if example.answers else None
         room = self.sequence_length - self._pair.size - len(question_ids)
@@ -215,25 +230,20 @@ class TaskTokenizer:
             of_word[starts[-1] : starts[-1] + len(word_of_token)] = word_of_token
         return EncodedSide(**arrays, word_of_token=of_word, words=words), starts[-1]
 
-    def _encode(self, text: str) -> tuple[Ids, Ids]:
-        """Token ids (n,) and their character offsets (n, 2), without special tokens; n is at least 1."""
-        encoding: Encoding = self._backend.encode(text, add_special_tokens=False)
-        if not encoding.ids:
-            return np.array([self._unknown]), np.zeros((1, 2), np.int32)
-        return self._text_ids(encoding), np.array(encoding.offsets, np.int32)
+    def _encode(self, texts: Sequence[str]) -> Iterator[Ids]:
+        """Token ids (n,) of each text, without special tokens."""
+        return map(self._text_ids, encode_batch(self._backend, texts))
 
-    def _encode_words(self, words: tuple[str, ...]) -> tuple[Ids, Ids]:
+    def _ids_of_words(self, n_words: int, encoding: Encoding) -> tuple[Ids, Ids]:
         """Token ids (n,) and the word of each token (n,); each word has at least one token."""
-        encoding: Encoding = self._backend.encode(list(words), is_pretokenized=True, add_special_tokens=False)
-        ids, word_of_token = self._text_ids(encoding), np.array(encoding.word_ids, np.int32)
-        lost = np.setdiff1d(np.arange(len(words), dtype=np.int32), word_of_token)
+        ids, word_of_token = self._text_id[encoding.ids], np.array(encoding.word_ids, np.int32)
+        lost = np.flatnonzero(np.bincount(word_of_token, minlength=n_words) == 0)
         places = np.searchsorted(word_of_token, lost)
         return np.insert(ids, places, self._unknown), np.insert(word_of_token, places, lost)
 
     def _text_ids(self, encoding: Encoding) -> Ids:
-        """The ids of an encoding, special tokens replaced by unknown: unigram models encode spelled ones as pieces."""
-        ids = np.array(encoding.ids, np.int32)
-        return np.where(np.isin(ids, self._never_text), self._unknown, ids)
+        """Token ids (n,) of a text; n is at least 1."""
+        return self._text_id[encoding.ids] if len(encoding) else np.array([self._unknown])
 
     def _frame(self, first: str, second: str | None) -> _Frame:
         """The special tokens that the tokenizer adds around one or two texts, taken from an encoded example."""

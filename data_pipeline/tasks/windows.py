@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +52,15 @@ def word_ranges(first_token: npt.NDArray[np.int64], room: int, stride: int) -> l
 
 def without_space(offsets: Ids, text: str) -> Ids:
     """Offsets (n, 2) of tokens without the white space that some tokenizers include."""
-    trimmed = []
-    for start, stop in offsets.tolist():
-        while start < stop and text[start].isspace():
-            start += 1
-        while start < stop and text[stop - 1].isspace():
-            stop -= 1
-        trimmed.append((start, stop))
-    return np.array(trimmed, np.int32)
+    places = np.arange(len(text) + 1, dtype=np.int32)
+    space = _characters(text, "space")
+    # the first character from each place on, and the last one before it, that is no white space
+    following = np.minimum.accumulate(np.where(space, np.int32(len(text)), places[:-1])[::-1])[::-1]
+    before = np.maximum.accumulate(np.where(space, np.int32(0), places[1:]))
+    following, before = np.append(following, places[-1:]), np.append(places[:1], before)
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    trimmed = np.where(starts < stops, np.minimum(following[starts], stops), starts)
+    return np.stack([trimmed, np.where(trimmed < stops, np.maximum(before[stops], trimmed), stops)], axis=1)
 
 
 def with_marks(offsets: Ids, text: str) -> Ids:
@@ -64,19 +68,34 @@ def with_marks(offsets: Ids, text: str) -> Ids:
 
     Tokenizers that compose or strip accents exclude the mark of a decomposed accent ("e" and U+0301) from offsets.
     """
-    marks = [place for place, char in enumerate(text) if unicodedata.category(char)[0] == "M"]
-    if not marks:
+    marks = _characters(text, "mark")
+    if not marks.any():
         return offsets
-    bare = np.zeros(len(text) + 1, np.bool_)
-    bare[marks] = True
-    for start, stop in offsets.tolist():
-        bare[start:stop] = False
-    found = offsets.copy()
-    for number, (start, stop) in enumerate(offsets.tolist()):
-        while start < stop and bare[stop]:
-            stop += 1
-        found[number, 1] = stop
-    return found
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    real = starts < stops
+    covered = np.zeros(len(text) + 1, np.int64)
+    np.add.at(covered, starts[real], 1)
+    np.add.at(covered, stops[real], -1)
+    bare = marks & (np.cumsum(covered[:-1]) == 0)
+    places = np.arange(len(text) + 1, dtype=np.int32)
+    following = np.minimum.accumulate(np.where(bare, np.int32(len(text)), places[:-1])[::-1])[::-1]
+    following = np.append(following, places[-1:])
+    return np.stack([starts, np.where(real, following[stops], stops)], axis=1)
+
+
+def _characters(text: str, kind: Literal["space", "mark"]) -> npt.NDArray[np.bool_]:
+    """(characters,) True for white space, or for combining marks."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    return _table(kind)[codes]
+
+
+@cache
+def _table(kind: Literal["space", "mark"]) -> npt.NDArray[np.bool_]:
+    """(code points,)"""
+    characters = map(chr, range(sys.maxunicode + 1))
+    if kind == "space":
+        return np.fromiter((char.isspace() for char in characters), np.bool_)
+    return np.fromiter((unicodedata.category(char)[0] == "M" for char in characters), np.bool_)
 
 
 def answer_tokens(offsets: Ids, answer: tuple[str, int]) -> Range | None:

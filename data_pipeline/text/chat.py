@@ -12,25 +12,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise, zip_longest
-from typing import TYPE_CHECKING
-from unicodedata import normalize
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.records import BadRow, ChatSample, DataError, Message, Record, Role, stable_hash
 from data_pipeline.text.templates import Slot, TemplateConfig, Turn, check_roles, make_template
-from data_pipeline.text.tokenizer import private_backend
+from data_pipeline.text.tokenizer import UnencodableText, encode_batch, private_backend, token_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
+Marks = npt.NDArray[np.int8]
 Span = tuple[int, int]
 
 _TEMPLATE, _CONTENT, _UNTRAINED, _ANSWER, _END = range(5)  # kinds of tokens; those from _ANSWER on are predicted
-_SHOWN = 60  # characters shown of a text in a message
+
+
+class _Part(NamedTuple):
+    """A prompt or an answer."""
+
+    text: str
+    starts: list[int]  # of the pieces in which it is encoded
+    mark: int  # the kind of its tokens, other than _CONTENT; of a prompt _TEMPLATE
+    users: Sequence[Span]  # of user text
+
+    @property
+    def pieces(self) -> list[str]:
+        return [self.text[start:stop] for start, stop in pairwise([*self.starts, len(self.text)])]
 
 
 class Chat:
@@ -67,78 +79,94 @@ class Chat:
         """
         if not messages or messages[-1].role != "user":
             raise DataError("a prompt ends with a user's turn")
-        ids, marks = self._tokens(messages, language, response_language)
+        ((ids, marks),) = self._tokens([self._parts(messages, language, response_language)])
         return ids, marks == _CONTENT
 
     def tokenize(self, record: Record, *, labelled: bool = True) -> ChatSample:
         """Tokenises a record; without its last answer and without labels if not `labelled`. Raises BadRow."""
+        try:
+            (found,) = self.tokenize_all([record], [labelled])
+        except UnencodableText as error:
+            raise BadRow(record.origin, str(error)) from error
+        if isinstance(found, BadRow):
+            raise found
+        return found
+
+    def tokenize_all(self, records: Sequence[Record], labelled: Sequence[bool]) -> list[ChatSample | BadRow]:
+        """Tokenises records together. Raises UnencodableText."""
+        layouts = [self._layout(record, each) for record, each in zip(records, labelled, strict=True)]
+        tokens = iter(self._tokens([layout for layout in layouts if not isinstance(layout, BadRow)]))
+        return [
+            layout if isinstance(layout, BadRow) else self._sample(record, *next(tokens), labelled=each)
+            for record, layout, each in zip(records, layouts, labelled, strict=True)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, including special tokens."""
+        return self.decode_all([[int(i) for i in ids]])[0]
+
+    def decode_all(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of several lists of token ids, including special tokens, decoded together."""
+        return list(self._backend.decode_batch(ids, skip_special_tokens=False))
+
+    def rewritten(self, answers: Sequence[str]) -> list[str]:
+        """Answers encoded and decoded; they differ from the answers if the tokenizer normalises text."""
+        parts = [self._part(answer, [(0, len(answer))], self._special) for answer in answers]
+        pieces = encode_batch(self._backend, [piece for part in parts for piece in part.pieces])
+        return self.decode_all([[token for _ in part.starts for token in next(pieces).ids] for part in parts])
+
+    def token_starts(self, content: str) -> list[int]:
+        """Start of each token of a message in a prompt, in characters; the message is encoded without the template."""
+        part = self._part(content, [(0, len(content))], self._control)
+        pieces = encode_batch(self._backend, part.pieces, offsets=True)
+        return [start + a for start, piece in zip(part.starts, pieces, strict=True) for a, _ in piece.offsets]
+
+    def _layout(self, record: Record, labelled: bool) -> list[_Part] | BadRow:
+        """The texts of a record's sample."""
         messages, response_language = record.conversation.messages, record.conversation.response_language
         if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
-            raise BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
+            return BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
         if not any(message.trained for message in messages if message.role == "assistant"):
-            raise BadRow(record.origin, "no assistant turn is trained on: each has weight 0")
+            return BadRow(record.origin, "no assistant turn is trained on: each has weight 0")
         for code in (record.language, response_language):
             if code not in self._language_ids:
-                raise BadRow(record.origin, f"the language {code!r} is not one of {', '.join(self.languages)}")
+                return BadRow(record.origin, f"the language {code!r} is not one of {', '.join(self.languages)}")
         try:
-            ids, marks = self._tokens(messages if labelled else messages[:-1], record.language, response_language)
+            return self._parts(messages if labelled else messages[:-1], record.language, response_language)
         except DataError as error:
-            raise BadRow(record.origin, str(error)) from error
+            return BadRow(record.origin, str(error))
+
+    def _sample(self, record: Record, ids: Ids, marks: Marks, *, labelled: bool) -> ChatSample:
         return ChatSample(
             id=record.id,
             group=stable_hash(record.group),
             content_hash=stable_hash(record.user_text),
             language=self._language_ids[record.language],
-            response_language=self._language_ids[response_language],
+            response_language=self._language_ids[record.conversation.response_language],
             input_ids=ids,
             labels=(marks >= _ANSWER) & labelled,
             content=marks == _CONTENT,
             answer=((marks == _ANSWER) | (marks == _UNTRAINED)) & labelled,
         )
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, including special tokens."""
-        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
-
-    def rewritten(self, answer: str) -> str:
-        """An answer encoded and decoded; differs from the answer if the tokenizer normalises text."""
-        return self.decode(self._encode(answer, [(0, len(answer))], self._special)[0])
-
-    def token_starts(self, content: str) -> list[int]:
-        """Start of each token of a message in a prompt, in characters; the message is encoded without the template."""
-        return [start for start, _ in self._encode(content, [(0, len(content))], self._control)[1]]
-
-    def _tokens(
-        self, messages: Sequence[Message], language: str, response_language: str
-    ) -> tuple[Ids, npt.NDArray[np.int8]]:
-        """Token ids (T,) and the kind of each token (T,)."""
-        ids = [] if self.template.bos_id is None else [self.template.bos_id]
-        marks = [_TEMPLATE] * len(ids)
+    def _parts(self, messages: Sequence[Message], language: str, response_language: str) -> list[_Part]:
+        """The texts of a conversation: prompts and answers in turn. Raises DataError."""
+        parts = []
         answers = [message for message in messages if message.role == "assistant"]
         for turn, message in zip_longest(self._turns_of(messages, language, response_language), answers):
             text, foreign, users = _fill(turn, messages)
-            new, offsets = self._encode(text, foreign, self._control)
-            ids += new
-            marks += _marks(text, offsets, users)
+            parts.append(self._part(text, foreign, self._control, users=users))
             if message is not None:
                 answer = self.template.answer_slot.words(message.content)
-                new, _ = self._encode(answer, [(0, len(answer))], self._special)
-                ids += [*new, self.template.end_id]
-                marks += [*[_ANSWER] * len(new), _END] if message.trained else [*[_UNTRAINED] * len(new), _TEMPLATE]
-        if marks[:1] == [_CONTENT]:
-            marks[0] = _TEMPLATE  # the first token is an attention sink, whatever its text
-        return np.array(ids, dtype=np.int32), np.array(marks, dtype=np.int8)
+                mark = _ANSWER if message.trained else _UNTRAINED
+                parts.append(self._part(answer, [(0, len(answer))], self._special, mark))
+        return parts
 
-    def _turns_of(self, messages: Sequence[Message], language: str, response_language: str) -> list[Turn]:
-        roles = tuple(message.role for message in messages)
-        key = (roles[:-1] if roles[-1:] == ("assistant",) else roles, language, response_language)
-        if key not in self._turns:
-            check_roles(roles)
-            self._turns[key] = self.template.turns(*key)
-        return self._turns[key]
-
-    def _encode(self, text: str, foreign: Sequence[Span], forbidden: re.Pattern[str]) -> tuple[list[int], list[Span]]:
-        """Token ids and their character offsets. No token of `forbidden` is made from characters in `foreign`.
+    def _part(
+        self, text: str, foreign: Sequence[Span], forbidden: re.Pattern[str], mark: int = _TEMPLATE,
+        users: Sequence[Span] = (),
+    ) -> _Part:  # fmt: skip
+        """A text, split so that no token of `forbidden` is made from characters in `foreign`.
 
         A tokenizer that adds a space before a text also adds one at each split.
         """
@@ -147,16 +175,47 @@ class Chat:
             for found in forbidden.finditer(text)
             if any(found.start() < stop and found.end(1) > start for start, stop in foreign)
         ]
-        ids: list[int] = []
-        offsets: list[Span] = []
-        for start, stop in pairwise([0, *cuts, len(text)]):
-            try:
-                encoding = self._backend.encode(text[start:stop], add_special_tokens=False)
-            except TypeError as error:  # the text cannot be encoded in UTF-8
-                raise DataError("the text is not valid Unicode: it holds half a surrogate pair") from error
-            ids += encoding.ids
-            offsets += [(a + start, b + start) for a, b in encoding.offsets] if start else encoding.offsets
-        return ids, offsets
+        return _Part(text, [0, *cuts], mark, users)
+
+    def _tokens(self, conversations: Sequence[Sequence[_Part]]) -> list[tuple[Ids, Marks]]:
+        """Token ids (T,) and the kind of each token (T,) of conversations, encoded together. Raises UnencodableText."""
+        pieces = {
+            offsets: encode_batch(
+                self._backend,
+                [piece for parts in conversations for part in parts if bool(part.users) is offsets
+                 for piece in part.pieces],
+                offsets=offsets,
+            )
+            for offsets in (True, False)
+        }  # fmt: skip
+        start = [] if self.template.bos_id is None else [self.template.bos_id]
+        found = []
+        for parts in conversations:
+            ids = [np.array(start, np.int32)]
+            marks = [np.full(len(start), _TEMPLATE, np.int8)]
+            for part in parts:
+                for place in part.starts:
+                    encoding = next(pieces[bool(part.users)])
+                    ids.append(np.array(encoding.ids, np.int32))
+                    marks.append(np.full(len(encoding), part.mark, np.int8))
+                    if part.users:
+                        _mark_users(marks[-1], part.text, token_offsets(encoding) + place, part.users)
+                if part.mark != _TEMPLATE:
+                    ids.append(np.array([self.template.end_id], np.int32))
+                    marks.append(np.array([_END if part.mark == _ANSWER else _TEMPLATE], np.int8))
+            marks_T = np.concatenate(marks)
+            if len(marks_T) and marks_T[0] == _CONTENT:
+                marks_T[0] = _TEMPLATE  # the first token is an attention sink, whatever its text
+            found.append((np.concatenate(ids), marks_T))
+        return found
+
+    def _turns_of(self, messages: Sequence[Message], language: str, response_language: str) -> list[Turn]:
+        roles = tuple(message.role for message in messages)
+        key = (roles[:-1] if roles[-1:] == ("assistant",) else roles, language, response_language)
+        if key not in self._turns:
+            check_roles(roles)
+            self._turns[key] = self.template.turns(*key)
+        return self._turns[key]
 
 
 def _occurrences(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -188,88 +247,14 @@ def _fill(turn: Turn, messages: Sequence[Message]) -> tuple[str, list[Span], lis
     return text, foreign, users
 
 
-def _marks(text: str, offsets: Sequence[Span], users: Sequence[Span]) -> list[int]:
+def _mark_users(marks: Marks, text: str, offsets: npt.NDArray[np.int32], users: Sequence[Span]) -> None:
     """Marks tokens of user text as _CONTENT. Outside of the user text such a token may cover only white space."""
-
-    def within(a: int, b: int, start: int, stop: int) -> bool:
-        return a < stop and b > start and not (text[a:start] + text[stop:b]).strip()
-
-    marks = [_TEMPLATE] * len(offsets)
+    starts, stops = offsets[:, 0], offsets[:, 1]
     for start, stop in users:
-        for i, (a, b) in enumerate(offsets):
-            if within(a, b, start, stop):
-                marks[i] = _CONTENT
-    return marks
-
-
-def _runs(mask: Mask) -> list[Span]:
-    """(start, stop) of every run of True in a mask (T,)."""
-    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-
-
-def check_labels(chat: Chat, record: Record, sample: ChatSample) -> None:
-    """Decodes the labelled tokens and compares them with the record's answers.
-
-    Raises:
-        DataError: the mask is wrong: empty, too narrow, too wide, or without the end token.
-        BadRow: the mask is correct, but the tokenizer cannot represent the answer.
-    """
-
-    def fail(what: str) -> None:
-        raise DataError(f"{record.origin}: label mask: {what}")
-
-    messages = record.conversation.messages
-    template = chat.template
-    answers = [template.answer_slot.words(m.content) for m in messages if m.role == "assistant" and m.trained]
-    runs, end = _runs(sample.labels), template.end_id
-    if not runs:
-        fail("no token is labelled")
-    if len(runs) != len(answers):
-        fail(f"{len(runs)} labelled runs of tokens for {len(answers)} answers")
-    for (start, stop), answer in zip(runs, answers, strict=True):
-        ids = sample.input_ids[start:stop]
-        if ids[-1] != end:
-            fail(f"the end token {chat.decode([end])!r} is not its last token")
-        if end in ids[:-1]:
-            fail(f"it continues after the end token {chat.decode([end])!r}")
-        written = chat.decode(ids[:-1])
-        if written == answer:
-            continue
-        if written != (kept := chat.rewritten(answer)):
-            fault = "too wide" if kept in written else "too narrow" if written in kept else "another text"
-            fail(f"it is {fault}: {_short(written)} instead of {_short(answer)}")
-        if _normal(written) != _normal(answer):
-            raise BadRow(record.origin, _unlike(written, answer))
-    if not np.array_equal(sample.answer & sample.labels, sample.labels & (sample.input_ids != end)):
-        fail("the answer mask is not the labels without end tokens")
-    if sample.content[0] or (sample.content & sample.labels).any():
-        fail("a content token is the first token or is labelled")
-
-
-def _normal(text: str) -> str:
-    """The text without differences of composed characters and runs of white space, which tokenizers normalise."""
-    return normalize("NFKC", " ".join(text.split()))
-
-
-def _unlike(written: str, answer: str) -> str:
-    """Why an answer cannot be used: both texts (long ones around the first difference) and the lost character."""
-    texts = [_normal(written), _normal(answer)]
-    at = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    shown = [_short(each) for each in (written, answer)]
-    if max(map(len, texts)) > _SHOWN:
-        shown = [_around(each, at) for each in texts]
-    lost = f": U+{ord(texts[1][at]):04X} is lost" if at < len(texts[1]) else ""
-    return f"the tokenizer writes {shown[0]} for {shown[1]}{lost}; change or remove the row"
-
-
-def _around(text: str, at: int) -> str:
-    start, stop = max(at - _SHOWN // 2, 0), at + _SHOWN // 2
-    return repr(f"{'...' * (start > 0)}{text[start:stop]}{'...' * (stop < len(text))}")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 2 :]}")
+        within = (starts < stop) & (stops > start)
+        for token in np.flatnonzero(within & ((starts < start) | (stops > stop))).tolist():
+            within[token] = not (text[starts[token] : start] + text[stop : stops[token]]).strip()
+        marks[within] = _CONTENT
 
 
 def describe(sample: ChatSample, tokenizer: PreTrainedTokenizerBase) -> str:

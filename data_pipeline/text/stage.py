@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from data_pipeline.config import Overlong
 from data_pipeline.reader import Outcome, SlotRecord, TextStage, overlong_error
 from data_pipeline.records import BadRow, ChatSample, Record, Sample
-from data_pipeline.text.chat import Chat, check_labels, describe
+from data_pipeline.text.chat import Chat, describe
+from data_pipeline.text.label_check import check_labels
 from data_pipeline.text.truncation import truncate
 
 
@@ -20,43 +21,45 @@ class ChatStage(TextStage):
     sequence_length: int
     overlong: Overlong = "drop"
 
-    def length(self, record: Record) -> int:
-        return len(self.chat.tokenize(record))
+    def _lengths(self, records: Sequence[Record]) -> list[int | BadRow]:
+        samples = self.chat.tokenize_all(records, [True] * len(records))
+        return [each if isinstance(each, BadRow) else len(each) for each in samples]
 
-    def samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
-        """See `TextStage.samples`. With `overlong` "truncate", None only if the prompt cannot be shortened enough."""
-        return [self._outcome(item) for item in items]
+    def _samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
+        """With `overlong` "truncate", None only if the prompt cannot be shortened enough."""
+        fitted = self._fitted([item.record for item in items], [item.slot.labelled for item in items])
+        if self.overlong == "error":
+            for item, outcome in zip(items, fitted, strict=True):
+                if outcome is None:
+                    length = len(self.chat.tokenize(item.record))
+                    raise overlong_error(item.record.origin, length, self.sequence_length)
+        return [*fitted]
 
-    def _outcome(self, item: SlotRecord) -> Outcome:
-        try:
-            sample = self.fitted(item.record, labelled=item.slot.labelled)
-            if sample is None and self.overlong == "error":
-                raise overlong_error(item.record.origin, self.length(item.record), self.sequence_length)
-        except BadRow as bad:
-            return bad
-        return sample
-
-    def fitted(self, record: Record, *, labelled: bool = True) -> ChatSample | None:
-        """The sample of a record; if it is too long and `overlong` is "truncate", with a shortened prompt.
+    def _fitted(self, records: Sequence[Record], labelled: Sequence[bool]) -> list[ChatSample | BadRow | None]:
+        """The samples of records; if one is too long and `overlong` is "truncate", with a shortened prompt.
 
         Returns:
-            None if it is still longer than `sequence_length`.
+            For each record its sample, its BadRow, or None if it is still longer than `sequence_length`.
 
         Raises:
-            BadRow: the record is unusable.
-            DataError: the label mask is wrong.
+            DataError: a label mask is wrong.
         """
-        sample = self.chat.tokenize(record, labelled=labelled)
-        if len(sample) > self.sequence_length:
-            if self.overlong != "truncate":
-                return None
-            cut = truncate(self.chat, record, sample, self.sequence_length, labelled=labelled)
-            if cut is None:
-                return None
-            record, sample = cut
-        if labelled:
-            check_labels(self.chat, record, sample)
-        return sample
+        found: list[ChatSample | BadRow | None] = [*self.chat.tokenize_all(records, labelled)]
+        written = [*records]  # as they are tokenised
+        for place, sample in enumerate(found):
+            if isinstance(sample, ChatSample) and len(sample) > self.sequence_length:
+                found[place] = None
+                if self.overlong == "truncate":
+                    cut = truncate(self.chat, records[place], sample, self.sequence_length, labelled=labelled[place])
+                    if cut is not None:
+                        written[place], found[place] = cut
+        checked = [
+            (place, sample) for place, sample in enumerate(found) if isinstance(sample, ChatSample) and labelled[place]
+        ]
+        bad = check_labels(self.chat, [written[place] for place, _ in checked], [sample for _, sample in checked])
+        for (place, _), each in zip(checked, bad, strict=True):
+            found[place] = each or found[place]
+        return found
 
     def describe(self, sample: Sample, uncut: int) -> Iterator[str]:
         assert isinstance(sample, ChatSample)
@@ -69,5 +72,11 @@ class ChatStage(TextStage):
         for record, other in zip(records, [*records[1:], *records[:1]], strict=True):
             conversation = record.conversation
             messages = (*other.conversation.messages[:-1], conversation.messages[-1])
-            swapped.append(self.fitted(replace(record, content=replace(conversation, messages=messages))))
-        return [sample for sample in swapped if sample is not None]
+            swapped.append(replace(record, content=replace(conversation, messages=messages)))
+        samples: list[Sample] = []
+        for found in self._fitted(swapped, [True] * len(swapped)):
+            if isinstance(found, BadRow):
+                raise found
+            if found is not None:
+                samples.append(found)
+        return samples

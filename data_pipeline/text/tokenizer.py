@@ -1,4 +1,4 @@
-"""Trains a tokenizer for a model trained from scratch. For any tokenizer: a hash, and a private copy.
+"""Trains a tokenizer for a model trained from scratch. For any tokenizer: a hash, a private copy, encoding in batches.
 
 Decoder: a sentencepiece BPE model with byte fallback, saved as a fast Llama tokenizer. Decoding restores any text
 exactly, except for U+2581, which sentencepiece uses for the space. No prefix space is added, so the parts of a text
@@ -15,17 +15,20 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from data_pipeline.records import DataError
 from data_pipeline.settings import Section
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
@@ -84,6 +87,38 @@ def private_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+class UnencodableText(DataError):
+    """A text that no tokenizer accepts. Of texts encoded together, it is not known which."""
+
+
+def encode_batch(
+    backend: Tokenizer, texts: Sequence[str] | Sequence[Sequence[str]], *, offsets: bool = False
+) -> Iterator[Encoding]:
+    """Encodes texts, or lists of words, without special tokens; offsets and word ids only if they are needed.
+
+    One call for all of them: it releases the interpreter's lock, which `Tokenizer.encode` holds. An encoding should not
+    be kept: freeing many at once holds the lock too.
+
+    Raises:
+        UnencodableText: one of them is not valid Unicode.
+    """
+    if not texts:
+        return
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    try:
+        found = encode(texts, is_pretokenized=not isinstance(texts[0], str), add_special_tokens=False)
+    except TypeError as error:  # a text cannot be encoded in UTF-8
+        raise UnencodableText("the text is not valid Unicode: it holds half a surrogate pair") from error
+    found.reverse()
+    while found:
+        yield found.pop()
+
+
+def token_offsets(encoding: Encoding) -> npt.NDArray[np.int32]:
+    """(T, 2) start and stop of each token, in characters."""
+    return np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(encoding)).reshape(-1, 2)
 
 
 def _decoder(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTrainedTokenizerBase:

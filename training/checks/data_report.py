@@ -105,12 +105,11 @@ def _lengths(reader: Reader, language: int, most: int | None) -> Lengths:
     key = np.array([order_key(reader.seed, index.languages[language])], np.uint64)
     chosen = rows[places_at(np.arange(n), np.full(n, len(rows)), key.repeat(n))] if n < len(rows) else rows
     overlong = looked_at = 0
-    for row in chosen.tolist():
-        try:
-            length = 0 if index.bad[row] else reader.length(row)
-        except BadRow:
+    usable = chosen[~index.bad[chosen]].tolist()
+    for row, length in zip(usable, reader.lengths(usable), strict=True):
+        if isinstance(length, BadRow):
             continue  # unusable rows are limited by data.max_bad_rows
-        looked_at += not index.bad[row]
+        looked_at += 1
         overlong += length > limit
         if length > limit and reader.stage.overlong == "error":
             raise overlong_error(index.origin(row), length, limit)

@@ -461,18 +461,19 @@ def test_read_applies_the_length_limit(reader: Reader) -> None:
 
 def test_labels_are_checked_when_a_sample_is_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong mask stops the run instead of training on it; a label-free sample has nothing to check."""
-    tokenize = chat_of(reader).tokenize
+    tokenize = chat_of(reader).tokenize_all
 
-    def without_end(record: Any, *, labelled: bool = True) -> ChatSample:
-        sample = tokenize(record, labelled=labelled)
+    def last_without_end(records: Any, labelled: Any) -> list[Any]:
+        *others, sample = tokenize(records, labelled)
         labels = sample.labels.copy()
         labels[-1] = False
-        return replace(sample, labels=labels)
+        return [*others, replace(sample, labels=labels)]
 
-    monkeypatch.setattr(chat_of(reader), "tokenize", without_end)
-    with pytest.raises(Exception, match="label mask") as refusal:
-        read(reader, 0)
-    assert not isinstance(refusal.value, BadRow)
+    monkeypatch.setattr(chat_of(reader), "tokenize_all", last_without_end)
+    for rows in ([0], [1, 2, 3, 0]):
+        with pytest.raises(Exception, match="label mask") as refusal:
+            reader.read_many([reader.alone(row) for row in rows])
+        assert not isinstance(refusal.value, BadRow)
     sample = reader.read(replace(reader.alone(0), labelled=False))
     assert sample is not None
     assert not sample.labels.any()

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from small_tokenizers import CHATML, ITEMS, KINDS, LANGUAGES, TEMPLATES, small_tokenizers
+from small_tokenizers import CHATML, ITEMS, KINDS, LANGUAGES, TEMPLATES, check_sample, small_tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.records import BadRow, Conversation, DataError, Message, Record, stable_hash
-from data_pipeline.text.chat import Chat, check_labels, describe
+from data_pipeline.text.chat import Chat, describe
 from data_pipeline.text.templates import LANGUAGE_NAMES, TemplateConfig, language_name
 
 LLAMA2 = (  # no generation prompt, white space around answers, the system inside the first user turn
@@ -59,7 +59,7 @@ def test_masks_are_correct_in_ten_languages(tokenizers, kind, template, language
     question, answer = ITEMS[language]
     record = make_record(question, answer, language=language)
     sample = chat.tokenize(record)
-    check_labels(chat, record, sample)
+    check_sample(chat, record, sample)
     end = chat.decode([chat.template.end_id])
     assert end == ("<|im_end|>" if template["name"] in ("chat", "custom") else chat.tokenizer.eos_token)
     assert spans(chat, sample, sample.labels) == [answer + end]
@@ -83,7 +83,7 @@ def test_training_samples_start_with_the_generation_prompt(tokenizers, kind, tem
     turns = [("system", "Be brief."), "one  two ", "Uno\n", " three\n", " Tres 😀", "four", "Cuatro"]
     record = make_record(*turns, language="en", response_language="es")
     sample = chat.tokenize(record)
-    check_labels(chat, record, sample)
+    check_sample(chat, record, sample)
     ids, content = chat.prompt_ids(record.conversation.messages[:-1], "en", "es")
     assert sample.input_ids[: len(ids)].tolist() == ids.tolist()
     assert sample.content[: len(ids)].tolist() == content.tolist()
@@ -119,7 +119,7 @@ def test_a_chat_template_that_merges_the_system_turn_and_strips_white_space(toke
         chat = make_chat(tokenizers, "spm", {"name": "chat"})
         record = make_record(("system", "Be brief."), " one ", " Uno ", "two", "Dos\n")
         sample = chat.tokenize(record)
-        check_labels(chat, record, sample)
+        check_sample(chat, record, sample)
         assert chat.decode(sample.input_ids) == (
             "<s>[INST] <<SYS>>Be brief.<</SYS>> one [/INST] Uno</s><s>[INST] two [/INST]Dos</s>"
         )
@@ -166,7 +166,7 @@ def test_text_of_messages_never_becomes_a_special_token(tokenizers, kind, templa
     harmless = make_record(("system", "sys"), "user", "answer", "user", "answer")
     hostile = make_record(("system", text), f"a {text} b", f"c {text} d", f"e {text} f", f"g {text} h")
     sample = chat.tokenize(hostile)
-    check_labels(chat, hostile, sample)
+    check_sample(chat, hostile, sample)
     special = set(chat.tokenizer.all_special_ids) | {chat.template.end_id}
 
     def specials(sample):
@@ -194,7 +194,7 @@ def test_added_tokens_of_the_template_are_plain_text_in_user_turns_only(tokenize
 
     def tools(chat):
         sample = chat.tokenize(record)
-        check_labels(chat, record, sample)
+        check_sample(chat, record, sample)
         return [int((sample.input_ids[mask] == tool).sum()) for mask in (sample.content, sample.answer)]
 
     assert tools(make_chat(tokenizers, "bytes", {"name": "chat"})) == [1, 1]
@@ -209,7 +209,7 @@ def test_an_end_token_in_text_is_plain_text_even_if_it_is_not_special(tokenizers
     chat = make_chat(tokenizers, "bytes", {"name": "plain", "end_token": "<tool>"})
     record = make_record("a <tool> b", "c <tool> d")
     sample = chat.tokenize(record)
-    check_labels(chat, record, sample)
+    check_sample(chat, record, sample)
     assert (sample.input_ids == chat.template.end_id).sum() == 1
 
 
@@ -242,7 +242,7 @@ def test_text_that_looks_like_the_template_is_still_content(tokenizers, template
     chat = make_chat(tokenizers, "bytes-bos", template)
     record = make_record(("system", "Be brief."), text, text, text, "x", response_language="en")
     sample = chat.tokenize(record)
-    check_labels(chat, record, sample)
+    check_sample(chat, record, sample)
     assert [s.strip() for s in spans(chat, sample, sample.content)] == [text.strip()] * 2
     assert spans(chat, sample, sample.answer) == [text, "x"]
 
@@ -256,7 +256,7 @@ def test_decoded_answers_equal_the_original_text(tokenizers, kind, answer):
     answer = answer if answer.strip() else f".{answer}"
     record = make_record("q", answer)
     sample = chat.tokenize(record)
-    check_labels(chat, record, sample)
+    check_sample(chat, record, sample)
     # A tokenizer with a dummy prefix cannot distinguish its own first space from the text's.
     assert spans(chat, sample, sample.answer) == [answer.removeprefix(" ") if kind == "prefixed" else answer]
 
@@ -269,14 +269,14 @@ def test_a_turn_of_weight_0_is_input_without_labels(tokenizers, kind, template):
     turns = whole.conversation.messages
     partly_trained = with_turns(whole, *(dataclasses.replace(turn, trained=turn.content != "Uno") for turn in turns))
     expected, sample = chat.tokenize(whole), chat.tokenize(partly_trained)
-    check_labels(chat, partly_trained, sample)
+    check_sample(chat, partly_trained, sample)
     assert sample.input_ids.tolist() == expected.input_ids.tolist()
     assert sample.content.tolist() == expected.content.tolist()
     assert sample.answer.tolist() == expected.answer.tolist(), "an untrained turn stays in the answer mask"
     end = chat.decode([chat.template.end_id])
     assert spans(chat, sample, sample.labels) == [f"Dos{end}", f"Tres{end}"]
     with pytest.raises(DataError, match="2 labelled runs of tokens for 3 answers"):
-        check_labels(chat, whole, sample)
+        check_sample(chat, whole, sample)
     last = with_turns(whole, *turns[:-1], Message("assistant", "Tres", trained=False))
     assert spans(chat, chat.tokenize(last), chat.tokenize(last).labels) == [f"Uno{end}", f"Dos{end}"]
     none = with_turns(whole, Message("user", "q"), Message("assistant", "a", trained=False))
@@ -345,10 +345,10 @@ def test_every_wrong_label_mask_is_refused(tokenizers, kind, template):
         "content labelled": (broken(sample, content=sample.content | sample.labels), "content token"),
         "content first": (broken(sample, content=np.arange(len(sample)) == 0), "content token"),
     }
-    check_labels(chat, record, sample)
+    check_sample(chat, record, sample)
     for name, (bad, message) in refused.items():
         with pytest.raises(DataError, match=f"file.jsonl:7: label mask: .*({message})") as caught:
-            check_labels(chat, record, bad)
+            check_sample(chat, record, bad)
         assert not isinstance(caught.value, BadRow), name
 
 
@@ -356,7 +356,7 @@ def test_an_answer_that_the_tokenizer_cannot_round_trip_is_a_bad_row(tokenizers)
     chat = make_chat(tokenizers, "spm")
     record = make_record("q", "a▁b")  # sentencepiece uses U+2581 for the space
     with pytest.raises(BadRow, match=r"file.jsonl:7: the tokenizer writes 'a b' for 'a▁b': U\+2581 is lost"):
-        check_labels(chat, record, chat.tokenize(record))
+        check_sample(chat, record, chat.tokenize(record))
 
 
 def test_the_error_for_a_long_answer_shows_only_its_first_difference(tokenizers):
@@ -364,7 +364,7 @@ def test_the_error_for_a_long_answer_shows_only_its_first_difference(tokenizers)
     start, end = "so many a word " * 40, " and on and on" * 40
     record = make_record("q", f"{start}here▁it is{end}")
     with pytest.raises(BadRow) as refusal:
-        check_labels(chat, record, chat.tokenize(record))
+        check_sample(chat, record, chat.tokenize(record))
     around = f"...{start[-26:]}here{{}}it is{end[:24]}..."
     assert refusal.value.reason == (
         f"the tokenizer writes '{around.format(' ')}' for '{around.format('▁')}':"
@@ -386,7 +386,7 @@ def test_the_prompt_names_the_response_language(tokenizers, kind):
         for response_language, text in zip(("sw", "en"), expected[template["name"]], strict=True):
             record = make_record(question, answer, language="sw", response_language=response_language)
             sample = chat.tokenize(record)
-            check_labels(chat, record, sample)
+            check_sample(chat, record, sample)
             assert text in chat.decode(sample.input_ids)
             assert question.endswith("".join(spans(chat, sample, sample.content)).strip())
             assert sample.response_language == LANGUAGES.index(response_language)

@@ -5,12 +5,11 @@ from unicodedata import category
 
 import numpy as np
 import pytest
-from small_tokenizers import CUSTOM, ITEMS, KINDS, LANGUAGES, TEMPLATES
+from small_tokenizers import CUSTOM, ITEMS, KINDS, LANGUAGES, TEMPLATES, check_sample
 from test_chat import make_chat, make_record, spans, with_turns
 from test_chat import tokenizers as tokenizers
 
 from data_pipeline.records import Message
-from data_pipeline.text.chat import check_labels
 from data_pipeline.text.truncation import truncate
 
 LONG = 5  # questions of this many repetitions
@@ -37,7 +36,7 @@ def test_a_truncated_sample_is_the_template_applied_to_the_end_of_the_question(t
     assert most - 8 <= len(sample) <= most, "it fits, and uses the available length"
     assert sample.truncated
     assert not whole.truncated
-    check_labels(chat, shorter, sample)
+    check_sample(chat, shorter, sample)
     end = chat.decode([chat.template.end_id])
     assert spans(chat, sample, sample.labels) == [answer + end]
     (left,) = users_words(shorter)
@@ -67,7 +66,7 @@ def test_the_oldest_turn_is_truncated_first_and_no_answer(tokenizers, template):
     record = make_record(("system", "Be brief."), old, "First 41.", new, "Then 42.")
     whole = chat.tokenize(record)
     shorter, sample = cut(chat, record, len(whole) - 20)
-    check_labels(chat, shorter, sample)
+    check_sample(chat, shorter, sample)
     first, last = users_words(shorter)
     assert old.endswith(first)
     assert first != old
@@ -92,7 +91,7 @@ def test_a_long_system_message_is_truncated_before_a_short_question(tokenizers, 
     rules = " ".join(f"Rule {number}: be brief." for number in range(20))
     record = make_record(("system", rules), *ITEMS["en"])
     shorter, sample = cut(chat, record, len(chat.tokenize(record)) // 2)
-    check_labels(chat, shorter, sample)
+    check_sample(chat, shorter, sample)
     assert users_words(shorter) == [ITEMS["en"][0]]
     assert rules.endswith(shorter.conversation.messages[0].content)
     record = make_record(("system", "Be brief."), " ".join([ITEMS["en"][0]] * LONG), ITEMS["en"][1])
@@ -107,7 +106,7 @@ def test_an_untrained_answer_is_truncated_like_the_prompt(tokenizers):
     turns[1] = replace(turns[1], trained=False)
     record = with_turns(record, *turns)
     shorter, sample = cut(chat, record, len(chat.tokenize(record)) - 15)
-    check_labels(chat, shorter, sample)
+    check_sample(chat, shorter, sample)
     assert users_words(shorter)[1] == "And 12 + 30?"
     assert shorter.conversation.messages[1].content != turns[1].content
     assert shorter.conversation.messages[1].content.endswith("word end")
@@ -142,7 +141,7 @@ def test_truncation_keeps_characters_whole(tokenizers):
             assert left[0] != "\u200d"
             assert left[0] != "\U0001f527", "the second half of a joined emoji"
             if sample is not None:
-                check_labels(chat, shorter, sample)
+                check_sample(chat, shorter, sample)
 
 
 def test_text_that_spells_a_special_token_stays_text_when_truncated(tokenizers):
@@ -152,7 +151,7 @@ def test_text_that_spells_a_special_token_stays_text_when_truncated(tokenizers):
     ends = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for most in range(whole - 40, whole, 3):
         shorter, sample = cut(chat, record, most)
-        check_labels(chat, shorter, sample)
+        check_sample(chat, shorter, sample)
         assert (sample.input_ids == ends).sum() == 2, "the template's own"
 
 
