@@ -119,9 +119,9 @@ def prefetch(
         problems = [len(read_problems(file)) for file in find_files(tasks_dir, ".tsv", None).values()]
         print(f"tasks: {len(problems)} languages, {sum(problems):,} problems, local, in {tasks_dir}")
     if build_ops:
-        for line in ops.build_ops(settings.deepspeed):
+        for line in ops.build_ops(settings.deepspeed, settings.optimizer.name):
             print(line, flush=True)
-    elif needed := ops.required_ops(settings.deepspeed):
+    elif needed := ops.required_ops(settings.deepspeed, settings.optimizer.name):
         print(f"DeepSpeed ops to be compiled: {', '.join(needed)} (--build-ops compiles them before the job)")
 
 

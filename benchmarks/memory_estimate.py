@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
 NAMES = {
     "weights": ("weights, sharded", "weights, whole"),
     "master": ("master weights, fp32",),
-    "moments": ("AdamW's two moments, fp32",),
+    "moments": ("Adam's two moments, fp32",),
     "gradients": ("gradients, fp32",),
 }
 

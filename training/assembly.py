@@ -143,7 +143,7 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     for line in pair_warnings(config.data, config.objective, data.index) if rank() == 0 else ():
         log.warning("%s", line)
     ranks = world_size()
-    settings = deepspeed_settings(config, ranks)
+    settings = deepspeed_settings(config, ranks, in_run=True)
     directory = resolve_directory(prepared.model_dir)
     embeddings = load_model_config(directory, ARCHITECTURE_OF[config.data.kind]).get_text_config().vocab_size
     check_vocabulary(data.tokenizer, prepared.tokenizer_dir, embeddings)

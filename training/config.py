@@ -181,14 +181,40 @@ class DataConfig(Section):
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimizerConfig(Section):
-    """AdamW."""
+# Keys, and optimizers of torch and DeepSpeed, that are not offered, and why.
+_TWO_MOMENTS = "DeepSpeed converts a checkpoint to another number of ranks only with Adam's two moments"
+NOT_OFFERED = {
+    "torch_compile": "under ZeRO-3 a graph breaks at every module, where weights are gathered, and a step took "
+    "twice as long; under ZeRO-2 torch reached its limit of recompilations (tried on CPUs, with equal losses)",
+}
+OPTIMIZERS_NOT_OFFERED = {
+    "sgd": _TWO_MOMENTS,
+    "nadam": _TWO_MOMENTS,
+    "muon": _TWO_MOMENTS,
+    "lion": f"{_TWO_MOMENTS}, and its own has no CPU version without offloading",
+    "adagrad": "DeepSpeed's ZeRO fails if it has groups of weights, with and without weight decay",
+}
 
+
+class OptimizerConfig(Section):
+    """Adam and its variants."""
+
+    name: Literal["adamw", "adam", "radam"] = Field(
+        "adamw",
+        description="adamw; adam: weight decay is added to the gradient (L2); radam: rectified, decay as adamw's",
+    )
     learning_rate: float = Field(gt=0, description="peak learning rate of the schedule")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the two running moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only, not on biases and norms")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _offered(cls, name: Any) -> Any:
+        if isinstance(name, str) and (reason := OPTIMIZERS_NOT_OFFERED.get(name.lower())) is not None:
+            raise ValueError(f"{name!r} is not offered: {reason}; use adamw, adam or radam")
+        return name
 
 
 class ScheduleConfig(Section):

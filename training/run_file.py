@@ -14,7 +14,7 @@ from data_pipeline.secrets import without_login
 from data_pipeline.sources.paths import PathError, check_folder
 from data_pipeline.yaml_values import compose_yaml, read_yaml
 from training.checks.inputs import missing_inputs
-from training.config import RunConfig
+from training.config import NOT_OFFERED, RunConfig
 from training.errors import ConfigError
 
 
@@ -195,6 +195,8 @@ def _explain(item: Any) -> list[str]:
     keys, known = _place(item["loc"])
     path = ".".join(map(str, keys)) or "(top level)"
     if item["type"] == "extra_forbidden":
+        if (reason := NOT_OFFERED.get(path)) is not None:
+            return [f"{path}: not offered: {reason}"]
         near = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return [f"{path}: unknown key; {hint}"]

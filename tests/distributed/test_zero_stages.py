@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import optimizer_cells
 import pytest
 from ranks import checked, run_ranks
 from tiny_run import RANK_ITEMS, write_data
@@ -87,6 +89,33 @@ def test_stages_have_the_same_losses(cells: Path, precision: str, relative: floa
 def test_gradients_are_accumulated_in_fp32(cells: Path, cell: str) -> None:
     """On one rank, without reduction: sums in bf16 would be exactly representable in bf16."""
     assert report(cells, f"{cell}-short")["fine"] > 0.3
+
+
+@pytest.mark.parametrize("name", optimizer_cells.CELLS)
+def test_each_optimizer_steps_as_plain_torch_on_the_whole_gradients(cells: Path, name: str) -> None:
+    """On one rank and two: with weight decay on matrices only, clipping, and the schedule's learning rate."""
+    one, two = (optimizer_report(cells, name, what) for what in ("short-1", "train-2"))
+    assert len(two["differences"]) == optimizer_cells.STEPS
+    assert max(*one["differences"], *two["differences"]) < 1e-6
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3 if name.startswith("offloaded") else 1e-5)
+    assert two["losses"][0] - two["losses"][-1] > 0.02
+    compiles = shutil.which("c++") and shutil.which("ninja")
+    expected = {"adam": "Adam", "radam": "RAdam", "offloaded": "DeepSpeedCPUAdam" if compiles else "AdamW"}
+    assert two["optimizer"] == expected.get(name, "AdamW")
+
+
+@pytest.mark.parametrize("name", optimizer_cells.CELLS)
+def test_each_optimizer_resumes_on_as_many_ranks_and_on_others(cells: Path, name: str) -> None:
+    there, here = (optimizer_report(cells, name, what)["losses"] for what in ("train-2", "resume-2"))
+    assert here == there[optimizer_cells.SAVED :]
+    there, here = (optimizer_report(cells, name, what)["losses"] for what in ("short-1", "resume-1"))
+    relative = 1e-3 if name.startswith("offloaded") else 1e-5
+    assert here == pytest.approx(there[optimizer_cells.SAVED :], rel=relative)
+
+
+def optimizer_report(cells: Path, name: str, what: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(optimizer_cells.report_file(cells, name, what).read_text())
+    return found
 
 
 def test_deepspeed_prints_no_memory_lines(cells: Path) -> None:

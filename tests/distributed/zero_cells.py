@@ -14,11 +14,12 @@ import json
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optimizer_cells
 import torch
 from tiny_run import copy_preparation, rank_values
 
@@ -81,13 +82,36 @@ def main() -> None:
         with suppress(StoppedOnRequest):
             trainer.train(start)
         write(report, trainer, work / f"{FROM_ONE_RANK}-from-one-rank.json")
+    run_optimizers(data_dir, work, mode)
     barrier()
     if mode == "train":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def run_optimizers(data_dir: Path, work: Path, mode: str) -> None:
+    """`optimizer_cells`: `short` and `train` do all steps on one and two ranks, `resume` the last on two after each."""
+    for name, changes in optimizer_cells.CELLS.items():
+        for ranks in (1, 2) if mode == "resume" else (1,) if mode == "short" else (2,):
+            folder = optimizer_cells.folder(name, ranks)
+            trainer = made(data_dir, work, folder, {**optimizer_cells.CHANGES, **changes})
+            with ExitStack() as stack:
+                if mode == "resume":
+                    start, report = resumed(trainer), {"losses": []}
+                    watched = watch(trainer)
+                else:
+                    start = 0
+                    save_until(trainer, optimizer_cells.SAVED)
+                    report = stack.enter_context(optimizer_cells.compared(trainer))
+                trainer.train(start)
+                if mode == "resume":
+                    report["losses"] = [float(each["train/loss"]) for each in watched["metrics"].values()]
+            if rank() == 0:
+                optimizer_cells.report_file(work, name, f"{mode}-{ranks}").write_text(json.dumps(report))
+            trainer.run.engine.destroy()
+
+
 def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Trainer:
-    config = validate(rank_values(data_dir, work / folder, **CHANGES, **changes), "test")
+    config = validate(rank_values(data_dir, work / folder, **{**CHANGES, **changes}), "test")
     first = work / f"{next(iter(CELLS))}-short"  # all stages and precisions start from the same weights
     if rank() == 0 and first.exists() and not config.output_dir.exists():  # the others wait for rank 0 to prepare
         copy_preparation(first, config.output_dir)

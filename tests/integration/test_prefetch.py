@@ -204,7 +204,14 @@ def test_local_paths_are_reported_as_local(prepared_run: PreparedRun, corpus: Pa
     ("deepspeed", "ops"),
     [
         ({}, []),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, []),  # PyTorch's AdamW needs no op
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["cpu_adam"]),
+        (
+            {
+                "optimizer": {"params": {"torch_adam": True}},  # PyTorch's AdamW needs no op
+                "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+            },
+            [],
+        ),
         (
             {
                 "optimizer": {"params": {"torch_adam": False}},
@@ -225,6 +232,11 @@ def test_local_paths_are_reported_as_local(prepared_run: PreparedRun, corpus: Pa
 )
 def test_the_ops_that_settings_need(deepspeed: dict[str, Any], ops: list[str]) -> None:
     assert list(required_ops(config_with(deepspeed).deepspeed)) == ops
+
+
+def test_an_optimizer_that_deepspeed_has_no_op_for_needs_none() -> None:
+    offloaded = config_with({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}).deepspeed
+    assert list(required_ops(offloaded, "radam")) == []
 
 
 def test_a_missing_compiler_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

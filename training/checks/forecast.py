@@ -24,7 +24,7 @@ LEAST_STEPS = 5  # over which a speed is measured
 COUNTED_STEPS = 64  # steps of the plan whose tokens are estimated
 # Settings that change the speed: they are named if they differ. Those of the model must be the same.
 NAMED = (
-    "precision", "zero_stage", "gradient_checkpointing", "torch_compile", "optimizer.name", "objective.name",
+    "precision", "zero_stage", "gradient_checkpointing", "optimizer.name", "objective.name",
     "deepspeed.", "data.slots_per_step", "data.sequence_length", "data.micro_batch_tokens",
 )  # fmt: skip
 

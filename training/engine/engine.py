@@ -34,14 +34,16 @@ from transformers.integrations.deepspeed import (
 
 from data_pipeline.config import merged
 from training.config import RunConfig
-from training.distributed import barrier
+from training.distributed import barrier, gather_objects, rank
+from training.engine import ops
 from training.engine import state as engine_state
-from training.engine.settings import mistakes, own_settings
+from training.engine.settings import mistakes, own_settings, wants_cpu_adam, with_fastest_adam
 from training.engine.state import deepspeed
 from training.errors import ConfigError
 from training.launch import preflight
 from training.launch.heartbeat import heartbeat
 
+log = logging.getLogger(__name__)
 deepspeed.utils.logger.setLevel(logging.WARNING)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -87,8 +89,12 @@ def build_op(name: str) -> Path:
     return Path(module.__file__)
 
 
-def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_settings(config: RunConfig, world_size: int, *, in_run: bool = False) -> dict[str, Any]:
     """The DeepSpeed JSON of a run; `config.deepspeed` is merged last.
+
+    Args:
+        in_run: all ranks call it, for the engine. For an offloaded optimizer they then compile DeepSpeed's CPU Adam,
+            which a first check of the settings need not wait for.
 
     Raises:
         ConfigError: DeepSpeed rejects a value, or a key is unknown.
@@ -98,7 +104,31 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     settings = merged(own, config.deepspeed)
     if lines := list(mistakes(settings, own, engine_state.read_settings, deepspeed.__version__)):
         raise ConfigError("\n".join(lines))
-    return settings
+    cpu_adam = in_run and wants_cpu_adam(settings, config.deepspeed)
+    if cpu_adam:
+        problem = _cpu_adam_problem()
+        cpu_adam = problem is None
+        if rank() == 0:
+            log.info(
+                "offloaded optimizer: %s", "DeepSpeed's CPU Adam" if cpu_adam else f"torch's, as {problem} "
+                "(crosslift prefetch --build-ops compiles it before the job)"
+            )  # fmt: skip
+    return with_fastest_adam(settings, on_gpu=on_gpu, cpu_adam=cpu_adam)
+
+
+def _cpu_adam_problem() -> str | None:
+    """Why some rank cannot use DeepSpeed's CPU Adam; None if all can. Called on all ranks.
+
+    Ranks that compile it into the same folder wait for each other's lock, so they take turns: rank 0, then one of each
+    other node, then the rest, which find it compiled.
+    """
+    first, first_of_node = rank() == 0, int(os.environ.get("LOCAL_RANK", "0")) == 0
+    problem = None
+    for turn in (first, first_of_node and not first, not first and not first_of_node):
+        if turn:
+            problem = ops.build_problem("cpu_adam")
+        barrier()
+    return next(filter(None, gather_objects(problem)), None)
 
 
 class Construction:

@@ -1,11 +1,12 @@
 """Estimates a run's memory per GPU and per node before anything is allocated.
 
 The arithmetic is that of DeepSpeed 0.19 under the settings of `settings.py`: gradients are summed and reduced in fp32,
-AdamW keeps two fp32 moments beside fp32 master weights (in fp32 runs too, where they are a second copy). ZeRO's shards
-are divided over all ranks, each weight rounded up. `tests/distributed/test_memory.py` compares weights, gradients and
-optimizer with the engine's own buffers, `tests/unit/training/checks/test_activations.py` activations with what autograd
-saves, both on the CPU; `benchmarks/memory_estimate.py` measures them. No GPU was measured: its context, NCCL's buffers
-and the allocator's fragmentation are an allowance.
+every optimizer that is offered keeps Adam's two moments in fp32 beside fp32 master weights (in fp32 runs too, where
+they are a second copy). ZeRO's shards are divided over all ranks, each weight rounded up.
+`tests/distributed/test_memory.py` compares weights, gradients and optimizer with the engine's own buffers,
+`tests/unit/training/checks/test_activations.py` activations with what autograd saves, both on the CPU;
+`benchmarks/memory_estimate.py` measures them. No GPU was measured: its context, NCCL's buffers and the allocator's
+fragmentation are an allowance.
 """
 
 from __future__ import annotations
@@ -212,7 +213,9 @@ def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     if zero["offload_optimizer"] is not None:
         yield Part("gradients for the update", "always", host=4 * mine)
     else:
-        yield Part("gradients in one piece, AdamW's work", "in the update", 8 * min(mine, zero["sub_group_size"]))
+        yield Part(
+            "gradients in one piece, the optimizer's work", "in the update", 8 * min(mine, zero["sub_group_size"])
+        )
     if zero["contiguous_gradients"]:
         yield Part("bucket for reducing gradients", "always", 4 * bucket)
     largest = max(sizes.trained, default=0)
@@ -240,14 +243,14 @@ def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     if offload is None or zero["stage"] == 1:
         yield Part("gradients, fp32", "in forward and backward", 4 * kept)
     if offload is None:
-        yield Part("gradients, their copy, AdamW's work", "in the update", 12 * mine)
+        yield Part("gradients, their copy, the optimizer's work", "in the update", 12 * mine)
     buckets = 2 if zero["overlap_comm"] else 1
     yield Part("gradients being reduced", "in forward and backward", buckets * 4 * bucket + item * largest)
 
 
 def _optimizer(place: Callable[[str, When, int], Part], mine: int) -> Iterator[Part]:
     yield place("master weights, fp32", "always", 4 * mine)
-    yield place("AdamW's two moments, fp32", "always", 8 * mine)
+    yield place("Adam's two moments, fp32", "always", 8 * mine)
 
 
 def _placed(offload: str | None) -> Callable[[str, When, int], Part]:

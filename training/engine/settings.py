@@ -26,6 +26,7 @@ FOLLOWS_FROM = {
     "data_efficiency": "data",
     "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "optimizer",
+    "optimizer.type": "optimizer.name",
     "optimizer.params.lr": "optimizer.learning_rate",
     "optimizer.params.betas": "optimizer.betas",
     "optimizer.params.eps": "optimizer.eps",
@@ -46,7 +47,6 @@ FOLLOWS_FROM = {
 }
 # Raw keys, including all below them, that the training loop fixes, and why.
 FIXED = {
-    "optimizer.type": "the optimizer is AdamW, and 'optimizer' has its settings",
     "zero_optimization.compute_grad_norm": "the guard judges gradients by their norm",
     "gradient_allreduce_op": "losses are scaled for gradients that are averaged over ranks",
     "managed_gradient_accumulation": "the number of micro-batches varies by step, and the loop marks the last one",
@@ -54,17 +54,27 @@ FIXED = {
     "expert_parallel": "ranks are data-parallel only",
     "sequence_parallel_size": "ranks are data-parallel only",
     "pipeline": "ranks are data-parallel only",
+    "compile": "graphs are not compiled (see 'torch_compile')",
     "hybrid_engine": "it is meant for generation in RLHF",
     "autotuning": "it starts its own runs",
 }
 MAX_LISTED = 30  # most known keys in a message
-FREE = {"optimizer.params.torch_adam"}  # keys below the above that the user may choose
+CHOOSES_ADAM = {"torch_adam", "fused"}  # parameters by which the user chooses among implementations of Adam
+FREE = {f"optimizer.params.{name}" for name in CHOOSES_ADAM}  # keys below the above that the user may set
+# DeepSpeed's name of each optimizer, and the parameters that make it torch's, which needs no compiled op.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("AdamW", {"torch_adam": True}),
+    "adam": ("Adam", {"torch_adam": True, "adam_w_mode": False}),
+    "radam": ("RAdam", {"decoupled_weight_decay": True}),
+}
 
 
 def own_settings(
     optimizer: OptimizerConfig, precision: str, zero_stage: int, *, world_size: int, on_gpu: bool
 ) -> dict[str, Any]:
     """The DeepSpeed settings that follow from the rest of a run file."""
+    kind, chosen = OPTIMIZERS[optimizer.name]
+    untested = {"zero_allow_untested_optimizer": True} if optimizer.name == "radam" else {}  # by DeepSpeed; by us it is
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -80,17 +90,40 @@ def own_settings(
             "contiguous_gradients": True,
         },
         "optimizer": {
-            "type": "AdamW",
+            "type": kind,
             "params": {
                 "lr": optimizer.learning_rate,
                 "betas": list(optimizer.betas),
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                "torch_adam": True,  # needs no compiled op; may be set to false for offloading
+                **chosen,
             },
         },
         "steps_per_print": 10**12,
+        **untested,
     }
+
+
+def wants_cpu_adam(settings: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's CPU Adam should be used if it can be: the optimizer is offloaded, and none was chosen."""
+    chosen = CHOOSES_ADAM & raw.get("optimizer", {}).get("params", {}).keys()
+    return is_offloaded(settings) and "torch_adam" in settings["optimizer"]["params"] and not chosen
+
+
+def is_offloaded(settings: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's state is in host memory or on NVMe."""
+    place = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return place.get("device", "none") != "none"
+
+
+def with_fastest_adam(settings: dict[str, Any], *, on_gpu: bool, cpu_adam: bool) -> dict[str, Any]:
+    """The settings with the Adam to use: DeepSpeed's CPU Adam (`cpu_adam`), torch's fused one on GPUs, or torch's."""
+    params = settings["optimizer"]["params"]
+    if cpu_adam:
+        params = {**params, "torch_adam": False}
+    elif on_gpu and params.get("torch_adam") and not is_offloaded(settings):
+        params = {"fused": True, **params}
+    return {**settings, "optimizer": {**settings["optimizer"], "params": params}}
 
 
 def contradictions(raw: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:

@@ -49,6 +49,7 @@ try:
     with _variable("TORCHDYNAMO_DISABLE", "1"):
         import deepspeed as deepspeed
         import deepspeed.runtime.zero.muon.muon_optimizer
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
         from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
         from deepspeed.runtime.constants import BFLOAT16
         from deepspeed.runtime.engine import DeepSpeedEngine
@@ -61,7 +62,6 @@ finally:
         del sys.modules["mlflow"]
 
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-_HYPERPARAMETERS = ("betas", "eps", "weight_decay")
 
 
 def read_settings(settings: dict[str, Any]) -> None:
@@ -155,9 +155,10 @@ def load_state(engine: Any, directory: Path, universal: bool) -> None:
     """
     engine._config.load_universal_checkpoint = universal
     # Universal loading (0.19.8) sets the first parameter group's hyperparameters on all groups, so biases would decay,
-    # and shares one step-count tensor, which every group would then increment.
+    # and shares one step-count tensor, which every group would then increment. The checkpoint may also be of another
+    # implementation of Adam (torch's, fused, DeepSpeed's for CPUs), with other options.
     groups = engine.optimizer.param_groups
-    own = [{name: group[name] for name in _HYPERPARAMETERS} for group in groups]
+    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
     with weights_only(), without_patterns(directory) as plain:
         path, _ = engine.load_checkpoint(str(plain), tag=TAG, load_module_strict=not (universal or frozen))
@@ -165,9 +166,12 @@ def load_state(engine: Any, directory: Path, universal: bool) -> None:
         raise FileNotFoundError(f"{directory}: DeepSpeed found no state to load")
     for group, numbers in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(numbers)
-    for state in engine.optimizer.optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
+    optimizer = engine.optimizer.optimizer
+    on_device = any(group.get("fused") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if "step" in state:  # a number in DeepSpeed's CPU Adam, a tensor beside the moments in torch's fused Adam
+            step = torch.tensor(float(state["step"]), device=parameter.device if on_device else "cpu")
+            state["step"] = int(step) if isinstance(optimizer, DeepSpeedCPUAdam) else step
 
 
 def to_universal(checkpoint: Path, output: Path) -> None:

@@ -365,7 +365,8 @@ def test_mistakes_between_sections_are_reported_at_once(values: Values) -> None:
     [
         {"fp16": {"enabled": False}}, {"bf16": {"enabled": False}}, {"zero_optimization": {"stage": 3}},
         {"gradient_clipping": 1.0}, {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}},
-        {"optimizer": {"params": {"torch_adam": False}}}, {"amp": {"enabled": False}},
+        {"optimizer": {"params": {"torch_adam": False}}}, {"optimizer": {"params": {"fused": False}}},
+        {"amp": {"enabled": False}},
         {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}},
     ],
 )  # fmt: skip
@@ -385,7 +386,8 @@ def test_deepspeed_settings_that_agree_with_the_run_file_are_accepted(values: Va
         ({"communication_data_type": "bf16"}, "communication_data_type", "precision"),
         ({"optimizer": {"params": {"lr": 1.0}}}, "optimizer.params.lr", "optimizer.learning_rate"),
         ({"optimizer": {"params": {"betas": [0.8, 0.9]}}}, "optimizer.params.betas", "optimizer.betas"),
-        ({"optimizer": {"params": {"fused": True}}}, "optimizer.params.fused", "optimizer"),
+        ({"optimizer": {"params": {"foreach": True}}}, "optimizer.params.foreach", "optimizer"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "optimizer.name"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler.type", "schedule"),
         ({"train_batch_size": 1}, "train_batch_size", "data.slots_per_step"),
         ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu", "data.micro_batch_tokens"),
@@ -406,7 +408,7 @@ def test_a_raw_deepspeed_key_set_by_the_run_file_is_refused_with_the_run_files_k
 @pytest.mark.parametrize(
     "settings",
     [
-        {"optimizer": {"type": "Lamb"}}, {"gradient_allreduce_op": "sum"}, {"managed_gradient_accumulation": False},
+        {"compile": {"deepcompile": True}}, {"gradient_allreduce_op": "sum"}, {"managed_gradient_accumulation": False},
         {"zero_optimization": {"compute_grad_norm": False}}, {"tensor_parallel": {"autotp_size": 2}},
         {"sequence_parallel_size": 2}, {"hybrid_engine": {"enabled": True}},
     ],
@@ -423,6 +425,24 @@ def test_auto_values_that_only_hugging_faces_trainer_replaces_are_refused(values
         f"(top level): 'deepspeed.train_batch_size' {message}: it follows from 'data.slots_per_step'; leave it out",
         f"(top level): 'deepspeed.zero_optimization.reduce_bucket_size' {message}: give a value, or leave it out",
     ]
+
+
+@pytest.mark.parametrize("name", ["sgd", "SGD", "lion", "muon", "nadam", "adagrad"])
+def test_an_optimizer_that_is_not_offered_is_refused_with_the_reason(values: Values, name: str) -> None:
+    (line,) = mistakes(changed(values, "optimizer.name", name))
+    assert re.fullmatch(rf"optimizer.name: {name!r} is not offered: DeepSpeed.+; use adamw, adam or radam", line)
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones(values: Values) -> None:
+    (line,) = mistakes(changed(values, "optimizer.name", "adamx"))
+    assert line == "optimizer.name: input should be 'adamw', 'adam' or 'radam' (found 'adamx')"
+
+
+def test_torch_compile_is_refused_with_the_reason(values: Values) -> None:
+    (line,) = mistakes(changed(values, "torch_compile", True))
+    assert line.startswith(
+        "torch_compile: not offered: under ZeRO-3 a graph breaks at every module, where weights are gathered"
+    )
 
 
 def test_an_error_in_an_option_of_two_types_names_only_its_key(values: Values) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,83 @@ VALID_SETTINGS: list[dict[str, Any]] = [
 def test_valid_raw_deepspeed_settings_are_passed_on(tmp_path: Path, settings: dict[str, Any]) -> None:
     found = deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=settings), 1)
     assert found == merged(found, settings)
+
+
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+TORCHS = {"torch_adam": True, "fused": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "on_gpu", "expected"),
+    [
+        ("adamw", {}, False, TORCHS),
+        ("adamw", {}, True, {"torch_adam": True, "fused": True}),
+        ("adam", {}, True, {"torch_adam": True, "fused": True, "adam_w_mode": False}),
+        ("radam", {}, True, {"torch_adam": None, "fused": None}),
+        ("adamw", {"optimizer": {"params": {"fused": False}}}, True, {"torch_adam": True, "fused": False}),
+        ("adamw", {"optimizer": {"params": {"torch_adam": False}}}, True, {"torch_adam": False, "fused": None}),
+        ("adamw", OFFLOADED, True, {"torch_adam": False, "fused": None}),  # DeepSpeed's CPU Adam
+        ("adamw", OFFLOADED, False, {"torch_adam": False, "fused": None}),
+        ("radam", OFFLOADED, False, {"torch_adam": None, "fused": None}),
+        ("adamw", {**OFFLOADED, "optimizer": {"params": {"torch_adam": True}}}, True, TORCHS),
+    ],
+)
+def test_the_fastest_adam_is_chosen_unless_one_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    raw: dict[str, Any],
+    on_gpu: bool,
+    expected: dict[str, Any],
+) -> None:
+    """torch's fused one on GPUs, DeepSpeed's CPU Adam (here as if it were compiled) for an offloaded optimizer."""
+    monkeypatch.setattr("training.engine.engine.build_op", lambda _: Path("op.so"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    config = config_of(tmp_path, tmp_path, deepspeed=raw, **{"optimizer.name": name})
+    params = deepspeed_settings(config, 1, in_run=True)["optimizer"]["params"]
+    assert {key: params.get(key) for key in expected} == expected
+    optimizer = {key: params[key] for key in ("fused", "betas", "eps", "weight_decay", "lr") if key in params}
+    getattr(torch.optim, {"adam": "Adam", "radam": "RAdam"}.get(name, "AdamW"))([torch.ones(2)], **optimizer)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("noise\n x.cpp:3: error: no\n  such header\nmore"),
+            "cpu_adam cannot be built: x.cpp:3: error: no",
+        ),
+        (ValueError("ninja is required"), "cpu_adam cannot be built: ninja is required"),
+        (None, "{lock} shows another build of cpu_adam, which was killed or is slow: remove the file if it was"),
+    ],
+)
+def test_without_a_cpu_adam_an_offloaded_optimizer_is_torchs_and_the_log_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Any, reason: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    lock = tmp_path / "cpu_adam" / "lock"
+
+    def build(name: str) -> Path:
+        raise error
+
+    if error is None:
+        lock.parent.mkdir()
+        lock.touch()
+        monkeypatch.setattr("training.engine.ops.BUILD_TIMEOUT_S", 0)
+    monkeypatch.setattr("training.engine.engine.build_op", build)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    config = config_of(tmp_path, tmp_path, deepspeed=OFFLOADED)
+    assert deepspeed_settings(config, 1, in_run=True)["optimizer"]["params"]["torch_adam"] is True
+    (line,) = [message for message in caplog.messages if message.startswith("offloaded optimizer: ")]
+    assert line.startswith(f"offloaded optimizer: torch's, as {reason.format(lock=lock)}")
+    assert line.endswith("(crosslift prefetch --build-ops compiles it before the job)")
+
+
+def test_a_first_look_at_the_settings_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.engine.engine.build_op", lambda name: pytest.fail(f"compiles {name}"))
+    params = deepspeed_settings(config_of(tmp_path, tmp_path, deepspeed=OFFLOADED), 1)["optimizer"]["params"]
+    assert params["torch_adam"] is True
 
 
 def test_errors_of_the_engine_are_one_line_if_raw_settings_are_given() -> None:

@@ -53,7 +53,7 @@ def test_eight_billion_parameters_on_eight_gpus() -> None:
     estimate = memory_estimate(config_of(precision="bf16"), model, NOTHING, Ranks(8, 8))
     parts = {part.name: part for part in estimate.parts}
     assert parts["weights, sharded"].gpu == 2 * n // 8
-    assert parts["AdamW's two moments, fp32"].gpu == n
+    assert parts["Adam's two moments, fp32"].gpu == n
     assert parts["bucket for reducing gradients"].gpu == 2_000_000_000
     always = sum(part.gpu for part in estimate.parts if part.when == "always")
     small = 2 * sum(each.numel() for each in model.parameters() if each.numel() <= 100_000)
@@ -74,7 +74,7 @@ def test_offloaded_optimizer_states_count_as_host_memory_or_nvme(
     deepspeed = {} if device is None else {"zero_optimization": {"offload_optimizer": {"device": device}}}
     config = config_of(precision="bf16", deepspeed=deepspeed)
     estimate = memory_estimate(config, model, NOTHING, Ranks(8, 2))
-    sharded = ("weights, sharded", "master weights, fp32", "AdamW's two moments, fp32", "gradients, fp32")
+    sharded = ("weights, sharded", "master weights, fp32", "Adam's two moments, fp32", "gradients, fp32")
     assert sum(part.gpu for part in estimate.parts if part.name in sharded) == gpu * n // 8
     assert (estimate.host_bytes, estimate.nvme_bytes) == (host * n // 4, nvme * n // 4)
 
@@ -105,7 +105,7 @@ def test_frozen_weights_have_no_optimizer_states(use_dora: bool) -> None:
     assert magnitudes == (outputs if use_dora else 0)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     parts = {part.name: part.gpu for part in memory_estimate(config_of(), model, NOTHING, Ranks(1, 1)).parts}
-    assert parts["AdamW's two moments, fp32"] == 8 * trained
+    assert parts["Adam's two moments, fp32"] == 8 * trained
     assert parts["weights, sharded"] == 4 * sum(each.numel() for each in model.parameters())
 
 
