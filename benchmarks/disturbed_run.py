@@ -55,7 +55,7 @@ def run_values(data: Path, output: Path) -> dict[str, Any]:
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         "checkpoint": {"every": 2, "keep": 2},
         "watchdog": {"stall_minutes": 0.15},
-        "tracking": {"enabled": False},
+        "tracking": {"enabled": False, "log_every": 1},
     }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def texts(rows: int, n_pairs: int, seed: int) -> TaskBatch:
     numbers = torch.arange(rows)
     targets = TaskTargets(
         ClassTargets(torch.nn.functional.one_hot(classes, CLASSES).float()), n_pairs=n_pairs,
-        label_is_source=numbers >= (n_pairs or rows), label_rows=numbers, gold=True,
+        label_is_source=numbers >= (n_pairs or rows), n_target_labels=n_pairs or rows, label_rows=numbers, gold=True,
     )  # fmt: skip
     return Batch(
         input_ids=ids, attention_mask=mask, label_weights=torch.ones(rows), label_languages=numbers * 0,

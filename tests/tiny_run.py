@@ -172,7 +172,7 @@ def run_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str,
         "precision": "fp32",
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         "checkpoint": {"every": 2, "keep": 2},
-        "tracking": {"enabled": False},
+        "tracking": {"enabled": False, "log_every": 1},
     }  # fmt: skip
     for key, value in changes.items():
         *parents, last = key.split(".")

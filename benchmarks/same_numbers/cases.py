@@ -118,6 +118,7 @@ def lora(revision: Revision, data: Path) -> Facts:
 def resumed(revision: Revision, data: Path) -> Facts:
     """ShifCon, killed with SIGKILL after its second checkpoint and started again."""
     values = inputs.decoder_run(data / "questions", revision.folder / "resumed", inputs.SHIFCON)
+    values["tracking"] |= _every_step(revision)
     file = inputs.write_yaml(revision.folder / "resumed.yaml", values)
     output = Path(values["output_dir"])
     shutil.rmtree(output, ignore_errors=True)  # of an interrupted comparison
@@ -146,7 +147,8 @@ def xtreme(objective: str, task: str) -> Callable[[Revision, Path], Facts]:
         revision.crosslift(
             "xtreme", "run", revision.tree / "configs" / "xtreme.yaml", "--task", task, "--model", "own",
             "--method", XTREME_METHODS[objective], "--data-dir", data / task, "--output", output, "--nproc", RANKS,
-            f"model.path={start}", *XTREME_SETTINGS, *(XTREME_OBJECTIVE if objective == "xmixup" else ()),
+            f"model.path={start}", *XTREME_SETTINGS, *(f"tracking.{key}={value}" for key, value in
+            _every_step(revision).items()), *(XTREME_OBJECTIVE if objective == "xmixup" else ()),
         )  # fmt: skip
         facts = _metrics(output / "training") | _tensors(output / "model")
         facts |= _plans(revision, {output.name: [output / "run.yaml"]})
@@ -185,9 +187,16 @@ def _decoder(revision: Revision, data: Path, name: str, objective: dict[str, Any
 
 def _trained(revision: Revision, values: dict[str, Any]) -> Facts:
     output = Path(values["output_dir"])
+    values["tracking"] |= _every_step(revision)
     file = inputs.write_yaml(output.with_suffix(".yaml"), values)
     revision.crosslift("train", file, "--nproc", RANKS)
     return _metrics(output) | _tensors(output / "model")
+
+
+def _every_step(revision: Revision) -> dict[str, int]:
+    """Keys of `tracking` with which every step logs: a revision that has no `log_every` does so."""
+    knows = "log_every" in (revision.tree / "training" / "tracking" / "config.py").read_text(encoding="utf-8")
+    return {"log_every": 1} if knows else {}
 
 
 def _metrics(run: Path) -> Facts:

@@ -175,7 +175,8 @@ class TaskTargets:
 
     labels: TaskLabels
     n_pairs: int  # n; 0 without partners
-    label_is_source: Tensor  # (N,) bool
+    label_is_source: Tensor  # (N,) bool; the units of sources follow those of targets
+    n_target_labels: int  # known here, since to count them on a device would wait for it
     label_rows: Tensor  # (N,) int64
     gold: bool  # the step prefers gold sources to back-translations
 

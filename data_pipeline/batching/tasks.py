@@ -91,6 +91,7 @@ class TaskCollator(Collator):
             labels=self._labels(rows, shape),
             n_pairs=len(rows) // 2 if self.paired else 0,
             label_is_source=of_units([row.is_source for row in rows], torch.bool),
+            n_target_labels=sum(row.n_units for row in rows if not row.is_source),
             label_rows=of_units(list(range(len(rows))), torch.int64),
             gold=all(sample.gold for sample in samples),
         )
@@ -110,7 +111,7 @@ class TaskCollator(Collator):
         labels_N = torch.zeros(shape.labels, dtype=torch.int64)
         targets = TaskTargets(
             TokenTargets(labels_N, labels_N), n_pairs=shape.rows // 2,
-            label_is_source=labels_N.bool(), label_rows=labels_N, gold=True,
+            label_is_source=labels_N.bool(), n_target_labels=shape.labels, label_rows=labels_N, gold=True,
         )  # fmt: skip
         return Batch(
             input_ids=ids_RT, attention_mask=torch.ones_like(ids_RT), label_weights=labels_N.float(),

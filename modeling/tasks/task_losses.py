@@ -35,7 +35,7 @@ def word_logits(logits_RTC: Tensor, token_word_RT: Tensor, n_words: int) -> Tens
     """
     words, order = token_word_RT.flatten().sort(stable=True)
     # an additional first segment holds the tokens of no word
-    lengths = torch.bincount(words + 1, minlength=n_words + 1)
+    lengths = words.new_zeros(n_words + 1).index_add_(0, words + 1, torch.ones_like(words))  # bincount reads its size
     in_order = logits_RTC.flatten(0, 1)[order].float()
     sums = torch.segment_reduce(in_order, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
     return sums[1:] / lengths[1:, None].clamp(min=1)

@@ -42,7 +42,7 @@ def corrupt(loss_terms, where: str):
         if rank() == FAULTY_RANK and calls == FAULTY_CALL:
             if where == "loss":
                 sft = terms.terms["sft"]
-                return replace(terms, terms={**terms.terms, "sft": replace(sft, sum=sft.sum * float("nan"))})
+                return replace(terms, terms={**terms.terms, "sft": replace(sft, sum=sft.sum + float("inf"))})
             if where == "gradient":
                 terms.terms["sft"].sum.register_hook(lambda gradient: gradient * float("inf"))
         return terms

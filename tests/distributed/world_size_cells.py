@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from device_reads import device_reads
 from tiny_run import XMIXUP, copy_preparation, rank_values
 from warm import Warm
 
@@ -27,6 +29,7 @@ from training.checkpoints import checkpoint
 from training.distributed import rank, world_size
 from training.engine.engine import process_group
 from training.loop import resume
+from training.loop.metric_window import MetricWindow
 from training.loop.resume import resume_from
 from training.loop.trainer import Trainer
 from training.run_file import validate
@@ -40,6 +43,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "xmixup-3": XMIXUP,
 }
 FIRST = next(iter(CELLS))
+DEVICE = torch.device("cpu")
 SAVED, STEPS, SAVING_RANKS = 3, 6, 2  # ShifCon refreshes its vectors before step 4
 # How a batch and a checkpoint are split does not depend on the precision: fp32, with its small tolerance, tests more
 # and fewer ranks; for loading what bf16 saves, one other number of ranks is enough.
@@ -62,6 +66,19 @@ def warm_conversions() -> Iterator[None]:
 
     with patch.object(resume.subprocess, "run", started):
         yield
+
+
+def reads_between_logged_steps(trainer: Trainer) -> list[str]:
+    """What two steps that do not log read from the device (`device_reads`); the logged one after them has a loss."""
+    trainer.window = MetricWindow(trainer.config.data.languages, len(trainer.config.objective.terms), 9, DEVICE)
+    trainer._logs = lambda done: done == STEPS + 3  # type: ignore[method-assign]
+    batches = [trainer.run.loader.load(step) for step in range(STEPS, STEPS + 3)]
+    with device_reads() as reads:
+        for number, batch in enumerate(batches[:2]):
+            assert trainer.train_step(STEPS + number, batch, trainer.agree(batch)) == {}
+    logged = trainer.train_step(STEPS + 2, batches[2], trainer.agree(batches[2]))
+    assert 0 < logged["train/loss"] < 10
+    return reads
 
 
 @process_group(timeout_minutes=3)
@@ -87,6 +104,10 @@ def main() -> None:
             if step + 1 == SAVED and world_size() == SAVING_RANKS:
                 trainer.save(SAVED, metrics[step])
                 trainer.saver.complete(required=True)
+        if world_size() == SAVING_RANKS:
+            reads = reads_between_logged_steps(trainer)
+            if rank() == 0:
+                (work / f"{name}-reads.json").write_text(json.dumps(reads))
         if rank() == 0:
             (work / f"{name}-{world_size()}.json").write_text(json.dumps(metrics))
         trainer.run.engine.destroy()

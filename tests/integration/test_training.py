@@ -51,7 +51,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = folder / "run"
     changes = {
         "max_steps": 6,
-        "tracking": {"enabled": True, "sync_seconds": 0.5},
+        "tracking": {"enabled": True, "sync_seconds": 0.5, "log_every": 1},
         "data.heldout_items": 12,
         "evaluation": {"every": 3, "items": 4, "swapped_prompts": True},
         "objective.shift_first_token": False,

@@ -301,7 +301,8 @@ def test_forward_pass(walk: Walk, forward: Forward) -> None:
 def test_loss(walk: Walk, forward: Forward) -> None:
     import torch
 
-    from training.loop.step_sums import StepSums
+    from training.loop.metric_window import MetricWindow
+    from training.loop.step_sums import StepRead, StepSums
     from training.objectives.scaling import StepTotals, step_loss_share
 
     totals = StepTotals(walk.step.counts, len(walk.step.micro_batches))
@@ -315,7 +316,11 @@ def test_loss(walk: Walk, forward: Forward) -> None:
             found += [term.weight, term.sum.item(), totals.denominator(term.denominator)]
             parts += [term.weight * term.sum.item() / totals.denominator(term.denominator)]
         assert numbers(line) == [*found, *filter(None, parts), share.item()]
-    metrics = sums.metrics(sums.vector(), totals, walk.config.data.languages)
+    window = MetricWindow(walk.config.data.languages, 2, 1, torch.device("cpu"))
+    window.add(1, sums, totals, StepRead(walk.step.tokens, walk.step.slots, 0, 0, 0))
+    window.applied(torch.tensor(1.0))
+    window.read()
+    metrics = {name: v for name, v in window.take(True).items() if name.startswith(("train/loss", "train/contrastive"))}
     assert metrics == pytest.approx({name: walk.metrics[0][name] for name in metrics}, rel=1e-4)
     sft, contrastive = forward.terms[0].terms.values()
     said = PAGE.quoted("over all ranks, {} and {},")

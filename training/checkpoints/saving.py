@@ -229,12 +229,10 @@ class Saver:
         return _problem_of(write) if self._disk.leader and rank() > 0 else None
 
 
-def run_state(
-    run: Run, step: int, data_offset: int, metrics: dict[str, float], guard: dict[str, Any], totals: dict[str, Any]
-) -> RunState:
-    """The state of a run after `step` steps."""
+def run_state(run: Run, step: int, metrics: dict[str, float], **kept: Any) -> RunState:
+    """The state of a run after `step` steps; `kept`: the other fields, which the training loop keeps."""
     return RunState(
-        step=step, world_size=run.engine.world_size, data_offset=data_offset, totals=totals, guard=guard,
+        **kept, step=step, world_size=run.engine.world_size,
         metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
         fingerprint=run.data.fingerprint, config=resolved(run.config), versions=versions(),
         base=base_of(run),

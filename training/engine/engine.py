@@ -276,13 +276,22 @@ class Engine:
             self._engine.train()
 
     def backward(self, loss_share: Tensor) -> None:
-        """Accumulates gradients of a share of the step's loss (see `scaling.step_loss_share`)."""
+        """Accumulates gradients of a share of the step's loss (see `scaling.step_loss_share`).
+
+        If the share is NaN or infinite, so are its gradients, and `step` raises; its own may be finite, as where a
+        label has a probability of 0. Nothing waits for the device to find that out.
+        """
         heartbeat.phase("backward")
         self._accumulated = True
-        self._engine.backward(loss_share * self.world_size)
+        factor = torch.where(torch.isfinite(loss_share.detach()), float(self.world_size), math.nan)
+        self._engine.backward(loss_share * factor.to(loss_share.dtype))
 
-    def step(self, learning_rate: float) -> float:
-        """Clips gradients, updates the weights, and returns the gradient norm before clipping.
+    def step(self, learning_rate: float) -> Tensor:
+        """Clips gradients, updates the weights, and returns the gradient norm before clipping, on its device.
+
+        DeepSpeed waits for the device once, before the update, to read whether the norm is finite (ZeRO-1 and 2 in bf16
+        twice: first whether each gradient is); so `was_step_applied` is free. Reading the norm here would wait for the
+        update too.
 
         Raises:
             NonFiniteUpdate: the gradient holds a NaN or an infinity; nothing was updated.
@@ -293,11 +302,9 @@ class Engine:
         self._engine.step()
         self._accumulated = False
         norm = self._engine.get_global_grad_norm()
-        norm = float(norm.item() if isinstance(norm, Tensor) else norm or 0.0)
+        norm = torch.as_tensor(0.0 if norm is None else norm)
         if not self._engine.was_step_applied():
-            raise NonFiniteUpdate(f"gradient norm {norm}")
-        if not math.isfinite(norm):
-            raise RuntimeError(f"DeepSpeed applied an update with a gradient norm of {norm}")
+            raise NonFiniteUpdate(f"gradient norm {norm.item()}")
         return norm
 
     def drop_update(self) -> None:

@@ -25,21 +25,33 @@ class TrainingProgress(Progress):
         self.shown = shown
         self._steps = 0  # done in this start, those before a rollback included
         self._first_end = 0.0  # when the first of them ended, which takes longer than the others
+        self._details = ""  # of the last step that logged
+        self._line = start // self._every
+
+    @property
+    def _every(self) -> int:
+        return max(self.max_steps // LINES, 1)
 
     def step_done(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Reports that `done` steps are finished, with the last one's metrics; `done` decreases after a rollback."""
+        """Reports that `done` steps are finished, with the metrics that were logged, if any.
+
+        A line is written by the first step that logs of each twentieth of the run. `done` decreases after a rollback.
+        """
         brief = {name: format(metrics[key], form) for name, (key, form) in SHOWN.items() if key in metrics}
+        logged = "loss" in brief
+        if logged:
+            self._details = "  ".join(f"{name} {text}" for name, text in brief.items())
         if self.is_bar:
-            self.update(done, "  ".join(f"{name} {text}" for name, text in brief.items()))
+            self.update(done, self._details)
             return
         now = time.monotonic()
         self._first_end = self._first_end or now
-        every = max(self.max_steps // LINES, 1)
-        if self.shown and (done % every == 0 or "held-out" in brief or done == self.max_steps):
-            if self._steps and done < self.max_steps:
-                mean = (now - self._first_end) / self._steps  # with evaluations and checkpoints
-                brief["left"] = duration(mean * (self.max_steps - done))
-            log.info(
-                "step %d/%d  %s", done, self.max_steps, "  ".join(f"{name} {text}" for name, text in brief.items())
-            )
+        if logged and self.shown:
+            line, self._line = self._line, done // self._every
+            if self._line != line or "held-out" in brief or done == self.max_steps:
+                left = ""
+                if self._steps and done < self.max_steps:
+                    mean = (now - self._first_end) / self._steps  # with evaluations and checkpoints
+                    left = f"  left {duration(mean * (self.max_steps - done))}"
+                log.info("step %d/%d  %s%s", done, self.max_steps, self._details, left)
         self._steps += 1

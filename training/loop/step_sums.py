@@ -1,4 +1,4 @@
-"""Per-step loss and count accumulators, and the metrics computed from them.
+"""Per-step loss and count accumulators.
 
 Shapes: N label positions, L languages, M loss terms.
 """
@@ -6,7 +6,7 @@ Shapes: N label positions, L languages, M loss terms.
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from training.objectives.base import LossTerms
-from training.objectives.scaling import StepTotals
 
 
 @dataclass(slots=True)
 class StepSums:
-    """Sums over this rank's micro-batches of one step, on the device until the end of the step."""
+    """Sums over this rank's micro-batches of one step, on the device until a step logs."""
 
     losses: Tensor  # (L,) fp64, sum of label losses
     labels: Tensor  # (L,) fp64, number of labels
@@ -42,49 +41,32 @@ class StepSums:
         self.shares.append(share.detach().float())
 
     def bad_micro_batches(self) -> list[int]:
-        """Indices of the micro-batches whose loss is not finite."""
-        return (~torch.isfinite(torch.stack(self.shares))).nonzero().flatten().tolist()
+        """Indices of the micro-batches whose loss is not finite; waits for the device."""
+        return (~self._finite()).nonzero().flatten().tolist()
 
     def vector(self) -> Tensor:
-        """All sums, (2 L + M,), for the reduction over ranks."""
-        return torch.cat([self.losses, self.labels, self.terms])
+        """Number of micro-batches whose loss is not finite, and all sums, (1 + 2 L + M,), to be summed over ranks."""
+        bad = (~self._finite()).sum(dtype=torch.float64)[None]
+        return torch.cat([bad, self.losses, self.labels, self.terms])
 
-    def label_counts(self, reduced: Tensor) -> npt.NDArray[np.int64]:
-        """Number of labels over all ranks, (L,), from the reduced `vector()`."""
-        return reduced[len(self.losses) : len(self.losses) + len(self.labels)].long().cpu().numpy()
+    def _finite(self) -> Tensor:
+        return torch.isfinite(torch.stack(self.shares))
 
-    def metrics(self, reduced: Tensor, totals: StepTotals, languages: Sequence[str]) -> dict[str, float]:
-        """Means over all ranks from the reduced `vector()`: loss per label, in total and by language; each loss term.
 
-        A term is divided by its own denominator.
-        """
-        losses, labels, terms = reduced.split([len(languages), len(languages), len(self.terms)])
-        metrics = {"train/loss": float(losses.sum() / labels.sum().clamp(min=1))}
-        for (name, count), value in zip(self.denominators.items(), terms.tolist(), strict=True):
-            if name != "sft":  # it is train/loss
-                metrics[f"train/{name}"] = value / totals.denominator(count)
-        for number, language in enumerate(languages):
-            if labels[number]:
-                metrics[f"train/loss/{language}"] = float(losses[number] / labels[number])
-        return metrics
+def mean_loss(losses: npt.NDArray[np.float64], labels: npt.NDArray[np.float64]) -> float:
+    """Loss per label, from sums by language."""
+    return float(torch.from_numpy(losses).sum() / torch.from_numpy(labels).sum().clamp(min=1))
 
 
 @dataclass(frozen=True, slots=True)
 class StepRead:
     """What all ranks together read for a step."""
 
-    tokens: Tensor  # (L,) fp64, processed tokens by language
+    tokens: npt.NDArray[np.int64]  # (L,) processed tokens by language
     slots: npt.NDArray[np.int64]  # (loader.OUTCOMES, L), outcomes of the step's slots
     overlong: int  # slots left empty by samples longer than data.sequence_length
     fingerprint: int  # identifies the set of samples, independent of their distribution over ranks
     dropped_pairs: int  # translations not paired because both texts are identical
-
-    def metrics(self, languages: Sequence[str]) -> dict[str, float]:
-        """Token shares of the languages, counts, and the fingerprint of the step's data."""
-        total = self.tokens.sum().clamp(min=1)
-        shares = {f"train/token_share/{name}": float(self.tokens[n] / total) for n, name in enumerate(languages)}
-        counts = {"data/overlong": float(self.overlong), "data/dropped_pairs": float(self.dropped_pairs)}
-        return {"data/step_fingerprint": float(self.fingerprint), **counts, **shares}
 
 
 def memory() -> Mapping[str, float]:

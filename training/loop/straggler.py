@@ -3,6 +3,7 @@
 Sharded training makes a collective call in every layer, so all ranks take the same time per step, that of the slowest.
 Two measurements tell the ranks apart. First, a fixed matrix product without communication, timed once a step (under a
 millisecond); the median over many steps is compared, because a single time mostly reflects other load on the machine.
+On a GPU, the times are events in its queue, which are read once they have passed: nothing waits for the device.
 Second, the seconds that a rank waited for its own data: the others wait as long in the next collective call. The matrix
 product draws no random numbers and touches no weights.
 """
@@ -35,6 +36,7 @@ class StragglerMonitor:
         self._device = device
         self._waited: list[float] = []
         self._probes: deque[float] = deque(maxlen=max(self.every, WINDOW_STEPS))
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # begin and end; not read yet
         size = MATRIX_SIZES[device.type]
         values = torch.linspace(-1, 1, size * size, device=device).reshape(size, size) if self.every else None
         self._matrix = values if device.type == "cpu" or values is None else values.bfloat16()
@@ -48,9 +50,12 @@ class StragglerMonitor:
         if not self.every:
             return {}
         self._waited.append(waited)
-        self._probes.append(self._probe())
+        self._probe()
         if done % self.every:
             return {}
+        if not self._probes:  # the first of all: the other ranks may have theirs
+            self._events[0][1].synchronize()
+            self._read_events()
         own = (statistics.median(self._probes), statistics.fmean(self._waited), socket.gethostname())
         metrics, warnings = compare(gather_objects(own))
         self._waited.clear()
@@ -58,19 +63,27 @@ class StragglerMonitor:
             log.warning("step %d: %s", done, line)
         return metrics
 
-    def _probe(self) -> float:
-        """Seconds of a fixed matrix product on this rank."""
+    def _probe(self) -> None:
+        """Times a fixed matrix product on this rank, after one that wakes a core or loads a kernel."""
         assert self._matrix is not None
-        torch.mm(self._matrix, self._matrix)  # warm-up: wakes a core, loads a kernel
-        self._synchronize()
-        started = time.perf_counter()
         torch.mm(self._matrix, self._matrix)
-        self._synchronize()
-        return time.perf_counter() - started
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            torch.mm(self._matrix, self._matrix)
+            self._probes.append(time.perf_counter() - started)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.mm(self._matrix, self._matrix)
+        end.record()
+        self._events.append((begin, end))
+        self._read_events()
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _read_events(self) -> None:
+        """Keeps the times of the events that the device has passed."""
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.popleft()
+            self._probes.append(begin.elapsed_time(end) / 1000)
 
 
 def compare(ranks: list[tuple[float, float, str]]) -> tuple[dict[str, float], list[str]]:

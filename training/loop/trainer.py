@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from data_pipeline.batching.batch import Batch
 from data_pipeline.loader import Step
@@ -30,9 +29,10 @@ from training.errors import CheckpointFailed, NonFiniteStep
 from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
 from training.loop.guard import Guard, Verdict, list_samples, shown
+from training.loop.metric_window import LANGUAGES_A_LINE, FinishedStep, MetricWindow
 from training.loop.progress import TrainingProgress
 from training.loop.run_totals import RunTotals
-from training.loop.step_sums import StepRead, StepSums, memory
+from training.loop.step_sums import StepRead, StepSums, mean_loss, memory
 from training.loop.straggler import StragglerMonitor
 from training.objectives.base import LossTerms
 from training.objectives.scaling import StepTotals, learning_rate, step_loss_share
@@ -49,14 +49,6 @@ class Agreed:
     read: StepRead
     stop: bool  # some rank was asked to stop
     writing: bool  # some rank is still writing a checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class BadMicroBatches:
-    """Micro-batches whose loss is NaN or infinite."""
-
-    any: bool  # on any rank
-    mine: list[int]  # indices on this rank
 
 
 class RollBack(Exception):
@@ -80,9 +72,11 @@ class Trainer:
         self.disks = checkpoint_disks(config.output_dir, config.checkpoint.local_dir, config.zero_stage)
         self.guard = Guard(config.guard)
         self.stragglers = StragglerMonitor(config.watchdog.straggler_every, run.engine.device)
-        self.totals = RunTotals(config.data.languages)
+        self.totals = RunTotals(config.data.languages)  # of the steps whose sums were read
+        n_terms, log_every = len(config.objective.terms), config.tracking.log_every
+        self.window = MetricWindow(config.data.languages, n_terms, log_every, run.engine.device)
         self.data_offset = 0  # step t reads the data of step t + data_offset, as rollbacks skip data
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}  # of the last step
         self._first_step = True
 
     def train(self, start: int) -> None:
@@ -122,29 +116,45 @@ class Trainer:
                 self._complete_checkpoint()
             if agreed.stop:
                 self._stop(step)
-            metrics = {"data/wait_seconds": waited, **run.objective.before_step(run.engine, step)}
+            metrics = run.objective.before_step(run.engine, step)
             if self._first_step:
                 check_packing(run, batch)
+            self.window.add_seconds(waiting=waited)
             metrics |= self.train_step(step, batch, agreed)
             done = step + 1
             metrics |= self.stragglers.after_step(done, waited)
-            if run.heldout is not None and (done % config.evaluation.every == 0 or done == config.max_steps):
+            if run.heldout is not None and self._evaluates(done):
                 metrics |= run.heldout.metrics(run.engine, run.objective)
             self._metrics = metrics
-            saves = done % config.checkpoint.every == 0 or done == config.max_steps
-            if saves:
+            if self._saves(done):
                 metrics |= self.totals.metrics()
-            if self.tracker is not None:
+            if self.tracker is not None and metrics:
                 self.tracker.log(done, metrics)
             progress.step_done(done, metrics)
-            if saves:
+            if self._saves(done):
                 self.save(done, metrics)
             self.stop.record_step(time.perf_counter() - began)
             began = time.perf_counter()
         self._complete_checkpoint(required=True)
 
+    def _evaluates(self, done: int) -> bool:
+        return done % self.config.evaluation.every == 0 or done == self.config.max_steps
+
+    def _saves(self, done: int) -> bool:
+        return done % self.config.checkpoint.every == 0 or done == self.config.max_steps
+
+    def _logs(self, done: int, by_language: bool = False) -> bool:
+        """Whether the step that makes `done` finished ones logs metrics, or those by language; by the run file alone.
+
+        The more languages there are, the fewer lines have them: their number in a step does not grow beyond that of
+        `LANGUAGES_A_LINE`.
+        """
+        lines = math.ceil(len(self.config.data.languages) / LANGUAGES_A_LINE) if by_language else 1
+        regular = done == 1 or done % (self.config.tracking.log_every * lines) == 0
+        return regular or self._saves(done) or (self.run.heldout is not None and self._evaluates(done))
+
     def train_step(self, step: int, batch: Step, agreed: Agreed) -> dict[str, float]:
-        """Runs one optimiser step over the global batch and returns its metrics.
+        """Runs one optimiser step over the global batch; the metrics since the last logged step, if it logs.
 
         Raises:
             NonFiniteStep: the guard's verdict is to stop; there is no update.
@@ -152,32 +162,29 @@ class Trainer:
         """
         started = time.perf_counter()
         sums, micro_batches = self.accumulate(step, batch, agreed.totals)
-        reduced, bad = self._reduce(sums)
-        languages = self.config.data.languages
-        self.totals.add_step(agreed.read.slots, sums.label_counts(reduced))
-        losses = sums.metrics(reduced, agreed.totals, languages)
-        if bad.any:  # sums that are finite lack the samples of bad micro-batches
-            losses = dict.fromkeys(losses, math.nan)
-        metrics = {**losses, **agreed.read.metrics(languages)}
+        self.window.add(step + 1, sums, agreed.totals, agreed.read)
         rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
-        verdict = self.guard.judge(metrics["train/loss"])
+        verdict, what = self.guard.judge(self._loss(sums)) if self.guard.needs_loss else None, ""
+        applied = False
         if verdict is None:
             try:
-                metrics["train/grad_norm"] = self.run.engine.step(rate)
+                self.window.applied(self.run.engine.step(rate))
+                applied = True
             except NonFiniteUpdate as error:
-                verdict = self.guard.not_finite(str(error))
-        if verdict is not None:
-            concerned = bad.mine if bad.any else range(len(micro_batches))
+                what = str(error)
+        if not applied:
+            self.window.skipped()
+            bad = math.isnan(self._read()[-1].loss)
+            concerned = sums.bad_micro_batches() if bad else range(len(micro_batches))
+            verdict = verdict or self.guard.not_finite("loss" if bad else what)
             self._skip_update(step + 1, verdict, [micro_batches[number].sample_ids for number in concerned])
-            metrics["guard/skipped"] = 1.0
-        seconds = time.perf_counter() - started
-        return {
-            **metrics,
-            "train/learning_rate": rate,
-            "train/step_seconds": seconds,
-            "train/tokens_per_second": float(agreed.read.tokens.sum()) / seconds,
-            **memory(),
-        }
+        logs = self._logs(step + 1)
+        if logs or self.window.full:
+            self._read()
+        self.window.add_seconds(time.perf_counter() - started)
+        if not logs:
+            return {}
+        return {**self.window.take(self._logs(step + 1, by_language=True)), "train/learning_rate": rate, **memory()}
 
     def accumulate(self, step: int, batch: Step, totals: StepTotals) -> tuple[StepSums, list[Batch[Any]]]:
         """Runs forward and backward of this rank's micro-batches, extended by idle ones to the number of all ranks."""
@@ -199,7 +206,8 @@ class Trainer:
         if self.saver.open:
             self._complete_checkpoint()
         heartbeat.phase("copying a checkpoint")
-        state = run_state(self.run, step, self.data_offset, metrics, self.guard.state(), self.totals.state())
+        kept = {"guard": self.guard.state(), "totals": self.totals.state(), "unlogged": self.window.state()}
+        state = run_state(self.run, step, metrics, data_offset=self.data_offset, **kept)
         # The last checkpoint is written where all nodes and the export can read it.
         self.saver.begin(step, state, self.disks[-1] if step < self.config.max_steps else self.disks[0])
 
@@ -214,6 +222,7 @@ class Trainer:
         self.run.objective.load(path)
         self.data_offset = state.data_offset
         self.totals.restore(state.totals)
+        self.window.restore(state.unlogged)
         self.guard.restore(state.guard)
         self.saver.saved_step = state.step
         return state.step
@@ -232,7 +241,8 @@ class Trainer:
         """Saves the state after `step` steps if it is not saved yet. Called on all ranks, between two steps."""
         self._complete_checkpoint()  # the open checkpoint may be of this step
         if self.saver.saved_step != step:
-            self.save(step, self._metrics)
+            self._read()
+            self.save(step, self._metrics | (self.window.metrics(True) if self.window.begun else {}))
         self._complete_checkpoint(required=True)
 
     def _save_before_end(self, step: int | None) -> None:
@@ -271,19 +281,17 @@ class Trainer:
         seen = [*flags, len(batch.bad_rows), batch.overlong, batch.fingerprint]
         slots = batch.slots.flatten().tolist()
         counts_of_rank = [int(count) for count in batch.counts.values()]
-        total = torch.from_numpy(
-            cpu_sum([*seen, *counts_of_rank, *n_micro_batches, *batch.tokens.tolist(), *slots])
-        ).double()
-        sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens), len(slots)]
-        seen_by_all, counts, by_rank, tokens, slots_of_all = total.split(sizes)
-        mistaken, stop, writing, bad_rows, overlong, fingerprint = seen_by_all.long().tolist()
+        total = cpu_sum([*seen, *counts_of_rank, *n_micro_batches, *batch.tokens.tolist(), *slots])
+        sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens)]
+        seen_by_all, counts, by_rank, tokens, slots_of_all = np.split(total, np.cumsum(sizes))
+        mistaken, stop, writing, bad_rows, overlong, fingerprint = seen_by_all.tolist()
         if mistaken:
             raise DataError(next(filter(None, gather_objects(str(mistake or ""))))) from mistake
         if bad_rows and not stop:  # after a stop, the resumed run reads this step and counts them
             met = [row for rows in gather_objects(batch.bad_rows) for row in rows]
             self.totals.add_bad_rows(met, self.config.data.max_bad_rows)
         totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
-        became = slots_of_all.long().cpu().numpy().reshape(batch.slots.shape)
+        became = slots_of_all.reshape(batch.slots.shape)
         read = StepRead(tokens, became, overlong, fingerprint, batch.dropped_pairs)  # the last is equal on all ranks
         return Agreed(totals, read, bool(stop), bool(writing))
 
@@ -295,12 +303,22 @@ class Trainer:
         with same_modules_on_every_rank(run.engine.module, run.engine.device):
             return run.objective.loss_terms(run.engine, batch)
 
-    def _reduce(self, sums: StepSums) -> tuple[Tensor, BadMicroBatches]:
-        """The step's sums over ranks, and the micro-batches whose loss is NaN or infinite."""
-        bad = sums.bad_micro_batches()
-        flag = torch.tensor([float(len(bad))], dtype=torch.float64, device=sums.losses.device)
-        reduced = all_sum(torch.cat([flag, sums.vector()]), self.run.engine.device)
-        return reduced[1:], BadMicroBatches(bool(reduced[0]), bad)
+    def _loss(self, sums: StepSums) -> float:
+        """The step's mean loss over all ranks, NaN if that of a micro-batch is not finite; waits for the device."""
+        languages = len(self.config.data.languages)
+        bad, losses, labels, _ = np.split(
+            all_sum(sums.vector(), self.run.engine.device).numpy(), np.cumsum([1, languages, languages])
+        )
+        return math.nan if bad else mean_loss(losses, labels)
+
+    def _read(self) -> list[FinishedStep]:
+        """Reads the sums of the steps since the last read, on all ranks, and counts them."""
+        finished = self.window.read()
+        for step in finished:
+            self.totals.add_step(step.slots, step.labels)
+            if not self.guard.needs_loss and math.isfinite(step.loss):
+                self.guard.record(step.loss)
+        return finished
 
     def _skip_update(self, step: int, verdict: Verdict, sample_ids: list[tuple[str, ...]]) -> None:
         """Ends step `step` (from 1) without an update: all ranks drop it, roll back, or raise the same error."""

@@ -111,7 +111,8 @@ class XMixup(TaskFineTuning):
             outputs = engine.forward(**batch.model_inputs())
         losses = unit_losses(outputs, batch)
         apart = self._consistency(states[self.states.last], outputs, batch)
-        target, source = losses[~batch.targets.label_is_source], losses[batch.targets.label_is_source]
+        n_targets = batch.targets.n_target_labels
+        target, source = losses[:n_targets], losses[n_targets:]
         labelled = batch.targets.gold or self.kind == "classification"
         alpha = config.alpha if labelled else 0.0
         real_n = real_rows(batch)[:n]
@@ -122,8 +123,7 @@ class XMixup(TaskFineTuning):
             "consistency": LossTerm((apart * real_n).sum(), denominator="pairs", weight=config.consistency_weight),
             "mixup_ratio": LossTerm((ratio * real_n).sum(), denominator="pairs", weight=0.0),
         }
-        of_target = ~batch.targets.label_is_source
-        return LossTerms(target, batch.label_weights[of_target], batch.label_languages[of_target], terms)
+        return LossTerms(target, batch.label_weights[:n_targets], batch.label_languages[:n_targets], terms)
 
     def saved_loss(self, engine: Engine, batch: TaskBatch) -> Tensor:
         with self.mixup.batch(batch.padding_mask, batch.targets.n_pairs, mix=self.config.mix):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.console import duration
-from training.checkpoints.checkpoint import complete
+from training.checkpoints.checkpoint import complete, step_of
 from training.launch.logs import logs_folder, read_event, read_lines
 from training.run_folder.lock import LOCK_FILE, SILENT_SECONDS, Holder, holder_of
 from training.tracking.run_record import RECORD_NAME, read_events, run_folders
@@ -91,12 +91,14 @@ def run_status(run: Path) -> RunStatus | None:
         state = _ENDS.get(start.end, "failed")
     rate = None
     if len(start.times) > 1:
-        rate = (start.times[-1] - start.times[0]) / (len(start.times) - 1) / 1000
+        (first, began), (last, now) = start.times[0], start.times[-1]
+        rate = (now - began) / max(last - first, 1) / 1000
     checkpoint = next(complete(run), None)
-    left = rate * (start.total - start.step) if state == "running" and rate is not None and start.total else None
+    step = max(start.step, step_of(checkpoint) if checkpoint else 0)  # it may be of a step that did not log
+    left = rate * (start.total - step) if state == "running" and rate is not None and start.total else None
     return RunStatus(
         str(run), state, holder.host if holder else None, holder.pid if holder else None,
-        holder.job or None if holder else None, holder.since if holder else None, start.step, start.total, rate, left,
+        holder.job or None if holder else None, holder.since if holder else None, step, start.total, rate, left,
         str(checkpoint) if checkpoint else None, _updated(record, logs), error if state == "failed" else None,
     )  # fmt: skip
 
@@ -110,7 +112,7 @@ class _LatestStart:
     began: int = 0  # times are milliseconds since 1970
     end: str | None = None  # MLflow's status; None: the start has not ended, or was killed
     ended: int = 0
-    times: tuple[int, ...] = ()  # of the latest steps
+    times: tuple[tuple[int, int], ...] = ()  # (step, time) of the latest logged steps
 
 
 def _latest_start(record: Path) -> _LatestStart:
@@ -123,7 +125,7 @@ def _latest_start(record: Path) -> _LatestStart:
         elif kind == "params" and str(event["values"].get("max_steps", "")).isdigit():
             start.total = int(event["values"]["max_steps"])
         elif kind == "metrics":
-            start.step, start.times = event["step"], (*start.times, event["time"])[-RATE_STEPS:]
+            start.step, start.times = event["step"], (*start.times, (event["step"], event["time"]))[-RATE_STEPS:]
         elif kind == "finish":
             start.end, start.ended = event["status"], event["time"]
     return start

@@ -40,6 +40,13 @@ class TrackingConfig(Section):
     )
     run_name: str | None = Field(default=None, description="The run's name in MLflow. Default: the run folder's name.")
     sync_seconds: float = Field(default=5.0, gt=0, le=86400, description="Seconds between two batches to the store.")
+    log_every: int = Field(
+        default=10,
+        ge=1,
+        description="Steps between two logged ones, whose metrics are those of all steps since the last logged one. "
+        "Reading them waits for the device. The first and the last step, and those that evaluate or save, log too. "
+        "With more than 100 languages, every second (third, ...) of these lines has values by language.",
+    )
     parent: str | None = Field(
         default=None, description="Record id of the parent run; `crosslift xtreme run` sets it for its training."
     )

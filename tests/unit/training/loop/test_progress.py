@@ -41,5 +41,20 @@ def test_lines_in_a_log_show_the_time_left(clock: Clock, caplog: pytest.LogCaptu
     clock.now += 30
     shown.step_done(400, {"train/loss": 1.0})
     assert caplog.messages[-1] == "step 400/400  loss 1.000"
-    TrainingProgress(0, 10, shown=True).step_done(1, {})
-    assert caplog.messages[-1] == "step 1/10  "  # nothing to tell it by
+    TrainingProgress(0, 10, shown=True).step_done(1, {"train/loss": 3.0})
+    assert caplog.messages[-1] == "step 1/10  loss 3.000"  # nothing to tell it by
+
+
+def test_a_line_is_written_by_the_first_step_that_logs_of_each_twentieth(caplog: pytest.LogCaptureFixture) -> None:
+    """Of 60 steps, every third begins a new twentieth; every fourth logs, and the last."""
+    caplog.set_level(logging.INFO)
+    shown = TrainingProgress(0, 60, shown=True)
+    for done in range(1, 61):
+        shown.step_done(done, {"train/loss": 2.0} if done % 4 == 0 or done == 60 else {"shift/norm/sw": 1.0})
+    lines = [int(line.split("/")[0].removeprefix("step ")) for line in caplog.messages]
+    assert lines == list(range(4, 61, 4))
+    caplog.clear()
+    shown = TrainingProgress(0, 400, shown=True)
+    for done in range(1, 101):
+        shown.step_done(done, {"train/loss": 2.0} if done % 8 == 0 else {})
+    assert [line.split("/")[0] for line in caplog.messages] == ["step 24", "step 40", "step 64", "step 80"]

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from data_pipeline.loader import Step, no_slots
 from data_pipeline.records import BadRow, DataError
@@ -188,7 +190,7 @@ def test_a_rollback_without_a_complete_checkpoint_is_an_error(trainer: Made) -> 
         trainer()._roll_back(failed=8)
 
 
-def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float], float]) -> dict[str, float]:
+def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float], Tensor]) -> dict[str, float]:
     """Metrics of step 3 (1-based), with one micro-batch per loss, whose labels are of languages 0, 1, .."""
     languages = made.config.data.languages
     sums = StepSums.zeros(len(languages), 2, torch.device("cpu"))
@@ -200,18 +202,26 @@ def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float],
     micro_batches = [SimpleNamespace(sample_ids=(f"{language}-{n}",)) for n, language in enumerate(languages)]
     made.accumulate = lambda step, batch, totals: (sums, micro_batches[: len(losses)])  # type: ignore[method-assign, assignment, return-value]
     made.run.engine.step = engine_step  # type: ignore[method-assign]
-    read = StepRead(torch.ones(len(languages), dtype=torch.float64), no_slots(len(languages)), 0, 0, 0)
+    read = StepRead(np.ones(len(languages), np.int64), no_slots(len(languages)), 0, 0, 0)
     agreed = Agreed(StepTotals({"label_tokens": len(losses), "pairs": 1}, len(losses)), read, False, False)
     return made.train_step(2, cast(Step, None), agreed)
 
 
+def overflow(rate: float) -> Tensor:
+    raise NonFiniteUpdate("gradient norm inf")
+
+
+@pytest.mark.parametrize("spike", ["off", "stop"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_step_skipped_for_its_loss_has_nan_for_every_language_and_term(
-    trainer: Made, bad: float, caplog: pytest.LogCaptureFixture
+    trainer: Made, bad: float, spike: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sums of the other languages are incomplete and would look like those of the whole step."""
-    made = trainer(**{"guard.non_finite": "skip"})
-    metrics = step_with(made, [2.0, bad, 4.0], lambda rate: pytest.fail("the update was made"))
+    made = trainer(**{"guard.non_finite": "skip", "guard.spike": spike})
+    reads_before = spike != "off"
+    metrics = step_with(
+        made, [2.0, bad, 4.0], (lambda rate: pytest.fail("the update was made")) if reads_before else overflow
+    )
     losses = {name: value for name, value in metrics.items() if name.startswith(("train/loss", "train/contrastive"))}
     en, de, sw = made.config.data.languages[:3]
     names = {"train/loss", "train/contrastive", *(f"train/loss/{language}" for language in (en, de, sw))}
@@ -225,15 +235,92 @@ def test_a_step_skipped_for_its_loss_has_nan_for_every_language_and_term(
 
 
 def test_a_step_skipped_for_its_gradient_keeps_its_losses(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
-    def overflow(rate: float) -> float:
-        raise NonFiniteUpdate("gradient norm inf")
-
     made = trainer(**{"guard.non_finite": "skip"})
     metrics = step_with(made, [2.0, 3.0, 4.0], overflow)
     de = made.config.data.languages[1]
     assert (metrics["train/loss"], metrics[f"train/loss/{de}"], metrics["guard/skipped"]) == (3.0, 3.0, 1.0)
     assert "train/grad_norm" not in metrics
     assert "step 3: gradient norm inf is not finite; " in caplog.text
+
+
+class Lines(dict[int, dict[str, float]]):
+    """A tracker that keeps what it is given, without what the machine measures."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        kept = {name: value for name, value in metrics.items() if "second" not in name and "memory/" not in name}
+        self[step] = self.get(step, {}) | kept
+
+    def sync(self) -> None: ...
+
+
+def loop(made: Trainer, start: int) -> Lines:
+    """What the loop logs from step `start` on; the loss of step t is 1 / t, and twice that in every third step."""
+    languages = made.config.data.languages
+
+    def accumulate(step: int, batch: Step, totals: StepTotals) -> tuple[StepSums, list[Any]]:
+        sums = StepSums.zeros(len(languages), 2, torch.device("cpu"))
+        loss = torch.tensor([(1 + (step % 3 == 0)) / (step + 1)])
+        terms = {"sft": LossTerm(loss.sum(), "label_tokens", 1.0), "contrastive": LossTerm(loss.sum(), "pairs", 0.1)}
+        sums.add(LossTerms(loss, torch.ones(1), torch.tensor([step % len(languages)]), terms), loss.sum())
+        return sums, []
+
+    run: Any = made.run
+    run.loader = SimpleNamespace(
+        steps=lambda start, stop: (rank_step(languages, fingerprint=number) for number in range(start, stop))
+    )
+    run.objective.before_step, run.heldout = lambda engine, step: {"shift/norm/sw": 0.5} if step == 4 else {}, None
+    run.engine.step = lambda rate: torch.tensor(rate)
+    made.accumulate, made.tracker, made._first_step = accumulate, Lines(), False  # type: ignore[method-assign, assignment]
+    with suppress(StoppedOnRequest):
+        made._train_from(start, TrainingProgress(start, made.config.max_steps, shown=False))
+    return cast(Lines, made.tracker)
+
+
+EVERY_4_STEPS = {"max_steps": 13, "checkpoint.every": 6, "tracking.log_every": 4}
+
+
+def test_steps_log_every_so_often_and_at_the_first_the_last_and_each_save(trainer: Made) -> None:
+    made = trainer(**EVERY_4_STEPS)
+    made.stop._reason = None
+    lines = loop(made, 0)
+    assert [step for step in lines if "train/loss" in lines[step]] == [1, 4, 6, 8, 12, 13]
+    losses = [(1 + (step % 3 == 0)) / (step + 1) for step in range(13)]
+    assert lines[8]["train/loss"] == pytest.approx(sum(losses[6:8]) / 2)
+    assert lines[12]["train/loss"] == pytest.approx(sum(losses[8:12]) / 4)
+    assert lines[5] == {"shift/norm/sw": 0.5}, "other metrics are logged by the step that has them"
+    assert made.totals.steps == 13
+    assert made.guard.state()["losses"] == pytest.approx(losses)
+
+
+def test_with_many_languages_not_every_line_has_their_values(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four languages, as if a line had room for two; steps that save have all, for checkpoint.best."""
+    monkeypatch.setattr("training.loop.trainer.LANGUAGES_A_LINE", 2)
+    made = trainer(**{**EVERY_4_STEPS, "tracking.log_every": 2})
+    made.stop._reason = None
+    lines = loop(made, 0)
+    en = made.config.data.languages[0]
+    assert [step for step in lines if f"train/token_share/{en}" in lines[step]] == [1, 4, 6, 8, 12, 13]
+    assert [step for step in lines if "train/loss" in lines[step]] == [1, 2, 4, 6, 8, 10, 12, 13]
+
+
+@pytest.mark.parametrize("stopped_after", [2, 6, 10])
+def test_a_run_stopped_between_two_logged_steps_logs_the_same_after_its_resume(
+    trainer: Made, stopped_after: int
+) -> None:
+    made = trainer(**EVERY_4_STEPS)
+    made.stop._reason = None
+    expected, agree = loop(made, 0), Trainer.agree
+    again = trainer_of(made)
+    again.agree = lambda batch, mistake=None: replace(agree(again, batch), stop=batch.fingerprint == stopped_after)  # type: ignore[method-assign]
+    lines = loop(again, 0)
+    assert max(lines) <= stopped_after
+    state = RunState.read(checkpoint.checkpoint_path(made.config.output_dir, stopped_after))
+    assert state.metrics["train/loss"] > 0, "checkpoint.best may name it"
+    resumed = trainer_of(made)
+    resumed.stop._reason = None
+    assert resumed.restore(checkpoint.checkpoint_path(made.config.output_dir, stopped_after)) == stopped_after
+    assert lines | loop(resumed, stopped_after) == expected
+    assert (resumed.totals.state(), resumed.guard.state()) == (made.totals.state(), made.guard.state())
 
 
 def test_a_non_finite_best_metric_is_not_reported_as_missing(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
@@ -412,9 +499,9 @@ def test_dropped_pairs_are_those_of_the_plan_and_not_summed_over_ranks(
     monkeypatch.setattr("training.loop.trainer.cpu_sum", lambda values: 2 * np.array(values))
     made = trainer()
     languages = made.config.data.languages
-    read = made.agree(rank_step(languages)).read.metrics(languages)
-    assert read["data/dropped_pairs"] == 3
-    assert (read["data/overlong"], read["data/step_fingerprint"]) == (2, 14)
+    read = made.agree(rank_step(languages)).read
+    assert read.dropped_pairs == 3
+    assert (read.overlong, read.fingerprint) == (2, 14)
 
 
 def test_a_missing_best_metric_is_warned_of_once(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:
