@@ -10,6 +10,7 @@ from pathlib import Path
 from data_pipeline.plot_text import PlotText
 from training.tracking.run_record import RECORD_NAME, read_events
 
+MAX_CURVES, EXTREMES = 24, 4  # more than can be told apart; of these, lowest and highest ones that are named
 # file name: (title, y axis, metric names or prefixes that end in "/")
 PLOTS = {
     "train_loss": ("Training loss", "nats per label token", ("train/loss/",)),
@@ -41,15 +42,23 @@ def draw_plots(output_dir: Path) -> list[Path]:
 
 
 def _draw(curves: Mapping[str, Mapping[int, float]], title: str, axis: str, file: Path) -> None:
-    """Draw one plot. `curves`: by name, such as a language; each maps steps to values."""
+    """Draw one plot. `curves`: by name, such as a language; each maps steps to values.
+
+    Of many curves, those that end lowest and highest are drawn, over the median and the middle 80 % of all.
+    """
     from matplotlib.figure import Figure
 
-    text = PlotText.of(curves)
+    shown = _extremes(curves) if len(curves) > MAX_CURVES else list(curves)
+    text = PlotText.of(shown)
     with text.fonts():
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for name, curve in curves.items():
-            points = sorted(curve.items())
+        if len(shown) < len(curves):
+            steps, low, middle, high = _spread(curves)
+            axes.fill_between(steps, low, high, color="lightgrey", label=f"middle 80 % of {len(curves)}")
+            axes.plot(steps, middle, color="black", label="median", linewidth=1.6)
+        for name in shown:
+            points = sorted(curves[name].items())
             mark = "." if len(points) < 30 else None
             axes.plot(*zip(*points, strict=True), label=text(name), linewidth=1.2, marker=mark)
         # A cross at the lower edge for each step with a NaN or infinite value, where its curve has a gap.
@@ -62,3 +71,24 @@ def _draw(curves: Mapping[str, Mapping[int, float]], title: str, axis: str, file
         if len(axes.lines) > 1:
             axes.legend(ncols=2, fontsize="small")
         figure.savefig(file, dpi=120)
+
+
+def _extremes(curves: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Names of the curves with the lowest and the highest last values."""
+    last = {name: curve[max(curve)] for name, curve in curves.items()}
+    finite = sorted((name for name in last if math.isfinite(last[name])), key=last.__getitem__)
+    return [*finite[:EXTREMES], *finite[-EXTREMES:]] if len(finite) >= 2 * EXTREMES else finite
+
+
+def _spread(curves: Mapping[str, Mapping[int, float]]) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Steps, and the 10th, 50th and 90th percentile of the finite values of each."""
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for curve in curves.values():
+        for step, value in curve.items():
+            if math.isfinite(value):
+                by_step[step].append(value)
+    steps = sorted(by_step)
+    low, middle, high = (
+        [sorted(by_step[step])[round(share * (len(by_step[step]) - 1))] for step in steps] for share in (0.1, 0.5, 0.9)
+    )
+    return steps, low, middle, high
