@@ -71,7 +71,7 @@ def warm_conversions() -> Iterator[None]:
 def reads_between_logged_steps(trainer: Trainer) -> list[str]:
     """What two steps that do not log read from the device (`device_reads`); the logged one after them has a loss."""
     trainer.window = MetricWindow(trainer.config.data.languages, len(trainer.config.objective.terms), 9, DEVICE)
-    trainer._logs = lambda done: done == STEPS + 3  # type: ignore[method-assign]
+    trainer._logs = lambda done, by_language=False: done == STEPS + 3  # type: ignore[method-assign]
     batches = [trainer.run.loader.load(step) for step in range(STEPS, STEPS + 3)]
     with device_reads() as reads:
         for number, batch in enumerate(batches[:2]):

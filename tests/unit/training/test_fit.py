@@ -238,3 +238,27 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_a_mark_in_the_plot(
         assert math.isnan(float(losses[2]))
     bottom, top = axes.get_ylim()
     assert 1.3 < bottom < 1.5 < 3.0 < top, "the mark does not change the limits of the axis"
+
+
+def test_of_many_languages_the_plot_shows_the_spread_and_the_extremes(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Language n ends at loss n; one has no finite value, and another none in the last step."""
+    from matplotlib.figure import Figure
+
+    record = RunRecord(config.output_dir)
+    for step in (1, 2):
+        values = {f"train/loss/l{n:03d}": n + 2.0 - step for n in range(101) if (n, step) != (50, 2)}
+        record.append("metrics", step=step, values={**values, "train/loss/bad": "NaN"})
+    record.close()
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw_plots(config.output_dir)
+    (axes,) = figures[0].axes
+    names = [str(line.get_label()) for line in axes.lines]
+    assert names == ["median", *(f"l{n:03d}" for n in (0, 1, 2, 3, 97, 98, 99, 100)), "not finite"]
+    (band,) = axes.collections
+    assert band.get_label() == "middle 80 % of 102"
+    assert list(axes.lines[0].get_data()[1]) == [51.0, 51.0]  # of 101 values; of 100, without 50
+    corners = band.get_paths()[0].vertices
+    assert {(x, y) for x, y in corners if x == 1} == {(1.0, 11.0), (1.0, 91.0)}
