@@ -24,7 +24,7 @@ from transformers.utils import logging
 from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
 from modeling.export_info import RUN_EXPORT
-from modeling.transformers_internals import no_init_weights, supports_attention
+from modeling.transformers_internals import no_init_weights, read_positions_once, supports_attention
 from modeling.weights.untrusted import read_config
 from modeling.weights.weight_files import StoredTensor, one_line, stored_tensors
 from modeling.weights.weight_match import match_weights, named
@@ -166,9 +166,11 @@ def build_model(
     directory = resolve_directory(directory_or_name)
     config = load_config(directory, architecture)
     config.use_cache = False
+    if (implementation := resolve_attention(attention, config, architecture)) == "flash_attention_2":
+        read_positions_once()
     with construction or nullcontext(), no_init_weights():
         model: PreTrainedModel = auto_class(architecture).from_config(
-            config, dtype=dtype, attn_implementation=resolve_attention(attention, config, architecture)
+            config, dtype=dtype, attn_implementation=implementation
         )
     model.tie_weights()  # no_init_weights skips it
     if (directory / "generation_config.json").is_file():
