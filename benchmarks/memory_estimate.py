@@ -26,6 +26,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.ranks import machine, run_ranks
 from data_pipeline.batching.batch import Batch, BatchShape
@@ -53,10 +55,27 @@ NAMES = {
 }
 
 
+class LargestTensor(TorchDispatchMode):
+    """Inside, `bytes` is the size of the largest storage that an operation allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for each in tree_leaves(made):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
+        return made
+
+
 def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
     """Bytes of tensors between a second step's backward and its update, by kind.
 
-    `all` covers all float tensors except those with an id in `before`; `gathered` counts elements of gathered weights.
+    `all` covers all float tensors except those with an id in `before`; `gathered` counts elements of gathered weights;
+    `update` is the largest tensor that the update then makes.
     """
     from training.loop.trainer import Trainer
 
@@ -84,7 +103,9 @@ def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
         held["weights"] = size(run.engine.module.parameters())
         held["master"] = size(optimizer.single_partition_of_fp32_groups)
         held["gradients"] = size(each for group in optimizer.averaged_gradients.values() for each in group)
-    return held
+    with LargestTensor() as largest:
+        run.engine.step(1e-5)
+    return {**held, "update": largest.bytes}
 
 
 def watch_gathered(run: Run) -> Callable[[], int]:

@@ -150,7 +150,8 @@ class Saver:
             self._warned = True
         run, self._began, self._disk = self.run, time.perf_counter(), disk
         directory = checkpoint.incomplete_path(disk.home, step)
-        files = run.engine.take_state(directory)
+        goes_on = self.config.background and step < run.config.max_steps  # while the files are written
+        files = run.engine.take_state(directory, copy=goes_on)
         reference = reference_outputs(run)
         problem = _problem_of(lambda: checkpoint.begin(disk.home, step)) if disk.leader else None
         # No rank may write into the folder before its leader has cleared it.

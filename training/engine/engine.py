@@ -17,7 +17,7 @@ import ctypes
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def deepspeed_settings(config: RunConfig, world_size: int, *, in_run: bool = Fal
                 "offloaded optimizer: %s", "DeepSpeed's CPU Adam" if cpu_adam else f"torch's, as {problem} "
                 "(crosslift prefetch --build-ops compiles it before the job)"
             )  # fmt: skip
-    return with_fastest_adam(settings, on_gpu=on_gpu, cpu_adam=cpu_adam)
+    return with_fastest_adam(settings, cpu_adam=cpu_adam)
 
 
 def _cpu_adam_problem() -> str | None:
@@ -242,6 +242,8 @@ class Engine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, model_parameters=groups, config=settings
             )
+        if self.sharded:
+            self._optimizer.flatten = _flattened
         for name, buffer in buffers.items():  # bf16 without sharding would cast rotary frequencies too
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, buffer.to(device()))
@@ -337,9 +339,13 @@ class Engine:
             if (gradient := deepspeed.utils.safe_get_full_grad(parameter)) is not None
         }
 
-    def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
-        """This rank's shards of weights and optimiser state, in host memory, with their paths below `directory`."""
-        return engine_state.take_state(self._engine, directory)
+    def take_state(self, directory: Path, copy: bool = True) -> list[tuple[Path, Any]]:
+        """This rank's shards of weights and optimiser state, in host memory, with their paths below `directory`.
+
+        Args:
+            copy: False if they are written before the next step, so that ranks on CPUs need no second copy.
+        """
+        return engine_state.take_state(self._engine, directory, copy)
 
     def load_state(self, directory: Path, universal: bool = False) -> None:
         """Loads weights and optimiser state of a checkpoint of the same number of ranks, or of a universal one."""
@@ -348,6 +354,20 @@ class Engine:
     def destroy(self) -> None:
         """Release hooks and buffers."""
         self._engine.destroy()
+
+
+def _flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat tensor: a view if the tensors follow each other in memory, as the gradients of ZeRO-3 do, else a copy.
+
+    DeepSpeed itself always copies, which takes 4 bytes for each of a rank's weights during the update.
+    """
+    first, elements = tensors[0], 0
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not tensor.is_contiguous() or tensor.storage_offset() != first.storage_offset() + elements:
+            return torch.cat([each.reshape(-1) for each in tensors])
+        elements += tensor.numel()
+    return first.as_strided((elements,), (1,))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,36 +5,37 @@ every optimizer that is offered keeps Adam's two moments in fp32 beside fp32 mas
 they are a second copy). ZeRO's shards are divided over all ranks, each weight rounded up.
 `tests/distributed/test_memory.py` compares weights, gradients and optimizer with the engine's own buffers,
 `tests/unit/training/checks/test_activations.py` activations with what autograd saves, both on the CPU;
-`benchmarks/memory_estimate.py` measures them. No GPU was measured: its context, NCCL's buffers and the allocator's
-fragmentation are an allowance.
+`benchmarks/memory_estimate.py` measures them, and the peak of a whole rank on a CPU. No GPU was measured: its context,
+NCCL's buffers and the allocator's fragmentation are an allowance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from data_pipeline.config import merged
 from training.config import RunConfig
+from training.engine.settings import own_settings, with_fastest_adam
 
 GIB = 2**30
 ITEM = {"fp32": 4, "bf16": 2}
 ALLOWANCE = 2 * GIB  # CUDA context, NCCL, cuBLAS, fragmentation: not measured
 CPU_ALLOWANCE = 1 * GIB  # Python, its libraries and the data: a tiny model's rank peaks at about 0.6 GiB
+TEMPORARIES = 8  # bytes a weight: two fp32 tensors, of an optimizer that is not fused
 ALIGNMENT = 2  # elements per rank to whose multiple ZeRO-1 and -2 round up a flat group
 # DeepSpeed's defaults; `tests/unit/training/engine/test_memory_estimate.py` compares them with the installed version's.
 ZERO_DEFAULTS: dict[str, int] = {
-    "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_reuse_distance": 1_000_000_000,
     "stage3_max_live_parameters": 1_000_000_000,
 }
-When = Literal["always", "in forward and backward", "in the update"]
+When = Literal["always", "in forward and backward", "in the update", "while a checkpoint is written"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,8 @@ class MemoryEstimate:
 
     @property
     def gpu_bytes(self) -> int:
-        """Peak of one rank's device: permanent parts, plus the larger of (forward and backward) and (update)."""
-        most = max(self._sum("gpu", "in forward and backward"), self._sum("gpu", "in the update"))
+        """Peak of one rank's device: permanent parts, plus the largest sum of those of one time."""
+        most = max(self._sum("gpu", when) for when in get_args(When)[1:])
         return self._sum("gpu", "always") + most + (ALLOWANCE if self.ranks.on_gpus else CPU_ALLOWANCE)
 
     @property
@@ -127,12 +128,15 @@ class MemoryEstimate:
 
 def memory_estimate(config: RunConfig, model: nn.Module, activations: Activations, ranks: Ranks) -> MemoryEstimate:
     """The estimate for a run on `ranks`; `model` has the run's adapters, if it has any, and needs no memory."""
-    zero = _zero_settings(config.zero_stage, config.deepspeed)
+    zero = _zero_settings(config, ranks)
     sizes = _Sizes.of(model, ITEM[config.precision], ranks.total)
-    parts = [*(_stage_3 if zero["stage"] == 3 else _stage_1_and_2)(sizes, zero)]
-    parts.append(
-        Part("activations of a micro-batch", "in forward and backward", activations.peak(config.gradient_checkpointing))
-    )
+    parts = [
+        *(_stage_3 if zero["stage"] == 3 else _stage_1_and_2)(sizes, zero),
+        _checkpoint(config, sizes, zero, ranks),
+    ]
+    # On a CPU, the C library keeps the freed blocks of a backward pass, which are mostly below 32 MiB each.
+    when: When = "in forward and backward" if ranks.on_gpus else "always"
+    parts.append(Part("activations of a micro-batch", when, activations.peak(config.gradient_checkpointing)))
     kept = tuple(part for part in parts if part != Part(part.name, part.when))
     return MemoryEstimate(kept, ranks, activations.counted)
 
@@ -146,7 +150,7 @@ def memory_savings(
     """
     now = memory_estimate(config, model, activations, ranks).gpu_bytes
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    small_bucket = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
+    small_bucket = {"zero_optimization": {"reduce_bucket_size": 5_000_000}}
     halves = Activations(
         tuple(each // 2 for each in activations.layers), activations.outside // 2, activations.layer_input // 2,
         activations.layer_work // 2, activations.outside_work // 2, activations.counted,
@@ -156,7 +160,7 @@ def memory_savings(
         ("zero_stage=3", {"zero_stage": 3}, activations, ranks),
         ("deepspeed.zero_optimization.offload_optimizer.device=cpu",
          {"deepspeed": merged(config.deepspeed, offload)}, activations, ranks),
-        ("deepspeed.zero_optimization.reduce_bucket_size=50000000",
+        ("deepspeed.zero_optimization.reduce_bucket_size=5000000",
          {"deepspeed": merged(config.deepspeed, small_bucket)}, activations, ranks),
         ("twice the GPUs", {}, activations, replace(ranks, total=2 * ranks.total)),
     ]  # fmt: skip
@@ -213,9 +217,9 @@ def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     if zero["offload_optimizer"] is not None:
         yield Part("gradients for the update", "always", host=4 * mine)
     else:
-        yield Part(
-            "gradients in one piece, the optimizer's work", "in the update", 8 * min(mine, zero["sub_group_size"])
-        )
+        work = zero["optimizer_work"] * min(mine, zero["sub_group_size"])
+        yield Part("the optimizer's work", "in the update", work)
+        yield _norm(sizes.shard((max(sizes.trained, default=0),)))
     if zero["contiguous_gradients"]:
         yield Part("bucket for reducing gradients", "always", 4 * bucket)
     largest = max(sizes.trained, default=0)
@@ -243,7 +247,9 @@ def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     if offload is None or zero["stage"] == 1:
         yield Part("gradients, fp32", "in forward and backward", 4 * kept)
     if offload is None:
-        yield Part("gradients, their copy, the optimizer's work", "in the update", 12 * mine)
+        yield Part("gradients and their copy", "in the update", 8 * mine)
+        yield Part("the optimizer's work", "in the update", zero["optimizer_work"] * mine)
+        yield _norm(min(largest, mine))
     buckets = 2 if zero["overlap_comm"] else 1
     yield Part("gradients being reduced", "in forward and backward", buckets * 4 * bucket + item * largest)
 
@@ -251,6 +257,23 @@ def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
 def _optimizer(place: Callable[[str, When, int], Part], mine: int) -> Iterator[Part]:
     yield place("master weights, fp32", "always", 4 * mine)
     yield place("Adam's two moments, fp32", "always", 8 * mine)
+
+
+def _norm(elements: int) -> Part:
+    """`elements` of a rank's largest gradient: DeepSpeed converts one after the other."""
+    return Part("gradient of a weight in fp64, for its norm", "in the update", 8 * elements)
+
+
+def _checkpoint(config: RunConfig, sizes: _Sizes, zero: dict[str, Any], ranks: Ranks) -> Part:
+    """Copy of master weights and moments, on one rank also of whole weights; on CPUs only if training goes on then."""
+    stage_3 = zero["stage"] == 3
+    size = 12 * (sizes.shard(sizes.trained) if stage_3 else sizes.partition())
+    size += 0 if stage_3 else sizes.item * sum(sizes.trained) // min(ranks.per_node, ranks.total)
+    name = "copy of the state, for a checkpoint"
+    if ranks.on_gpus:
+        return Part(name, "while a checkpoint is written", host=size)
+    copied = config.checkpoint.background and config.checkpoint.every < config.max_steps
+    return Part(name, "always", gpu=size if copied else 0)
 
 
 def _placed(offload: str | None) -> Callable[[str, When, int], Part]:
@@ -264,12 +287,16 @@ def _to_host(offload: str | None) -> str | None:
     return "cpu" if offload == "nvme" else offload
 
 
-def _zero_settings(stage: int, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The `zero_optimization` section that DeepSpeed gets, with its defaults."""
-    given: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
-    given |= raw.get("zero_optimization", {})
-    settings: dict[str, Any] = {**given}
-    for name, default in ZERO_DEFAULTS.items():
+def _zero_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """The `zero_optimization` section that DeepSpeed gets, with its defaults, and `optimizer_work`, bytes a weight."""
+    own = own_settings(
+        config.optimizer, config.precision, config.zero_stage, world_size=ranks.total, on_gpu=ranks.on_gpus
+    )
+    given = own["zero_optimization"] | config.deepspeed.get("zero_optimization", {})
+    chosen = with_fastest_adam(merged(own, config.deepspeed))["optimizer"]["params"]
+    in_place = chosen.get("fused") or chosen.get("torch_adam") is False
+    settings: dict[str, Any] = {**given, "optimizer_work": 0 if in_place else TEMPORARIES}
+    for name, default in {**ZERO_DEFAULTS, "reduce_bucket_size": 0}.items():
         value = given.get(name, given.get(name.removeprefix("stage3_"), default))
         settings[name] = int(float(value))  # YAML 1.1 reads 5e8 as text, and so does DeepSpeed
     for name in ("offload_optimizer", "offload_param"):

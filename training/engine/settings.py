@@ -58,6 +58,7 @@ FIXED = {
     "hybrid_engine": "it is meant for generation in RLHF",
     "autotuning": "it starts its own runs",
 }
+REDUCE_BUCKET = 50_000_000  # elements, of DeepSpeed's 500 million; a rank keeps the bucket and its copy in fp32
 MAX_LISTED = 30  # most known keys in a message
 CHOOSES_ADAM = {"torch_adam", "fused"}  # parameters by which the user chooses among implementations of Adam
 FREE = {f"optimizer.params.{name}" for name in CHOOSES_ADAM}  # keys below the above that the user may set
@@ -88,6 +89,7 @@ def own_settings(
             "stage": zero_stage,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
+            "reduce_bucket_size": REDUCE_BUCKET,
         },
         "optimizer": {
             "type": kind,
@@ -116,12 +118,15 @@ def is_offloaded(settings: Mapping[str, Any]) -> bool:
     return place.get("device", "none") != "none"
 
 
-def with_fastest_adam(settings: dict[str, Any], *, on_gpu: bool, cpu_adam: bool) -> dict[str, Any]:
-    """The settings with the Adam to use: DeepSpeed's CPU Adam (`cpu_adam`), torch's fused one on GPUs, or torch's."""
+def with_fastest_adam(settings: dict[str, Any], *, cpu_adam: bool = False) -> dict[str, Any]:
+    """The settings with the Adam to use: DeepSpeed's CPU Adam (`cpu_adam`), or torch's fused one.
+
+    The fused one updates weights in one pass; torch's other ones make temporaries as large as all weights of a rank.
+    """
     params = settings["optimizer"]["params"]
     if cpu_adam:
         params = {**params, "torch_adam": False}
-    elif on_gpu and params.get("torch_adam") and not is_offloaded(settings):
+    elif params.get("torch_adam"):
         params = {"fused": True, **params}
     return {**settings, "optimizer": {**settings["optimizer"], "params": params}}
 

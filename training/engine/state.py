@@ -99,20 +99,21 @@ def weights_only() -> Iterator[None]:
 
 
 class _MemoryWriter(CheckpointEngine):
-    """Replaces DeepSpeed's writer and keeps copies in memory, so that it cannot fail on a single rank.
+    """Replaces DeepSpeed's writer and keeps the state in memory, so that it cannot fail on a single rank.
 
     A writer that raises, for example on a full disk, would leave the other ranks waiting at DeepSpeed's barrier.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copy: bool) -> None:
         self.taken: list[tuple[Path, Any]] = []
+        self._copy = copy
 
     def create(self, info: CheckpointCommitInfo) -> None: ...
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.taken.append((Path(path), _copied(state_dict)))
+        self.taken.append((Path(path), _on_host(state_dict, self._copy)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         raise RuntimeError("this checkpoint engine only saves")
@@ -121,23 +122,27 @@ class _MemoryWriter(CheckpointEngine):
         return True
 
 
-def _copied(state: Any) -> Any:
-    """A copy of nested containers with their tensors on the host, without storage beyond each tensor's elements."""
+def _on_host(state: Any, copy: bool) -> Any:
+    """Nested containers with their tensors on the host, without storage beyond each tensor's elements.
+
+    Without `copy`, tensors that are so already are shared.
+    """
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+        return state.detach().to("cpu", copy=copy or state.untyped_storage().nbytes() != state.nbytes)
     if isinstance(state, dict):
-        return type(state)((key, _copied(value)) for key, value in state.items())
+        return type(state)((key, _on_host(value, copy)) for key, value in state.items())
     if type(state) in (list, tuple):  # excludes torch.Size, which holds only numbers
-        return type(state)(map(_copied, state))
+        return type(state)(_on_host(value, copy) for value in state)
     return state
 
 
-def take_state(engine: Any, directory: Path) -> list[tuple[Path, Any]]:
-    """The (path, state) pairs that this rank would write below `directory`, copied to host memory.
+def take_state(engine: Any, directory: Path, copy: bool) -> list[tuple[Path, Any]]:
+    """The (path, state) pairs that this rank would write below `directory`, in host memory.
 
-    Called on all ranks. Frozen weights are excluded, as the run's initial model holds them.
+    Called on all ranks. Frozen weights are excluded, as the run's initial model holds them. Without `copy`, a rank on a
+    CPU returns its own tensors, which the next step changes.
     """
-    taking, own = _MemoryWriter(), engine.checkpoint_engine
+    taking, own = _MemoryWriter(copy), engine.checkpoint_engine
     engine.checkpoint_engine = taking
     engine._copy_recovery_script = lambda path: None  # DeepSpeed's conversion script; `export` replaces it
     try:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from training.checkpoints.saving import FileWriter
-from training.engine.state import TAG, _copied, consolidated, load_state, to_universal, weights_only
+from training.engine.state import TAG, _on_host, consolidated, load_state, to_universal, weights_only
 
 
 def written(root: Path, files: list[tuple[Path, object]]) -> FileWriter:
@@ -56,7 +56,7 @@ def test_deepspeed_gets_folder_names_without_glob_characters(tmp_path: Path, mon
     state = "deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint"
     monkeypatch.setattr(state, lambda folder, **_: {name: torch.ones(1) for name in files(folder)})
     assert [name for name, _ in consolidated(checkpoint)] == ["a.pt"]
-    optimizer = SimpleNamespace(param_groups=[], optimizer=SimpleNamespace(state={}))
+    optimizer = SimpleNamespace(param_groups=[], optimizer=SimpleNamespace(state={}, param_groups=[]))
     engine: Any = SimpleNamespace(
         _config=SimpleNamespace(), optimizer=optimizer, module=torch.nn.Linear(1, 1),
         load_checkpoint=lambda folder, **_: (files(folder)[0], None),
@@ -94,7 +94,7 @@ def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
 def test_copies_share_no_memory_and_store_only_their_own_elements() -> None:
     base = torch.arange(1000.0)
     state = OrderedDict(a=base[10:20], b=[base, {"shape": torch.Size([2, 3])}], c=("text", None, 1.5))
-    copy = _copied(state)
+    copy = _on_host(state, copy=True)
     base.zero_()
     assert type(copy) is OrderedDict
     assert torch.equal(copy["a"], torch.arange(10.0, 20.0))
@@ -102,6 +102,15 @@ def test_copies_share_no_memory_and_store_only_their_own_elements() -> None:
     assert torch.equal(copy["b"][0], torch.arange(1000.0))
     assert copy["b"][1]["shape"].numel() == 6
     assert copy["c"] == ("text", None, 1.5)
+
+
+def test_a_state_that_is_written_at_once_shares_memory_but_stores_only_its_own_elements() -> None:
+    base = torch.arange(1000.0)
+    shared = _on_host({"part": base[10:20], "whole": base}, copy=False)
+    base.zero_()
+    assert torch.equal(shared["whole"], torch.zeros(1000))
+    assert torch.equal(shared["part"], torch.arange(10.0, 20.0))
+    assert shared["part"].untyped_storage().nbytes() == 40
 
 
 class Malicious:

@@ -140,14 +140,14 @@ def test_valid_raw_deepspeed_settings_are_passed_on(tmp_path: Path, settings: di
 
 
 OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-TORCHS = {"torch_adam": True, "fused": None}
+TORCHS = {"torch_adam": True, "fused": True}
 
 
 @pytest.mark.parametrize(
     ("name", "raw", "on_gpu", "expected"),
     [
         ("adamw", {}, False, TORCHS),
-        ("adamw", {}, True, {"torch_adam": True, "fused": True}),
+        ("adamw", {}, True, TORCHS),
         ("adam", {}, True, {"torch_adam": True, "fused": True, "adam_w_mode": False}),
         ("radam", {}, True, {"torch_adam": None, "fused": None}),
         ("adamw", {"optimizer": {"params": {"fused": False}}}, True, {"torch_adam": True, "fused": False}),
@@ -166,7 +166,7 @@ def test_the_fastest_adam_is_chosen_unless_one_is_named(
     on_gpu: bool,
     expected: dict[str, Any],
 ) -> None:
-    """torch's fused one on GPUs, DeepSpeed's CPU Adam (here as if it were compiled) for an offloaded optimizer."""
+    """torch's fused one, and DeepSpeed's CPU Adam (here as if it were compiled) for an offloaded optimizer."""
     monkeypatch.setattr("training.engine.engine.build_op", lambda _: Path("op.so"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

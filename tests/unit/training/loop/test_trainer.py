@@ -37,15 +37,15 @@ Made = Callable[..., Trainer]
 
 
 class Engine:
-    """A fake engine that saves one file of weights and counts how often its state is taken."""
+    """A fake engine that saves one file of weights; `copied`: whether its state was, each time that it was taken."""
 
     def __init__(self) -> None:
-        self.world_size, self.device, self.taken, self.loaded = 1, torch.device("cpu"), 0, [""]
+        self.world_size, self.device, self.copied, self.loaded = 1, torch.device("cpu"), list[bool](), [""]
         config = SimpleNamespace(save_pretrained=lambda directory: None, _attn_implementation="sdpa")
         self.module = SimpleNamespace(config=config)
 
-    def take_state(self, directory: Path) -> list[tuple[Path, Any]]:
-        self.taken += 1
+    def take_state(self, directory: Path, copy: bool) -> list[tuple[Path, Any]]:
+        self.copied.append(copy)
         return [(directory / "zero" / "weights.pt", torch.arange(1000.0))]
 
     def load_state(self, directory: Path, universal: bool) -> None:
@@ -81,7 +81,16 @@ def saved(trainer: Trainer) -> list[int]:
 
 
 def times_taken(trainer: Trainer) -> int:
-    return cast(Engine, trainer.run.engine).taken
+    return len(cast(Engine, trainer.run.engine).copied)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_state_is_copied_only_if_training_goes_on_while_it_is_written(trainer: Made, background: bool) -> None:
+    made = trainer(**{"checkpoint.background": background})
+    made.save(4, {})
+    made._complete_checkpoint()
+    made.save(made.config.max_steps, {})
+    assert cast(Engine, made.run.engine).copied == [background, False]
 
 
 @pytest.mark.parametrize("settled", [True, False])
