@@ -3,9 +3,10 @@
     python -m benchmarks.gpu --json FILE --markdown FILE
 
 Each case is its own set of ranks, which trains some steps of generated parallel data through crosslift's own loop, the
-loader included. Measured: tokens/s without padding (median step, between two synchronisations of the device), MFU, peak
-memory against the estimate of `crosslift check`, and the losses. The cases `curve bf16` and `curve fp32 on CPU` train
-the same smaller model on the same samples, which shows what bf16 and the GPU's kernels change.
+loader included. Measured: tokens/s without padding (median of windows of steps, at whose ends the loop logs and the
+device is synchronised), MFU, peak memory against the estimate of `crosslift check`, and the losses. The cases
+`curve bf16` and `curve fp32 on CPU` train the same smaller model on the same samples, which shows what bf16 and the
+GPU's kernels change.
 
 `--budget` seconds bound the whole: a case that does not fit into what is left is "not measured", one that runs is ended
 at the end of the budget, and what was measured is written after every case. Without a GPU everything is "not measured",
@@ -46,7 +47,6 @@ from typing import Any
 from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
 from benchmarks.ranks import SOURCE, machine
 
-WARM_UP_STEPS = 3
 LEAST_CASE_S = 45.0  # what a case needs on a GPU, with the start of its ranks
 SIZES: dict[str, dict[str, Any]] = {  # Llama 3.2 1B's shape; a smaller one for the curve; one for a trial
     "1B": {
@@ -134,7 +134,7 @@ def run_values(folder: Path, name: str, options: argparse.Namespace) -> dict[str
         "schedule": {"name": "constant", "warmup_ratio": 0.0},
         "precision": CURVES.get(name, "bf16"),
         "gradient_checkpointing": False,
-        "tracking": {"enabled": False},
+        "tracking": {"enabled": False, "log_every": 1 if curve else options.window},
     }
 
 
@@ -167,32 +167,38 @@ def measure(name: str, folder: Path, options: argparse.Namespace, deadline: floa
     trainer = Trainer(run, tracker=None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    wanted = options.curve_steps if name in CURVES else WARM_UP_STEPS + options.steps
-    steps: list[dict[str, float]] = []
-    began = time.perf_counter()
+    wanted = options.curve_steps if name in CURVES else options.window + options.steps
+    window = config.tracking.log_every
+    windows: list[dict[str, float]] = []
+    flops = tokens = labels = waited = 0.0
+    began = since = time.perf_counter()
     for number, batch in enumerate(run.loader.steps(0, wanted)):
-        waited = time.perf_counter() - began
-        refresh = run.objective.before_step(run.engine, number)
+        waited += time.perf_counter() - since
+        run.objective.before_step(run.engine, number)
         metrics = trainer.train_step(number, batch, trainer.agree(batch))
+        lengths = [len(sample) for micro_batch in batch.micro_batches for sample in micro_batch.samples]
+        of_rank = int(batch.counts["label_tokens"])
+        flops, tokens, labels = flops + shape.step_flops(lengths, of_rank), tokens + sum(lengths), labels + of_rank
+        since = time.perf_counter()
+        if (number + 1) % window:
+            continue
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-        samples = [sample for micro_batch in batch.micro_batches for sample in micro_batch.samples]
-        labels = batch.counts["label_tokens"]
-        flops = shape.step_flops([len(sample) for sample in samples], int(labels))
         out_of_time = time.time() + 2 * seconds > deadline  # a rank's clock; the sum makes it one decision
-        sums = all_sum([flops, sum(map(len, samples)), labels, out_of_time], device).tolist()
-        steps.append({
-            "seconds": seconds, "waited": waited, "flops": sums[0], "tokens": sums[1], "label_tokens": sums[2],
-            "loss": metrics["train/loss"], "refreshed": bool(refresh),
+        sums = all_sum([flops, tokens, labels, out_of_time], device).tolist()
+        windows.append({
+            "steps": window, "seconds": seconds, "waited": waited, "flops": sums[0], "tokens": sums[1],
+            "label_tokens": sums[2], "loss": metrics["train/loss"],
         })  # fmt: skip
         if sums[3]:
             break
-        began = time.perf_counter()
+        flops = tokens = labels = waited = 0.0
+        began = since = time.perf_counter()
     found = {
         "parameters": sum(parameter.ds_numel for parameter in run.engine.module.parameters()),
         "attention": str(run.engine.module.config._attn_implementation), "precision": config.precision,
-        "layout": run.data.packer.layout, "ranks": world_size(), "wanted_steps": wanted, "steps": steps,
+        "layout": run.data.packer.layout, "ranks": world_size(), "wanted_steps": wanted, "windows": windows,
         "memory": {"estimate": estimate, **used_memory(device)},
     }  # fmt: skip
     run.engine.destroy()
@@ -236,17 +242,17 @@ def used_memory(device: Any) -> dict[str, int]:
 
 
 def summary(found: dict[str, Any], peak_tflops: float) -> dict[str, Any]:
-    """Medians over the steps after the warm-up, without those that refreshed the language vectors."""
-    steps = [each for each in found["steps"][WARM_UP_STEPS:] if not each["refreshed"]]
-    if not steps:
-        return {"reason": f"only {len(found['steps'])} steps were done in time"}
-    flops = [each["flops"] / each["seconds"] for each in steps]
+    """Medians over the windows after the first, in which kernels are chosen and the language vectors computed."""
+    windows = found["windows"][1:]
+    if not windows:
+        return {"reason": f"only {len(found['windows'])} windows of steps were done in time"}
+    flops = [each["flops"] / each["seconds"] for each in windows]
     return {
-        "steps": len(steps),
-        "seconds_a_step": statistics.median(each["seconds"] for each in steps),
-        "tokens_per_second": statistics.median(each["tokens"] / each["seconds"] for each in steps),
+        "steps": sum(each["steps"] for each in windows),
+        "seconds_a_step": statistics.median(each["seconds"] / each["steps"] for each in windows),
+        "tokens_per_second": statistics.median(each["tokens"] / each["seconds"] for each in windows),
         "mfu": statistics.median(flops) / (peak_tflops * 1e12 * found["ranks"]),
-        "waited_share": sum(each["waited"] for each in steps) / sum(each["seconds"] for each in steps),
+        "waited_share": sum(each["waited"] for each in windows) / sum(each["seconds"] for each in windows),
     }
 
 
@@ -266,7 +272,7 @@ def table(results: dict[str, Any]) -> str:
         if "tokens_per_second" not in values:
             lines.append(f"| {name} | not measured: {found.get('reason') or values['reason']} | | | | | | |")
             continue
-        memory, losses = found["memory"], [each["loss"] for each in found["steps"]]
+        memory, losses = found["memory"], [each["loss"] for each in found["windows"]]
         used = memory.get("device", memory.get("process", 0))
         lines.append(
             f"| {name} | {values['steps']} | {values['seconds_a_step']:.3f} | {values['tokens_per_second']:,.0f} | "
@@ -279,7 +285,7 @@ def table(results: dict[str, Any]) -> str:
 
 def curve_line(cases: dict[str, Any]) -> str:
     """The largest relative difference between the two loss curves."""
-    here, there = ([each["loss"] for each in cases.get(name, {}).get("steps", ())] for name in CURVES)
+    here, there = ([each["loss"] for each in cases.get(name, {}).get("windows", ())] for name in CURVES)
     if not (shared := list(zip(here, there, strict=False))):
         return "Loss curve against fp32 on CPU: not measured."
     largest = max(abs(a - b) / abs(b) for a, b in shared)
@@ -375,7 +381,8 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, default=128, help="samples in a step's global batch")
     parser.add_argument("--curve-slots", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=20, help="after the warm-up")
+    parser.add_argument("--steps", type=int, default=20, help="after a first window of steps")
+    parser.add_argument("--window", type=int, default=5, help="steps between two synchronisations of the device")
     parser.add_argument("--curve-steps", type=int, default=20)
     parser.add_argument("--budget", type=float, default=440.0, help="seconds for everything")
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="of one device, for MFU")

@@ -155,12 +155,8 @@ class Sample(ABC):
         """Number of tokens of its longest row in a padded batch."""
         return len(self)
 
-    @abstractmethod
-    def counts(self) -> dict[str, int]:
-        """The sample's contribution to the counts of its step, which loss terms are divided by."""
-
     def tokens_by_language(self) -> Iterator[tuple[int, int]]:
-        """(language, number of tokens) of each text that the model reads: one, or two with a partner."""
+        """(language, number of tokens) of each text that the model reads."""
         yield self.language, len(self)
 
     def fingerprint(self) -> int:
@@ -189,9 +185,6 @@ class ChatSample(Sample):
     @property
     def n_labels(self) -> int:
         return int(self.labels.sum())
-
-    def counts(self) -> dict[str, int]:
-        return {"label_tokens": int(self.labels[1:].sum())}  # no position predicts the first token
 
 
 def normalized(text: str) -> str:

@@ -1,7 +1,8 @@
 """Every optimizer that is offered, as part of `zero_cells.py`: its steps, its resume, and that on other ranks.
 
 A cell runs four steps under ZeRO-3, beside the same optimizer of plain torch on the whole gradients, and is saved after
-two. The report has the largest difference of the weights after each step.
+two. The report has the largest difference of the weights after each step. A resumed cell has its own moments, so only
+its losses are compared: with those of the run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adam": {"optimizer.name": "adam"},
     "radam": {"optimizer.name": "radam"},
-    "fused": {"deepspeed.optimizer": {"params": {"fused": True}}},  # as on GPUs, where it is the default
+    "unfused": {"deepspeed.optimizer": {"params": {"fused": False}}},
     "offloaded": {"deepspeed.zero_optimization.offload_optimizer": OFFLOAD, "precision": "bf16"},
     "offloaded-torch": {
         "deepspeed.zero_optimization.offload_optimizer": OFFLOAD,
@@ -40,6 +41,8 @@ CELLS: dict[str, dict[str, Any]] = {
         "precision": "bf16",
     },
 }
+# Cells that are also resumed with another implementation of the same optimizer.
+OTHER = {"offloaded": "offloaded-torch", "offloaded-torch": "offloaded", "unfused": "adamw", "adamw": "unfused"}
 PLAIN: dict[str, Any] = {
     "adam": torch.optim.Adam,
     "radam": lambda groups, **options: torch.optim.RAdam(groups, decoupled_weight_decay=True, **options),
@@ -91,6 +94,15 @@ def master_weights(trainer: Trainer) -> dict[str, Tensor]:
         name: deepspeed.utils.safe_get_full_fp32_param(parameter).detach().clone()
         for name, parameter in trainer.run.engine.module.named_parameters()
     }
+
+
+def starts(mode: str) -> Iterator[tuple[str, int, str]]:
+    """(cell, ranks of the run that was saved, cell whose implementation runs) of a mode of `zero_cells.py`."""
+    for name in CELLS:
+        for ranks in {"short": (1,), "train": (2,), "resume": (1, 2)}[mode]:
+            yield name, ranks, name
+    for name, other in OTHER.items() if mode == "resume" else ():
+        yield name, 2, other
 
 
 def folder(name: str, ranks: int) -> str:

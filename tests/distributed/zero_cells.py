@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,25 +89,17 @@ def main() -> None:
 
 
 def run_optimizers(data_dir: Path, work: Path, mode: str) -> None:
-    """`optimizer_cells`: `short` and `train` do all steps on one and two ranks, `resume` the last on two after each."""
-    for name, changes in optimizer_cells.CELLS.items():
-        for ranks in (1, 2) if mode == "resume" else (1,) if mode == "short" else (2,):
-            folder = optimizer_cells.folder(name, ranks)
-            trainer = made(data_dir, work, folder, {**optimizer_cells.CHANGES, **changes})
-            with ExitStack() as stack:
-                if mode == "resume":
-                    start, report = resumed(trainer), {"losses": []}
-                    watched = watch(trainer)
-                else:
-                    start = 0
-                    save_until(trainer, optimizer_cells.SAVED)
-                    report = stack.enter_context(optimizer_cells.compared(trainer))
-                trainer.train(start)
-                if mode == "resume":
-                    report["losses"] = [float(each["train/loss"]) for each in watched["metrics"].values()]
-            if rank() == 0:
-                optimizer_cells.report_file(work, name, f"{mode}-{ranks}").write_text(json.dumps(report))
-            trainer.run.engine.destroy()
+    """`optimizer_cells`: `short` and `train` do all steps on one and two ranks; `resume` the last ones, on two."""
+    for name, ranks, implementation in optimizer_cells.starts(mode):
+        folder, changes = optimizer_cells.folder(name, ranks), optimizer_cells.CELLS[implementation]
+        trainer = made(data_dir, work, folder, {**optimizer_cells.CHANGES, **changes})
+        save_until(trainer, optimizer_cells.SAVED if mode != "resume" else 0)
+        start = resumed(trainer) if mode == "resume" else 0
+        with optimizer_cells.compared(trainer) as report:
+            trainer.train(start)
+        if rank() == 0:
+            optimizer_cells.report_file(work, name, f"{mode}-{ranks}-{implementation}").write_text(json.dumps(report))
+        trainer.run.engine.destroy()
 
 
 def made(data_dir: Path, work: Path, folder: str, changes: dict[str, Any]) -> Trainer:
@@ -134,10 +126,10 @@ def save_until(trainer: Trainer, last: int) -> None:
 def stop_after(trainer: Trainer, step: int) -> None:
     accumulate = trainer.accumulate
 
-    def stopping(at: int, batch: Any) -> Any:
+    def stopping(at: int, batch: Any, totals: Any) -> Any:
         if at + 1 == step:
             trainer.stop._reason = "the test"
-        return accumulate(at, batch)
+        return accumulate(at, batch, totals)
 
     trainer.accumulate = stopping  # type: ignore[method-assign]
 
@@ -150,14 +142,14 @@ def watch(trainer: Trainer) -> dict[str, Any]:
     report: dict[str, Any] = {"metrics": {}, "dropped": []}
     train_step, skip_update, accumulate, before = trainer.train_step, trainer._skip_update, trainer.accumulate, [""]
 
-    def kept(step: int, batch: Any) -> dict[str, float]:
-        values = train_step(step, batch)
+    def kept(step: int, batch: Any, agreed: Any) -> dict[str, float]:
+        values = train_step(step, batch, agreed)
         report["metrics"][step + 1] = {name: str(values.get(name)) for name in ("train/loss", "train/grad_norm")}
         return values
 
-    def hashed(step: int, batch: Any) -> Any:
+    def hashed(step: int, batch: Any, totals: Any) -> Any:
         before[0] = state_hash(trainer)
-        found = accumulate(step, batch)
+        found = accumulate(step, batch, totals)
         if "fine" not in report:
             gradients = torch.cat([each.flatten() for each in trainer.run.engine.full_gradients().values()])
             report["fine"] = float((gradients != gradients.bfloat16()).float().mean())
@@ -195,9 +187,9 @@ def inject_faults(trainer: Trainer) -> None:
     """Faults at three steps of the data: a NaN loss, an infinite gradient, a loss spike."""
     accumulate, loss_terms, current = trainer.accumulate, trainer.run.objective.loss_terms, [-1]
 
-    def noted(step: int, batch: Any) -> Any:
+    def noted(step: int, batch: Any, totals: Any) -> Any:
         current[0] = batch.step
-        return accumulate(step, batch)
+        return accumulate(step, batch, totals)
 
     def corrupted(engine: Any, batch: Any) -> Any:
         terms = loss_terms(engine, batch)

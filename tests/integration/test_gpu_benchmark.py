@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from ranks import checked, run_ranks
 
 from benchmarks import gpu
-from benchmarks.gpu import CASES, CURVES, WARM_UP_STEPS, ModelShape, model_shape, summary
+from benchmarks.gpu import CASES, CURVES, ModelShape, model_shape, summary
 
 CONFIG = LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -66,16 +66,16 @@ def test_the_flops_of_the_matrices_are_those_that_torch_counts() -> None:
     assert of_matrices == shape.step_flops([9], 9) - attention
 
 
-def test_mfu_is_flops_per_second_of_the_median_step_over_the_peak() -> None:
-    """The first steps, and those that refresh the language vectors, are left out."""
-    step = {"waited": 0.5, "tokens": 1000, "flops": 3e12, "refreshed": False}
-    steps = [{**step, "seconds": 60.0}] * WARM_UP_STEPS
-    steps += [{**step, "seconds": seconds} for seconds in (2.0, 3.0, 4.0)] + [{**step, "seconds": 9, "refreshed": True}]
-    found = summary({"steps": steps, "ranks": 2}, peak_tflops=10)
-    assert found["steps"] == 3
-    assert (found["seconds_a_step"], found["tokens_per_second"]) == (3.0, pytest.approx(1000 / 3))
+def test_mfu_is_flops_per_second_of_the_median_window_over_the_peak() -> None:
+    """The first window is left out."""
+    window = {"steps": 2, "waited": 0.5, "tokens": 1000, "flops": 3e12}
+    windows = [{**window, "seconds": seconds} for seconds in (60.0, 2.0, 3.0, 4.0)]
+    found = summary({"windows": windows, "ranks": 2}, peak_tflops=10)
+    assert found["steps"] == 6
+    assert (found["seconds_a_step"], found["tokens_per_second"]) == (1.5, pytest.approx(1000 / 3))
     assert found["mfu"] == pytest.approx(3e12 / 3 / (2 * 10e12))
     assert found["waited_share"] == pytest.approx(1.5 / 9)
+    assert summary({"windows": windows[:1], "ranks": 2}, 10) == {"reason": "only 1 windows of steps were done in time"}
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,9 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     arguments = [
         "--cpu", "--nproc", "2", "--size", "tiny", "--curve-size", "tiny", "--slots", "16", "--curve-slots", "8",
-        "--steps", "3", "--curve-steps", "6", "--micro-batch-tokens", "2048", "--json", str(folder / "figures.json"),
-        "--markdown", str(folder / "table.md"), "--cases", "ShifCon, sdpa", "ShifCon, flash-attn varlen", *CURVES,
+        "--steps", "4", "--window", "2", "--curve-steps", "6", "--micro-batch-tokens", "2048",
+        "--json", str(folder / "figures.json"), "--markdown", str(folder / "table.md"),
+        "--cases", "ShifCon, sdpa", "ShifCon, flash-attn varlen", *CURVES,
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "start_ranks", start_ranks)
@@ -102,13 +103,14 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_trial_measures_every_rank_and_compares_memory_with_the_estimate(trial: dict[str, Any]) -> None:
     found = trial["cases"]["ShifCon, sdpa"]
     assert (found["ranks"], found["precision"], found["attention"]) == (2, "bf16", "sdpa")
-    assert [step["refreshed"] for step in found["steps"]] == [True] + [False] * (WARM_UP_STEPS + 2)
-    assert found["summary"]["steps"] == 3
-    for step in found["steps"]:  # some 16 to 32 samples of 60 to 200 tokens on both ranks together
-        assert 16 * 60 < step["tokens"] < 32 * 210
-        assert 0 < step["label_tokens"] < step["tokens"]
-        linear = 6 * 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) * step["tokens"]
-        assert linear < step["flops"] < 100 * linear
+    assert [window["steps"] for window in found["windows"]] == [2, 2, 2]
+    assert found["summary"]["steps"] == 4
+    for window in found["windows"]:  # twice some 16 to 32 samples of 60 to 200 tokens on both ranks together
+        assert 2 * 16 * 60 < window["tokens"] < 2 * 32 * 210
+        assert 0 < window["label_tokens"] < window["tokens"]
+        linear = 6 * 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) * window["tokens"]
+        assert linear < window["flops"] < 100 * linear
+        assert 0 <= window["waited"] < window["seconds"]
     assert found["memory"]["process"] > 2**28
     assert found["memory"]["estimate"] > 2**30
 
@@ -116,7 +118,7 @@ def test_a_trial_measures_every_rank_and_compares_memory_with_the_estimate(trial
 def test_a_trial_shows_the_loss_curve_against_fp32(trial: dict[str, Any]) -> None:
     here, there = (trial["cases"][name] for name in CURVES)
     assert (here["precision"], there["precision"]) == ("bf16", "fp32")
-    losses = [[step["loss"] for step in each["steps"]] for each in (here, there)]
+    losses = [[window["loss"] for window in each["windows"]] for each in (here, there)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     assert losses[1][0] > losses[1][-1]
@@ -136,7 +138,8 @@ def test_the_table_names_hardware_versions_command_and_what_is_not_measured(tria
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_without_a_gpu_nothing_is_measured_and_the_files_say_so(tmp_path: Path) -> None:
-    gpu.main(["--json", str(tmp_path / "figures.json"), "--markdown", str(tmp_path / "table.md")])
+    files = ["--json", str(tmp_path / "figures.json"), "--markdown", str(tmp_path / "table.md")]
+    gpu.main([*files, "--budget", "1"])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["cases"] == {name: {"reason": "no GPU"} for name in (*CASES, *CURVES)}
     assert (tmp_path / "table.md").read_text().count("not measured: no GPU") == len(CASES) + len(CURVES)

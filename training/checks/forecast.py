@@ -13,8 +13,7 @@ from pathlib import Path
 
 from data_pipeline.console import duration
 from data_pipeline.order.plan import Planner
-from training.assembly import estimated_lengths
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.distributed import CPU
 from training.engine.memory import Ranks
 from training.errors import ConfigError
@@ -108,9 +107,16 @@ def time_lines(
 def tokens_per_step(config: RunConfig, planner: Planner) -> float:
     """Estimated tokens of a step on all ranks, without padding, from the first steps of the plan."""
     counted = range(min(config.max_steps, COUNTED_STEPS))
-    tokens = sum(float(estimated_lengths(planner.step(step), config.data).sum()) for step in counted)
+    costs = [_read_tokens(slot.cost, config.data) for step in counted for slot in planner.step(step).slots]
     sides = 2 if config.objective.pairing().with_partner else 1
-    return sides * tokens / len(counted)
+    return sides * sum(costs) / len(counted)
+
+
+def _read_tokens(cost: float, data: DataConfig) -> float:
+    """Tokens that are read of a sample of `cost` tokens."""
+    if cost <= data.sequence_length:
+        return cost
+    return data.sequence_length if data.overlong == "truncate" else 0.0
 
 
 def _line(steps: int, seconds: float, source: str) -> str:
@@ -121,23 +127,25 @@ def _read(record: Path) -> _Measured:
     """The latest start in the record that did enough steps; if there is none, its `steps` are (0, 0)."""
     found, now = _Measured(), _Measured()
     began = 0
-    tokens: list[float] = []
+    tokens = 0.0
     for _, event in read_events(record):
         if event["kind"] == "start":  # after a rollback, without params and tags
             now = _Measured(dict(now.params), dict(now.tags))
-            tokens = []
+            tokens = 0.0
         elif event["kind"] == "params":
             now.params = event["values"]
         elif event["kind"] == "tags":
             now.tags = now.tags | event["values"]
         elif event["kind"] == "metrics" and "train/tokens_per_second" in (values := event["values"]):
-            if not tokens:
-                now.steps, began = (event["step"], event["step"]), event["time"]
-            tokens.append(float(values["train/tokens_per_second"]) * float(values["train/step_seconds"]))
-            now.steps = (now.steps[0], event["step"])
-            if (done := now.steps[1] - now.steps[0]) >= LEAST_STEPS:
-                now.seconds_per_step = (event["time"] - began) / 1000 / done
-                now.tokens_per_step = sum(tokens) / len(tokens)
+            step = event["step"]
+            if not now.steps[1]:
+                now.steps, began = (step, step), event["time"]
+            # means of the steps since the last event
+            mean = float(values["train/tokens_per_second"]) * float(values["train/step_seconds"])
+            tokens += mean * (step - now.steps[1])
+            now.steps = (now.steps[0], step)
+            if (done := step - now.steps[0]) >= LEAST_STEPS:
+                now.seconds_per_step, now.tokens_per_step = (event["time"] - began) / 1000 / done, tokens / done
                 found = now
     return found
 

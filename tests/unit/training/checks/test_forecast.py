@@ -73,7 +73,9 @@ def test_the_runs_own_record_gives_the_time_of_the_steps_that_are_left(config: R
 
 
 def test_metrics_that_are_not_logged_at_every_step_give_the_same_time(config: RunConfig, parts: DataParts) -> None:
-    record(config, *start(config), *steps({10: 100.0, 20: 190.0}))
+    """A line's tokens are the mean of the steps since the line before."""
+    lines = [*steps({1: 10.0}, 9999.0), *steps({10: 91.0}, 380.0), *steps({11: 100.0}, 580.0)]
+    record(config, *start(config), *lines)
     assert "about 7 h 0 min for 2,800 steps of 400 tokens" in line(config, parts, left=2800)
 
 
@@ -100,8 +102,8 @@ def test_other_data_take_the_time_of_their_own_tokens(config: RunConfig, parts: 
 
 
 def test_the_estimated_tokens_of_a_step_are_close_to_those_that_are_read(config: RunConfig, parts: DataParts) -> None:
-    loader = parts.loader()
-    read = sum(int(step.tokens.sum()) for step in loader.steps(0, 64)) / 64
+    loader = parts.loader(0, 1)
+    read = sum(int(loader.load(step).tokens.sum()) for step in range(64)) / 64
     assert tokens_per_step(config, parts.planner) == pytest.approx(read, rel=0.05)
 
 
