@@ -98,7 +98,7 @@ class Reader:
     def lengths(self, rows: Sequence[int]) -> Iterator[int | BadRow]:
         """The same of many rows, or their BadRow, read in batches. Raises DataError."""
         for batch in self._batches(rows, rows):
-            yield from _answered(self.index.record, self.stage.lengths, batch)
+            yield from _answered(self.stage.lengths, self.index.records(batch))
 
     def read(self, slot: Slot) -> Sample | None:
         """The sample of a slot; None if it is too long and dropped. Raises BadRow, DataError."""
@@ -107,12 +107,25 @@ class Reader:
     def read_many(self, slots: Sequence[Slot]) -> list[Outcome]:
         """The sample of each slot, its BadRow, or None if it is too long and dropped. Raises DataError."""
         batches = self._batches(slots, [slot.row for slot in slots])
-        return [outcome for batch in batches for outcome in _answered(self._record, self.stage.samples, batch)]
+        return [outcome for batch in batches for outcome in _answered(self.stage.samples, self._records(batch))]
 
-    def _record(self, slot: Slot) -> SlotRecord:
-        partner = slot.partner
-        other = self.index.record(partner.row) if partner is not None and partner.kind == "translation" else None
-        return SlotRecord(slot, self.index.record(slot.row), other)
+    def _records(self, slots: Sequence[Slot]) -> list[SlotRecord | BadRow]:
+        partners = [
+            slot.partner.row if slot.partner is not None and slot.partner.kind == "translation" else None
+            for slot in slots
+        ]
+        rows = [*(slot.row for slot in slots), *(row for row in partners if row is not None)]
+        of_row = dict(zip(rows, self.index.records(rows), strict=True))
+        found: list[SlotRecord | BadRow] = []
+        for slot, partner in zip(slots, partners, strict=True):
+            record, other = of_row[slot.row], None if partner is None else of_row[partner]
+            if isinstance(other, BadRow):
+                found.append(other)
+            elif isinstance(record, BadRow):
+                found.append(record)
+            else:
+                found.append(SlotRecord(slot, record, other))
+        return found
 
     def _batches(self, items: Sequence[Item], rows: Sequence[int]) -> Iterator[Sequence[Item]]:
         """Splits `items`, which belong to `rows`, in batches of about BATCH_BYTES of text."""
@@ -141,15 +154,9 @@ class Reader:
 
 
 def _answered(
-    read: Callable[[Item], Read], answer: Callable[[Sequence[Read]], Sequence[Result]], items: Sequence[Item]
+    answer: Callable[[Sequence[Read]], Sequence[Result]], found: Sequence[Read | BadRow]
 ) -> list[Result | BadRow]:
-    """What `answer` says of the records that `read` gives; the BadRow of those that cannot be read."""
-    found: list[Read | BadRow] = []
-    for item in items:
-        try:
-            found.append(read(item))
-        except BadRow as bad:
-            found.append(bad)
+    """What `answer` says of what was read, and the BadRow of what could not be."""
     answers = iter(answer([each for each in found if not isinstance(each, BadRow)]))
     return [each if isinstance(each, BadRow) else next(answers) for each in found]
 

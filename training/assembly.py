@@ -8,6 +8,7 @@ registered before the engine's own.
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COST_SAMPLES = 32  # rows per language on which tokens per byte are measured
+SWITCH_INTERVAL_S = 1e-3  # how long the training thread waits for a loader's thread that runs Python code
 CHECKED_STEPS = 64  # steps whose contrast sets are compared with the micro-batch budget at the start
 
 
@@ -69,6 +71,8 @@ class DataParts:
     fingerprint: dict[str, str]  # of data and tokenizer, which determine the tokens of each step
 
     def loader(self, rank: int, world_size: int, workers: int = 1) -> Loader:
+        """The loader of a rank. Its threads give up the interpreter's lock after SWITCH_INTERVAL_S, by default 5 ms."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         return Loader(self.reader, self.planner, self.packer, rank, world_size, workers)
 
 

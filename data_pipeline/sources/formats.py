@@ -17,7 +17,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
@@ -61,9 +61,17 @@ class Shard(ABC):
     def scan(self, digest: _Hash) -> Iterator[tuple[Place, Row | BadRow]]:
         """Every row in order, in one pass that also feeds the whole content to `digest`."""
 
-    @abstractmethod
     def read(self, place: Place) -> Row | BadRow:
         """One row alone, as the scan yielded it."""
+        return self.read_many([place])[0]
+
+    @abstractmethod
+    def read_many(self, places: Sequence[Place]) -> list[Row | BadRow]:
+        """Rows as the scan yielded them. All are read before any is parsed.
+
+        A call to the file system releases the interpreter's lock and soon takes it back, before a waiting thread is
+        awake; that thread then waits a whole switch interval again. One such call a row kept it waiting for the batch.
+        """
 
     def origin(self, place: Place) -> str:
         return f"{self.address}:{place.number}"
@@ -84,12 +92,21 @@ class TextShard(Shard):
         with open_binary(self.address) as source:
             yield from self.rows(io.BufferedReader(_Digesting(source, digest), 1 << 20))
 
-    def bytes_at(self, place: Place) -> bytes:
+    @abstractmethod
+    def parse(self, content: bytes, place: Place) -> Row | BadRow:
+        """The row of the bytes at a place."""
+
+    def read_many(self, places: Sequence[Place]) -> list[Row | BadRow]:
+        return [self.parse(content, place) for content, place in zip(self._bytes_at(places), places, strict=True)]
+
+    def _bytes_at(self, places: Sequence[Place]) -> list[bytes]:
         if "://" in self.address:
             fs, path = fsspec.core.url_to_fs(self.address)
-            return cast(bytes, fs.cat_file(path, start=place.offset, end=place.offset + place.length))
+            starts = [place.offset for place in places]
+            stops = [place.offset + place.length for place in places]
+            return cast("list[bytes]", fs.cat_ranges([path] * len(places), starts, stops, on_error="raise"))
         with open(self.address, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), place.length, place.offset)
+            return [os.pread(file.fileno(), place.length, place.offset) for place in places]
 
 
 class JsonLines(TextShard):
@@ -101,16 +118,13 @@ class JsonLines(TextShard):
             place = Place(number, offset, len(line))
             offset += len(line)
             if not line.isspace():
-                yield place, self._parse(line, place)
+                yield place, self.parse(line, place)
 
-    def read(self, place: Place) -> Row | BadRow:
-        return self._parse(self.bytes_at(place), place)
-
-    def _parse(self, line: bytes, place: Place) -> Row | BadRow:
+    def parse(self, content: bytes, place: Place) -> Row | BadRow:
         try:
-            row = json.loads(line.decode().removeprefix(BOM).rstrip())
+            row = json.loads(content.decode().removeprefix(BOM).rstrip())
         except UnicodeDecodeError as error:
-            reason = f"not UTF-8 (byte 0x{line[error.start]:02x}, number {error.start + 1} of the line)"
+            reason = f"not UTF-8 (byte 0x{content[error.start]:02x}, number {error.start + 1} of the line)"
         except json.JSONDecodeError as error:
             reason = f"not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
         except (ValueError, RecursionError) as error:
@@ -173,8 +187,8 @@ class Delimited(TextShard):
         for place, fields in records:
             yield place, self._row(header, fields, place)
 
-    def read(self, place: Place) -> Row | BadRow:
-        records = self._records(io.BytesIO(self.bytes_at(place)), place)
+    def parse(self, content: bytes, place: Place) -> Row | BadRow:
+        records = self._records(io.BytesIO(content), place)
         _, fields = next(records, (place, BadRow(self.origin(place), "the line no longer exists")))
         return self._row(self._header, fields, place)
 

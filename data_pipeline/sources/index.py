@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from data_pipeline.atomic import atomic_folder
 from data_pipeline.config import SourceConfig
 from data_pipeline.console import Progress
 from data_pipeline.records import BadRow, DataError, Record, stable_hash
-from data_pipeline.sources.formats import Place
+from data_pipeline.sources.formats import Place, Row, Shard
 from data_pipeline.sources.patience import retry_reading
 from data_pipeline.sources.scan import COLUMNS, Scan, check_columns, check_rows, lookups, refuse_bad
 from data_pipeline.sources.sources import RecordReader, open_source
@@ -118,20 +119,47 @@ class DataIndex:
             BadRow: the row is unusable.
             DataError: the file has changed since it was indexed, or cannot be read.
         """
+        (found,) = self.records([row])
+        if isinstance(found, BadRow):
+            raise found
+        return found
+
+    def records(self, rows: Sequence[int]) -> list[Record | BadRow]:
+        """Reads entries from their files, those of one file together. Raises DataError."""
+        by_shard: dict[int, list[int]] = {}
+        for row in dict.fromkeys(rows):
+            by_shard.setdefault(int(self._shard[row]), []).append(row)
+        found: dict[int, Record | BadRow] = {}
+        for number, together in by_shard.items():
+            places = [self._place(row) for row in together]
+            contents = self._contents(self._readers[number].shard, places)
+            for row, place, content in zip(together, places, contents, strict=True):
+                found[row] = self._record(row, place, content)
+        return [found[row] for row in rows]
+
+    def _contents(self, shard: Shard, places: list[Place]) -> list[Row | BadRow]:
+        try:
+            return shard.read_many(places)
+        except OSError:
+            contents = []
+        for place in places:  # singly, with patience, and to say which cannot be read
+            try:
+                contents.append(retry_reading(partial(shard.read, place), shard.address, self.patience))
+            except OSError as error:
+                raise DataError(f"{shard.origin(place)}: cannot be read ({error})") from error
+        return contents
+
+    def _record(self, row: int, place: Place, content: Row | BadRow) -> Record | BadRow:
         reader = self._readers[self._shard[row]]
-        place = self._place(row)
         wide = self.languages[self.language[row]] if reader.source.languages is not None else None
         try:
-            row_of_file = retry_reading(lambda: reader.shard.read(place), reader.shard.address, self.patience)
-            if isinstance(row_of_file, BadRow):
-                raise row_of_file
-            record = reader.record(row_of_file, place, wide)
-        except BadRow:
+            if isinstance(content, BadRow):
+                raise content
+            record = reader.record(content, place, wide)
+        except BadRow as bad:
             if self.bad[row]:
-                raise
+                return bad
             record = None
-        except OSError as error:
-            raise DataError(f"{reader.shard.origin(place)}: cannot be read ({error})") from error
         if record is None or stable_hash(record.user_text) != self.content[row]:
             raise DataError(f"{reader.shard.origin(place)}: the file has changed since the run began; start again")
         return record

@@ -24,16 +24,6 @@ def retry_reading(
         OSError: the last one, after `seconds`.
     """
 
-    try:
-        return read()  # at once: preparing the retries takes longer than reading a row
-    except OSError as error:
-        first = [error]
-
-    def attempt() -> Result:
-        if first:
-            raise first.pop()
-        return read()
-
     def log_outage(state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
             log.warning("%s: cannot be read (%s); retrying for %g s", source, state.outcome.exception(), seconds)
@@ -47,7 +37,7 @@ def retry_reading(
         sleep=sleep,
         reraise=True,
     )
-    result = retrying(attempt)
+    result = retrying(read)
     if waited := retrying.statistics["idle_for"]:
         log.warning("%s: can be read again, after %.1f s", source, waited)
     return result

@@ -53,9 +53,10 @@ class Parquet(Shard):
                 number += 1
                 yield Place(number, index, start), row
 
-    def read(self, place: Place) -> Row | BadRow:
-        batch = _arrow_copy(self).get_batch(place.offset).slice(place.length, 1)
-        return self._rows(batch, place.number - 1)[0]
+    def read_many(self, places: Sequence[Place]) -> list[Row | BadRow]:
+        copy = _arrow_copy(self)
+        rows = [copy.get_batch(place.offset).slice(place.length, 1) for place in places]
+        return [self._rows(row, place.number - 1)[0] for row, place in zip(rows, places, strict=True)]
 
     def _rows(self, batch: pa.RecordBatch, before: int) -> Sequence[Row | BadRow]:
         try:
@@ -116,8 +117,9 @@ class HubSplit(Shard):
                 digest.update(repr(values).encode(errors="backslashreplace"))
                 yield Place(index + 1, index, 0), dict(zip(columns, values, strict=True))
 
-    def read(self, place: Place) -> Row:
-        return cast(Row, _hub_columns(self)[place.offset])
+    def read_many(self, places: Sequence[Place]) -> list[Row | BadRow]:
+        columns = _hub_columns(self)[[place.offset for place in places]]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def load_hub(path: str, config: str | None, split: str) -> Dataset:

@@ -48,11 +48,7 @@ class ChatStage(TextStage):
         written = [*records]  # as they are tokenised
         for place, sample in enumerate(found):
             if isinstance(sample, ChatSample) and len(sample) > self.sequence_length:
-                found[place] = None
-                if self.overlong == "truncate":
-                    cut = truncate(self.chat, records[place], sample, self.sequence_length, labelled=labelled[place])
-                    if cut is not None:
-                        written[place], found[place] = cut
+                written[place], found[place] = self._shortened(records[place], sample, labelled[place])
         checked = [
             (place, sample) for place, sample in enumerate(found) if isinstance(sample, ChatSample) and labelled[place]
         ]
@@ -60,6 +56,17 @@ class ChatStage(TextStage):
         for (place, _), each in zip(checked, bad, strict=True):
             found[place] = each or found[place]
         return found
+
+    def _shortened(
+        self, record: Record, sample: ChatSample, labelled: bool
+    ) -> tuple[Record, ChatSample | BadRow | None]:
+        """A record that is too long, with a shorter prompt if `overlong` is "truncate"; its sample, or None."""
+        if self.overlong != "truncate":
+            return record, None
+        try:
+            return truncate(self.chat, record, sample, self.sequence_length, labelled=labelled) or (record, None)
+        except BadRow as bad:
+            return record, bad
 
     def describe(self, sample: Sample, uncut: int) -> Iterator[str]:
         assert isinstance(sample, ChatSample)

@@ -148,6 +148,7 @@ def _environment(place: Mapping[str, str], heartbeat_dir: Path, terminal: int) -
     return {
         "PYTHONUNBUFFERED": "1",  # stdout is a pipe: show lines at once, and keep them after a SIGKILL
         "OMP_NUM_THREADS": str(max(cpus // int(place["LOCAL_WORLD_SIZE"]), 1)),
+        "TOKENIZERS_PARALLELISM": "false",  # `data.workers` threads tokenise, not one for each of the node's cores
         **os.environ,
         **place,
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),

@@ -19,6 +19,7 @@ import pytest
 from data_pipeline.config import SourceConfig
 from data_pipeline.console import Progress
 from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.sources.formats import JsonLines, Place
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.sources.scan import Arrays, Scan
 
@@ -393,6 +394,45 @@ def test_reading_from_threads_and_through_pickle(parallel: Path) -> None:
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(index)), 5)).tolist()
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(pickle.loads(data).record, order)) == [expected[number] for number in order]
+
+
+def test_entries_read_together_equal_single_ones(parallel: Path) -> None:
+    """Of several files and formats, in any order, one of them twice, one unusable."""
+    (parallel / "x.csv").write_text('id,lang,question,answer\n1,en,"a\nb",c\n2,sw,d,\n3,sw,d,e\n')
+    index = build(parallel, source(), source(name="csv", files="x.csv"), max_bad_rows=1)
+    (bad,) = np.flatnonzero(index.bad).tolist()
+    rows = [*np.random.default_rng(0).permutation(len(index)).tolist(), 3, bad, 3]
+    for row, found in zip(rows, index.records(rows), strict=True):
+        if row == bad:
+            assert str(found) == f"{parallel}/x.csv:4: 'answer' is empty"
+        else:
+            assert found == index.record(row)
+    assert index.records([]) == []
+
+
+def test_of_entries_read_together_the_unreadable_one_is_named(parallel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(parallel)
+    rows = index.rows(1)[:6].tolist()
+    expected, torn = index.records(rows), index._place(rows[4])
+    read, attempts = JsonLines._bytes_at, []
+
+    def failing(shard: JsonLines, places: list[Place]) -> list[bytes]:
+        if torn in places:
+            attempts.append(len(places))
+            if len(attempts) < fails:
+                raise OSError(5, "Input/output error")
+        return read(shard, places)
+
+    monkeypatch.setattr(JsonLines, "_bytes_at", failing)
+    fails = 99
+    message = rf"^{index.origin(rows[4])}: cannot be read \(\[Errno 5\] Input/output error\)$"
+    with pytest.raises(DataError, match=message):
+        index.records(rows)
+    assert attempts == [6, 1], "all together, then one by one"
+    attempts.clear()
+    fails, index.patience = 3, 60.0
+    assert index.records(rows) == expected
+    assert attempts == [6, 1, 1], "with patience"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

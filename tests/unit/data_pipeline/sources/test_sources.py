@@ -72,19 +72,20 @@ def shards(folder: Path, **source: Any) -> tuple[SourceConfig, list[Shard]]:
 
 
 def scan(folder: Path, **source: Any) -> list[Record | BadRow]:
-    """Every row by the scan, after checking that random access, in reverse order, gives the same."""
+    """Every row by the scan, after checking that random access, in reverse order and all at once, gives the same."""
     config, opened = shards(folder, **source)
     results = []
     for shard in opened:
         reader = RecordReader(config, shard, LANGUAGES)
         scanned = [(place, row, list(reader.records(row, place))) for place, row in shard.scan(hashlib.sha256())]
-        for place, row, _ in reversed(scanned):
-            again = shard.read(place)
-            if isinstance(row, BadRow):
-                assert isinstance(again, BadRow)
-                assert str(again) == str(row)
-            else:
-                assert again == row
+        together = shard.read_many([place for place, _, _ in scanned]) if scanned else []
+        for (place, row, _), one_of_many in zip(reversed(scanned), reversed(together), strict=True):
+            for again in (shard.read(place), one_of_many):
+                if isinstance(row, BadRow):
+                    assert isinstance(again, BadRow)
+                    assert str(again) == str(row)
+                else:
+                    assert again == row
         results += [result for _, _, found in scanned for _, result in found]
     return results
 

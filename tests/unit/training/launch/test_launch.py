@@ -191,6 +191,7 @@ def test_ranks_of_two_nodes_have_global_numbers_and_share_a_store(tmp_path: Path
         store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=30)))
         store.set(f"from {rank}", os.environ["LOCAL_RANK"])
         assert [store.get(f"from {n}") for n in range(world)] == [b"0", b"1", b"0", b"1"]
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false", "data.workers threads tokenise, not one a core"
         open(f"{FOLDER}/{rank}-of-{world}", "w").close()
     """
     written = tmp_path / "written"
