@@ -147,6 +147,7 @@ def plan(
     overrides: Overrides = None,
     steps: Annotated[str, typer.Option(metavar="A:B", help="steps A to B-1")] = "0:1",
     world_size: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="by default all are on one node")] = None,
 ) -> None:
     """Print what every rank reads, as JSON lines. Example: crosslift data plan CONFIG --steps 100:102"""
     from training.errors import ConfigError
@@ -158,7 +159,7 @@ def plan(
     settings = load_config(config, overrides or [])
     from training.check import plan_lines
 
-    for line in plan_lines(settings, range(int(first), int(last)), world_size):
+    for line in plan_lines(settings, range(int(first), int(last)), world_size, ranks_per_node):
         print(json.dumps(line, ensure_ascii=False))
 
 

@@ -134,7 +134,7 @@ def beside(loader: Loader, first: int, seconds: float) -> tuple[Waits, float]:
 
 def measure(data: DataParts, workers: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Waits alone and beside a loader with so many workers, in milliseconds, and tokens a second of a worker."""
-    loader = data.loader(0, 1, workers)
+    loader = data.loader(workers=workers)
     idle, loaded, speeds = [], [], []
     for number in range(rounds):
         idle.append(waits(seconds))

@@ -80,12 +80,10 @@ def held_bytes(run: Run, before: set[int]) -> dict[str, int]:
     from training.loop.trainer import Trainer
 
     trainer = Trainer(run, tracker=None)
-    first = run.loader.load(0)
-    trainer.train_step(0, first, trainer.agree(first))  # afterwards the moments and the trace of modules exist
-    batch = run.loader.load(1)
-    totals = trainer.agree(batch).totals
+    first, batch = run.loader.steps(0, 2)
+    trainer.train_step(0, first)  # afterwards the moments and the trace of modules exist
     gathered = watch_gathered(run)
-    trainer.accumulate(1, batch, totals)
+    trainer.accumulate(1, batch)
     optimizer: Any = run.engine._optimizer
     states = [(name, each) for state in optimizer.optimizer.state.values() for name, each in state.items()]
     held = {

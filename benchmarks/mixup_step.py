@@ -57,7 +57,7 @@ def texts(rows: int, n_pairs: int, seed: int) -> TaskBatch:
     )  # fmt: skip
     return Batch(
         input_ids=ids, attention_mask=mask, label_weights=torch.ones(rows), label_languages=numbers * 0,
-        targets=targets, units=(), sample_ids=("random",) * rows,
+        targets=targets, samples=(),
     )  # fmt: skip
 
 

@@ -50,11 +50,11 @@ class Timed:
             trainer.saver.config = trainer.config.checkpoint.model_copy(update={"background": background})
             self._timed_wait(partial(trainer.save, self.step, {}))
         for _ in range(n_steps):
-            batch = trainer.run.loader.load(self.step)
+            (batch,) = trainer.run.loader.steps(self.step, self.step + 1)
             agreed = trainer.agree(batch)
             if trainer.saver.open and not agreed.writing:
                 self._timed_wait(trainer._complete_checkpoint)
-            trainer.train_step(self.step, batch, agreed)
+            trainer.train_step(self.step, batch)
             self.step += 1
         self._timed_wait(trainer._complete_checkpoint)
 

@@ -20,7 +20,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def build_trainers(config: Any) -> dict[str, Any]:
     """One Trainer per objective: three models and engines that share the data."""
     from benchmarks.three_pass import ThreePassShifCon
     from modeling.loading import build_model, load_weights, resolve_directory
-    from training.assembly import Run, _probe, assemble_data
+    from training.assembly import Run, _probe, assemble_data, this_rank
     from training.distributed import rank
     from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings
     from training.loop.trainer import Trainer
@@ -89,7 +88,7 @@ def build_trainers(config: Any) -> dict[str, Any]:
         config.objective,
         config.data.languages,
         config.data.dominant,
-        _probe(data, config.objective.probe_size(), nproc),
+        _probe(data, config.objective.probe_size(), this_rank()),
     )
     makers: tuple[Callable[[Any], Any], ...] = (
         SupervisedFineTuning,
@@ -108,7 +107,7 @@ def build_trainers(config: Any) -> dict[str, Any]:
         objective = make(model)  # its hooks are installed before the engine's, as in training.assembly
         engine = Engine(model, config, settings, nproc)
         trainers[name] = Trainer(
-            Run(config, data, data.loader(rank(), nproc, config.data.workers), objective, engine, None, directory), None
+            Run(config, data, data.loader(this_rank(), config.data.workers), objective, engine, None, directory), None
         )
     return trainers
 
@@ -130,37 +129,38 @@ def timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
 
 def measure(config: Any, rounds: int) -> dict[str, Any]:
     """Times of every round and contents of the batches; the same on every rank."""
+    from data_pipeline.loader import Loader
     from training.assembly import build_planner, tokens_per_byte
     from training.distributed import all_sum
     from training.objectives.sft import SFTConfig
 
     trainers = build_trainers(config)
     one_pass, three_pass = trainers["one-pass"].run, trainers["three-pass"].run
-    device, packer, loader = one_pass.engine.device, one_pass.data.packer, one_pass.loader
-    # A plain SFT run has the same rows but no contrast sets: how its samples would be balanced over ranks.
+    device, loader = one_pass.engine.device, one_pass.loader
+    # Plain SFT runs on its own plan: the same rows without contrast sets, as balanced over ranks as they can be.
     reader = one_pass.data.reader
     free = build_planner(config.data, SFTConfig(name="sft"), reader, tokens_per_byte(config.data, reader))
-    loaders = {"contrast sets": loader, "single samples": copy(loader)}
-    loaders["single samples"].planner = free
+    loaders = {"contrast sets": loader, "single samples": Loader(reader, free, loader.packer, loader.this_rank)}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in OBJECTIVES}
     counts, loads = [], []
     refresh = (0.0, 0.0)
     for number in range(rounds + 1):
-        batch = loader.load(number)
-        extra = three_pass.objective.prepare(batch, packer, device)
+        read_by = {name: next(each.steps(number, number + 1)) for name, each in loaders.items()}
+        batch = read_by["contrast sets"]
+        batches = dict.fromkeys(OBJECTIVES, batch) | {"SFT": read_by["single samples"]}
+        extra = three_pass.objective.prepare(loader, batch, device)
         if number == 0:  # unmeasured: first passes, DeepSpeed's traces, the allocator
-            for trainer in trainers.values():
-                _step(trainer, number, batch)
+            for name, trainer in trainers.items():
+                _step(trainer, number, batches[name])
             refresh = timed(partial(one_pass.objective.refresh, one_pass.engine), device)
             three_pass.objective.set_vectors(one_pass.objective.vectors)
             continue
         for place in range(len(OBJECTIVES)):
             name = OBJECTIVES[(place + number) % len(OBJECTIVES)]
-            times[name].append(timed(partial(_step, trainers[name], number, batch), device))
-        of_rank = [batch.counts["label_tokens"], batch.counts["pairs"]]
-        sums = all_sum([batch.tokens.sum(), *of_rank, extra], device).tolist()
-        read = dict(zip(("tokens", "label_tokens", "pairs", "three_pass_extra_tokens"), map(int, sums), strict=True))
-        busiest = {name: int(all_max(_grid(each.load(number)), device)) for name, each in loaders.items()}
+            times[name].append(timed(partial(_step, trainers[name], number, batches[name]), device))
+        extra_of_all = int(all_sum([extra], device))
+        read = {"tokens": int(batch.tokens.sum()), **batch.counts, "three_pass_extra_tokens": extra_of_all}
+        busiest = {name: int(all_max(_grid(each), device)) for name, each in read_by.items()}
         counts.append({**read, "grid_tokens_of_busiest_rank": busiest})
         loads.append(round(os.getloadavg()[0], 2))
     parameters = sum(parameter.ds_numel for parameter in one_pass.engine.module.parameters())
@@ -180,7 +180,8 @@ def measure(config: Any, rounds: int) -> dict[str, Any]:
 
 def _step(trainer: Any, number: int, batch: Any) -> None:
     """A whole step of the loop, with its all-reduce."""
-    trainer.train_step(number, batch, trainer.agree(batch))
+    trainer.agree(batch)
+    trainer.train_step(number, batch)
 
 
 def _grid(batch: Any) -> int:

@@ -17,29 +17,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.batching.batch import ChatBatch, SampleUnit
+from data_pipeline.batching.batch import ChatBatch
+from data_pipeline.batching.contrast import excluded_combinations
 from data_pipeline.batching.packer import Packer
-from data_pipeline.loader import Step
+from data_pipeline.loader import Loader, Step
 from data_pipeline.records import ChatSample
-from modeling.shifcon.contrastive import contrastive_loss
+from modeling.shifcon.contrastive import contrastive_losses
 from training.engine.engine import Engine
-from training.objectives.base import LossTerms
+from training.objectives.base import LossTerm, LossTerms
 from training.objectives.sft import SupervisedFineTuning
 from training.objectives.shifcon import ShifCon
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """One side of a micro-batch's pairs, packed; `segments` (P,) is the segment of each pair's text."""
+    """One side of a rank's pairs, packed; `segments` (P,) is the segment of each pair's text."""
 
     batch: ChatBatch
     segments: Tensor
+    excluded: Tensor | None = None  # (P, P) combinations of pairs that are no negatives
 
     @property
     def tokens(self) -> int:
@@ -50,23 +53,35 @@ class Texts:
 class ThreePassShifCon(ShifCon):
     """Three-pass ShifCon; call `prepare` with each Step before training on it."""
 
-    def prepare(self, step: Step, packer: Packer, device: torch.device) -> int:
-        """Pack the texts of both sides, as the authors' loader would; returns the tokens that they add to the step."""
-        self._texts: dict[int, tuple[Texts, Texts]] = {}
-        for micro_batch in step.micro_batches:
-            english, translated = pair_texts(micro_batch, packer, device)
-            self._texts[id(micro_batch.units)] = english, translated
-        idle = Texts(packer.idle().to(device), torch.zeros(0, dtype=torch.int64, device=device))
-        self._idle = (idle, idle)
+    def prepare(self, loader: Loader, step: Step, device: torch.device) -> int:
+        """Packs the texts of both sides of this rank's share of the step's pairs; returns the tokens that they add.
+
+        As the authors' loader would: every rank has its own pairs, in whichever micro-batch.
+        """
+        plan, this = loader.planner.step(step.step), loader.this_rank
+        pairs = np.concatenate(plan.sets)[this.rank :: this.world_size]
+        slots = [[plan.slot(position) for position in pair] for pair in pairs.tolist()]
+        read = [loader.reader.read_many(pair) for pair in slots]
+        kept = [number for number, pair in enumerate(read) if all(isinstance(side, ChatSample) for side in pair)]
+        busy = [batch for batch in step.micro_batches if batch.samples]
+        self._texts: dict[int, list[Texts]] = {}
+        self._idle = [Texts(loader.packer.idle().to(device), torch.zeros(0, dtype=torch.int64, device=device))] * 2
+        for batch, numbers in zip(busy, np.array_split(kept, max(len(busy), 1)), strict=False):
+            own = pairs[numbers]
+            excluded = torch.from_numpy(excluded_combinations(plan.groups[own[:, 0]], plan.contents[own])).to(device)
+            samples = [read[number] for number in numbers.tolist()]
+            sides = [_texts([pair[side] for pair in samples], loader.packer, device) for side in range(2)]
+            self._texts[id(batch.samples)] = [replace(side, excluded=excluded) for side in sides]
         return sum(side.tokens for sides in self._texts.values() for side in sides)
 
     def loss_terms(self, engine: Engine, batch: ChatBatch) -> LossTerms:
-        english, translated = (
-            self._sentence_means(engine, side) for side in self._texts.get(id(batch.units), self._idle)
-        )
+        sides = self._texts.get(id(batch.samples), self._idle)
+        english, translated = (self._sentence_means(engine, side) for side in sides)
         with self.shift.batch(self._shifted_languages(batch)):
             fine_tuning = SupervisedFineTuning.loss_terms(self, engine, batch)
-        return self._with_contrastive(fine_tuning, self._batch_contrastive(english, translated, batch))
+        loss = self._batch_contrastive(english, translated, sides[0].excluded)
+        contrastive = LossTerm(loss, "pairs", self.config.contrastive.weight)
+        return replace(fine_tuning, terms={**fine_tuning.terms, "contrastive": contrastive})
 
     def _sentence_means(self, engine: Engine, texts: Texts) -> list[Tensor]:
         """A full forward pass; (P, H) for each layer of the area."""
@@ -75,34 +90,30 @@ class ThreePassShifCon(ShifCon):
             engine.forward(**side.model_inputs())
         return [states_SH[texts.segments] for states_SH in pooled]
 
-    def _batch_contrastive(self, english: Sequence[Tensor], translated: Sequence[Tensor], batch: ChatBatch) -> Tensor:
-        states, items = [], batch.targets.pairs
+    def _batch_contrastive(
+        self, english: Sequence[Tensor], translated: Sequence[Tensor], excluded_PP: Tensor | None
+    ) -> Tensor:
+        states = []
         for english_PH, other_PH in zip(english, translated, strict=True):
             if len(english_PH):
                 english_PH, other_PH = F.normalize(english_PH, dim=-1), F.normalize(other_PH, dim=-1)
                 other_PH = other_PH - other_PH.mean(0) + english_PH.mean(0)
             states.append(torch.cat([english_PH, other_PH]))
-        numbers = torch.arange(len(items.segments), device=items.segments.device)
+        members = torch.stack(states)
+        if excluded_PP is None:
+            return members.sum() * 0.0
+        numbers = torch.arange(len(excluded_PP), device=excluded_PP.device)
         pairs = torch.stack([numbers, numbers + len(numbers)], dim=1)
-        return contrastive_loss(
-            states, pairs, torch.zeros_like(numbers), items.groups, items.contents,
-            scale=self.config.contrastive.scale,
-        )  # fmt: skip
+        return contrastive_losses(members, pairs[None], excluded_PP[None], self.config.contrastive.scale).sum()
 
 
-def pair_texts(batch: ChatBatch, packer: Packer, device: torch.device) -> tuple[Texts, Texts]:
-    """The texts of the micro-batch's pairs, dominant and other side, each packed into one forward pass."""
-    samples = [(unit.samples[a], unit.samples[b]) for unit in batch.units for a, b in unit.pairs]
-    whole = Packer(packer.layout, sys.maxsize, packer.row_tokens, packer.collator)
-    sides = []
-    for side in range(2):
-        bare = [_bare(pair[side], str(number)) for number, pair in enumerate(samples)]
-        packed = whole.pack([SampleUnit((sample,)) for sample in bare])
-        texts = packed[0] if packed else whole.idle()
-        place = {name: segment for segment, name in enumerate(texts.sample_ids)}
-        segments = torch.tensor([place[sample.id] for sample in bare], dtype=torch.int64, device=device)
-        sides.append(Texts(texts.to(device), segments))
-    return sides[0], sides[1]
+def _texts(samples: Sequence[Any], packer: Packer, device: torch.device) -> Texts:
+    """The bare texts of one side, packed into one forward pass."""
+    bare = [_bare(sample, str(number)) for number, sample in enumerate(samples)]
+    packed = Packer(replace(packer.grid, micro_batch_tokens=sys.maxsize), packer.collator).batch(bare)
+    place = {name: segment for segment, name in enumerate(packed.sample_ids)}
+    segments = torch.tensor([place[sample.id] for sample in bare], dtype=torch.int64, device=device)
+    return Texts(packed.to(device), segments)
 
 
 def _bare(sample: ChatSample, name: str) -> ChatSample:

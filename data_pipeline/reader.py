@@ -139,7 +139,7 @@ class Reader:
         """The slot of a row of a fixed set, which is read as in step `step`."""
         language = int(self.index.language[row])
         partner = None if self.partners is None else self.partners.of(row, language, step)
-        return Slot(FILL, row, language, True, 0.0, partner, (self.seed, step))
+        return Slot(FILL, row, language, True, partner, (self.seed, step))
 
     def readable(self, rows: Sequence[int]) -> Readable:
         """Reads the rows of a fixed set. Raises DataError."""

@@ -155,8 +155,12 @@ class Sample(ABC):
         """Number of tokens of its longest row in a padded batch."""
         return len(self)
 
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """The sample's contribution to the counts of its step, which loss terms are divided by."""
+
     def tokens_by_language(self) -> Iterator[tuple[int, int]]:
-        """(language, number of tokens) of each text that the model reads."""
+        """(language, number of tokens) of each text that the model reads: one, or two with a partner."""
         yield self.language, len(self)
 
     def fingerprint(self) -> int:
@@ -185,6 +189,9 @@ class ChatSample(Sample):
     @property
     def n_labels(self) -> int:
         return int(self.labels.sum())
+
+    def counts(self) -> dict[str, int]:
+        return {"label_tokens": int(self.labels[1:].sum())}  # no position predicts the first token
 
 
 def normalized(text: str) -> str:

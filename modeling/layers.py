@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from modeling.architectures import Architecture, auto_class
 from modeling.errors import ModelError
 
 # Names of position embeddings in transformers: BERT and its variants, GPT-2, OPT and BART, OpenAI-GPT.
@@ -126,3 +127,16 @@ def membership(ids_BT: Tensor, number: int) -> Tensor:
     A matmul with it sums states by id with the same bits on every run, which `index_add` does not.
     """
     return ids_BT.reshape(1, -1) == torch.arange(number, device=ids_BT.device).unsqueeze(1)
+
+
+def label_cost(config: PreTrainedConfig, architecture: Architecture) -> float:
+    """The cost of a label at the LM head, in tokens of the layers: the ratio of their weights, as of their FLOPs.
+
+    0 for a model without an LM head.
+    """
+    with torch.device("meta"):
+        model = auto_class(architecture).from_config(config)
+    head = model.get_output_embeddings()
+    if head is None:
+        return 0.0
+    return head.weight.numel() / sum(weight.numel() for weight in decoder_layers(model).parameters())

@@ -21,6 +21,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
 from ranks import SOURCE, checked, run_ranks
+from steps import load
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Step
@@ -107,8 +108,7 @@ class Page:
         metrics = [event["values"] for event in events if event["kind"] == "metrics"]
         with prepare_read_only(config) as prepared:
             data = assemble_data(config, prepared)
-            step = data.loader(rank=0, world_size=1).load(0)
-            yield Walk(folder, config, prepared, data, data.planner.step(0), step, metrics)
+            yield Walk(folder, config, prepared, data, data.planner.step(0), load(data.loader(), 0), metrics)
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,26 @@ registered before the engine's own.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.batching.batch import Batch
 from data_pipeline.batching.chat import ChatCollator
+from data_pipeline.batching.grid import Grid
+from data_pipeline.batching.micro_steps import Spread
 from data_pipeline.batching.packer import Packer
 from data_pipeline.batching.tasks import TaskCollator
-from data_pipeline.loader import Loader, fixed_batches
+from data_pipeline.loader import Loader, ThisRank, fixed_batches
 from data_pipeline.order.mixture import Quotas, language_weights
 from data_pipeline.order.pairing import Partners, PlannedPairing
-from data_pipeline.order.plan import Planner
+from data_pipeline.order.plan import Planner, StepPlan
 from data_pipeline.reader import Reader, TextStage, overlong_error
 from data_pipeline.records import BadRow, DataError
 from data_pipeline.sources.index import DataIndex
@@ -33,16 +38,17 @@ from data_pipeline.text.stage import ChatStage
 from data_pipeline.text.tokenizer import tokenizer_hash
 from modeling.adapters import add_adapters
 from modeling.architectures import ARCHITECTURE_OF
+from modeling.layers import label_cost
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
 from modeling.weights.untrusted import read_tokenizer
 from training.checkpoints.search import newest_seen
 from training.checks.front import check_model, check_vocabulary
-from training.checks.pairs import pair_warnings, refuse_unpaired
+from training.checks.pairs import pair_warnings, refuse_unpaired, set_warnings
 from training.checks.survey import refuse_bad_rows
 from training.config import DataConfig, RunConfig
-from training.distributed import rank, world_size
+from training.distributed import cpu_sum, gather_objects, rank, world_size
 from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, release_freed_memory
 from training.errors import ConfigError
 from training.objectives.base import Objective, ObjectiveConfig, ObjectiveParts
@@ -70,10 +76,10 @@ class DataParts:
     packer: Packer
     fingerprint: dict[str, str]  # of data and tokenizer, which determine the tokens of each step
 
-    def loader(self, rank: int, world_size: int, workers: int = 1) -> Loader:
+    def loader(self, this_rank: ThisRank | None = None, workers: int = 1) -> Loader:
         """The loader of a rank. Its threads give up the interpreter's lock after SWITCH_INTERVAL_S, by default 5 ms."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        return Loader(self.reader, self.planner, self.packer, rank, world_size, workers)
+        return Loader(self.reader, self.planner, self.packer, this_rank, workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     """Tokenizer, reader, planner and packer; the start-up checks that need no weights.
 
     Raises:
-        DataError, ConfigError: a wrong label mask, a contrast set above the micro-batch budget.
+        DataError, ConfigError: a wrong label mask, for example.
     """
     index = prepared.index
     refuse_unpaired(config.data, config.objective, index)
@@ -102,7 +108,6 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     check_longest(reader)
     planner = build_planner(config.data, config.objective, reader, tokens_per_byte(config.data, reader))
     packer = build_packer(config.data, config.objective, config.model.attention, prepared.model_dir, tokenizer)
-    check_contrast_sets(config.data, config.objective, config.max_steps, planner, packer)
     return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
 
 
@@ -143,20 +148,32 @@ def _fingerprint(index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 def assemble(config: RunConfig, prepared: Prepared) -> Run:
     """All parts of a run. Called on all ranks, with an initialised process group."""
-    data = assemble_data(config, prepared)
-    for line in pair_warnings(config.data, config.objective, data.index) if rank() == 0 else ():
+    data, this = assemble_data(config, prepared), this_rank()
+    check_contrast_sets(config, data.planner, data.packer.grid, this.world_size, this.per_node)
+    for line in pair_and_set_warnings(config, data) if this.rank == 0 else ():
         log.warning("%s", line)
-    ranks = world_size()
-    settings = deepspeed_settings(config, ranks, in_run=True)
+    settings = deepspeed_settings(config, this.world_size, in_run=True)
     directory = resolve_directory(prepared.model_dir)
     embeddings = load_model_config(directory, ARCHITECTURE_OF[config.data.kind]).get_text_config().vocab_size
     check_vocabulary(data.tokenizer, prepared.tokenizer_dir, embeddings)
     model = starting_model(config, directory, settings)
-    probe = _probe(data, config.objective.probe_size(), ranks)
+    probe = _probe(data, config.objective.probe_size(), this)
     objective = build_objective(config.data, config.objective, model, data.tokenizer, probe)
-    engine = Engine(model, config, settings, ranks)
-    heldout = HeldOut(data.reader, data.packer, config.evaluation, rank(), ranks) if config.evaluation.every else None
-    return Run(config, data, data.loader(rank(), ranks, config.data.workers), objective, engine, heldout, directory)
+    engine = Engine(model, config, settings, this.world_size)
+    heldout = HeldOut(data.reader, data.packer, config.evaluation, this) if config.evaluation.every else None
+    return Run(config, data, data.loader(this, config.data.workers), objective, engine, heldout, directory)
+
+
+def pair_and_set_warnings(config: RunConfig, data: DataParts) -> Iterator[str]:
+    """Warnings about the pairs of an objective that learns from them."""
+    yield from pair_warnings(config.data, config.objective, data.index)
+    yield from set_warnings(config.data, config.objective, config.max_steps, data.planner)
+
+
+def this_rank() -> ThisRank:
+    """This process among the ranks of the run. Nodes count only if all have equally many ranks."""
+    per_node = set(gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", "0"))))
+    return ThisRank(rank(), world_size(), per_node.pop() or None if len(per_node) == 1 else None, cpu_sum)
 
 
 def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any]) -> PreTrainedModel:
@@ -209,16 +226,19 @@ def build_packer(
     """The packer. With `data.layout: auto`, a check on a tiny model chooses the layout of conversations."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     pad_id = int(pad or 0)
+    budget, longest = data.micro_batch_tokens, data.sequence_length
+    model_config = load_model_config(resolve_directory(model_dir), ARCHITECTURE_OF[data.kind])
     if data.task is not None:
         has_types = "token_type_ids" in tokenizer.model_input_names
         tasks = TaskCollator(pad_id, data.task, objective.pairing().with_partner, has_types)
-        return Packer("padded", data.micro_batch_tokens, data.sequence_length, tasks)
-    model_config = load_model_config(resolve_directory(model_dir))
+        cost = label_cost(model_config, ARCHITECTURE_OF[data.kind]) if data.kind == "text" else 0.0
+        return Packer(Grid("padded", budget, longest, tasks.sides, cost), tasks)
     resolved = resolve_attention(attention, model_config)
     layout = choose_layout(model_config, resolved).layout if data.layout == "auto" else data.layout
     # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
-    row_tokens = data.micro_batch_tokens if resolved == "flash_attention_2" else data.sequence_length
-    return Packer(layout, data.micro_batch_tokens, row_tokens, ChatCollator(pad_id))
+    row_tokens = None if resolved == "flash_attention_2" else longest
+    cost = label_cost(model_config, ARCHITECTURE_OF[data.kind])
+    return Packer(Grid(layout, budget, row_tokens, label_cost=cost), ChatCollator(pad_id))
 
 
 def tokens_per_byte(data: DataConfig, reader: Reader) -> list[float]:
@@ -274,30 +294,32 @@ def check_longest(reader: Reader) -> None:
 
 
 def check_contrast_sets(
-    data: DataConfig, objective: ObjectiveConfig, max_steps: int, planner: Planner, packer: Packer
+    config: RunConfig, planner: Planner, grid: Grid, world_size: int, per_node: int | None = None
 ) -> None:
-    """Refuses contrast sets above the micro-batch budget: each is in one micro-batch of one rank."""
-    set_size = objective.pairing().set_size
-    if set_size is None:
-        return
-    longest, budget = data.sequence_length, data.micro_batch_tokens
-    cut = data.overlong == "truncate"
-    units = (unit for step in range(min(max_steps, CHECKED_STEPS)) for unit in planner.step(step).units)
-    sets = (
-        [round(min(slot.cost, longest)) for slot in unit.slots if cut or slot.cost <= longest]
-        for unit in units
-        if unit.pairs
-    )
-    largest = max((packer.tokens_alone(lengths) for lengths in sets if lengths), default=0)
-    if largest > budget:
+    """Refuses contrast sets that do not fit into one micro-step of this number of ranks, by estimated lengths."""
+    largest, data = 0, config.data
+    for step in range(min(config.max_steps, CHECKED_STEPS) if planner.has_sets else 0):
+        plan = planner.step(step)
+        lengths = estimated_lengths(plan, data).round().astype(np.int64)
+        spread = Spread(grid, lengths, np.zeros_like(lengths), world_size, per_node)
+        kept = (pairs[(lengths[pairs] > 0).all(axis=1)] for pairs in plan.sets)
+        largest = max([largest, *(spread.tokens_needed(pairs) for pairs in kept if len(pairs))])
+    if largest > data.micro_batch_tokens:
+        where = "" if world_size == 1 else f" on one of {world_size} ranks"
         raise ConfigError(
-            f"objective.contrastive.set_size: a set of {set_size} pairs takes about "
-            f"{largest} tokens {packer.layout} (a step's last set may hold nearly twice the pairs), "
-            f"data.micro_batch_tokens is {budget}; lower the one or raise the other"
+            f"data.micro_batch_tokens: {data.micro_batch_tokens}, but a contrast set takes about {largest} tokens "
+            f"{grid.layout}{where} (a step's last set may hold nearly twice objective.contrastive.set_size pairs); set "
+            f"data.micro_batch_tokens to {largest} or more, lower the set_size, or take more ranks"
         )
 
 
-def _probe(data: DataParts, n_items: int, ranks: int) -> list[Batch[Any]]:
+def estimated_lengths(plan: StepPlan, data: DataConfig) -> npt.NDArray[np.float64]:
+    """(N,) estimated tokens of each sample of a step as read; 0 if it is too long and dropped."""
+    longest = data.sequence_length if data.overlong == "truncate" else 0
+    return np.where(plan.costs <= data.sequence_length, plan.costs, longest)
+
+
+def _probe(data: DataParts, n_items: int, this_rank: ThisRank) -> list[Batch[Any]]:
     """This rank's micro-batches of the probe set, which has `n_items` samples per language."""
     if not n_items:
         return []
@@ -305,4 +327,4 @@ def _probe(data: DataParts, n_items: int, ranks: int) -> list[Batch[Any]]:
     for language in range(len(data.index.languages)):
         rows = sample_rows(data.index, language, n_items, data.reader.seed)
         samples += data.reader.readable(rows).samples
-    return fixed_batches(samples, data.packer, rank(), ranks)
+    return fixed_batches(samples, data.packer, this_rank)

@@ -12,17 +12,27 @@ from typing import Any
 import torch
 
 from data_pipeline.batching.batch import BatchShape
+from data_pipeline.batching.micro_steps import Balance, Spread
 from data_pipeline.console import table
-from data_pipeline.order.plan import Planner, assign
+from data_pipeline.loader import Scan
+from data_pipeline.order.plan import Planner
 from data_pipeline.records import BadRow
 from data_pipeline.sources.index import DataIndex
 from modeling.weights.untrusted import read_tokenizer
-from training.assembly import COST_SAMPLES, DataParts, assemble_data, build_reader, fingerprint
+from training.assembly import (
+    COST_SAMPLES,
+    DataParts,
+    assemble_data,
+    build_reader,
+    check_contrast_sets,
+    fingerprint,
+    pair_and_set_warnings,
+)
 from training.checkpoints.search import newest_seen
 from training.checks.data_report import LOOKED_AT, contamination, mixture_table
 from training.checks.forecast import OWN_SPEED, GivenSpeed, time_lines
 from training.checks.front import check_model, check_model_files, check_start, check_starting_model
-from training.checks.pairs import pair_warnings, show_pairs
+from training.checks.pairs import show_pairs
 from training.checks.survey import by_reason, survey, without_limit
 from training.config import DataConfig, RunConfig
 from training.distributed import visible_gpus
@@ -35,6 +45,8 @@ from training.run_folder.prepare import Prepared, prepare_read_only, sample_rows
 from training.tracking.config import tracking_target
 
 COUNTED_STEPS = 64
+BALANCE_SLOTS = 2_048  # slots on which the balance of ranks is measured
+UNBALANCED = 1.25  # largest over mean cost of a rank, above which `check` warns
 
 
 def check_run(
@@ -74,14 +86,16 @@ def check_run(
         data = assemble_data(config, prepared)
         if not all_rows and config.data.max_bad_rows:
             yield from _unusable(data)
-        yield f"layout: {data.packer.layout}, rows of up to {data.packer.row_tokens} tokens"
+        yield f"layout: {data.packer.layout}, rows of up to {data.packer.grid.longest_row} tokens"
         if config.data.mixture.pairing != "none":
             yield _pairs(data.planner, config.max_steps)
         yield from show_pairs(config.data, config.objective, config.max_steps, data.index, data.planner)
-        yield from (f"warning: {line}" for line in pair_warnings(config.data, config.objective, data.index))
+        yield from (f"warning: {line}" for line in pair_and_set_warnings(config, data))
         gpus = gpus_per_node if gpus_per_node is not None else max(visible_gpus(), 1)
         per_node = nproc_per_node or gpus or 1
         ranks = Ranks(nodes * per_node, per_node, on_gpus=gpus > 0)
+        check_contrast_sets(config, data.planner, data.packer.grid, ranks.total, ranks.per_node)
+        yield from balance_lines(config, data, ranks)
         yield from _model(config, prepared, data, ranks, gpu_memory_gib)
         yield from mixture_table(config.data, config.max_steps, data, None if all_rows else LOOKED_AT)
         yield "one sample of each language, its labels checked:"
@@ -121,23 +135,58 @@ def inspect_data(config: RunConfig, samples: int) -> Iterator[str]:
         yield from _samples(assemble_data(config, prepared), samples)
 
 
-def plan_lines(config: RunConfig, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
-    """One JSON-ready object per micro-batch: step, rank, micro_batch, ids, languages. Rows are read and packed."""
+def plan_lines(
+    config: RunConfig, steps: range, world_size: int, per_node: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """One JSON-ready object per micro-batch: step, micro_step, rank, ids, languages. Rows are read and distributed."""
     with prepare_read_only(config) as prepared:
-        yield from _planned(assemble_data(config, prepared), steps, world_size)
+        yield from _planned(assemble_data(config, prepared), steps, world_size, per_node)
 
 
-def _planned(data: DataParts, steps: range, world_size: int) -> Iterator[dict[str, Any]]:
+def _planned(data: DataParts, steps: range, world_size: int, per_node: int | None) -> Iterator[dict[str, Any]]:
     for step in steps:
-        for rank in range(world_size):
-            for number, batch in enumerate(data.loader(rank, world_size).load(step).micro_batches):
+        scan, spread = _spread(data, step, world_size, per_node)
+        for number, micro_step in enumerate(spread.micro_steps(scan.plan.sets)):
+            for rank, share in enumerate(micro_step.shares(world_size)):
+                samples = [scan.samples[position] for position in share.tolist()]
                 yield {
                     "step": step,
+                    "micro_step": number,
                     "rank": rank,
-                    "micro_batch": number,
-                    "ids": [sample.id for sample in batch.samples],
-                    "languages": [data.index.languages[sample.language] for sample in batch.samples],
+                    "ids": [sample.id for sample in samples],
+                    "languages": [data.index.languages[sample.language] for sample in samples],
                 }
+
+
+def _spread(data: DataParts, step: int, world_size: int, per_node: int | None) -> tuple[Scan, Spread]:
+    """All samples of a step, and their distribution over ranks."""
+    loader = data.loader()
+    scan = loader.scan(step)
+    if scan.error is not None:
+        raise scan.error
+    table = loader.table(scan.measures)
+    return scan, Spread(data.packer.grid, table["row_length"], table["n_labels"], world_size, per_node)
+
+
+def balance_lines(config: RunConfig, data: DataParts, ranks: Ranks) -> Iterator[str]:
+    """How evenly the first steps occupy the ranks, with warnings."""
+    n_steps = min(config.max_steps, max(BALANCE_SLOTS // config.data.slots_per_step, 1))
+    total = Balance()
+    for step in range(n_steps):
+        scan, spread = _spread(data, step, ranks.total, ranks.per_node)
+        total += Balance.of(spread.micro_steps(scan.plan.sets), spread)
+    micro_steps = total.micro_batches / ranks.total / n_steps
+    yield (
+        f"on {ranks.total} ranks, over the first {n_steps} steps: {micro_steps:.1f} micro-batches a rank and step; "
+        f"largest over mean cost of a rank {total.ratio:.2f}; packing efficiency {total.packing_efficiency:.0%} (no "
+        f"padding is 100%); idle micro-batches {total.idle_share:.0%}"
+    )
+    if total.ratio > UNBALANCED:
+        yield (
+            f"warning: the ranks wait {1 - 1 / total.ratio:.0%} of the time for the one with the most tokens; raise "
+            f"data.slots_per_step ({config.data.slots_per_step}, {config.data.slots_per_step / ranks.total:.1f} a rank)"
+            " or take fewer ranks"
+        )
 
 
 def _rows(index: DataIndex) -> Iterator[str]:
@@ -163,13 +212,12 @@ def _unusable(data: DataParts) -> Iterator[str]:
 
 def _pairs(planner: Planner, max_steps: int) -> str:
     steps = [planner.step(step) for step in range(min(max_steps, COUNTED_STEPS))]
-    sets = [len(unit.pairs) for plan in steps for unit in plan.units if unit.pairs]
+    sets = [len(pairs) for plan in steps for pairs in plan.sets]
     dropped = sum(plan.dropped_pairs for plan in steps)
-    balance = [sum(unit.cost for unit in share) for share in assign(steps[0], 1)]
     return (
         f"first {len(steps)} steps: {sum(sets) / len(steps):.1f} pairs a step, in {len(sets) / len(steps):.1f} "
         f"contrast sets (plain SFT has none), {dropped} pairs dropped for identical content, "
-        f"about {balance[0]:.0f} tokens a step"
+        f"about {steps[0].costs.sum():.0f} tokens a step"
     )
 
 
@@ -240,7 +288,7 @@ def largest_batch(data: DataConfig, objective: ObjectiveConfig, parts: DataParts
         if tokens:
             share = max(share, sum(sample.n_labels for sample in samples) / tokens)
             length = min(length, tokens / len(samples))
-    row = parts.packer.row_tokens if parts.packer.layout == "packed" else data.sequence_length
+    row = parts.packer.grid.longest_row if parts.packer.layout == "packed" else data.sequence_length
     pairing = objective.pairing()
     sides = 2 if pairing.with_partner or data.mixture.pairing != "none" else 1
     most = -(-data.slots_per_step // ranks) * sides * data.sequence_length  # a rank's share of a step

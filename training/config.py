@@ -324,6 +324,11 @@ class RunConfig(Section):
             yield f"objective {self.objective.name!r} needs {wanted}, {found}"
         else:
             yield from self.objective.mistakes(self.data.languages, self.data.mixture.pairing)
+        if self.objective.pairing().with_partner and 2 * self.data.sequence_length > self.data.micro_batch_tokens:
+            yield (
+                f"'data.micro_batch_tokens' ({self.data.micro_batch_tokens}) is below twice 'data.sequence_length' "
+                f"({self.data.sequence_length}): the longest sample with its translation would fit no micro-batch"
+            )
         if kind != "chat" and self.data.mixture.pairing != "none":
             yield "'data.mixture.pairing' must be 'none' with 'data.task', as it builds contrast sets of conversations"
         if kind != "chat" and self.evaluation.swapped_prompts:

@@ -76,6 +76,27 @@ def cpu_sum(values: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int
     return total.numpy()
 
 
+def exchange_rows(rows: Tensor, sent: Tensor, sent_to: Sequence[int], received_from: Sequence[int]) -> Tensor:
+    """This rank's rows, followed by those that the other ranks send it. Only its own rows have gradients.
+
+    Called on all ranks alike, between the forward and the backward pass; the backward pass has no collective call.
+
+    Args:
+        rows: (M, ...) on the device.
+        sent: (sum of sent_to,) int64: numbers of the rows to send, rank after rank.
+        sent_to: (ranks,) how many of them to each rank.
+        received_from: (ranks,) how many rows each rank sends.
+
+    Returns:
+        (M + sum of received_from, ...).
+    """
+    received = rows.new_empty((sum(received_from), *rows.shape[1:]))
+    if dist.is_initialized():
+        heartbeat.phase("exchanging states")
+        dist.all_to_all_single(received, rows.detach()[sent], list(received_from), list(sent_to))
+    return torch.cat([rows, received])
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks, in rank order, over the CPU; for rare events, not for every step."""
     if not dist.is_initialized():

@@ -1,11 +1,10 @@
 """Batch: the tensors of one micro-batch, with the targets of its kind of rows.
 
-Shapes: B rows, T tokens per row, S samples (segments), N label units, P translation pairs, C classes.
+Shapes: B rows, T tokens per row, S samples (segments), N label units. Contrast sets: W ranks, C sets, P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -18,19 +17,6 @@ Moved = TypeVar("Moved")
 
 
 Targets = TypeVar("Targets", bound="ChatTargets | TaskTargets")
-
-
-@dataclass(frozen=True, slots=True)
-class SampleUnit:
-    """A unit of the plan after reading: samples that stay in one micro-batch, and pairs as indices into them."""
-
-    samples: tuple[Sample, ...]
-    pairs: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens of all rows of its samples."""
-        return sum(sample.row_length for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +33,20 @@ class Batch(Generic[Targets]):
     label_weights: Tensor  # (N,) float32: 1, or 0 for a label that does not contribute to the loss
     label_languages: Tensor  # (N,) int64: the sample's language
     targets: Targets  # the labels, specific to the kind of rows
-    units: tuple[SampleUnit, ...]  # the units it holds, in the order of placement
-    sample_ids: tuple[str, ...]  # in the order of segments or rows
+    samples: tuple[Sample, ...]  # in the order of segments or rows
     position_ids: Tensor | None = None  # (B, T) int64, if positions restart at each sample
     token_type_ids: Tensor | None = None  # (B, T) int64, if the tokenizer has them
 
     @property
-    def samples(self) -> list[Sample]:
-        """All samples, in the order of placement."""
-        return [sample for unit in self.units for sample in unit.samples]
+    def sample_ids(self) -> tuple[str, ...]:
+        """In the order of segments or rows."""
+        return tuple(sample.id for sample in self.samples)
 
     @property
     def padding_mask(self) -> Tensor:
         """The attention mask (B, T) of the padded layout."""
         assert self.attention_mask is not None
         return self.attention_mask
-
-    def counts(self) -> dict[str, float]:
-        """The micro-batch's contribution to the step's counts, the denominators of loss terms, by name."""
-        return self.targets.counts(self.label_weights)
 
     def model_inputs(self) -> dict[str, Any]:
         """Arguments of a forward pass. Packed rows require no mask, restarting positions and no cache."""
@@ -117,13 +98,21 @@ class TokenTargets:
 
 
 @dataclass(frozen=True, slots=True)
-class ContrastPairs:
-    """Translation pairs of a micro-batch, in contrast sets."""
+class ContrastSets:
+    """The contrast sets of a micro-step in which this rank has a sample, and the exchange of their states.
 
-    segments: Tensor  # (P, 2) int64: (dominant, other)
-    sets: Tensor  # (P,) int64: contrast set within the micro-batch
-    groups: Tensor  # (P,) int64: item
-    contents: Tensor  # (P, 2) int64: hashes of the two texts
+    Their samples ("members") lie on several ranks. A rank sends each of its members' states to the other ranks that
+    have a sample in the same set, and receives theirs. Members are numbered: the rank's own first, then the received
+    ones, by rank.
+    """
+
+    own: Tensor  # (M,) int64: segments of this rank's members
+    sent: Tensor  # (sum of sent_to,) int64: the own members to send, rank after rank
+    sent_to: tuple[int, ...]  # (W,) how many to each rank; 0 to itself
+    received_from: tuple[int, ...]  # (W,) how many from each rank
+    pairs: Tensor  # (C, P, 2) int64: members (dominant, other); padded to the largest set by pairs (0, 0)
+    excluded: Tensor  # (C, P, P) bool: combinations that are no negatives; for padding all but the pair itself
+    is_reported: Tensor  # (C,) bool: whether this rank reports the set's loss; one rank does
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,24 +127,21 @@ class ChatTargets:
     # answer if it is in the sample's language (docs/methods.md, section 1.1).
     vector_languages: Tensor
     content: Tensor  # (B, T) bool: tokens of user content
-    pairs: ContrastPairs
-
-    def counts(self, label_weights: Tensor) -> dict[str, float]:
-        return {"label_tokens": float(label_weights.sum()), "pairs": float(len(self.pairs.segments))}
+    contrast: ContrastSets | None  # None: the micro-step has no sets, on any rank
 
 
 @dataclass(frozen=True, slots=True)
 class ClassTargets:
     """Classification: one class per text."""
 
-    classes: Tensor  # (N, C) float32 probabilities
+    classes: Tensor  # (N, classes) float32 probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class TagTargets:
     """Tagging: one class per word."""
 
-    classes: Tensor  # (N, C) float32 probabilities
+    classes: Tensor  # (N, classes) float32 probabilities
     token_word: Tensor  # (B, T) int64: the label unit that a token belongs to, -1 if none
 
 
@@ -180,19 +166,6 @@ class TaskTargets:
     label_rows: Tensor  # (N,) int64
     gold: bool  # the step prefers gold sources to back-translations
 
-    def counts(self, label_weights: Tensor) -> dict[str, float]:
-        of_sources = float(label_weights[self.label_is_source].sum())
-        return {
-            "target_labels": float(label_weights.sum()) - of_sources,
-            "source_labels": of_sources,
-            "pairs": float(self.n_pairs) if label_weights.any() else 0.0,  # an idle micro-batch has no pairs
-        }
-
 
 ChatBatch = Batch[ChatTargets]
 TaskBatch = Batch[TaskTargets]
-
-
-def summed(counts: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-    """The sum of the counts of several micro-batches; zeros for `names` if there are none."""
-    return {name: sum((each[name] for each in counts), 0.0) for name in names}

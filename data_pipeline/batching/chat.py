@@ -1,6 +1,6 @@
 """Collates tokenised conversations into a micro-batch of a decoder.
 
-Shapes: B rows, T tokens per row, S samples (segments), N label positions, P translation pairs.
+Shapes: B rows, T tokens per row, S samples (segments), N label positions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from data_pipeline.batching.batch import (
     BatchShape,
     ChatBatch,
     ChatTargets,
-    ContrastPairs,
-    SampleUnit,
+    ContrastSets,
     TokenTargets,
 )
-from data_pipeline.batching.packer import Bin, Collator, Layout
+from data_pipeline.batching.grid import Layout
+from data_pipeline.batching.packer import Collator
 from data_pipeline.records import NO_LANGUAGE, ChatSample, Sample
 
 PADDING = -1
@@ -30,13 +30,12 @@ PADDING = -1
 class ChatCollator(Collator):
     """Concatenates the samples of a row (packed layout), or pads rows of one sample each (padded layout)."""
 
-    counts: ClassVar[tuple[str, ...]] = ("label_tokens", "pairs")
+    counts: ClassVar[tuple[str, ...]] = ("label_tokens",)
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def collate(self, filled: Bin, layout: Layout) -> ChatBatch:
-        rows = filled.rows
+    def collate(self, rows: Sequence[Sequence[Sample]], layout: Layout, contrast: ContrastSets | None) -> ChatBatch:
         order = [sample for row in rows for sample in row]
         length = max((sum(map(len, row)) for row in rows), default=1)
         grid = _Grid(max(len(rows), 1), length, self.pad_id)
@@ -48,21 +47,29 @@ class ChatCollator(Collator):
                 grid.put(row_index, start, segment, sample)
                 start += len(sample)
                 segment += 1
-        return grid.batch(filled.units, order, with_mask=layout == "padded")
+        return grid.batch(order, contrast, with_mask=layout == "padded")
 
     def blank(self, shape: BatchShape) -> ChatBatch:
         ids_BT = torch.zeros(shape.rows, shape.row_tokens, dtype=torch.int64)
         labels_N = torch.zeros(max(shape.labels, 1), dtype=torch.int64)
-        pairs_P = torch.zeros(shape.pairs, dtype=torch.int64)
-        pairs_P2 = torch.zeros(shape.pairs, 2, dtype=torch.int64)
         targets = ChatTargets(
             TokenTargets(labels_N, labels_N), segment_ids=ids_BT, n_segments=max(shape.segments, 1), languages=ids_BT,
-            vector_languages=ids_BT, content=ids_BT.bool(), pairs=ContrastPairs(pairs_P2, pairs_P, pairs_P, pairs_P2),
+            vector_languages=ids_BT, content=ids_BT.bool(), contrast=_blank_sets(shape.pairs),
         )  # fmt: skip
         return Batch(
             input_ids=ids_BT, attention_mask=None, position_ids=ids_BT, label_weights=labels_N.float(),
-            label_languages=labels_N, targets=targets, units=(), sample_ids=(),
+            label_languages=labels_N, targets=targets, samples=(),
         )  # fmt: skip
+
+
+def _blank_sets(n_pairs: int) -> ContrastSets | None:
+    """One set of that many pairs, all on this rank."""
+    if not n_pairs:
+        return None
+    members = torch.zeros(2 * n_pairs, dtype=torch.int64)
+    pairs = torch.zeros(1, n_pairs, 2, dtype=torch.int64)
+    excluded = torch.zeros(1, n_pairs, n_pairs, dtype=torch.bool)
+    return ContrastSets(members, members[:0], (0,), (0,), pairs, excluded, torch.ones(1, dtype=torch.bool))
 
 
 class _Grid:
@@ -98,7 +105,7 @@ class _Grid:
             positions = row * self.length + start + targets - 1
             self.labels.append((positions, sample.input_ids[targets], sample.language))
 
-    def batch(self, units: Sequence[SampleUnit], order: Sequence[Sample], with_mask: bool) -> ChatBatch:
+    def batch(self, order: Sequence[Sample], contrast: ContrastSets | None, with_mask: bool) -> ChatBatch:
         padding = self.segment_ids == PADDING
         # Padding is treated as another sample at the end of the row: positions restart, so no real token attends to it.
         ramp = np.arange(self.length)[None, :] - self.filled[:, None]
@@ -118,7 +125,7 @@ class _Grid:
             languages=torch.from_numpy(self.languages),
             vector_languages=torch.from_numpy(self.vector_languages),
             content=torch.from_numpy(self.content),
-            pairs=_contrast_pairs(units, order),
+            contrast=contrast,
         )
         return Batch(
             input_ids=torch.from_numpy(self.input_ids),
@@ -127,26 +134,5 @@ class _Grid:
             label_weights=torch.full((len(positions),), 1.0 if self.labels else 0.0),
             label_languages=torch.from_numpy(label_languages),
             targets=targets,
-            units=tuple(units),
-            sample_ids=tuple(sample.id for sample in order),
+            samples=tuple(order),
         )
-
-
-def _contrast_pairs(units: Sequence[SampleUnit], order: Sequence[Sample]) -> ContrastPairs:
-    segment_of = {id(sample): segment for segment, sample in enumerate(order)}
-    pairs, sets, groups, contents = [], [], [], []
-    for set_number, unit in enumerate(units):
-        for dominant, other in unit.pairs:
-            first, second = unit.samples[dominant], unit.samples[other]
-            assert isinstance(first, ChatSample)
-            assert isinstance(second, ChatSample)
-            pairs.append((segment_of[id(first)], segment_of[id(second)]))
-            sets.append(set_number)
-            groups.append(first.group)
-            contents.append((first.content_hash, second.content_hash))
-    return ContrastPairs(
-        segments=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        sets=torch.tensor(sets, dtype=torch.int64),
-        groups=torch.tensor(groups, dtype=torch.int64),
-        contents=torch.tensor(contents, dtype=torch.int64).reshape(-1, 2),
-    )

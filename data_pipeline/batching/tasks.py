@@ -21,6 +21,7 @@ from data_pipeline.batching.batch import (
     Batch,
     BatchShape,
     ClassTargets,
+    ContrastSets,
     SpanTargets,
     TagTargets,
     TaskBatch,
@@ -28,7 +29,9 @@ from data_pipeline.batching.batch import (
     TaskTargets,
     TokenTargets,
 )
-from data_pipeline.batching.packer import Bin, Collator, Layout
+from data_pipeline.batching.grid import Layout
+from data_pipeline.batching.packer import Collator
+from data_pipeline.records import Sample
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.sample import SideLabels, TaskSample
 from data_pipeline.tasks.tokenize import NO_ANSWER, NO_WORD, EncodedSide
@@ -46,9 +49,7 @@ class _Row:
 
     @property
     def n_units(self) -> int:
-        if self.labels.positions is not None:
-            return len(self.labels.positions)
-        return 1 if self.labels.classes is None else len(self.labels.classes)
+        return self.labels.n_units
 
 
 class TaskCollator(Collator):
@@ -70,40 +71,39 @@ class TaskCollator(Collator):
         self.sides = 2 if paired else 1
         self.has_token_types = has_token_types
 
-    def collate(self, filled: Bin, layout: Layout) -> TaskBatch:
+    def collate(self, rows: Sequence[Sequence[Sample]], layout: Layout, contrast: ContrastSets | None) -> TaskBatch:
         samples: list[TaskSample] = []
-        for (sample,) in filled.rows:
+        for (sample,) in rows:
             assert isinstance(sample, TaskSample)  # made by TaskStage
             samples.append(sample)
-        rows = self._rows(samples) or [self._placeholder(is_source=number > 0) for number in range(self.sides)]
-        shape = (len(rows), max(len(row.side) for row in rows))
+        texts = self._rows(samples) or [self._placeholder(is_source=number > 0) for number in range(self.sides)]
+        shape = (len(texts), max(len(row.side) for row in texts))
         input_ids = np.full(shape, self.pad_id, np.int64)
         attention_mask, token_type_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for number, row in enumerate(rows):
+        for number, row in enumerate(texts):
             here = (number, slice(len(row.side)))
             input_ids[here], attention_mask[here], token_type_ids[here] = row.side.input_ids, 1, row.side.token_type_ids
-        units = [row.n_units for row in rows]
+        units = [row.n_units for row in texts]
 
         def of_units(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(np.repeat(values, units), dtype=dtype)
 
         targets = TaskTargets(
-            labels=self._labels(rows, shape),
-            n_pairs=len(rows) // 2 if self.paired else 0,
-            label_is_source=of_units([row.is_source for row in rows], torch.bool),
-            n_target_labels=sum(row.n_units for row in rows if not row.is_source),
-            label_rows=of_units(list(range(len(rows))), torch.int64),
+            labels=self._labels(texts, shape),
+            n_pairs=len(texts) // 2 if self.paired else 0,
+            label_is_source=of_units([row.is_source for row in texts], torch.bool),
+            n_target_labels=sum(row.n_units for row in texts if not row.is_source),
+            label_rows=of_units(list(range(len(texts))), torch.int64),
             gold=all(sample.gold for sample in samples),
         )
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(attention_mask),
             token_type_ids=torch.from_numpy(token_type_ids) if self.has_token_types else None,
-            label_weights=of_units([row.weight for row in rows], torch.float32),
-            label_languages=of_units([row.language for row in rows], torch.int64),
+            label_weights=of_units([row.weight for row in texts], torch.float32),
+            label_languages=of_units([row.language for row in texts], torch.int64),
             targets=targets,
-            units=tuple(filled.units),
-            sample_ids=tuple(sample.id for sample in samples),
+            samples=tuple(samples),
         )
 
     def blank(self, shape: BatchShape) -> TaskBatch:
@@ -115,7 +115,7 @@ class TaskCollator(Collator):
         )  # fmt: skip
         return Batch(
             input_ids=ids_RT, attention_mask=torch.ones_like(ids_RT), label_weights=labels_N.float(),
-            label_languages=labels_N, targets=targets, units=(), sample_ids=(),
+            label_languages=labels_N, targets=targets, samples=(),
         )  # fmt: skip
 
     def _rows(self, samples: Sequence[TaskSample]) -> list[_Row]:

@@ -1,7 +1,7 @@
 """The global batch of any step, as a pure function of (seed, config, data, step), independent of the number of ranks.
 
-A `StepPlan` holds the step's slots in units that stay together; `assign` distributes the units over ranks, and
-`reader.py` reads a rank's units. See docs/methods.md, section 3.
+A `StepPlan` holds the step's samples and its contrast sets; `batching/micro_steps.py` distributes the samples over
+micro-steps and ranks, and `reader.py` reads them. See docs/methods.md, section 3.
 
 Pairing reuses slots: a dominant-language slot may hold the translation of another slot's item. Its cursor advances
 nevertheless, so the unpaired row of a slot depends only on the slot's number. A row that turns out to be bad when it
@@ -9,14 +9,13 @@ is read leaves its slot empty and removes its own pair; nothing else changes. A 
 keeps its slot, but its item cannot be read, so it is not used as a translation, and the dominant-language slots of
 its step may take other items (the fingerprint of the data differs).
 
-Legend: S slots per step; positions 0 .. S-1 are slots, positions from S are unlabelled fills.
+Shapes: S slots per step, N positions: 0 .. S-1 are the slots, S .. N-1 unlabelled fills; P pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapreplace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,14 +23,14 @@ import numpy.typing as npt
 
 from data_pipeline.order.mixture import Quotas
 from data_pipeline.order.order import order_key, places_at
-from data_pipeline.order.pairing import Partner, PlannedPairing
+from data_pipeline.order.pairing import Partner, Partners, PlannedPairing
 from data_pipeline.records import DataError, stable_hash
 
 if TYPE_CHECKING:
     from data_pipeline.sources.index import DataIndex
 
 FILL = -1
-Pair = tuple[int, int]  # positions (dominant, other)
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +41,42 @@ class Slot:
     row: int  # row id in the data index
     language: int  # index into the declared languages
     labelled: bool  # False for a fill, which has no labels
-    cost: float  # estimated tokens
     partner: Partner | None = None  # the text that the sample is read together with, if the objective uses partners
     seed: tuple[int, int] = (0, 0)  # (run's seed, step), from which all randomness of the sample is derived
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Slots that stay on one rank and in one micro-batch. A unit with pairs is a contrast set."""
-
-    slots: tuple[Slot, ...]
-    pairs: tuple[tuple[int, int], ...] = ()  # (dominant, other), indices into `slots`
-
-    @property
-    def cost(self) -> float:
-        """Estimated tokens of all slots."""
-        return sum(slot.cost for slot in self.slots)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """The global batch of a step."""
 
     step: int  # the step's number, from 0
-    units: tuple[Unit, ...]
+    rows: Integers  # (N,) row ids
+    languages: Integers  # (N,)
+    groups: Integers  # (N,) items
+    contents: Integers  # (N,) hashes of texts
+    costs: npt.NDArray[np.float64]  # (N,) estimated tokens
+    n_slots: int  # S
+    sets: tuple[Integers, ...]  # contrast sets: (P, 2) positions (dominant, other) of each one's pairs
     dropped_pairs: int  # translations that were not paired because both texts are identical
+    seed: int  # the run's
+    partners: Partners | None = None
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.rows)
+
+    def slot(self, position: int) -> Slot:
+        """The sample at a position."""
+        labelled = position < self.n_slots
+        number = self.step * self.n_slots + position if labelled else FILL
+        row, language = int(self.rows[position]), int(self.languages[position])
+        partner = None if self.partners is None else self.partners.of(row, language, self.step)
+        return Slot(number, row, language, labelled, partner, (self.seed, self.step))
 
     @property
     def slots(self) -> list[Slot]:
-        """All slots in the order of their numbers, fills last."""
-        slots = (slot for unit in self.units for slot in unit.slots)
-        return sorted(slots, key=lambda slot: (slot.number == FILL, slot.number))
+        """All samples, by position."""
+        return [self.slot(position) for position in range(len(self))]
 
 
 class Planner:
@@ -90,7 +94,7 @@ class Planner:
         """Checks the mixture against the index.
 
         Args:
-            pairing: without `set_size`, the same rows are planned as one unit each, without fills.
+            pairing: without `set_size`, the same rows are planned without contrast sets and without fills.
             slots_per_step: slots of a step on all ranks together.
             tokens_per_byte: one value per language; None: costs are in bytes.
 
@@ -111,6 +115,11 @@ class Planner:
         self._keys = np.array([order_key(seed, code) for code in index.languages], np.uint64)
         self._tokens_per_byte = np.ones(len(index.languages)) if tokens_per_byte is None else np.array(tokens_per_byte)
 
+    @property
+    def has_sets(self) -> bool:
+        """Whether pairs are in contrast sets."""
+        return self._set_size is not None
+
     def slots_by_language(self, steps: int) -> list[int]:
         """Number of slots of each language in the first `steps` steps."""
         return [int(count) for count in self._quotas.counts_before(steps * self._slots_per_step)]
@@ -119,100 +128,70 @@ class Planner:
         """The plan of step `t` (from 0)."""
         first = t * self._slots_per_step
         languages, cursors = self._quotas.between(first, first + self._slots_per_step)
-        places = places_at(cursors, self._sizes[languages], self._keys[languages])
-        rows = [int(self._rows[i][place]) for i, place in zip(languages.tolist(), places.tolist(), strict=True)]
-        pairs = [] if self._pairing.mode == "none" else self._pair(t, rows, languages.tolist())
-        broken, same = self._check_pairs(rows, pairs)
-        kept = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
-        slots = self._slots(t, rows, languages)
+        rows = self._rows_at(languages, places_at(cursors, self._sizes[languages], self._keys[languages]))
+        rows, pairs = self._paired(t, rows, languages)
+        index = self._index
+        bad = np.any(index.bad[rows[pairs]], axis=1, keepdims=True)[:, 0]
+        content = index.content[rows[pairs]]
+        same = np.logical_and(content[:, 0] == content[:, 1], ~bad)
         # Pairs with a bad row are removed after the split into sets, so that no other pair changes its set.
-        sets = [[pair for pair in chunk if pair not in broken] for chunk in _split_into_sets(kept, self._set_size)]
-        units = [
-            Unit(
-                tuple(slots[position] for pair in chunk for position in pair),
-                tuple((2 * i, 2 * i + 1) for i in range(len(chunk))),
-            )
-            for chunk in sets
-            if chunk
-        ]
-        paired = {position for chunk in sets for pair in chunk for position in pair}
-        units += [Unit((slots[i],)) for i in range(self._slots_per_step) if i not in paired]
-        return StepPlan(t, tuple(units), sum(same))
+        chunks = [chunk[~bad[chunk]] for chunk in _split_into_sets(np.flatnonzero(~same), self._set_size)]
+        rows, sets = self._without_unused_fills(rows, [pairs[chunk] for chunk in chunks if len(chunk)])
+        languages = np.concatenate([languages, np.full(len(rows) - len(languages), self._dominant)])
+        costs = index.n_bytes[rows].astype(np.float64) * self._tokens_per_byte[languages]
+        return StepPlan(
+            t, rows, languages, index.group[rows], index.content[rows], costs, self._slots_per_step, sets,
+            int(same.sum()), self._seed, self._pairing.partners,
+        )  # fmt: skip
 
-    def _pair(self, t: int, rows: list[int], languages: list[int]) -> list[Pair]:
-        """Writes translations into `rows`: into dominant-language slots, and for `fill` after the slots.
+    def _without_unused_fills(self, rows: Integers, sets: list[Integers]) -> tuple[Integers, tuple[Integers, ...]]:
+        """Removes the fills that are in no set, and renumbers the others."""
+        n_slots = self._slots_per_step
+        used = np.unique(np.concatenate([[n_slots - 1], *(pairs[:, 0] for pairs in sets)]))
+        used = used[used >= n_slots]
+        positions = np.arange(len(rows))
+        positions[used] = n_slots + np.arange(len(used))
+        return np.concatenate([rows[:n_slots], rows[used]]), tuple(positions[pairs] for pairs in sets)
+
+    def _rows_at(self, languages: Integers, places: Integers) -> Integers:
+        """The row at each place of its language, (S,)."""
+        rows = np.empty(len(places), np.int64)
+        order = np.argsort(languages, kind="stable")
+        starts = np.flatnonzero(np.diff(languages[order], prepend=-1))
+        for chunk in np.split(order, starts[1:]):
+            rows[chunk] = self._rows[languages[chunk[0]]][places[chunk]]
+        return rows
+
+    def _paired(self, t: int, rows: Integers, languages: Integers) -> tuple[Integers, Integers]:
+        """Pairs the step's items with their translations into the dominant language.
 
         Returns:
-            Positions (dominant, other), ordered by the position of the other.
+            (N,) rows, in which translations have replaced dominant-language slots, and for `fill` follow the slots;
+            (P, 2) positions (dominant, other), ordered by the other.
         """
-        groups = self._index.group[rows].tolist()
-        items: dict[int, tuple[int, int]] = {}  # group -> (position, dominant row): one translation per item
-        for position, (row, language, group) in enumerate(zip(rows, languages, groups, strict=True)):
-            if language != self._dominant and group not in items:
-                translation = self._index.translation(row, self._dominant)
-                if translation >= 0:
-                    items[group] = (position, translation)
-        rotated = list(items.values())
-        if rotated:
-            offset = stable_hash("pairing", self._seed, t) % len(rotated)
-            rotated = rotated[offset:] + rotated[:offset]
-        dominant_slots = [place for place, language in enumerate(languages) if language == self._dominant]
-        pairs = []
-        for place, (position, translation) in zip(dominant_slots, rotated, strict=False):
-            rows[place] = translation
-            pairs.append((place, position))
-        if self._pairing.mode == "fill":
-            for position, translation in rotated[len(dominant_slots) :]:
-                pairs.append((len(rows), position))
-                rows.append(translation)
-        return sorted(pairs, key=lambda pair: pair[1])
-
-    def _check_pairs(self, rows: list[int], pairs: list[Pair]) -> tuple[set[Pair], list[bool]]:
-        """The pairs with a bad row; and for each pair, whether both texts are identical (False if one is bad)."""
-        ids = np.array(rows)[np.array(pairs, np.int64).reshape(-1, 2)]
-        bad = self._index.bad[ids].any(axis=1)
-        content = self._index.content[ids]
-        same = (content[:, 0] == content[:, 1]) & ~bad
-        return {pair for pair, is_bad in zip(pairs, bad, strict=True) if is_bad}, same.tolist()
-
-    def _slots(self, t: int, rows: list[int], languages: npt.NDArray[np.int64]) -> list[Slot]:
-        """Slots of the step's rows; the rows after the step's own slots are fills in the dominant language."""
-        first, n_fills = t * self._slots_per_step, len(rows) - len(languages)
-        languages = np.concatenate([languages, np.full(n_fills, self._dominant)])
-        costs = self._index.n_bytes[rows] * self._tokens_per_byte[languages]
-        numbers = [*range(first, first + self._slots_per_step), *[FILL] * n_fills]
-        columns = zip(numbers, rows, languages.tolist(), costs.tolist(), strict=True)
-        partners, seed = self._pairing.partners, (self._seed, t)
-        return [
-            Slot(
-                number, row, language, number != FILL, cost,
-                None if partners is None else partners.of(row, language, t), seed,
-            )
-            for number, row, language, cost in columns
-        ]  # fmt: skip
+        if self._pairing.mode == "none":
+            return rows, np.empty((0, 2), np.int64)
+        dominant_slots, others = (
+            np.flatnonzero(languages == self._dominant),
+            np.flatnonzero(languages != self._dominant),
+        )
+        translations = self._index.translations(rows[others], self._dominant)
+        others, translations = others[translations >= 0], translations[translations >= 0]
+        first = np.sort(np.unique(self._index.group[rows[others]], return_index=True)[1])  # one translation per item
+        if len(first):
+            first = np.roll(first, -(stable_hash("pairing", self._seed, t) % len(first)))
+        others, translations = others[first], translations[first]
+        n_reused = min(len(dominant_slots), len(others))
+        n_fills = len(others) - n_reused if self._pairing.mode == "fill" else 0
+        places = np.concatenate([dominant_slots[:n_reused], np.arange(len(rows), len(rows) + n_fills)])
+        rows = np.concatenate([rows, np.empty(n_fills, np.int64)])
+        rows[places] = translations[: len(places)]
+        pairs = np.stack([places, others[: len(places)]], axis=1)
+        return rows, pairs[np.argsort(pairs[:, 1])]
 
 
-def _split_into_sets(pairs: list[Pair], set_size: int | None) -> list[list[Pair]]:
+def _split_into_sets(pairs: Integers, set_size: int | None) -> list[Integers]:
     """Splits pairs into sets of `set_size` in order; the last set takes the remainder. Without `set_size`: no sets."""
-    if set_size is None or not pairs:
+    if set_size is None or not len(pairs):
         return []
-    starts = [i * set_size for i in range(max(1, len(pairs) // set_size))]
-    return [pairs[start:stop] for start, stop in zip(starts, [*starts[1:], len(pairs)], strict=True)]
-
-
-def assign(plan: StepPlan, world_size: int) -> list[list[Unit]]:
-    """Distributes the units over ranks, largest first, each to the rank with the lowest load.
-
-    Ties go to the rank with the fewest units, then to the lowest rank.
-
-    Returns:
-        For each rank its units in plan order; a rank may have none.
-    """
-    costs = [unit.cost for unit in plan.units]
-    loads = [(0.0, 0, rank) for rank in range(world_size)]  # sorted, so already a heap
-    chosen: list[list[int]] = [[] for _ in range(world_size)]
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, n_units, rank = loads[0]
-        heapreplace(loads, (load + costs[i], n_units + 1, rank))
-        chosen[rank].append(i)
-    return [[plan.units[i] for i in sorted(indices)] for indices in chosen]
+    return np.split(pairs, np.arange(1, max(1, len(pairs) // set_size)) * set_size)

@@ -85,24 +85,31 @@ class DataIndex:
         return self._section("by_language", "language_starts", language, heldout)
 
     def translation(self, row: int, language: int) -> int:
-        """The entry of the same item and split in `language`, or -1. O(log N).
+        """`translations` of one entry."""
+        return int(self.translations(np.array([row]), language)[0])
+
+    def translations(self, rows: Integers, language: int) -> Integers:
+        """The entry of the same item and split in `language` for each of `rows`, or -1: (rows,). O(rows log N).
 
         Of several entries the first of the same source, otherwise the first. Bad rows have no translation and are not
         returned as one.
         """
-        heldout = bool(self.heldout[row])
-        groups = self._section("sorted_group", "group_starts", language, heldout)
-        entries = self._section("by_group", "group_starts", language, heldout)
-        group = self.group[row]
-        first = int(groups.searchsorted(group))
-        last = int(groups.searchsorted(group, "right"))
-        if first == last:  # also for bad rows, which have no group
-            return -1
-        if last - first == 1:
-            return int(entries[first])
-        source_of = self._source_of_shard
-        same_source = source_of[self._shard[entries[first:last]]] == source_of[self._shard[row]]
-        return int(entries[first + int(same_source.argmax())])
+        found = np.full(len(rows), -1, np.int64)
+        heldout = self.heldout[rows]
+        for split in (False, True):
+            chosen = np.flatnonzero(heldout == split)
+            groups = self._section("sorted_group", "group_starts", language, split)
+            entries = self._section("by_group", "group_starts", language, split)
+            wanted = self.group[rows[chosen]]
+            firsts, lasts = groups.searchsorted(wanted), groups.searchsorted(wanted, "right")
+            there = lasts > firsts  # False also for bad rows, which have no group
+            found[chosen[there]] = entries[firsts[there]]
+            for place in np.flatnonzero(lasts > firsts + 1).tolist():
+                same_item, source_of = entries[firsts[place] : lasts[place]], self._source_of_shard
+                row = chosen[place]
+                same_source = source_of[self._shard[same_item]] == source_of[self._shard[rows[row]]]
+                found[row] = same_item[same_source.argmax()]
+        return found
 
     def origin(self, row: int) -> str:
         """The place of an entry, such as "file.jsonl:17"; reads no data."""

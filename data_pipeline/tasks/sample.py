@@ -21,6 +21,13 @@ class SideLabels:
     positions: npt.NDArray[np.int32] | None = None  # (units,) text: positions of the tokens to be predicted
     ids: npt.NDArray[np.int32] | None = None  # (units,) text: the original tokens at these positions
 
+    @property
+    def n_units(self) -> int:
+        """Number of label units."""
+        if self.positions is not None:
+            return len(self.positions)
+        return 1 if self.classes is None else len(self.classes)
+
 
 @dataclass(frozen=True, slots=True)
 class SourceSide:
@@ -54,6 +61,11 @@ class TaskSample(Sample):
     @property
     def row_length(self) -> int:
         return len(self) if self.source is None else max(len(self), len(self.source.side))
+
+    def counts(self) -> dict[str, int]:
+        of_source = 0 if self.source is None else self.source.labels.n_units * self.source.counts
+        of_target = self.target_labels.n_units
+        return {"target_labels": of_target, "source_labels": of_source, "pairs": int(self.source is not None)}
 
     def tokens_by_language(self) -> Iterator[tuple[int, int]]:
         yield self.language, len(self)

@@ -1,15 +1,15 @@
 """Pooled content states, and ShifCon's multilingual contrastive loss (arXiv 2410.19453).
 
 `ContentPooling` averages the hidden states of each sample's own words at chosen layers; it serves any objective that
-compares samples. `contrastive_loss` is a symmetric InfoNCE over contrast sets of translation pairs
+compares samples. `contrastive_losses` is a symmetric InfoNCE over contrast sets of translation pairs
 (docs/methods.md, section 1.3).
 
-Shapes: B rows, T tokens, H hidden, S segments (samples), K pooled layers, P translation pairs.
+Shapes: B rows, T tokens, H hidden, S segments (samples), K pooled layers; M samples in C contrast sets of P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -83,33 +83,21 @@ class ContentPooling:
             self._pooled.append(self._members_SN @ hidden_BTH.flatten(0, 1).float() / self._sizes_S1)
 
 
-def contrastive_loss(
-    pooled: Sequence[Tensor], pairs: Tensor, sets: Tensor, groups: Tensor, content: Tensor, scale: float
-) -> Tensor:
-    """Symmetric InfoNCE of translation pairs, summed over pairs and averaged over layers.
-
-    Without pairs the loss is a zero that still depends on every pooled state, so all ranks have the same graph.
+def contrastive_losses(members_KMH: Tensor, pairs: Tensor, excluded: Tensor, scale: float) -> Tensor:
+    """Symmetric InfoNCE of translation pairs, summed over the pairs of each set and averaged over layers.
 
     Args:
-        pooled: K tensors (S, H).
-        pairs: (P, 2) int64, the segments (dominant, other) of each pair.
-        sets: (P,) contrast set of each pair; its candidates come from its own set only.
-        groups: (P,) item of each pair; another pair of the same item is never a negative.
-        content: (P, 2) hashes of the two texts; another pair that shares a text is never a negative.
+        members_KMH: (K, M, H) pooled states of the sets' samples.
+        pairs: (C, P, 2) int64, the members (dominant, other) of each pair.
+        excluded: (C, P, P) bool, combinations of a pair's dominant side with another's other side that are no
+            negatives. A pair of which all others are excluded has a loss of 0.
         scale: factor of the cosine similarities.
 
     Returns:
-        A scalar. Each pair's loss is the mean of the two directions' cross entropies.
+        (C,). Each pair's loss is the mean of the two directions' cross entropies.
     """
-    states_KSH = torch.stack(list(pooled))
-    if len(pairs) == 0:
-        return states_KSH.sum() * 0.0
-    with without_autocast(states_KSH.device):
-        dominant_KPH, other_KPH = F.normalize(states_KSH.float(), dim=-1)[:, pairs].unbind(dim=2)
-        logits_KPP = scale * dominant_KPH @ other_KPH.mT
-    shared_text = (content[:, None, :, None] == content[None, :, None, :]).flatten(2).any(dim=2)
-    excluded = (groups[:, None] == groups) | shared_text | (sets[:, None] != sets)
-    excluded.fill_diagonal_(False)  # the pair itself is the positive
-    logits_KPP = logits_KPP.masked_fill(excluded, -torch.inf)
-    both = logits_KPP.logsumexp(dim=2) + logits_KPP.logsumexp(dim=1)
-    return (both / 2 - logits_KPP.diagonal(dim1=1, dim2=2)).sum() / len(pooled)
+    with without_autocast(members_KMH.device):
+        dominant_KCPH, other_KCPH = F.normalize(members_KMH.float(), dim=-1)[:, pairs].unbind(dim=3)
+        logits_KCPP = (scale * dominant_KCPH @ other_KCPH.mT).masked_fill(excluded, -torch.inf)
+    both_KCP = logits_KCPP.logsumexp(dim=3) + logits_KCPP.logsumexp(dim=2)
+    return (both_KCP / 2 - logits_KCPP.diagonal(dim1=2, dim2=3)).sum(dim=2).mean(dim=0)

@@ -1,8 +1,9 @@
 """Program of a rank of the gradient tests: the same global batch in 1, 2 and 4 micro-batches per rank.
 
 A cell is an objective at a step; rank 0 saves its gradients. X-Mixup has two cells: a step with gold sources and one
-with back-translations. Two ranks also run under every ZeRO stage and save the parameters after two updates, with and
-without a checkpoint in between.
+with back-translations. ShifCon has three: as distributed; with every sample on a rank drawn at random, no sample of the
+middle micro-steps on the last rank; and with a row of a pair that is bad when it is read. Two ranks also run under
+every ZeRO stage and save the parameters after two updates, with and without a checkpoint in between.
 
 python gradient_cells.py DATA_DIR WORK_DIR OUTPUT
 """
@@ -11,20 +12,29 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tiny_run import XMIXUP, rank_values
 
+from data_pipeline.batching.batch import ContrastSets
+from data_pipeline.batching.grid import Grid
+from data_pipeline.batching.micro_steps import MicroStep, Spread
 from data_pipeline.batching.packer import Packer
-from data_pipeline.loader import Step
+from data_pipeline.loader import Loader, Step
+from data_pipeline.reader import Reader
+from data_pipeline.records import BadRow, DataError
 from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
 from training.engine.engine import gathered, process_group
 from training.loop.trainer import Trainer
-from training.objectives.scaling import StepTotals
 from training.run_file import validate
 from training.run_folder.prepare import prepare
 
@@ -35,7 +45,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "xmixup": {**XMIXUP, "model.init.initializer_range": 0.3, "data.slots_per_step": 48},
 }
 STEP = 3
-STEPS = {"xmixup": {"xmixup": STEP, "xmixup-back": 5}}  # cell: step; others have one, of the objective's name
+# cell: step; others have one, of the objective's name
+STEPS = {
+    "xmixup": {"xmixup": STEP, "xmixup-back": 5},
+    "shifcon": {"shifcon": STEP, "shifcon-scattered": STEP, "shifcon-bad": STEP},
+}
 LEARNING_RATE = 1e-2
 
 
@@ -46,7 +60,7 @@ def main() -> None:
         run = _run(data_dir, work, objective)
         for cell, step in STEPS.get(objective, {objective: STEP}).items():
             for micro_batches in (1, 2, 4):
-                _cell(run, step, micro_batches, output / f"{cell}-{micro_batches}")
+                _cell(run, cell, step, micro_batches, output / f"{cell}-{micro_batches}")
         run.engine.destroy()
     if world_size() == 2:
         for objective in ("shifcon", "xmixup"):
@@ -54,35 +68,50 @@ def main() -> None:
                 _two_updates(data_dir, work, output, objective, stage)
 
 
-def _cell(run: Run, step: int, micro_batches: int, output: Path) -> None:
+def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> None:
     """The step's gradients as `output`.safetensors, and what it was made of as `output`.json."""
     trainer = Trainer(run, tracker=None)
-    batch, totals = _batch(trainer, step, micro_batches)
-    idle = all_sum([micro_batches - len(batch.micro_batches)], run.engine.device)
-    trainer.accumulate(step, batch, totals)
+    batch = _batch(trainer, cell, step, micro_batches)
+    idle = all_sum([sum(not each.samples for each in batch.micro_batches)], run.engine.device)
+    received = sum(sum(each.received_from) for each in _contrasts(batch))
+    sums = trainer.accumulate(step, batch)
     gradients = run.engine.full_gradients()
     assert gradients.keys() == dict(run.engine.module.named_parameters()).keys()
     norm = run.engine.step(learning_rate=0.0)  # clears the gradients, changes no weight
+    terms = all_sum(sums.terms, run.engine.device).tolist()
+    exchanged = all_sum([received], run.engine.device).item()
     if rank() == 0:
         save_file(gradients, output.with_suffix(".safetensors"))
-        sets = sum(bool(unit.pairs) for unit in run.data.planner.step(step).units)
-        facts = {**totals.counts, "norm": norm, "sets": sets, "idle": float(idle)}
+        sets = len(run.data.planner.step(step).sets)
+        facts = {
+            **batch.counts,
+            "norm": norm,
+            "sets": sets,
+            "idle": float(idle),
+            "exchanged": exchanged,
+            "terms": terms,
+        }
         output.with_suffix(".json").write_text(json.dumps(facts))
+
+
+def _contrasts(batch: Step) -> list[ContrastSets]:
+    found = [getattr(each.targets, "contrast", None) for each in batch.micro_batches]
+    return [each for each in found if each is not None]
 
 
 def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage: int) -> None:
     run = _run(data_dir, work, objective, zero_stage=stage)
     assert run.engine._engine.zero_optimization_stage() == stage
     trainer = Trainer(run, tracker=None)
-    batch, totals = _batch(trainer, STEP, micro_batches=2)
+    batch = _batch(trainer, objective, STEP, micro_batches=2)
     saved = output / f"{objective}-stage-{stage}"
     for number, name in enumerate(("first", "second", "second-after-load")):
         if name == "second-after-load":
             run.engine.load_state(saved)
             # Dropped gradients must have no effect. Not STEP + 1: ShifCon's vectors are estimated before it.
-            trainer.accumulate(STEP + 2, *_batch(trainer, STEP + 2, micro_batches=2))
+            trainer.accumulate(STEP + 2, _batch(trainer, objective, STEP + 2, micro_batches=2))
             run.engine.drop_update()
-        trainer.accumulate(STEP, batch, totals)
+        trainer.accumulate(STEP, batch)
         gradients = run.engine.full_gradients()
         run.engine.step(LEARNING_RATE)
         with gathered(run.engine.module.parameters()):
@@ -105,36 +134,74 @@ def _run(data_dir: Path, work: Path, objective: str, **changes: int) -> Run:
     return assemble(config, prepare(config, rank()))
 
 
-def _batch(trainer: Trainer, step: int, micro_batches: int) -> tuple[Step, StepTotals]:
-    """The global batch of the step, packed so that the busiest rank has that many micro-batches."""
+def _batch(trainer: Trainer, cell: str, step: int, micro_batches: int) -> Step:
+    """The global batch of the step in that many micro-steps."""
     run = trainer.run
     run.objective.before_step(run.engine, step)
-    run.loader.packer = _packer_for(run, step, micro_batches)
-    batch = run.loader.load(step)
-    totals = trainer.agree(batch).totals
-    assert totals.micro_batches == micro_batches, (totals.micro_batches, micro_batches)
-    return batch, totals
+    reader = run.data.reader
+    if cell == "shifcon-bad":
+        plan = run.data.planner.step(step)
+        reader = replace(reader, index=WithBadRow(reader.index, int(plan.rows[plan.sets[0][1, 1]])))
+    grid = _grid_for(run, reader, step, micro_batches)
+    loader = replace_loader(run.loader, reader, grid)
+    micro_steps = Spread.micro_steps
+    if cell == "shifcon-scattered":
+        Spread.micro_steps = partialmethod(_scattered, n_steps=micro_batches)  # type: ignore[method-assign, assignment]
+    (batch,) = loader.steps(step, step + 1)
+    Spread.micro_steps = micro_steps  # type: ignore[method-assign]
+    assert len(batch.micro_batches) == micro_batches, (len(batch.micro_batches), micro_batches)
+    return batch
 
 
-def _packer_for(run: Run, step: int, micro_batches: int) -> Packer:
-    """A budget under which the busiest rank has exactly that many micro-batches at this step.
+def replace_loader(loader: Loader, reader: Reader, grid: Grid) -> Loader:
+    return Loader(reader, loader.planner, Packer(grid, loader.packer.collator), loader.this_rank)
 
-    Packed: the largest one; padded: the smallest, so that some rank may have fewer.
-    """
+
+def _grid_for(run: Run, reader: Reader, step: int, micro_batches: int) -> Grid:
+    """A grid whose budget gives exactly that many micro-steps of this step, on this number of ranks."""
     own = run.loader.packer
-    shares = []
-    for other in range(world_size()):
-        batch = run.data.loader(other, world_size()).load(step)
-        shares.append([unit for micro_batch in batch.micro_batches for unit in micro_batch.units])
-    samples = max(sum(len(unit.samples) for unit in share) for share in shares)
-    budgets = [(rows * row, row) for row in (128, 112, 96, 80) for rows in range(samples, 0, -1)]
+    alone = replace_loader(run.data.loader(), reader, own.grid)
+    scan = alone.scan(step)
+    table = alone.table(scan.measures)
+    budgets = [(rows * row, row) for row in (128, 112, 96, 80) for rows in range(len(scan.samples), 0, -1)]
     if own.layout == "padded":
-        budgets = [(budget, own.row_tokens) for budget in range(256, 2**14, 64)]
+        budgets = [(budget, own.grid.row_tokens) for budget in range(256, 2**14, 64)]
     for budget, row in budgets:
-        packer = Packer(own.layout, budget, row, own.collator)
-        if max(len(packer.pack(share)) for share in shares) == micro_batches:
-            return packer
-    raise AssertionError(f"no budget gives {micro_batches} micro-batches")
+        grid = replace(own.grid, micro_batch_tokens=budget, row_tokens=row)
+        spread = Spread(grid, table["row_length"], table["n_labels"], world_size(), world_size())
+        with suppress(DataError):  # a set above the budget
+            if len(spread.micro_steps(scan.plan.sets)) == micro_batches:
+                return grid
+    raise AssertionError(f"no budget gives {micro_batches} micro-steps")
+
+
+def _scattered(spread: Spread, sets: Sequence[Any], n_steps: int) -> list[MicroStep]:
+    """Samples on ranks drawn at random; of the middle micro-steps, the last rank has none."""
+    draw = np.random.default_rng(0)
+    in_sets = np.zeros(len(spread.lengths), np.bool_)
+    in_sets[np.concatenate(sets).ravel()] = True
+    found = []
+    for number, (own_sets, singles) in enumerate(spread._groups(n_steps, sets, np.flatnonzero(~in_sets))):
+        positions = np.sort(np.concatenate([*(pairs.ravel() for pairs in own_sets), singles]))
+        middle = 0 < number < n_steps - 1 and spread.world_size > 1
+        ranks = draw.integers(0, spread.world_size - middle, len(positions))
+        found.append(MicroStep(positions, ranks, tuple(own_sets)))
+    return found
+
+
+class WithBadRow:
+    """An index of which one row is bad when it is read."""
+
+    def __init__(self, index: Any, row: int) -> None:
+        self.index, self.row = index, row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.index, name)
+
+    def record(self, row: int) -> Any:
+        if row == self.row:
+            raise BadRow("a row", "unusable")
+        return self.index.record(row)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from tiny_run import RANK_ITEMS, write_data, write_task_data
 WORKER = str(Path(__file__).with_name("gradient_cells.py"))
 WORLD_SIZES = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4)
-CELLS = ("sft", "shifcon", "xmixup", "xmixup-back")
+SHIFCON = ("shifcon", "shifcon-scattered", "shifcon-bad")
+CELLS = ("sft", *SHIFCON, "xmixup", "xmixup-back")
 
 # The first test includes all launches of the fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(1200)
@@ -42,7 +44,7 @@ def flat(cells: Path, cell: str, world_size: int, micro_batches: int, only: str 
     return torch.cat([gradients[name].double().flatten() for name in sorted(gradients) if only in name])
 
 
-def facts(cells: Path, cell: str, world_size: int, micro_batches: int) -> dict[str, float]:
+def facts(cells: Path, cell: str, world_size: int, micro_batches: int) -> dict[str, Any]:
     return json.loads((cells / str(world_size) / f"{cell}-{micro_batches}.json").read_text())
 
 
@@ -70,14 +72,35 @@ def test_gradients_of_the_mixing_ratio_are_those_of_the_whole_batch(cells: Path,
 @pytest.mark.parametrize("cell", CELLS)
 def test_all_splits_have_the_same_counts(cells: Path, cell: str) -> None:
     found = [facts(cells, cell, n_ranks, n) for n_ranks in WORLD_SIZES for n in MICRO_BATCHES]
-    assert found[0]["sets"] >= (16 if cell == "shifcon" else 0)
+    assert found[0]["sets"] >= (16 if cell in SHIFCON else 0)
+    varying = {"norm": 0, "idle": 0, "exchanged": 0, "terms": 0}
     for each in found:
-        assert {**each, "norm": 0, "idle": 0} == {**found[0], "norm": 0, "idle": 0}
+        assert {**each, **varying} == {**found[0], **varying}
 
 
-@pytest.mark.parametrize("cell", ["shifcon", "xmixup"])
-def test_some_rank_has_fewer_micro_batches_than_another(cells: Path, cell: str) -> None:
-    assert any(facts(cells, cell, n_ranks, n)["idle"] for n_ranks in WORLD_SIZES for n in MICRO_BATCHES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_all_splits_report_the_same_sum_of_each_term(cells: Path, cell: str) -> None:
+    """A contrast set that lies on several ranks is reported by one of them."""
+    terms = [facts(cells, cell, n_ranks, n)["terms"] for n_ranks in WORLD_SIZES for n in MICRO_BATCHES]
+    for each in terms:
+        assert each == pytest.approx(terms[0], rel=1e-5)
+    n_positive = 1 if cell in ("sft", "xmixup-back") else 2  # back-translations have no source loss here
+    assert min(terms[0][:n_positive]) > 0
+
+
+def test_contrast_sets_lie_on_several_ranks_and_some_micro_batches_are_idle(cells: Path) -> None:
+    for cell in SHIFCON:
+        for n in MICRO_BATCHES:
+            assert facts(cells, cell, 1, n)["exchanged"] == 0
+            assert all(facts(cells, cell, n_ranks, n)["exchanged"] > 50 for n_ranks in (2, 4))
+    assert facts(cells, "shifcon-scattered", 4, 4)["idle"] == facts(cells, "shifcon-scattered", 2, 4)["idle"] == 2
+
+
+def test_a_bad_row_removes_its_pair_and_no_other(cells: Path) -> None:
+    """Whichever ranks the two sides of the pair are on."""
+    whole, bad = facts(cells, "shifcon", 4, 2), facts(cells, "shifcon-bad", 4, 2)
+    assert bad["pairs"] == whole["pairs"] - 1
+    assert 0 < whole["label_tokens"] - bad["label_tokens"] < 100
 
 
 def test_only_gold_sources_have_labels(cells: Path) -> None:

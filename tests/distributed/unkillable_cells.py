@@ -52,9 +52,9 @@ def scaled_losses(steps: set[int], factor: float, ranks: set[int]) -> Fault:
         accumulate, loss_terms = trainer.accumulate, trainer.run.objective.loss_terms
         current = [-1]
 
-        def watched(step, batch, totals):
+        def watched(step, batch):
             current[0] = batch.step
-            found = accumulate(step, batch, totals)
+            found = accumulate(step, batch)
             current[0] = -1
             return found
 
@@ -105,10 +105,10 @@ def signalled(step: int, number: signal.Signals, again: bool = False) -> Fault:
         trainer.stop.training = True
         accumulate, begin = trainer.accumulate, trainer.saver.begin
 
-        def interrupted(at, batch, totals):
+        def interrupted(at, batch):
             if at == step and rank() == FAULTY_RANK:
                 os.kill(os.getpid(), number)
-            return accumulate(at, batch, totals)
+            return accumulate(at, batch)
 
         def interrupted_again(at, state, disk):
             begin(at, state, disk)
@@ -135,18 +135,20 @@ def misread(step: int, error: Exception) -> Fault:
 
     def inject(trainer: Trainer) -> None:
         loader = trainer.run.loader
-        read_share, reader = loader.read, loader.reader
+        scan, reader = loader.scan, loader.reader
 
-        def fail(slot):
+        def fail(slots):
             loader.reader = reader  # once
+            if isinstance(error, BadRow):
+                return [error, *reader.read_many(slots[1:])]
             raise error
 
-        def failing(plan, share):
-            if share and plan.step == step and rank() == FAULTY_RANK:
-                loader.reader = SimpleNamespace(index=reader.index, read=fail)
-            return read_share(plan, share)
+        def failing(number):
+            if number == step and rank() == FAULTY_RANK:
+                loader.reader = SimpleNamespace(index=reader.index, read_many=fail)
+            return scan(number)
 
-        loader.read = failing
+        loader.scan = failing
 
     return inject
 
@@ -227,8 +229,8 @@ def local_disks(data_dir: Path, work: Path) -> None:
     resumed = Trainer(assemble(config, prepared), None, StopRequest())
     losses = {}
     for step in range(resume_from(resumed, start), STEPS):
-        batch = resumed.run.loader.load(step)
-        losses[step + 1] = resumed.train_step(step, batch, resumed.agree(batch))["train/loss"]
+        (batch,) = resumed.run.loader.steps(step, step + 1)
+        losses[step + 1] = resumed.train_step(step, batch)["train/loss"]
     report["losses"] = losses
     resumed.run.engine.destroy()
     os.environ["OWN_DISK"] = str(disks[1 - rank()])

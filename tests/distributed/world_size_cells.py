@@ -99,8 +99,8 @@ def main() -> None:
         metrics = {}
         for step in range(start, STEPS):
             refreshed = trainer.run.objective.before_step(trainer.run.engine, step)
-            batch = trainer.run.loader.load(step)
-            metrics[step] = {**refreshed, **trainer.train_step(step, batch, trainer.agree(batch))}
+            (batch,) = trainer.run.loader.steps(step, step + 1)
+            metrics[step] = {**refreshed, **trainer.train_step(step, batch)}
             if step + 1 == SAVED and world_size() == SAVING_RANKS:
                 trainer.save(SAVED, metrics[step])
                 trainer.saver.complete(required=True)

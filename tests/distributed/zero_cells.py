@@ -126,10 +126,10 @@ def save_until(trainer: Trainer, last: int) -> None:
 def stop_after(trainer: Trainer, step: int) -> None:
     accumulate = trainer.accumulate
 
-    def stopping(at: int, batch: Any, totals: Any) -> Any:
+    def stopping(at: int, batch: Any) -> Any:
         if at + 1 == step:
             trainer.stop._reason = "the test"
-        return accumulate(at, batch, totals)
+        return accumulate(at, batch)
 
     trainer.accumulate = stopping  # type: ignore[method-assign]
 
@@ -142,14 +142,14 @@ def watch(trainer: Trainer) -> dict[str, Any]:
     report: dict[str, Any] = {"metrics": {}, "dropped": []}
     train_step, skip_update, accumulate, before = trainer.train_step, trainer._skip_update, trainer.accumulate, [""]
 
-    def kept(step: int, batch: Any, agreed: Any) -> dict[str, float]:
-        values = train_step(step, batch, agreed)
+    def kept(step: int, batch: Any) -> dict[str, float]:
+        values = train_step(step, batch)
         report["metrics"][step + 1] = {name: str(values.get(name)) for name in ("train/loss", "train/grad_norm")}
         return values
 
-    def hashed(step: int, batch: Any, totals: Any) -> Any:
+    def hashed(step: int, batch: Any) -> Any:
         before[0] = state_hash(trainer)
-        found = accumulate(step, batch, totals)
+        found = accumulate(step, batch)
         if "fine" not in report:
             gradients = torch.cat([each.flatten() for each in trainer.run.engine.full_gradients().values()])
             report["fine"] = float((gradients != gradients.bfloat16()).float().mean())
@@ -187,9 +187,9 @@ def inject_faults(trainer: Trainer) -> None:
     """Faults at three steps of the data: a NaN loss, an infinite gradient, a loss spike."""
     accumulate, loss_terms, current = trainer.accumulate, trainer.run.objective.loss_terms, [-1]
 
-    def noted(step: int, batch: Any, totals: Any) -> Any:
+    def noted(step: int, batch: Any) -> Any:
         current[0] = batch.step
-        return accumulate(step, batch, totals)
+        return accumulate(step, batch)
 
     def corrupted(engine: Any, batch: Any) -> Any:
         terms = loss_terms(engine, batch)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PAGE = Page("encoders.md")
 DE, EN = 72, 16  # entries of the German sentence and of its translation
+OURS = 1  # position of the German sentence in step 0, and its place in the second micro-batch
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def forward(walk: Walk) -> Forward:
     def noted_scores(query: Tensor, key: Tensor) -> Tensor:
         scores = scaled_scores(query, key)
         found.shapes |= {"query": query.shape, "scores": scores.shape}
-        target, source = (second.padding_mask != 0).split(3)
+        target, source = (second.padding_mask != 0).split(second.targets.n_pairs)
         for each, queries, keys in ((scores, target, source), (scores.mT, source, target)):
             weights = cross_attention.attention_weights(each, keys)
             found.entropies.append(cross_attention._true_entropy(*weights, queries))
@@ -95,7 +96,7 @@ def forward(walk: Walk) -> Forward:
         mixup.encoder_layers(model)[-1].register_forward_hook(noted_state)
         model.register_forward_hook(lambda _, __, output: found.logits.append(output.logits))
         found.terms.append(objective.loss_terms(engine, second))
-        with objective.mixup.batch(second.padding_mask, 3, mix=False):
+        with objective.mixup.batch(second.padding_mask, second.targets.n_pairs, mix=False):
             model(**second.model_inputs())
     return found
 
@@ -129,10 +130,10 @@ def test_index_and_plan(walk: Walk) -> None:
     assert index.group[DE] == index.group[EN]
     assert PAGE.quoted(f"`DataIndex.translation({DE}, 0)`~{{}}") == [index.translation(DE, 0)]
     PAGE.says(f"(`mixture.pairing` is `{walk.config.data.mixture.pairing}`)")
-    assert all(len(unit.slots) == 1 and not unit.pairs for unit in walk.plan.units)
-    languages = ", ".join(codes[slot.language] for slot in walk.plan.slots)
+    assert not walk.plan.sets
+    languages = ", ".join(codes[language] for language in walk.plan.languages)
     said = PAGE.quoted(f"`Planner.step(0)`: rows {{}}, {{}}, {{}}, {{}}, {{}}, {{}}, of {languages}")
-    assert said == [slot.row for slot in walk.plan.slots]
+    assert said == walk.plan.rows.tolist()
 
 
 def test_partners(walk: Walk) -> None:
@@ -150,8 +151,8 @@ def test_partners(walk: Walk) -> None:
     assert [partners.gold(step) for step in steps] == [True, True, False, False]
     first, third = partners.of(DE, 1, 0), partners.of(DE, 1, 2)
     shown = f'("{first.kind}", row={first.row}, language={first.language}, gold_step={first.gold_step})'
-    PAGE.says(f"slot {DE} `Partner{shown}` in step 0, and kind `{third.kind}` in step 2")
-    assert walk.plan.slots[1].partner == first
+    PAGE.says(f"row {DE} `Partner{shown}` in step 0, and kind `{third.kind}` in step 2")
+    assert walk.plan.slot(OURS).partner == first
 
 
 def test_tokens(walk: Walk) -> None:
@@ -187,33 +188,49 @@ def test_tokens(walk: Walk) -> None:
     assert facts == [(0, True, True), (0, False, True)]
 
 
+def test_micro_steps(walk: Walk) -> None:
+    from data_pipeline.loader import ThisRank
+
+    loader = walk.data.loader()
+    table = loader.table(loader.scan(0).measures)
+    said = PAGE.quoted("`tokens` {}, `partner_tokens` {} and `row_length` {}")
+    assert said == [table[name][OURS] for name in ("tokens", "partner_tokens", "row_length")]
+    PAGE.says(f"in the `{loader.packer.layout}` layout")
+    assert PAGE.quoted("at most `micro_batch_tokens` ({})") == [walk.config.data.micro_batch_tokens]
+    found = []
+    for ranks in (1, 2):
+        for number, micro_step in enumerate(walk.data.loader(ThisRank(0, ranks, ranks)).spread(table).micro_steps([])):
+            for rank, share in enumerate(micro_step.shares(ranks)):
+                longest = max(table["row_length"][share])
+                found.append([ranks, number, rank, *share, 2, len(share), longest, 2 * len(share) * longest])
+    assert [numbers(" ".join(row.values())) for row in PAGE.table("ranks", "micro-step")] == found
+
+
 def test_batches(walk: Walk) -> None:
-    first, second = walk.step.micro_batches
-    rows, longest = first.input_ids.shape
-    said = PAGE.quoted("longest pairs~{} x {} x {} = {} of {} tokens")
-    assert said == [2, rows // 2, longest, rows * longest, walk.config.data.micro_batch_tokens]
-    ids = ["rope_pieces-36-6-7-sw", "rope_pieces-36-6-7-de", walk.data.index.record(DE).id]
+    second = walk.step.micro_batches[1]
+    record, n, targets = walk.data.index.record, second.targets.n_pairs, second.targets
+    assert list(second.sample_ids) == [record(int(walk.plan.rows[position])).id for position in (0, OURS, 2, 4)]
     lengths = second.padding_mask.sum(dim=1).tolist()
-    n = second.targets.n_pairs
     assert PAGE.quoted("rows {} to {} are targets") + PAGE.quoted("rows {} to {} are their sources") == [
         0, n - 1, n, 2 * n - 1
     ]  # fmt: skip
-    said = PAGE.quoted("`rope_pieces` in Swahili ({} tokens) and German ({}) and ours ({})")
-    assert (said, list(second.sample_ids)) == (lengths[:3], ids)
-    assert PAGE.quoted("in the same order ({}, {}, {})") == lengths[3:]
+    said = PAGE.quoted("an English text ({} tokens), ours ({}), and `rope_pieces` in Swahili ({}) and German ({})")
+    assert said == lengths[:n]
+    assert [walk.config.data.languages[each.language] for each in second.samples] == ["en", "de", "sw", "de"]
+    assert [each.id.split("-")[0] for each in second.samples[2:]] == ["rope_pieces"] * 2
+    assert PAGE.quoted("in the same order ({}, {}, {}, {})") == lengths[n:]
     said = PAGE.quoted("`input_ids` and `attention_mask` are ({}, {}) int64")
     assert said == [*second.input_ids.shape] == [*second.padding_mask.shape]
     assert {str(each.dtype) for each in (second.input_ids, second.padding_mask)} == {"torch.int64"}
-    said = PAGE.quoted("`label_languages` {}, {}, {}, {}, {}, {}")
+    said = PAGE.quoted("`label_languages` {}, {}, {}, {}, {}, {}, {}, {}")
     assert said == second.label_languages.tolist()
-    assert PAGE.quoted("`label_weights` all {}") * 6 == second.label_weights.tolist()
-    targets = second.targets
+    assert PAGE.quoted("`label_weights` all {}") * 2 * n == second.label_weights.tolist()
     PAGE.says(f"`n_pairs` {targets.n_pairs}; `gold` true")
     assert targets.gold
     assert PAGE.quoted("`classes` ({}, {}) one-hot") == list(targets.labels.classes.shape)
-    PAGE.says("`label_rows` 0 to 5, `label_is_source` false for the first three")
-    assert targets.label_rows.tolist() == list(range(6))
-    assert targets.label_is_source.tolist() == [False] * 3 + [True] * 3
+    assert PAGE.quoted("`label_rows` {} to {}, `label_is_source` false for the first {}") == [0, 2 * n - 1, n]
+    assert targets.label_rows.tolist() == list(range(2 * n))
+    assert targets.label_is_source.tolist() == [False] * n + [True] * n
 
 
 def test_loader(walk: Walk) -> None:
@@ -235,14 +252,14 @@ def test_mixed_layer(walk: Walk, forward: Forward) -> None:
     ]  # fmt: skip
     shown = [row["shapes"].removesuffix(" each") for row in PAGE.table("where", "what")]
     assert shown == ["" if size is None else str(tuple(size)) for size in sizes]
-    valid = second.padding_mask != 0
-    n_target, n_source = int(valid[2].sum()), int(valid[5].sum())
-    over_source, over_target = (float(each[2]) for each in forward.entropies)
+    valid, n = second.padding_mask != 0, second.targets.n_pairs
+    n_target, n_source = int(valid[OURS].sum()), int(valid[n + OURS].sum())
+    over_source, over_target = (float(each[OURS]) for each in forward.entropies)
     said = PAGE.quoted("target over source is {} nats~{} tokens")
     assert said == [over_source, n_target]
     assert PAGE.quoted("({} equal weights~{})") == [n_source, math.log(n_source)]
     assert PAGE.quoted("source over target {} ({})") == [over_target, math.log(n_target)]
-    state, ratio, n = mixup.state(), mixup.last_ratio, second.targets.n_pairs
+    state, ratio = mixup.state(), mixup.last_ratio
     said = PAGE.quoted("hooks on layer {}~`mixup_ratio` (`w` {}, `b` {})")
     assert said == [state.layer, state.w, state.b]
     assert PAGE.quoted("`mixup.batch(attention_mask, {})`") == PAGE.quoted("valid tokens and n = {}") == [n]
@@ -253,42 +270,41 @@ def test_mixed_layer(walk: Walk, forward: Forward) -> None:
     assert forward.objective.states.last == layers
     assert ratio is not None
     said = PAGE.quoted("`lam` is {} x sigmoid({} x {} + {}) = {}")
-    assert said == [state.lam0, state.w, over_source + over_target, state.b, float(ratio[2])]
-    before, mixed = (target[2][valid[2]] for target in forward.targets)
+    assert said == [state.lam0, state.w, over_source + over_target, state.b, float(ratio[OURS])]
+    before, mixed = (target[OURS][valid[OURS]] for target in forward.targets)
     moved = float((mixed - before).norm() / before.norm())
     assert PAGE.quoted("differs from `Z_t` by {} of its length") == [moved]
     apart = (forward.logits[0] - forward.logits[1]).abs()
     said = PAGE.quoted("target's logits differ by up to {}~sources by {}")
-    assert said == [float(apart[2].max()), float(apart[3:].max())]
+    assert said == [float(apart[OURS].max()), float(apart[n:].max())]
 
 
 def test_loss(walk: Walk, forward: Forward) -> None:
     from modeling.tasks.task_losses import classification_losses
     from modeling.xmixup.consistency import consistency, representations
-    from training.objectives.scaling import StepTotals, step_loss_share
+    from training.objectives.scaling import denominator, step_loss_share
 
-    second = walk.step.micro_batches[1]
-    logits, metrics = forward.logits[0], walk.metrics[0]
+    second, counts = walk.step.micro_batches[1], walk.step.counts
+    logits, metrics, n = forward.logits[0], walk.metrics[0], second.targets.n_pairs
     losses = classification_losses(logits, second.targets.labels.classes, second.targets.label_rows)
     assert PAGE.quoted("Logits are ({}, {})") == list(logits.shape)
     said = PAGE.quoted("`classification_losses`~{} for our target, {} for its source")
-    assert said == [float(losses[2]), float(losses[5])]
+    assert said == [float(losses[OURS]), float(losses[n + OURS])]
     states = representations(forward.last[0])
-    square, both = consistency(states, 3)[2], consistency(states, 3, logits)[2]
+    square, both = consistency(states, n)[OURS], consistency(states, n, logits)[OURS]
     said = PAGE.quoted("in `h[3]`, {}, plus KL(source || target), {}")
     assert said == [float(square), float(both - square)]
-    totals = StepTotals(walk.step.counts, 2)
     for row in PAGE.table("term", "`denominator`"):
         name = row["term"].strip("`")
         terms = [each.terms[name] for each in forward.terms]
         ((count, size),) = re.findall(r"^`(\w+)`, (\d+)$", row["`denominator`"])
-        assert {(each.denominator, totals.denominator(each.denominator)) for each in terms} == {(count, int(size))}
+        assert {(each.denominator, denominator(counts, each.denominator)) for each in terms} == {(count, int(size))}
         assert numbers(row["`weight`"])[-1] == terms[0].weight
         assert numbers(row["micro-batch 1"]) + numbers(row["micro-batch 2"]) == [float(each.sum) for each in terms]
         total = sum(float(each.sum) for each in terms) / int(size)
         assert numbers(row["metric"]) == [total]
         assert metrics[f"train/{name}"] == pytest.approx(total, rel=1e-4)
-    shares = [float(step_loss_share(each.terms, totals)) for each in forward.terms]
+    shares = [float(step_loss_share(each.terms, counts)) for each in forward.terms]
     target, source, apart, _ = forward.terms[1].terms.values()
     said = PAGE.quoted("Micro-batch 2~{} x {} / {} + {} x {} / {} + {} / {} = {}")
     assert said == [
@@ -296,8 +312,9 @@ def test_loss(walk: Walk, forward: Forward) -> None:
     ]  # fmt: skip
     said = PAGE.quoted("micro-batch 1~{}. The step's loss is {}")
     assert said == [shares[0], sum(shares)]
+    german = forward.terms[1].label_losses[forward.terms[1].label_languages == 1]
     assert PAGE.quoted("`train/loss`~{}~({} + {}) / {} = {}") == [
-        metrics["train/loss"], *forward.terms[1].label_losses[1:].tolist(), 2, metrics["train/loss/de"]
+        metrics["train/loss"], *german.tolist(), len(german), metrics["train/loss/de"]
     ]  # fmt: skip
     assert PAGE.quoted("next steps~{}, {} and {}") == [each["train/loss"] for each in walk.metrics[1:]]
     classes = len(walk.config.data.task.labels)
@@ -388,11 +405,11 @@ def slot(language: int, step: int, kind: Any, gold_step: bool) -> Slot:
     from data_pipeline.order.pairing import Partner
     from data_pipeline.order.plan import Slot
 
-    return Slot(0, 0, language, True, 0.0, Partner(kind, 0, 0, gold_step), (0, step))
+    return Slot(0, 0, language, True, Partner(kind, 0, 0, gold_step), (0, step))
 
 
 def test_tagging(walk: Walk) -> None:
-    from data_pipeline.batching.batch import SampleUnit
+    from data_pipeline.batching.grid import Grid
     from data_pipeline.batching.packer import Packer
     from data_pipeline.batching.tasks import TaskCollator
     from data_pipeline.reader import SlotRecord
@@ -417,8 +434,11 @@ def test_tagging(walk: Walk) -> None:
         assert ours.target_labels.classes is not None
         assert ours.target_labels.classes.flatten().tolist() == pytest.approx(list(chain(*tags)))
         collator = TaskCollator(walk.data.tokenizer.pad_token_id, tagging.tokenizer.config, True, False)
-        (batch,) = Packer("padded", 512, 64, collator).pack([SampleUnit((ours,)), SampleUnit((itself,))])
-        counts += [batch.counts()["target_labels"], batch.counts()["source_labels"]]
+        batch = Packer(Grid("padded", 512, 64, collator.sides), collator).batch([ours, itself])
+        of_targets, of_sources = (batch.targets.label_is_source == side for side in (False, True))
+        found = [int(batch.label_weights[side].sum()) for side in (of_targets, of_sources)]
+        assert found == [sum(sample.counts()[name] for sample in (ours, itself)) for name in collator.counts[:2]]
+        counts += found
     assert PAGE.quoted("{} `target_labels` and {} `source_labels`; with back-translations~{} and {}") == counts
 
 

@@ -215,8 +215,8 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
     import torch
     from torch.nn import functional
 
-    from data_pipeline.batching.batch import SampleUnit
     from data_pipeline.batching.chat import ChatCollator
+    from data_pipeline.batching.grid import Grid
     from data_pipeline.batching.packer import Packer
     from data_pipeline.records import Conversation, Record
     from modeling.loading import load_pretrained
@@ -241,7 +241,7 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
 
     objective = ShifCon(model, config.objective, config.data.languages, config.data.dominant, probe=[])
     objective.load(finished.checkpoint)
-    (batch,) = Packer("packed", 512, 512, ChatCollator(0)).pack([SampleUnit(tuple(samples))])
+    batch = Packer(Grid("packed", 512, 512), ChatCollator(0)).batch(samples)
     assert len(batch.input_ids) == 1
     with torch.no_grad():
         trained = objective.loss_terms(SimpleNamespace(forward=model), batch).label_losses

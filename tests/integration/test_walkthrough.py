@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pages import Page, PlainEngine, Walk, files_below, listed_files, named, numbers, of_each, unwrapped
 from ranks import run_command
+from steps import exchanged, load_on_ranks
 
 from data_pipeline.records import NO_LANGUAGE
 
@@ -55,14 +56,14 @@ class Forward:
 def forward(walk: Walk) -> Forward:
     import torch
 
-    from data_pipeline.loader import fixed_batches
+    from data_pipeline.loader import ThisRank, fixed_batches
     from modeling.loading import load_pretrained
     from training.assembly import build_objective
     from training.run_folder.prepare import sample_rows
 
     config, data, languages = walk.config, walk.data, range(len(walk.config.data.languages))
     rows = [row for n in languages for row in sample_rows(data.index, n, config.objective.probe_size(), config.seed)]
-    probe = fixed_batches(data.reader.readable(rows).samples, data.packer, 0, 1)
+    probe = fixed_batches(data.reader.readable(rows).samples, data.packer, ThisRank())
     model = load_pretrained(walk.prepared.model_dir, torch.float32, "auto", "cpu")
     objective: Any = build_objective(config.data, config.objective, model, data.tokenizer, probe)
     engine: Any = PlainEngine(model)
@@ -129,42 +130,34 @@ def test_order_and_mixture(walk: Walk) -> None:
 
 def test_plan(walk: Walk) -> None:
     from data_pipeline.order.order import row_at
-    from data_pipeline.order.plan import assign
 
-    _, *shown = PAGE.block("Unit ").split("Unit ")
-    assert len(shown) == len(walk.plan.units)
-    for text, unit in zip(shown, walk.plan.units, strict=True):
-        ((pairs, cost),) = re.findall(r"pairs (\(.*?\))  .*?(?<!,) cost (\S+)", text, re.DOTALL)
-        assert ast.literal_eval(pairs) == unit.pairs
-        assert numbers(cost) == [unit.cost]
-        slots = [
-            (values, item)
-            for line in text.splitlines()
-            for item in re.findall(r"\w+-\d+-\d+-\d+", line)
-            for values in re.findall(r"Slot\(([^)]*)\)", line)
-        ]
-        for (values, item), slot in zip(slots, unit.slots, strict=True):
-            assert item == walk.data.index.record(slot.row).id
-            for name, value in re.findall(r"(\w+)=([\w.]+)", values):
-                found = getattr(slot, name)
-                assert value == str(found) if isinstance(found, bool) else numbers(value) == [found]
-    slots, rows = walk.plan.slots, [slot.row for slot in walk.plan.slots]
+    plan, index = walk.plan, walk.data.index
+    shown = PAGE.table("position", "`rows`")
+    assert [int(each["position"]) for each in shown] == list(range(len(plan)))
+    for each, row in zip(shown, plan.rows.tolist(), strict=True):
+        for name in ("rows", "languages", "costs"):
+            assert numbers(each[f"`{name}`"]) == [getattr(plan, name)[int(each["position"])]]
+        remark = {SW: ", ours in Swahili", EN: ", ours in English"}.get(row, "")
+        assert each["item"] == index.record(row).id + remark
+    (pairs,) = plan.sets
+    assert ast.literal_eval(*re.findall(r"one set of three: (\[\[.*?\]\])", PAGE.words)) == pairs.tolist()
+    assert PAGE.quoted("cut into sets of `set_size` {}") == [walk.config.objective.contrastive.set_size]
+    ours = plan.slot(1)
+    said = PAGE.quoted("`StepPlan.slot({})` is the `Slot`~`number` {}, `row` {}, `language` {}")
+    assert said == [ours.number, ours.number, ours.row, ours.language]
+    PAGE.says(f"`labelled` {ours.labelled}.")
     cursors = walk.data.planner._quotas.between(0, 2)[1]
-    assert PAGE.quoted("slot 1~(sw, cursor {})~row {}") == [cursors[1], rows[1]]
-    alone = row_at(walk.data.index.rows(0), 0, walk.config.seed, "en")
+    assert PAGE.quoted("Slot 1~(sw, cursor {})~row {}") == [cursors[1], plan.rows[1]]
+    alone = row_at(index.rows(0), 0, walk.config.seed, "en")
     assert PAGE.quoted("Slot 0~(en, cursor {})~row {}") == [cursors[0], alone]
-    assert PAGE.quoted("slot 0~row {}") == [rows[0]]
+    assert PAGE.quoted("slot 0~row {}") == [plan.rows[0]]
     german, single = PAGE.quoted("slot {} stays unpaired~slot {}")
     assert PAGE.quoted("Slot {}~German translation of the same item") == [german]
-    assert [single, german] == [slot.number for unit in walk.plan.units[1:] for slot in unit.slots]
-    groups = walk.data.index.group
-    assert (slots[german].language, groups[rows[german]]) == (1, groups[SW])
-    assert PAGE.quoted("contrast sets of `set_size` {}") == [walk.config.objective.contrastive.set_size]
-    ours, size = slots[1], int(walk.data.index.n_bytes[SW])
+    assert sorted(set(range(len(plan))) - set(pairs.ravel().tolist())) == [single, german]
+    assert (plan.languages[german], plan.groups[german]) == (1, index.group[SW])
+    size = int(index.n_bytes[SW])
     said = PAGE.quoted("({} x {} = {}~{} tokens)")
-    assert said == [size, ours.cost / size, ours.cost, len(sample_of(walk, SW))]
-    PAGE.says("on two ranks the contrast set goes to rank 0 and both single slots to rank 1")
-    assert [[bool(unit.pairs) for unit in share] for share in assign(walk.plan, 2)] == [[True], [False, False]]
+    assert said == [size, plan.costs[1] / size, plan.costs[1], len(sample_of(walk, SW))]
 
 
 def test_tokens(walk: Walk) -> None:
@@ -192,9 +185,70 @@ def test_tokens(walk: Walk) -> None:
     assert PAGE.quoted("English sample has {} tokens, {} content, {} label") == counts
 
 
+def test_measures(walk: Walk) -> None:
+    from data_pipeline.loader import OUTCOMES
+
+    loader = walk.data.loader()
+    table = loader.table(loader.scan(0).measures)
+    rows = PAGE.table("position", "`outcome`")
+    assert [walk.plan.rows[int(row["position"])] for row in rows] == [EN, SW]
+    for row in rows:
+        found = table[int(row.pop("position"))]
+        assert row == {f"`{name}`": str(found[name]) for name in ("outcome", *table.dtype.names[1:5], "label_tokens")}
+        assert not found["partner_tokens"], "a measure that the page leaves out"
+    said = PAGE.quoted("`outcome` {} is a filled slot; {} is truncated, {} overlong, {} unusable")
+    assert [OUTCOMES[each - 1] for each in said] == ["filled", "truncated", "overlong", "unusable"]
+
+
+def test_micro_steps(walk: Walk) -> None:
+    from data_pipeline.batching.micro_steps import Balance
+    from data_pipeline.loader import ThisRank
+    from training.check import plan_lines
+
+    loader, found, n_steps = walk.data.loader(), [], []
+    table = loader.table(loader.scan(0).measures)
+    for ranks in (1, 2):
+        spread = walk.data.loader(ThisRank(0, ranks, ranks)).spread(table)
+        micro_steps = spread.micro_steps(walk.plan.sets)
+        n_steps.append(len(micro_steps))
+        for number, micro_step in enumerate(micro_steps):
+            for rank, share in enumerate(micro_step.shares(ranks)):
+                found.append([ranks, number, rank, *share, spread.costs[share].sum()])
+    assert [numbers(" ".join(row.values())) for row in PAGE.table("ranks", "micro-step")] == found
+    assert n_steps == [2, 1]
+    said = PAGE.quoted(
+        "The step's {} tokens take two micro-steps of up to {} tokens on one rank, and one of up to 2 x {}"
+    )
+    assert said == [table["tokens"].sum(), *[walk.config.data.micro_batch_tokens] * 2]
+    cost, again = PAGE.quoted("plus {} a label~73 + {} x 15")
+    assert cost == again == spread.grid.label_cost
+    said = PAGE.quoted("the layers: {} + 0.5435 x {} = {} for ours")
+    assert said == [table["row_length"][1], table["n_labels"][1], spread.costs[1]]
+    scanned = range(0, len(walk.plan), 2)
+    assert PAGE.quoted("Rank 0 scanned the positions {}, {}, {} and {}; it reads position {}") == [
+        *scanned, *(each for each in micro_steps[0].share(0) if each not in scanned)
+    ]  # fmt: skip
+    ids = [walk.data.index.record(row).id for row in walk.plan.rows.tolist()]
+    expected = [[ids[position] for position in share] for share in micro_steps[0].shares(2)]
+    assert [line["ids"] for line in plan_lines(walk.config, range(1), world_size=2)] == expected
+    balance = Balance.of(micro_steps, spread)
+    said = PAGE.quoted("largest cost of a rank is {} times the mean, and {} % of the tokens are no padding")
+    assert said == [balance.ratio, round(100 * balance.packing_efficiency)]
+
+
+def test_loader(walk: Walk) -> None:
+    step = walk.step
+    said = PAGE.quoted("`counts` ({} `label_tokens`, {} `pairs`), `tokens` [{}, {}, {}] and `labels` [{}, {}, {}]")
+    assert said == [step.counts["label_tokens"], step.counts["pairs"], *step.tokens, *step.labels]
+    PAGE.says("no overlong or unusable samples")
+    assert (step.overlong, step.unusable, step.bad_rows) == (0, 0, ())
+    assert PAGE.quoted("fingerprint~({})") == [step.fingerprint]
+    assert walk.metrics[0]["data/step_fingerprint"] == step.fingerprint
+
+
 def test_packed_rows(walk: Walk) -> None:
-    packer, first = walk.data.packer, walk.step.micro_batches[0]
-    budget, row = packer.micro_batch_tokens, packer.row_tokens
+    grid, first = walk.data.packer.grid, walk.step.micro_batches[0]
+    budget, row = grid.micro_batch_tokens, grid.longest_row
     assert PAGE.quoted("`micro_batch_tokens` ({} = {} rows of {})") == [budget, budget // row, row]
     lines = PAGE.block("row 0 ").splitlines()
     assert len(lines) == len(first.input_ids)
@@ -225,39 +279,71 @@ def test_fields_of_a_batch(walk: Walk) -> None:
         for name, shape, dtype in zip(names, of_each(shapes, len(names)), of_each(types, len(names)), strict=True):
             value = attrgetter(name)(first)
             assert (ast.literal_eval(shape), f"torch.{dtype}") == (tuple(value.shape), str(value.dtype)), name
-    targets, ours = first.targets, first.targets.segment_ids == 0
+    targets = first.targets
+    (segment,) = (n for n, each in enumerate(first.samples) if each.language == 2 and each.id == "ribbon_gifts-36-6-6")
+    ours = targets.segment_ids == segment
+    (row,) = {int(each) for each in ours.nonzero()[:, 0]}
     columns, positions = ours.nonzero()[[0, -1], 1].tolist(), first.position_ids[ours][[0, -1]].tolist()
-    assert PAGE.quoted("row 0, columns {}-{}: positions {}-{}") == columns + positions
-    assert PAGE.quoted("row 0, columns {}-{}: segment 0, language {}") == [*columns, *targets.languages[ours].unique()]
-    ids, places = targets.tokens.ids[:15].tolist(), targets.tokens.positions[:15].tolist()
-    said = PAGE.quoted("positions {}-{} predict ids {}, {}, ..., {}, {}")
-    assert said == [places[0], places[-1], *ids[:2], *ids[-2:]]
+    assert PAGE.quoted("row {}, columns {}-{}: positions {}-{}") == [row, *columns, *positions]
+    said = PAGE.quoted("row {}, columns {}-{}: segment {}, language {} |")
+    assert said == [row, *columns, segment, *targets.languages[ours].unique()]
+    predicting = ours.flatten()[targets.tokens.positions]
+    ids, places = targets.tokens.ids[predicting].tolist(), targets.tokens.positions[predicting].tolist()
+    said = PAGE.quoted("positions {}-{} of {} x {} predict ids {}, {}, ..., {}, {}")
+    assert said == [places[0], places[-1], *ours.shape, *ids[:2], *ids[-2:]]
+    assert places == list(range(places[0], places[-1] + 1))
     counted, content = int((targets.vector_languages[ours] == 2).sum()), int(targets.content[ours].sum())
     said = PAGE.quoted("2 on {} tokens ({} content + {} answer), -1")
     assert said == [counted, content, counted - content]
     assert PAGE.quoted("| {} true |") == [content]
     weights = [*first.label_weights.unique(), *walk.data.packer.idle().label_weights]
     assert PAGE.quoted("| {}; a micro-batch without labels~weight {} |") == weights
-    assert PAGE.quoted("(3, 2) int64 | set {},") == [targets.pairs.sets[0]]
-    assert PAGE.quoted("[{}, {}]: segment 2 (English)") == targets.pairs.segments[0].tolist()
-    single = [slot.number for unit in walk.plan.units[1:] for slot in unit.slots]
+    single = sorted(set(range(len(walk.plan))) - set(walk.plan.sets[0].ravel().tolist()))
     assert PAGE.quoted("holds slots {} and {} in one row") == single
-    said = PAGE.quoted("in one row: ({}, {}), {} labels, `pairs.segments` ({}, {})")
-    assert said == [*second.input_ids.shape, len(second.label_weights), *second.targets.pairs.segments.shape]
+    assert [each.id for each in second.samples] == [walk.data.index.record(walk.plan.rows[n]).id for n in single]
+    said = PAGE.quoted("in one row: ({}, {}), {} labels, `contrast` None")
+    assert said == [*second.input_ids.shape, len(second.label_weights)]
+    assert second.targets.contrast is None
 
 
-def test_loader(walk: Walk) -> None:
-    step = walk.step
-    said = PAGE.quoted("`counts` ({} `label_tokens`, {} `pairs`), `tokens` [{}, {}, {}] and `samples` [{}, {}, {}]")
-    assert said == [step.counts["label_tokens"], step.counts["pairs"], *step.tokens, *step.samples]
-    assert PAGE.quoted("fingerprint~({})") == [step.fingerprint]
-    assert walk.metrics[0]["data/step_fingerprint"] == step.fingerprint
+def test_contrast_sets(walk: Walk) -> None:
+    """On one rank and on two."""
+    first = walk.step.micro_batches[0]
+    alone = first.targets.contrast
+    said = PAGE.quoted("[{}, {}, {}, {}, {}, {}]: member {} is segment {} (English), member {} segment {} (Swahili)")
+    own, (dominant, of_dominant, other, of_other) = said[:6], said[6:]
+    assert own == alone.own.tolist()
+    assert (own[dominant], own[other]) == (of_dominant, of_other)
+    members = [first.samples[segment] for segment in own]
+    assert [(members[each].id, members[each].language) for each in (dominant, other)] == [
+        ("ribbon_gifts-36-6-6", 0), ("ribbon_gifts-36-6-6", 2)
+    ]  # fmt: skip
+    assert PAGE.quoted("[{}, {}] in the one set") == alone.pairs[0, 0].tolist() == [dominant, other]
+    assert not alone.excluded.any()
+    assert alone.is_reported.all()
+    PAGE.says("| (0,) int64 | empty: one rank has all members |")
+    steps = load_on_ranks(walk.data.loader, 2, 0)
+    one, two = (step.micro_batches[0].targets.contrast for step in steps)
+    assert all(step.fingerprint == walk.step.fingerprint and step.counts == walk.step.counts for step in steps)
+    said = PAGE.quoted("positions {}, {}, {}, {} as members 0 to 3 and gets {} and {} as members 4 and 5")
+    index = walk.data.index
+    names = {(index.record(row).id, index.language[row]): n for n, row in enumerate(walk.plan.rows.tolist())}
+    batches = [step.micro_batches[0] for step in steps]
+    positions = [[names[each.id, each.language] for each in batch.samples] for batch in batches]
+    assert said == exchanged(batches, positions)[0]
+    said = PAGE.quoted("`sent_to` ({}, {}) states to the ranks, receives `received_from` ({}, {})")
+    assert said == [*one.sent_to, *one.received_from]
+    said = PAGE.quoted("has the pairs [{}, {}], [{}, {}], [{}, {}]. Rank 1~[{}, {}], [{}, {}], [{}, {}]")
+    assert said == one.pairs.flatten().tolist() + two.pairs.flatten().tolist()
+    PAGE.says("Rank 0, the first with a sample of the set, reports its loss.")
+    assert (one.is_reported.tolist(), two.is_reported.tolist()) == ([True], [False])
 
 
 def test_step(walk: Walk) -> None:
     step = walk.step
-    said = PAGE.quoted("{} label tokens, {} pairs, {} micro-batches")
-    assert said == [step.counts["label_tokens"], step.counts["pairs"], len(step.micro_batches)]
+    said = PAGE.quoted("here {} label tokens and {} pairs")
+    assert said == [step.counts["label_tokens"], step.counts["pairs"]]
+    assert PAGE.quoted("each micro-batch, {} here, equally many on all ranks") == [len(step.micro_batches)]
     rates = [metrics["train/learning_rate"] for metrics in walk.metrics]
     assert PAGE.quoted("`scaling.learning_rate(step, ...)` ({}, then {})") == rates
 
@@ -283,7 +369,7 @@ def test_language_vectors(walk: Walk, forward: Forward) -> None:
 def test_forward_pass(walk: Walk, forward: Forward) -> None:
     first, shapes = walk.step.micro_batches[0], forward.shapes
     assert PAGE.quoted("each of the ({}, {}) tokens") == shapes["located"]
-    ours, area = first.targets.segment_ids == 0, walk.config.objective.layers
+    ours, area = first.targets.segment_ids == 2, walk.config.objective.layers
     said = PAGE.quoted("`v[en,{}] - v[sw,{}]`~{} tokens~{} content tokens")
     assert said == [area[0], area[0], ours.sum(), first.targets.content[ours].sum()]
     assert PAGE.quoted("| `h[{}]` | shift toward") == [area[0]]
@@ -294,37 +380,37 @@ def test_forward_pass(walk: Walk, forward: Forward) -> None:
     assert PAGE.quoted("Pooling~two tensors ({}, {}), one a layer") == shapes["pooled 0"]
     assert shapes["pooled 0"] == shapes["pooled 1"]
     assert "pooled 2" not in shapes
-    said = PAGE.quoted("segment {} with {}, {} with {} and {} with {}")
-    assert sorted(zip(said[::2], said[1::2], strict=True)) == sorted(map(tuple, first.targets.pairs.segments.tolist()))
+    said = PAGE.quoted("member {} with {}, {} with {} and {} with {}")
+    assert said == first.targets.contrast.pairs.flatten().tolist()
 
 
 def test_loss(walk: Walk, forward: Forward) -> None:
     import torch
 
     from training.loop.metric_window import MetricWindow
-    from training.loop.step_sums import StepRead, StepSums
-    from training.objectives.scaling import StepTotals, step_loss_share
+    from training.loop.step_sums import StepSums
+    from training.objectives.scaling import denominator, step_loss_share
 
-    totals = StepTotals(walk.step.counts, len(walk.step.micro_batches))
+    counts = walk.step.counts
     sums = StepSums.zeros(3, 2, torch.device("cpu"))
     *lines, whole = PAGE.block("micro-batch 1 ").splitlines()
     for number, (line, each) in enumerate(zip(lines, forward.terms, strict=True), 1):
-        sums.add(each, share := step_loss_share(each.terms, totals))
+        sums.add(each, share := step_loss_share(each.terms, counts))
         found: list[float] = [number]
         parts = []
         for term in each.terms.values():
-            found += [term.weight, term.sum.item(), totals.denominator(term.denominator)]
-            parts += [term.weight * term.sum.item() / totals.denominator(term.denominator)]
+            found += [term.weight, term.sum.item(), denominator(counts, term.denominator)]
+            parts += [term.weight * term.sum.item() / denominator(counts, term.denominator)]
         assert numbers(line) == [*found, *filter(None, parts), share.item()]
     window = MetricWindow(walk.config.data.languages, 2, 1, torch.device("cpu"))
-    window.add(1, sums, totals, StepRead(walk.step.tokens, walk.step.slots, 0, 0, 0))
+    window.add(1, sums, walk.step)
     window.applied(torch.tensor(1.0))
     window.read()
     metrics = {name: v for name, v in window.take(True).items() if name.startswith(("train/loss", "train/contrastive"))}
     assert metrics == pytest.approx({name: walk.metrics[0][name] for name in metrics}, rel=1e-4)
     sft, contrastive = forward.terms[0].terms.values()
     said = PAGE.quoted("over all ranks, {} and {},")
-    assert said == [totals.denominator(term.denominator) for term in (sft, contrastive)]
+    assert said == [denominator(counts, term.denominator) for term in (sft, contrastive)]
     PAGE.says("`sft` per `label_tokens`, `contrastive` per `pairs`.")
     assert (sft.denominator, contrastive.denominator) == ("label_tokens", "pairs")
     loss = sum(each.item() for each in sums.shares)

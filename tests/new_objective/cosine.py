@@ -2,7 +2,7 @@
 
 `test_new_objective.py` adds this file to a copy of the source, as its only change beside a line in the registry.
 
-Shapes: S segments, P pairs, H hidden.
+Shapes: C contrast sets of P pairs, H hidden.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CosineConfig(ObjectiveConfig):
 
 
 class Cosine(SupervisedFineTuning):
-    """The distance is summed over a micro-batch's pairs and divided by the step's."""
+    """The distance is summed over the pairs of which a side is on this rank, and divided by the step's pairs."""
 
     def __init__(self, model: PreTrainedModel, config: CosineConfig) -> None:
         from modeling.shifcon.contrastive import ContentPooling
@@ -59,10 +59,16 @@ class Cosine(SupervisedFineTuning):
     def loss_terms(self, engine: Engine, batch: ChatBatch) -> LossTerms:
         from torch.nn import functional as F
 
+        from training.objectives.members import gather_members
+
         targets = batch.targets
         with self.pooling.batch(targets.segment_ids, targets.content, targets.n_segments) as pooled:
             fine_tuning = super().loss_terms(engine, batch)
-        dominant_PH, other_PH = pooled[0][targets.pairs.segments].unbind(dim=1)
-        distance = (1 - F.cosine_similarity(dominant_PH, other_PH)).sum()  # 0 without pairs, with the same graph
-        term = LossTerm(distance, denominator="pairs", weight=self.weight)
-        return replace(fine_tuning, terms={**fine_tuning.terms, "distance": term})
+        total = reported = pooled[0].sum() * 0.0  # without pairs, the same graph
+        if (sets := targets.contrast) is not None:
+            dominant_CPH, other_CPH = gather_members(pooled, sets)[0][sets.pairs].unbind(dim=2)
+            distance_C = (1 - F.cosine_similarity(dominant_CPH, other_CPH, dim=-1)).sum(dim=1)
+            total, reported = total + distance_C.sum(), (distance_C * sets.is_reported).sum()
+        return replace(
+            fine_tuning, terms={**fine_tuning.terms, "distance": LossTerm(total, "pairs", self.weight, reported)}
+        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from modeling.shifcon.contrastive import ContentPooling, contrastive_loss
+from modeling.shifcon.contrastive import ContentPooling, contrastive_losses
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.shifcon.shift import LanguageShift
 
@@ -31,7 +31,6 @@ SAMPLES = [
     ("sw", "sw", 4, [5, 60, 61, 62], [1, 2], 3),  # in no pair
 ]
 PAIRS = [(0, 1), (3, 2), (5, 4)]  # (dominant, other)
-SETS = [0, 0, 0]
 
 
 def tiny(name: str) -> PreTrainedModel:
@@ -153,14 +152,9 @@ def system_loss(model: PreTrainedModel, vectors: LanguageVectors, packed: bool) 
         logits = model(batch["ids"], position_ids=batch["positions"], use_cache=False, **mask).logits
     labels = batch["labels"][:, 1:]
     sft = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
-    contrast = contrastive_loss(
-        pooled,
-        pairs=torch.tensor(PAIRS),
-        sets=torch.tensor(SETS),
-        groups=torch.tensor([SAMPLES[dominant][2] for dominant, _ in PAIRS]),
-        content=torch.arange(2 * len(PAIRS)).view(-1, 2),
-        scale=SCALE,
-    )
+    items = torch.tensor([SAMPLES[dominant][2] for dominant, _ in PAIRS])
+    same_item = (items[:, None] == items) & ~torch.eye(len(PAIRS), dtype=torch.bool)
+    contrast = contrastive_losses(torch.stack(pooled), torch.tensor([PAIRS]), same_item[None], SCALE).sum()
     per_sample = [logits[batch["segments"] == i] for i in range(len(SAMPLES))]
     return A * sft / (labels >= 0).sum() + B * contrast / len(PAIRS), per_sample
 

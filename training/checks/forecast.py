@@ -13,7 +13,8 @@ from pathlib import Path
 
 from data_pipeline.console import duration
 from data_pipeline.order.plan import Planner
-from training.config import DataConfig, RunConfig
+from training.assembly import estimated_lengths
+from training.config import RunConfig
 from training.distributed import CPU
 from training.engine.memory import Ranks
 from training.errors import ConfigError
@@ -107,16 +108,9 @@ def time_lines(
 def tokens_per_step(config: RunConfig, planner: Planner) -> float:
     """Estimated tokens of a step on all ranks, without padding, from the first steps of the plan."""
     counted = range(min(config.max_steps, COUNTED_STEPS))
-    costs = [_read_tokens(slot.cost, config.data) for step in counted for slot in planner.step(step).slots]
+    tokens = sum(float(estimated_lengths(planner.step(step), config.data).sum()) for step in counted)
     sides = 2 if config.objective.pairing().with_partner else 1
-    return sides * sum(costs) / len(counted)
-
-
-def _read_tokens(cost: float, data: DataConfig) -> float:
-    """Tokens that are read of a sample of `cost` tokens."""
-    if cost <= data.sequence_length:
-        return cost
-    return data.sequence_length if data.overlong == "truncate" else 0.0
+    return sides * tokens / len(counted)
 
 
 def _line(steps: int, seconds: float, source: str) -> str:

@@ -14,6 +14,7 @@ from training.config import DataConfig
 from training.objectives.base import ObjectiveConfig
 
 COUNTED_STEPS, COUNTED_SLOTS = 64, 2_048  # limits of what the number of pairs per step is counted on
+MOST_SINGLE = 0.01  # share of contrast sets with a single pair above which a run warns
 SHOWN = 2
 TEXT = 200  # characters shown of a text
 
@@ -55,6 +56,18 @@ def pair_warnings(data: DataConfig, objective: ObjectiveConfig, index: DataIndex
             )
 
 
+def set_warnings(data: DataConfig, objective: ObjectiveConfig, max_steps: int, planner: Planner) -> Iterator[str]:
+    """Contrast sets of a single pair, which has no negatives."""
+    n_steps = min(max_steps, COUNTED_STEPS) if objective.pairing().needed else 0
+    sizes = [len(pairs) for step in range(n_steps) for pairs in planner.step(step).sets]
+    if (single := sizes.count(1)) > MOST_SINGLE * len(sizes):
+        fill = "" if data.mixture.pairing == "fill" else ", or set data.mixture.pairing=fill"
+        yield (
+            f"{single} of {len(sizes)} contrast sets of the first {n_steps} steps have a single pair, whose "
+            f"contrastive loss is 0: nothing is learned from them; raise data.slots_per_step{fill}"
+        )
+
+
 def _unpaired(rule: PairingRule, index: DataIndex, dominant: int) -> dict[int, Shared]:
     """Languages that have neither an item in common with the dominant one nor, for X-Mixup, back-translations."""
     return {
@@ -89,8 +102,8 @@ def show_pairs(
 def _planned(rule: PairingRule, index: DataIndex, dominant: int, plan: StepPlan) -> Iterator[tuple[int, int]]:
     """(row in the dominant language, other row) of every pair; for a back-translation, twice the row that has it."""
     if not rule.with_partner:
-        for unit in plan.units:
-            yield from ((unit.slots[one].row, unit.slots[other].row) for one, other in unit.pairs)
+        for pairs in plan.sets:
+            yield from zip(*plan.rows[pairs].T.tolist(), strict=True)
         return
     for slot in plan.slots:
         if slot.partner is None or slot.language == dominant or slot.partner.kind == "itself":

@@ -33,7 +33,7 @@ def check_packing(run: Run, batch: Step) -> None:
     packer = run.data.packer
     if packer.layout == "padded":
         return
-    packed = batch.micro_batches[0] if batch.micro_batches else packer.idle()
+    packed = packer.batch(batch.micro_batches[0].samples)  # without contrast sets
     padded = packer.one_by_one(packed)
     with run.engine.evaluating():
         losses = [

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data_pipeline.loader import FINGERPRINT_RANGE, Step
 from training.distributed import all_sum, rank
-from training.loop.step_sums import StepRead, StepSums, mean_loss
-from training.objectives.scaling import StepTotals
+from training.loop.step_sums import StepSums, mean_loss
+from training.objectives.scaling import denominator
 
 MAX_ROWS = 100  # steps on the device; a read is due when there are so many
 LANGUAGES_A_LINE = 100  # with more languages, not every logged line has their values
-FINGERPRINTS = 2**53  # fingerprints of several steps are added modulo this, as a float represents integers below it
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -44,8 +44,7 @@ class _Waiting:
     """What the host knows of a step whose sums are still on the device."""
 
     step: int  # from 1
-    read: StepRead
-    totals: StepTotals
+    read: Step  # without its micro-batches
     skipped: bool = False
 
 
@@ -58,7 +57,7 @@ class _Sums:
     terms: Floats  # (M,)
     seen: Integers  # (L,) labels of all steps
     tokens: Integers  # (L,)
-    counts: dict[str, float] = field(default_factory=dict)  # denominators of steps whose loss is finite
+    counts: dict[str, int] = field(default_factory=dict)  # denominators of steps whose loss is finite
     denominators: dict[str, str] = field(default_factory=dict)  # term: name of its denominator
     norm: float = 0.0  # gradient norms of applied updates
     steps: int = 0
@@ -83,13 +82,13 @@ class _Sums:
         self.tokens = self.tokens + step.read.tokens
         self.overlong += step.read.overlong
         self.dropped_pairs += step.read.dropped_pairs
-        self.fingerprint = (self.fingerprint + step.read.fingerprint) % FINGERPRINTS
+        self.fingerprint = (self.fingerprint + step.read.fingerprint) % FINGERPRINT_RANGE
 
     def add_losses(self, step: _Waiting, losses: Floats, labels: Floats, terms: Floats) -> None:
         self.finite += 1
         self.losses, self.labels, self.terms = self.losses + losses, self.labels + labels, self.terms + terms
-        for name, count in step.totals.counts.items():
-            self.counts[name] = self.counts.get(name, 0.0) + count
+        for name, count in step.read.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
 
     def state(self) -> dict[str, Any]:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -126,9 +125,9 @@ class MetricWindow:
         """Whether a read is due, because the device holds no more steps."""
         return len(self._waiting) == len(self._rows)
 
-    def add(self, step: int, sums: StepSums, totals: StepTotals, read: StepRead) -> None:
+    def add(self, step: int, sums: StepSums, batch: Step) -> None:
         """Adds step `step` (from 1), whose update is still to come."""
-        self._waiting.append(_Waiting(step, read, totals))
+        self._waiting.append(_Waiting(step, replace(batch, micro_batches=())))
         self._sums.denominators = dict(sums.denominators)
         self._row(step)[1:] = sums.vector()
 
@@ -172,11 +171,11 @@ class MetricWindow:
 
         `guard/skipped` is the number of skipped updates; `data/overlong` and `data/dropped_pairs` are sums.
         """
-        sums, totals = self._sums, StepTotals(self._sums.counts, 0)
+        sums = self._sums
         metrics = {"train/loss": mean_loss(sums.losses, sums.labels) if sums.finite else math.nan}
         for (name, count), value in zip(sums.denominators.items(), sums.terms.tolist(), strict=True):
             if name != "sft":  # it is train/loss
-                metrics[f"train/{name}"] = value / totals.denominator(count) if sums.finite else math.nan
+                metrics[f"train/{name}"] = value / denominator(sums.counts, count) if sums.finite else math.nan
         metrics |= {
             "data/step_fingerprint": float(sums.fingerprint), "data/overlong": float(sums.overlong),
             "data/dropped_pairs": float(sums.dropped_pairs), "data/wait_seconds": sums.waited / sums.steps,
@@ -234,8 +233,8 @@ class MetricWindow:
             raise RuntimeError(f"step {step.step}: DeepSpeed applied an update, but {found}")
         for sums in (self._sums, self._by_language):
             sums.add(step, norm)
-            sums.seen = sums.seen + labels.astype(np.int64)
+            sums.seen = sums.seen + step.read.labels
             if not bad:  # otherwise the sums lack the samples of some micro-batches
                 sums.add_losses(step, losses, labels, terms)
         loss = math.nan if bad else mean_loss(losses, labels)
-        return FinishedStep(step.read.slots, labels.astype(np.int64), loss)
+        return FinishedStep(step.read.slots, step.read.labels, loss)

@@ -36,7 +36,8 @@ class StepSums:
         """Adds the loss terms of one micro-batch."""
         self.losses.index_add_(0, terms.label_languages, terms.label_losses.detach().double())
         self.labels.index_add_(0, terms.label_languages, terms.label_weights.double())
-        self.terms += torch.stack([term.sum.detach().double() for term in terms.terms.values()])
+        reported = [term.sum if term.reported is None else term.reported for term in terms.terms.values()]
+        self.terms += torch.stack([each.detach().double() for each in reported])
         self.denominators = {name: term.denominator for name, term in terms.terms.items()}
         self.shares.append(share.detach().float())
 
@@ -56,17 +57,6 @@ class StepSums:
 def mean_loss(losses: npt.NDArray[np.float64], labels: npt.NDArray[np.float64]) -> float:
     """Loss per label, from sums by language."""
     return float(torch.from_numpy(losses).sum() / torch.from_numpy(labels).sum().clamp(min=1))
-
-
-@dataclass(frozen=True, slots=True)
-class StepRead:
-    """What all ranks together read for a step."""
-
-    tokens: npt.NDArray[np.int64]  # (L,) processed tokens by language
-    slots: npt.NDArray[np.int64]  # (loader.OUTCOMES, L), outcomes of the step's slots
-    overlong: int  # slots left empty by samples longer than data.sequence_length
-    fingerprint: int  # identifies the set of samples, independent of their distribution over ranks
-    dropped_pairs: int  # translations not paired because both texts are identical
 
 
 def memory() -> Mapping[str, float]:

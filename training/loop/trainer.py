@@ -32,10 +32,10 @@ from training.loop.guard import Guard, Verdict, list_samples, shown
 from training.loop.metric_window import LANGUAGES_A_LINE, FinishedStep, MetricWindow
 from training.loop.progress import TrainingProgress
 from training.loop.run_totals import RunTotals
-from training.loop.step_sums import StepRead, StepSums, mean_loss, memory
+from training.loop.step_sums import StepSums, mean_loss, memory
 from training.loop.straggler import StragglerMonitor
 from training.objectives.base import LossTerms
-from training.objectives.scaling import StepTotals, learning_rate, step_loss_share
+from training.objectives.scaling import learning_rate, step_loss_share
 from training.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """The values that all ranks agree on before a step begins."""
+    """What some rank has said before a step begins."""
 
-    totals: StepTotals
-    read: StepRead
-    stop: bool  # some rank was asked to stop
-    writing: bool  # some rank is still writing a checkpoint
+    stop: bool  # it was asked to stop
+    writing: bool  # it is still writing a checkpoint
 
 
 class RollBack(Exception):
@@ -104,14 +102,14 @@ class Trainer:
         batches = heartbeat.steps(_with_user_errors(reader), start)
         began = time.perf_counter()
         for step, read in zip(range(start, config.max_steps), batches, strict=True):
-            waited = time.perf_counter() - began
-            mistake = read if isinstance(read, Exception) else None
-            batch = run.loader.empty(step + offset) if isinstance(read, Exception) else read
+            waited = run.loader.waited
+            batch, mistake = (None, read) if isinstance(read, Exception) else (read, None)
             try:
                 agreed = self.agree(batch, mistake)
             except DataError:  # on every rank
                 self._save_before_end(step)
                 raise
+            assert batch is not None
             if self.saver.open and not agreed.writing:
                 self._complete_checkpoint()
             if agreed.stop:
@@ -120,7 +118,7 @@ class Trainer:
             if self._first_step:
                 check_packing(run, batch)
             self.window.add_seconds(waiting=waited)
-            metrics |= self.train_step(step, batch, agreed)
+            metrics |= self.train_step(step, batch)
             done = step + 1
             metrics |= self.stragglers.after_step(done, waited)
             if run.heldout is not None and self._evaluates(done):
@@ -153,7 +151,7 @@ class Trainer:
         regular = done == 1 or done % (self.config.tracking.log_every * lines) == 0
         return regular or self._saves(done) or (self.run.heldout is not None and self._evaluates(done))
 
-    def train_step(self, step: int, batch: Step, agreed: Agreed) -> dict[str, float]:
+    def train_step(self, step: int, batch: Step) -> dict[str, float]:
         """Runs one optimiser step over the global batch; the metrics since the last logged step, if it logs.
 
         Raises:
@@ -161,8 +159,8 @@ class Trainer:
             RollBack: the guard's verdict is to roll back.
         """
         started = time.perf_counter()
-        sums, micro_batches = self.accumulate(step, batch, agreed.totals)
-        self.window.add(step + 1, sums, agreed.totals, agreed.read)
+        sums = self.accumulate(step, batch)
+        self.window.add(step + 1, sums, batch)
         rate = learning_rate(step, self.config.max_steps, self.config.optimizer.learning_rate, self.config.schedule)
         verdict, what = self.guard.judge(self._loss(sums)) if self.guard.needs_loss else None, ""
         applied = False
@@ -175,9 +173,9 @@ class Trainer:
         if not applied:
             self.window.skipped()
             bad = math.isnan(self._read()[-1].loss)
-            concerned = sums.bad_micro_batches() if bad else range(len(micro_batches))
+            concerned = sums.bad_micro_batches() if bad else range(len(batch.micro_batches))
             verdict = verdict or self.guard.not_finite("loss" if bad else what)
-            self._skip_update(step + 1, verdict, [micro_batches[number].sample_ids for number in concerned])
+            self._skip_update(step + 1, verdict, [batch.micro_batches[number].sample_ids for number in concerned])
         logs = self._logs(step + 1)
         if logs or self.window.full:
             self._read()
@@ -186,20 +184,18 @@ class Trainer:
             return {}
         return {**self.window.take(self._logs(step + 1, by_language=True)), "train/learning_rate": rate, **memory()}
 
-    def accumulate(self, step: int, batch: Step, totals: StepTotals) -> tuple[StepSums, list[Batch[Any]]]:
-        """Runs forward and backward of this rank's micro-batches, extended by idle ones to the number of all ranks."""
+    def accumulate(self, step: int, batch: Step) -> StepSums:
+        """Runs forward and backward of this rank's micro-batches, equally many on all ranks."""
         run = self.run
         seed_step(self.config.seed, step)
         sums = StepSums.zeros(len(self.config.data.languages), len(self.config.objective.terms), run.engine.device)
-        idle = [run.data.packer.idle()] * (totals.micro_batches - len(batch.micro_batches))
-        micro_batches = [*batch.micro_batches, *idle]
-        for number, micro_batch in enumerate(micro_batches):
-            run.engine.begin_micro_batch(last=number == len(micro_batches) - 1)
+        for number, micro_batch in enumerate(batch.micro_batches):
+            run.engine.begin_micro_batch(last=number == len(batch.micro_batches) - 1)
             terms = self._forward(micro_batch.to(run.engine.device))
-            share = step_loss_share(terms.terms, totals)
+            share = step_loss_share(terms.terms, batch.counts)
             run.engine.backward(share)
             sums.add(terms, share)
-        return sums, micro_batches
+        return sums
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """Begins a checkpoint of the state after `step` steps, whose metrics are `metrics`. Called on all ranks."""
@@ -265,35 +261,23 @@ class Trainer:
         self._ensure_saved(step)
         raise StoppedOnRequest(f"stopped by {reason} after {step} of {self.config.max_steps} steps; all of it is saved")
 
-    def agree(self, batch: Step, mistake: Exception | None = None) -> Agreed:
-        """All-reduces the step's counts, slots, number of micro-batches and stop requests, in one call.
+    def agree(self, batch: Step | None, mistake: Exception | None = None) -> Agreed:
+        """All-reduces mistakes and stop requests; gathers the step's unusable rows, if there are any.
 
         Args:
-            mistake: why this rank could not read its share.
+            batch: None if this rank could not read its share.
+            mistake: why.
 
         Raises:
             DataError: on all ranks, if one could not read its share, or if there are too many unusable rows.
         """
-        ranks = self.run.engine.world_size
-        n_micro_batches = [0] * ranks
-        n_micro_batches[rank()] = max(len(batch.micro_batches), 1)
-        flags = [mistake is not None, self.stop.reason is not None, self.saver.writing]
-        seen = [*flags, len(batch.bad_rows), batch.overlong, batch.fingerprint]
-        slots = batch.slots.flatten().tolist()
-        counts_of_rank = [int(count) for count in batch.counts.values()]
-        total = cpu_sum([*seen, *counts_of_rank, *n_micro_batches, *batch.tokens.tolist(), *slots])
-        sizes = [len(seen), len(batch.counts), ranks, len(batch.tokens)]
-        seen_by_all, counts, by_rank, tokens, slots_of_all = np.split(total, np.cumsum(sizes))
-        mistaken, stop, writing, bad_rows, overlong, fingerprint = seen_by_all.tolist()
-        if mistaken:
+        mistaken, stop, writing = cpu_sum([mistake is not None, self.stop.reason is not None, self.saver.writing])
+        if mistaken or batch is None:
             raise DataError(next(filter(None, gather_objects(str(mistake or ""))))) from mistake
-        if bad_rows and not stop:  # after a stop, the resumed run reads this step and counts them
+        if batch.unusable and not stop:  # after a stop, the resumed run reads this step and counts them
             met = [row for rows in gather_objects(batch.bad_rows) for row in rows]
             self.totals.add_bad_rows(met, self.config.data.max_bad_rows)
-        totals = StepTotals(dict(zip(batch.counts, counts.tolist(), strict=True)), int(by_rank.max()))
-        became = slots_of_all.reshape(batch.slots.shape)
-        read = StepRead(tokens, became, overlong, fingerprint, batch.dropped_pairs)  # the last is equal on all ranks
-        return Agreed(totals, read, bool(stop), bool(writing))
+        return Agreed(bool(stop), bool(writing))
 
     def _forward(self, batch: Batch[Any]) -> LossTerms:
         run = self.run

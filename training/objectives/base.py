@@ -37,6 +37,8 @@ class LossTerm:
     sum: Tensor  # scalar, before normalisation
     denominator: str  # name of the step's count that it is divided by
     weight: float  # 0: reported only
+    # what this rank adds to the reported sum over ranks, if several ranks compute the same part of the term
+    reported: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

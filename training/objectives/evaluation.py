@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.batching.batch import Batch
 from data_pipeline.batching.packer import Packer
-from data_pipeline.loader import fixed_batches
+from data_pipeline.loader import ThisRank, fixed_batches
 from data_pipeline.reader import Reader
 from data_pipeline.records import DataError, Sample
 from training.config import EvaluationConfig
@@ -27,7 +27,7 @@ from training.objectives.base import Objective
 class HeldOut:
     """A fixed held-out set, packed once, split over ranks."""
 
-    def __init__(self, reader: Reader, packer: Packer, config: EvaluationConfig, rank: int, world_size: int) -> None:
+    def __init__(self, reader: Reader, packer: Packer, config: EvaluationConfig, this_rank: ThisRank) -> None:
         """Raises ConfigError or DataError if a language has no held-out sample that is usable and not too long."""
         self.languages = reader.index.languages
         chosen = [_choose(reader, number, config.items) for number in range(len(self.languages))]
@@ -35,7 +35,7 @@ class HeldOut:
         if config.swapped_prompts:
             records = [[reader.index.record(row) for row in rows] for rows, _ in chosen]
             sets["loss_swapped"] = [sample for each in records for sample in reader.stage.swapped_prompts(each)]
-        self.sets = {name: fixed_batches(samples, packer, rank, world_size) for name, samples in sets.items()}
+        self.sets = {name: fixed_batches(samples, packer, this_rank) for name, samples in sets.items()}
 
     def metrics(self, engine: Engine, objective: Objective) -> dict[str, float]:
         """`eval/loss/<language>` in nats per label token, and their unweighted mean `eval/loss`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,21 +17,18 @@ from training.config import ScheduleConfig
 from training.objectives.base import LossTerm
 
 
-@dataclass(frozen=True, slots=True)
-class StepTotals:
-    """Counts over all ranks, known before the first forward of a step."""
-
-    counts: Mapping[str, float]  # label tokens, pairs, ...
-    micro_batches: int  # the largest number on any rank
-
-    def denominator(self, count: str) -> float:
-        """The count that sums are divided by; 1 if it is 0 on all ranks."""
-        return max(self.counts[count], 1)
+def denominator(counts: Mapping[str, int], name: str) -> int:
+    """The count that a term's sums are divided by; 1 if it is 0 in the whole step."""
+    return max(counts[name], 1)
 
 
-def step_loss_share(terms: Mapping[str, LossTerm], totals: StepTotals) -> Tensor:
-    """One micro-batch's share of the step's loss, `sum of weight * sum / denominator` over the terms, a scalar."""
-    shares = [term.weight * term.sum / totals.denominator(term.denominator) for term in terms.values()]
+def step_loss_share(terms: Mapping[str, LossTerm], counts: Mapping[str, int]) -> Tensor:
+    """One micro-batch's share of the step's loss, `sum of weight * sum / denominator` over the terms, a scalar.
+
+    Args:
+        counts: label tokens, pairs, ... of the whole step, on all ranks.
+    """
+    shares = [term.weight * term.sum / denominator(counts, term.denominator) for term in terms.values()]
     return sum(shares[1:], start=shares[0])
 
 

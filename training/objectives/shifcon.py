@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from data_pipeline.batching.batch import ChatBatch
+    from data_pipeline.batching.batch import ChatBatch, ContrastSets
     from modeling.shifcon.language_vectors import LanguageVectors, StateMeans
     from training.engine.engine import Engine
 
@@ -34,7 +34,7 @@ class ContrastiveConfig(Section):
 
     weight: float = Field(ge=0, description="b of loss = a * SFT + b * contrastive")
     scale: float = Field(gt=0, description="factor of the cosine similarities; b is meaningful only together with it")
-    set_size: int = Field(16, gt=1, description="pairs in a contrast set; a set stays in one micro-batch")
+    set_size: int = Field(16, gt=1, description="pairs in a contrast set, whose samples may lie on several ranks")
 
 
 AUTHORS_SHIFCON = {
@@ -143,22 +143,30 @@ class ShifCon(SupervisedFineTuning):
         self.vectors: LanguageVectors | None = None
 
     def loss_terms(self, engine: Engine, batch: ChatBatch) -> LossTerms:
-        from modeling.shifcon.contrastive import contrastive_loss
-
         with (
             self.shift.batch(self._shifted_languages(batch)),
             self.pooling.batch(batch.targets.segment_ids, batch.targets.content, batch.targets.n_segments) as pooled,
         ):
             fine_tuning = super().loss_terms(engine, batch)
-        pairs = batch.targets.pairs
-        contrastive = contrastive_loss(
-            pooled, pairs.segments, pairs.sets, pairs.groups, pairs.contents, scale=self.config.contrastive.scale
-        )
-        return self._with_contrastive(fine_tuning, contrastive)
+        contrastive = self._contrastive(pooled, batch.targets.contrast)
+        return replace(fine_tuning, terms={**fine_tuning.terms, "contrastive": contrastive})
 
-    def _with_contrastive(self, fine_tuning: LossTerms, contrastive: Tensor) -> LossTerms:
-        term = LossTerm(contrastive, denominator="pairs", weight=self.config.contrastive.weight)
-        return replace(fine_tuning, terms={**fine_tuning.terms, "contrastive": term})
+    def _contrastive(self, pooled: Sequence[Tensor], sets: ContrastSets | None) -> LossTerm:
+        """The loss of the sets in which this rank has a sample; each is reported by one rank.
+
+        It depends on every pooled state, if only by a zero, so that all ranks have the same graph.
+        """
+        import torch
+
+        from modeling.shifcon.contrastive import contrastive_losses
+        from training.objectives.members import gather_members
+
+        total = reported = torch.stack(list(pooled)).sum() * 0.0
+        if sets is not None:
+            scale = self.config.contrastive.scale
+            losses_C = contrastive_losses(gather_members(pooled, sets), sets.pairs, sets.excluded, scale)
+            total, reported = total + losses_C.sum(), (losses_C * sets.is_reported).sum()
+        return LossTerm(total, "pairs", self.config.contrastive.weight, reported)
 
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
         if step % self.config.refresh_every and self.vectors is not None:

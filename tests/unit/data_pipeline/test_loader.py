@@ -9,18 +9,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from steps import load, load_on_ranks, sets_of
 from transformers import AutoTokenizer
 
 from data_pipeline.batching.batch import ChatBatch
 from data_pipeline.batching.chat import ChatCollator
+from data_pipeline.batching.grid import Grid
 from data_pipeline.batching.packer import Packer
 from data_pipeline.config import Overlong
-from data_pipeline.loader import Loader, Step, fixed_batches, no_slots
+from data_pipeline.loader import Loader, Scan, Step, ThisRank, fixed_batches, no_slots
 from data_pipeline.order.mixture import Pairing, Quotas
 from data_pipeline.order.pairing import PlannedPairing
 from data_pipeline.order.plan import Planner, Slot
@@ -59,19 +62,19 @@ def read(reader: Reader, row: int) -> ChatSample | None:
 
 @pytest.fixture
 def make(reader: Reader) -> Callable[..., Loader]:
-    """`make(rank, world_size, ...)`: one rank's loader; everything else is the same each time."""
+    """`make(this_rank, ...)`: one rank's loader; everything else is the same each time."""
 
     def loader(
-        rank: int = 0,
-        world_size: int = 1,
+        this_rank: ThisRank | None = None,
         reader: Reader = reader,
         pairing: Pairing = "fill",
         workers: int = 1,
+        budget: int = 768,
     ) -> Loader:
         index = reader.index
         quotas = Quotas({"en": 0.3, "de": 0.3, "sw": 0.2, "zh": 0.2}, index.languages, 1000)
         planner = Planner(index, quotas, PlannedPairing(0, pairing, set_size=3), SLOTS, 7, [0.5] * 4)
-        return Loader(reader, planner, Packer("packed", 480, 96, ChatCollator(3)), rank, world_size, workers)
+        return Loader(reader, planner, Packer(Grid("packed", budget, 96), ChatCollator(3)), this_rank, workers)
 
     return loader
 
@@ -86,22 +89,8 @@ def names_of(*steps: Step) -> Counter[Name]:
 
 
 def pairs_of(*steps: Step) -> Counter[tuple[Name, Name]]:
-    """From the packed tensors: which samples the segments of each pair are."""
-    found: Counter[tuple[Name, Name]] = Counter()
-    for step in steps:
-        for batch in step.micro_batches:
-            targets = batch.targets
-            languages = {
-                int(segment): int(language)
-                for segment, language, position in zip(
-                    *(each.flatten() for each in (targets.segment_ids, targets.languages, batch.position_ids)),
-                    strict=True,
-                )
-                if segment >= 0 and position == 0
-            }
-            for a, b in batch.targets.pairs.segments.tolist():
-                found[(batch.sample_ids[a], languages[a]), (batch.sample_ids[b], languages[b])] += 1
-    return found
+    """Of one step's ranks, from the micro-batches: which samples are in each pair."""
+    return Counter(pair for pairs in sets_of(steps) for pair in pairs)
 
 
 def same(one: Step, other: Step) -> bool:
@@ -111,27 +100,37 @@ def same(one: Step, other: Step) -> bool:
 
 
 @pytest.mark.parametrize("pairing", ["none", "reuse", "fill"])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(("world_size", "per_node"), [(2, 2), (3, 3), (4, 2), (6, 2), (7, 3)])
 def test_a_step_is_the_same_for_any_number_of_ranks(
-    make: Callable[..., Loader], pairing: Pairing, world_size: int
+    make: Callable[..., Loader], pairing: Pairing, world_size: int, per_node: int
 ) -> None:
-    alone = make(pairing=pairing)
-    ranks = [make(rank, world_size, pairing=pairing) for rank in range(world_size)]
+    """Samples, contrast sets and counts; sets lie on several ranks. The smaller budget gives several micro-steps."""
+    straddling = 0
     for number in range(STEPS):
-        whole, shares = alone.load(number), [loader.load(number) for loader in ranks]
-        assert names_of(*shares) == names_of(whole)
-        assert pairs_of(*shares) == pairs_of(whole)
-        assert sum(share.counts["label_tokens"] for share in shares) == whole.counts["label_tokens"]
-        assert sum(share.counts["pairs"] for share in shares) == whole.counts["pairs"]
-        assert sum(share.fingerprint for share in shares) == whole.fingerprint
-        assert np.array_equal(np.sum([share.tokens for share in shares], axis=0), whole.tokens)
-        assert np.array_equal(np.sum([share.samples for share in shares], axis=0), whole.samples)
+        whole = load(make(pairing=pairing), number)
+        for budget in (768, 384):
+            on_rank = partial(make, pairing=pairing, budget=budget)
+            shares = load_on_ranks(on_rank, world_size, number, per_node)
+            assert names_of(*shares) == names_of(whole)
+            assert sorted(map(sorted, sets_of(shares))) == sorted(map(sorted, sets_of([whole])))
+            assert pairs_of(*shares) == pairs_of(whole)
+            assert len({len(share.micro_batches) for share in shares}) == 1
+            for share in shares:
+                assert counts_of(share) == counts_of(whole)
+                straddling += sum(any(batch.targets.contrast.received_from) for batch in share.micro_batches
+                                  if batch.targets.contrast is not None)  # fmt: skip
+    assert (straddling > 0) == (pairing != "none")
+
+
+def counts_of(step: Step) -> list[Any]:
+    return [step.counts, step.tokens.tolist(), step.labels.tolist(), step.slots.tolist(), step.unusable, step.overlong,
+            step.fingerprint, step.dropped_pairs]  # fmt: skip
 
 
 def test_each_pairing_gives_all_slots_and_its_pairs(make: Callable[..., Loader]) -> None:
     """`none`: the plan's slots and no pair; `reuse`: as many samples, with pairs; `fill`: more samples and pairs."""
-    steps = {pairing: [make(pairing=pairing).load(t) for t in range(STEPS)] for pairing in ("none", "reuse", "fill")}
-    counts = {pairing: (names_of(*each).total(), pairs_of(*each).total()) for pairing, each in steps.items()}
+    steps = {pairing: [load(make(pairing=pairing), t) for t in range(STEPS)] for pairing in ("none", "reuse", "fill")}
+    counts = {name: (names_of(*each).total(), sum(pairs_of(t).total() for t in each)) for name, each in steps.items()}
     assert counts["none"] == (SLOTS * STEPS, 0)
     assert counts["reuse"][0] == SLOTS * STEPS
     assert 0 < counts["reuse"][1] < counts["fill"][1]
@@ -148,46 +147,42 @@ def test_each_pairing_gives_all_slots_and_its_pairs(make: Callable[..., Loader])
 
 def test_counts_are_those_of_the_micro_batches(make: Callable[..., Loader]) -> None:
     for number in range(STEPS):
-        step = make().load(number)
-        tokens, samples, labels = [0] * 4, [0] * 4, 0
+        step = load(make(), number)
+        tokens, labels = [0] * 4, 0
         for sample in samples_of(step):
             tokens[sample.language] += len(sample)
-            samples[sample.language] += 1
         for batch in step.micro_batches:
             labels += int(batch.label_weights.sum())
-        assert (step.tokens.tolist(), step.samples.tolist()) == (tokens, samples)
-        assert step.counts["label_tokens"] == labels > 0
+        assert step.tokens.tolist() == tokens
+        assert step.counts["label_tokens"] == step.labels.sum() == labels > 0
+        languages = [language for batch in step.micro_batches for language in batch.label_languages.tolist()]
+        assert step.labels.tolist() == [languages.count(language) for language in range(4)]
         assert sum(int((batch.targets.segment_ids >= 0).sum()) for batch in step.micro_batches) == sum(tokens)
-        assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
+        assert (step.step, step.bad_rows, step.unusable, step.overlong) == (number, (), 0, 0)
 
 
 def test_every_rank_reports_the_pairs_that_the_plan_dropped(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_pairs = Planner._check_pairs
-
-    def first_pairs_are_identical(planner: Planner, rows: Any, pairs: Any) -> Any:
-        bad, same = check_pairs(planner, rows, pairs)
-        return bad, [True] * min(2, len(same)) + same[2:]
-
-    before = [make(rank, 2).load(3) for rank in range(2)]
+    plan = make().planner.step(3)
+    before = load_on_ranks(make, 2, 3)
     assert [step.dropped_pairs for step in before] == [0, 0]
-    monkeypatch.setattr(Planner, "_check_pairs", first_pairs_are_identical)
-    after = [make(rank, 2).load(3) for rank in range(2)]
+    monkeypatch.setattr(Planner, "step", lambda planner, step: replace(plan, sets=plan.sets[1:], dropped_pairs=2))
+    after = load_on_ranks(make, 2, 3)
     assert [step.dropped_pairs for step in after] == [2, 2]
-    assert pairs_of(*after).total() == pairs_of(*before).total() - 2
+    assert pairs_of(*after).total() == pairs_of(*before).total() - len(plan.sets[0])
 
 
 def test_steps_of_different_samples_have_different_fingerprints(make: Callable[..., Loader]) -> None:
-    fingerprints = [make().load(number).fingerprint for number in range(STEPS)]
+    fingerprints = [load(make(), number).fingerprint for number in range(STEPS)]
     assert len(set(fingerprints)) == STEPS
     assert max(fingerprints) < 2**53, "a float holds it exactly"
 
 
 def test_a_step_depends_on_its_number_alone(make: Callable[..., Loader]) -> None:
-    forwards = [make().load(number) for number in range(4)]
+    forwards = [load(make(), number) for number in range(4)]
     loader = make()
-    backwards = [loader.load(number) for number in reversed(range(4))][::-1]
+    backwards = [load(loader, number) for number in reversed(range(4))][::-1]
     assert all(map(same, forwards, backwards))
 
 
@@ -204,19 +199,19 @@ def test_an_overlong_sample_leaves_its_slot_empty(make: Callable[..., Loader], r
     short = reader_of(reader.index, chat_of(reader), limit)
     left_out = lost_pairs = 0
     for number in range(STEPS):
-        for rank in range(world_size):
-            whole = make(rank, world_size).load(number)
-            cut = make(rank, world_size, reader=short).load(number)
-            fits = Counter((s.id, s.language) for s in samples_of(whole) if len(s) <= limit)
-            assert names_of(cut) == fits, "the same rank reads the same other samples"
-            # a fill is shorter than the same sample with its answer, so a pair that is expected to be dropped may stay
-            long = {(s.id, s.language) for s in samples_of(whole) if len(s) > limit}
-            assert pairs_of(cut) >= kept_pairs(pairs_of(whole), long)
-            assert set(pairs_of(cut)) <= set(pairs_of(whole))
-            assert cut.overlong == names_of(whole).total() - fits.total()
-            assert cut.counts["pairs"] == pairs_of(cut).total()
-            left_out += cut.overlong
-            lost_pairs += whole.counts["pairs"] - cut.counts["pairs"]
+        whole, *_ = load_on_ranks(make, 1, number)
+        cut = load_on_ranks(partial(make, reader=short), world_size, number)
+        fits = Counter((s.id, s.language) for s in samples_of(whole) if len(s) <= limit)
+        assert names_of(*cut) == fits
+        # a fill is shorter than the same sample with its answer, so a pair that is expected to be dropped may stay
+        long = {(s.id, s.language) for s in samples_of(whole) if len(s) > limit}
+        assert pairs_of(*cut) >= kept_pairs(pairs_of(whole), long)
+        assert set(pairs_of(*cut)) <= set(pairs_of(whole))
+        for share in cut:
+            assert share.overlong == names_of(whole).total() - fits.total()
+            assert share.counts["pairs"] == pairs_of(*cut).total()
+        left_out += cut[0].overlong
+        lost_pairs += whole.counts["pairs"] - cut[0].counts["pairs"]
     assert left_out > 10
     assert lost_pairs > 3
 
@@ -227,7 +222,7 @@ def test_a_truncated_sample_fills_its_slot_and_keeps_its_pair(make: Callable[...
     short = reader_of(reader.index, chat_of(reader), limit, "truncate")
     truncated = 0
     for number in range(STEPS):
-        whole, cut = make().load(number), make(reader=short).load(number)
+        whole, cut = load(make(), number), load(make(reader=short), number)
         assert names_of(cut) == names_of(whole)
         assert pairs_of(cut) == pairs_of(whole)
         assert (cut.overlong, cut.counts["label_tokens"]) == (0, whole.counts["label_tokens"])
@@ -268,12 +263,13 @@ def test_a_sample_whose_answer_alone_is_too_long_is_left_out(reader: Reader, ove
 def test_filled_and_empty_slots_are_counted_by_language(
     make: Callable[..., Loader], reader: Reader, world_size: int
 ) -> None:
-    """Summed over ranks, filled and empty slots are the planned ones; label-free fills are not slots."""
+    """Filled and empty slots are the planned ones; label-free fills are not slots. Every rank knows those of all."""
     broken = broken_reader(reader, set(range(0, len(reader.index), 9)), longest=50)
     total = no_slots(4)
     for number in range(STEPS):
-        shares = [make(rank, world_size, reader=broken).load(number) for rank in range(world_size)]
-        slots = np.sum([share.slots for share in shares], axis=0)
+        shares = load_on_ranks(partial(make, reader=broken), world_size, number)
+        slots = shares[0].slots
+        assert all(np.array_equal(share.slots, slots) for share in shares)
         planned = Counter(slot.language for slot in make().planner.step(number).slots if slot.labelled)
         filled, truncated, overlong, unusable = slots
         assert (filled + overlong + unusable).tolist() == [planned[language] for language in range(4)]
@@ -306,7 +302,7 @@ def test_a_row_that_is_bad_when_read_leaves_its_slot_empty(make: Callable[..., L
     dropped = {(reader.index.record(row).id, int(reader.index.language[row])) for row in broken}
     empty = lost_pairs = 0
     for number in range(STEPS):
-        whole, torn = make().load(number), make(reader=broken_reader(reader, broken)).load(number)
+        whole, torn = load(make(), number), load(make(reader=broken_reader(reader, broken)), number)
         left = Counter({name: count for name, count in names_of(whole).items() if name not in dropped})
         assert names_of(torn) == left
         assert pairs_of(torn) == kept_pairs(pairs_of(whole), dropped)
@@ -338,7 +334,7 @@ def test_a_broken_line_moves_no_other_slot(
     bad_rows: list[BadRow] = []
     dropped = ("item-17", 1)
     for number in range(STEPS):
-        whole, torn = make(pairing="none").load(number), make(reader=torn_reader, pairing="none").load(number)
+        whole, torn = (load(make(reader=each, pairing="none"), number) for each in (reader, torn_reader))
         assert names_of(torn) == names_of(whole) - Counter({dropped: names_of(whole)[dropped]})
         bad_rows += torn.bad_rows
     assert bad_rows, "the broken row was read"
@@ -371,7 +367,8 @@ def test_a_broken_line_is_in_no_pair_and_changes_only_dominant_slots(
         others = [(a.row, b.row) for a, b in zip(before, after, strict=True) if a.language != 0]
         assert all(a == b for a, b in others)
         changed += sum(a.row != b.row for a, b in zip(before, after, strict=True))
-        in_pairs = {unit.slots[place].row for unit in torn.step(number).units for pair in unit.pairs for place in pair}
+        plan = torn.step(number)
+        in_pairs = {row for pairs in plan.sets for row in plan.rows[pairs].ravel().tolist()}
         assert not in_pairs & set(np.flatnonzero(index.bad).tolist())
     assert changed > 0
 
@@ -385,43 +382,101 @@ def test_steps_come_in_order_from_any_start(
 ) -> None:
     """Workers finish out of order; not more than `workers` + 1 steps are made ahead of the one handed out."""
     loader = make(workers=workers)
-    expected = [loader.load(number) for number in range(3, 11)]
-    begun: list[int] = []
-    load = loader.load
+    expected = [load(loader, number) for number in range(3, 11)]
+    begun: dict[str, list[int]] = {"scan": [], "load": []}
+    scan, load_scanned = loader.scan, loader.load
 
-    def slow_load(step: int) -> Step:
-        begun.append(step)
+    def slow_scan(step: int) -> Scan:
+        begun["scan"].append(step)
         time.sleep(0.02 if step % 2 else 0.0)
-        return load(step)
+        return scan(step)
 
+    def slow_load(scanned: Scan, measures: Any) -> Step:
+        begun["load"].append(scanned.plan.step)
+        time.sleep(0.02 if scanned.plan.step % 2 else 0.0)
+        return load_scanned(scanned, measures)
+
+    monkeypatch.setattr(loader, "scan", slow_scan)
     monkeypatch.setattr(loader, "load", slow_load)
     got = []
     for step in loader.steps(3, 11):
-        assert max(begun) <= step.step + workers
+        assert max(begun["load"]) <= step.step + workers
+        assert max(begun["scan"]) <= step.step + 2 * workers + 1
         got.append(step)
     assert all(map(same, got, expected))
     assert [step.step for step in got] == list(range(3, 11))
-    assert sorted(begun) == list(range(3, 11)), "each is made once, and none beyond the last"
+    assert sorted(begun["scan"]) == sorted(begun["load"]) == list(range(3, 11)), "each is made once, none beyond"
+
+
+def test_measures_are_summed_in_the_order_of_the_steps(make: Callable[..., Loader]) -> None:
+    """In the calling thread, once a step: ranks that iterate alike make the same collective calls."""
+    summed, threads = [], set()
+
+    def noted(measures: Any) -> Any:
+        summed.append(measures.copy())
+        threads.add(threading.current_thread())
+        return measures
+
+    loader = make(ThisRank(sum=noted), workers=3)
+    steps = [step.step for step in loader.steps(2, 9)]
+    assert threads == {threading.current_thread()}
+    assert [each.tolist() for each in summed] == [loader.scan(step).measures.tolist() for step in steps]
+
+
+def test_a_rank_knows_what_it_waited_for_its_own_work(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for the sum over ranks, in which it waits for the others."""
+
+    def slow(measures: Any) -> Any:
+        time.sleep(0.2)
+        return measures
+
+    loader = make(ThisRank(sum=slow))
+    scan = loader.scan
+    for step in loader.steps(0, 3):
+        assert loader.waited < 0.2, step.step
+    monkeypatch.setattr(loader, "scan", lambda step: (time.sleep(0.3), scan(step))[1])
+    next(loader.steps(0, 3))
+    assert loader.waited > 0.25
 
 
 def test_an_empty_range_has_no_steps(make: Callable[..., Loader]) -> None:
     assert list(make().steps(5, 5)) == []
 
 
-def test_an_error_is_raised_at_its_own_step(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["scan", "load"])
+def test_an_error_of_the_data_is_raised_at_its_own_step(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """After the same number of sums as on ranks without the error."""
     loader = make(workers=2)
-    load = loader.load
+    read_many, failing = loader.reader.read_many, loader.planner.step(3).slot(0)
 
-    def failing_load(step: int) -> Step:
-        if step == 3:
-            raise OSError("the disk failed")
-        return load(step)
+    def reading(reader: Reader, slots: Sequence[Slot]) -> list[Outcome]:
+        if failing in slots:
+            raise DataError("the file has changed")
+        return read_many(slots)
 
-    monkeypatch.setattr(loader, "load", failing_load)
+    if part == "scan":
+        monkeypatch.setattr(Reader, "read_many", reading)
+    else:
+        monkeypatch.setattr(loader, "_own_samples", lambda scan, *_: reading(loader.reader, [scan.plan.slot(0)]))
+        monkeypatch.setattr(loader, "_batch", lambda *_: loader.packer.idle())
     steps = loader.steps(0, 9)
     assert [next(steps).step for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OSError, match="the disk failed"):
+    with pytest.raises(DataError, match="the file has changed"):
         next(steps)
+
+
+def test_a_sample_that_two_ranks_read_differently_is_an_error(make: Callable[..., Loader], reader: Reader) -> None:
+    """Its length would not be the one that the ranks have distributed."""
+    scan = make().scan(0)
+    scan.samples.pop(0)  # type: ignore[attr-defined]
+    loader = make(reader=reader_of(reader.index, chat_of(reader), 10))
+    with pytest.raises(DataError, match=r"jsonl:\d+: read differently by two ranks; do all see the same file"):
+        loader.load(scan, scan.measures)
+    assert load(make(), 0).counts == make().load(scan, scan.measures).counts
 
 
 def test_stopping_early_leaves_no_thread(make: Callable[..., Loader]) -> None:
@@ -442,11 +497,12 @@ def test_ranks_get_equally_many_fixed_batches_that_cover_all_samples(
     samples = [sample for row in rows if (sample := read(reader, row)) is not None]
     assert len(samples) == n_samples
     packer = make().packer
-    shares: list[list[ChatBatch]] = [fixed_batches(samples, packer, rank, world_size) for rank in range(world_size)]
+    ranks = [ThisRank(rank, world_size, world_size) for rank in range(world_size)]
+    shares: list[list[ChatBatch]] = [fixed_batches(samples, packer, each) for each in ranks]
     assert len({len(share) for share in shares}) == 1
-    seen = Counter((s.id, s.language) for share in shares for b in share for unit in b.units for s in unit.samples)
+    seen = Counter((s.id, s.language) for share in shares for batch in share for s in batch.samples)
     assert seen == Counter((sample.id, sample.language) for sample in samples)
-    idle = [batch for share in shares for batch in share if not batch.units]
+    idle = [batch for share in shares for batch in share if not batch.samples]
     assert all(batch.label_weights.sum() == 0 and (batch.targets.languages == -1).all() for batch in idle)
 
 

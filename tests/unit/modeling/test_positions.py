@@ -13,6 +13,7 @@ from tiny_run import run_values
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.batching.chat import ChatCollator
+from data_pipeline.batching.grid import Grid
 from data_pipeline.batching.packer import Packer
 from evals.errors import EvalError
 from evals.opening import Question, answer, open_model
@@ -159,11 +160,12 @@ def test_only_differences_due_to_packing_are_reported_as_such(
     def loss_terms(engine: Any, batch: Any) -> Any:
         return SimpleNamespace(label_losses=torch.tensor([next(given)]))
 
+    packer = Packer(Grid("packed", 64, 64), ChatCollator(0))
     run: Any = SimpleNamespace(
-        data=SimpleNamespace(packer=Packer("packed", 64, 64, ChatCollator(0))), engine=Engine(),
+        data=SimpleNamespace(packer=packer), engine=Engine(),
         objective=SimpleNamespace(loss_terms=loss_terms), config=SimpleNamespace(precision="fp32"),
     )  # fmt: skip
-    batch: Any = SimpleNamespace(micro_batches=[])
+    batch: Any = SimpleNamespace(micro_batches=[packer.idle()])
     if message is None:
         check_packing(run, batch)
         return

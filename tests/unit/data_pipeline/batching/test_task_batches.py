@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +11,11 @@ import pytest
 import torch
 from small_encoders import TOKENIZERS, WORDS, sentence
 
-from data_pipeline.batching.batch import SampleUnit, TagTargets, TaskBatch
+from data_pipeline.batching.batch import TagTargets, TaskBatch
+from data_pipeline.batching.grid import Grid
 from data_pipeline.batching.packer import Packer
 from data_pipeline.batching.tasks import TaskCollator
+from data_pipeline.loader import ThisRank, fixed_batches
 from data_pipeline.records import Example, Sample
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.sample import SideLabels, SourceSide, TaskSample
@@ -73,11 +74,13 @@ def samples_of(tokenizer: TaskTokenizer, n: int, paired: bool, seed: int = 0, go
 
 
 def packer_of(tokenizer: TaskTokenizer, paired: bool, budget: int, has_token_types: bool) -> Packer:
-    return Packer("padded", budget, budget, TaskCollator(PAD, tokenizer.config, paired, has_token_types))
+    collator = TaskCollator(PAD, tokenizer.config, paired, has_token_types)
+    return Packer(Grid("padded", budget, budget, collator.sides), collator)
 
 
 def pack(packer: Packer, samples: Sequence[Sample]) -> list[TaskBatch]:
-    return packer.pack([SampleUnit((sample,)) for sample in samples])
+    """The micro-batches of the only rank."""
+    return fixed_batches(samples, packer, ThisRank())
 
 
 def make(kind: str, paired: bool, budget: int = 300, name: str = "wordpiece", pooling: str = "mean") -> Any:
@@ -98,16 +101,18 @@ def rows_of(batch: TaskBatch, samples: Sequence[TaskSample]) -> list[tuple[Encod
 @pytest.mark.parametrize(("kind", "paired"), PAIRED)
 @pytest.mark.parametrize("budget", [60, 130, 500, 100_000])
 def test_every_sample_once_and_within_the_budget(kind: str, paired: bool, budget: int) -> None:
+    """A sample of the greatest length, of which both sides have a row, is within the smallest budget."""
+    sides = 2 if paired else 1
+    budget = max(budget, sides * 60)
     tokenizer, packer = make(kind, paired, budget)
     samples = samples_of(tokenizer, 40, paired)
     batches = pack(packer, samples)
     assert sorted(name for batch in batches for name in batch.sample_ids) == sorted(sample.id for sample in samples)
-    sides = 2 if paired else 1
     for batch in batches:
         n_rows, length = batch.input_ids.shape
         assert n_rows == sides * len(batch.sample_ids)
         assert batch.targets.n_pairs == (len(batch.sample_ids) if paired else 0)
-        assert n_rows * length <= budget or len(batch.sample_ids) == 1
+        assert n_rows * length <= budget
         assert length == int(batch.attention_mask.sum(dim=1).max()), "no column is only padding"
     if budget == 100_000:
         assert len(batches) == 1
@@ -167,6 +172,23 @@ def test_label_units_are_those_of_their_rows(kind: str, paired: bool, gold: bool
         assert list(found) == expected
 
 
+@pytest.mark.parametrize(("kind", "paired"), PAIRED)
+def test_a_samples_counts_are_the_label_units_of_its_rows(kind: str, paired: bool) -> None:
+    """Of sources those that count; every sample with a source is a pair."""
+    tokenizer, packer = make(kind, paired)
+    for batch in pack(packer, samples_of(tokenizer, 30, paired, seed=4)):
+        n = len(batch.samples)
+        weights, rows, is_source = batch.label_weights, batch.targets.label_rows, batch.targets.label_is_source
+        for number, sample in enumerate(batch.samples):
+            of_rows = [weights[rows == each].sum().item() for each in (number, number + n)]
+            assert not is_source[rows == number].any()
+            assert is_source[rows == number + n].all()
+            assert sample.counts() == {
+                "target_labels": of_rows[0], "source_labels": of_rows[1] if paired else 0, "pairs": int(paired)
+            }  # fmt: skip
+            assert set(sample.counts()) == set(packer.collator.counts)
+
+
 def test_classification_and_qa_have_one_label_unit_per_row() -> None:
     for kind in ("classification", "qa"):
         tokenizer, packer = make(kind, True)
@@ -207,9 +229,8 @@ def test_an_idle_batch_has_the_same_fields_and_no_label(kind: str, paired: bool)
     assert idle.input_ids.tolist() == [[PAD]] * (2 if paired else 1)
     assert idle.attention_mask is not None
     assert (idle.attention_mask == 1).all()
-    assert (idle.targets.n_pairs, idle.sample_ids, idle.units) == (int(paired), (), ())
+    assert (idle.targets.n_pairs, idle.sample_ids, idle.samples) == (int(paired), (), ())
     assert idle.label_weights.sum() == 0
-    assert set(idle.counts().values()) == {0.0}
     assert len(idle.label_weights) == len(idle.input_ids)
     for one, other in ((idle, real), (idle.targets, real.targets), (idle.targets.labels, real.targets.labels)):
         for name in one.__dataclass_fields__:
@@ -224,24 +245,10 @@ def test_an_idle_batch_has_the_same_fields_and_no_label(kind: str, paired: bool)
         assert labels.token_word.tolist() == [[number] for number in range(len(idle.input_ids))]
     if kind in ("tagging", "classification"):
         assert labels.classes.shape == (len(idle.input_ids), CLASSES)
-    assert packer.pack([]) == []
+    assert pack(packer, []) == []
 
 
-def test_a_pair_above_the_budget_runs_alone_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer, _ = make("classification", True)
-    samples = samples_of(tokenizer, 12, True)
-    longest = max(sample.row_length for sample in samples)
-    packer = packer_of(tokenizer, True, 2 * longest - 1, has_token_types=False)
-    with caplog.at_level(logging.WARNING):
-        batches = pack(packer, samples)
-    alone = [batch for batch in batches if batch.input_ids.numel() > 2 * longest - 1]
-    assert alone
-    assert all(len(batch.sample_ids) == 1 for batch in alone)
-    assert len(caplog.records) == len(alone)
-    assert f"takes {2 * longest} tokens padded, above micro_batch_tokens ({2 * longest - 1})" in caplog.text
-
-
-def test_packing_is_a_pure_function(caplog: pytest.LogCaptureFixture) -> None:
+def test_packing_is_a_pure_function() -> None:
     tokenizer, packer = make("tagging", True)
     samples = samples_of(tokenizer, 30, True)
     first, second = pack(packer, samples), pack(packer, list(samples))

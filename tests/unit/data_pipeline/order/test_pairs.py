@@ -215,7 +215,7 @@ def test_a_run_logs_the_warnings_too(
     assert len(caplog.messages) == 3
 
 
-def stopped(*_: Any) -> None:
+def stopped(*_: Any, **__: Any) -> None:
     """Replaces everything after the data is assembled."""
     raise InterruptedError
 

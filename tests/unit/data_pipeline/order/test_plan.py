@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import timeit
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from data_pipeline.order.mixture import Pairing, Quotas
 from data_pipeline.order.order import row_at
 from data_pipeline.order.pairing import PlannedPairing
-from data_pipeline.order.plan import FILL, Planner, Slot, StepPlan, Unit, assign
+from data_pipeline.order.plan import FILL, Planner, Slot, StepPlan
 from data_pipeline.records import DataError, stable_hash
 
 LANGUAGES = ("en", "de", "sw")
@@ -39,6 +40,9 @@ class FakeIndex:
     def translation(self, row: int, language: int) -> int:
         return self._row_of.get((int(self.group[row]), language), -1)
 
+    def translations(self, rows: np.ndarray, language: int) -> np.ndarray:
+        return np.array([self.translation(row, language) for row in rows.tolist()], np.int64)
+
 
 def parallel_index(items: int = 90) -> FakeIndex:
     """English has all items, German all but every third, Swahili five of the English ones and two others."""
@@ -60,11 +64,15 @@ def planner(
 
 
 def sets_of(plan: StepPlan) -> list[list[tuple[Slot, Slot]]]:
-    return [[(unit.slots[a], unit.slots[b]) for a, b in unit.pairs] for unit in plan.units if unit.pairs]
+    return [[(plan.slot(a), plan.slot(b)) for a, b in pairs.tolist()] for pairs in plan.sets]
 
 
 def pairs_of(plan: StepPlan) -> list[tuple[Slot, Slot]]:
     return [pair for pairs in sets_of(plan) for pair in pairs]
+
+
+def facts(plan: StepPlan) -> tuple[Any, ...]:
+    return plan.step, plan.slots, sets_of(plan), plan.costs.tolist(), plan.dropped_pairs
 
 
 def rows_of(plan: StepPlan) -> list[int]:
@@ -80,7 +88,8 @@ def test_rows_equal_those_of_one_cursor_per_language_from_slot_zero() -> None:
     for t in range(30):
         plan = plans.step(t)
         assert [slot.number for slot in plan.slots] == list(range(24 * t, 24 * t + 24))
-        assert all(slot.labelled and not unit.pairs for unit in plan.units for slot in unit.slots)
+        assert all(slot.labelled for slot in plan.slots)
+        assert not plan.sets
         for slot in plan.slots:
             language = int(quotas.between(slot.number, slot.number + 1)[0][0])
             row = row_at(index.rows(language), cursors[language], SEED, LANGUAGES[language])
@@ -92,10 +101,10 @@ def test_rows_equal_those_of_one_cursor_per_language_from_slot_zero() -> None:
 def test_a_plan_depends_only_on_its_step() -> None:
     index = parallel_index()
     forwards = planner(index, "fill")
-    plans = [forwards.step(t) for t in range(12)]
+    plans = [facts(forwards.step(t)) for t in range(12)]
     again = planner(index, "fill")
-    assert [again.step(t) for t in reversed(range(12))] == plans[::-1]
-    assert planner(index, "fill", seed=SEED + 1).step(3) != plans[3]
+    assert [facts(again.step(t)) for t in reversed(range(12))] == plans[::-1]
+    assert facts(planner(index, "fill", seed=SEED + 1).step(3)) != plans[3]
 
 
 def test_plans_are_the_same_in_every_version() -> None:
@@ -104,21 +113,6 @@ def test_plans_are_the_same_in_every_version() -> None:
     rows = [[(slot.number, slot.row) for slot in plans.step(t).slots] for t in range(5)]
     pairs = [[(a.row, b.row) for a, b in pairs_of(plans.step(t))] for t in range(5)]
     assert stable_hash(rows, pairs) == GOLDEN
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
-def test_ranks_together_have_the_whole_plan_for_any_world_size(world_size: int) -> None:
-    plan = planner(parallel_index(), "fill").step(5)
-    shares = assign(plan, world_size)
-    assert len(shares) == world_size
-    assert Counter(unit for share in shares for unit in share) == Counter(plan.units)
-    assert assign(plan, world_size) == shares
-
-
-def test_largest_units_are_assigned_first_and_units_without_cost_are_spread() -> None:
-    for costs, expected in (([3, 4, 5, 6, 7], [[3, 4, 7], [5, 6]]), ([0, 0, 0, 0], [[0, 0], [0, 0]])):
-        units = tuple(Unit((Slot(i, i, 0, True, cost),)) for i, cost in enumerate(costs))
-        assert [[unit.cost for unit in share] for share in assign(StepPlan(0, units, 0), 2)] == expected
 
 
 def test_reuse_puts_translations_into_dominant_slots_only() -> None:
@@ -200,7 +194,7 @@ def test_identical_texts_are_not_paired_but_keep_their_slots() -> None:
     assert (before.dropped_pairs, after.dropped_pairs) == (0, 1)
     assert rows_of(after) == rows_of(before)
     assert pairs_of(after) == rest
-    assert Unit((other,)) in after.units
+    assert other in after.slots
     index.content[:] = 0
     nothing = planner(index, "fill").step(2)
     assert nothing.dropped_pairs == len(rest) + 1
@@ -237,23 +231,24 @@ def test_pairs_are_cut_into_sets_in_slot_order(set_size: int) -> None:
         assert set_size <= sizes[-1] < 2 * set_size or len(sizes) == 1
         order = [other.number for _, other in pairs_of(plan)]
         assert order == sorted(order)
-        for unit in plan.units:
-            paired = sorted(position for pair in unit.pairs for position in pair)
-            assert paired == list(range(len(unit.slots))) or len(unit.slots) == 1
+        positions = [position for pairs in plan.sets for position in pairs.ravel().tolist()]
+        assert len(set(positions)) == len(positions), "a sample is in one pair"
 
 
-def test_without_sets_every_slot_is_its_own_unit_with_the_same_rows() -> None:
+def test_without_sets_the_same_rows_are_planned_without_fills() -> None:
     for pairing in ("reuse", "fill"):
         index = parallel_index()
         alone, together = planner(index, pairing, None).step(3), planner(index, pairing, 4).step(3)
         assert rows_of(alone) == rows_of(together)
-        assert all(len(unit.slots) == 1 and unit.slots[0].labelled and not unit.pairs for unit in alone.units)
+        assert all(slot.labelled for slot in alone.slots)
+        assert not alone.sets
 
 
 def test_cost_is_bytes_times_the_languages_tokens_per_byte() -> None:
     index, rates = parallel_index(), [0.25, 0.5, 2.0]
-    for slot in planner(index, "fill", rates=rates).step(1).slots:
-        assert slot.cost == index.n_bytes[slot.row] * rates[slot.language]
+    plan = planner(index, "fill", rates=rates).step(1)
+    expected = [index.n_bytes[slot.row] * rates[slot.language] for slot in plan.slots]
+    assert plan.costs.tolist() == expected
 
 
 def test_a_plan_can_seek_to_step_ten_million() -> None:

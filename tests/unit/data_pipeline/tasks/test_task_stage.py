@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 import torch
 from small_encoders import WORDS, unigram
+from steps import load, load_on_ranks
 from tokenizers.normalizers import Replace
 
+from data_pipeline.batching.grid import Grid
 from data_pipeline.batching.packer import Packer
 from data_pipeline.batching.tasks import TaskCollator
 from data_pipeline.config import Overlong, SourceConfig
-from data_pipeline.loader import Loader, Step, fixed_batches
+from data_pipeline.loader import Loader, Step, ThisRank, fixed_batches
 from data_pipeline.order.mixture import Quotas
 from data_pipeline.order.pairing import Partners, PlannedPairing, gold_probability
 from data_pipeline.order.plan import Planner, Slot
-from data_pipeline.reader import Reader
-from data_pipeline.records import BadRow, DataError, Sample, stable_hash
+from data_pipeline.reader import Outcome, Reader
+from data_pipeline.records import BadRow, DataError, stable_hash
 from data_pipeline.sources.index import build_index
 from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.masking import mask_tokens
@@ -479,13 +481,13 @@ def test_masking_uses_the_mask_token_and_no_other_special_token(make: Make) -> N
 # --- steps
 
 
-def loader(reader: Reader, rank: int = 0, world_size: int = 1, workers: int = 1) -> Loader:
+def loader(reader: Reader, this_rank: ThisRank | None = None, workers: int = 1) -> Loader:
     quotas = Quotas({"en": 0.3, "th": 0.3, "bn": 0.4}, LANGUAGES, 1000)
     pairing = PlannedPairing(EN, partners=reader.partners)
     planner = Planner(reader.index, quotas, pairing, SLOTS, reader.seed, [0.5] * 3)
     tokenizer = tokenizer_of(reader)
     collator = TaskCollator(1, tokenizer.config, reader.partners is not None, tokenizer.has_token_types)
-    return Loader(reader, planner, Packer("padded", 300, 300, collator), rank, world_size, workers)
+    return Loader(reader, planner, Packer(Grid("padded", 300, 300, collator.sides), collator), this_rank, workers)
 
 
 def samples_of(step: Step) -> list[TaskSample]:
@@ -522,19 +524,22 @@ def contents(*steps: Step) -> Counter[tuple[Any, ...]]:
 def test_a_step_has_the_same_samples_for_any_world_size(make: Make, kind: str, world_size: int) -> None:
     """Samples, sources, windows, masks and labels: the same set, and the same choice of sources on every rank."""
     readers = [make(kind, schedule=3.0, length=46) for _ in range(world_size + 1)]
-    alone, ranks = loader(readers[0]), [loader(each, rank, world_size) for rank, each in enumerate(readers[1:])]
+    alone = loader(readers[0])
     golds = set()
     for number in range(STEPS):
-        whole, shares = alone.load(number), [each.load(number) for each in ranks]
+        whole = load(alone, number)
+        shares = load_on_ranks(lambda this: loader(readers[1 + this.rank], this), world_size, number)
         assert contents(*shares) == contents(whole)
         assert contents(whole).total() == SLOTS
         is_gold = alone.reader.partners is None or gold(alone.reader, number)
         assert {batch.targets.gold for share in (whole, *shares) for batch in share.micro_batches} == {is_gold}
-        assert sum(share.fingerprint for share in shares) == whole.fingerprint
-        for name, count in whole.counts.items():
-            assert sum(share.counts[name] for share in shares) == count
-        for field in ("tokens", "samples"):
-            assert np.array_equal(np.sum([getattr(share, field) for share in shares], axis=0), getattr(whole, field))
+        for share in shares:
+            assert (share.fingerprint, share.counts) == (whole.fingerprint, whole.counts), (
+                "every rank knows those of all"
+            )
+            for field in ("tokens", "labels", "slots"):
+                assert np.array_equal(getattr(share, field), getattr(whole, field))
+        assert len({len(share.micro_batches) for share in shares}) == 1
         golds.add(is_gold)
     assert golds == ({True} if kind == "text" else {True, False})
 
@@ -543,7 +548,7 @@ def test_a_step_holds_the_slots_of_its_plan(make: Make) -> None:
     each = loader(make("classification", schedule=3.0))
     for number in range(STEPS):
         planned = Counter(each.reader.index.record(slot.row).id for slot in each.planner.step(number).slots)
-        found = Counter(name for batch in each.load(number).micro_batches for name in batch.sample_ids)
+        found = Counter(name for batch in load(each, number).micro_batches for name in batch.sample_ids)
         assert found == planned
 
 
@@ -552,15 +557,17 @@ def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
     """Compared with samples that are read one by one."""
     reader = make(kind, schedule=3.0, length=46)
     for number in range(STEPS):
-        step = loader(reader).load(number)
+        step = load(loader(reader), number)
         samples = [read(reader, slot.row, number) for slot in loader(reader).planner.step(number).slots]
 
         def units(labels: Any) -> int:
             found = labels.positions if labels.classes is None else labels.classes
             return 1 if found is None else len(found)
 
-        tokens, languages = [0] * 3, Counter(sample.language for sample in samples)
+        tokens, labels, slots = [0] * 3, [0] * 3, [0] * 3
         for sample in samples:
+            slots[sample.language] += 1
+            labels[sample.language] += units(sample.target_labels)
             tokens[sample.language] += len(sample.target)
             if sample.source is not None:
                 tokens[sample.source.language] += len(sample.source.side)
@@ -569,7 +576,8 @@ def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
             "source_labels": sum(units(s.source.labels) for s in samples if s.source is not None and s.source.counts),
             "pairs": 0 if kind == "text" else len(samples),
         }
-        assert (step.tokens.tolist(), step.samples.tolist()) == (tokens, [languages[code] for code in range(3)])
+        assert (step.tokens.tolist(), step.labels.tolist()) == (tokens, labels)
+        assert step.slots[0].tolist() == slots
         masks = sum(int(batch.attention_mask.sum()) for batch in step.micro_batches)
         assert masks == sum(tokens)
         assert (step.step, step.bad_rows, step.overlong) == (number, (), 0)
@@ -577,19 +585,22 @@ def test_counts_are_those_of_the_samples(make: Make, kind: str) -> None:
 
 def test_a_row_that_cannot_be_read_leaves_its_slot_empty(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make("classification")
-    whole = [loader(reader).load(number) for number in range(STEPS)]
-    original_read = Reader.read
+    whole = [load(loader(reader), number) for number in range(STEPS)]
+    original_read = Reader.read_many
 
-    def broken(reader: Reader, slot: Slot) -> Sample | None:
-        if slot.row % 5 == 0:
-            raise BadRow(f"rows.jsonl:{slot.row + 1}", "the tokenizer has no token for the answer")
-        return original_read(reader, slot)
+    def broken(reader: Reader, slots: Sequence[Slot]) -> list[Outcome]:
+        return [
+            BadRow(f"rows.jsonl:{slot.row + 1}", "the tokenizer has no token for the answer")
+            if slot.row % 5 == 0
+            else read
+            for slot, read in zip(slots, original_read(reader, slots), strict=True)
+        ]
 
     unreadable = [reader.index.record(number) for number in range(0, len(reader.index), 5)]
-    monkeypatch.setattr(Reader, "read", broken)
+    monkeypatch.setattr(Reader, "read_many", broken)
     empty = 0
     for number, before in enumerate(whole):
-        step = loader(reader).load(number)
+        step = load(loader(reader), number)
         expected = Counter(
             (record.id, record.language)
             for slot in loader(reader).planner.step(number).slots
@@ -612,7 +623,7 @@ def test_overlong_classification_texts_are_truncated_dropped_or_an_error(make: M
     cut, dropped = make("classification", length=20), make("classification", length=20, overlong="drop")
     lost = 0
     for number in range(STEPS):
-        whole, less = loader(cut).load(number), loader(dropped).load(number)
+        whole, less = load(loader(cut), number), load(loader(dropped), number)
         filled, truncated, overlong, unusable = whole.slots
         assert filled.sum() == SLOTS
         assert not overlong.any()
@@ -634,12 +645,12 @@ def test_texts_that_are_read_in_windows_are_never_overlong(make: Make, kind: str
     reader = make(kind)
     assert any(len(tokenizer_of(reader).windows(reader.index.record(row).example)) > 1 for row in range(ITEMS))
     assert {reader.length(row) for row in range(len(reader.index))} == {0}
-    assert all(loader(reader).load(number).slots[1:].sum() == 0 for number in range(STEPS))
+    assert all(load(loader(reader), number).slots[1:].sum() == 0 for number in range(STEPS))
 
 
 def test_a_bad_line_leaves_only_its_own_slots_empty(make: Make) -> None:
     rows = [row("tagging", language, item) for language in LANGUAGES for item in range(ITEMS)]
-    whole = [loader(make("tagging", rows)).load(number) for number in range(STEPS)]
+    whole = [load(loader(make("tagging", rows)), number) for number in range(STEPS)]
     damaged = [dict(each) for each in rows]
     damaged[ITEMS + 4]["soft_tags"] = damaged[ITEMS + 4]["soft_tags"][:-1]
     with pytest.raises(DataError, match=r"rows\.jsonl:17: 'soft_tags' has \d+ entries; there are \d+ words; max_bad_r"):
@@ -647,7 +658,7 @@ def test_a_bad_line_leaves_only_its_own_slots_empty(make: Make) -> None:
     reader = make("tagging", damaged, max_bad_rows=1)
     lines: list[BadRow] = []
     for number in range(STEPS):
-        step = loader(reader).load(number)
+        step = load(loader(reader), number)
         lines += step.bad_rows
         assert contents(step) <= contents(whole[number])
         assert contents(step).total() == SLOTS - len(step.bad_rows)
@@ -661,7 +672,7 @@ def test_steps_come_in_order_from_any_start(make: Make, workers: int) -> None:
     got = list(each.steps(3, 9))
     assert [step.step for step in got] == list(range(3, 9))
     for step in got:
-        again = loader(make("tagging", schedule=3.0)).load(step.step)
+        again = load(loader(make("tagging", schedule=3.0)), step.step)
         assert all(
             torch.equal(one.input_ids, other.input_ids)
             for one, other in zip(step.micro_batches, again.micro_batches, strict=True)
@@ -670,12 +681,12 @@ def test_steps_come_in_order_from_any_start(make: Make, workers: int) -> None:
 
 def test_the_fingerprint_differs_for_other_samples_and_other_sources(make: Make) -> None:
     reader = make("classification", schedule=3.0)
-    prints = [loader(reader).load(number).fingerprint for number in range(STEPS)]
+    prints = [load(loader(reader), number).fingerprint for number in range(STEPS)]
     assert len(set(prints)) == STEPS
     assert max(prints) < 2**53, "a float holds it exactly"
     always = make("classification", schedule=None)
     for number in range(STEPS):
-        same = loader(always).load(number).fingerprint == prints[number]
+        same = load(loader(always), number).fingerprint == prints[number]
         assert same == gold(reader, number)
 
 
@@ -685,7 +696,7 @@ def test_a_fixed_set_gives_every_rank_the_same_number_of_batches(make: Make, n_s
     reader = make("tagging", schedule=3.0)
     samples = reader.readable(range(n_samples)).samples
     packer = loader(reader).packer
-    shares = [fixed_batches(samples, packer, rank, world_size) for rank in range(world_size)]
+    shares = [fixed_batches(samples, packer, ThisRank(rank, world_size, world_size)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     found = Counter(name for share in shares for batch in share for name in batch.sample_ids)
     assert found == Counter(sample.id for sample in samples)

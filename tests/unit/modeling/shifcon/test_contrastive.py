@@ -1,6 +1,9 @@
 """Pooling is the mean over content tokens; the contrastive loss equals a plain loop over pairs."""
 
 import math
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from data_pipeline.batching.batch import ContrastSets
 from modeling.errors import ModelError
-from modeling.shifcon.contrastive import ContentPooling, contrastive_loss
+from modeling.shifcon.contrastive import ContentPooling, contrastive_losses
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.shifcon.shift import LanguageShift
+from training.objectives.base import LossTerm
+from training.objectives.shifcon import ShifCon
 
 IDS = torch.arange(1, 21).view(2, 10)
 SEGMENTS = torch.tensor([[0, 0, 0, 0, 2, 2, 2, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1, 3, 3]])
@@ -55,6 +61,42 @@ def make_pairs(number: int, seed: int = 0) -> dict[str, Tensor]:
         "groups": torch.arange(number) + 100,
         "content": torch.arange(2 * number).view(number, 2) + 2**60,
     }
+
+
+def in_sets(pairs: Tensor, sets: Tensor, groups: Tensor, content: Tensor) -> dict[str, Tensor]:
+    """The arguments of `contrastive_losses`: (C, P, 2) and (C, P, P), padded to the largest set."""
+    places = [[i for i in range(len(pairs)) if sets[i] == number] for number in sorted(set(sets.tolist()))]
+    most = max(map(len, places), default=0)
+    padded = torch.zeros(len(places), most, 2, dtype=torch.int64)
+    excluded = torch.ones(len(places), most, most, dtype=torch.bool)
+    for number, place in enumerate(places):
+        for a, i in enumerate(place):
+            padded[number, a] = pairs[i]
+            for b, j in enumerate(place):
+                same_text = bool({*content[i].tolist()} & {*content[j].tolist()})
+                excluded[number, a, b] = bool(groups[i] == groups[j]) or same_text
+    for i in range(most):
+        excluded[:, i, i] = False
+    return {"pairs": padded, "excluded": excluded}
+
+
+def losses_of(pooled: list[Tensor], made: dict[str, Tensor], scale: float) -> Tensor:
+    """(C,)"""
+    return contrastive_losses(torch.stack(pooled), **in_sets(**made), scale=scale)
+
+
+def term_of(pooled: list[Tensor], sets: ContrastSets | None, scale: float) -> LossTerm:
+    """ShifCon's contrastive term on the only rank."""
+    objective: Any = SimpleNamespace(config=SimpleNamespace(contrastive=SimpleNamespace(scale=scale, weight=1.0)))
+    return ShifCon._contrastive(objective, pooled, sets)
+
+
+def sets_on_one_rank(made: dict[str, Tensor]) -> ContrastSets:
+    """The sets as a micro-batch holds them, if all their samples are on this rank."""
+    own = torch.arange(2 * len(made["pairs"]))
+    arguments = in_sets(**made)
+    is_reported = torch.ones(len(arguments["pairs"]), dtype=torch.bool)
+    return ContrastSets(own, own[:0], (0,), (0,), **arguments, is_reported=is_reported)
 
 
 def states(number: int, layers: int = 3) -> list[Tensor]:
@@ -133,17 +175,21 @@ def test_a_batch_pools_one_forward_pass_and_nothing_is_pooled_outside() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 12.5])
 @pytest.mark.parametrize("number", [1, 2, 7, 24])
-def test_loss_equals_a_plain_loop(number: int, scale: float) -> None:
+def test_losses_equal_a_plain_loop(number: int, scale: float) -> None:
+    """Of each set by itself; padding to the largest set adds nothing."""
     pooled, pairs = states(2 * number), make_pairs(number)
-    loss = contrastive_loss(pooled, **pairs, scale=scale)
-    assert loss.shape == ()
-    assert loss.item() == pytest.approx(by_loop(pooled, **pairs, scale=scale), rel=1e-4, abs=1e-5)
+    losses = losses_of(pooled, pairs, scale)
+    assert losses.shape == (len(pairs["sets"].unique()),)
+    for loss, each in zip(losses.tolist(), pairs["sets"].unique(), strict=True):
+        alone = {key: value[pairs["sets"] == each] for key, value in pairs.items()}
+        assert loss == pytest.approx(by_loop(pooled, **alone, scale=scale), rel=1e-4, abs=1e-5)
+    assert losses.sum().item() == pytest.approx(by_loop(pooled, **pairs, scale=scale), rel=1e-4, abs=1e-5)
 
 
 def test_pairs_of_the_same_item_or_text_are_not_negatives() -> None:
     pooled, pairs = states(16), make_pairs(8)
     pairs["sets"].zero_()
-    plain = contrastive_loss(pooled, **pairs, scale=5.0).item()
+    plain = losses_of(pooled, pairs, 5.0).item()
     changes = {
         "same item": ("groups", (0,), (3,)),
         "same dominant text": ("content", (1, 0), (4, 0)),
@@ -153,31 +199,38 @@ def test_pairs_of_the_same_item_or_text_are_not_negatives() -> None:
     for name, (key, source, target) in changes.items():
         changed = {**pairs, key: pairs[key].clone()}
         changed[key][target] = changed[key][source]
-        loss = contrastive_loss(pooled, **changed, scale=5.0).item()
+        loss = losses_of(pooled, changed, 5.0).item()
         assert loss < plain - 1e-3, name
         assert loss == pytest.approx(by_loop(pooled, **changed, scale=5.0), rel=1e-4), name
 
 
-def test_the_loss_of_several_sets_is_the_sum_of_their_losses() -> None:
+def test_the_losses_of_several_sets_are_those_of_each_alone() -> None:
     pooled, pairs = states(24), make_pairs(12)
-    together = contrastive_loss(pooled, **pairs, scale=4.0)
-    alone = sum(
-        contrastive_loss(pooled, **{key: value[pairs["sets"] == number] for key, value in pairs.items()}, scale=4.0)
+    together = losses_of(pooled, pairs, 4.0)
+    alone = torch.cat([
+        losses_of(pooled, {key: value[pairs["sets"] == number] for key, value in pairs.items()}, 4.0)
         for number in range(3)
-    )
+    ])  # fmt: skip
     torch.testing.assert_close(together, alone)
-    gradients = [torch.autograd.grad(loss, pooled) for loss in (together, alone)]
+    gradients = [torch.autograd.grad(losses.sum(), pooled) for losses in (together, alone)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_a_set_of_one_pair_gives_zero_and_no_gradient() -> None:
+    """Also if another set has more pairs, up to whose number it is padded."""
     pooled, pairs = states(6), make_pairs(3)
     pairs["sets"] = torch.arange(3)
-    loss = contrastive_loss(pooled, **pairs, scale=7.0)
-    loss.backward()
-    assert loss.item() == 0.0
+    losses = losses_of(pooled, pairs, 7.0)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 0.0, 0.0]
     assert all((state.grad == 0).all() for state in pooled)
+    pooled, pairs["sets"] = states(6), torch.tensor([0, 0, 1])
+    losses = losses_of(pooled, pairs, 7.0)
+    losses.sum().backward()
+    assert losses[0] > 0
+    assert losses[1] == 0.0
+    assert all((state.grad[pairs["pairs"][2]] == 0).all() for state in pooled)
 
 
 def test_loss_of_perfect_and_reversed_alignment() -> None:
@@ -185,14 +238,15 @@ def test_loss_of_perfect_and_reversed_alignment() -> None:
     pairs = make_pairs(4)
     pairs["pairs"] = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])
     pairs["sets"].zero_()
-    right = contrastive_loss([torch.cat([eye, eye])], **pairs, scale=50.0)
-    wrong = contrastive_loss([torch.cat([eye, eye.roll(1, 0)])], **pairs, scale=50.0)
+    right = losses_of([torch.cat([eye, eye])], pairs, 50.0)
+    wrong = losses_of([torch.cat([eye, eye.roll(1, 0)])], pairs, 50.0)
     assert right.item() == pytest.approx(0.0, abs=1e-6)
     assert wrong.item() == pytest.approx(4 * 50.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("sets", ["none", "of other ranks"])
 @pytest.mark.parametrize("idle", [False, True])
-def test_the_loss_without_pairs_is_zero_with_gradients_for_all_pooled_layers(idle: bool) -> None:
+def test_the_loss_without_pairs_is_zero_with_gradients_for_all_pooled_layers(idle: bool, sets: str) -> None:
     model = tiny()
     pooling = ContentPooling(model, range(1, 3))
     ids = torch.tensor([[1]]) if idle else IDS  # an idle rank's micro-batch: one token, no content
@@ -201,9 +255,10 @@ def test_the_loss_without_pairs_is_zero_with_gradients_for_all_pooled_layers(idl
         model(ids)
     assert all(state.isfinite().all() for state in pooled)
     no_pairs = {key: value[:0] for key, value in make_pairs(1).items()}
-    loss = contrastive_loss(pooled, **no_pairs, scale=3.0)
-    assert loss.item() == 0.0
-    loss.backward()
+    term = term_of(pooled, None if sets == "none" else sets_on_one_rank(no_pairs), 3.0)
+    assert term.reported is not None
+    assert (term.sum.item(), term.reported.item()) == (0.0, 0.0)
+    term.sum.backward()
     gradients = [parameter.grad for parameter in model.model.layers[:2].parameters()]
     assert all(gradient is not None and (gradient == 0).all() for gradient in gradients)
 
@@ -215,7 +270,7 @@ def test_pairs_whose_content_is_empty_give_finite_gradients() -> None:
         model(IDS)
     pairs = make_pairs(2)
     pairs |= {"pairs": torch.tensor([[0, 1], [2, 3]]), "sets": torch.zeros(2, dtype=torch.long)}
-    contrastive_loss(pooled, **pairs, scale=10.0).backward()
+    losses_of(pooled, pairs, 10.0).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.model.layers[:2].parameters())
 
 
@@ -225,9 +280,9 @@ def test_autocast_does_not_lower_the_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with pooling.batch(SEGMENTS, CONTENT, 4) as pooled:
             model(IDS)
-        inside = contrastive_loss(states(14), **make_pairs(7), scale=9.0)
+        inside = losses_of(states(14), make_pairs(7), 9.0)
     assert pooled[0].dtype == torch.float32
-    assert torch.equal(inside, contrastive_loss(states(14), **make_pairs(7), scale=9.0))
+    assert torch.equal(inside, losses_of(states(14), make_pairs(7), 9.0))
 
 
 def test_no_operation_synchronizes_with_the_device() -> None:
@@ -235,6 +290,7 @@ def test_no_operation_synchronizes_with_the_device() -> None:
     norm, tokens = torch.ones(2, 2), torch.ones(2, dtype=torch.int64)
     mean = torch.ones(2, 2, 16)
     vectors = LanguageVectors(("en", "de"), "en", (1, 3), (1, 3), mean, norm, tokens, "", "")
+    sets = sets_on_one_rank(make_pairs(2))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = tiny()
         shift = LanguageShift(model, 1, 3)
@@ -245,8 +301,10 @@ def test_no_operation_synchronizes_with_the_device() -> None:
         mask = torch.zeros(2, 1, 10, 10)
         with shift.batch(languages), pooling.batch(SEGMENTS.clone(), CONTENT.clone(), 4) as pooled:
             model(IDS.clone(), attention_mask=mask, use_cache=False)
-        pairs = {key: value.clone() for key, value in make_pairs(2).items()}
-        contrastive_loss(pooled, **pairs, scale=3.0).backward()
+        tensors = {
+            spec.name: value.clone() for spec in fields(sets) if isinstance(value := getattr(sets, spec.name), Tensor)
+        }
+        term_of(pooled, replace(sets, **tensors), 3.0).sum.backward()
         with shift.batch(languages):
             assert shift._token_languages(languages, 10, 6, 1, False).shape == (6, 1)
         with pytest.raises(DataDependentOutputException):

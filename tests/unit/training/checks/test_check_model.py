@@ -14,7 +14,7 @@ from tiny_run import XMIXUP, run_values, write_data, write_task_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from data_pipeline.config import merged
-from training.assembly import assemble_data, check_model
+from training.assembly import assemble_data, check_contrast_sets, check_model
 from training.check import check_run
 from training.config import RunConfig
 from training.engine.engine import deepspeed, deepspeed_settings, refusing
@@ -239,32 +239,45 @@ def test_a_contrast_set_above_the_micro_batch_is_refused_with_both_sizes(tmp_pat
     changes |= {"data.mixture": {"strategy": "explicit", "weights": {"en": 3, "de": 1, "sw": 1, "zh": 1}}}
     changes |= {"objective.contrastive": {"weight": 0.5, "scale": 10.0, "set_size": 4}}
     needed = largest_set(config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": 10**6}))
-    fits = config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": needed})
-    assemble_data(fits, prepare(fits))
+    check_sets(config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": needed}), ranks=1)
     too_small = config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": needed - 1})
-    prepared = prepare(too_small)
     with pytest.raises(ConfigError) as refusal:
-        assemble_data(too_small, prepared)
-    assert f"takes about {needed} tokens {layout} (" in str(refusal.value)
-    assert f"data.micro_batch_tokens is {needed - 1};" in str(refusal.value)
+        check_sets(too_small, ranks=1)
+    assert str(refusal.value).startswith(
+        f"data.micro_batch_tokens: {needed - 1}, but a contrast set takes about {needed} tokens {layout} (a step's"
+    )
+    check_sets(too_small, ranks=4)
+    with pytest.raises(ConfigError, match=f" tokens {layout} on one of 4 ranks ") as on_ranks:
+        check_sets(config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": 160}), ranks=4)
+    (named,) = re.findall(r"set data.micro_batch_tokens to (\d+) or more", str(on_ranks.value))
+    assert 160 < int(named) < needed
+    with pytest.raises(ConfigError, match=rf"takes about {named} tokens"):
+        check_sets(config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": int(named) - 1}), ranks=4)
+    check_sets(config_of(folder, tmp_path, **changes, **{"data.micro_batch_tokens": int(named)}), ranks=4)
+
+
+def check_sets(config: RunConfig, ranks: int) -> None:
+    data = assemble_data(config, prepare(config))
+    check_contrast_sets(config, data.planner, data.packer.grid, ranks, ranks)
 
 
 def largest_set(config: RunConfig) -> int:
-    """Rows x longest row of the run's largest contrast set, each packed alone."""
+    """The budget of the run's largest contrast set alone: rows x longest sample padded, whole rows packed."""
     data = assemble_data(config, prepare(config))
     sizes = []
     for step in range(config.max_steps):
-        for unit in data.planner.step(step).units:
-            if unit.pairs:
-                lengths = [round(slot.cost) for slot in unit.slots if slot.cost <= config.data.sequence_length]
-                rows: list[int] = []  # tokens in each: best fit, longest first
-                for length in sorted(lengths, reverse=True):
-                    room = config.data.sequence_length - length if data.packer.layout == "packed" else -1
-                    if free := [n for n in rows if n <= room]:
-                        rows[rows.index(max(free))] += length
-                    else:
-                        rows.append(length)
-                sizes.append(len(rows) * max(rows))
+        plan = data.planner.step(step)
+        for pairs in plan.sets:
+            lengths = [round(cost) for cost in plan.costs[pairs.ravel()].tolist()]
+            assert max(lengths) <= config.data.sequence_length
+            rows: list[int] = []  # tokens in each: best fit, longest first
+            for length in sorted(lengths, reverse=True):
+                room = config.data.sequence_length - length if data.packer.layout == "packed" else -1
+                if free := [n for n in rows if n <= room]:
+                    rows[rows.index(max(free))] += length
+                else:
+                    rows.append(length)
+            sizes.append(len(rows) * (config.data.sequence_length if data.packer.layout == "packed" else max(rows)))
     return max(sizes)
 
 
@@ -278,8 +291,8 @@ def test_an_overlong_sample_does_not_count_toward_the_size_of_its_set(tmp_path: 
     changes = {"data.layout": "padded", "data.sequence_length": 400, "data.micro_batch_tokens": 600}
     config = config_of(folder, tmp_path, **changes)
     data = assemble_data(config, prepare(config))
-    costs = [slot.cost for step in range(12) for unit in data.planner.step(step).units for slot in unit.slots]
-    assert max(costs) > 400
+    assert max(data.planner.step(step).costs.max() for step in range(12)) > 400
+    check_sets(config, ranks=1)
 
 
 def test_another_tokenizer_changes_the_fingerprint(tmp_path: Path) -> None:

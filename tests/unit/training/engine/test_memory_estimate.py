@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import load_on_ranks
 from tiny_run import XMIXUP, PreparedRun, run_values, write_data, write_task_data
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -195,8 +196,8 @@ def test_no_micro_batch_exceeds_the_largest_estimated_one(
     batches = [
         batch.input_ids
         for step in range(6)
-        for rank in range(ranks)
-        for batch in data.loader(rank, ranks).load(step).micro_batches
+        for share in load_on_ranks(data.loader, ranks, step)
+        for batch in share.micro_batches
     ]
     assert max(each.numel() for each in batches) <= shape.rows * shape.row_tokens <= config.data.micro_batch_tokens
     assert max(each.shape[1] for each in batches) <= shape.row_tokens

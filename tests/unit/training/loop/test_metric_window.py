@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.loader import no_slots
-from training.loop.metric_window import FINGERPRINTS, MAX_ROWS, MetricWindow
-from training.loop.step_sums import StepRead, StepSums
+from data_pipeline import loader
+from training.loop.metric_window import MAX_ROWS, MetricWindow
+from training.loop.step_sums import StepSums
 from training.objectives.base import LossTerm, LossTerms
-from training.objectives.scaling import StepTotals
 
 LANGUAGES = ("en", "de", "sw", "zh")
 CPU = torch.device("cpu")
@@ -45,18 +44,23 @@ class Step:
             sums.add(LossTerms(losses, torch.ones(len(labels)), languages, terms), losses.sum())
         return sums
 
-    def totals(self) -> StepTotals:
-        return StepTotals({"label_tokens": sum(map(len, self.micro_batches)), "pairs": self.pairs}, 1)
-
-    def read(self) -> StepRead:
-        return StepRead(np.array(self.tokens), no_slots(len(LANGUAGES)), 2, self.fingerprint, 1)
+    def batch(self, step: int) -> loader.Step:
+        languages = [language for labels in self.micro_batches for language, _ in labels]
+        labels = np.bincount(languages, minlength=len(LANGUAGES))
+        return loader.Step(
+            step=step, micro_batches=(), counts={"label_tokens": len(languages), "pairs": self.pairs},
+            tokens=np.array(self.tokens), labels=labels, slots=loader.no_slots(len(LANGUAGES)), bad_rows=(), unusable=0,
+            overlong=2, fingerprint=self.fingerprint, dropped_pairs=1,
+        )  # fmt: skip
 
 
 def drawn(number: int, languages: range = range(3)) -> Step:
     rng = random.Random(number)
     labels = [[(rng.choice(languages), rng.uniform(1, 9)) for _ in range(rng.randint(1, 5))] for _ in range(2)]
     tokens = [rng.randint(0, 99) for _ in LANGUAGES]
-    return Step(labels, rng.random(), rng.randint(1, 4), tokens, rng.uniform(0, 2), rng.randrange(FINGERPRINTS))
+    return Step(
+        labels, rng.random(), rng.randint(1, 4), tokens, rng.uniform(0, 2), rng.randrange(loader.FINGERPRINT_RANGE)
+    )
 
 
 def window(log_every: int) -> MetricWindow:
@@ -64,7 +68,7 @@ def window(log_every: int) -> MetricWindow:
 
 
 def feed(made: MetricWindow, number: int, step: Step) -> None:
-    made.add(number, step.sums(), step.totals(), step.read())
+    made.add(number, step.sums(), step.batch(number))
     made.applied(torch.tensor(step.norm, dtype=torch.float64))
     made.add_seconds(step=0.5, waiting=0.25)
 
@@ -82,7 +86,7 @@ def slow(steps: list[Step]) -> dict[str, float]:
         "data/wait_seconds": 0.25,
         "data/overlong": 2.0 * len(steps),
         "data/dropped_pairs": 1.0 * len(steps),
-        "data/step_fingerprint": float(sum(step.fingerprint for step in steps) % FINGERPRINTS),
+        "data/step_fingerprint": float(sum(step.fingerprint for step in steps) % loader.FINGERPRINT_RANGE),
     }
     for number, language in enumerate(LANGUAGES):
         found[f"train/token_share/{language}"] = tokens[number] / sum(tokens)
@@ -144,7 +148,7 @@ def test_nothing_is_kept_after_a_logged_step() -> None:
 def test_a_step_whose_loss_is_not_finite_is_left_out_of_the_means() -> None:
     made, good, bad = window(2), drawn(1), Step([[(0, 1.0)], [(3, math.inf)]], 0.3, 2, [5] * 4, math.nan, 5)
     feed(made, 1, good)
-    made.add(2, bad.sums(), bad.totals(), bad.read())
+    made.add(2, bad.sums(), bad.batch(2))
     made.skipped()
     first, second = made.read()
     assert math.isfinite(first.loss)

@@ -27,10 +27,9 @@ from training.errors import CheckpointFailed, NonFiniteStep
 from training.launch.stop import StoppedOnRequest
 from training.loop.guard import Verdict
 from training.loop.progress import TrainingProgress
-from training.loop.step_sums import StepRead, StepSums
-from training.loop.trainer import Agreed, Trainer
+from training.loop.step_sums import StepSums
+from training.loop.trainer import Trainer
 from training.objectives.base import LossTerm, LossTerms
-from training.objectives.scaling import StepTotals
 from training.run_file import validate
 
 Made = Callable[..., Trainer]
@@ -208,12 +207,13 @@ def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float],
         terms = {"sft": LossTerm(label.sum(), "label_tokens", 1.0), "contrastive": LossTerm(label.sum(), "pairs", 0.1)}
         found = LossTerms(label, torch.ones(1), torch.tensor([language]), terms)
         sums.add(found, 1.1 * label.sum())
-    micro_batches = [SimpleNamespace(sample_ids=(f"{language}-{n}",)) for n, language in enumerate(languages)]
-    made.accumulate = lambda step, batch, totals: (sums, micro_batches[: len(losses)])  # type: ignore[method-assign, assignment, return-value]
+    micro_batches: Any = [SimpleNamespace(sample_ids=(f"{language}-{n}",)) for n, language in enumerate(languages)]
+    made.accumulate = lambda step, batch: sums  # type: ignore[method-assign]
     made.run.engine.step = engine_step  # type: ignore[method-assign]
-    read = StepRead(np.ones(len(languages), np.int64), no_slots(len(languages)), 0, 0, 0)
-    agreed = Agreed(StepTotals({"label_tokens": len(losses), "pairs": 1}, len(losses)), read, False, False)
-    return made.train_step(2, cast(Step, None), agreed)
+    counts = {"label_tokens": len(losses), "pairs": 1}
+    labels = (np.arange(len(languages)) < len(losses)).astype(np.int64)
+    shown = tuple(micro_batches[: len(losses)])
+    return made.train_step(2, rank_step(languages, micro_batches=shown, counts=counts, labels=labels))
 
 
 def overflow(rate: float) -> Tensor:
@@ -266,16 +266,22 @@ def loop(made: Trainer, start: int) -> Lines:
     """What the loop logs from step `start` on; the loss of step t is 1 / t, and twice that in every third step."""
     languages = made.config.data.languages
 
-    def accumulate(step: int, batch: Step, totals: StepTotals) -> tuple[StepSums, list[Any]]:
+    def accumulate(step: int, batch: Step) -> StepSums:
         sums = StepSums.zeros(len(languages), 2, torch.device("cpu"))
         loss = torch.tensor([(1 + (step % 3 == 0)) / (step + 1)])
         terms = {"sft": LossTerm(loss.sum(), "label_tokens", 1.0), "contrastive": LossTerm(loss.sum(), "pairs", 0.1)}
         sums.add(LossTerms(loss, torch.ones(1), torch.tensor([step % len(languages)]), terms), loss.sum())
-        return sums, []
+        return sums
 
     run: Any = made.run
     run.loader = SimpleNamespace(
-        steps=lambda start, stop: (rank_step(languages, fingerprint=number) for number in range(start, stop))
+        steps=lambda start, stop: (
+            rank_step(
+                languages, fingerprint=number, labels=np.eye(len(languages), dtype=np.int64)[number % len(languages)]
+            )
+            for number in range(start, stop)
+        ),
+        waited=0.0,
     )
     run.objective.before_step, run.heldout = lambda engine, step: {"shift/norm/sw": 0.5} if step == 4 else {}, None
     run.engine.step = lambda rate: torch.tensor(rate)
@@ -362,10 +368,10 @@ def test_a_list_of_samples_that_cannot_be_written_does_not_end_the_run(
 def rank_step(languages: Sequence[str], **changes: Any) -> Step:
     zeros = np.zeros(len(languages), np.int64)
     step = Step(
-        step=0, micro_batches=(), counts={"label_tokens": 5, "pairs": 2}, tokens=zeros, samples=zeros,
-        slots=no_slots(len(languages)), bad_rows=(), overlong=1, fingerprint=7, dropped_pairs=3,
+        step=0, micro_batches=(), counts={"label_tokens": 5, "pairs": 2}, tokens=zeros, labels=zeros,
+        slots=no_slots(len(languages)), bad_rows=(), unusable=0, overlong=1, fingerprint=7, dropped_pairs=3,
     )  # fmt: skip
-    return replace(step, **changes)
+    return replace(step, **{"unusable": len(changes.get("bad_rows", ())), **changes})
 
 
 def test_bad_rows_of_a_step_that_a_stop_prevents_are_not_counted_twice(trainer: Made) -> None:
@@ -405,9 +411,9 @@ def run_steps(made: Trainer, at: int, event: Step | Exception) -> None:
             yield event if step == at and isinstance(event, Step) else rank_step(languages)
 
     run: Any = made.run
-    run.loader = SimpleNamespace(steps=steps, empty=lambda step: rank_step(languages))
+    run.loader = SimpleNamespace(steps=steps, waited=0.0)
     run.objective.before_step, run.heldout = lambda engine, step: {}, None
-    made.train_step = lambda step, batch, agreed: {"train/loss": 1.0}  # type: ignore[method-assign]
+    made.train_step = lambda step, batch: {"train/loss": 1.0}  # type: ignore[method-assign]
     made._first_step, made.stop._reason = False, None
     made._train_from(0, TrainingProgress(0, made.config.max_steps, shown=False))
 
@@ -499,18 +505,6 @@ def test_run_totals_are_restored_by_a_rollback_and_by_a_resume(trainer: Made) ->
     again = trainer_of(made)
     again.restore(checkpoint.step_folders(made.config.output_dir)[0])
     assert again.totals.state() == before
-
-
-def test_dropped_pairs_are_those_of_the_plan_and_not_summed_over_ranks(
-    trainer: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The all-reduce is patched as if another rank had the same values."""
-    monkeypatch.setattr("training.loop.trainer.cpu_sum", lambda values: 2 * np.array(values))
-    made = trainer()
-    languages = made.config.data.languages
-    read = made.agree(rank_step(languages)).read
-    assert read.dropped_pairs == 3
-    assert (read.overlong, read.fingerprint) == (2, 14)
 
 
 def test_a_missing_best_metric_is_warned_of_once(trainer: Made, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.config import ScheduleConfig
 from training.objectives.base import LossTerm
-from training.objectives.scaling import StepTotals, learning_rate, step_loss_share
+from training.objectives.scaling import learning_rate, step_loss_share
 
 STEPS = 200
 PEAK = 3e-3
@@ -48,10 +48,10 @@ def test_any_split_gives_the_loss_and_gradient_of_one_global_mean(seed: int) -> 
 
     parts = int(generator.integers(1, 9))
     split = torch.full((5,), 0.1, dtype=torch.float64, requires_grad=True)
-    totals = StepTotals({"label_tokens": tokens, "pairs": pairs}, micro_batches=parts)
+    counts = {"label_tokens": tokens, "pairs": pairs}
     total = 0.0
     for token, pair in zip(random_split(generator, tokens, parts), random_split(generator, pairs, parts), strict=True):
-        share = step_loss_share(both(*terms(split, token, pair), a, b), totals)
+        share = step_loss_share(both(*terms(split, token, pair), a, b), counts)
         share.backward()
         total += share.item()
     assert total == pytest.approx(expected.item(), rel=1e-12)
@@ -60,16 +60,15 @@ def test_any_split_gives_the_loss_and_gradient_of_one_global_mean(seed: int) -> 
 
 
 def test_tokens_have_the_same_weight_whatever_the_size_of_their_micro_batch() -> None:
-    totals = StepTotals({"label_tokens": 10, "pairs": 0}, micro_batches=2)
     parts = [LossTerm(torch.tensor(n * loss), "label_tokens", 1.0) for n, loss in ((1, 4.0), (9, 2.0))]
-    shares = [step_loss_share({"sft": part}, totals) for part in parts]
+    shares = [step_loss_share({"sft": part}, {"label_tokens": 10}) for part in parts]
     assert sum(share.item() for share in shares) == pytest.approx((4 + 9 * 2) / 10)
 
 
 def test_a_step_without_labels_or_pairs_has_loss_zero_and_a_gradient() -> None:
     weights = torch.ones(3, requires_grad=True)
     zero = (weights * 0).sum()
-    share = step_loss_share(both(zero, zero), StepTotals({"label_tokens": 0, "pairs": 0}, 1))
+    share = step_loss_share(both(zero, zero), {"label_tokens": 0, "pairs": 0})
     share.backward()
     assert share.item() == 0
     assert weights.grad is not None

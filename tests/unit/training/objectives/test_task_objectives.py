@@ -9,6 +9,7 @@ import torch
 from small_encoders import unigram
 from transformers import AutoConfig
 
+from data_pipeline.batching.grid import Grid
 from data_pipeline.batching.packer import Packer
 from data_pipeline.batching.tasks import TaskCollator
 from data_pipeline.tasks.config import TaskConfig
@@ -46,7 +47,7 @@ def test_an_idle_micro_batch_adds_nothing_to_losses_and_gradients(kind: Any, pai
         settings = XMixupConfig(name="xmixup", layer=1, alpha=0.4)
         objective = XMixup(model, kind, settings, unigram().all_special_ids)
     collator = TaskCollator(1, TaskConfig(kind=kind, labels=labels), paired=paired, has_token_types=False)
-    batch = Packer("padded", 64, 64, collator).idle()
+    batch = Packer(Grid("padded", 64, 64, collator.sides), collator).idle()
     terms = objective.loss_terms(PlainEngine(model), batch)
     assert float(terms.label_losses.detach().sum()) == 0
     assert tuple(terms.terms) == (XMixupConfig.terms if paired else FineTuneConfig.terms)
