@@ -103,7 +103,7 @@ def cases(largest: int) -> Iterator[Case]:
     for samples in (4, 16):
         yield from (Case(f"weak, {samples} a rank", samples * each, each, 20, 10**7) for each in ranks)
     for slots in (128, 1024):
-        yield from (Case(f"strong, {slots} slots", slots, each, 20, 10**7) for each in ranks)
+        yield from (Case(f"strong, {slots:,} slots", slots, each, 20, 10**7) for each in ranks)
     for languages in (2, 1000):
         yield Case("languages", 16 * ranks[-1], ranks[-1], languages, 10**7)
     yield Case("rows", 16 * ranks[-1], ranks[-1], 1000, 10**9)
@@ -173,13 +173,17 @@ def plot(results: list[tuple[Case, Result]], file: Path) -> None:
         found = [(case.ranks, result) for case, result in results if case.name == name]
         ranks = [each for each, _ in found]
         times.plot(ranks, [1000 * (each.plan_seconds + each.pack_seconds) for _, each in found], marker="o", label=name)
-        balances.plot(ranks, [each.balance for _, each in found], marker="o", label=name)
+        balances.plot(ranks, [100 * (each.balance - 1) for _, each in found], marker="o", label=name)
     times.axhline(50, color="grey", linestyle="--", label="5 % of a step of 1 s")
-    times.set(
-        xscale="log", yscale="log", xlabel="ranks", ylabel="ms a step and rank", title="Plan and pack a rank's share"
-    )
-    balances.set(xscale="log", xlabel="ranks", ylabel="largest / mean cost of a rank", title="Balance")
+    times.set(ylabel="CPU time of a step, ms", title="Plan a step and pack a rank's share")
+    balances.set(ylabel="largest cost of a rank above the mean, %", title="Balance (one rank: 0 %)")
     for axes in (times, balances):
+        axes.set_xscale("log")
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(RANKS, [f"{each:,}" for each in RANKS])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("ranks")
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)

@@ -213,7 +213,7 @@ def test_micro_steps(walk: Walk) -> None:
         n_steps.append(len(micro_steps))
         for number, micro_step in enumerate(micro_steps):
             for rank, share in enumerate(micro_step.shares(ranks)):
-                found.append([ranks, number, rank, *share, spread.costs[share].sum()])
+                found.append([ranks, number, rank, *share.tolist(), float(spread.costs[share].sum())])
     assert [numbers(" ".join(row.values())) for row in PAGE.table("ranks", "micro-step")] == found
     assert n_steps == [2, 1]
     said = PAGE.quoted(
@@ -225,9 +225,14 @@ def test_micro_steps(walk: Walk) -> None:
     said = PAGE.quoted("the layers: {} + 0.5435 x {} = {} for ours")
     assert said == [table["row_length"][1], table["n_labels"][1], spread.costs[1]]
     scanned = range(0, len(walk.plan), 2)
-    assert PAGE.quoted("Rank 0 scanned the positions {}, {}, {} and {}; it reads position {}") == [
-        *scanned, *(each for each in micro_steps[0].share(0) if each not in scanned)
+    assert PAGE.quoted("Rank 0 scanned the positions {}, {}, {} and {}; it reads positions {} and {}") == [
+        *scanned, *(each for each in micro_steps[0].share(0).tolist() if each not in scanned)
     ]  # fmt: skip
+    members = micro_steps[0].positions
+    by_costs = spread._evenly(members, 2)  # without rows of equal length
+    shares = [*micro_steps[0].shares(2), *(members[by_costs == rank] for rank in range(2))]
+    said = PAGE.quoted("have {} and {} tokens, where the first rule alone gives {} and {}")
+    assert said == [spread.grid.tokens(table["row_length"][share].tolist()) for share in shares]
     ids = [walk.data.index.record(row).id for row in walk.plan.rows.tolist()]
     expected = [[ids[position] for position in share] for share in micro_steps[0].shares(2)]
     assert [line["ids"] for line in plan_lines(walk.config, range(1), world_size=2)] == expected
@@ -325,7 +330,7 @@ def test_contrast_sets(walk: Walk) -> None:
     steps = load_on_ranks(walk.data.loader, 2, 0)
     one, two = (step.micro_batches[0].targets.contrast for step in steps)
     assert all(step.fingerprint == walk.step.fingerprint and step.counts == walk.step.counts for step in steps)
-    said = PAGE.quoted("positions {}, {}, {}, {} as members 0 to 3 and gets {} and {} as members 4 and 5")
+    said = PAGE.quoted("positions {}, {}, {} as members 0 to 2 and gets {}, {} and {} as members 3 to 5")
     index = walk.data.index
     names = {(index.record(row).id, index.language[row]): n for n, row in enumerate(walk.plan.rows.tolist())}
     batches = [step.micro_batches[0] for step in steps]
