@@ -11,16 +11,6 @@ GPU's kernels change.
 `--budget` seconds bound the whole: a case that does not fit into what is left is "not measured", one that runs is ended
 at the end of the budget, and what was measured is written after every case. Without a GPU everything is "not measured",
 unless `--cpu` asks for a trial of the script on CPUs.
-
-MFU is the model's FLOPs of a step, of forward and backward without recomputation, divided by its seconds and the peak
-(`--peak-tflops`, by default 790, that an H200 reaches in large bf16 matrix products):
-
-    6 N T + 6 L A sum(s (s + 1)) + 6 V H n
-
-N weights of a layers' matrices, T tokens without padding, L layers, A heads times head size, s the length of each
-sample, V vocabulary, H hidden size, n label tokens. The head counts for label tokens only, as crosslift computes no
-other logits; a token attends to itself and those before it in its own sample only. So nothing that is not computed for
-a result raises the figure.
 """
 
 from __future__ import annotations
@@ -31,19 +21,19 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flops import ModelShape, model_shape
+from benchmarks.gpu_report import CURVES, summary, table
 from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
 from benchmarks.ranks import SOURCE, machine
 
@@ -68,36 +58,6 @@ CASES = {
     "SFT, flash-attn varlen": ("sft", "flash_attention_2"),
     "ShifCon, flash-attn varlen": ("shifcon", "flash_attention_2"),
 }
-CURVES = {"curve bf16": "bf16", "curve fp32 on CPU": "fp32"}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What a decoder's FLOPs depend on."""
-
-    layers: int
-    layer_weights: int  # elements of the matrices of one layer
-    attention_width: int  # heads x head size
-    hidden: int
-    vocabulary: int
-
-    def step_flops(self, lengths: Iterable[int], labels: int) -> float:
-        """FLOPs of forward and backward over samples of these lengths, of whose tokens `labels` meet the head."""
-        lengths = list(lengths)
-        matrices = 6 * sum(lengths) * self.layers * self.layer_weights
-        attention = 6 * self.layers * self.attention_width * sum(s * (s + 1) for s in lengths)
-        return float(matrices + attention + 6 * self.vocabulary * self.hidden * labels)
-
-
-def model_shape(model: Any) -> ModelShape:
-    """The shape of a decoder, whose weights may be on the meta device but not sharded."""
-    from modeling.layers import decoder_layers
-
-    config, layers = model.config, decoder_layers(model)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    weights = sum(each.numel() for each in layers[0].parameters() if each.ndim == 2)
-    width = config.num_attention_heads * head_size
-    return ModelShape(len(layers), weights, width, config.hidden_size, config.vocab_size)
 
 
 def run_values(folder: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -239,60 +199,6 @@ def used_memory(device: Any) -> dict[str, int]:
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return {"tensors": allocated, "allocator": reserved, "device": total - free}
-
-
-def summary(found: dict[str, Any], peak_tflops: float) -> dict[str, Any]:
-    """Medians over the windows after the first, in which kernels are chosen and the language vectors computed."""
-    windows = found["windows"][1:]
-    if not windows:
-        return {"reason": f"only {len(found['windows'])} windows of steps were done in time"}
-    flops = [each["flops"] / each["seconds"] for each in windows]
-    return {
-        "steps": sum(each["steps"] for each in windows),
-        "seconds_a_step": statistics.median(each["seconds"] / each["steps"] for each in windows),
-        "tokens_per_second": statistics.median(each["tokens"] / each["seconds"] for each in windows),
-        "mfu": statistics.median(flops) / (peak_tflops * 1e12 * found["ranks"]),
-        "waited_share": sum(each["waited"] for each in windows) / sum(each["seconds"] for each in windows),
-    }
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: hardware, versions and command; a row for each case; the curves."""
-    on = results["machine"]
-    lines = [
-        f"`{results['command']}`: {on['gpu'] or 'no GPU'}, {on['ranks']} rank(s), {on['cpu']}, "
-        + ", ".join(f"{name} {version}" for name, version in on["versions"].items())
-        + f"; peak taken as {results['peak_tflops']:g} TFLOP/s.",
-        "",
-        "| case | steps | s/step | tokens/s | MFU | peak GiB | estimate, GiB | loss: first, last |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, found in results["cases"].items():
-        values = found.get("summary", {})
-        if "tokens_per_second" not in values:
-            lines.append(f"| {name} | not measured: {found.get('reason') or values['reason']} | | | | | | |")
-            continue
-        memory, losses = found["memory"], [each["loss"] for each in found["windows"]]
-        used = memory.get("device", memory.get("process", 0))
-        lines.append(
-            f"| {name} | {values['steps']} | {values['seconds_a_step']:.3f} | {values['tokens_per_second']:,.0f} | "
-            f"{values['mfu']:.1%} | {used / 2**30:.2f} | {memory['estimate'] / 2**30:.2f} | "
-            f"{losses[0]:.3f}, {losses[-1]:.3f} |"
-        )
-    lines += ["", curve_line(results["cases"])]
-    return "\n".join(lines) + "\n"
-
-
-def curve_line(cases: dict[str, Any]) -> str:
-    """The largest relative difference between the two loss curves."""
-    here, there = ([each["loss"] for each in cases.get(name, {}).get("windows", ())] for name in CURVES)
-    if not (shared := list(zip(here, there, strict=False))):
-        return "Loss curve against fp32 on CPU: not measured."
-    largest = max(abs(a - b) / abs(b) for a, b in shared)
-    return (
-        f"Loss curve of {len(shared)} steps against fp32 on CPU: from {there[0]:.3f} to {there[len(shared) - 1]:.3f}, "
-        f"largest relative difference {largest:.2%}."
-    )
 
 
 def obstacle(name: str, options: argparse.Namespace) -> str | None:

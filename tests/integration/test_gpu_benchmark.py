@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from ranks import checked, run_ranks
 
 from benchmarks import gpu
-from benchmarks.gpu import CASES, CURVES, ModelShape, model_shape, summary
+from benchmarks.flops import ModelShape, model_shape
+from benchmarks.gpu import CASES
+from benchmarks.gpu_report import CURVES, summary
 
 CONFIG = LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

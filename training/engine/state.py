@@ -49,7 +49,6 @@ try:
     with _variable("TORCHDYNAMO_DISABLE", "1"):
         import deepspeed as deepspeed
         import deepspeed.runtime.zero.muon.muon_optimizer
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
         from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
         from deepspeed.runtime.constants import BFLOAT16
         from deepspeed.runtime.engine import DeepSpeedEngine
@@ -174,9 +173,8 @@ def load_state(engine: Any, directory: Path, universal: bool) -> None:
     optimizer = engine.optimizer.optimizer
     on_device = any(group.get("fused") for group in optimizer.param_groups)
     for parameter, state in optimizer.state.items():
-        if "step" in state:  # a number in DeepSpeed's CPU Adam, a tensor beside the moments in torch's fused Adam
-            step = torch.tensor(float(state["step"]), device=parameter.device if on_device else "cpu")
-            state["step"] = int(step) if isinstance(optimizer, DeepSpeedCPUAdam) else step
+        if "step" in state:  # saved as a number by DeepSpeed's CPU Adam; torch's fused one has it beside the moments
+            state["step"] = torch.tensor(float(state["step"]), device=parameter.device if on_device else "cpu")
 
 
 def to_universal(checkpoint: Path, output: Path) -> None:
