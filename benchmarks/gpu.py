@@ -135,9 +135,10 @@ def measure(name: str, folder: Path, options: argparse.Namespace, deadline: floa
     for number, batch in enumerate(run.loader.steps(0, wanted)):
         waited += time.perf_counter() - since
         run.objective.before_step(run.engine, number)
-        metrics = trainer.train_step(number, batch, trainer.agree(batch))
-        lengths = [len(sample) for micro_batch in batch.micro_batches for sample in micro_batch.samples]
-        of_rank = int(batch.counts["label_tokens"])
+        trainer.agree(batch)
+        metrics = trainer.train_step(number, batch)
+        samples = [sample for micro_batch in batch.micro_batches for sample in micro_batch.samples]
+        lengths, of_rank = list(map(len, samples)), sum(sample.counts()["label_tokens"] for sample in samples)
         flops, tokens, labels = flops + shape.step_flops(lengths, of_rank), tokens + sum(lengths), labels + of_rank
         since = time.perf_counter()
         if (number + 1) % window:

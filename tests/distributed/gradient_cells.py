@@ -85,7 +85,7 @@ def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> N
         sets = len(run.data.planner.step(step).sets)
         facts = {
             **batch.counts,
-            "norm": norm,
+            "norm": float(norm),
             "sets": sets,
             "idle": float(idle),
             "exchanged": exchanged,

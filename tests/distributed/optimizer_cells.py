@@ -64,8 +64,8 @@ def compared(trainer: Trainer) -> Iterator[dict[str, Any]]:
     )
     train_step, accumulate = trainer.train_step, trainer.accumulate
 
-    def with_gradients(step: int, batch: Any, totals: Any) -> Any:
-        found = accumulate(step, batch, totals)
+    def with_gradients(step: int, batch: Any) -> Any:
+        found = accumulate(step, batch)
         gradients = engine.full_gradients()
         norm = torch.stack([each.double().norm() for each in gradients.values()]).norm().item()
         for name, weight in weights.items():
@@ -77,8 +77,8 @@ def compared(trainer: Trainer) -> Iterator[dict[str, Any]]:
         plain.step()
         return found
 
-    def beside(step: int, batch: Any, agreed: Any) -> dict[str, float]:
-        metrics = train_step(step, batch, agreed)
+    def beside(step: int, batch: Any) -> dict[str, float]:
+        metrics = train_step(step, batch)
         now = master_weights(trainer)
         report["differences"].append(max(float((now[name] - weights[name]).abs().max()) for name in weights))
         report["losses"].append(metrics["train/loss"])

@@ -72,11 +72,12 @@ def reads_between_logged_steps(trainer: Trainer) -> list[str]:
     """What two steps that do not log read from the device (`device_reads`); the logged one after them has a loss."""
     trainer.window = MetricWindow(trainer.config.data.languages, len(trainer.config.objective.terms), 9, DEVICE)
     trainer._logs = lambda done, by_language=False: done == STEPS + 3  # type: ignore[method-assign]
-    batches = [trainer.run.loader.load(step) for step in range(STEPS, STEPS + 3)]
+    batches = list(trainer.run.loader.steps(STEPS, STEPS + 3))
     with device_reads() as reads:
         for number, batch in enumerate(batches[:2]):
-            assert trainer.train_step(STEPS + number, batch, trainer.agree(batch)) == {}
-    logged = trainer.train_step(STEPS + 2, batches[2], trainer.agree(batches[2]))
+            trainer.agree(batch)
+            assert trainer.train_step(STEPS + number, batch) == {}
+    logged = trainer.train_step(STEPS + 2, batches[2])
     assert 0 < logged["train/loss"] < 10
     return reads
 
