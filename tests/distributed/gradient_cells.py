@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tiny_run import XMIXUP, rank_values
+from torch import Tensor
 
 from data_pipeline.batching.batch import ContrastSets
 from data_pipeline.batching.grid import Grid
@@ -30,11 +31,12 @@ from data_pipeline.batching.micro_steps import MicroStep, Spread
 from data_pipeline.batching.packer import Packer
 from data_pipeline.loader import Loader, Step
 from data_pipeline.reader import Reader
-from data_pipeline.records import BadRow, DataError
+from data_pipeline.records import BadRow, DataError, Sample
 from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
 from training.engine.engine import gathered, process_group
 from training.loop.trainer import Trainer
+from training.objectives.base import LossTerm
 from training.run_file import validate
 from training.run_folder.prepare import prepare
 
@@ -62,6 +64,10 @@ def main() -> None:
             for micro_batches in (1, 2, 4):
                 _cell(run, cell, step, micro_batches, output / f"{cell}-{micro_batches}")
         run.engine.destroy()
+    if world_size() == 1:
+        run = _run(data_dir, work, "shifcon")
+        _cell(run, "shifcon-plain", STEP, 1, output / "shifcon-plain-1")
+        run.engine.destroy()
     if world_size() == 2:
         for objective in ("shifcon", "xmixup"):
             for stage in (1, 2, 3):
@@ -74,6 +80,9 @@ def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> N
     batch = _batch(trainer, cell, step, micro_batches)
     idle = all_sum([sum(not each.samples for each in batch.micro_batches)], run.engine.device)
     received = sum(sum(each.received_from) for each in _contrasts(batch))
+    if cell == "shifcon-plain":
+        (micro_batch,) = batch.micro_batches
+        run.objective._contrastive = partial(_plain_contrastive, run, step, micro_batch.samples)  # type: ignore[attr-defined]
     sums = trainer.accumulate(step, batch)
     gradients = run.engine.full_gradients()
     assert gradients.keys() == dict(run.engine.module.named_parameters()).keys()
@@ -92,6 +101,36 @@ def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> N
             "terms": terms,
         }
         output.with_suffix(".json").write_text(json.dumps(facts))
+
+
+def _plain_contrastive(run: Run, step: int, samples: Sequence[Sample], pooled: Sequence[Tensor], _: Any) -> LossTerm:
+    """The contrastive loss by loops over the plan's pairs, on one rank that has all samples in one micro-batch."""
+    plan = run.data.planner.step(step)
+    order = [(sample.id, sample.language, sample.n_labels > 0) for sample in samples]
+
+    def segment(position: int) -> int:
+        slot = plan.slot(position)
+        return order.index((run.data.index.record(slot.row).id, slot.language, slot.labelled))
+
+    loss = torch.zeros(())
+    for pairs in plan.sets:
+        for states in pooled:
+            for i, (dominant, other) in enumerate(pairs.tolist()):
+                different = [
+                    j == i or (
+                        plan.groups[pairs[j, 0]] != plan.groups[dominant]
+                        and not set(plan.contents[pairs[j]]) & set(plan.contents[pairs[i]])
+                    )
+                    for j in range(len(pairs))
+                ]  # fmt: skip
+                candidates = [pair for pair, chosen in zip(pairs.tolist(), different, strict=True) if chosen]
+                one, two = states[segment(dominant)], states[segment(other)]
+                rows = [torch.cosine_similarity(one, states[segment(b)], dim=0) for _, b in candidates]
+                columns = [torch.cosine_similarity(states[segment(a)], two, dim=0) for a, _ in candidates]
+                scale, pair = run.config.objective.contrastive.scale, torch.cosine_similarity(one, two, dim=0)
+                both = torch.stack(rows).mul(scale).logsumexp(0) + torch.stack(columns).mul(scale).logsumexp(0)
+                loss = loss + (both / 2 - scale * pair) / len(pooled)
+    return LossTerm(loss, "pairs", run.config.objective.contrastive.weight, loss)
 
 
 def _contrasts(batch: Step) -> list[ContrastSets]:

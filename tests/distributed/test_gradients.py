@@ -58,6 +58,19 @@ def test_gradients_are_those_of_the_whole_batch(cells: Path, cell: str, world_si
     assert (split - whole).norm() / whole.norm() < 1e-5
 
 
+@pytest.mark.parametrize("cell", ["shifcon", "shifcon-scattered"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradients_are_those_of_a_plain_loop_over_the_pairs(cells: Path, cell: str, world_size: int) -> None:
+    """In one process, without sets in tensors and without an exchange."""
+    plain = flat(cells, "shifcon-plain", 1, 1)
+    for micro_batches in MICRO_BATCHES:
+        split = flat(cells, cell, world_size, micro_batches)
+        assert (split - plain).norm() / plain.norm() < 1e-5
+        assert facts(cells, cell, world_size, micro_batches)["terms"] == pytest.approx(
+            facts(cells, "shifcon-plain", 1, 1)["terms"], rel=1e-5
+        )
+
+
 @pytest.mark.parametrize("cell", ["xmixup", "xmixup-back"])
 def test_gradients_of_the_mixing_ratio_are_those_of_the_whole_batch(cells: Path, cell: str) -> None:
     whole = flat(cells, cell, 1, 1, only="mixup_ratio")
