@@ -201,3 +201,23 @@ def test_logs_are_followed_to_the_runs_end(tmp_path: Path, monkeypatch: pytest.M
     alive = False
     reader.join(20)
     assert shown == ["one\ntwo\n"]
+
+
+def test_steps_between_two_logged_ones_are_counted(tmp_path: Path) -> None:
+    """Ten steps a line, 2 s a step; the last checkpoint is of a step that did not log."""
+    record(tmp_path, 1, None, resumed=9, total=100)
+    lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+    first = lines[-1]["time"]
+    for step in (20, 30):
+        lines.append({**lines[-1], "step": step, "time": first + 2000 * (step - 10)})
+    (tmp_path / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with held(tmp_path):
+        found = status_of(tmp_path)
+        assert found is not None
+        assert (found.step, found.seconds_per_step, found.seconds_left) == (30, 2.0, 140.0)
+    complete = checkpoint_path(tmp_path, 33)
+    complete.mkdir(parents=True)
+    (complete / MARKER).write_text(json.dumps({"files": {}}))
+    found = status_of(tmp_path)
+    assert found is not None
+    assert (found.step, found.checkpoint) == (33, str(complete))
