@@ -154,8 +154,7 @@ class MetricWindow:
         if not self._waiting:
             return []
         rows = all_sum(self._rows.clone(), self._device)
-        waiting = self._waiting
-        self._clear_device()
+        waiting, self._waiting = self._waiting, []
         return [self._finish(each, rows[each.step % len(rows)]) for each in waiting]
 
     def take(self, by_language: bool) -> dict[str, float]:
@@ -206,7 +205,7 @@ class MetricWindow:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Sets the state of a checkpoint; an empty one, or one of other languages, begins a new window."""
-        self._clear_device()
+        self._waiting = []
         self._sums, self._by_language = self._zeros(), self._zeros()
         for name, sums in (("all", self._sums), ("by_language", self._by_language)):
             if len(state.get(name, {}).get("losses", ())) == len(self.languages):
@@ -217,10 +216,6 @@ class MetricWindow:
 
     def _row(self, step: int) -> Tensor:
         return self._rows[step % len(self._rows)]
-
-    def _clear_device(self) -> None:
-        self._waiting = []
-        self._rows.zero_()
 
     def _finish(self, step: _Waiting, row: Tensor) -> FinishedStep:
         """Adds a step, whose row is summed over ranks."""
