@@ -294,8 +294,9 @@ def loop(made: Trainer, start: int) -> Lines:
 EVERY_4_STEPS = {"max_steps": 13, "checkpoint.every": 6, "tracking.log_every": 4}
 
 
-def test_steps_log_every_so_often_and_at_the_first_the_last_and_each_save(trainer: Made) -> None:
-    made = trainer(**EVERY_4_STEPS)
+@pytest.mark.parametrize("spike", ["off", "stop"])
+def test_steps_log_every_so_often_and_at_the_first_the_last_and_each_save(trainer: Made, spike: str) -> None:
+    made = trainer(**EVERY_4_STEPS, **{"guard.spike": spike})
     made.stop._reason = None
     lines = loop(made, 0)
     assert [step for step in lines if "train/loss" in lines[step]] == [1, 4, 6, 8, 12, 13]
