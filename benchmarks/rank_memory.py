@@ -84,12 +84,14 @@ def rank_main(config: RunConfig, result: Path) -> None:
     from training import assembly, fit
     from training.checkpoints.saving import Saver
     from training.engine.engine import Engine
+    from training.loop.trainer import Trainer
 
     phases = Phases()
     for owner, name, phase in (
         (assembly, "assemble_data", "imports, tokenizer, data"),
         (assembly, "starting_model", "model and its weights"),
         (Engine, "__init__", "engine"),
+        (Trainer, "train_step", "losses and the rest of a step"),
         (Engine, "forward", "forward"),
         (Engine, "backward", "backward"),
         (Engine, "step", "update"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from pathlib import Path
 
@@ -65,7 +64,6 @@ def fit(
             tracker.finish("FAILED")
         raise
     if rank() == 0:
-        gc.collect()  # the engine, whose hooks refer to it; the export would need its memory on top
         conclude(config, last, tracker)
     return last
 

@@ -5,8 +5,8 @@ every optimizer that is offered keeps Adam's two moments in fp32 beside fp32 mas
 they are a second copy). ZeRO's shards are divided over all ranks, each weight rounded up.
 `tests/distributed/test_memory.py` compares weights, gradients and optimizer with the engine's own buffers,
 `tests/unit/training/checks/test_activations.py` activations with what autograd saves, both on the CPU;
-`benchmarks/memory_estimate.py` measures them, and the peak of a whole rank on a CPU. No GPU was measured: its context,
-NCCL's buffers and the allocator's fragmentation are an allowance.
+`benchmarks/memory_estimate.py` measures them, `benchmarks/rank_memory.py` the peak of a whole rank on a CPU. No GPU was
+measured: its context, NCCL's buffers and the allocator's fragmentation are an allowance.
 """
 
 from __future__ import annotations
