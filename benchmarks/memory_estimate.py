@@ -180,17 +180,20 @@ def on_cpu(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if (lora := config.model.lora) is not None:
         add_adapters(model, lora, config.seed)
-    return model.train(), activations._forward(config.data, config.objective, model, blank_of(config)(shape))
+    objective = activations.build_without_engine(config.data, config.objective, model)
+    return model.train(), activations.forward_without_engine(objective, model, blank_of(config)(shape))
 
 
-def step_peak(model: Any, forward: Callable[[], Tensor]) -> int:
-    """Most bytes of activations and temporary tensors at any moment of a forward and backward pass."""
+def step_peak(model: Any, forward: Callable[[], Tensor], backward: bool = True) -> int:
+    """Most bytes of activations and temporary tensors at any moment of a forward and, with it, a backward pass."""
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
-        forward().backward()  # type: ignore[no-untyped-call]
+        loss = forward()
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
     peak: Any = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     return int(peak[_MemRefType.ACT] + peak[_MemRefType.TEMP])
 

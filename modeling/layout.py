@@ -84,13 +84,20 @@ def choose_layout(config: PreTrainedConfig, attention: str) -> LayoutChoice:
     return choice
 
 
-def tiny_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """A small random model of the config's class, in eval mode, whose logits depend clearly on its attention."""
+def tiny_model(
+    config: PreTrainedConfig, attention: str, auto: Any = AutoModelForCausalLM, pad_token_id: int | None = None
+) -> PreTrainedModel:
+    """A small random model of the config's class, in eval mode, whose logits depend clearly on its attention.
+
+    Args:
+        auto: transformers' class that makes it.
+        pad_token_id: encoders need one.
+    """
+    tiny = tiny_config(config)
+    tiny.get_text_config(decoder=True).pad_token_id = pad_token_id
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            tiny_config(config), dtype=torch.float32, attn_implementation=attention
-        )
+        model = auto.from_config(tiny, dtype=torch.float32, attn_implementation=attention)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() >= 2:  # with the usual 0.02, attention hardly changes the logits

@@ -3,7 +3,8 @@
 A cell is an objective at a step; rank 0 saves its gradients. X-Mixup has two cells: a step with gold sources and one
 with back-translations. ShifCon has three: as distributed; with every sample on a rank drawn at random, no sample of the
 middle micro-steps on the last rank; and with a row of a pair that is bad when it is read. Two ranks also run under
-every ZeRO stage and save the parameters after two updates, with and without a checkpoint in between.
+every ZeRO stage: they save the parameters after two updates, with and without a checkpoint in between, and the
+gradients and losses of a capped head in chunks and from whole logits.
 
 python gradient_cells.py DATA_DIR WORK_DIR OUTPUT
 """
@@ -32,6 +33,9 @@ from data_pipeline.batching.packer import Packer
 from data_pipeline.loader import Loader, Step
 from data_pipeline.reader import Reader
 from data_pipeline.records import BadRow, DataError, Sample
+from modeling.lm_head import chunked_losses
+from modeling.lm_head.chunked_losses import LogitChange
+from modeling.lm_head.label_head import LabelHead
 from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
 from training.engine.engine import gathered, process_group
@@ -53,6 +57,16 @@ STEPS = {
     "shifcon": {"shifcon": STEP, "shifcon-scattered": STEP, "shifcon-bad": STEP},
 }
 LEARNING_RATE = 1e-2
+CHUNK = 7  # label positions
+GEMMA = {
+    "model_type": "gemma2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
+    "final_logit_softcapping": 2.0, "initializer_range": 0.2,
+}  # fmt: skip
+HEADS: dict[str, dict[str, Any]] = {
+    "tied": {"model.init": {**GEMMA, "tie_word_embeddings": True}},
+    "untied": {"model.init": {**GEMMA, "tie_word_embeddings": False}},
+}
 
 
 @process_group(timeout_minutes=3)
@@ -72,6 +86,9 @@ def main() -> None:
         for objective in ("shifcon", "xmixup"):
             for stage in (1, 2, 3):
                 _two_updates(data_dir, work, output, objective, stage)
+        for head in HEADS:
+            for stage in (1, 2, 3):
+                _chunked_and_whole(data_dir, work, output, head, stage)
 
 
 def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> None:
@@ -167,9 +184,28 @@ def _two_updates(data_dir: Path, work: Path, output: Path, objective: str, stage
     run.engine.destroy()
 
 
-def _run(data_dir: Path, work: Path, objective: str, **changes: int) -> Run:
+def _chunked_and_whole(data_dir: Path, work: Path, output: Path, head: str, stage: int) -> None:
+    """Gradients and the loss of one step with losses in chunks of `CHUNK` positions, and from whole logits."""
+    run = _run(data_dir, work, "sft", folder=head, zero_stage=stage, **HEADS[head])
+    label_head: LabelHead = run.objective.head  # type: ignore[attr-defined]
+    assert label_head.change == LogitChange(cap=2.0)
+    chunked_losses.CHUNK_ELEMENTS, chunked_losses.CHUNK_POSITIONS = 1, CHUNK
+    trainer = Trainer(run, tracker=None)
+    batch = _batch(trainer, "sft", STEP, micro_batches=2)
+    for name in ("chunked", "whole"):
+        if name == "whole":
+            label_head.change = None
+        sums = trainer.accumulate(STEP, batch)
+        gradients = {**run.engine.full_gradients(), "losses": all_sum(sums.losses, run.engine.device)}
+        run.engine.drop_update()
+        if rank() == 0:
+            save_file(gradients, output / f"{head}-stage-{stage}-{name}.safetensors")
+    run.engine.destroy()
+
+
+def _run(data_dir: Path, work: Path, objective: str, folder: str = "", **changes: Any) -> Run:
     data = data_dir / "tasks" if objective == "xmixup" else data_dir
-    config = validate(rank_values(data, work / objective, **OBJECTIVES[objective], **changes), "test")
+    config = validate(rank_values(data, work / (folder or objective), **OBJECTIVES[objective], **changes), "test")
     return assemble(config, prepare(config, rank()))
 
 

@@ -177,3 +177,17 @@ def test_an_update_after_loading_equals_the_uninterrupted_update(cells: Path, ob
         other = load_file(cells / "2" / f"{objective}-stage-{stage}-second-after-load-{what}.safetensors")
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), what
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_losses_in_chunks_have_the_gradients_of_whole_logits(cells: Path, head: str, stage: int) -> None:
+    """At 2 ranks; logits are capped, and the head has the embedding's weight or its own."""
+    one, other = (load_file(cells / "2" / f"{head}-stage-{stage}-{name}.safetensors") for name in ("chunked", "whole"))
+    assert one.keys() == other.keys()
+    assert ("lm_head.weight" in one) == (head == "untied")
+    torch.testing.assert_close(one.pop("losses"), other.pop("losses"), rtol=1e-6, atol=0)
+    norm = sum(float(each.double().square().sum()) for each in other.values()) ** 0.5
+    distance = sum(float((one[name] - other[name]).double().square().sum()) for name in other) ** 0.5
+    assert norm > 1e-3
+    assert distance / norm < 1e-6

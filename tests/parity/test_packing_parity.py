@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from modeling.label_head import LabelHead, token_losses
 from modeling.layout import choose_layout
+from modeling.lm_head.label_head import LabelHead, token_losses
 
 VOCABULARY = 64
 LENGTHS = (11, 4, 17, 1, 8, 6)

@@ -25,11 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from data_pipeline.batching.batch import Batch, BatchShape
 from modeling.adapters import add_adapters
 from modeling.architectures import ARCHITECTURE_OF, auto_class
-from modeling.label_head import CHUNK_ELEMENTS
 from modeling.layers import decoder_layers, hidden_size
+from modeling.lm_head.chunked_losses import CHUNK_ELEMENTS
 from training.config import DataConfig, RunConfig
 from training.engine.memory import Activations
-from training.objectives.base import ObjectiveConfig, ObjectiveParts
+from training.objectives.base import Objective, ObjectiveConfig, ObjectiveParts
 
 COUNTING = "crosslift_counting"  # name of the attention that replaces the kernel while counting
 Kernel = Literal["eager", "sdpa", "flash_attention_2"]
@@ -60,20 +60,22 @@ def count_activations(
                 for parameter in model.parameters():  # PEFT adopts the base's dtype only if the base has data
                     parameter.data = parameter.data.to(dtype)
             model.config.use_cache = False
-            forward = _forward(config.data, config.objective, model, blank(shape))
-            return _counted(model, forward, shape)
+            objective = build_without_engine(config.data, config.objective, model)
+            return _counted(model, objective, forward_without_engine(objective, model, blank(shape)), shape)
     except Exception:  # any class may fail on tensors without data in its own way
         text = model_config.get_text_config()
         return _by_formula(text.num_hidden_layers, text.hidden_size, text.vocab_size, dtype, shape)
 
 
-def _forward(
-    data: DataConfig, objective: ObjectiveConfig, model: PreTrainedModel, batch: Batch[Any]
-) -> Callable[[], Tensor]:
+def build_without_engine(data: DataConfig, objective: ObjectiveConfig, model: PreTrainedModel) -> Objective:
+    """The objective, with its hooks on the model."""
+    return objective.build(model, ObjectiveParts(data.kind, data.languages, data.dominant))
+
+
+def forward_without_engine(objective: Objective, model: PreTrainedModel, batch: Batch[Any]) -> Callable[[], Tensor]:
     """The objective's forward pass and losses, as far as they save large tensors."""
-    built = objective.build(model, ObjectiveParts(data.kind, data.languages, data.dominant))
     engine: Any = _PlainEngine(model)
-    return lambda: built.saved_loss(engine, batch)
+    return lambda: objective.saved_loss(engine, batch)
 
 
 @dataclass
@@ -86,17 +88,24 @@ class _PlainEngine:
         return self.module(**inputs)
 
 
-def _counted(model: PreTrainedModel, forward: Callable[[], Tensor], shape: BatchShape) -> Activations:
+def _counted(
+    model: PreTrainedModel, objective: Objective, forward: Callable[[], Tensor], shape: BatchShape
+) -> Activations:
     layers = list(decoder_layers(model))
     with SavedBytes(model, layers) as saved:
         loss = forward()
     del loss
-    element = next(model.parameters()).element_size()
-    # Work: the largest gradient and the tensor it is computed from, and three fp32 chunks of the loss.
-    chunk = min(CHUNK_ELEMENTS, shape.labels * model.config.get_text_config().vocab_size)
+    state = shape.tokens * hidden_size(model) * next(model.parameters()).element_size()
+    # Work: the largest gradient and the tensor it is computed from, and the loss's temporary tensors.
+    memory = objective.loss_memory(shape.labels)
+    if memory is None:
+        fixed, loss_work = 0, 3 * 4 * min(CHUNK_ELEMENTS, shape.labels * model.config.get_text_config().vocab_size)
+    else:
+        fixed, loss_work = memory[0], memory[1] + state  # the states of all positions live while the head runs
+        saved.each_outside.remove(fixed)  # a gradient itself: none is computed from it
     return Activations(
-        tuple(saved.inside), saved.outside, shape.tokens * hidden_size(model) * element,
-        2 * saved.largest_inside, 2 * saved.largest_outside + 3 * 4 * chunk, counted=True,
+        tuple(saved.inside), saved.outside, state,
+        2 * saved.largest_inside, 2 * max(saved.each_outside) + loss_work, counted=True, fixed=fixed,
     )  # fmt: skip
 
 
@@ -109,7 +118,8 @@ class SavedBytes:
     def __init__(self, model: nn.Module, layers: list[nn.Module]) -> None:
         self.inside = [0] * len(layers)
         self.outside = 0
-        self.largest_inside = self.largest_outside = 0
+        self.largest_inside = 0
+        self.each_outside = [0]
         self._layers = layers
         self._here: int | None = None
         owned = [*model.parameters(), *model.buffers()]
@@ -146,7 +156,7 @@ class SavedBytes:
             size = storage.nbytes()
             if self._here is None:
                 self.outside += size
-                self.largest_outside = max(self.largest_outside, size)
+                self.each_outside.append(size)
             else:
                 self.inside[self._here] += size
                 self.largest_inside = max(self.largest_inside, size)

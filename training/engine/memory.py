@@ -57,6 +57,7 @@ class Activations:
     layer_work: int  # temporary gradients in a layer's backward
     outside_work: int  # the same for head and loss, with their fp32 copies
     counted: bool  # False: by the formula
+    fixed: int = 0  # part of the outside that does not follow the micro-batch's size: the gradient of the head's weight
 
     def peak(self, checkpointing: bool) -> int:
         """Peak in bytes: at the start of backward or in a layer; checkpointing recomputes one layer at a time."""
@@ -153,7 +154,8 @@ def memory_savings(
     small_bucket = {"zero_optimization": {"reduce_bucket_size": 5_000_000}}
     halves = Activations(
         tuple(each // 2 for each in activations.layers), activations.outside // 2, activations.layer_input // 2,
-        activations.layer_work // 2, activations.outside_work // 2, activations.counted,
+        activations.layer_work // 2, (activations.outside_work + activations.fixed) // 2, activations.counted,
+        activations.fixed,
     )  # fmt: skip
     changes: list[tuple[str, dict[str, Any], Activations, Ranks]] = [
         ("gradient_checkpointing=true", {"gradient_checkpointing": True}, activations, ranks),

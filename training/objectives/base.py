@@ -140,3 +140,7 @@ class Objective(ABC):
         import torch
 
         return torch.stack([term.sum for term in self.loss_terms(engine, batch).terms.values()]).sum()
+
+    def loss_memory(self, labels: int) -> tuple[int, int] | None:
+        """`LabelHead.loss_memory` of a micro-batch; None for losses that are computed from whole logits."""
+        return None

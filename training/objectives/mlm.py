@@ -8,12 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from data_pipeline.config import RowKind
-from training.objectives.base import ObjectiveConfig, ObjectiveParts
-from training.objectives.finetune import TaskFineTuning
-from training.objectives.sft import token_target_losses
+from training.objectives.base import LossTerm, LossTerms, Objective, ObjectiveConfig, ObjectiveParts
+from training.objectives.sft import label_losses
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from data_pipeline.batching.batch import TaskBatch
@@ -32,20 +30,22 @@ class MaskedLMConfig(ObjectiveConfig):
         return MaskedLM(model)
 
 
-class MaskedLM(TaskFineTuning):
+class MaskedLM(Objective):
     """Cross-entropy on masked tokens; the LM head's matrix is applied at these positions only."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from modeling.label_head import LabelHead
+        from modeling.lm_head.head_check import build_label_head
 
-        self.head = LabelHead(model)
+        self.head = build_label_head(model, "masked-lm")
 
-    def saved_loss(self, engine: Engine, batch: TaskBatch) -> Tensor:
-        return self._unit_losses(engine, batch).sum()
-
-    def _unit_losses(self, engine: Engine, batch: TaskBatch) -> Tensor:
+    def loss_terms(self, engine: Engine, batch: TaskBatch) -> LossTerms:
         from data_pipeline.batching.batch import TokenTargets
 
         tokens = batch.targets.labels
         assert isinstance(tokens, TokenTargets)  # of kind text
-        return token_target_losses(engine, self.head, batch, tokens)
+        losses = label_losses(engine, self.head, batch, tokens)
+        task = LossTerm(losses.sum, denominator="target_labels", weight=1.0)
+        return LossTerms(losses.each, batch.label_weights, batch.label_languages, {"task": task})
+
+    def loss_memory(self, labels: int) -> tuple[int, int] | None:
+        return self.head.loss_memory(labels)

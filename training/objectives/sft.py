@@ -11,11 +11,10 @@ from data_pipeline.config import RowKind
 from training.objectives.base import LossTerm, LossTerms, Objective, ObjectiveConfig, ObjectiveParts
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from data_pipeline.batching.batch import Batch, ChatBatch, TokenTargets
-    from modeling.label_head import LabelHead
+    from modeling.lm_head.label_head import LabelHead, LabelLosses
     from training.engine.engine import Engine
 
 
@@ -37,24 +36,21 @@ class SupervisedFineTuning(Objective):
     sft_weight = 1.0
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from modeling.label_head import LabelHead
+        from modeling.lm_head.head_check import build_label_head
 
-        self.head = LabelHead(model)
+        self.head = build_label_head(model, "causal-lm")
 
     def loss_terms(self, engine: Engine, batch: ChatBatch) -> LossTerms:
-        losses = self._token_losses(engine, batch)
-        sft = LossTerm(losses.sum(), denominator="label_tokens", weight=self.sft_weight)
-        return LossTerms(losses, batch.label_weights, batch.label_languages, {"sft": sft})
+        losses = label_losses(engine, self.head, batch, batch.targets.tokens)
+        sft = LossTerm(losses.sum, denominator="label_tokens", weight=self.sft_weight)
+        return LossTerms(losses.each, batch.label_weights, batch.label_languages, {"sft": sft})
 
-    def _token_losses(self, engine: Engine, batch: ChatBatch) -> Tensor:
-        """(N,) fp32."""
-        return token_target_losses(engine, self.head, batch, batch.targets.tokens)
+    def loss_memory(self, labels: int) -> tuple[int, int] | None:
+        return self.head.loss_memory(labels)
 
 
-def token_target_losses(engine: Engine, head: LabelHead, batch: Batch[Any], tokens: TokenTargets) -> Tensor:
-    """(N,) fp32 losses of tokens to be predicted, 0 at placeholders; the LM head reads their positions alone."""
-    from modeling.label_head import token_losses
-
-    with head.select(tokens.positions):
-        logits_1NV = engine.forward(**batch.model_inputs()).logits
-    return token_losses(logits_1NV[0], tokens.ids) * batch.label_weights
+def label_losses(engine: Engine, head: LabelHead, batch: Batch[Any], tokens: TokenTargets) -> LabelLosses:
+    """Losses of tokens to be predicted, 0 at placeholders; the LM head reads their positions alone."""
+    return head.losses(
+        lambda: engine.forward(**batch.model_inputs()), tokens.positions, tokens.ids, batch.label_weights
+    )

@@ -14,6 +14,7 @@ from benchmarks.memory_estimate import DTYPES, blank_of, on_cpu, real_inputs, st
 from data_pipeline.batching.batch import BatchShape
 from modeling.architectures import Architecture
 from modeling.layers import decoder_layers
+from modeling.lm_head import chunked_losses
 from training.checks import activations
 from training.checks.activations import SavedBytes
 from training.config import RunConfig
@@ -96,6 +97,36 @@ def test_the_estimated_peak_is_1_to_1_4_times_what_a_step_allocates(
     with real_inputs(SHAPE, SIZES["vocab_size"]):
         measured = step_peak(*on_cpu(config, model_config(kind), architecture, "sdpa", SHAPE))
     assert measured <= estimate <= 1.4 * measured
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", ["llama, sft", "qwen3, sft", "xlm-roberta, mlm"])
+def test_the_estimate_follows_losses_in_chunks(
+    case: str, precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With this vocabulary a step allocates most while the head runs: less in chunks, though these add up in fp32."""
+    kind, architecture, changes = CASES[case]
+    config = config_of(**changes, precision=precision, gradient_checkpointing=checkpointing)
+    sizes = {**SIZES, "vocab_size": 6000}
+    large = AutoConfig.for_model(kind, **sizes, **MODELS[kind])
+    peaks = []
+    for positions in (SHAPE.labels, SHAPE.labels // 3):
+        monkeypatch.setattr(chunked_losses, "CHUNK_ELEMENTS", positions * 6000)
+        monkeypatch.setattr(chunked_losses, "CHUNK_POSITIONS", positions)
+        counted = activations.count_activations(config, large, "sdpa", DTYPES[precision], SHAPE, blank_of(config))
+        with real_inputs(SHAPE, 6000):
+            model, forward = on_cpu(config, large, architecture, "sdpa", SHAPE)
+            with SavedBytes(model, list(decoder_layers(model))) as saved:
+                loss = forward()
+            del loss
+            measured = step_peak(model, forward, backward=False)
+        assert counted.outside == pytest.approx(saved.outside, rel=0.01)
+        item = 4 if precision == "fp32" or positions < SHAPE.labels else 2
+        assert counted.fixed == item * 6000 * 128
+        assert measured <= counted.peak(checkpointing) <= 1.4 * measured
+        peaks.append(measured)
+    assert peaks[1] < peaks[0]
 
 
 def activations_of(config: RunConfig, kind: str, attention: Any) -> activations.Activations:

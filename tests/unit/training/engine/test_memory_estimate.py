@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,13 @@ def test_suggested_settings_are_listed_with_the_memory_they_need() -> None:
     changed = config.model_copy(update={"gradient_checkpointing": True})
     assert suggested["gradient_checkpointing=true"] == memory_estimate(changed, model, LARGE, Ranks(8, 8)).gpu_bytes
     assert "zero_stage=3" not in dict(memory_savings(config_of(), model, LARGE, Ranks(8, 8)))
+
+
+def test_a_smaller_micro_batch_does_not_shrink_the_gradient_of_the_heads_weight() -> None:
+    config, model = config_of(precision="bf16", zero_stage=2), eight_billion()
+    ranks, half = Ranks(8, 8), "data.micro_batch_tokens=192"
+    one, other = (dict(memory_savings(config, model, replace(LARGE, fixed=fixed), ranks))[half] for fixed in (0, GIB))
+    assert other - one == GIB // 2
 
 
 def test_check_reports_the_peak_and_refuses_a_gpu_that_is_too_small(prepared_run: PreparedRun) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from modeling import label_head
 from modeling.errors import ModelError
-from modeling.label_head import LabelHead, token_losses
+from modeling.lm_head import label_head
+from modeling.lm_head.label_head import LabelHead, token_losses
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -1,0 +1,1 @@
+"""The LM head in training: label positions only, losses in chunks."""
