@@ -179,6 +179,22 @@ def test_steps_of_different_samples_have_different_fingerprints(make: Callable[.
     assert max(fingerprints) < 2**53, "a float holds it exactly"
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_fingerprint_is_exact_whatever_the_number_of_samples(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    """Hashes of almost 2^63, of which two already exceed 64 bits, are added as integers without a limit are."""
+
+    def large(sample: ChatSample) -> int:
+        return 2**63 - 1 - sample.group % 10**6
+
+    monkeypatch.setattr(ChatSample, "fingerprint", large)
+    for number in range(STEPS):
+        shares = load_on_ranks(make, world_size, number)
+        expected = sum(large(sample) for share in shares for sample in samples_of(share)) % 2**53
+        assert [share.fingerprint for share in shares] == [expected] * world_size
+
+
 def test_a_step_depends_on_its_number_alone(make: Callable[..., Loader]) -> None:
     forwards = [load(make(), number) for number in range(4)]
     loader = make()
