@@ -74,7 +74,7 @@ def write_task_data(source: Path, folder: Path) -> None:
 def made_up_run(folder: Path, kind: str, workers: int) -> RunConfig:
     """A run on the generated data in `folder`."""
     values = run_values(folder, "0.1M", 128, on_gpu=False)
-    values["data"]["workers"] = workers
+    values["data"] |= {"workers": workers, "micro_batch_tokens": 16384}
     if kind != "chat":
         task = TASKS[kind]
         values |= {
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of a half of a round")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     options = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as in a rank
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

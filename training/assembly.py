@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COST_SAMPLES = 32  # rows per language on which tokens per byte are measured
-SWITCH_INTERVAL_S = 1e-3  # how long the training thread waits for a loader's thread that runs Python code
+SWITCH_INTERVAL_S = 2e-4  # how long the training thread waits for a loader's thread that runs Python code
 CHECKED_STEPS = 64  # steps whose contrast sets are compared with the micro-batch budget at the start
 
 

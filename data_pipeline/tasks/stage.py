@@ -6,6 +6,7 @@ a resume.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tasks.masking import mask_tokens
 from data_pipeline.tasks.sample import SideLabels, SourceSide, TaskSample
 from data_pipeline.tasks.tokenize import NO_ANSWER, EncodedSide, TaskTokenizer, Windows
+
+GIVE_WAY = 16  # samples after which threads that wait for the interpreter's lock get it
 
 
 class TaskStage(TextStage):
@@ -41,7 +44,9 @@ class TaskStage(TextStage):
         windows = self.tokenizer.windows_of_all([*examples, *(each for each in partners if each is not None)])
         of_partners = iter(windows[len(items) :])
         found: list[Outcome] = []
-        for item, partner, own in zip(items, partners, windows[: len(items)], strict=True):
+        for number, (item, partner, own) in enumerate(zip(items, partners, windows[: len(items)], strict=True)):
+            if number % GIVE_WAY == GIVE_WAY - 1:
+                time.sleep(1e-6)  # NumPy's generators release and retake the lock faster than a waiting thread wakes
             other = None if partner is None else (partner, next(of_partners))
             try:
                 found.append(self._sample(item, own, other))

@@ -60,7 +60,7 @@ def without_space(offsets: Ids, text: str) -> Ids:
     following, before = np.append(following, places[-1:]), np.append(places[:1], before)
     starts, stops = offsets[:, 0], offsets[:, 1]
     trimmed = np.where(starts < stops, np.minimum(following[starts], stops), starts)
-    return np.stack([trimmed, np.where(trimmed < stops, np.maximum(before[stops], trimmed), stops)], axis=1)
+    return np.stack([trimmed, np.where(trimmed < stops, before[stops], stops)], axis=1)
 
 
 def with_marks(offsets: Ids, text: str) -> Ids:

@@ -233,7 +233,7 @@ def test_a_text_that_cannot_be_encoded_leaves_out_its_own_row_only(
     stage = ChatStage(Chat(tokenizers["bytes"], TemplateConfig(), LANGUAGES), 4000)
     order = records()[:12]
     half = Conversation((Message("user", "half \ud800 a pair"), Message("assistant", "a")), "en")
-    items = [SlotRecord(Slot(FILL, n, 0, n % 3 > 0, 0.0), record) for n, record in enumerate(order)]
+    items = [SlotRecord(Slot(FILL, n, 0, n % 3 > 0), record) for n, record in enumerate(order)]
     torn = [*items[:5], SlotRecord(items[5].slot, replace(order[5], content=half)), *items[6:]]
     calls: list[Any] = []
     encode = chat_module.encode_batch
