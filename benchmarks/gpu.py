@@ -137,8 +137,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace, deadline: floa
         run.objective.before_step(run.engine, number)
         trainer.agree(batch)
         metrics = trainer.train_step(number, batch)
-        samples = [sample for micro_batch in batch.micro_batches for sample in micro_batch.samples]
-        lengths, of_rank = list(map(len, samples)), sum(sample.counts()["label_tokens"] for sample in samples)
+        lengths = [len(sample) for micro_batch in batch.micro_batches for sample in micro_batch.samples]
+        of_rank = sum(int(micro_batch.label_weights.sum()) for micro_batch in batch.micro_batches)
         flops, tokens, labels = flops + shape.step_flops(lengths, of_rank), tokens + sum(lengths), labels + of_rank
         since = time.perf_counter()
         if (number + 1) % window:
