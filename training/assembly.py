@@ -51,6 +51,7 @@ from training.config import DataConfig, RunConfig
 from training.distributed import cpu_sum, gather_objects, rank, world_size
 from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, release_freed_memory
 from training.errors import ConfigError
+from training.launch.heartbeat import heartbeat
 from training.objectives.base import Objective, ObjectiveConfig, ObjectiveParts
 from training.objectives.evaluation import HeldOut
 from training.run_folder.date import with_date
@@ -173,7 +174,14 @@ def pair_and_set_warnings(config: RunConfig, data: DataParts) -> Iterator[str]:
 def this_rank() -> ThisRank:
     """This process among the ranks of the run. Nodes count only if all have equally many ranks."""
     per_node = set(gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", "0"))))
-    return ThisRank(rank(), world_size(), per_node.pop() or None if len(per_node) == 1 else None, cpu_sum)
+    return ThisRank(rank(), world_size(), per_node.pop() or None if len(per_node) == 1 else None, _sum_while_loading)
+
+
+def _sum_while_loading(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`cpu_sum` in the middle of waiting for data, so that a rank that hangs afterwards is reported as doing so."""
+    total = cpu_sum(values)
+    heartbeat.phase("waiting for data")
+    return total
 
 
 def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any]) -> PreTrainedModel:

@@ -273,10 +273,9 @@ class WithBadRow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.index, name)
 
-    def record(self, row: int) -> Any:
-        if row == self.row:
-            raise BadRow("a row", "unusable")
-        return self.index.record(row)
+    def records(self, rows: Sequence[int]) -> list[Any]:
+        read = zip(rows, self.index.records(rows), strict=True)
+        return [BadRow("a row", "unusable") if row == self.row else record for row, record in read]
 
 
 if __name__ == "__main__":
