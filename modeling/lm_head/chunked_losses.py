@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MiB in fp32; more if that is less than these positions
-# Every chunk reads and writes the gradient of the weight once, however few positions it has. With `hidden size / 2` of
-# them, the chunk's two fp32 tensors of logits are no larger than that gradient.
+# Every chunk reads and writes the gradient of the weight once, however few positions it has. With `hidden size / 4` of
+# them, the chunk's two fp32 tensors of logits are half the size of that gradient.
 CHUNK_POSITIONS = 512
 # Names in configs. Granite divides its logits, Cohere and Falcon-H1 multiply them, Gemma and xLSTM cap them.
 FACTORS = ("logit_scale", "lm_head_multiplier")
@@ -67,16 +67,16 @@ class LogitChange:
 
 def chunk_positions(vocabulary: int, hidden: int) -> int:
     """The number of label positions of a chunk."""
-    return max(1, CHUNK_ELEMENTS // vocabulary, min(CHUNK_POSITIONS, hidden // 2))
+    return max(1, CHUNK_ELEMENTS // vocabulary, min(CHUNK_POSITIONS, hidden // 4))
 
 
-def loss_memory(positions: int, weight_VH: Tensor) -> tuple[int, int]:
+def loss_memory(positions: int, weight_VH: Tensor, change: LogitChange) -> tuple[int, int]:
     """Bytes of the weight's gradient until the backward pass, and of the most temporary tensors at once."""
     vocabulary, hidden = weight_VH.shape
     chunk = min(positions, chunk_positions(vocabulary, hidden))
     item = weight_VH.element_size()
     sum_item = item if chunk == positions else 4
-    of_chunk = chunk * vocabulary * (8 if item == 4 else 8 + item)
+    of_chunk = chunk * vocabulary * (8 if item == 4 or change.cap is None else 8 + item)
     if not weight_VH.requires_grad:
         return 0, of_chunk
     rounded = item if sum_item != item else 0
@@ -133,6 +133,8 @@ class _ChunkedLosses(torch.autograd.Function):
         for chunk in _chunks(len(ids_N), weight_VH):
             hidden_nH, ids_n1 = hidden_NH[chunk], ids_N[chunk].unsqueeze(1)
             logits_nV = _logits(hidden_nH, weight_VH, bias_V, change)
+            if change.cap is None and not logits_nV.is_cuda:  # only GPUs convert as part of the softmax
+                logits_nV = logits_nV.float()
             log_nV = F.log_softmax(logits_nV, dim=-1, dtype=torch.float32)
             losses_N[chunk] = -log_nV.gather(1, ids_n1).squeeze(1)
             gradient_nV = log_nV.exp_()

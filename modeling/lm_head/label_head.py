@@ -96,7 +96,7 @@ class LabelHead:
 
     def loss_memory(self, positions: int) -> tuple[int, int] | None:
         """`chunked_losses.loss_memory` of a micro-batch; None without chunks."""
-        return None if self.change is None else loss_memory(positions, self._head.weight)
+        return None if self.change is None else loss_memory(positions, self._head.weight, self.change)
 
     def remove(self) -> None:
         """Removes the hooks from the model."""
