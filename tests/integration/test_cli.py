@@ -255,7 +255,7 @@ def test_steps_of_the_plan_are_checked(cli: Cli, shared_file: Path) -> None:
             "data.mixture={strategy: explicit, weights: {fr: 1}}",
             "data: 'mixture.weights' names 'fr'; 'languages' has en, de, sw, zh",
         ),
-        ("data.micro_batch_tokens=96", "objective.contrastive.set_size: a set of 2 pairs takes about"),
+        ("data.micro_batch_tokens=96", "data.micro_batch_tokens: 96, but a contrast set takes about"),
         ("data.heldout_items=40", "heldout_items is 40, but the sources have only 40 items"),
     ],
 )
@@ -322,8 +322,8 @@ def test_heldout_items_are_counted(cli: Cli, shared_file: Path) -> None:
 
 def test_plan_prints_one_json_line_per_micro_batch(cli: Cli, shared_file: Path) -> None:
     lines = objects(cli("data", "plan", shared_file, "--steps", "2:5", "--world-size", 2))
-    assert [set(line) for line in lines] == [{"step", "rank", "micro_batch", "ids", "languages"}] * len(lines)
-    places = [(line["step"], line["rank"], line["micro_batch"]) for line in lines]
+    assert [set(line) for line in lines] == [{"step", "rank", "micro_step", "ids", "languages"}] * len(lines)
+    places = [(line["step"], line["rank"], line["micro_step"]) for line in lines]
     assert places == sorted(places)
     assert {(step, rank) for step, rank, _ in places} == {(step, rank) for step in (2, 3, 4) for rank in (0, 1)}
     for line in lines:
