@@ -51,7 +51,7 @@ from training.config import DataConfig, RunConfig
 from training.distributed import cpu_sum, gather_objects, rank, world_size
 from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings, release_freed_memory
 from training.errors import ConfigError
-from training.launch.heartbeat import heartbeat
+from training.launch.heartbeat import WAITING_FOR_DATA, heartbeat
 from training.objectives.base import Objective, ObjectiveConfig, ObjectiveParts
 from training.objectives.evaluation import HeldOut
 from training.run_folder.date import with_date
@@ -173,14 +173,14 @@ def pair_and_set_warnings(config: RunConfig, data: DataParts) -> Iterator[str]:
 
 def this_rank() -> ThisRank:
     """This process among the ranks of the run. Nodes count only if all have equally many ranks."""
-    per_node = set(gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", "0"))))
-    return ThisRank(rank(), world_size(), per_node.pop() or None if len(per_node) == 1 else None, _sum_while_loading)
+    sizes = set(gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))))
+    return ThisRank(rank(), world_size(), sizes.pop() if len(sizes) == 1 else None, _sum_while_loading)
 
 
 def _sum_while_loading(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """`cpu_sum` in the middle of waiting for data, so that a rank that hangs afterwards is reported as doing so."""
     total = cpu_sum(values)
-    heartbeat.phase("waiting for data")
+    heartbeat.phase(WAITING_FOR_DATA)
     return total
 
 
@@ -236,16 +236,15 @@ def build_packer(
     pad_id = int(pad or 0)
     budget, longest = data.micro_batch_tokens, data.sequence_length
     model_config = load_model_config(resolve_directory(model_dir), ARCHITECTURE_OF[data.kind])
+    cost = label_cost(model_config, ARCHITECTURE_OF[data.kind]) if data.kind in ("chat", "text") else 0.0
     if data.task is not None:
         has_types = "token_type_ids" in tokenizer.model_input_names
         tasks = TaskCollator(pad_id, data.task, objective.pairing().with_partner, has_types)
-        cost = label_cost(model_config, ARCHITECTURE_OF[data.kind]) if data.kind == "text" else 0.0
         return Packer(Grid("padded", budget, longest, tasks.sides, cost), tasks)
     resolved = resolve_attention(attention, model_config)
     layout = choose_layout(model_config, resolved).layout if data.layout == "auto" else data.layout
     # Varlen attention takes one long row; without it a row costs its square, so rows stay short.
     row_tokens = None if resolved == "flash_attention_2" else longest
-    cost = label_cost(model_config, ARCHITECTURE_OF[data.kind])
     return Packer(Grid(layout, budget, row_tokens, label_cost=cost), ChatCollator(pad_id))
 
 
@@ -305,8 +304,10 @@ def check_contrast_sets(
     config: RunConfig, planner: Planner, grid: Grid, world_size: int, per_node: int | None = None
 ) -> None:
     """Refuses contrast sets that do not fit into one micro-step of this number of ranks, by estimated lengths."""
-    largest, data = 0, config.data
-    for step in range(min(config.max_steps, CHECKED_STEPS) if planner.has_sets else 0):
+    largest, data, set_size = 0, config.data, config.objective.pairing().set_size
+    if set_size is None or 2 * (2 * set_size - 1) <= world_size:  # at most one sample a rank
+        return
+    for step in range(min(config.max_steps, CHECKED_STEPS)):
         plan = planner.step(step)
         lengths = estimated_lengths(plan, data).round().astype(np.int64)
         spread = Spread(grid, lengths, np.zeros_like(lengths), world_size, per_node)

@@ -61,18 +61,18 @@ class _Recorder:
             on_trace_ready=self._write,
         )
         self._profile.start()
-        self._began = False  # the first step
+        self._step: int | None = None  # the heartbeat's
 
     def phase(self, name: str) -> None:
-        """The phase `name` begins, and with "waiting for data" a step."""
+        """The phase `name` begins, and with the first "waiting for data" of a step that step."""
         if self._profile is None:
             return
         self._end_range()
-        if name == WAITING_FOR_DATA:
-            if self._began:
+        if name == WAITING_FOR_DATA and heartbeat.step != self._step:
+            if self._step is not None:
                 self._profile.step()
                 self._left -= 1
-            self._began = True
+            self._step = heartbeat.step
         if not self._left:
             self.end()
             return

@@ -15,8 +15,10 @@ from training.loop.profiler import profiled_steps
 
 
 def train(steps: int, **error: type[Exception]) -> None:
-    """The phases of a loop."""
-    for _ in range(steps):
+    """The phases of a loop, in which measures of samples are summed while it waits for data."""
+    for heartbeat.step in range(steps):
+        heartbeat.phase(WAITING_FOR_DATA)
+        heartbeat.phase("all-reduce")
         heartbeat.phase(WAITING_FOR_DATA)
         heartbeat.phase("forward 1")
         torch.ones(4, 4) @ torch.ones(4, 4)
