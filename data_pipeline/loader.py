@@ -127,7 +127,7 @@ class Loader:
         if scan.error is not None:
             raise scan.error
         plan, table = scan.plan, self.table(measures)
-        micro_steps = self.spread(table).micro_steps(plan.sets)
+        micro_steps = self.spread(table, self.this_rank).micro_steps(plan.sets)
         samples = self._own_samples(scan, table, micro_steps)
         batches = tuple(self._batch(plan, micro_step, samples) for micro_step in micro_steps)
         counted = self.packer.collator.counts
@@ -153,10 +153,9 @@ class Loader:
         """(N,) measures of each sample, with their names."""
         return measures.view(self.dtype)[:, 0]
 
-    def spread(self, table: npt.NDArray[Any]) -> Spread:
-        """The distribution of samples of these measures."""
-        this = self.this_rank
-        return Spread(self.packer.grid, table["row_length"], table["n_labels"], this.world_size, this.per_node)
+    def spread(self, table: npt.NDArray[Any], ranks: ThisRank) -> Spread:
+        """The distribution of samples of these measures over `ranks`."""
+        return Spread(self.packer.grid, table["row_length"], table["n_labels"], ranks.world_size, ranks.per_node)
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Steps `start` .. `stop - 1`, in order. Called on all ranks alike, as their measures are summed."""
@@ -198,7 +197,7 @@ class Loader:
         return self.packer.collate(own, rows, contrast)
 
     def _own_samples(self, scan: Scan, table: npt.NDArray[Any], micro_steps: Sequence[MicroStep]) -> dict[int, Sample]:
-        """The samples of this rank's micro-batches, by position; those that another rank has scanned are read here."""
+        """The samples that this rank has scanned and those of its micro-batches, which are read here, by position."""
         positions = [each for micro_step in micro_steps for each in micro_step.share(self.this_rank.rank).tolist()]
         missing = [position for position in positions if position not in scan.samples]
         slots = [scan.plan.slot(position) for position in missing]
@@ -207,7 +206,7 @@ class Loader:
             if not isinstance(outcome, Sample) or self._measured(outcome) != table[position].item():
                 origin = self.reader.index.origin(int(scan.plan.rows[position]))
                 raise DataError(f"{origin}: read differently by two ranks; do all see the same file and tokenizer?")
-        return {**{each: scan.samples[each] for each in positions if each in scan.samples}, **read}
+        return {**scan.samples, **read}
 
     def _measured(self, sample: Sample) -> tuple[int, ...]:
         """The measures of a sample, in the order of `dtype`."""

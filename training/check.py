@@ -14,7 +14,7 @@ import torch
 from data_pipeline.batching.batch import BatchShape
 from data_pipeline.batching.micro_steps import Balance, Spread
 from data_pipeline.console import table
-from data_pipeline.loader import Scan
+from data_pipeline.loader import Scan, ThisRank
 from data_pipeline.order.plan import Planner
 from data_pipeline.records import BadRow
 from data_pipeline.sources.index import DataIndex
@@ -164,8 +164,7 @@ def _spread(data: DataParts, step: int, world_size: int, per_node: int | None) -
     scan = loader.scan(step)
     if scan.error is not None:
         raise scan.error
-    table = loader.table(scan.measures)
-    return scan, Spread(data.packer.grid, table["row_length"], table["n_labels"], world_size, per_node)
+    return scan, loader.spread(loader.table(scan.measures), ThisRank(0, world_size, per_node))
 
 
 def balance_lines(config: RunConfig, data: DataParts, ranks: Ranks) -> Iterator[str]:

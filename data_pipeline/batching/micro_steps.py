@@ -89,7 +89,7 @@ class Spread:
     @cached_property
     def costs(self) -> npt.NDArray[np.float64]:
         """(N,) cost of each sample without padding, in tokens; a label counts with its cost at the LM head."""
-        return self.grid.sides * self.lengths + self.grid.label_cost * self.labels
+        return self.grid.costs(self.lengths, self.labels)
 
     @property
     def _budget(self) -> int:

@@ -131,9 +131,9 @@ class Planner:
         rows = self._rows_at(languages, places_at(cursors, self._sizes[languages], self._keys[languages]))
         rows, pairs = self._paired(t, rows, languages)
         index = self._index
-        bad = np.any(index.bad[rows[pairs]], axis=1, keepdims=True)[:, 0]
-        content = index.content[rows[pairs]]
-        same = np.logical_and(content[:, 0] == content[:, 1], ~bad)
+        dominant, other = rows[pairs].T
+        bad = index.bad[dominant] | index.bad[other]
+        same = (index.content[dominant] == index.content[other]) & ~bad
         # Pairs with a bad row are removed after the split into sets, so that no other pair changes its set.
         chunks = [chunk[~bad[chunk]] for chunk in _split_into_sets(np.flatnonzero(~same), self._set_size)]
         rows, sets = self._without_unused_fills(rows, [pairs[chunk] for chunk in chunks if len(chunk)])
@@ -171,10 +171,8 @@ class Planner:
         """
         if self._pairing.mode == "none":
             return rows, np.empty((0, 2), np.int64)
-        dominant_slots, others = (
-            np.flatnonzero(languages == self._dominant),
-            np.flatnonzero(languages != self._dominant),
-        )
+        is_dominant = languages == self._dominant
+        dominant_slots, others = np.flatnonzero(is_dominant), np.flatnonzero(~is_dominant)
         translations = self._index.translations(rows[others], self._dominant)
         others, translations = others[translations >= 0], translations[translations >= 0]
         first = np.sort(np.unique(self._index.group[rows[others]], return_index=True)[1])  # one translation per item

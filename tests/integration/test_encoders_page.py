@@ -200,7 +200,8 @@ def test_micro_steps(walk: Walk) -> None:
     assert PAGE.quoted("at most `micro_batch_tokens` ({})") == [walk.config.data.micro_batch_tokens]
     found = []
     for ranks in (1, 2):
-        for number, micro_step in enumerate(walk.data.loader(ThisRank(0, ranks, ranks)).spread(table).micro_steps([])):
+        spread = walk.data.loader().spread(table, ThisRank(0, ranks, ranks))
+        for number, micro_step in enumerate(spread.micro_steps([])):
             for rank, share in enumerate(micro_step.shares(ranks)):
                 longest = int(max(table["row_length"][share]))
                 found.append([ranks, number, rank, *share.tolist(), 2, len(share), longest, 2 * len(share) * longest])

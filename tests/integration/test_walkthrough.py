@@ -218,7 +218,7 @@ def test_micro_steps(walk: Walk) -> None:
     loader, found, n_steps = walk.data.loader(), [], []
     table = loader.table(loader.scan(0).measures)
     for ranks in (1, 2):
-        spread = walk.data.loader(ThisRank(0, ranks, ranks)).spread(table)
+        spread = walk.data.loader().spread(table, ThisRank(0, ranks, ranks))
         micro_steps = spread.micro_steps(walk.plan.sets)
         n_steps.append(len(micro_steps))
         for number, micro_step in enumerate(micro_steps):

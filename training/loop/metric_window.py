@@ -21,13 +21,12 @@ from torch import Tensor
 
 from data_pipeline.loader import FINGERPRINT_RANGE, Step
 from training.distributed import all_sum, rank
-from training.loop.step_sums import StepSums, mean_loss
+from training.loop.step_sums import Floats, StepSums, mean_loss, split_sums
 from training.objectives.scaling import denominator
 
 MAX_ROWS = 100  # steps on the device; a read is due when there are so many
 LANGUAGES_A_LINE = 100  # with more languages, not every logged line has their values
 Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +218,8 @@ class MetricWindow:
 
     def _finish(self, step: _Waiting, row: Tensor) -> FinishedStep:
         """Adds a step, whose row is summed over ranks."""
-        n_languages = len(self.languages)
-        norm, n_bad, *rest = row.tolist()
-        losses, labels, terms = np.split(np.array(rest), [n_languages, 2 * n_languages])
-        bad = n_bad > 0 or not np.isfinite(losses).all()
+        norm, *sums_of_step = row.tolist()
+        bad, losses, labels, terms = split_sums(sums_of_step, len(self.languages))
         if not step.skipped and (bad or not math.isfinite(norm)):
             found = "its loss is not finite" if bad else f"the gradient norm is {norm}"
             raise RuntimeError(f"step {step.step}: DeepSpeed applied an update, but {found}")

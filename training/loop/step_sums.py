@@ -6,7 +6,7 @@ Shapes: N label positions, L languages, M loss terms.
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from training.objectives.base import LossTerms
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -54,7 +56,14 @@ class StepSums:
         return torch.isfinite(torch.stack(self.shares))
 
 
-def mean_loss(losses: npt.NDArray[np.float64], labels: npt.NDArray[np.float64]) -> float:
+def split_sums(vector: Sequence[float], n_languages: int) -> tuple[bool, Floats, Floats, Floats]:
+    """Of the sum of `StepSums.vector()` over ranks: whether a loss is not finite, then losses, labels and terms."""
+    n_bad, *rest = vector
+    losses, labels, terms = np.split(np.array(rest), [n_languages, 2 * n_languages])
+    return n_bad > 0 or not np.isfinite(losses).all(), losses, labels, terms
+
+
+def mean_loss(losses: Floats, labels: Floats) -> float:
     """Loss per label, from sums by language."""
     return float(torch.from_numpy(losses).sum() / torch.from_numpy(labels).sum().clamp(min=1))
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.batching.batch import Batch
 from data_pipeline.loader import Step
 from data_pipeline.records import DataError
@@ -32,7 +30,7 @@ from training.loop.guard import Guard, Verdict, list_samples, shown
 from training.loop.metric_window import LANGUAGES_A_LINE, FinishedStep, MetricWindow
 from training.loop.progress import TrainingProgress
 from training.loop.run_totals import RunTotals
-from training.loop.step_sums import StepSums, mean_loss, memory
+from training.loop.step_sums import StepSums, mean_loss, memory, split_sums
 from training.loop.straggler import StragglerMonitor
 from training.objectives.base import LossTerms
 from training.objectives.scaling import learning_rate, step_loss_share
@@ -289,10 +287,8 @@ class Trainer:
 
     def _loss(self, sums: StepSums) -> float:
         """The step's mean loss over all ranks, NaN if that of a micro-batch is not finite; waits for the device."""
-        languages = len(self.config.data.languages)
-        bad, losses, labels, _ = np.split(
-            all_sum(sums.vector(), self.run.engine.device).numpy(), np.cumsum([1, languages, languages])
-        )
+        summed = all_sum(sums.vector(), self.run.engine.device).tolist()
+        bad, losses, labels, _ = split_sums(summed, len(self.config.data.languages))
         return math.nan if bad else mean_loss(losses, labels)
 
     def _read(self) -> list[FinishedStep]:

@@ -355,7 +355,7 @@ def test_the_tokens_that_a_set_needs_are_those_of_its_micro_batch(
         step = maker.contrast_set(n_pairs, longest=20)
         for world_size in (1, 2):
             loader = step.loader(make)
-            spread = replace(loader.spread(loader.table(loader.scan(0).measures)), world_size=world_size, per_node=2)
+            spread = loader.spread(loader.table(loader.scan(0).measures), ThisRank(0, world_size, per_node=2))
             (pairs,) = step.plan().sets
             shares = load_on_ranks(partial(step.loader, make), world_size, 0, per_node=2)
             shapes = [tuple(share.micro_batches[0].input_ids.shape) for share in shares]
