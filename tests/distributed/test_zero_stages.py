@@ -132,6 +132,13 @@ def optimizer_report(cells: Path, name: str, mode: str, ranks: int, implementati
     return found
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_destroyed_engine_frees_the_state_of_its_optimizer(cells: Path, cell: str) -> None:
+    for held, left in report(cells, f"{cell}-resume")["moments"]:
+        assert held > 1
+        assert left == 0
+
+
 def test_deepspeed_prints_no_memory_lines(cells: Path) -> None:
     output = (cells / "output").read_text()
     assert "rolling back to the last checkpoint" in output, "the output of the ranks is captured"

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,6 @@ def main() -> None:
         with suppress(StoppedOnRequest):
             trainer.train(start)
         write(report, trainer, work / f"{name}-{mode}.json")
-        trainer.run.engine.destroy()
     if mode == "resume":
         trainer = made(data_dir, work, f"{FROM_ONE_RANK}-short", CELLS[FROM_ONE_RANK])
         report, start = watch(trainer), resumed(trainer)
@@ -168,8 +168,18 @@ def watch(trainer: Trainer) -> dict[str, Any]:
 def write(report: dict[str, Any], trainer: Trainer, file: Path) -> None:
     report["optimizer"] = type(trainer.run.engine._optimizer).__name__
     report["dropped"] = gather_objects(report["dropped"])
+    report["moments"] = gather_objects(destroyed(trainer))
     if rank() == 0:
         file.write_text(json.dumps(report))
+
+
+def destroyed(trainer: Trainer) -> list[int]:
+    """Destroys the engine: how many of this rank's moments were held before and are held after that."""
+    states = trainer.run.engine._optimizer.optimizer.state.values()
+    moments = [weakref.ref(each) for state in states for each in state.values() if torch.is_tensor(each)]
+    del states
+    trainer.run.engine.destroy()
+    return [len(moments), sum(each() is not None for each in moments)]
 
 
 def state_hash(trainer: Trainer) -> str:
