@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.flops import ModelShape, model_shape
 from benchmarks.gpu_report import CURVES, summary, table
-from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
+from benchmarks.parallel_data import LANGUAGES, WEIGHTS, sources, write_data
 from benchmarks.ranks import SOURCE, machine
 
 LEAST_CASE_S = 45.0  # what a case needs on a GPU, with the start of its ranks
@@ -66,7 +66,6 @@ def run_values(folder: Path, name: str, options: argparse.Namespace) -> dict[str
     curve = name in CURVES
     size = options.curve_size if curve else options.size
     layers = SIZES[size]["num_hidden_layers"]
-    columns = {"id": "id", "prompt": "question", "completion": "answer"}
     shifcon = {
         "name": "shifcon", "layers": [layers // 3, max(layers // 2, layers // 3 + 1)],
         "contrastive": {"weight": 0.1, "scale": 10.0, "set_size": 8},
@@ -79,10 +78,7 @@ def run_values(folder: Path, name: str, options: argparse.Namespace) -> dict[str
         "tokenizer": {"path": str(folder / size / "tokenizer")},
         "data": {
             "languages": LANGUAGES,
-            "sources": [
-                {"name": language, "files": f"{language}.jsonl", "language": language, "columns": columns}
-                for language in LANGUAGES
-            ],
+            "sources": sources(LANGUAGES),
             "mixture": {"strategy": "explicit", "weights": WEIGHTS, "pairing": "reuse"},
             "slots_per_step": options.curve_slots if curve else options.slots,
             "sequence_length": 512,

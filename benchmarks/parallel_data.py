@@ -1,13 +1,15 @@
 """Generated parallel data of realistic lengths: samples of about 60 to 200 tokens in five languages.
 
-`write_data` writes `<language>.jsonl` files with the same items in every language, for `step_time.py`.
+`write_data` writes `<language>.jsonl` files with the same items in every language; `sources` describes such files.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 LETTERS = {  # consonants, vowels
     "en": ("bcdfghlmnprstw", "aeiou"), "de": ("bdfghklmnrstwz", "aeiouäöü"), "es": ("bcdlmnprstvñ", "aeioué"),
@@ -18,6 +20,12 @@ WEIGHTS = {language: 0.3 if language == "en" else 0.175 for language in LANGUAGE
 LEXICON = 400  # words a language
 ITEMS = 600
 QUESTION_WORDS, ANSWER_WORDS = (35, 110), (20, 80)  # about one token a word
+
+
+def sources(languages: Sequence[str]) -> list[dict[str, Any]]:
+    """`data.sources` of a run file for `<language>.jsonl` with the keys id, question and answer."""
+    columns = {"id": "id", "prompt": "question", "completion": "answer"}
+    return [{"name": each, "files": f"{each}.jsonl", "language": each, "columns": columns} for each in languages]
 
 
 def write_data(folder: Path) -> None:

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parallel_data import write_data
+from benchmarks.parallel_data import sources, write_data
 from benchmarks.ranks import add_rank_options, machine, run_ranks
 from benchmarks.turns import Turns, take_turns
 
@@ -44,7 +44,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = {"0.4M": 2400, "23M": 2400, "110M": 16000}
 AREAS = {"0.4M": [1, 2], "23M": [4, 7], "110M": [4, 7]}
-LONGEST, BUDGET = 512, 4096  # tokens of a sample, and of a rank's forward pass
+LONGEST, BUDGET = 512, 2048  # tokens of a sample, and of a rank's forward pass
+SET_SIZE = 2  # a set fits into the budget with rows of the longest length
+PROBE_ITEMS = 4  # samples a language whose refresh, before the first step, is not measured
 NOT_FIRST = 1  # a rank that reads what the first, here the parent, has prepared
 DOMINANT_SHARE = 0.3  # of English; the others share the rest
 
@@ -52,9 +54,11 @@ DOMINANT_SHARE = 0.3  # of English; the others share the rest
 def run_values(folder: Path, data: Path, size: str, slots: int, system: str) -> dict[str, Any]:
     """The run file of a system; TRL's settings are taken from that of SFT."""
     languages = sorted((file.stem for file in data.glob("*.jsonl")), key=lambda name: (name != "en", name))
-    columns = {"id": "id", "prompt": "question", "completion": "answer"}
     share = (1 - DOMINANT_SHARE) / (len(languages) - 1)
-    shifcon = {"name": "shifcon", "layers": AREAS[size], "contrastive": {"weight": 0.1, "scale": 10.0, "set_size": 6}}
+    shifcon = {
+        "name": "shifcon", "layers": AREAS[size], "contrastive": {"weight": 0.1, "scale": 10.0, "set_size": SET_SIZE},
+        "probe_items": PROBE_ITEMS,
+    }  # fmt: skip
     model = {**SIZES[size], "num_key_value_heads": SIZES[size]["num_attention_heads"]}
     return {
         "data_dir": str(data),
@@ -64,9 +68,7 @@ def run_values(folder: Path, data: Path, size: str, slots: int, system: str) -> 
         "tokenizer": {"train": {"vocab_size": VOCABULARY[size]}},
         "data": {
             "languages": languages,
-            "sources": [
-                {"name": each, "files": f"{each}.jsonl", "language": each, "columns": columns} for each in languages
-            ],
+            "sources": sources(languages),
             "mixture": {
                 "strategy": "explicit",
                 "weights": {each: DOMINANT_SHARE if each == "en" else share for each in languages},

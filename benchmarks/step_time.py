@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parallel_data import LANGUAGES, WEIGHTS, write_data
+from benchmarks.parallel_data import LANGUAGES, WEIGHTS, sources, write_data
 from benchmarks.ranks import add_rank_options, all_max, machine, run_ranks, usable_ranks
 
 CLOCKS = {"wall_seconds": "wall clock", "cpu_seconds": "CPU time, all ranks"}
@@ -39,7 +39,6 @@ AREAS = {"0.1M": [1, 2], "5M": [2, 4], "20M": [4, 7]}
 
 def run_values(folder: Path, size: str, slots: int, on_gpu: bool) -> dict[str, Any]:
     """The run file of the one-pass run; the other two differ only in the objective."""
-    columns = {"id": "id", "prompt": "question", "completion": "answer"}
     model = {**SIZES[size], "num_key_value_heads": SIZES[size]["num_attention_heads"]}
     return {
         "data_dir": str(folder / "data"),
@@ -49,10 +48,7 @@ def run_values(folder: Path, size: str, slots: int, on_gpu: bool) -> dict[str, A
         "tokenizer": {"train": {"vocab_size": 2400}},
         "data": {
             "languages": LANGUAGES,
-            "sources": [
-                {"name": language, "files": f"{language}.jsonl", "language": language, "columns": columns}
-                for language in LANGUAGES
-            ],
+            "sources": sources(LANGUAGES),
             "mixture": {"strategy": "explicit", "weights": WEIGHTS, "pairing": "reuse"},
             "slots_per_step": slots,
             "sequence_length": 256,

@@ -6,6 +6,7 @@ parent hands out turns over a TCPStore; a waiting rank blocks on its socket and 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -43,6 +44,7 @@ class Turns:
         """Reports the turn's figures with its seconds, CPU time and the peak memory so far."""
         figures |= {"wall_seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}
         figures["peak_bytes"] = peak_bytes()
+        ctypes.CDLL(None).malloc_trim(0)  # the systems' freed memory together would exceed the machine's
         self._store.set(f"{self._system}/{self._turn}/{os.environ['RANK']}", json.dumps(figures))
         self._turn += 1
 
