@@ -72,7 +72,7 @@ def build_trainers(config: Any) -> dict[str, Any]:
     from training.distributed import rank
     from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings
     from training.loop.trainer import Trainer
-    from training.objectives.sft import SupervisedFineTuning
+    from training.objectives.sft import SFTConfig, SupervisedFineTuning
     from training.objectives.shifcon import ShifCon
     from training.run_folder.prepare import prepare
 
@@ -102,9 +102,9 @@ def build_trainers(config: Any) -> dict[str, Any]:
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)
         objective = make(model)  # its hooks are installed before the engine's, as in training.assembly
         engine = Engine(model, config, settings, nproc)
-        trainers[name] = Trainer(
-            Run(config, data, data.loader(this_rank(), config.data.workers), objective, engine, None, directory), None
-        )
+        own = config.model_copy(update={"objective": SFTConfig(name="sft")}) if name == "SFT" else config
+        loader = data.loader(this_rank(), config.data.workers)
+        trainers[name] = Trainer(Run(own, data, loader, objective, engine, None, directory), None)
     return trainers
 
 
