@@ -69,6 +69,7 @@ class ThreePassShifCon(ShifCon):
         for batch, numbers in zip(busy, np.array_split(kept, max(len(busy), 1)), strict=False):
             own = pairs[numbers]
             excluded = torch.from_numpy(excluded_combinations(plan.groups[own[:, 0]], plan.contents[own])).to(device)
+            excluded.fill_diagonal_(False)  # the pair itself is the positive
             samples = [read[number] for number in numbers.tolist()]
             sides = [_texts([pair[side] for pair in samples], loader.packer, device) for side in range(2)]
             self._texts[id(batch.samples)] = [replace(side, excluded=excluded) for side in sides]
