@@ -24,7 +24,8 @@ from training.engine.settings import own_settings, with_fastest_adam
 GIB = 2**30
 ITEM = {"fp32": 4, "bf16": 2}
 ALLOWANCE = 2 * GIB  # CUDA context, NCCL, cuBLAS, fragmentation: not measured
-CPU_ALLOWANCE = 1 * GIB  # Python, its libraries and the data: a tiny model's rank peaks at about 0.6 GiB
+# Python, its libraries, the tokenizer and the data: 0.6 GiB with a tiny tokenizer, 1.1 with one of 262,144 tokens
+CPU_ALLOWANCE = 5 * GIB // 4
 TEMPORARIES = 8  # bytes a weight: two fp32 tensors, of an optimizer that is not fused
 ALIGNMENT = 2  # elements per rank to whose multiple ZeRO-1 and -2 round up a flat group
 # DeepSpeed's defaults; `tests/unit/training/engine/test_memory_estimate.py` compares them with the installed version's.
@@ -186,6 +187,7 @@ class _Sizes:
     trained: tuple[int, ...]
     groups: tuple[int, int]  # trained matrices, and the rest: the optimiser's two groups
     largest_module: int  # weights that one module holds itself
+    tied: int  # of the embedding, if the LM head has the same weight: it gets a second gradient at the end of backward
 
     @classmethod
     def of(cls, model: nn.Module, item: int, ranks: int) -> _Sizes:
@@ -195,7 +197,7 @@ class _Sizes:
         own = (sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules())
         return cls(
             item, ranks, tuple(each.numel() for each in weights), tuple(each.numel() for each in trained),
-            (matrices, sum(each.numel() for each in trained) - matrices), max(own),
+            (matrices, sum(each.numel() for each in trained) - matrices), max(own), _tied(model),
         )  # fmt: skip
 
     def shard(self, numbers: Sequence[int]) -> int:
@@ -206,6 +208,16 @@ class _Sizes:
         """Elements of the optimiser's state per rank, each group being sharded separately (ZeRO-1 and -2)."""
         unit = ALIGNMENT * self.ranks
         return sum(-(-number // unit) * ALIGNMENT for number in self.groups)
+
+
+def _tied(model: nn.Module) -> int:
+    """Elements of a trained weight that is both the embedding and the LM head; 0: there is none."""
+    tables = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    embedding, head = [getattr(table, "weight", None) for table in tables]
+    is_tied = head is embedding
+    if is_tied and isinstance(embedding, nn.Parameter) and embedding.requires_grad:
+        return embedding.numel()
+    return 0
 
 
 def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
@@ -225,7 +237,8 @@ def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
     if zero["contiguous_gradients"]:
         yield Part("bucket for reducing gradients", "always", 4 * bucket)
     largest = max(sizes.trained, default=0)
-    moving = item * largest + 4 * min(trained, max(bucket, largest)) + (4 * largest if largest > bucket else 0)
+    moving = item * (largest + sizes.tied)
+    moving += 4 * min(trained, max(bucket, largest)) + (4 * largest if largest > bucket else 0)
     yield Part("gradients being reduced", "in forward and backward", moving)
     # A gathered weight is kept if it is used again within the reuse distance: from forward to backward, that covers
     # half as many elements. Others are prefetched module by module, up to a limit.
@@ -253,7 +266,8 @@ def _stage_1_and_2(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:
         yield Part("the optimizer's work", "in the update", zero["optimizer_work"] * mine)
         yield _norm(min(largest, mine))
     buckets = 2 if zero["overlap_comm"] else 1
-    yield Part("gradients being reduced", "in forward and backward", buckets * 4 * bucket + item * largest)
+    moving = buckets * 4 * bucket + item * (largest + sizes.tied)
+    yield Part("gradients being reduced", "in forward and backward", moving)
 
 
 def _optimizer(place: Callable[[str, When, int], Part], mine: int) -> Iterator[Part]:

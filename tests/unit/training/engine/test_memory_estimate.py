@@ -158,6 +158,22 @@ def test_a_smaller_micro_batch_does_not_shrink_the_gradient_of_the_heads_weight(
     assert other - one == GIB // 2
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_weight_that_is_embedding_and_head_has_two_gradients(stage: int) -> None:
+    """The head's, and at the end of the backward pass the embedding's, in the weight's number format."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    moving = {}
+    for tied in (True, False):
+        with torch.device("meta"):
+            config = LlamaConfig(vocab_size=1000, tie_word_embeddings=tied, **sizes)
+            model: Any = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()
+        estimate = memory_estimate(config_of(precision="bf16", zero_stage=stage), model, NOTHING, Ranks(1, 1))
+        moving[tied] = next(part.gpu for part in estimate.parts if part.name == "gradients being reduced")
+    more = 0 if stage < 3 else 4 * 1000 * 64  # a bucket of all weights, which are more with a head of its own
+    assert moving[True] + more == moving[False] + 2 * 1000 * 64
+
+
 def test_check_reports_the_peak_and_refuses_a_gpu_that_is_too_small(prepared_run: PreparedRun) -> None:
     lines = list(check_run(prepared_run.config, nodes=2, gpus_per_node=4, gpu_memory_gib=80))
     (peak,) = [line for line in lines if line.startswith("  peak")]
