@@ -68,10 +68,11 @@ def build_trainers(config: Any) -> dict[str, Any]:
     """One Trainer per objective: three models and engines that share the data."""
     from benchmarks.three_pass import ThreePassShifCon
     from modeling.loading import build_model, load_weights, resolve_directory
-    from training.assembly import Run, _probe, assemble_data, this_rank
+    from training.assembly import Run, assemble_data, this_rank
     from training.distributed import rank
     from training.engine.engine import DTYPES, Construction, Engine, deepspeed_settings
     from training.loop.trainer import Trainer
+    from training.objectives.base import ObjectiveParts
     from training.objectives.sft import SFTConfig, SupervisedFineTuning
     from training.objectives.shifcon import ShifCon
     from training.run_folder.prepare import prepare
@@ -80,16 +81,12 @@ def build_trainers(config: Any) -> dict[str, Any]:
     data = assemble_data(config, prepared)
     nproc = int(os.environ["WORLD_SIZE"])
     settings = deepspeed_settings(config, nproc)
-    shifcon = (
-        config.objective,
-        config.data.languages,
-        config.data.dominant,
-        _probe(data, config.objective.probe_size(), this_rank()),
-    )
+    probe = data.probe_batches(this_rank())
+    parts = ObjectiveParts(config.data.kind, config.data.languages, config.data.dominant, probe=probe)
     makers: tuple[Callable[[Any], Any], ...] = (
         SupervisedFineTuning,
-        lambda model: ShifCon(model, *shifcon),
-        lambda model: ThreePassShifCon(model, *shifcon),
+        lambda model: ShifCon(model, config.objective, config.objective.layers, parts),
+        lambda model: ThreePassShifCon(model, config.objective, config.objective.layers, parts),
     )
     trainers = {}
     for name, make in zip(OBJECTIVES, makers, strict=True):

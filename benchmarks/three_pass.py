@@ -29,7 +29,7 @@ from data_pipeline.batching.contrast import excluded_combinations
 from data_pipeline.batching.packer import Packer
 from data_pipeline.loader import Loader, Step
 from data_pipeline.records import ChatSample
-from modeling.shifcon.contrastive import contrastive_losses
+from modeling.shifcon.contrastive import contrastive_losses, pair_cosines
 from training.engine.engine import Engine
 from training.objectives.base import LossTerm, LossTerms
 from training.objectives.sft import SupervisedFineTuning
@@ -82,7 +82,8 @@ class ThreePassShifCon(ShifCon):
             fine_tuning = SupervisedFineTuning.loss_terms(self, engine, batch)
         loss = self._batch_contrastive(english, translated, sides[0].excluded)
         contrastive = LossTerm(loss, "pairs", self.config.contrastive.weight)
-        return replace(fine_tuning, terms={**fine_tuning.terms, "contrastive": contrastive})
+        not_counted = LossTerm(torch.zeros_like(loss), "pairs", 0.0)
+        return replace(fine_tuning, terms={**fine_tuning.terms, "contrastive": contrastive, "retrieval": not_counted})
 
     def _sentence_means(self, engine: Engine, texts: Texts) -> list[Tensor]:
         """A full forward pass; (P, H) for each layer of the area."""
@@ -105,7 +106,8 @@ class ThreePassShifCon(ShifCon):
             return members.sum() * 0.0
         numbers = torch.arange(len(excluded_PP), device=excluded_PP.device)
         pairs = torch.stack([numbers, numbers + len(numbers)], dim=1)
-        return contrastive_losses(members, pairs[None], excluded_PP[None], self.config.contrastive.scale).sum()
+        cosines = pair_cosines(members, pairs[None])
+        return contrastive_losses(cosines, excluded_PP[None], self.config.contrastive.scale).sum()
 
 
 def _texts(samples: Sequence[Any], packer: Packer, device: torch.device) -> Texts:

@@ -74,7 +74,7 @@ class Step:
     unusable: int  # slots and fills left empty by unusable rows
     overlong: int  # slots and fills left empty by samples that are too long
     fingerprint: int  # identifies the step's samples, below 2^53
-    dropped_pairs: int  # translations that were not paired because both texts are identical
+    dropped_pairs: int  # `StepPlan.dropped_pairs`
 
 
 def no_slots(n_languages: int) -> Integers:

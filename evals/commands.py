@@ -23,7 +23,7 @@ xtreme_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="XTRE
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to the app of `crosslift.py`."""
-    for command in (generate, eval, score):
+    for command in (generate, eval, score, probe):
         app.command()(command)
     app.add_typer(xtreme_app, name="xtreme")
 
@@ -75,6 +75,28 @@ def generate(
         print(json.dumps(row, ensure_ascii=False) if as_json else row["output"])
     if unshifted := without_vector(generator, rows):
         print(f"no language vector: {', '.join(unshifted)} ran unshifted", file=sys.stderr)
+
+
+def probe(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="export, directory or hub name")],
+    data: Annotated[list[Path], typer.Option(help="CODE.txt (a sentence a line) or JSONL; may be repeated")],
+    output: Annotated[Path, typer.Option(help="folder for JSON, vectors and plots")],
+    dominant: Annotated[str, typer.Option(help="language that the others are compared with")] = "en",
+    limit: Annotated[int | None, typer.Option(min=16, help="sentences of each language")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="most tokens of a sentence")] = 128,
+    dtype: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 on a GPU")] = "auto",
+) -> None:
+    """Compare languages at every layer. Example: crosslift probe DIR --data en.txt --data sw.txt --output OUT"""
+    from evals.probe import probe as measure
+    from evals.probe import probe_table, read_sentences, write_probe
+    from training.distributed import evaluation_group, rank
+
+    with evaluation_group():
+        sentences = read_sentences(data, limit)
+        report = measure(expanded(model), sentences, dominant=dominant, max_length=max_length, dtype=dtype)
+        if rank() == 0:
+            print(probe_table(report))
+            print("  ".join(map(str, write_probe(report, output))))
 
 
 def eval(

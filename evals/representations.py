@@ -223,7 +223,7 @@ def _measured(
     states: SentenceStates, pairs: list[tuple[EncodedText, EncodedText]], progress: Progress
 ) -> dict[str, Curve]:
     """Every measure between the two sides of `pairs`, at every layer."""
-    from modeling.shifcon.subspace import CrossCovariance
+    from modeling.cka import CrossCovariance
 
     sums = [CrossCovariance(states.width, states.width, states.model.device) for _ in range(states.layers + 1)]
     for batch in _batches(pairs, BATCH_SIZE):

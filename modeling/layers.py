@@ -27,7 +27,7 @@ from modeling.errors import ModelError
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
-def _backbone(model: nn.Module) -> PreTrainedModel:
+def backbone(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face module that owns the layers, inside any wrappers."""
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if pretrained is None:
@@ -39,7 +39,7 @@ def position_limit(model: nn.Module) -> int | None:
     """The number of tokens that the model has positions for; None if its config gives none."""
     table = position_table(model)
     if table is None:
-        return getattr(_backbone(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return getattr(backbone(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
     # the first rows of OPT's and RoBERTa's tables belong to no token
     unused = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
     return int(table.num_embeddings - unused)
@@ -57,18 +57,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ModelError: there is no such list, or more than one.
     """
-    backbone = _backbone(model)
-    number = backbone.config.get_text_config(decoder=True).num_hidden_layers
+    inner = backbone(model)
+    number = inner.config.get_text_config(decoder=True).num_hidden_layers
     lists = {
         name: module
-        for name, module in backbone.named_modules()
+        for name, module in inner.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == number
     }
     depth = min((name.count(".") for name in lists), default=0)
     outermost = [name for name in lists if name.count(".") == depth]
     if len(outermost) != 1:
         raise ModelError(
-            f"{type(backbone).__name__}: expected one list of {number} layers (num_hidden_layers), "
+            f"{type(inner).__name__}: expected one list of {number} layers (num_hidden_layers), "
             f"found {', '.join(outermost) or 'none'}"
         )
     return lists[outermost[0]]
@@ -76,7 +76,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def hidden_size(model: nn.Module) -> int:
     """H, the width of the state between layers."""
-    return int(_backbone(model).config.get_text_config(decoder=True).hidden_size)
+    return int(backbone(model).config.get_text_config(decoder=True).hidden_size)
 
 
 def state_hook(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -94,7 +94,7 @@ def state_hook(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor | Non
     layers = decoder_layers(model)
     if not 0 <= layer <= len(layers):
         raise ModelError(f"layer {layer} does not exist: {type(model).__name__} has states 0..{len(layers)}")
-    if getattr(_backbone(model).config, "layerdrop", 0.0):
+    if getattr(backbone(model).config, "layerdrop", 0.0):
         raise ModelError(f"{type(model).__name__} skips layers at random: set layerdrop to 0 in its config")
 
     def entering(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from modeling.shifcon.subspace import CentroidDistance, CrossCovariance
+from modeling.cka import CentroidDistance, CrossCovariance
 
 
 def summed(x_NX: Tensor, y_NY: Tensor) -> CrossCovariance:

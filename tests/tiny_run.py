@@ -165,7 +165,7 @@ def run_values(data_dir: Path, output_dir: Path, /, **changes: Any) -> dict[str,
             "micro_batch_tokens": 384,
         },
         "objective": {
-            "name": "shifcon", "layers": [1, 2], "probe_items": 6, "refresh_every": 4,
+            "name": "shifcon", "layers": [1, 2], "probe_items": 16, "refresh_every": 4,
             "contrastive": {"weight": 0.5, "scale": 10.0, "set_size": 2},
         },
         "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.1},

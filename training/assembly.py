@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from data_pipeline.order.mixture import Quotas, language_weights
 from data_pipeline.order.pairing import Partners, PlannedPairing
 from data_pipeline.order.plan import Planner, StepPlan
 from data_pipeline.reader import Reader, TextStage, overlong_error
-from data_pipeline.records import BadRow, DataError
+from data_pipeline.records import BadRow, ChatSample, DataError, Sample
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.stage import TaskStage
 from data_pipeline.tasks.tokenize import TaskTokenizer
@@ -75,12 +75,18 @@ class DataParts:
     reader: Reader
     planner: Planner
     packer: Packer
+    probe: tuple[tuple[Sample, ...], ...]  # by language, the objective's probe set; empty if it has none
+    uncontrasted: frozenset[int]  # languages with too few probe samples to be in contrast sets
     fingerprint: dict[str, str]  # of data and tokenizer, which determine the tokens of each step
 
     def loader(self, this_rank: ThisRank | None = None, workers: int = 1) -> Loader:
         """The loader of a rank. Its threads give up the interpreter's lock after SWITCH_INTERVAL_S, by default 5 ms."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return Loader(self.reader, self.planner, self.packer, this_rank, workers)
+
+    def probe_batches(self, this_rank: ThisRank) -> list[Batch[Any]]:
+        """A rank's micro-batches of the probe set, equal in number on all ranks."""
+        return fixed_batches([sample for each in self.probe for sample in each], self.packer, this_rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +113,12 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
     reader = build_reader(config, index, tokenizer)
     check_longest(reader)
-    planner = build_planner(config.data, config.objective, reader, tokens_per_byte(config.data, reader))
+    costs = tokens_per_byte(config.data, reader)
+    probe = probe_samples(reader, config.objective.probe_size())
+    uncontrasted = too_few_samples(config.data, config.objective, probe)
+    planner = build_planner(config.data, config.objective, reader, costs, uncontrasted)
     packer = build_packer(config.data, config.objective, config.model.attention, prepared.model_dir, tokenizer)
-    return DataParts(index, tokenizer, reader, planner, packer, _fingerprint(index, tokenizer))
+    return DataParts(index, tokenizer, reader, planner, packer, probe, uncontrasted, _fingerprint(index, tokenizer))
 
 
 def build_reader(config: RunConfig, index: DataIndex, tokenizer: PreTrainedTokenizerBase) -> Reader:
@@ -158,8 +167,7 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     embeddings = load_model_config(directory, ARCHITECTURE_OF[config.data.kind]).get_text_config().vocab_size
     check_vocabulary(data.tokenizer, prepared.tokenizer_dir, embeddings)
     model = starting_model(config, directory, settings)
-    probe = _probe(data, config.objective.probe_size(), this)
-    objective = build_objective(config.data, config.objective, model, data.tokenizer, probe)
+    objective = build_objective(config.data, config.objective, model, data.tokenizer, data.probe_batches(this))
     engine = Engine(model, config, settings, this.world_size)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, this) if config.evaluation.every else None
     return Run(config, data, data.loader(this, config.data.workers), objective, engine, heldout, directory)
@@ -169,6 +177,12 @@ def pair_and_set_warnings(config: RunConfig, data: DataParts) -> Iterator[str]:
     """Warnings about the pairs of an objective that learns from them."""
     yield from pair_warnings(config.data, config.objective, data.index)
     yield from set_warnings(config.data, config.objective, config.max_steps, data.planner)
+    for language in sorted(data.uncontrasted):
+        yield (
+            f"language {config.data.languages[language]!r} takes no part in the contrastive loss: it has "
+            f"{len(data.probe[language])} usable probe samples, and {config.objective.pairing().min_probe_samples} are "
+            "needed"
+        )
 
 
 def this_rank() -> ThisRank:
@@ -213,7 +227,13 @@ def build_objective(
     return objective.build(model, parts)
 
 
-def build_planner(data: DataConfig, objective: ObjectiveConfig, reader: Reader, costs: list[float] | None) -> Planner:
+def build_planner(
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    reader: Reader,
+    costs: list[float] | None,
+    uncontrasted: frozenset[int] = frozenset(),
+) -> Planner:
     """The planner of a run; `costs` are tokens per byte by language."""
     index = reader.index
     rows = {language: len(index.rows(number)) for number, language in enumerate(data.languages)}
@@ -223,6 +243,7 @@ def build_planner(data: DataConfig, objective: ObjectiveConfig, reader: Reader, 
         mode=data.mixture.pairing,
         set_size=objective.pairing().set_size,
         partners=reader.partners,
+        uncontrasted=uncontrasted,
     )
     quotas = Quotas(weights, data.languages, data.mixture.period)
     return Planner(index, quotas, pairing, data.slots_per_step, reader.seed, costs)
@@ -328,12 +349,28 @@ def estimated_lengths(plan: StepPlan, data: DataConfig) -> npt.NDArray[np.float6
     return np.where(plan.costs <= data.sequence_length, plan.costs, longest)
 
 
-def _probe(data: DataParts, n_items: int, this_rank: ThisRank) -> list[Batch[Any]]:
-    """This rank's micro-batches of the probe set, which has `n_items` samples per language."""
-    if not n_items:
-        return []
-    samples = []
-    for language in range(len(data.index.languages)):
-        rows = sample_rows(data.index, language, n_items, data.reader.seed)
-        samples += data.reader.readable(rows).samples
-    return fixed_batches(samples, data.packer, this_rank)
+def probe_samples(reader: Reader, n_items: int) -> tuple[tuple[Sample, ...], ...]:
+    """The probe set: `n_items` usable samples of each language, as far as there are so many."""
+    languages = range(len(reader.index.languages)) if n_items else ()
+    rows = (sample_rows(reader.index, language, n_items, reader.seed) for language in languages)
+    return tuple(tuple(reader.readable(each).samples) for each in rows)
+
+
+def too_few_samples(data: DataConfig, objective: ObjectiveConfig, probe: Sequence[Sequence[Sample]]) -> frozenset[int]:
+    """Languages with fewer probe samples than the objective's contrast sets need.
+
+    Raises:
+        ConfigError: the dominant language is one.
+    """
+    needed = objective.pairing().min_probe_samples
+    found = [sum(map(_has_content, samples)) for samples in probe] if needed else []
+    if found and found[dominant := data.languages.index(data.dominant)] < needed:
+        raise ConfigError(
+            f"data.dominant: {data.dominant!r} has {found[dominant]} usable samples for the probe set, but "
+            f"objective.contrastive.normalise needs {needed}; add rows, or set it to none"
+        )
+    return frozenset(language for language, number in enumerate(found) if number < needed)
+
+
+def _has_content(sample: Sample) -> bool:
+    return isinstance(sample, ChatSample) and bool(sample.content.any())

@@ -49,12 +49,28 @@ def placement() -> dict[str, str]:
 
 
 def all_sum(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """Element-wise sum over ranks, fp64, on CPU."""
-    total = torch.as_tensor(values, dtype=torch.float64).to(device)
+    """Element-wise sum over ranks, fp64, on CPU; `values` are unchanged."""
+    total = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)
     if dist.is_initialized():
         heartbeat.phase("all-reduce")
         dist.all_reduce(total)
     return total.cpu()
+
+
+@contextmanager
+def evaluation_group() -> Iterator[None]:
+    """Context with a process group if `torchrun` started this process: NCCL on GPUs, else gloo; without DeepSpeed."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def open_cpu_group(timeout: timedelta) -> None:

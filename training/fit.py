@@ -20,6 +20,7 @@ from training.distributed import barrier, gather_objects, placement, rank
 from training.engine.engine import deepspeed_settings, process_group
 from training.launch.heartbeat import heartbeat
 from training.launch.stop import StoppedOnRequest, StopRequest
+from training.layer_area import with_area
 from training.loop.profiler import profiled_steps
 from training.loop.resume import permitted, resume_from, schedule_change
 from training.loop.trainer import Trainer
@@ -83,6 +84,7 @@ def _fit(
     barrier()
     found = find_checkpoint(resume, disks)
     config = config.model_copy(update={"data": _dated(config.data, config.output_dir, prepared, found)})
+    config = with_area(config, prepared, found)
     if found is not None:
         state = permitted(found, config, prepared, fingerprint(prepared), accept_changes)
         if state.step >= config.max_steps:

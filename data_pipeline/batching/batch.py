@@ -127,6 +127,7 @@ class ChatTargets:
     # answer if it is in the sample's language (docs/methods.md, section 1.1).
     vector_languages: Tensor
     content: Tensor  # (B, T) bool: tokens of user content
+    segment_languages: Tensor  # (S,) int64: each sample's language; -1 for one without content
     contrast: ContrastSets | None  # None: the micro-step has no sets, on any rank
 
 

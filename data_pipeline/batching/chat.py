@@ -36,7 +36,7 @@ class ChatCollator(Collator):
         self.pad_id = pad_id
 
     def collate(self, rows: Sequence[Sequence[Sample]], layout: Layout, contrast: ContrastSets | None) -> ChatBatch:
-        order = [sample for row in rows for sample in row]
+        order = [sample for row in rows for sample in row if isinstance(sample, ChatSample)]  # made by ChatStage
         length = max((sum(map(len, row)) for row in rows), default=1)
         grid = _Grid(max(len(rows), 1), length, self.pad_id)
         segment = 0
@@ -55,6 +55,7 @@ class ChatCollator(Collator):
         targets = ChatTargets(
             TokenTargets(labels_N, labels_N), segment_ids=ids_BT, n_segments=max(shape.segments, 1), languages=ids_BT,
             vector_languages=ids_BT, content=ids_BT.bool(), contrast=_blank_sets(shape.pairs),
+            segment_languages=torch.zeros(max(shape.segments, 1), dtype=torch.int64),
         )  # fmt: skip
         return Batch(
             input_ids=ids_BT, attention_mask=None, position_ids=ids_BT, label_weights=labels_N.float(),
@@ -105,7 +106,7 @@ class _Grid:
             positions = row * self.length + start + targets - 1
             self.labels.append((positions, sample.input_ids[targets], sample.language))
 
-    def batch(self, order: Sequence[Sample], contrast: ContrastSets | None, with_mask: bool) -> ChatBatch:
+    def batch(self, order: Sequence[ChatSample], contrast: ContrastSets | None, with_mask: bool) -> ChatBatch:
         padding = self.segment_ids == PADDING
         # Padding is treated as another sample at the end of the row: positions restart, so no real token attends to it.
         ramp = np.arange(self.length)[None, :] - self.filled[:, None]
@@ -118,6 +119,7 @@ class _Grid:
         positions = np.concatenate([places for places, _, _ in labels])
         ids = np.concatenate([predicted for _, predicted, _ in labels]).astype(np.int64)
         label_languages = np.concatenate([np.full(len(places), language, np.int64) for places, _, language in labels])
+        segment_languages = [sample.language if sample.content.any() else NO_LANGUAGE for sample in order]
         targets = ChatTargets(
             tokens=TokenTargets(torch.from_numpy(positions), torch.from_numpy(ids)),
             segment_ids=torch.from_numpy(self.segment_ids),
@@ -125,6 +127,7 @@ class _Grid:
             languages=torch.from_numpy(self.languages),
             vector_languages=torch.from_numpy(self.vector_languages),
             content=torch.from_numpy(self.content),
+            segment_languages=torch.tensor(segment_languages or [NO_LANGUAGE]),
             contrast=contrast,
         )
         return Batch(

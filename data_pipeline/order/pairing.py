@@ -27,6 +27,7 @@ class PairingRule:
     # k of the scheduled sampling of partners (docs/methods.md, section 2.3); None: always gold
     gold_schedule: float | None = None
     needed: bool = False  # data without any pair are an error
+    min_probe_samples: int = 0  # a language with fewer in the probe set is in no contrast set
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +86,4 @@ class PlannedPairing:
     mode: Pairing = "none"
     set_size: int | None = None
     partners: Partners | None = None
+    uncontrasted: frozenset[int] = frozenset()  # languages whose translations are in no contrast set

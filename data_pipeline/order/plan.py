@@ -57,7 +57,7 @@ class StepPlan:
     costs: npt.NDArray[np.float64]  # (N,) estimated tokens
     n_slots: int  # S
     sets: tuple[Integers, ...]  # contrast sets: (P, 2) positions (dominant, other) of each one's pairs
-    dropped_pairs: int  # translations that were not paired because both texts are identical
+    dropped_pairs: int  # translations in no set: both texts are identical, or the language is in no contrast set
     seed: int  # the run's
     partners: Partners | None = None
 
@@ -133,15 +133,17 @@ class Planner:
         index = self._index
         dominant, other = rows[pairs].T
         bad = index.bad[dominant] | index.bad[other]
-        same = (index.content[dominant] == index.content[other]) & ~bad
+        unfit = (index.content[dominant] == index.content[other]) & ~bad
+        if self._set_size is not None:
+            unfit |= np.isin(languages[pairs[:, 1]], list(self._pairing.uncontrasted)) & ~bad
         # Pairs with a bad row are removed after the split into sets, so that no other pair changes its set.
-        chunks = [chunk[~bad[chunk]] for chunk in _split_into_sets(np.flatnonzero(~same), self._set_size)]
+        chunks = [chunk[~bad[chunk]] for chunk in _split_into_sets(np.flatnonzero(~unfit), self._set_size)]
         rows, sets = self._without_unused_fills(rows, [pairs[chunk] for chunk in chunks if len(chunk)])
         languages = np.concatenate([languages, np.full(len(rows) - len(languages), self._dominant)])
         costs = index.n_bytes[rows].astype(np.float64) * self._tokens_per_byte[languages]
         return StepPlan(
             t, rows, languages, index.group[rows], index.content[rows], costs, self._slots_per_step, sets,
-            int(same.sum()), self._seed, self._pairing.partners,
+            int(unfit.sum()), self._seed, self._pairing.partners,
         )  # fmt: skip
 
     def _without_unused_fills(self, rows: Integers, sets: list[Integers]) -> tuple[Integers, tuple[Integers, ...]]:

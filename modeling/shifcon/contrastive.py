@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling.errors import ModelError
-from modeling.layers import membership, state_hook, without_autocast
+from modeling.layers import hidden_size, membership, state_hook, without_autocast
 
 
 class ContentPooling:
@@ -44,6 +45,7 @@ class ContentPooling:
         self._sizes_S1 = torch.ones(0, 1)
         self._pooled: list[Tensor] = []
         self._handles = [state_hook(model, layer, self._pool) for layer in self.layers]
+        self.hidden_size = hidden_size(model)
 
     @contextmanager
     def batch(self, segment_ids: Tensor, content: Tensor, n_segments: int) -> Iterator[list[Tensor]]:
@@ -83,21 +85,53 @@ class ContentPooling:
             self._pooled.append(self._members_SN @ hidden_BTH.flatten(0, 1).float() / self._sizes_S1)
 
 
-def contrastive_losses(members_KMH: Tensor, pairs: Tensor, excluded: Tensor, scale: float) -> Tensor:
+def pair_cosines(members_KMH: Tensor, pairs: Tensor) -> Tensor:
+    """(K, C, P, P): cosines between each pair's dominant side (rows) and the other side of each pair (columns).
+
+    Args:
+        members_KMH: (K, M, H) pooled states of the sets' samples, normalised or not.
+        pairs: (C, P, 2) int64, the members (dominant, other) of each pair.
+    """
+    with without_autocast(members_KMH.device):
+        dominant_KCPH, other_KCPH = F.normalize(members_KMH.float(), dim=-1)[:, pairs].unbind(dim=3)
+        return dominant_KCPH @ other_KCPH.mT
+
+
+def contrastive_losses(cosines_KCPP: Tensor, excluded: Tensor, scale: float) -> Tensor:
     """Symmetric InfoNCE of translation pairs, summed over the pairs of each set and averaged over layers.
 
     Args:
-        members_KMH: (K, M, H) pooled states of the sets' samples.
-        pairs: (C, P, 2) int64, the members (dominant, other) of each pair.
+        cosines_KCPP: `pair_cosines`.
         excluded: (C, P, P) bool, combinations of a pair's dominant side with another's other side that are no
             negatives. A pair of which all others are excluded has a loss of 0.
-        scale: factor of the cosine similarities.
+        scale: factor of the cosines.
 
     Returns:
         (C,). Each pair's loss is the mean of the two directions' cross entropies.
     """
-    with without_autocast(members_KMH.device):
-        dominant_KCPH, other_KCPH = F.normalize(members_KMH.float(), dim=-1)[:, pairs].unbind(dim=3)
-        logits_KCPP = (scale * dominant_KCPH @ other_KCPH.mT).masked_fill(excluded, -torch.inf)
+    logits_KCPP = (scale * cosines_KCPP).masked_fill(excluded, -torch.inf)
     both_KCP = logits_KCPP.logsumexp(dim=3) + logits_KCPP.logsumexp(dim=2)
     return (both_KCP / 2 - logits_KCPP.diagonal(dim1=2, dim2=3)).sum(dim=2).mean(dim=0)
+
+
+class Retrieval(NamedTuple):
+    """How many of each set's pairs are found among their candidates. Pairs with one candidate are not counted."""
+
+    found: Tensor  # (C,) fp32
+    by_chance: Tensor  # (C,) fp32, the expected number for similarities that tell nothing
+    pairs: Tensor  # (C,) fp32, the number counted
+
+
+def retrieval(cosines_KCPP: Tensor, excluded: Tensor) -> Retrieval:
+    """Whether a pair's other side is most similar to its own dominant side, by the mean cosine over the layers.
+
+    Args:
+        cosines_KCPP, excluded: as for `contrastive_losses`.
+    """
+    mean_CPP = cosines_KCPP.detach().mean(dim=0).masked_fill(excluded, -torch.inf)
+    candidates_CP = (~excluded).sum(dim=1)  # dominant sides for each other side
+    counted_CP = candidates_CP > 1
+    own_CP, itself = mean_CPP.diagonal(dim1=1, dim2=2), torch.eye(mean_CPP.shape[2], device=mean_CPP.device).bool()
+    found_CP = (mean_CPP.masked_fill(itself, -torch.inf) < own_CP[:, None]).all(dim=1) & counted_CP
+    by_chance_CP = counted_CP / candidates_CP
+    return Retrieval(found_CP.float().sum(dim=1), by_chance_CP.sum(dim=1), counted_CP.float().sum(dim=1))

@@ -8,9 +8,10 @@ Shapes: B rows, T tokens, M tokens of a batch (B * T), C tokens of a chunk, L la
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class LanguageVectors:
     tokens: Tensor  # (L,) int64, the number of tokens of each mean
     estimator: str  # description of what was averaged
     model_hash: str  # of the model measured; vectors fit no other model
+    strength: float = 1.0  # factor of the shift
 
     def __post_init__(self) -> None:
         shape = len(self.languages), len(self.layers)
@@ -176,6 +178,7 @@ class StateMeans:
         *,
         estimator: str = "mean over tokens, unshifted",
         model_hash: str = "",
+        strength: float = 1.0,
     ) -> LanguageVectors:
         """The means of what was summed.
 
@@ -193,7 +196,24 @@ class StateMeans:
             tokens=counts.clone(),
             estimator=estimator,
             model_hash=model_hash,
+            strength=strength,
         )
+
+
+def random_directions(vectors: LanguageVectors) -> LanguageVectors:
+    """Vectors at the same distances from those of the dominant language, in random directions: an ablation.
+
+    A direction depends on the language and the layer alone, so it is the same in every estimate.
+    """
+    dominant_NH = vectors.mean[vectors.languages.index(vectors.dominant)]
+    mean = vectors.mean.clone()
+    for number, language in enumerate(vectors.languages):
+        for place, layer in enumerate(vectors.layers):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{language} {layer}".encode()))
+            direction = torch.randn(mean.shape[2], generator=generator)
+            length = (mean[number, place] - dominant_NH[place]).norm()
+            mean[number, place] = dominant_NH[place] + length * direction / direction.norm()
+    return replace(vectors, mean=mean, estimator=f"{vectors.estimator}, random directions")
 
 
 def restoration_error(vectors: LanguageVectors, shifted_back_means: Tensor) -> dict[str, float]:

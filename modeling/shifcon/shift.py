@@ -26,14 +26,14 @@ from modeling.shifcon.language_vectors import LanguageVectors
 
 
 def shift_tables(vectors: LanguageVectors) -> Tensor:
-    """(2, L+1, H) fp32: what is added at `toward` and at `back`, for each language.
+    """(2, L+1, H) fp32: what is added at `toward` and at `back`, for each language, with the vectors' strength.
 
     The last row, at index -1, is "no language". Rows that must not move a state hold -0.0, the only number that leaves
     every float unchanged (0.0 would turn -0.0 into 0.0).
     """
     dominant = vectors.languages.index(vectors.dominant)
     toward, back = (vectors.at(layer) for layer in vectors.area)
-    shifts = torch.stack([toward[dominant] - toward, back - back[dominant]])
+    shifts = vectors.strength * torch.stack([toward[dominant] - toward, back - back[dominant]])
     unshifted = vectors.tokens == 0
     unshifted[dominant] = True
     shifts[:, unshifted] = -0.0

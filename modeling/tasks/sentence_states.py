@@ -123,7 +123,7 @@ class SentenceStates:
     @torch.inference_mode()
     def pooled(self, encoded: Sequence[EncodedText]) -> Tensor:
         """(L + 1, R, H) fp32 on the model's device, from one forward pass; padding and other rows have no effect."""
-        ids_RT, mask_RT, content_RT = self._padded(encoded)
+        ids_RT, mask_RT, content_RT = self.padded(encoded)
         found: dict[int, Tensor] = {}
 
         def pooler(layer: int) -> Callable[[Tensor], None]:
@@ -156,7 +156,7 @@ class SentenceStates:
             whole[place] = cut
         return whole
 
-    def _padded(self, encoded: Sequence[EncodedText]) -> tuple[Tensor, Tensor, Tensor]:
+    def padded(self, encoded: Sequence[EncodedText]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and mask, int64, and content, bool: (R, T) each on the model's device, padded on the right."""
         width = max(len(each.ids) for each in encoded)
         ids = torch.full((len(encoded), width), self.tokenizer.pad_token_id or 0)

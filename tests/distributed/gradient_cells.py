@@ -40,6 +40,7 @@ from training.assembly import Run, assemble
 from training.distributed import all_sum, barrier, rank, world_size
 from training.engine.engine import gathered, process_group
 from training.loop.trainer import Trainer
+from training.objectives import contrast
 from training.objectives.base import LossTerm
 from training.run_file import validate
 from training.run_folder.prepare import prepare
@@ -99,7 +100,9 @@ def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> N
     received = sum(sum(each.received_from) for each in _contrasts(batch))
     if cell == "shifcon-plain":
         (micro_batch,) = batch.micro_batches
-        run.objective._contrastive = partial(_plain_contrastive, run, step, micro_batch.samples)  # type: ignore[attr-defined]
+        moments = _plain_moments(run)
+        run.objective.normalisation = None  # type: ignore[attr-defined]
+        contrast.contrastive_terms = partial(_plain_terms, run, step, micro_batch.samples, moments)  # type: ignore[assignment]
     sums = trainer.accumulate(step, batch)
     gradients = run.engine.full_gradients()
     assert gradients.keys() == dict(run.engine.module.named_parameters()).keys()
@@ -120,8 +123,38 @@ def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> N
         output.with_suffix(".json").write_text(json.dumps(facts))
 
 
-def _plain_contrastive(run: Run, step: int, samples: Sequence[Sample], pooled: Sequence[Tensor], _: Any) -> LossTerm:
-    """The contrastive loss by loops over the plan's pairs, on one rank that has all samples in one micro-batch."""
+def _pooled_alone(run: Run, sample: Sample) -> list[Tensor]:
+    """The shifted, pooled states of a sample by itself: a tensor (H,) for each layer."""
+    objective: Any = run.objective
+    batch = run.data.packer.batch([sample])
+    with torch.no_grad(), objective._shifting(batch), objective._pooled(batch) as pooled:
+        run.engine.forward(**batch.model_inputs())
+    return [states[0] for states in pooled]
+
+
+def _plain_moments(run: Run) -> list[tuple[list[Tensor], Tensor]]:
+    """For each layer the mean pooled state of each language, and the dominant language's standard deviation."""
+    found = [[_pooled_alone(run, sample) for sample in samples] for samples in run.data.probe]
+    dominant = run.config.data.languages.index(run.config.data.dominant)
+    return [
+        (
+            [torch.stack([each[layer] for each in of_language]).mean(dim=0) for of_language in found],
+            torch.stack([each[layer] for each in found[dominant]]).std(dim=0),
+        )
+        for layer in range(len(found[0][0]))
+    ]
+
+
+def _plain_terms(
+    run: Run, step: int, samples: Sequence[Sample], moments: Any, raw: Sequence[Tensor], *_: Any
+) -> tuple[dict[str, LossTerm], None]:
+    """The terms by loops over the plan's pairs, on one rank that has all samples in one micro-batch."""
+    pooled = []
+    for states, (means, deviation) in zip(raw, moments, strict=True):
+        assert (deviation > 0.01 * deviation.median()).all()
+        normalised = [(state - means[s.language]) / deviation for state, s in zip(states, samples, strict=True)]
+        pooled.append(torch.stack(normalised))
+    found = 0.0
     plan = run.data.planner.step(step)
     order = [(sample.id, sample.language, sample.n_labels > 0) for sample in samples]
 
@@ -147,7 +180,18 @@ def _plain_contrastive(run: Run, step: int, samples: Sequence[Sample], pooled: S
                 scale, pair = run.config.objective.contrastive.scale, torch.cosine_similarity(one, two, dim=0)
                 both = torch.stack(rows).mul(scale).logsumexp(0) + torch.stack(columns).mul(scale).logsumexp(0)
                 loss = loss + (both / 2 - scale * pair) / len(pooled)
-    return LossTerm(loss, "pairs", run.config.objective.contrastive.weight, loss)
+        for dominant, other in pairs.tolist():
+            (states,) = pooled  # the mean over the layers is that of one layer
+            similar = [
+                float(torch.cosine_similarity(states[segment(a)], states[segment(other)], dim=0)) for a, _ in pairs
+            ]
+            own = float(torch.cosine_similarity(states[segment(dominant)], states[segment(other)], dim=0))
+            found += len(pairs) > 1 and own == max(similar)
+    terms = {
+        "contrastive": LossTerm(loss, "pairs", run.config.objective.contrastive.weight, loss),
+        "retrieval": LossTerm(torch.tensor(found), "pairs", 0.0),
+    }
+    return terms, None
 
 
 def _contrasts(batch: Step) -> list[ContrastSets]:

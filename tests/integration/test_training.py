@@ -25,6 +25,7 @@ from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, w
 from data_pipeline.records import ChatSample, Message
 from modeling.export_info import VECTORS_FILE
 from training.config import RunConfig
+from training.objectives.base import ObjectiveParts
 from training.objectives.shifcon import ShifConConfig
 
 if TYPE_CHECKING:
@@ -239,7 +240,12 @@ def test_each_token_of_the_export_is_shifted_as_in_training(finished: Finished) 
     directory = finished.generator.model.name_or_path
     model: Any = load_pretrained(directory, torch.float32, "eager", "cpu")
 
-    objective = ShifCon(model, config.objective, config.data.languages, config.data.dominant, probe=[])
+    objective = ShifCon(
+        model,
+        config.objective,
+        config.objective.layers,
+        ObjectiveParts("chat", config.data.languages, config.data.dominant),
+    )
     objective.load(finished.checkpoint)
     batch = Packer(Grid("packed", 512, 512), ChatCollator(0)).batch(samples)
     assert len(batch.input_ids) == 1

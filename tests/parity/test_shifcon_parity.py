@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from modeling.shifcon.contrastive import ContentPooling, contrastive_losses
+from modeling.shifcon.contrastive import ContentPooling, contrastive_losses, pair_cosines
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.shifcon.shift import LanguageShift
 
@@ -154,7 +154,8 @@ def system_loss(model: PreTrainedModel, vectors: LanguageVectors, packed: bool) 
     sft = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
     items = torch.tensor([SAMPLES[dominant][2] for dominant, _ in PAIRS])
     same_item = (items[:, None] == items) & ~torch.eye(len(PAIRS), dtype=torch.bool)
-    contrast = contrastive_losses(torch.stack(pooled), torch.tensor([PAIRS]), same_item[None], SCALE).sum()
+    cosines = pair_cosines(torch.stack(pooled), torch.tensor([PAIRS]))
+    contrast = contrastive_losses(cosines, same_item[None], SCALE).sum()
     per_sample = [logits[batch["segments"] == i] for i in range(len(SAMPLES))]
     return A * sft / (labels >= 0).sum() + B * contrast / len(PAIRS), per_sample
 

@@ -152,7 +152,7 @@ class MetricWindow:
         """
         if not self._waiting:
             return []
-        rows = all_sum(self._rows.clone(), self._device)
+        rows = all_sum(self._rows, self._device)
         waiting, self._waiting = self._waiting, []
         return [self._finish(each, rows[each.step % len(rows)]) for each in waiting]
 

@@ -88,6 +88,11 @@ class ObjectiveConfig(Section):
         """Samples per language in a fixed probe set; 0: none."""
         return 0
 
+    @property
+    def wants_area(self) -> bool:
+        """Whether the layer area is left to the probe (`layers: auto`, training/layer_area.py)."""
+        return False
+
     def mistakes(self, languages: Sequence[str], pairing: str) -> Iterator[str]:
         """Conflicts with `data.languages` and `data.mixture.pairing`, one line each."""
         return iter(())

@@ -9,6 +9,7 @@ from training.objectives.base import ObjectiveConfig
 METHODS = (
     "sft",
     "shifcon",
+    "align",
     "mlm",
     "finetune",
     "xmixup",

@@ -6,63 +6,53 @@ states (docs/methods.md, section 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.config import RowKind, merged
-from data_pipeline.order.pairing import PairingRule
+from data_pipeline.config import merged
 from data_pipeline.records import NO_LANGUAGE
-from data_pipeline.settings import Section
-from training.objectives.base import LossTerm, LossTerms, ObjectiveConfig, ObjectiveParts
-from training.objectives.sft import SupervisedFineTuning
+from training.objectives.base import LossTerms, ObjectiveParts
+from training.objectives.contrast import ContrastiveFineTuning, ContrastiveObjectiveConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from data_pipeline.batching.batch import ChatBatch, ContrastSets
+    from data_pipeline.batching.batch import ChatBatch
     from modeling.shifcon.language_vectors import LanguageVectors, StateMeans
     from training.engine.engine import Engine
 
-
-class ContrastiveConfig(Section):
-    """The multilingual contrastive loss (docs/methods.md, section 1.3)."""
-
-    weight: float = Field(ge=0, description="b of loss = a * SFT + b * contrastive")
-    scale: float = Field(gt=0, description="factor of the cosine similarities; b is meaningful only together with it")
-    set_size: int = Field(16, gt=1, description="pairs in a contrast set, whose samples may lie on several ranks")
-
-
-AUTHORS_SHIFCON = {
+AUTHORS_SHIFCON: Mapping[str, Any] = {
     "sft_weight": 0.5,
-    "contrastive": {"weight": 2.0, "scale": 1.0, "set_size": 12},
+    "contrastive": {"weight": 2.0, "scale": 1.0, "set_size": 12, "normalise": "none"},
     "layers": (12, 15),
 }
 
 
-class ShifConConfig(ObjectiveConfig):
+class ShifConConfig(ContrastiveObjectiveConfig):
     """ShifCon (arXiv 2410.19453): shift, contrast, shift back."""
 
     name: Literal["shifcon"]
     preset: Literal["authors"] | None = Field(
-        None, description="'authors': their weights, scale, pairs and layers (12 to 15 of Llama-2-7B's 32)"
+        None, description="'authors': their weights, scale, pairs and layers (12 to 15 of Llama-2-7B's 32), raw states"
     )
-    layers: tuple[int, int] = Field(
-        description="[toward, back): states entering `toward` are shifted, `back` shifts back"
+    layers: tuple[int, int] | Literal["auto"] = Field(
+        description="[toward, back): states entering `toward` are shifted, `back` shifts back; auto: chosen by a probe"
     )
-    sft_weight: float = Field(1.0, ge=0, description="a of loss = a * SFT + b * contrastive")
-    contrastive: ContrastiveConfig
-    probe_items: int = Field(64, gt=0, description="samples per language for the estimate of the language vectors")
-    refresh_every: int = Field(100, gt=0, description="steps between two estimates of the language vectors")
+    shift: bool = Field(True, description="false: the contrastive loss alone, on states that are not shifted")
+    strength: float = Field(1.0, gt=0, description="factor of the shift")
+    strength_warmup_steps: int = Field(0, ge=0, description="steps over which `strength` rises linearly from 0")
+    random_vectors: bool = Field(False, description="ablation: shifts of the same lengths in random directions")
     shift_first_token: bool = Field(True, description="also shift a sequence's first token, an attention sink")
 
-    kinds: ClassVar[tuple[RowKind, ...]] = ("chat",)
-    terms: ClassVar[tuple[str, ...]] = ("sft", "contrastive")
-    fixed_keys: ClassVar[tuple[str, ...]] = ("objective.layers", "data.languages", "data.dominant")
+    fixed_keys: ClassVar[tuple[str, ...]] = (
+        "objective.layers", "objective.shift", "data.languages", "data.dominant",
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
@@ -75,33 +65,43 @@ class ShifConConfig(ObjectiveConfig):
     def _learns(self) -> ShifConConfig:
         if not self.sft_weight and not self.contrastive.weight:
             raise ValueError("'sft_weight' and 'contrastive.weight' are both 0: nothing would be trained")
+        if not self.shift and not self.contrastive.weight:
+            raise ValueError("'shift' is false and 'contrastive.weight' 0: use objective={name: sft}")
         return self
 
     @field_validator("layers")
     @classmethod
-    def _ordered(cls, layers: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= layers[0] < layers[1]:
+    def _ordered(cls, layers: tuple[int, int] | Literal["auto"]) -> tuple[int, int] | Literal["auto"]:
+        if layers != "auto" and not 0 <= layers[0] < layers[1]:
             raise ValueError(f"must be [toward, back] with 0 <= toward < back, not {list(layers)}")
         return layers
 
-    def pairing(self) -> PairingRule:
-        return PairingRule(set_size=self.contrastive.set_size, needed=bool(self.contrastive.weight))
-
     def probe_size(self) -> int:
-        return self.probe_items
-
-    def mistakes(self, languages: Sequence[str], pairing: str) -> Iterator[str]:
-        if pairing == "none" and self.contrastive.weight:
-            yield "the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'"
-        if len(languages) < 2:
-            yield "objective 'shifcon' needs the dominant language and at least one other in 'data.languages'"
+        return self.probe_items if self.shift or self.normalises else 0
 
     def model_mistakes(self, n_layers: int) -> Iterator[str]:
-        if self.layers[1] > n_layers:
+        if self.layers != "auto" and self.layers[1] > n_layers:
             yield f"objective.layers: {list(self.layers)}, but the model has {n_layers} layers"
 
-    def build(self, model: PreTrainedModel, parts: ObjectiveParts) -> ShifCon:
-        return ShifCon(model, self, parts.languages, parts.dominant, parts.probe)
+    def build(self, model: PreTrainedModel, parts: ObjectiveParts) -> ContrastiveFineTuning:
+        area = self.area(model)
+        if self.shift:
+            return ShifCon(model, self, area, parts)
+        return ContrastiveFineTuning(model, self, range(*area), parts)
+
+    def area(self, model: PreTrainedModel) -> tuple[int, int]:
+        """The layer area; with `auto`, before it is chosen, one of the right length in the middle of the model."""
+        from modeling.layers import decoder_layers
+        from modeling.shifcon.layer_area import candidates
+
+        if self.layers != "auto":
+            return self.layers
+        found = candidates(len(decoder_layers(model)))
+        return found[len(found) // 2]
+
+    @property
+    def wants_area(self) -> bool:
+        return self.layers == "auto"
 
     def export(self, checkpoint: Path, output: Path) -> None:
         """The language vectors, bound to the exported weights by their hash."""
@@ -109,83 +109,54 @@ class ShifConConfig(ObjectiveConfig):
         from modeling.shifcon.language_vectors import LanguageVectors
         from modeling.weights.weight_files import directory_hash
 
-        vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
-        replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
+        if self.shift:
+            vectors = LanguageVectors.load(checkpoint / VECTORS_FILE)
+            replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
 
     def description(self) -> dict[str, Any]:
-        return {"shifted": True, "shift_first_token": self.shift_first_token}
+        return {"shifted": True, "shift_first_token": self.shift_first_token} if self.shift else {}
 
 
-class ShifCon(SupervisedFineTuning):
+class ShifCon(ContrastiveFineTuning):
     """Supervised fine-tuning with shifted states, and the contrastive loss over the plan's contrast sets."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        config: ShifConConfig,
-        languages: Sequence[str],
-        dominant: str,
-        probe: Sequence[ChatBatch],
+        self, model: PreTrainedModel, config: ShifConConfig, area: tuple[int, int], parts: ObjectiveParts
     ) -> None:
-        from modeling.shifcon.contrastive import ContentPooling
         from modeling.shifcon.shift import LanguageShift
 
-        super().__init__(model)
-        toward, back = config.layers
-        self.config = config
-        self.sft_weight = config.sft_weight
-        self.languages = tuple(languages)
-        self.dominant = dominant
-        self.probe = probe
         # Order matters: pooling must see the states after the shift.
-        self.shift = LanguageShift(model, toward, back)
-        self.pooling = ContentPooling(model, range(toward, back))
+        self.shift = LanguageShift(model, *area)
+        super().__init__(model, config, range(*area), parts)
+        self.config, self.area = config, area
         self.vectors: LanguageVectors | None = None
 
     def loss_terms(self, engine: Engine, batch: ChatBatch) -> LossTerms:
-        with (
-            self.shift.batch(self._shifted_languages(batch)),
-            self.pooling.batch(batch.targets.segment_ids, batch.targets.content, batch.targets.n_segments) as pooled,
-        ):
-            fine_tuning = super().loss_terms(engine, batch)
-        contrastive = self._contrastive(pooled, batch.targets.contrast)
-        return replace(fine_tuning, terms={**fine_tuning.terms, "contrastive": contrastive})
-
-    def _contrastive(self, pooled: Sequence[Tensor], sets: ContrastSets | None) -> LossTerm:
-        """The loss of the sets in which this rank has a sample; each is reported by one rank.
-
-        It depends on every pooled state, if only by a zero, so that all ranks have the same graph.
-        """
-        import torch
-
-        from modeling.shifcon.contrastive import contrastive_losses
-        from training.objectives.members import gather_members
-
-        total = reported = torch.stack(list(pooled)).sum() * 0.0
-        if sets is not None:
-            scale = self.config.contrastive.scale
-            losses_C = contrastive_losses(gather_members(pooled, sets), sets.pairs, sets.excluded, scale)
-            total, reported = total + losses_C.sum(), (losses_C * sets.is_reported).sum()
-        return LossTerm(total, "pairs", self.config.contrastive.weight, reported)
+        with self._shifting(batch):
+            return super().loss_terms(engine, batch)
 
     def before_step(self, engine: Engine, step: int) -> dict[str, float]:
-        if step % self.config.refresh_every and self.vectors is not None:
-            return {}
-        return self.refresh(engine)
+        metrics = super().before_step(engine, step)
+        assert self.vectors is not None
+        strength = self.config.strength * min(1.0, (step + 1) / max(self.config.strength_warmup_steps, 1))
+        if strength != self.vectors.strength:
+            self.set_vectors(replace(self.vectors, strength=strength))
+        return metrics
 
     def refresh(self, engine: Engine) -> dict[str, float]:
         """Estimates the language vectors on the probe set, then measures the restoration error of the shift.
 
-        There are two passes over the probe set without gradients: unshifted for the vectors, shifted for the error.
-        Sums are in fp64 over all ranks (docs/methods.md, section 1.1).
+        There are two passes over the probe set without gradients: unshifted for the vectors, shifted for the error and
+        for the moments of the pooled states. Sums are in fp64 over all ranks (docs/methods.md, section 1.1).
         """
-        from modeling.shifcon.language_vectors import restoration_error
+        from modeling.shifcon.language_vectors import random_directions, restoration_error
 
+        strength = self.config.strength if self.vectors is None else self.vectors.strength
         with self.shift.disabled():
-            unshifted = self._means_over_probe(engine)
-        vectors = unshifted.vectors(self.languages, self.dominant, self.config.layers)
-        self.set_vectors(vectors)
-        shifted = self._means_over_probe(engine)
+            measured = self._means_over_probe(engine)
+        vectors = measured.vectors(self.languages, self.dominant, self.area, strength=strength)
+        self.set_vectors(random_directions(vectors) if self.config.random_vectors else vectors)
+        shifted = self._means_over_probe(engine, normalise=self._normalises)
         error = restoration_error(vectors, shifted.means()[:, 1])
         metrics = {f"shift/restoration_error/{language}": value for language, value in error.items()}
         return metrics | {f"shift/norm/{name}": value for name, value in self.shift.shift_norms().items()}
@@ -199,6 +170,7 @@ class ShifCon(SupervisedFineTuning):
         from modeling.export_info import VECTORS_FILE
         from training.distributed import rank
 
+        super().save(engine, directory)
         if self.vectors is not None and rank() == 0:
             self.vectors.save(directory / VECTORS_FILE)
 
@@ -206,31 +178,36 @@ class ShifCon(SupervisedFineTuning):
         from modeling.export_info import VECTORS_FILE
         from modeling.shifcon.language_vectors import LanguageVectors
 
+        super().load(directory)
         self.set_vectors(LanguageVectors.load(directory / VECTORS_FILE))
 
-    def _means_over_probe(self, engine: Engine) -> StateMeans:
-        """Mean states entering `toward` and `back`, by language, over every rank's share of the probe set."""
-        import torch
+    @property
+    def _is_stale(self) -> bool:
+        return self.vectors is None or super()._is_stale
 
+    def _means_over_probe(self, engine: Engine, normalise: bool = False) -> StateMeans:
+        """Mean states entering `toward` and `back`, by language, over the probe set of all ranks.
+
+        Args:
+            normalise: also measures the moments of the pooled states.
+        """
         from modeling.shifcon.language_vectors import StateMeans
         from training.distributed import all_sum
 
-        first = torch.zeros(1, dtype=torch.int64, device=engine.device)
-        with (
-            StateMeans(engine.module, self.config.layers, len(self.languages)) as means,
-            engine.evaluating(),
-            self.head.select(first),  # the logits are not used: one position is enough
-        ):
-            for batch in self.probe:
-                on_device = batch.to(engine.device)
-                with (
-                    self.shift.batch(self._shifted_languages(on_device)),
-                    means.batch(on_device.targets.vector_languages),
-                ):
-                    engine.forward(**on_device.model_inputs())
+        moments = self._moments()
+        with StateMeans(engine.module, self.area, len(self.languages)) as means:
+            measures = [self._shifting, lambda batch: means.batch(batch.targets.vector_languages)]
+            if normalise:
+                measures.append(lambda batch: self._adding(batch, moments))
+            self.over_probe(engine, *measures)
         for total in (means.sums, means.norms, means.counts):
             total.copy_(all_sum(total, engine.device))
+        if normalise:
+            self._normalise_by(moments, engine)
         return means
+
+    def _shifting(self, batch: ChatBatch) -> AbstractContextManager[object]:
+        return self.shift.batch(self._shifted_languages(batch))
 
     def _shifted_languages(self, batch: ChatBatch) -> Tensor:
         if self.config.shift_first_token:

@@ -15,9 +15,11 @@ from pydantic import BaseModel
 
 from training.config import RunConfig
 from training.errors import ConfigError
+from training.objectives.align import AlignConfig
+from training.objectives.contrast import ContrastiveConfig
 from training.objectives.registry import OBJECTIVES
 from training.objectives.sft import SFTConfig
-from training.objectives.shifcon import ContrastiveConfig, ShifConConfig
+from training.objectives.shifcon import ShifConConfig
 from training.run_file import _models_in, load_config, resolved, validate
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -112,7 +114,7 @@ def test_suggested_keys_belong_to_the_objective_of_the_run_file(values: Values) 
         ("data.languages", ["en", False], r"data\.languages\.1: .*string, in quotes \(found False\)"),
         ("data.overlong", "cut", r"data\.overlong: .*'error', 'drop' or 'truncate' \(found 'cut'\)"),
         ("objective", {}, r"objective\.name: required, but missing"),
-        ("objective.name", "dpo", r"objective\.name: 'dpo' is not one of 'sft', 'shifcon', 'mlm', .*"),
+        ("objective.name", "dpo", r"objective\.name: 'dpo' is not one of 'sft', 'shifcon', 'align', .*"),
         ("objective.layers", [2, 1], r"objective\.layers: must be \[toward, back\] .*not \[2, 1\].*"),
         ("objective.contrastive.set_size", 1, r"objective\.contrastive\.set_size: .*greater than 1 \(found 1\)"),
         ("optimizer.betas", [0.9], r"optimizer\.betas\.1: required, but missing"),
@@ -521,12 +523,12 @@ def test_the_authors_preset_sets_their_values_and_the_run_file_overrides_it(valu
     objective = validate(values, "run.yaml").objective
     assert isinstance(objective, ShifConConfig)
     assert (objective.layers, objective.sft_weight) == ((12, 15), 0.5)
-    assert objective.contrastive == ContrastiveConfig(weight=2.0, scale=1.0, set_size=12)
+    assert objective.contrastive == ContrastiveConfig(weight=2.0, scale=1.0, set_size=12, normalise="none")
     values["objective"] |= {"layers": [1, 2], "contrastive": {"scale": 20.0}}
     objective = validate(values, "run.yaml").objective
     assert isinstance(objective, ShifConConfig)
     assert (objective.layers, objective.sft_weight) == ((1, 2), 0.5)
-    assert objective.contrastive == ContrastiveConfig(weight=2.0, scale=20.0, set_size=12)
+    assert objective.contrastive == ContrastiveConfig(weight=2.0, scale=20.0, set_size=12, normalise="none")
 
 
 def test_an_unknown_preset_sets_no_values(values: Values) -> None:
@@ -743,7 +745,10 @@ def class_names(source: ast.AST) -> set[str]:
 
 def read_by_pydantic(model: type[BaseModel], field: str) -> bool:
     """Options that select or fill in others while the file is loaded: an objective's name, a preset."""
-    return (model, field) in {(SFTConfig, "name"), (ShifConConfig, "name"), (ShifConConfig, "preset")}
+    return (field == "name" and model in {SFTConfig, ShifConConfig, AlignConfig}) or (model, field) == (
+        ShifConConfig,
+        "preset",
+    )
 
 
 OBJECTIVE_SECTIONS = {each.__name__ for each in OBJECTIVES}
@@ -774,10 +779,13 @@ def test_the_sections_of_every_room_are_found() -> None:
 @pytest.mark.parametrize(("model", "holders", "field"), OPTIONS)
 def test_every_option_is_read(model: type[BaseModel], holders: set[type[BaseModel]], field: str) -> None:
     """By a file that imports or defines the option's section or one around it: `path.name` elsewhere does not count."""
-    section_names = {each.__name__ for each in holders}
+    own = {
+        each.__name__ for each in model.__mro__ if each.__module__.startswith(("training.objectives", model.__module__))
+    } - {"ObjectiveConfig"}
+    section_names = {each.__name__ for each in holders} | own
     readers = [
         attributes
         for classes, attributes in sources()
-        if section_names & classes and any(name == field and inside != model.__name__ for name, inside in attributes)
+        if section_names & classes and any(name == field and inside not in own for name, inside in attributes)
     ]
     assert readers, f"nothing reads {model.__name__}.{field}"

@@ -25,7 +25,7 @@ from data_pipeline.batching.contrast import contrast_sets
 from data_pipeline.batching.micro_steps import MicroStep
 from data_pipeline.order.plan import StepPlan
 from training.objectives.base import LossTerm
-from training.objectives.shifcon import ShifCon
+from training.objectives.contrast import ContrastiveConfig, contrastive_terms
 
 Integers = npt.NDArray[np.int64]
 SEEDS = range(60)
@@ -219,7 +219,6 @@ def terms_of(
         (states_KSH.detach()[:, contrast.own].transpose(0, 1)[contrast.sent]).split(contrast.sent_to)
         for states_KSH, contrast in zip(states, contrasts, strict=True)
     ]
-    objective: Any = SimpleNamespace(config=SimpleNamespace(contrastive=SimpleNamespace(scale=SCALE, weight=0.5)))
     terms = []
     for rank, (states_KSH, contrast) in enumerate(zip(states, contrasts, strict=True)):
 
@@ -227,7 +226,9 @@ def terms_of(
             return torch.cat([rows, *(of_sender[rank] for of_sender in sent)])
 
         monkeypatch.setattr("training.objectives.members.exchange_rows", exchange)
-        terms.append(ShifCon._contrastive(objective, list(states_KSH), contrast))
+        terms.append(
+            contrastive_terms(list(states_KSH), contrast, ContrastiveConfig(weight=0.5, scale=SCALE))[0]["contrastive"]
+        )
     return terms
 
 

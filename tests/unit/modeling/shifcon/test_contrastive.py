@@ -2,8 +2,6 @@
 
 import math
 from dataclasses import fields, replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_pipeline.batching.batch import ContrastSets
 from modeling.errors import ModelError
-from modeling.shifcon.contrastive import ContentPooling, contrastive_losses
+from modeling.shifcon.contrastive import ContentPooling, contrastive_losses, pair_cosines
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.shifcon.shift import LanguageShift
 from training.objectives.base import LossTerm
-from training.objectives.shifcon import ShifCon
+from training.objectives.contrast import ContrastiveConfig, contrastive_terms
 
 IDS = torch.arange(1, 21).view(2, 10)
 SEGMENTS = torch.tensor([[0, 0, 0, 0, 2, 2, 2, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1, 3, 3]])
@@ -82,13 +80,14 @@ def in_sets(pairs: Tensor, sets: Tensor, groups: Tensor, content: Tensor) -> dic
 
 def losses_of(pooled: list[Tensor], made: dict[str, Tensor], scale: float) -> Tensor:
     """(C,)"""
-    return contrastive_losses(torch.stack(pooled), **in_sets(**made), scale=scale)
+    sets = in_sets(**made)
+    return contrastive_losses(pair_cosines(torch.stack(pooled), sets["pairs"]), sets["excluded"], scale)
 
 
 def term_of(pooled: list[Tensor], sets: ContrastSets | None, scale: float) -> LossTerm:
     """ShifCon's contrastive term on the only rank."""
-    objective: Any = SimpleNamespace(config=SimpleNamespace(contrastive=SimpleNamespace(scale=scale, weight=1.0)))
-    return ShifCon._contrastive(objective, pooled, sets)
+    terms, _ = contrastive_terms(pooled, sets, ContrastiveConfig(weight=1.0, scale=scale))
+    return terms["contrastive"]
 
 
 def sets_on_one_rank(made: dict[str, Tensor]) -> ContrastSets:

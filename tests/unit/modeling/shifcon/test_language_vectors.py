@@ -16,8 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling.errors import ModelError
 from modeling.layers import state_hook
-from modeling.shifcon.language_vectors import CHUNK_ELEMENTS, LanguageVectors, StateMeans, restoration_error
-from modeling.shifcon.shift import LanguageShift
+from modeling.shifcon.language_vectors import (
+    CHUNK_ELEMENTS,
+    LanguageVectors,
+    StateMeans,
+    random_directions,
+    restoration_error,
+)
+from modeling.shifcon.shift import LanguageShift, shift_tables
 
 IDS = torch.arange(1, 21).view(2, 10)
 LANGUAGES = torch.tensor([[-1, 0, 0, 1, 1, 1, 0, -1, 3, 3], [3, 3, 1, 0, 0, 0, -1, -1, -1, -1]])
@@ -179,10 +185,11 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "old.safetensors", metadata)
     loaded = LanguageVectors.load(tmp_path / "old.safetensors")
     assert torch.equal(loaded.mean, vectors.mean)
-    assert (loaded.languages, loaded.area, loaded.model_hash) == (NAMES, (1, 3), "abc")
+    assert (loaded.languages, loaded.area, loaded.model_hash, loaded.strength) == (NAMES, (1, 3), "abc", 1.0)
     vectors.save(tmp_path / "new.safetensors")
     with safe_open(tmp_path / "new.safetensors", "pt") as file:
-        assert file.metadata() == metadata
+        about = json.loads(file.metadata()["about"])
+    assert about == {**json.loads(header), "strength": 1.0}
 
 
 def test_truncated_and_changed_files_are_refused(tmp_path: Path) -> None:
@@ -235,3 +242,23 @@ def test_files_of_another_format_are_refused(tmp_path: Path) -> None:
 def test_impossible_vectors_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         dataclasses.replace(measured(tiny()), **change)
+
+
+def test_random_directions_have_the_distances_of_the_means_and_no_other_likeness() -> None:
+    vectors = measured(tiny())
+    found = random_directions(vectors)
+    dominant = vectors.mean[0]
+    assert torch.equal(found.mean[0], dominant)
+    for number in (1, 3):  # "xx" has no vector
+        lengths = [(each.mean[number] - dominant).norm(dim=1) for each in (vectors, found)]
+        torch.testing.assert_close(*lengths)
+        cosines = torch.cosine_similarity(vectors.mean[number] - dominant, found.mean[number] - dominant, dim=1)
+        assert float(cosines.abs().max()) < 0.9
+    assert torch.equal(random_directions(vectors).mean, found.mean)
+    assert not torch.allclose(found.mean[1] - dominant, found.mean[3] - dominant)
+
+
+def test_the_strength_scales_both_shifts() -> None:
+    vectors = measured(tiny())
+    half = shift_tables(dataclasses.replace(vectors, strength=0.5))
+    torch.testing.assert_close(half, 0.5 * shift_tables(vectors))

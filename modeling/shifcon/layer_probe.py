@@ -1,0 +1,207 @@
+"""What a model's layers say about languages: distances between their subspaces, and how well translations are found.
+
+Each language is compared with the dominant one at every layer, in the stream without shift (docs/methods.md, section
+1.4). Languages are measured one after the other, so that memory holds two of them, whatever their number. Sentences are
+in G groups by their item; what each measure would be without one group gives its standard error (jackknife).
+
+Shapes: N + 1 layers (states h[0] to h[N]), G groups, R replicates (all sentences, then without each group: G + 1), B
+rows, T tokens, S sentences, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modeling.cka import CrossCovariance
+from modeling.layers import backbone, decoder_layers, hidden_size, membership, state_hook
+from modeling.shifcon.normalisation import SMALLEST_DEVIATION
+from modeling.shifcon.subspace import TokenMoments, principal_angles, riemannian_distance, with_ridge
+
+N_GROUPS = 8
+DIRECTIONS = 16  # principal directions whose angles are reported
+MOST_SENTENCES = 512  # of a language, kept for what needs pairs of sentences
+MEASURES = {
+    "riemannian": "distance between the covariances of tokens, per dimension: D / sqrt(H)",
+    "mean_distance": "distance between the means of tokens, relative to the mean length of a state",
+    "sum": "riemannian + mean_distance",
+    "principal_angle": f"mean angle between the spaces of the {DIRECTIONS} largest principal directions, radians",
+    "cka": "debiased linear CKA of the means of translated sentences",
+    "retrieval": "share of sentences whose translation is the most similar one, both ways, standardised states",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeBatch:
+    """Sentences of one language, as a forward pass reads them."""
+
+    inputs: Mapping[str, Any]  # arguments of the forward pass of the model without its LM head
+    segment_ids: Tensor  # (B, T) int64 in range(S); -1 at padding
+    content: Tensor  # (B, T) bool, the tokens that are measured
+    items: Sequence[int]  # (S,) of each sentence; translations have the same
+
+
+@dataclass(slots=True)
+class LanguageStates:
+    """Measured states of one language."""
+
+    moments: TokenMoments  # at the N + 1 layers
+    pooled: list[Tensor] = field(
+        default_factory=list
+    )  # of each sentence (N + 1, H) fp32 on the CPU, its content's mean
+    items: list[int] = field(default_factory=list)  # of each sentence in `pooled`
+
+
+def measure_language(model: nn.Module, batches: Iterable[ProbeBatch], n_groups: int = N_GROUPS) -> LanguageStates:
+    """Runs a language's sentences through the model, one forward pass for each batch.
+
+    Args:
+        model: in evaluation mode, without shift.
+    """
+    layers = range(len(decoder_layers(model)) + 1)
+    found: LanguageStates | None = None
+    states: dict[int, Tensor] = {}
+    hooks = [state_hook(model, layer, _keeper(states, layer)) for layer in layers]
+    try:
+        for batch in batches:
+            with torch.inference_mode():
+                backbone(model)(**batch.inputs)  # without the LM head
+            if found is None:
+                device = states[0].device
+                found = LanguageStates(TokenMoments(n_groups, len(layers), hidden_size(model), device))
+            _add(found, batch, states)
+            states.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found or LanguageStates(TokenMoments(n_groups, len(layers), hidden_size(model)))
+
+
+def _keeper(states: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+    def keep(hidden_BTH: Tensor) -> None:
+        states[layer] = hidden_BTH.detach()
+
+    return keep
+
+
+def _add(found: LanguageStates, batch: ProbeBatch, states: Mapping[int, Tensor]) -> None:
+    items = torch.tensor(batch.items, dtype=torch.int64)
+    n_groups = len(found.moments.tokens)
+    device = states[0].device
+    segments = batch.segment_ids.masked_fill(~batch.content, -1).to(device)
+    known = segments.flatten() >= 0
+    groups = (items.to(device) % n_groups)[segments.flatten()[known]]
+    members_SN = membership(segments, len(items))
+    sizes_S = members_SN.sum(dim=1, keepdim=True).clamp(min=1)
+    pooled = []
+    for layer, hidden_BTH in sorted(states.items()):
+        flat_MH = hidden_BTH.flatten(0, 1)
+        found.moments.add(layer, flat_MH[known], groups)
+        pooled.append((members_SN.float() @ flat_MH.float() / sizes_S).cpu())
+    room = MOST_SENTENCES - len(found.items)
+    found.pooled += list(torch.stack(pooled, dim=1)[: max(room, 0)])
+    found.items += batch.items[: max(room, 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMeasures:
+    """One language against the dominant one. `values[measure]`: (R, N + 1) fp64; NaN where it is undefined."""
+
+    tokens: int
+    sentences: int
+    pairs: int  # sentences whose translation was measured too
+    with_few_tokens: bool  # no more tokens than dimensions in one of the two languages
+    values: Mapping[str, Tensor]
+
+
+def compare(dominant: LanguageStates, other: LanguageStates) -> LayerMeasures:
+    """The measures of `MEASURES` at every layer."""
+    a, b = dominant.moments.without(None), other.moments.without(None)
+    n_layers, hidden = a.mean.shape
+    few = min(a.tokens, b.tokens) <= hidden
+    replicates: list[int | None] = [None, *range(len(dominant.moments.tokens))]
+    means = torch.full((len(replicates), n_layers), torch.nan, dtype=torch.float64)
+    distances, angles = means.clone(), means.clone()
+    without = [(dominant.moments.without(each), other.moments.without(each)) for each in replicates]
+    for number, (one, two) in enumerate(without):
+        apart = (one.mean - two.mean).norm(dim=1)
+        means[number] = (2 * apart / (one.length + two.length)).cpu()
+    for layer in range(n_layers):
+        distances[:, layer] = _riemannian_replicates(
+            [(one.covariance[layer], two.covariance[layer]) for one, two in without], few
+        )
+        angles[:, layer] = principal_angles(a.covariance[layer], b.covariance[layer], DIRECTIONS).mean().cpu()
+    paired = _paired_measures(dominant, other, len(replicates))
+    values = {
+        "riemannian": distances / hidden**0.5, "mean_distance": means, "sum": distances / hidden**0.5 + means,
+        "principal_angle": angles, **paired,
+    }  # fmt: skip
+    n_pairs = len(set(dominant.items) & set(other.items))
+    return LayerMeasures(b.tokens, len(other.items), n_pairs, few, values)
+
+
+def _riemannian_replicates(covariances: Sequence[tuple[Tensor, Tensor]], few: bool) -> Tensor:
+    """(R,): the distance of all sentences, and to first order in the covariances' change those without each group.
+
+    One eigenvalue problem serves all replicates. NaN if the states of a language do not vary, such as one token's.
+    """
+    if not all(float(each.diagonal().sum()) > 0 for each in covariances[0]):
+        return torch.full((len(covariances),), torch.nan, dtype=torch.float64)
+    (a, b), *rest = [(with_ridge(one, few), with_ridge(two, few)) for one, two in covariances]
+    with torch.enable_grad():
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        distance = riemannian_distance(a, b)
+        of_a, of_b = torch.autograd.grad(distance, (a, b))
+    changes = [(of_a * (one - a)).sum() + (of_b * (two - b)).sum() for one, two in rest]
+    whole = distance.detach()
+    return torch.stack([whole, *(whole + each.detach() for each in changes)]).cpu()
+
+
+def _paired_measures(dominant: LanguageStates, other: LanguageStates, n_replicates: int) -> dict[str, Tensor]:
+    """CKA and retrieval of the sentences that both languages have; NaN if they share fewer than four."""
+    place = {item: number for number, item in enumerate(dominant.items)}
+    pairs = [(place[item], number) for number, item in enumerate(other.items) if item in place]
+    n_layers = len(dominant.moments.centre)
+    undefined = torch.full((n_replicates, n_layers), torch.nan, dtype=torch.float64)
+    if len(pairs) < 4:
+        return {"cka": undefined, "retrieval": undefined.clone()}
+    one_PNH = torch.stack([dominant.pooled[number] for number, _ in pairs]).double()
+    two_PNH = torch.stack([other.pooled[number] for _, number in pairs]).double()
+    groups = torch.tensor([dominant.items[number] for number, _ in pairs]) % (n_replicates - 1)
+    cka, found = undefined, undefined.clone()
+    for layer in range(n_layers):
+        one, two = one_PNH[:, layer], two_PNH[:, layer]
+        both = CrossCovariance(one.shape[1], two.shape[1])
+        both.add(one, two)
+        cka[:, layer] = both.linear_cka(debiased=True)
+        hits_P = retrieved(one, two)
+        found[0, layer] = hits_P.mean()
+        for group in range(n_replicates - 1):
+            kept = hits_P[groups != group]
+            found[group + 1, layer] = kept.mean() if len(kept) else torch.nan
+    return {"cka": cka, "retrieval": found}
+
+
+def retrieved(one_PH: Tensor, two_PH: Tensor) -> Tensor:
+    """(P,) 0, 0.5 or 1: in how many of two directions row i of one side is the most similar to row i of the other.
+
+    Both sides are centred, and divided by the deviations of the first, as for the contrastive loss.
+    """
+    deviation = one_PH.std(dim=0)
+    deviation = deviation.maximum(SMALLEST_DEVIATION * deviation.median())
+    sides = [F.normalize((side - side.mean(dim=0)) / deviation, dim=1) for side in (one_PH, two_PH)]
+    cosines_PP = sides[0] @ sides[1].T
+    own = torch.arange(len(cosines_PP), device=cosines_PP.device)
+    hits = (cosines_PP.argmax(dim=0) == own).double() + (cosines_PP.argmax(dim=1) == own).double()
+    return hits / 2
+
+
+def jackknife_error(replicates: Tensor) -> Tensor:
+    """Standard error of an estimate from its values without each of G groups; (G, ...) -> (...)."""
+    n = len(replicates)
+    return ((n - 1) / n * (replicates - replicates.mean(dim=0)).square().sum(dim=0)).sqrt()
