@@ -20,7 +20,8 @@ from waiting import wait_for
 
 from training.checks.metric_names import metric_names
 from training.errors import ConfigError
-from training.objectives.shifcon import ContrastiveConfig, ShifConConfig
+from training.objectives.contrast import ContrastiveConfig
+from training.objectives.shifcon import ShifConConfig
 from training.provenance import git_state, source_tags, versions
 from training.tracking.config import TrackingConfig, tracking_target
 from training.tracking.mlflow_feed import STATE_NAME, RecordFeeder, sync_record
