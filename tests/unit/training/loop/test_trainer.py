@@ -30,6 +30,7 @@ from training.loop.progress import TrainingProgress
 from training.loop.step_sums import StepSums
 from training.loop.trainer import Trainer
 from training.objectives.base import LossTerm, LossTerms
+from training.objectives.shifcon import ShifConConfig
 from training.run_file import validate
 
 Made = Callable[..., Trainer]
@@ -198,14 +199,21 @@ def test_a_rollback_without_a_complete_checkpoint_is_an_error(trainer: Made) -> 
         trainer()._roll_back(failed=8)
 
 
+def terms_of(loss: Tensor) -> dict[str, LossTerm]:
+    """ShifCon's terms, all with this sum."""
+    weights = dict(zip(ShifConConfig.terms, (1.0, 0.1, 0.0), strict=True))
+    return {
+        name: LossTerm(loss, "label_tokens" if name == "sft" else "pairs", weight) for name, weight in weights.items()
+    }
+
+
 def step_with(made: Trainer, losses: list[float], engine_step: Callable[[float], Tensor]) -> dict[str, float]:
     """Metrics of step 3 (1-based), with one micro-batch per loss, whose labels are of languages 0, 1, .."""
     languages = made.config.data.languages
-    sums = StepSums.zeros(len(languages), 2, torch.device("cpu"))
+    sums = StepSums.zeros(len(languages), len(ShifConConfig.terms), torch.device("cpu"))
     for language, loss in enumerate(losses):
         label = torch.tensor([loss])
-        terms = {"sft": LossTerm(label.sum(), "label_tokens", 1.0), "contrastive": LossTerm(label.sum(), "pairs", 0.1)}
-        found = LossTerms(label, torch.ones(1), torch.tensor([language]), terms)
+        found = LossTerms(label, torch.ones(1), torch.tensor([language]), terms_of(label.sum()))
         sums.add(found, 1.1 * label.sum())
     micro_batches: Any = [SimpleNamespace(sample_ids=(f"{language}-{n}",)) for n, language in enumerate(languages)]
     made.accumulate = lambda step, batch: sums  # type: ignore[method-assign]
@@ -267,10 +275,10 @@ def loop(made: Trainer, start: int) -> Lines:
     languages = made.config.data.languages
 
     def accumulate(step: int, batch: Step) -> StepSums:
-        sums = StepSums.zeros(len(languages), 2, torch.device("cpu"))
+        sums = StepSums.zeros(len(languages), len(ShifConConfig.terms), torch.device("cpu"))
         loss = torch.tensor([(1 + (step % 3 == 0)) / (step + 1)])
-        terms = {"sft": LossTerm(loss.sum(), "label_tokens", 1.0), "contrastive": LossTerm(loss.sum(), "pairs", 0.1)}
-        sums.add(LossTerms(loss, torch.ones(1), torch.tensor([step % len(languages)]), terms), loss.sum())
+        found = LossTerms(loss, torch.ones(1), torch.tensor([step % len(languages)]), terms_of(loss.sum()))
+        sums.add(found, loss.sum())
         return sums
 
     run: Any = made.run
