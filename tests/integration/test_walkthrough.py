@@ -379,6 +379,11 @@ def test_language_vectors(walk: Walk, forward: Forward) -> None:
     assert {name: metrics[name] for name in forward.before} == pytest.approx(forward.before, rel=1e-4)
     saved = LanguageVectors.load(walk.config.output_dir / "checkpoints/step-00000002/language_vectors.safetensors")
     assert saved.tokens.tolist() == vectors.tokens.tolist()
+    moments = forward.objective.normalisation
+    assert moments is not None
+    assert PAGE.quoted("`Normalisation.mean` is ({}, {}, {})") == list(moments.mean.shape)
+    assert PAGE.quoted("`deviation` ({}, {})") == list(moments.deviation.shape)
+    assert moments.sentences.tolist() == [walk.config.objective.probe_items] * 3
 
 
 def test_forward_pass(walk: Walk, forward: Forward) -> None:
@@ -407,23 +412,26 @@ def test_loss(walk: Walk, forward: Forward) -> None:
     from training.objectives.scaling import denominator, step_loss_share
 
     counts = walk.step.counts
-    sums = StepSums.zeros(3, 2, torch.device("cpu"))
+    sums = StepSums.zeros(3, 3, torch.device("cpu"))
     *lines, whole = PAGE.block("micro-batch 1 ").splitlines()
     for number, (line, each) in enumerate(zip(lines, forward.terms, strict=True), 1):
         sums.add(each, share := step_loss_share(each.terms, counts))
         found: list[float] = [number]
         parts = []
-        for term in each.terms.values():
+        for term in (each.terms["sft"], each.terms["contrastive"]):
             found += [term.weight, term.sum.item(), denominator(counts, term.denominator)]
             parts += [term.weight * term.sum.item() / denominator(counts, term.denominator)]
         assert numbers(line) == [*found, *filter(None, parts), share.item()]
-    window = MetricWindow(walk.config.data.languages, 2, 1, torch.device("cpu"))
+    window = MetricWindow(walk.config.data.languages, 3, 1, torch.device("cpu"))
     window.add(1, sums, walk.step)
     window.applied(torch.tensor(1.0))
     window.read()
     metrics = {name: v for name, v in window.take(True).items() if name.startswith(("train/loss", "train/contrastive"))}
     assert metrics == pytest.approx({name: walk.metrics[0][name] for name in metrics}, rel=1e-4)
-    sft, contrastive = forward.terms[0].terms.values()
+    sft, contrastive, retrieval = forward.terms[0].terms.values()
+    said = PAGE.quoted("`retrieval`, is only reported: {} of the {} pairs")
+    assert said == [retrieval.sum.item(), contrastive_pairs := denominator(counts, retrieval.denominator)]
+    assert (retrieval.weight, contrastive_pairs) == (0, 3)
     said = PAGE.quoted("over all ranks, {} and {},")
     assert said == [denominator(counts, term.denominator) for term in (sft, contrastive)]
     PAGE.says("`sft` per `label_tokens`, `contrastive` per `pairs`.")
