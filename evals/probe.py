@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from modeling.shifcon.language_vectors import LanguageVectors
     from modeling.shifcon.layer_area import AreaChoice
-    from modeling.shifcon.layer_probe import LanguageStates, LayerMeasures, ProbeBatch
-    from modeling.shifcon.subspace import TokenStatistics
+    from modeling.shifcon.layer_probe import LanguageMeans, LanguageStates, LayerMeasures, ProbeBatch
     from modeling.tasks.sentence_states import EncodedText, SentenceStates
 
 JSON_FILE, VECTORS_FILE = "probe.json", "language_vectors.safetensors"
@@ -152,15 +151,13 @@ def probe(
 ) -> ProbeReport:
     """Measures every language against the dominant one. Called on all ranks.
 
-    Memory holds the covariances of two languages: 2 * groups * (layers + 1) * width^2 * 8 bytes on the model's device.
-
     Raises:
         EvalError: too few languages or sentences, or a language that the tokenizer splits into single bytes.
         ModelError: a model that cannot be opened.
     """
     from modeling.loading import resolve_device, resolve_directory
     from modeling.shifcon.layer_area import choose_area
-    from modeling.shifcon.layer_probe import compare
+    from modeling.shifcon.layer_probe import probe_languages
     from modeling.tasks.sentence_states import SentenceStates
     from modeling.weights.weight_files import directory_hash
     from training.distributed import rank, world_size
@@ -170,24 +167,18 @@ def probe(
     opened = SentenceStates.open(model, max_length=max_length, dtype=number_format, device=device)
     encoded = {language: _encoded(opened, language, each) for language, each in sentences.items()}
     order = sorted(encoded, key=lambda language: language != dominant)
-    measures: dict[str, LayerMeasures] = {}
-    statistics: dict[str, TokenStatistics] = {}
     with Progress("probe", sum(map(len, encoded.values())), "sentences") as progress:
-        own: LanguageStates | None = None
-        for language in order:
+
+        def batches(language: str) -> Iterator[ProbeBatch]:
             mine = list(zip(sentences[language], encoded[language], strict=True))[rank() :: world_size()]
-            states = _over_ranks(_measured(opened, mine, progress), opened)
-            if own is None:
-                own = states
-            else:
-                measures[language] = compare(own, states)
-            whole = states.moments.without(None)
-            statistics[language] = replace(whole, covariance=whole.covariance[:0])  # the largest part, not needed again
-    choice = choose_area(measures)
-    vectors = _vectors(statistics, dominant, choice.area, directory_hash(resolve_directory(model)))
+            return _batches(opened, mine, progress)
+
+        found = probe_languages(opened.model, order, batches, lambda states: _over_ranks(states, opened))
+    choice = choose_area(found.measures)
+    vectors = _vectors(found.means, dominant, choice.area, directory_hash(resolve_directory(model)))
     return ProbeReport(
         model, vectors, opened.layers, opened.width, str(number_format).removeprefix("torch."), opened.truncated,
-        measures, choice, _scatter(opened, encoded, vectors),
+        found.measures, choice, _scatter(opened, encoded, vectors),
     )  # fmt: skip
 
 
@@ -216,20 +207,14 @@ def _encoded(opened: SentenceStates, language: str, sentences: Sequence[Sentence
     return encoded
 
 
-def _measured(
+def _batches(
     opened: SentenceStates, mine: Sequence[tuple[Sentence, EncodedText]], progress: Progress
-) -> LanguageStates:
-    from modeling.shifcon.layer_probe import measure_language
-
+) -> Iterator[ProbeBatch]:
     by_length = sorted(mine, key=lambda each: len(each[1].ids))  # little padding
-
-    def batches() -> Iterator[ProbeBatch]:
-        for start in range(0, len(by_length), BATCH_SIZE):
-            chunk = by_length[start : start + BATCH_SIZE]
-            yield _batch(opened, chunk)
-            progress.advance(len(chunk))
-
-    return measure_language(opened.model, batches())
+    for start in range(0, len(by_length), BATCH_SIZE):
+        chunk = by_length[start : start + BATCH_SIZE]
+        yield _batch(opened, chunk)
+        progress.advance(len(chunk))
 
 
 def _batch(opened: SentenceStates, chunk: Sequence[tuple[Sentence, EncodedText]]) -> ProbeBatch:
@@ -257,17 +242,17 @@ def _over_ranks(states: LanguageStates, opened: SentenceStates) -> LanguageState
 
 
 def _vectors(
-    statistics: Mapping[str, TokenStatistics], dominant: str, area: tuple[int, int], model_hash: str
+    means: Mapping[str, LanguageMeans], dominant: str, area: tuple[int, int], model_hash: str
 ) -> LanguageVectors:
     """The means of all layers, as `LanguageVectors` of the chosen area."""
     import torch
 
     from modeling.shifcon.language_vectors import LanguageVectors
 
-    found = statistics.values()
+    found = means.values()
     mean = torch.stack([each.mean for each in found]).float().cpu()
     return LanguageVectors(
-        tuple(statistics), dominant, tuple(range(mean.shape[1])), area, mean,
+        tuple(means), dominant, tuple(range(mean.shape[1])), area, mean,
         torch.stack([each.length for each in found]).float().cpu(), torch.tensor([each.tokens for each in found]),
         estimator="mean over the tokens of sentences, unshifted", model_hash=model_hash,
     )  # fmt: skip

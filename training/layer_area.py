@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from data_pipeline.atomic import write_text
+from data_pipeline.batching.packer import Packer
 from data_pipeline.loader import ThisRank, fixed_batches
-from data_pipeline.records import ChatSample
+from data_pipeline.records import ChatSample, Sample
 from training.assembly import build_packer, build_reader
 from training.checkpoints.run_state import RunState
 from training.config import RunConfig
 from training.distributed import rank
 from training.errors import ConfigError
 from training.run_folder.prepare import POLL_SECONDS, Prepared, sample_rows
+
+if TYPE_CHECKING:
+    from modeling.shifcon.layer_probe import ProbeBatch
 
 log = logging.getLogger(__name__)
 AREA_FILE = "layer_area.json"  # in a run's folder
@@ -63,7 +69,7 @@ def _kept(file: Path, inputs: dict[str, Any]) -> list[int] | None:
 def _chosen(config: RunConfig, prepared: Prepared, file: Path, inputs: dict[str, Any]) -> list[int]:
     from modeling.loading import load_pretrained, resolve_device, resolve_directory
     from modeling.shifcon.layer_area import choose_area
-    from modeling.shifcon.layer_probe import compare, measure_language
+    from modeling.shifcon.layer_probe import probe_languages
     from modeling.weights.untrusted import read_tokenizer
 
     tokenizer = read_tokenizer(prepared.tokenizer_dir)
@@ -73,18 +79,15 @@ def _chosen(config: RunConfig, prepared: Prepared, file: Path, inputs: dict[str,
     device, dtype = resolve_device(config.precision)
     model: Any = load_pretrained(resolve_directory(prepared.model_dir), dtype, config.model.attention, device)
 
-    def states(language: str) -> Any:
+    def batches(language: str) -> Iterator[ProbeBatch]:
         rows = sample_rows(prepared.index, data.languages.index(language), ITEMS, config.seed)
-        return measure_language(model, probe_batches(reader.readable(rows).samples, packer, device))
+        return probe_batches(reader.readable(rows).samples, packer, device)
 
-    dominant = states(data.dominant)
-    if not dominant.items:
+    order = sorted(data.languages, key=lambda language: language != data.dominant)
+    found = probe_languages(model, order, batches)
+    if data.dominant not in found.means:
         raise ConfigError(f"objective.layers: auto, but {data.dominant!r} has no usable sample")
-    measures = {}
-    for language in data.languages:
-        if language != data.dominant and (found := states(language)).items:
-            measures[language] = compare(dominant, found)
-    choice = choose_area(measures)
+    choice = choose_area(found.measures)
     log.info(
         "objective.layers: auto chose [%d, %d) by %s (%.0f %% of the jackknife's replicates agree); runners-up: %s",
         *choice.area, choice.rule, 100 * choice.agreement, ", ".join(f"[{a}, {b})" for a, b in choice.runners_up),
@@ -94,11 +97,11 @@ def _chosen(config: RunConfig, prepared: Prepared, file: Path, inputs: dict[str,
     return list(choice.area)
 
 
-def probe_batches(samples: Any, packer: Any, device: Any) -> Iterator[Any]:
-    """The samples of one language as batches for `measure_language`."""
+def probe_batches(samples: Sequence[Sample], packer: Packer, device: str) -> Iterator[ProbeBatch]:
+    """The samples of one language as batches of the probe."""
     from modeling.shifcon.layer_probe import ProbeBatch
 
     for batch in fixed_batches(samples, packer, ThisRank()):
-        here = batch.to(device)
+        here = batch.to(torch.device(device))
         items = [sample.group for sample in batch.samples if isinstance(sample, ChatSample)]
         yield ProbeBatch(here.model_inputs(), here.targets.segment_ids, here.targets.content, items)

@@ -1,8 +1,9 @@
 """What a model's layers say about languages: distances between their subspaces, and how well translations are found.
 
 Each language is compared with the dominant one at every layer, in the stream without shift (docs/methods.md, section
-1.4). Languages are measured one after the other, so that memory holds two of them, whatever their number. Sentences are
-in G groups by their item; what each measure would be without one group gives its standard error (jackknife).
+1.4). Languages are measured one after the other, so that memory holds two of them, whatever their number; for a wide
+model, some layers in each pass. Sentences are in G groups by their item; what each measure would be without one group
+gives its standard error (jackknife).
 
 Shapes: N + 1 layers (states h[0] to h[N]), G groups, R replicates (all sentences, then without each group: G + 1), B
 rows, T tokens, S sentences, H hidden.
@@ -11,7 +12,7 @@ rows, T tokens, S sentences, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from modeling.shifcon.subspace import TokenMoments, principal_angles, riemannian
 
 N_GROUPS = 8
 DIRECTIONS = 16  # principal directions whose angles are reported
+MEMORY = 8 << 30  # bytes for the moments of two languages
 MOST_SENTENCES = 512  # of a language, kept for what needs pairs of sentences
 MEASURES = {
     "riemannian": "distance between the covariances of tokens, per dimension: D / sqrt(H)",
@@ -50,30 +52,99 @@ class ProbeBatch:
 class LanguageStates:
     """Measured states of one language."""
 
-    moments: TokenMoments  # at the N + 1 layers
-    pooled: list[Tensor] = field(
-        default_factory=list
-    )  # of each sentence (N + 1, H) fp32 on the CPU, its content's mean
+    moments: TokenMoments  # at the layers measured, here n
+    pooled: list[Tensor] = field(default_factory=list)  # of each sentence (n, H) fp32 on the CPU, its content's mean
     items: list[int] = field(default_factory=list)  # of each sentence in `pooled`
 
 
-def measure_language(model: nn.Module, batches: Iterable[ProbeBatch], n_groups: int = N_GROUPS) -> LanguageStates:
+@dataclass(frozen=True, slots=True)
+class LanguageMeans:
+    """A language's tokens at every layer, unshifted."""
+
+    tokens: int
+    mean: Tensor  # (N + 1, H) fp64, on the CPU
+    length: Tensor  # (N + 1,) fp64, mean length of a state
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedLanguages:
+    """The result of `probe_languages`, by language."""
+
+    measures: Mapping[str, LayerMeasures]  # without the dominant language
+    means: Mapping[str, LanguageMeans]
+
+
+def probe_languages(
+    model: nn.Module,
+    languages: Sequence[str],
+    batches: Callable[[str], Iterable[ProbeBatch]],
+    over_ranks: Callable[[LanguageStates], LanguageStates] = lambda states: states,
+    memory: int = MEMORY,
+) -> ProbedLanguages:
+    """Compares every language with the first, the dominant one. Called on all ranks.
+
+    Args:
+        model: in evaluation mode, without shift.
+        languages: those without sentences are left out.
+        batches: a language's sentences, of this rank; called once for each pass.
+        over_ranks: what all ranks together have measured.
+        memory: bytes for the moments of two languages. Where those of all layers need more, each pass over the
+            sentences measures some layers.
+    """
+    parts: list[dict[str, LayerMeasures]] = []
+    means: dict[str, list[LanguageMeans]] = {}
+    for layers in layer_passes(len(decoder_layers(model)) + 1, hidden_size(model), memory):
+        dominant: LanguageStates | None = None
+        parts.append({})
+        for language in languages:
+            states = over_ranks(measure_language(model, batches(language), layers))
+            if not states.items:
+                continue
+            if dominant is None:
+                dominant = states
+            else:
+                parts[-1][language] = compare(dominant, states)
+            means.setdefault(language, []).append(_means(states, len(layers)))
+    measures = {language: LayerMeasures.joined([part[language] for part in parts]) for language in parts[0]}
+    joined = {
+        language: LanguageMeans(
+            each[0].tokens, torch.cat([part.mean for part in each]), torch.cat([part.length for part in each])
+        )
+        for language, each in means.items()
+    }
+    return ProbedLanguages(measures, joined)
+
+
+def layer_passes(n_states: int, hidden: int, memory: int, n_groups: int = N_GROUPS) -> list[range]:
+    """The layers of each pass, so that the moments of two languages need at most `memory` bytes, or one layer's."""
+    at_once = max(memory // (2 * n_groups * hidden**2 * 8), 1)
+    return [range(start, min(start + at_once, n_states)) for start in range(0, n_states, at_once)]
+
+
+def _means(states: LanguageStates, n_layers: int) -> LanguageMeans:
+    whole = [states.moments.replicates(layer)[0] for layer in range(n_layers)]
+    mean, length = torch.stack([each.mean for each in whole]), torch.stack([each.length for each in whole])
+    return LanguageMeans(whole[0].tokens, mean.cpu(), length.cpu())
+
+
+def measure_language(
+    model: nn.Module, batches: Iterable[ProbeBatch], layers: Sequence[int], n_groups: int = N_GROUPS
+) -> LanguageStates:
     """Runs a language's sentences through the model, one forward pass for each batch.
 
     Args:
         model: in evaluation mode, without shift.
+        layers: the l of each `h[l]` that is measured.
     """
-    layers = range(len(decoder_layers(model)) + 1)
     found: LanguageStates | None = None
     states: dict[int, Tensor] = {}
-    hooks = [state_hook(model, layer, _keeper(states, layer)) for layer in layers]
+    hooks = [state_hook(model, layer, _keeper(states, place)) for place, layer in enumerate(layers)]
     try:
         for batch in batches:
             with torch.inference_mode():
                 backbone(model)(**batch.inputs)  # without the LM head
             if found is None:
-                device = states[0].device
-                found = LanguageStates(TokenMoments(n_groups, len(layers), hidden_size(model), device))
+                found = LanguageStates(TokenMoments(n_groups, len(layers), hidden_size(model), states[0].device))
             _add(found, batch, states)
             states.clear()
     finally:
@@ -118,31 +189,34 @@ class LayerMeasures:
     with_few_tokens: bool  # no more tokens than dimensions in one of the two languages
     values: Mapping[str, Tensor]
 
+    @classmethod
+    def joined(cls, parts: Sequence[LayerMeasures]) -> LayerMeasures:
+        """The measures of all layers, from those of consecutive ones."""
+        values = {name: torch.cat([part.values[name] for part in parts], dim=1) for name in MEASURES}
+        return replace(parts[0], values=values)
+
 
 def compare(dominant: LanguageStates, other: LanguageStates) -> LayerMeasures:
-    """The measures of `MEASURES` at every layer."""
-    a, b = dominant.moments.without(None), other.moments.without(None)
-    n_layers, hidden = a.mean.shape
-    few = min(a.tokens, b.tokens) <= hidden
-    replicates: list[int | None] = [None, *range(len(dominant.moments.tokens))]
-    means = torch.full((len(replicates), n_layers), torch.nan, dtype=torch.float64)
-    distances, angles = means.clone(), means.clone()
-    without = [(dominant.moments.without(each), other.moments.without(each)) for each in replicates]
-    for number, (one, two) in enumerate(without):
-        apart = (one.mean - two.mean).norm(dim=1)
-        means[number] = (2 * apart / (one.length + two.length)).cpu()
-    for layer in range(n_layers):
-        distances[:, layer] = _riemannian_replicates(
-            [(one.covariance[layer], two.covariance[layer]) for one, two in without], few
-        )
-        angles[:, layer] = principal_angles(a.covariance[layer], b.covariance[layer], DIRECTIONS).mean().cpu()
-    paired = _paired_measures(dominant, other, len(replicates))
+    """The measures of `MEASURES` at the layers measured."""
+    n_layers, hidden = dominant.moments.centre.shape
+    n_replicates = len(dominant.moments.tokens) + 1
     values = {
-        "riemannian": distances / hidden**0.5, "mean_distance": means, "sum": distances / hidden**0.5 + means,
-        "principal_angle": angles, **paired,
-    }  # fmt: skip
+        name: torch.full((n_replicates, n_layers), torch.nan, dtype=torch.float64)
+        for name in ("riemannian", "mean_distance", "principal_angle")
+    }
+    few = min(int(each.moments.tokens.sum()) for each in (dominant, other)) <= hidden
+    for layer in range(n_layers):
+        pairs = list(zip(dominant.moments.replicates(layer), other.moments.replicates(layer), strict=True))
+        one, two = pairs[0]
+        distances = _riemannian_replicates([(a.covariance, b.covariance) for a, b in pairs], few)
+        values["riemannian"][:, layer] = distances / hidden**0.5
+        apart = torch.stack([2 * (a.mean - b.mean).norm() / (a.length + b.length) for a, b in pairs])
+        values["mean_distance"][:, layer] = apart.cpu()
+        values["principal_angle"][:, layer] = principal_angles(one.covariance, two.covariance, DIRECTIONS).mean()
+    values["sum"] = values["riemannian"] + values["mean_distance"]
+    values |= _paired_measures(dominant, other, n_replicates)
     n_pairs = len(set(dominant.items) & set(other.items))
-    return LayerMeasures(b.tokens, len(other.items), n_pairs, few, values)
+    return LayerMeasures(int(other.moments.tokens.sum()), len(other.items), n_pairs, few, values)
 
 
 def _riemannian_replicates(covariances: Sequence[tuple[Tensor, Tensor]], few: bool) -> Tensor:

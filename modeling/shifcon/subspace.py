@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -86,26 +87,27 @@ class TokenMoments:
             merged.products[:, layer] = all_sum(self.products[:, layer] + crossed_GHH + crossed_GHH.mT + own)
         return merged
 
-    def without(self, group: int | None) -> TokenStatistics:
-        """The statistics of all sentences but those of a group; None: of all."""
-        kept = torch.ones_like(self.tokens)
-        if group is not None:
-            kept[group] = 0
-        number = (kept @ self.tokens).clamp(min=1)
-        off_NH = torch.einsum("g,gnh->nh", kept, self.sums) / number
-        products_NHH = torch.einsum("g,gnhj->nhj", kept, self.products) / number
-        covariance = products_NHH - off_NH[:, :, None] * off_NH[:, None, :]
-        return TokenStatistics(int(number), self.centre + off_NH, covariance, kept @ self.lengths / number)
+    def replicates(self, layer: int) -> list[TokenStatistics]:
+        """The statistics at layer number `layer` of all sentences, then those without each group, G + 1 in all."""
+        kept = ~torch.eye(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
+        return [self._statistics(layer, each) for each in (torch.ones_like(kept[0]), *kept)]
+
+    def _statistics(self, layer: int, kept_G: Tensor) -> TokenStatistics:
+        number = self.tokens[kept_G].sum().clamp(min=1)
+        off_H = self.sums[kept_G, layer].sum(dim=0) / number
+        covariance = self.products[kept_G, layer].sum(dim=0) / number - torch.outer(off_H, off_H)
+        length = self.lengths[kept_G, layer].sum() / number
+        return TokenStatistics(int(number), self.centre[layer] + off_H, covariance, length)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStatistics:
-    """Of one language at N layers."""
+    """Of one language at one layer."""
 
     tokens: int
-    mean: Tensor  # (N, H)
-    covariance: Tensor  # (N, H, H), divided by the number of tokens
-    length: Tensor  # (N,) mean length of a state
+    mean: Tensor  # (H,)
+    covariance: Tensor  # (H, H), divided by the number of tokens
+    length: Tensor  # 0-d, mean length of a state
 
 
 def with_ridge(covariance_HH: Tensor, few: bool) -> Tensor:
@@ -133,9 +135,13 @@ def riemannian_distance(a_HH: Tensor, b_HH: Tensor) -> Tensor:
 
 
 def principal_angles(a_HH: Tensor, b_HH: Tensor, k: int) -> Tensor:
-    """(k,) radians, ascending: the angles between the spaces of the k largest principal directions of two covariances.
+    """(k,) radians, ascending, on the CPU: angles between the spaces of the k largest principal directions.
 
     Computed from cosines by the singular values of the product of the bases (Björck and Golub 1973).
     """
-    bases = [torch.linalg.eigh(each).eigenvectors[:, -k:] for each in (a_HH, b_HH)]
+    last = len(a_HH) - 1
+    bases = [  # SciPy computes these eigenvectors alone
+        torch.from_numpy(scipy.linalg.eigh(each.cpu().numpy(), subset_by_index=[last - k + 1, last])[1])
+        for each in (a_HH, b_HH)
+    ]
     return torch.linalg.svdvals(bases[0].mT @ bases[1]).clamp(max=1).acos()

@@ -16,7 +16,9 @@ from modeling.shifcon.layer_probe import (
     ProbeBatch,
     compare,
     jackknife_error,
+    layer_passes,
     measure_language,
+    probe_languages,
     retrieved,
 )
 
@@ -45,19 +47,22 @@ def batches(offset: int, size: int = 10, n: int = SENTENCES) -> list[ProbeBatch]
     return found
 
 
+def measured(model: LlamaForCausalLM, offset: int) -> LanguageStates:
+    """All layers of a language."""
+    return measure_language(model, batches(offset), range(LAYERS + 1))
+
+
 def test_states_of_a_language_are_those_of_its_content_tokens(model: LlamaForCausalLM) -> None:
-    found = measure_language(model, batches(0))
+    found = measured(model, 0)
     assert found.items == list(range(SENTENCES))
     rows = torch.cat([each.inputs["input_ids"] for each in batches(0)])
     with torch.no_grad():
         hidden = model(rows, output_hidden_states=True).hidden_states
-    statistics = found.moments.without(None)
     for layer in range(LAYERS):  # transformers reports the last state after the final norm
         tokens = hidden[layer][:, 1:].flatten(0, 1).double()
-        torch.testing.assert_close(statistics.mean[layer], tokens.mean(dim=0), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            statistics.covariance[layer], torch.cov(tokens.T, correction=0), rtol=1e-4, atol=1e-6
-        )
+        statistics = found.moments.replicates(layer)[0]
+        torch.testing.assert_close(statistics.mean, tokens.mean(dim=0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics.covariance, torch.cov(tokens.T, correction=0), rtol=1e-4, atol=1e-6)
         pooled = torch.stack([each[layer] for each in found.pooled])
         torch.testing.assert_close(pooled, hidden[layer][:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
 
@@ -75,14 +80,14 @@ def turned(model: LlamaForCausalLM, at: int, back: int) -> list:
 
 def test_the_distance_is_largest_where_a_language_has_a_subspace_of_its_own(model: LlamaForCausalLM) -> None:
     """The same texts under another name: distances are 0 but for the layers whose states are turned."""
-    dominant = measure_language(model, batches(0))
-    same = compare(dominant, measure_language(model, batches(0)))
+    dominant = measured(model, 0)
+    same = compare(dominant, measured(model, 0))
     assert float(same.values["sum"][0].abs().max()) < 1e-6
     torch.testing.assert_close(same.values["retrieval"], torch.ones_like(same.values["retrieval"]))
     torch.testing.assert_close(same.values["cka"], torch.ones_like(same.values["cka"]), rtol=1e-6, atol=1e-6)
     hooks = turned(model, 2, 3)
     try:
-        moved = compare(dominant, measure_language(model, batches(0)))
+        moved = compare(dominant, measured(model, 0))
     finally:
         for hook in hooks:
             hook.remove()
@@ -97,7 +102,7 @@ def test_replicates_are_those_of_the_other_groups_of_sentences(model: LlamaForCa
 
     def measured(*without: int) -> LayerMeasures:
         kept = ([_without(each, without, n_groups) for each in batches(offset, n=400)] for offset in (0, 100))
-        return compare(*(measure_language(model, each, n_groups) for each in kept))
+        return compare(*(measure_language(model, each, range(LAYERS + 1), n_groups) for each in kept))
 
     found = measured()
     alone = [measured(group) for group in range(n_groups)]
@@ -120,6 +125,24 @@ def _without(batch: ProbeBatch, groups: tuple[int, ...], n_groups: int) -> Probe
     )
 
 
+def test_layers_are_measured_in_as_many_passes_as_the_memory_needs(model: LlamaForCausalLM) -> None:
+    """With the same result, also of the means."""
+    texts = {"en": 0, "de": 100, "xx": 0}
+
+    def sentences(language: str) -> list[ProbeBatch]:
+        return [] if language == "xx" else batches(texts[language])
+
+    whole, parts = (
+        probe_languages(model, list(texts), sentences, memory=memory) for memory in (1 << 30, 2 * 8 * HIDDEN**2 * 8 * 3)
+    )
+    assert layer_passes(LAYERS + 1, HIDDEN, 2 * 8 * HIDDEN**2 * 8 * 3) == [range(3), range(3, 6), range(6, 7)]
+    assert list(parts.measures) == ["de"]
+    assert list(parts.means) == ["en", "de"]
+    for name, values in whole.measures["de"].values.items():
+        torch.testing.assert_close(parts.measures["de"].values[name], values, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.means["de"].mean, whole.means["de"].mean)
+
+
 def test_retrieval_is_not_decided_by_two_dimensions() -> None:
     generator = torch.Generator().manual_seed(6)
     shared = torch.randn(60, 32, generator=generator)
@@ -131,7 +154,7 @@ def test_retrieval_is_not_decided_by_two_dimensions() -> None:
 
 
 def test_states_without_translations_have_no_retrieval(model: LlamaForCausalLM) -> None:
-    one, two = measure_language(model, batches(0)), measure_language(model, batches(100))
+    one, two = measured(model, 0), measured(model, 100)
     two.items = [item + 1000 for item in two.items]
     found = compare(one, two)
     assert found.pairs == 0
@@ -174,7 +197,7 @@ def test_the_mean_is_over_languages_in_which_a_measure_is_defined() -> None:
 
 
 def test_nothing_is_measured_of_a_language_without_sentences(model: LlamaForCausalLM) -> None:
-    found = measure_language(model, [])
+    found = measure_language(model, [], range(LAYERS + 1))
     assert isinstance(found, LanguageStates)
     assert (found.items, float(found.moments.tokens.sum())) == ([], 0.0)
     assert isinstance(found.moments.products, Tensor)

@@ -72,20 +72,21 @@ def added(parts: list[tuple[list[Tensor], Tensor]]) -> TokenMoments:
 @pytest.mark.parametrize("without", [None, 0, 2])
 def test_moments_are_those_of_all_tokens_without_the_group(without: int | None) -> None:
     parts = [states(number, seed) for seed, number in enumerate((1, 40, 0, 17))]
-    found = added(parts).without(without)
+    moments = added(parts)
     groups = torch.cat([each for _, each in parts])
     for layer in range(2):
         kept = torch.cat([each[layer] for each, _ in parts])[groups != (-1 if without is None else without)].double()
+        found = moments.replicates(layer)[0 if without is None else without + 1]
         assert found.tokens == len(kept)
-        torch.testing.assert_close(found.mean[layer], kept.mean(dim=0), rtol=1e-12, atol=0)
-        torch.testing.assert_close(found.covariance[layer], torch.cov(kept.T, correction=0), rtol=1e-7, atol=1e-9)
-        assert float(found.length[layer]) == pytest.approx(float(kept.norm(dim=1).mean()), rel=1e-12)
+        torch.testing.assert_close(found.mean, kept.mean(dim=0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.covariance, torch.cov(kept.T, correction=0), rtol=1e-7, atol=1e-9)
+        assert float(found.length) == pytest.approx(float(kept.norm(dim=1).mean()), rel=1e-12)
 
 
 def test_large_batches_are_added_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = added([states(50, 3)]).without(None)
+    whole = added([states(50, 3)]).replicates(1)[0]
     monkeypatch.setattr("modeling.shifcon.subspace.CHUNK_ELEMENTS", 5 * 7)
-    chunked = added([states(50, 3)]).without(None)
+    chunked = added([states(50, 3)]).replicates(1)[0]
     torch.testing.assert_close(chunked.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
 
 
@@ -97,7 +98,7 @@ def test_moments_over_ranks_are_those_of_all_tokens() -> None:
     # All ranks call `over_ranks` in step; here they are generators of what they would sum.
     recorded = _in_step(ranks)
     for name in ("tokens", "mean", "covariance", "length"):
-        one, other = getattr(recorded.without(1), name), getattr(whole.without(1), name)
+        one, other = (getattr(each.replicates(1)[2], name) for each in (recorded, whole))
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-7, atol=1e-9)
 
 
