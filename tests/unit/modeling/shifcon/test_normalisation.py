@@ -149,9 +149,10 @@ def test_retrieval_counts_pairs_that_have_candidates() -> None:
     assert (found, pairs) == (1, 3)  # only the first column's largest value is on the diagonal; ties go to the first
     assert by_chance == pytest.approx(1.0)
     excluded[0, :, 2] = torch.tensor([True, True, False])  # the third pair has no other candidate
+    excluded[0, 2, 1] = True  # and the second one only one
     found, by_chance, pairs = (float(each) for each in retrieval(cosines, excluded))
     assert (found, pairs) == (1, 2)
-    assert by_chance == pytest.approx(2 / 3)
+    assert by_chance == pytest.approx(1 / 3 + 1 / 2)
 
 
 def test_saved_moments_are_read_unchanged(tmp_path: Path) -> None:

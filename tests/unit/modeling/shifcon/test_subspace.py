@@ -46,10 +46,10 @@ def test_the_distance_is_the_same_in_other_coordinates_and_known_for_diagonal_ma
 def test_angles_between_principal_directions() -> None:
     """The two largest directions of one side lie in the plane of axes 0 and 1, of the other at 30 degrees to axis 1."""
     angle = math.radians(30)
-    turned = torch.eye(4, dtype=torch.float64)
+    turned = torch.eye(5, dtype=torch.float64)
     turned[1, 1] = turned[2, 2] = math.cos(angle)
     turned[1, 2], turned[2, 1] = -math.sin(angle), math.sin(angle)
-    one = torch.diag(torch.tensor([9.0, 5.0, 0.2, 0.1], dtype=torch.float64))
+    one = torch.diag(torch.tensor([9.0, 5.0, 0.3, 0.2, 0.1], dtype=torch.float64))
     found = principal_angles(one, turned @ one @ turned.T, 2)
     torch.testing.assert_close(found, torch.tensor([0.0, angle], dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
