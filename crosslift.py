@@ -182,10 +182,18 @@ def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> No
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="complete checkpoint, or a run folder for its newest")],
     output: Output,
+    bake: Annotated[
+        str | None, typer.Option(metavar="CODE", help="one language's shift in the weights; also of an export")
+    ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder. Example: crosslift export runs/a --output runs/a/model-200"""
     from training.checkpoints.search import checkpoint_at
 
+    if bake is not None:
+        from training.checkpoints.export import export_baked
+
+        print(export_baked(checkpoint, bake, output))
+        return
     found = checkpoint_at(checkpoint, content=False)
     from training.checkpoints.export import export_checkpoint
 

@@ -33,6 +33,7 @@ class ExportInfo:
     step: int | None = None  # optimizer steps of its training
     task: dict[str, Any] | None = None  # an encoder's task: kind, labels, windows
     sequence_length: int | None = None  # an encoder's longest window in training, in tokens
+    baked: str | None = None  # the only language that it serves, whose shift is in its weights
     check: dict[str, Any] | None = None  # result of the comparison with its checkpoint; None in older exports
 
     @property

@@ -59,8 +59,27 @@ def test_a_run_chooses_its_area_once_and_resumes_with_it(values: dict[str, Any],
     assert LanguageVectors.load(run / "model" / "language_vectors.safetensors").area == (toward, back)
 
 
-def test_a_given_area_is_not_probed(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_given_area_is_not_probed_and_the_run_is_baked_for_a_language(values: dict[str, Any], tmp_path: Path) -> None:
+    """`export --bake`, of the run and of its export: one answer of the plain model is that of the shifted one."""
     changed = {**values, "output_dir": str(tmp_path / "run"), "objective": {**values["objective"], "layers": [2, 4]}}
     done = crosslift("train", write_config(tmp_path / "run.yaml", changed), "--nproc", 1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "run" / "layer_area.json").exists()
+    outputs = []
+    for number, source in enumerate((tmp_path / "run", tmp_path / "run" / "model")):
+        baked = crosslift("export", source, "--bake", "de", "--output", tmp_path / f"baked-{number}")
+        assert baked.returncode == 0, baked.stderr[-3000:]
+    for model in (tmp_path / "run", tmp_path / "baked-0", tmp_path / "baked-1"):
+        done = crosslift(
+            "generate", model, "--language", "de", "--prompt", "Wie viele?", "--max-new-tokens", 8, "--json"
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        outputs.append(json.loads(done.stdout)["output"])
+    assert outputs[1:] == outputs[:1] * 2
+    other = crosslift("generate", tmp_path / "baked-0", "--language", "sw", "--prompt", "Ngapi?")
+    assert other.returncode == 2
+    assert "language 'sw': the model has de" in other.stderr
+    refused = crosslift("export", tmp_path / "run", "--bake", "en", "--output", tmp_path / "baked-en")
+    assert refused.returncode == 2
+    assert "'en' is the dominant language" in refused.stderr
+    assert not (tmp_path / "baked-en").exists()

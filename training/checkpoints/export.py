@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import atomic_folder, recover
@@ -23,6 +24,7 @@ from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, ExportInfo
 from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, defect
 from training.checkpoints.export_text import GENERATION_FILE, fixed_response_language, set_text_files
 from training.checkpoints.run_state import RunState
+from training.checkpoints.search import checkpoint_at
 from training.config import DataConfig, RunConfig
 from training.errors import ConfigError, ExportCheckFailed
 from training.objectives.base import ObjectiveConfig
@@ -51,6 +53,29 @@ def export_checkpoint(checkpoint: Path, output: Path) -> Path:
     with atomic_folder(output, exclusive=True) as temporary:
         result = _write_checked(checkpoint, temporary)
     _refuse_failed(result, output)
+    return output
+
+
+def export_baked(path: Path, language: str, output: Path) -> Path:
+    """Writes a model for one language, whose shift is in its weights, to `output`.
+
+    Args:
+        path: an export, or a checkpoint or run's folder, which is exported first.
+
+    Raises:
+        ConfigError: as `export_checkpoint`.
+        ModelError: the model cannot carry the shift.
+    """
+    from modeling.shifcon.bake import bake
+
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; give a new folder")
+    with atomic_folder(output, exclusive=True) as temporary, TemporaryDirectory(dir=temporary.parent) as scratch:
+        export = path
+        if not (path / "config.json").is_file():
+            export = export_checkpoint(checkpoint_at(path, content=False), Path(scratch, "model"))
+        difference = bake(export, language, temporary)
+    log.info("logits agree with those of the shifted model to %.1e of the largest, in fp32", difference)
     return output
 
 

@@ -114,7 +114,7 @@ class ShifConConfig(ContrastiveObjectiveConfig):
             replace(vectors, model_hash=directory_hash(output)).save(output / VECTORS_FILE)
 
     def description(self) -> dict[str, Any]:
-        return {"shifted": True, "shift_first_token": self.shift_first_token} if self.shift else {}
+        return {"shifted": self.shift, "shift_first_token": self.shift_first_token}
 
 
 class ShifCon(ContrastiveFineTuning):
