@@ -51,6 +51,8 @@ def with_area(config: RunConfig, prepared: Prepared, found: Path | None) -> RunC
         area = RunState.read(found).config["objective"]["layers"]
     elif rank() == 0:
         area = _kept(file, inputs) or _chosen(config, prepared, file, inputs)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the model that was probed
     else:
         while (area := _kept(file, inputs)) is None:
             time.sleep(POLL_SECONDS)
