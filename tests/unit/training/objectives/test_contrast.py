@@ -208,6 +208,13 @@ def test_a_dominant_language_with_few_probe_samples_is_refused(data: DataParts, 
     assert too_few_samples(config.data, raw, few) == frozenset()
 
 
+def test_an_export_without_shift_says_so() -> None:
+    """Older exports of ShifCon have no such entry, and are taken to be shifted."""
+    assert shifcon(shift=False).description()["shifted"] is False
+    assert shifcon().description()["shifted"] is True
+    assert AlignConfig(name="align", layer=1, contrastive=CONTRASTIVE).description() == {}
+
+
 def test_conflicts_of_the_section() -> None:
     few = shifcon(probe_items=8)
     (line,) = few.mistakes(["en", "de"], "reuse")
