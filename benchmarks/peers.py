@@ -46,7 +46,7 @@ VOCABULARY = {"0.4M": 2400, "23M": 2400, "110M": 16000}
 AREAS = {"0.4M": [1, 2], "23M": [4, 7], "110M": [4, 7]}
 LONGEST, BUDGET = 512, 2048  # tokens of a sample, and of a rank's forward pass
 SET_SIZE = 2  # a set fits into the budget with rows of the longest length
-PROBE_ITEMS = 4  # samples a language whose refresh, before the first step, is not measured
+PROBE_ITEMS = 16  # samples a language, whose refresh, before the first step, is not measured
 NOT_FIRST = 1  # a rank that reads what the first, here the parent, has prepared
 DOMINANT_SHARE = 0.3  # of English; the others share the rest
 

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 COST_SAMPLES = 32  # rows per language on which tokens per byte are measured
 SWITCH_INTERVAL_S = 2e-4  # how long the training thread waits for a loader's thread that runs Python code
+PROBE_ROWS = 8  # rows that are looked at for each sample of the probe set, if the first ones are not usable
 CHECKED_STEPS = 64  # steps whose contrast sets are compared with the micro-batch budget at the start
 
 
@@ -350,10 +351,18 @@ def estimated_lengths(plan: StepPlan, data: DataConfig) -> npt.NDArray[np.float6
 
 
 def probe_samples(reader: Reader, n_items: int) -> tuple[tuple[Sample, ...], ...]:
-    """The probe set: `n_items` usable samples of each language, as far as there are so many."""
-    languages = range(len(reader.index.languages)) if n_items else ()
-    rows = (sample_rows(reader.index, language, n_items, reader.seed) for language in languages)
-    return tuple(tuple(reader.readable(each).samples) for each in rows)
+    """The probe set: `n_items` usable samples of each language, as far as its first rows have so many."""
+
+    def of_language(language: int) -> tuple[Sample, ...]:
+        rows = sample_rows(reader.index, language, PROBE_ROWS * n_items, reader.seed)
+        found: list[Sample] = []
+        while rows and len(found) < n_items:  # more rows only where some are unusable or too long
+            wanted = n_items - len(found)
+            found += reader.readable(rows[:wanted]).samples
+            rows = rows[wanted:]
+        return tuple(found)
+
+    return tuple(map(of_language, range(len(reader.index.languages)))) if n_items else ()
 
 
 def too_few_samples(data: DataConfig, objective: ObjectiveConfig, probe: Sequence[Sequence[Sample]]) -> frozenset[int]:

@@ -399,7 +399,7 @@ def test_an_output_below_a_file_is_refused_by_every_command(cli: Cli, tmp_path: 
         "run": ["a", "--task", "xnli", "--model", "m", "--method", "x", "--data-dir", "a"],
         "retrieve": ["a", "--data-dir", "a"],
         "prepare": ["xnli", "--data-dir", "a"], "soft-labels": ["a", "--task", "panx", "--translations", "a"],
-        "analyse": ["--model", "a=b", "--texts", "a"],
+        "analyse": ["--model", "a=b", "--texts", "a"], "probe": ["a", "--data", "a"],
     }  # fmt: skip
     line = refused(cli(*command, *required.get(command[-1], []), "--output", tmp_path / "file" / "a"))
     assert line.startswith(f"--output {tmp_path / 'file' / 'a'}: lies below {tmp_path / 'file'}, which is a file")

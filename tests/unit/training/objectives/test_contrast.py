@@ -73,7 +73,7 @@ def terms(objective: Any, engine: Any, data: DataParts) -> dict[str, float]:
     found: dict[str, float] = {}
     for batch in batches(data):
         for name, term in objective.loss_terms(engine, batch).terms.items():
-            found[name] = found.get(name, 0.0) + float(term.sum)
+            found[name] = found.get(name, 0.0) + float(term.sum.detach())
     return found
 
 
