@@ -36,6 +36,10 @@ def styles(languages: list[str]) -> dict[str, dict[str, Any]]:
     return {language: {"color": c, "linestyle": p} for language, (c, p) in zip(languages, pairs, strict=False)}
 
 
+def _name(report: ProbeReport) -> str:
+    return report.model.rstrip("/").rpartition("/")[2]
+
+
 def draw_curves(report: ProbeReport) -> Figure:
     """Four measures by layer: a line for each language, the mean in black with its 95 % interval, the area shaded."""
     text = PlotText.of([report.vectors.dominant, *report.measures, report.model])
@@ -67,7 +71,9 @@ def _curves(report: ProbeReport, text: PlotText) -> Figure:
         axes.fill_between(layers, mean - reach, mean + reach, color="black", alpha=0.15, linewidth=0)
         axes.plot(layers, mean, color="black", linewidth=2.6, label="mean, 95 % interval", zorder=4)
         axes.set(title=title, xlabel="layer entered (0: embeddings)", ylabel=unit)
-        axes.set_ylim(bottom=0)
+        # An outlier at the embeddings, which are in no area, would flatten the other layers.
+        highest = max(float(measures.values[name][0, 1:].nan_to_num(0).max()) for measures in report.measures.values())
+        axes.set_ylim(0, 1.05 * highest)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
         axes.grid(alpha=0.25)
@@ -75,7 +81,7 @@ def _curves(report: ProbeReport, text: PlotText) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
     figure.suptitle(
-        f"{text(report.model)}: languages against {text(report.vectors.dominant)}; area [{toward}, {back}) by "
+        f"{text(_name(report))}: languages against {text(report.vectors.dominant)}; area [{toward}, {back}) by "
         f"{report.choice.rule}"
     )
     return figure
@@ -99,7 +105,7 @@ def _sentences(report: ProbeReport, text: PlotText) -> Figure:
     titles = (
         f"entering layer {layers[0]}: shifted",
         f"entering layer {layers[1]}: inside",
-        f"entering {back}: shifted back",
+        f"entering layer {back}: shifted back",
     )
     scatter, figure = report.scatter, Figure(figsize=(11, 7.5), layout="constrained")
     drawn = styles(list(report.vectors.languages))
@@ -122,11 +128,12 @@ def _sentences(report: ProbeReport, text: PlotText) -> Figure:
             axes.set(xticks=[], yticks=[])
         low = min(float(each.min()) for each in points)
         high = max(float(each.max()) for each in points)
+        low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
         for row in range(2):
             grid[row][column].set(xlim=(low, high), ylim=(low, high))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 12), frameon=False)
-    figure.suptitle(f"{text(report.model)}: sentences in the two directions that tell languages apart best (LDA)")
+    figure.suptitle(f"{text(_name(report))}: sentences in the two directions that tell languages apart best (LDA)")
     return figure
 
 
