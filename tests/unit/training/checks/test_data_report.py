@@ -152,3 +152,13 @@ def test_held_out_texts_in_training_are_counted_and_named_by_file_and_line(chang
     assert f"{index.record(first).origin} = {index.record(copy).origin}" in warning
     assert warning.count(" = ") == min(len(duplicates), 3)
     assert (f" and {len(duplicates) - 3} more" in warning) == (len(duplicates) > 3)
+
+
+def test_the_loaders_threads_give_up_the_interpreters_lock_soon(
+    parts: DataParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default after 5 ms, for which the training thread would wait at each of its operations."""
+    intervals: list[float] = []
+    monkeypatch.setattr("sys.setswitchinterval", intervals.append)
+    parts.loader()
+    assert intervals == [2e-4]
