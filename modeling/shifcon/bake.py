@@ -150,8 +150,8 @@ def _config_with_biases(model: PreTrainedModel) -> PreTrainedConfig:
 def _as_llama(config: PreTrainedConfig) -> LlamaConfig:
     """Qwen 2, and Mistral without a sliding window, compute what Llama with these switches does."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and config.model_type == "mistral":
-        raise ModelError(f"a Mistral with a sliding window ({window}) cannot be written as Llama; {SERVE}")
+    if window is not None:
+        raise ModelError(f"a {config.model_type} with a sliding window ({window}) cannot be written as Llama; {SERVE}")
     kept = set(LlamaConfig().to_dict()) - {"model_type", "architectures", "transformers_version"}
     values = {name: value for name, value in config.to_dict().items() if name in kept}
     return LlamaConfig(**{**values, "attention_bias": True, "mlp_bias": True})

@@ -114,6 +114,15 @@ def test_other_architectures_are_refused_with_the_reason(tmp_path: Path, name: s
     assert not (tmp_path / "baked").exists()
 
 
+@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+def test_a_sliding_window_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is longer than the compared tokens, so their logits do not show it."""
+    monkeypatch.setitem(MORE, name, {"sliding_window": 40, **({"use_sliding_window": True} if name == "qwen2" else {})})
+    folder, _ = export(tmp_path / "export", name)
+    with pytest.raises(ModelError, match=rf"a {name} with a sliding window \(40\) cannot be written as Llama"):
+        bake(folder, "sw", tmp_path / "baked")
+
+
 def test_a_layer_that_changes_its_projection_is_refused_by_its_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
