@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from modeling.cka import CrossCovariance
 from modeling.layers import backbone, decoder_layers, hidden_size, membership, state_hook
-from modeling.shifcon.normalisation import SMALLEST_DEVIATION
+from modeling.shifcon.normalisation import with_floor
 from modeling.shifcon.subspace import TokenMoments, principal_angles, riemannian_distance, with_ridge
 
 N_GROUPS = 8
@@ -266,8 +266,7 @@ def retrieved(one_PH: Tensor, two_PH: Tensor) -> Tensor:
 
     Both sides are centred, and divided by the deviations of the first, as for the contrastive loss.
     """
-    deviation = one_PH.std(dim=0)
-    deviation = deviation.maximum(SMALLEST_DEVIATION * deviation.median())
+    deviation = with_floor(one_PH.std(dim=0))
     sides = [F.normalize((side - side.mean(dim=0)) / deviation, dim=1) for side in (one_PH, two_PH)]
     cosines_PP = sides[0] @ sides[1].T
     own = torch.arange(len(cosines_PP), device=cosines_PP.device)

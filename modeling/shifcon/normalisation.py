@@ -15,7 +15,7 @@ Shapes: S sentences (samples), L languages, K pooled layers, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -92,7 +92,7 @@ class PooledMoments:
 
 @dataclass(frozen=True, eq=False)
 class Normalisation:
-    """Moments of pooled states, on the CPU, and their application."""
+    """Moments of pooled states, and their application."""
 
     languages: tuple[str, ...]
     layers: tuple[int, ...]  # the l of each pooled h[l]
@@ -110,10 +110,10 @@ class Normalisation:
             ModelError: the states of the dominant language do not vary.
         """
         deviation = moments.variance()[languages.index(dominant)].sqrt()
-        floor = SMALLEST_DEVIATION * deviation.median(dim=1, keepdim=True).values
-        if not (floor > 0).all():
+        floored = with_floor(deviation)
+        if not (floored > 0).all():
             raise ModelError(f"contrastive.normalise: the pooled states of {dominant!r} do not vary")
-        scale = deviation.maximum(floor) if kind == "standardised" else torch.ones_like(deviation)
+        scale = floored if kind == "standardised" else torch.ones_like(deviation)
         return cls(
             tuple(languages), tuple(layers), moments.mean.float(), scale.float(), moments.sentences.to(torch.int64)
         )
@@ -122,21 +122,24 @@ class Normalisation:
         """The normalised states, K tensors (S, H) fp32.
 
         Args:
-            pooled: K tensors (S, H).
+            pooled: K tensors (S, H), on the device of the moments.
             languages: (S,) int64; states of -1 are divided, but not centred.
         """
-        device = languages.device
-        mean_LKH = torch.cat([self.mean, torch.zeros_like(self.mean[:1])]).to(device)
-        with without_autocast(device):
+        mean_LKH = torch.cat([self.mean, torch.zeros_like(self.mean[:1])])
+        with without_autocast(languages.device):
             return [
-                (state_SH - mean_LKH[languages, layer]) / self.deviation[layer].to(device)
-                for layer, state_SH in enumerate(pooled)
+                (state_SH - mean_LKH[languages, layer]) / self.deviation[layer] for layer, state_SH in enumerate(pooled)
             ]
+
+    def to(self, device: torch.device) -> Normalisation:
+        """The same on a device: moved once, so that no micro-batch waits for a copy."""
+        moved = {name: getattr(self, name).to(device) for name in _FORMAT.tensors}
+        return replace(self, **moved)
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file in place."""
         about = {"languages": self.languages, "layers": self.layers}
-        _FORMAT.save(path, about, {name: getattr(self, name) for name in _FORMAT.tensors})
+        _FORMAT.save(path, about, {name: getattr(self, name).cpu() for name in _FORMAT.tensors})
 
     @classmethod
     def load(cls, path: Path) -> Normalisation:
@@ -148,6 +151,11 @@ class Normalisation:
         about, tensors = _FORMAT.load(path)
         values: dict[str, Any] = {**{name: tuple(value) for name, value in about.items()}, **tensors}
         return cls(**values)
+
+
+def with_floor(deviation: Tensor) -> Tensor:
+    """(..., H): deviations of at least SMALLEST_DEVIATION of their median over the dimensions."""
+    return deviation.maximum(SMALLEST_DEVIATION * deviation.median(dim=-1, keepdim=True).values)
 
 
 def _column(values: Tensor) -> Tensor:

@@ -112,7 +112,9 @@ class ContrastiveFineTuning(SupervisedFineTuning):
         with self._pooled(batch) as pooled:
             fine_tuning = super().loss_terms(engine, batch)
         if self.normalisation is not None:
-            pooled = self.normalisation.apply(pooled, batch.targets.segment_languages)
+            languages = batch.targets.segment_languages
+            self.normalisation = self.normalisation.to(languages.device)  # loaded ones are on the CPU
+            pooled = self.normalisation.apply(pooled, languages)
         terms, retrieved = contrastive_terms(pooled, batch.targets.contrast, self.contrastive)
         if self._check is not None and retrieved is not None:
             self._check.add(retrieved)
