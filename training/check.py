@@ -215,7 +215,8 @@ def _pairs(planner: Planner, max_steps: int) -> str:
     dropped = sum(plan.dropped_pairs for plan in steps)
     return (
         f"first {len(steps)} steps: {sum(sets) / len(steps):.1f} pairs a step, in {len(sets) / len(steps):.1f} "
-        f"contrast sets (plain SFT has none), {dropped} pairs dropped for identical content, "
+        f"contrast sets (plain SFT has none), {dropped} pairs in no set (identical texts, or "
+        "a language with too few probe samples), "
         f"about {steps[0].costs.sum():.0f} tokens a step"
     )
 

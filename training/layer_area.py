@@ -48,7 +48,9 @@ def with_area(config: RunConfig, prepared: Prepared, found: Path | None) -> RunC
     file = config.output_dir / AREA_FILE
     inputs = {"model": prepared.model_dir, "data": dict(prepared.index.fingerprint), "seed": config.seed}
     if found is not None:
-        area = RunState.read(found).config["objective"]["layers"]
+        area = RunState.read(found).config["objective"].get("layers")
+        if area is None:  # of another objective, which the comparison of configs refuses by name
+            return config
     elif rank() == 0:
         area = _kept(file, inputs) or _chosen(config, prepared, file, inputs)
         if torch.cuda.is_available():
