@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_pipeline.atomic import write_text
 from data_pipeline.console import Progress, table
-from data_pipeline.records import BadRow, item_key, stable_hash
+from data_pipeline.records import BadRow, DataError, item_key, stable_hash
 from data_pipeline.sources.formats import JsonLines
+from data_pipeline.xtreme.lines import text_lines
 from evals.errors import EvalError
 from evals.parallel_texts import TEXT_FIELDS
 from training.provenance import description
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from modeling.shifcon.layer_probe import LanguageMeans, LanguageStates, LayerMeasures, ProbeBatch
     from modeling.tasks.sentence_states import EncodedText, SentenceStates
 
-JSON_FILE, VECTORS_FILE = "probe.json", "language_vectors.safetensors"
+JSON_FILE = "probe.json"
 FIELDS = (*TEXT_FIELDS, "prompt")
 PLOT_FILE, SCATTER_FILE = "probe.png", "scatter.png"
 BATCH_SIZE = 32  # sentences
@@ -110,17 +111,20 @@ def read_sentences(files: Sequence[Path], limit: int | None = None) -> dict[str,
     for file in files:
         try:
             rows = list(_lines(file) if file.suffix == ".txt" else _rows(file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvalError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        except OSError as error:
+            raise EvalError(f"{file}: cannot be read ({error.strerror})") from error
         for language, sentence in rows:
             found.setdefault(language, []).append(sentence)
     return {language: sentences[:limit] for language, sentences in found.items()}
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Sentence]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
-        if text := line.strip():
-            yield file.stem, Sentence(number, text)
+    try:
+        for number, line in text_lines(file):
+            if text := line.strip():
+                yield file.stem, Sentence(number, text)
+    except DataError as error:
+        raise EvalError(str(error)) from error
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Sentence]]:
@@ -323,6 +327,7 @@ def write_probe(report: ProbeReport, output: Path) -> tuple[Path, ...]:
     """Writes `probe.json`, `language_vectors.safetensors`, `probe.png` and `scatter.png`."""
     from data_pipeline.atomic import atomic_file
     from evals.probe_plots import draw_curves, draw_scatter
+    from modeling.export_info import VECTORS_FILE
 
     output.mkdir(parents=True, exist_ok=True)
     files = tuple(output / name for name in (JSON_FILE, VECTORS_FILE, PLOT_FILE, SCATTER_FILE))

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.plot_text import PlotText
 from evals.probe import ProbeReport
+from evals.representation_plots import COLOURS, PATTERNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-PATTERNS = ("-", "--", "-.", ":")
+YELLOW = "#F0E442"  # of the same palette; as a thin line it is hard to see, so it comes last
 MARKERS = "osD^vP*X"
 PANELS = {
     "sum": ("Distance between subspaces", "covariances (a dimension) + means (relative)"),
@@ -32,7 +32,7 @@ Z = 1.96  # of a 95 % interval
 
 def styles(languages: list[str]) -> dict[str, dict[str, Any]]:
     """Colour and pattern of each language."""
-    pairs = itertools.cycle((colour, pattern) for pattern in PATTERNS for colour in COLOURS)
+    pairs = itertools.cycle((colour, pattern) for pattern in PATTERNS for colour in (*COLOURS, YELLOW))
     return {language: {"color": c, "linestyle": p} for language, (c, p) in zip(languages, pairs, strict=False)}
 
 
