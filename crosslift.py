@@ -181,23 +181,45 @@ def tokenizer(config: Config, output: Output, overrides: Overrides = None) -> No
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="complete checkpoint, or a run folder for its newest")],
-    output: Output,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to create; without it --push-to-hub uploads the export at CHECKPOINT")
+    ] = None,
     bake: Annotated[
         str | None, typer.Option(metavar="CODE", help="one language's shift in the weights; also of an export")
     ] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="repository to upload to")] = None,
+    private: Annotated[bool, typer.Option("--private", help="a new repository is private")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="NAME", help="branch of the repository; made if new")] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder. Example: crosslift export runs/a --output runs/a/model-200"""
-    from training.checkpoints.search import checkpoint_at
+    from training.errors import ConfigError
 
-    if bake is not None:
+    if push_to_hub is None and (private or revision is not None):
+        raise ConfigError(f"{'--private' if private else '--revision'}: goes with --push-to-hub, which is not given")
+    if output is None and (push_to_hub is None or bake is not None):
+        raise ConfigError("--output: missing; name a new folder")
+    if push_to_hub is not None:
+        from training.checkpoints.push import check_push
+
+        check_push(push_to_hub)
+    if output is None:
+        from training.checkpoints.push import export_at
+
+        made = export_at(checkpoint)
+    elif bake is not None:
         from training.checkpoints.export import export_baked
 
-        print(export_baked(checkpoint, bake, output))
-        return
-    found = checkpoint_at(checkpoint, content=False)
-    from training.checkpoints.export import export_checkpoint
+        made = export_baked(checkpoint, bake, output)
+    else:
+        from training.checkpoints.export import export_checkpoint
+        from training.checkpoints.search import checkpoint_at
 
-    print(export_checkpoint(found, output))
+        made = export_checkpoint(checkpoint_at(checkpoint, content=False), output)
+    print(made)
+    if push_to_hub is not None:
+        from training.checkpoints.push import push
+
+        print(push(made, push_to_hub, private=private, revision=revision))
 
 
 @xtreme_app.command("run")

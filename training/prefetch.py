@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.secrets import Redactor
 from training.checks.front import check_model_files, check_start
 from training.config import RunConfig
 from training.errors import ConfigError
+from training.hub_errors import error_chain, one_line, redacted
 from training.run_file import validate
 from training.run_folder.prepare import CACHE
 
@@ -175,7 +175,7 @@ def _source(source: SourceConfig, data_dir: Path | None, cache: Path) -> Iterato
         cause: BaseException | None = error.__cause__
         while cause is not None and not isinstance(cause, OSError | ValueError):  # datasets wraps a full disk's error
             cause = cause.__cause__
-        reason = _why(cause) if cause is not None else _redacted(str(error))
+        reason = _why(cause) if cause is not None else redacted(str(error))
         raise ConfigError(f"data.sources {source.name!r}: {source.hub}: {reason}") from None
     for shard in shards:
         if isinstance(shard, HubSplit):
@@ -204,7 +204,7 @@ def _check_offline(config: RunConfig) -> None:
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"fetched, but with HF_HUB_OFFLINE=1: {_redacted(last.removeprefix('crosslift: '))}")
+        raise ConfigError(f"fetched, but with HF_HUB_OFFLINE=1: {redacted(last.removeprefix('crosslift: '))}")
 
 
 def _why(error: BaseException) -> str:
@@ -220,9 +220,7 @@ def _why(error: BaseException) -> str:
         RepositoryNotFoundError,
     )
 
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)  # causes may form a cycle
+    causes = error_chain(error)
     if any(isinstance(each, OSError) and each.errno == errno.ENOSPC for each in causes):
         return f"no space left in {constants.HF_HOME}; free some, or give another --hf-home"
     for each in causes:
@@ -235,8 +233,8 @@ def _why(error: BaseException) -> str:
     if any(isinstance(each, OfflineModeIsEnabled) for each in causes):
         return "HF_HUB_OFFLINE is set, so nothing can be fetched; unset it"
     if any(isinstance(each, LocalEntryNotFoundError | DryRunError) for each in causes):
-        return f"{constants.ENDPOINT} cannot be reached ({_one_line(causes[-1])}); fetch where there is a network"
-    return _one_line(error)
+        return f"{constants.ENDPOINT} cannot be reached ({one_line(causes[-1])}); fetch where there is a network"
+    return one_line(error)
 
 
 def _line(what: str, name: str, origin: str, directory: Path) -> str:
@@ -250,17 +248,6 @@ def _bytes(files: list[Path]) -> int:
 
 def _size(number: int) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
-
-
-def _one_line(error: BaseException) -> str:
-    return _redacted(" ".join(str(error).split())[:300] or type(error).__name__)
-
-
-def _redacted(text: str) -> str:
-    """The text without secrets of the environment and without the token of the hub, which may be in a file."""
-    from huggingface_hub import get_token
-
-    return Redactor({**os.environ, "HF_TOKEN": get_token() or ""}).redact(text)
 
 
 def main() -> int:
