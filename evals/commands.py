@@ -128,7 +128,7 @@ def eval(
     results = evaluate_mgsm(generator, chat, data_dir, output, settings)
     print(json.dumps(results, ensure_ascii=False, indent=1) if as_json else mgsm_table({_model_name(model): results}))
     print(f"{output / 'results.json'}; every output: {output / 'predictions'}", file=sys.stderr)
-    if line := track_results(results, output, "mgsm"):
+    for line in track_results(results, output, "mgsm"):
         print(line, file=sys.stderr)
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from modeling.generation import ShiftedGenerator
 
 RUN_FILE = "run.json"
-RESULTS_FILE = "results.json"
 
 
 def described_model(generator: ShiftedGenerator) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def save_adapter(model: PeftModel, directory: Path, base_name: str, base_hash: s
     config.base_model_name_or_path = base_name
     config.target_modules = sorted(config.target_modules or ())  # a set, whose order would differ between processes
     model.save_pretrained(str(directory), save_embedding_layers=False)  # embeddings are not trained
+    (directory / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the export has a card
     content = json.dumps({"name": base_name, "hash": base_hash}, indent=1)
     (directory / BASE_MODEL_FILE).write_text(content, encoding="utf-8")
 

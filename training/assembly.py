@@ -43,6 +43,7 @@ from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
 from modeling.weights.untrusted import read_tokenizer
+from modeling.weights.weight_files import directory_hash
 from training.checkpoints.search import newest_seen
 from training.checks.front import check_model, check_vocabulary
 from training.checks.pairs import pair_warnings, refuse_unpaired, set_warnings
@@ -101,6 +102,7 @@ class Run:
     engine: Engine
     heldout: HeldOut | None
     model_dir: Path  # the weights that the run started from
+    base: dict[str, str] | None = None  # their directory and hash; None: from scratch
 
 
 def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
@@ -171,7 +173,8 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
     objective = build_objective(config.data, config.objective, model, data.tokenizer, data.probe_batches(this))
     engine = Engine(model, config, settings, this.world_size)
     heldout = HeldOut(data.reader, data.packer, config.evaluation, this) if config.evaluation.every else None
-    return Run(config, data, data.loader(this, config.data.workers), objective, engine, heldout, directory)
+    base = {"directory": str(directory), "hash": directory_hash(directory)} if config.model.path is not None else None
+    return Run(config, data, data.loader(this, config.data.workers), objective, engine, heldout, directory, base)
 
 
 def pair_and_set_warnings(config: RunConfig, data: DataParts) -> Iterator[str]:

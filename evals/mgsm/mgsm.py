@@ -25,9 +25,10 @@ from data_pipeline.console import Progress
 from data_pipeline.records import Message
 from evals.errors import EvalError
 from evals.mgsm.numbers import HEADLINE, RULES, gold_number
-from evals.results import RESULTS_FILE, claim, described_model, read_run
+from evals.results import claim, described_model, read_run
 from evals.statistics import wilson_interval
 from training.provenance import description
+from training.tracking.run_record import RESULTS_FILE
 
 if TYPE_CHECKING:
     from data_pipeline.text.chat import Chat

@@ -10,10 +10,11 @@ from data_pipeline.atomic import atomic_file, write_text
 from data_pipeline.console import table
 from data_pipeline.plot_text import PlotText
 from evals.mgsm.numbers import HEADLINE
-from evals.results import RESULTS_FILE, by_reason
+from evals.results import by_reason
 from evals.statistics import Accuracy
+from training.tracking.run_record import RESULTS_FILE, TABLE_FILE
 
-TABLE_FILE, PLOT_FILE = "table.txt", "accuracy.png"
+PLOT_FILE = "accuracy.png"
 UNSHIFTED = "\u2020"  # a dagger; the star marks partial results
 
 
@@ -98,12 +99,15 @@ def write_score_files(results: Mapping[str, Any], output: Path, name: str) -> li
     return [output / RESULTS_FILE, text, plot]
 
 
-def track_results(results: Mapping[str, Any], output: Path, name: str) -> str | None:
-    """Log an evaluation's scores to the MLflow run that trained the model. Returns a line about it; None: no run."""
+def track_results(results: Mapping[str, Any], output: Path, name: str) -> list[str]:
+    """Add an evaluation's scores to the model's card, and to the MLflow run that trained it. Returns lines about it."""
+    from training.checkpoints.card_sections import add_scores
     from training.tracking.scores import track_scores
 
-    model = Path(results["run"]["model"]["path"])
-    return track_scores(model, name, score_metrics(results), write_score_files(results, output, name))
+    model, files = Path(results["run"]["model"]["path"]), write_score_files(results, output, name)
+    table = (output / TABLE_FILE).read_text(encoding="utf-8")
+    lines = track_scores(model, name, score_metrics(results), files), add_scores(model, name, results["run"], table)
+    return [line for line in lines if line is not None]
 
 
 def _count(score: Mapping[str, Any]) -> str:

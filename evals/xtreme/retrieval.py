@@ -27,9 +27,9 @@ from data_pipeline.xtreme.layouts import detect_layout, find_source, tatoeba_pai
 from data_pipeline.xtreme.retrieval import tatoeba_files
 from data_pipeline.xtreme.tasks import xtreme_task
 from evals.errors import EvalError
-from evals.results import RESULTS_FILE
 from evals.xtreme.score import XtremeScores, score_directory
 from training.provenance import description
+from training.tracking.run_record import RESULTS_FILE
 
 if TYPE_CHECKING:
     from modeling.tasks.sentence_states import SentenceStates

@@ -36,12 +36,14 @@ from evals.xtreme.run_file import RUN_YAML, RunPlan, XtremeRun, composed, read_p
 from evals.xtreme.run_table import SCORES_FILE, read_scores, run_table, summary
 from evals.xtreme.score import score_directory
 from evals.xtreme.selection import Selection, select
+from modeling.export_info import RUN_EXPORT
+from training.checkpoints.card_sections import add_scores
 from training.provenance import description
 from training.start import train_to_end
+from training.tracking.run_record import TABLE_FILE
 from training.tracking.tracker import Tracker, parent_run
 
 MADE_BY = "made_by.json"
-TABLE_FILE = "table.txt"
 
 
 def run_xtreme(run: XtremeRun) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def _train_and_score(
     write_text(run.output / SCORES_FILE, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     if table is not None:
         write_text(run.output / TABLE_FILE, table + "\n")
+        add_scores(run.output / RUN_EXPORT, run.task, {"protocol": {"selected step": chosen.step}}, table)
     _track(tracker, run, chosen, results)
     if run_summary is None:
         print(f"\n{run.data_dir}: the test rows have no labels, so there are predictions and no scores")

@@ -109,6 +109,23 @@ def test_every_step_reports_both_sides_consistency_and_ratio(runs: Path) -> None
         assert {f"train/loss/{language}" for language in ("en", "de", "sw", "zh")} <= set(step)
 
 
+@pytest.mark.parametrize("name", ["mlm", "mixed"])
+def test_the_card_s_example_runs_in_plain_transformers(
+    runs: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (runs / name / "model" / "README.md").read_text()
+    example = card.partition("```python\n")[2].partition("```")[0]
+    exec(example.replace("MODEL", str(runs / name / "model")), {})
+    assert "tensor(" in capsys.readouterr().out
+
+
+def test_the_card_names_the_run_that_the_weights_started_from(runs: Path) -> None:
+    card = (runs / "lora" / "model" / "README.md").read_text()
+    start = directory_hash(runs / "lora" / "task_model")
+    assert f"| base model | mlm; hash of the weights at the start: `{start}` |" in card
+    assert [path.name for path in (runs / "lora" / "model" / "adapter").glob("*.md")] == []
+
+
 def test_the_export_describes_itself_and_applies_x_mixup(runs: Path) -> None:
     model_dir = runs / "mixed" / "model"
     info = ExportInfo.read(model_dir)

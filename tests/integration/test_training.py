@@ -310,6 +310,30 @@ def test_eval_scores_mgsm_and_keeps_every_output(trained: Path, tmp_path: Path) 
     assert set(results["languages"]) == {"en", "sw", "bn"}
     for language in results["languages"]:
         assert len((output / "predictions" / f"mgsm_{language}.jsonl").read_text().splitlines()) == 2
+    card = (trained / "model" / "README.md").read_text()
+    assert f"scores: in the model card {trained / 'model' / 'README.md'}" in done.stderr
+    assert "bn†" in card.partition("## Scores")[2].partition("## Limits")[0]
+    assert "### Held-out loss" in card, "of the last step, by the run itself"
+    again = run_command("export", str(trained), "--output", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again" / "README.md").read_text().count("bn†") == 1
+    baked = run_command("export", str(trained), "--bake", "sw", "--output", str(tmp_path / "baked"))
+    assert baked.returncode == 2
+    assert "was trained without a shift of the first token" in baked.stderr
+    assert not (tmp_path / "baked").exists()
+
+
+def test_the_model_card_has_the_run_s_own_counts_and_start(trained: Path) -> None:
+    from training.checkpoints.card_sections import split
+
+    card = (trained / "model" / "README.md").read_text()
+    sections = split(card, "## ")
+    assert f"| en | {RANK_ITEMS - 12:,} | 240 | 50.0% |" in sections["Data"]
+    state = json.loads((trained / "checkpoints" / "step-00000006" / "state.json").read_text())
+    for name in ("en.jsonl", "zh.jsonl"):
+        assert f"| {name} | `{state['fingerprint'][name]}` |" in sections["Data"]
+    assert "| steps | 6 |" in sections["Training"]
+    assert str(trained) not in card
 
 
 @pytest.mark.parametrize("objective", ["shifcon", "xmixup"])

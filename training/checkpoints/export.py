@@ -1,7 +1,8 @@
 """Exports a checkpoint as a plain Hugging Face directory, and checks it (`export_check.py`).
 
 An export holds safetensors shards; config, generation config and tokenizer as they were trained (`export_text.py`); and
-`crosslift.json`: objective, languages, template, the result of the check. An objective may add files of its own.
+`crosslift.json`: objective, languages, template, the result of the check. An objective may add files of its own, and
+`model_card.py` describes it all in README.md.
 
 It runs in one process, after the ranks have ended. Weights are read one by one, never the whole model twice.
 """
@@ -23,6 +24,7 @@ from data_pipeline.console import track
 from modeling.export_info import ADAPTER_FOLDER, EXPORT_FILE, FORMAT, ExportInfo
 from training.checkpoints.checkpoint import ALL_CONTENT, MARKER, defect
 from training.checkpoints.export_text import GENERATION_FILE, fixed_response_language, set_text_files
+from training.checkpoints.model_card import write_baked_card, write_card
 from training.checkpoints.run_state import RunState
 from training.checkpoints.search import checkpoint_at
 from training.config import DataConfig, RunConfig
@@ -75,6 +77,7 @@ def export_baked(path: Path, language: str, output: Path) -> Path:
         if not (path / "config.json").is_file():
             export = export_checkpoint(checkpoint_at(path, content=False), Path(scratch, "model"))
         difference = bake(export, language, temporary)
+        write_baked_card(export, language, temporary)
     log.info("logits agree with those of the shifted model to %.1e of the largest, in fp32", difference)
     return output
 
@@ -164,6 +167,7 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     tokenizer.save_pretrained(output)
     _write_json(output / EXPORT_FILE, _description(config.data, config.objective, state.step))
     config.objective.export(checkpoint, output)
+    write_card(checkpoint, config, state, output)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

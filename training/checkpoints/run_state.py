@@ -43,12 +43,13 @@ class RunState:
     fingerprint: dict[str, str]
     config: dict[str, Any]
     versions: dict[str, str]
-    base: dict[str, str] | None = None  # LoRA: directory and hash of the model whose frozen weights are not saved
+    base: dict[str, str] | None = None  # directory and hash of the model that the run started from; None: from scratch
     data_offset: int = 0  # step t reads the data of step t + data_offset
     metrics: dict[str, float | None] = field(default_factory=dict)  # last logged; None: not finite
     guard: dict[str, Any] = field(default_factory=dict)  # `guard.Guard.state()`
     totals: dict[str, Any] = field(default_factory=dict)  # `run_totals.RunTotals.state()`
     unlogged: dict[str, Any] = field(default_factory=dict)  # `metric_window.MetricWindow.state()`
+    rows: dict[str, int] = field(default_factory=dict)  # of the training data, by language
     format: int = FORMAT
 
     def write(self, directory: Path) -> None:

@@ -21,7 +21,6 @@ from typing import IO, Any, cast
 
 import torch
 
-from modeling.weights.weight_files import directory_hash
 from training.assembly import Run
 from training.checkpoints import checkpoint
 from training.checkpoints.checkpoint import FileRecord
@@ -232,19 +231,14 @@ class Saver:
 
 def run_state(run: Run, step: int, metrics: dict[str, float], **kept: Any) -> RunState:
     """The state of a run after `step` steps; `kept`: the other fields, which the training loop keeps."""
+    index, languages = run.data.index, run.config.data.languages
     return RunState(
         **kept, step=step, world_size=run.engine.world_size,
         metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
         fingerprint=run.data.fingerprint, config=resolved(run.config), versions=versions(),
-        base=base_of(run),
+        base=run.base,
+        rows={language: len(index.rows(number)) for number, language in enumerate(languages)},
     )  # fmt: skip
-
-
-def base_of(run: Run) -> dict[str, str] | None:
-    """Folder and hash of the model that the frozen weights belong to; None if all weights are trained."""
-    if run.config.model.lora is None:
-        return None
-    return {"directory": str(run.model_dir), "hash": directory_hash(run.model_dir)}
 
 
 def _problem_of(work: Callable[[], object]) -> str | None:

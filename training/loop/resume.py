@@ -25,7 +25,6 @@ from modeling.loading import resolve_directory
 from training.assembly import Run
 from training.checkpoints import checkpoint
 from training.checkpoints.run_state import Difference, RunState, differences
-from training.checkpoints.saving import base_of
 from training.config import RunConfig
 from training.distributed import barrier, rank
 from training.errors import ConfigError
@@ -140,9 +139,10 @@ def resume_from(trainer: Trainer, path: Path) -> int:
             f"data.max_bad_rows: {allowed}, but {met} unusable rows before {path.name} was saved; "
             f"set data.max_bad_rows={met} or more"
         )
-    if state.base is not None and (now := base_of(run)) != state.base and (now or {}).get("hash") != state.base["hash"]:
+    saved = state.base
+    if run.config.model.lora is not None and saved is not None and (run.base or {}).get("hash") != saved["hash"]:
         raise ConfigError(
-            f"{path}: holds adapters to the model that lay in {state.base['directory']}, not to that in {run.model_dir}"
+            f"{path}: holds adapters to the model that lay in {saved['directory']}, not to that in {run.model_dir}"
         )
     if state.world_size == run.engine.world_size:
         return trainer.restore(path)

@@ -29,6 +29,7 @@ from training.messages import print_message
 
 RECORD_NAME = "record.jsonl"
 SCORES_NAME = "scores.jsonl"  # metrics and artifacts of the run's model, added by evaluations
+RESULTS_FILE, TABLE_FILE = "results.json", "table.txt"  # of an evaluation; copied below the run folder's scores/
 PARAMS_NAME = "params.json"  # the complete params, if one is too long for MLflow
 MAX_QUEUED_BYTES = 2**26  # of lines kept in memory while the disk is full: some 50,000 steps
 Kind = Literal["start", "params", "tags", "metrics", "artifact", "finish"]
