@@ -18,6 +18,7 @@ from modeling.export_info import EXPORT_FILE
 from modeling.weights.weight_files import directory_hash
 from training.checkpoints.card_sections import add_scores, split
 from training.checkpoints.checkpoint import checkpoint_path
+from training.checkpoints.export import export_baked
 from training.checkpoints.model_card import write_baked_card, write_card
 from training.checkpoints.run_state import RunState
 from training.run_file import resolved, validate
@@ -139,7 +140,7 @@ def test_a_base_from_the_hub_s_cache_is_named_with_its_revision_and_licence(make
 
 
 def test_languages_with_a_script_or_region_have_the_hub_s_codes(make: Make) -> None:
-    languages = ["en", "zh-Hant", "zh-Hans", "eng_Latn", "x"]
+    languages = ["en", "zh-Hant", "zh-Hans", "eng_Latn", "x", "dialect"]
     export = make({"data.languages": languages, "data.dominant": "en", **SFT})
     assert ModelCard.load(export / "README.md").data.language == ["en", "zh", "eng"]
     assert "eng_Latn" in sections(export)["Data"]
@@ -211,3 +212,13 @@ def test_the_card_of_a_baked_model_is_for_one_language_and_has_no_scores_of_anot
     assert "load_shifted" not in found["Use"]
     if with_card:
         assert (found["Training"], found["Data"]) == (before["Training"], before["Data"])
+
+
+def test_baking_writes_the_card_too(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_weights(directory: Path, language: str, output: Path) -> float:
+        return 0.0
+
+    monkeypatch.setattr("modeling.shifcon.bake.bake", no_weights)
+    export = make(SHIFCON)
+    (export / "config.json").touch()
+    assert ModelCard.load(export_baked(export, "sw", tmp_path / "sw") / "README.md").data.language == ["sw"]
