@@ -1,9 +1,9 @@
 """Low-rank adapters by peft: added for training, saved as a peft adapter directory, merged for an export.
 
 LoRA (arXiv 2106.09685), optionally with DoRA (arXiv 2402.09353) and rank-stabilised scaling (rsLoRA, arXiv
-2312.03732). Training uses `add_adapters`, which keeps the names of all other weights. An export uses `adapted_model`,
-a peft model of the base and the trained weights: `save_adapter` writes it as a directory, its own `merge_and_unload`
-merges it.
+2312.03732), to weights that may be quantised (QLoRA, `quantisation/`). Training uses `add_adapters`, which keeps the
+names of all other weights. An export uses `adapted_model`, a peft model of the base and the trained weights:
+`save_adapter` writes it as a directory, its own `merge_and_unload` merges it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling.architectures import Architecture
 from modeling.errors import ModelError
-from modeling.layers import decoder_layers
+from modeling.export_info import BASE_MODEL_FILE
+from modeling.layers import linear_layers
 from modeling.tasks.encoders import in_head
 from modeling.weights.weight_match import named
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-BASE_MODEL_FILE = "base_model.json"  # in the adapter directory: name and hash of the base model
 # peft's task types; peft has none for masked language models.
 _TASK_TYPES: dict[Architecture, str] = {
     "causal-lm": "CAUSAL_LM",
@@ -109,7 +109,9 @@ def adapted_model(
     return model
 
 
-def save_adapter(model: PeftModel, directory: Path, base_name: str, base_hash: str) -> None:
+def save_adapter(
+    model: PeftModel, directory: Path, base_name: str, base_hash: str, quantise: str | None = None
+) -> None:
     """Writes an adapter directory that `PeftModel.from_pretrained(base, directory)` opens.
 
     Args:
@@ -118,20 +120,21 @@ def save_adapter(model: PeftModel, directory: Path, base_name: str, base_hash: s
         base_name: directory or hub name of the base model.
         base_hash: `weight_files.directory_hash` of the weights that the run started from: the base model's, with a new
             head where a task needs one.
+        quantise: the number format of the base weights in training, if they were quantised.
     """
     config = cast("LoraConfig", model.active_peft_config)
     config.base_model_name_or_path = base_name
     config.target_modules = sorted(config.target_modules or ())  # a set, whose order would differ between processes
     model.save_pretrained(str(directory), save_embedding_layers=False)  # embeddings are not trained
     (directory / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the export has a card
-    content = json.dumps({"name": base_name, "hash": base_hash}, indent=1)
-    (directory / BASE_MODEL_FILE).write_text(content, encoding="utf-8")
+    content = {"name": base_name, "hash": base_hash, **({} if quantise is None else {"quantised": quantise})}
+    (directory / BASE_MODEL_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _lora_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
     from peft import LoraConfig
 
-    names = _linear_layers(model)
+    names = [name for name, _ in linear_layers(model)]
     known = {name.rpartition(".")[2] for name in names}
     if unknown := [target for target in settings.targets or () if target not in known]:
         existing = ", ".join(sorted(known))
@@ -146,12 +149,6 @@ def _lora_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names,
         use_dora=settings.use_dora, use_rslora=settings.use_rslora,
     )  # fmt: skip
-
-
-def _linear_layers(model: nn.Module) -> list[str]:
-    """Names of all linear layers inside the model's blocks."""
-    blocks = {id(module) for block in decoder_layers(model) for module in block.modules()}
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks]
 
 
 def _in_task_head(model: PreTrainedModel, name: str) -> bool:

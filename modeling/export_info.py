@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 EXPORT_FILE = "crosslift.json"
 VECTORS_FILE = "language_vectors.safetensors"
 ADAPTER_FOLDER = "adapter"  # the peft adapter directory in the export of a LoRA run
+BASE_MODEL_FILE = "base_model.json"  # in the adapter directory: name and hash of the base model
 RUN_EXPORT = "model"  # the folder of a run that holds its export
 FORMAT = 1
 

@@ -74,6 +74,16 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return lists[outermost[0]]
 
 
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """(name, module) of all linear layers inside the model's blocks, quantised ones too."""
+    blocks = {id(module) for block in decoder_layers(model) for module in block.modules()}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in blocks
+    ]
+
+
 def hidden_size(model: nn.Module) -> int:
     """H, the width of the state between layers."""
     return int(backbone(model).config.get_text_config(decoder=True).hidden_size)

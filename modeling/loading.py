@@ -23,10 +23,11 @@ from transformers.utils import logging
 
 from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
-from modeling.export_info import RUN_EXPORT
+from modeling.export_info import ADAPTER_FOLDER, BASE_MODEL_FILE, EXPORT_FILE, RUN_EXPORT
+from modeling.quantisation.linear import packed_layers, quantised_blocks
 from modeling.transformers_internals import no_init_weights, read_positions_once, supports_attention
 from modeling.weights.untrusted import read_config
-from modeling.weights.weight_files import StoredTensor, one_line, stored_tensors
+from modeling.weights.weight_files import StoredTensor, one_line, other_weights, stored_tensors
 from modeling.weights.weight_match import match_weights, named
 
 AttentionName = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -79,7 +80,7 @@ def resolve_directory(directory_or_name: str | Path) -> Path:
         directory_or_name: a model directory, a run's folder (its export is taken), or a hub name (downloaded).
 
     Raises:
-        ModelError: no such directory or hub name, or a run or checkpoint without an export.
+        ModelError: no such directory or hub name, an adapter directory, or a run or checkpoint without an export.
     """
     path = Path(directory_or_name)
     if path.is_dir():
@@ -99,6 +100,8 @@ def _exported(directory: Path) -> Path:
     """The export in a run's folder; any other directory itself."""
     if (directory / "config.json").is_file():
         return directory
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(f"{directory}: {_adapters_alone(directory)}")
     export = directory / RUN_EXPORT
     if (export / "config.json").is_file():
         return export
@@ -107,6 +110,19 @@ def _exported(directory: Path) -> Path:
     if (directory / "COMPLETE").is_file():
         raise ModelError(f"{directory}: a checkpoint; `crosslift export {directory} --output DIR` makes a model of it")
     return directory
+
+
+def _adapters_alone(directory: Path) -> str:
+    """What an adapter directory lacks, and what to give instead."""
+    if not (directory / BASE_MODEL_FILE).is_file():
+        return other_weights(directory)
+    export = directory.resolve().parent
+    beside = directory.resolve().name == ADAPTER_FOLDER and (export / EXPORT_FILE).is_file()
+    instead = str(export) if beside else "the folder crosslift.json is in, such as RUN/model"
+    return (
+        "adapters without their base model, and without the language vectors that a ShifCon model needs; give the "
+        f"export that they are from, which has all of them: {instead}"
+    )
 
 
 @contextmanager
@@ -144,6 +160,7 @@ def build_model(
     gradient_checkpointing: bool,
     construction: AbstractContextManager[Any] | None = None,
     architecture: Architecture = "causal-lm",
+    quantise: str | None = None,
 ) -> PreTrainedModel:
     """The architecture with uninitialised weights, in train mode, to be filled by `load_weights`.
 
@@ -158,6 +175,7 @@ def build_model(
             rank ever holds the whole model. It must keep rotary frequencies in fp32
             (`prevent_arange_dtype_change` of transformers).
         architecture: the head.
+        quantise: a format of `quantisation.linear.FORMATS` for the linear layers of blocks.
 
     Raises:
         ModelError: what `resolve_directory`, `load_config` and `resolve_attention` raise; rotary frequencies that are
@@ -168,10 +186,15 @@ def build_model(
     config.use_cache = False
     if (implementation := resolve_attention(attention, config, architecture)) == "flash_attention_2":
         read_positions_once()
-    with construction or nullcontext(), no_init_weights():
-        model: PreTrainedModel = auto_class(architecture).from_config(
+
+    def make() -> PreTrainedModel:
+        made: PreTrainedModel = auto_class(architecture).from_config(
             config, dtype=dtype, attn_implementation=implementation
         )
+        return made
+
+    with quantised_blocks(make, quantise, dtype), construction or nullcontext(), no_init_weights():
+        model = make()
     model.tie_weights()  # no_init_weights skips it
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -205,6 +228,7 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
     match = match_weights(model, stored_tensors(directory))
     match.refuse(model, directory)
     sources = match.sources
+    packed = {id(layer.packed): layer for layer in packed_layers(model).values()}
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
 
@@ -217,8 +241,12 @@ def load_weights(model: PreTrainedModel, directory: str | Path, write: Write, is
             refuse_not_finite(values, f"{tensor.file}: {tensor.key}")
             return values
 
+        def value(number: int) -> Tensor:
+            values = read(sources[number])
+            return packed[number].pack(values) if number in packed else values
+
         for parameter in model.parameters():
-            write(parameter, partial(read, sources[id(parameter)]) if is_reader else None)
+            write(parameter, partial(value, id(parameter)) if is_reader else None)
         for buffer in model.buffers():
             if id(buffer) in sources:  # the others are computed by the model itself
                 with torch.no_grad():

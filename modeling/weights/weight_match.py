@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modeling.errors import ModelError
+from modeling.quantisation.linear import dense_state, packed_layers
 from modeling.transformers_internals import obsolete_weights, renamed_weights
 from modeling.weights.weight_files import StoredTensor
 
@@ -94,13 +95,16 @@ def match_weights(
         may_miss: whether a name of the model need not be stored, such as that of a new head.
         may_hold: patterns of stored names that need no place in the model.
     """
-    state = model.state_dict(keep_vars=True)  # tied weights appear under each of their names, as one object
+    state = dense_state(model)  # tied weights appear under each of their names, as one object
+    packed = packed_layers(model)
     match = WeightMatch()
     found = _renamed(model, stored, state, match, (*may_hold, *OLD_BUFFERS))
     for name, tensor in found.items():
         target = state[name]
         shape = tuple(getattr(target, "ds_shape", target.shape))  # ZeRO-3 keeps the shape of the whole weight there
-        if shape != tensor.shape or (target.is_floating_point() and tensor.dtype not in FLOATS):
+        shape = packed[name].shape if name in packed else shape
+        is_float = target.is_floating_point() or name in packed
+        if shape != tensor.shape or (is_float and tensor.dtype not in FLOATS):
             stored_as = f"{tensor.dtype} {list(tensor.shape)} stored, {list(shape)} wanted"
             quantised = shape == tensor.shape or tensor.dtype not in FLOATS
             (match.quantised if quantised else match.wrong).append(f"{name} ({stored_as}) in {tensor.file.name}")

@@ -1,0 +1,1 @@
+"""Frozen linear layers with quantised weights (QLoRA): the layer, and the number formats."""
