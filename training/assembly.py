@@ -209,7 +209,7 @@ def starting_model(config: RunConfig, directory: Path, settings: dict[str, Any])
         model = build_model(
             directory, attention=config.model.attention, dtype=DTYPES[config.precision],
             gradient_checkpointing=config.gradient_checkpointing, construction=construction.context(),
-            architecture=ARCHITECTURE_OF[config.data.kind],
+            architecture=ARCHITECTURE_OF[config.data.kind], quantise=config.model.quantise,
         )  # fmt: skip
         check_model(config.data, config.objective, model)
         load_weights(model, directory, construction.write, is_reader=rank() == 0 or not construction.sharded)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,7 @@ from training.checks.data_report import LOOKED_AT, contamination, mixture_table
 from training.checks.forecast import OWN_SPEED, GivenSpeed, time_lines
 from training.checks.front import check_model, check_model_files, check_start, check_starting_model
 from training.checks.pairs import show_pairs
+from training.checks.quantised import missing_for_quantised
 from training.checks.survey import by_reason, survey, without_limit
 from training.config import DataConfig, RunConfig
 from training.distributed import visible_gpus
@@ -43,6 +44,9 @@ from training.objectives.base import ObjectiveConfig
 from training.run_folder.lock import make_folder, running_in
 from training.run_folder.prepare import Prepared, prepare_read_only, sample_rows
 from training.tracking.config import tracking_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COUNTED_STEPS = 64
 BALANCE_SLOTS = 2_048  # slots on which the balance of ranks is measured
@@ -232,25 +236,35 @@ def _model(
     from modeling.architectures import ARCHITECTURE_OF, auto_class
     from modeling.layers import decoder_layers, position_limit
     from modeling.loading import load_config, resolve_attention, resolve_directory
+    from modeling.quantisation.linear import dense_elements, quantised_blocks
     from training.checks.activations import count_activations
     from training.engine.engine import DTYPES
 
     head = ARCHITECTURE_OF[config.data.kind]
     model_config = load_config(resolve_directory(prepared.model_dir), head)
     attention = resolve_attention(config.model.attention, model_config, head)
-    with torch.device("meta"):
-        model = auto_class(head).from_config(model_config, attn_implementation=attention)
+    dtype = DTYPES[config.precision]
+
+    def make() -> PreTrainedModel:
+        made: PreTrainedModel = auto_class(head).from_config(model_config, attn_implementation=attention)
+        return made
+
+    with torch.device("meta"), quantised_blocks(make, config.model.quantise, dtype):
+        model = make()
         model.tie_weights()
         layers = len(decoder_layers(model))
         check_model(config.data, config.objective, model)
         limit, longest = position_limit(model), config.data.sequence_length
         if (lora := config.model.lora) is not None:
             add_adapters(model, lora, config.seed)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = dense_elements(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapted = f", {trained / 1e6:.1f}M of them trained" if lora is not None else ""
     about = f"{layers} layers, {config.precision}, attention {attention}"
-    yield f"model: {parameters / 1e6:.1f}M parameters{adapted}, {about}"
+    quantised = f", linear layers of blocks in {config.model.quantise}" if config.model.quantise else ""
+    yield f"model: {parameters / 1e6:.1f}M parameters{adapted}, {about}{quantised}"
+    if (lacking := missing_for_quantised(config.model)) is not None:
+        yield f"warning: {lacking}"
     if limit is not None and longest > limit:
         yield (
             f"warning: data.sequence_length is {longest}, but the model was made for {limit} positions "
@@ -263,7 +277,7 @@ def _model(
         + (", layers recomputed in backward" if config.gradient_checkpointing else "")
     )
     blank = data.packer.collator.blank
-    kept = count_activations(config, model_config, attention, DTYPES[config.precision], shape, blank)  # type: ignore[arg-type]
+    kept = count_activations(config, model_config, attention, dtype, shape, blank)  # type: ignore[arg-type]
     estimate = memory_estimate(config, model, kept, ranks)
     yield from estimate.table()
     if gpu_memory_gib is not None and estimate.gpu_bytes > gpu_memory_gib * GIB:

@@ -19,6 +19,7 @@ from data_pipeline.tasks.config import WINDOWED, TaskConfig
 from data_pipeline.text.templates import TemplateConfig
 from data_pipeline.text.tokenizer import TokenizerTrainingConfig
 from training.checks.metric_names import metric_names, unknown_metric
+from training.checks.quantised import unfit_for_packed
 from training.engine.settings import contradictions, own_settings
 from training.launch.watchdog import WatchdogConfig
 from training.loop.guard import GuardConfig
@@ -41,12 +42,21 @@ class LoraSettings(Section):
     targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="names of linear layers, such as [q_proj, v_proj]; by default all of every block",
+        description="names of linear layers, such as [q_proj, v_proj]; all-linear, the default: all of every block",
     )
     use_dora: bool = Field(
         False, description="DoRA: also train the magnitude of each output of an adapted layer; slower, more memory"
     )
     use_rslora: bool = Field(False, description="rsLoRA: multiply adapters by alpha / sqrt(rank), for large ranks")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _all(cls, targets: Any) -> Any:
+        if isinstance(targets, str):  # peft's name for all
+            if targets != "all-linear":
+                raise ValueError(f"write all-linear, or a list of names: [{targets}]")
+            return None
+        return targets
 
 
 class ModelConfig(Section):
@@ -58,6 +68,11 @@ class ModelConfig(Section):
         "auto", description="auto: flash-attn where it runs, else sdpa, else eager"
     )
     lora: LoraSettings | None = Field(None, description="train low-rank adapters (LoRA), all else frozen")
+    quantise: Literal["nf4"] | None = Field(
+        None,
+        description="QLoRA: hold the frozen weights of the blocks' linear layers in 4 bits, by bitsandbytes; needs "
+        "lora and a GPU",
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelConfig:
@@ -65,6 +80,10 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of 'path' (a model to fine-tune) and 'init' (a config from scratch)")
         if self.init is not None and self.lora is not None:
             raise ValueError("'lora' adapts a trained model: it needs 'path' and cannot be combined with 'init'")
+        if self.quantise is not None and self.lora is None:
+            raise ValueError(
+                "'quantise' holds frozen weights in 4 bits: it needs 'lora', which trains adapters to them"
+            )
         return self
 
 
@@ -305,6 +324,8 @@ class RunConfig(Section):
         """Conflicts between sections."""
         own = own_settings(self.optimizer, self.precision, self.zero_stage, world_size=0, on_gpu=False)
         yield from contradictions(self.deepspeed, own)
+        if self.model.quantise is not None:
+            yield from unfit_for_packed(self.deepspeed)
         if self.model.init is not None and self.tokenizer.of_model:
             yield "'model.init' starts from scratch, so 'tokenizer' needs 'path' or 'train'"
         if self.evaluation.every and not self.data.heldout_items:

@@ -14,6 +14,7 @@ from training.checkpoints import checkpoint
 from training.checkpoints.disks import checkpoint_disks
 from training.checkpoints.search import find_checkpoint
 from training.checks.data_report import contamination
+from training.checks.quantised import refuse_quantised_here
 from training.conclusion import conclude
 from training.config import DataConfig, RunConfig
 from training.distributed import barrier, gather_objects, placement, rank
@@ -56,6 +57,7 @@ def fit(
         ExportCheckFailed, NotExported: on rank 0, after the last step; see `conclude`.
     """
     deepspeed_settings(config, 1)  # reports user errors before anything is written
+    refuse_quantised_here(config.model)
     tracker: Tracker | None = None
     try:
         with process_group(timeout_minutes=30, output_dir=config.output_dir):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.checks.front import check_model_files, check_start, check_starting_model
+from training.checks.quantised import refuse_quantised_here
 from training.distributed import visible_gpus
 from training.errors import ExportCheckFailed, TrainingEnded
 from training.launch.launcher import launch
@@ -36,6 +37,7 @@ def train(
     """
     settings = load_config(config, overrides)
     check_start(settings)
+    refuse_quantised_here(settings.model)
     check_model_files(settings)
     options = ["--resume", resume, *(["--accept-changes"] if accept_changes else [])]
     options += ["--profile", str(profile)] if profile else []

@@ -100,8 +100,8 @@ class _Product(torch.autograd.Function):
 def quantised_blocks(make: Callable[[], nn.Module], quantise: str | None, dtype: torch.dtype) -> Iterator[None]:
     """Context in which `make()` makes quantised layers in place of the linear layers of the model's blocks.
 
-    Embeddings, norms and heads are unchanged. The layers are found on a model without data; they are made in the same
-    order each time.
+    Embeddings, norms and heads are unchanged, and so are layers that are made after the model, such as adapters. The
+    layers are found on a model without data, which makes them in the same order.
 
     Args:
         make: makes a model; is called once on the meta device, before the context begins.
@@ -117,7 +117,7 @@ def quantised_blocks(make: Callable[[], nn.Module], quantise: str | None, dtype:
     chosen = iter([id(linear) in in_blocks for linear in made])
 
     def replace(linear: nn.Linear) -> nn.Module | None:
-        return QuantisedLinear(linear, FORMATS[quantise], dtype) if next(chosen) else None
+        return QuantisedLinear(linear, FORMATS[quantise], dtype) if next(chosen, False) else None
 
     with _on_registration(replace):
         yield

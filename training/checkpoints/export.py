@@ -152,7 +152,8 @@ def _write(checkpoint: Path, config: RunConfig, state: RunState, output: Path) -
     planned, adapted = _planned(checkpoint, config.data.kind, config.precision), _adapted(checkpoint, config, state)
     if adapted is not None:
         base = state.base or {}
-        save_adapter(adapted, output / ADAPTER_FOLDER, config.model.path or base["directory"], base["hash"])
+        name = config.model.path or base["directory"]
+        save_adapter(adapted, output / ADAPTER_FOLDER, name, base["hash"], config.model.quantise)
     weights = _weights(checkpoint, config.objective, planned, adapted)
     write_weights(track(weights, len(planned), "export", "weights"), planned, output)
     model_config = read_config(checkpoint / "model_config")
@@ -225,6 +226,7 @@ def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel 
     from modeling.adapters import adapted_model
     from modeling.architectures import ARCHITECTURE_OF
     from modeling.loading import load_pretrained
+    from modeling.quantisation.linear import FORMATS, round_weights
     from modeling.weights.weight_files import directory_hash
     from training.engine.engine import DTYPES
     from training.engine.state import consolidated
@@ -237,6 +239,10 @@ def _adapted(checkpoint: Path, config: RunConfig, state: RunState) -> PeftModel 
         raise ConfigError(f"{checkpoint}: holds adapters to the model in {directory}, which is gone or has changed")
     head = ARCHITECTURE_OF[config.data.kind]
     base = load_pretrained(directory, DTYPES[config.precision], "eager", "cpu", head)
+    if (quantise := config.model.quantise) is not None:  # the run's adapters belong to the quantised weights
+        if (lacking := FORMATS[quantise].missing()) is not None:
+            raise ConfigError(f"{checkpoint}: was trained with model.quantise: its export needs {lacking}")
+        round_weights(base, quantise)
     weights = consolidated(checkpoint)
     trained = {name: tensor for name, tensor in weights if not config.objective.is_own_weight(name)}
     return adapted_model(base, head, lora, trained)

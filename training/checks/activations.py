@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from modeling.adapters import add_adapters
 from modeling.architectures import ARCHITECTURE_OF, auto_class
 from modeling.layers import decoder_layers, hidden_size
 from modeling.lm_head.chunked_losses import CHUNK_ELEMENTS
+from modeling.quantisation.linear import quantised_blocks
 from training.config import DataConfig, RunConfig
 from training.engine.memory import Activations
 from training.objectives.base import Objective, ObjectiveConfig, ObjectiveParts
@@ -51,14 +53,16 @@ def count_activations(
         blank: makes a micro-batch without content (`Collator.blank`).
     """
     try:
-        with torch.device("meta"), _counting_attention(kernel):
-            model_class = auto_class(ARCHITECTURE_OF[config.data.kind])
-            model = model_class.from_config(model_config, dtype=dtype, attn_implementation=COUNTING).train()
+        model_class = auto_class(ARCHITECTURE_OF[config.data.kind])
+        make = partial(model_class.from_config, model_config, dtype=dtype, attn_implementation=COUNTING)
+        with torch.device("meta"), _counting_attention(kernel), quantised_blocks(make, config.model.quantise, dtype):
+            model = make().train()
             model.tie_weights()
             if (lora := config.model.lora) is not None:
                 add_adapters(model, lora, config.seed)
                 for parameter in model.parameters():  # PEFT adopts the base's dtype only if the base has data
-                    parameter.data = parameter.data.to(dtype)
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.to(dtype)
             model.config.use_cache = False
             objective = build_without_engine(config.data, config.objective, model)
             return _counted(model, objective, forward_without_engine(objective, model, blank(shape)), shape)

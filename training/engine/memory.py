@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from data_pipeline.config import merged
+from modeling.quantisation.linear import packed_layers
 from training.config import RunConfig
 from training.engine.settings import own_settings, with_fastest_adam
 
@@ -136,6 +138,8 @@ def memory_estimate(config: RunConfig, model: nn.Module, activations: Activation
         *(_stage_3 if zero["stage"] == 3 else _stage_1_and_2)(sizes, zero),
         _checkpoint(config, sizes, zero, ranks),
     ]
+    computed = max((prod(layer.shape) for layer in packed_layers(model).values()), default=0)
+    parts.append(Part("a quantised layer's weight", "in forward and backward", sizes.item * computed))
     # On a CPU, the C library keeps the freed blocks of a backward pass, which are mostly below 32 MiB each.
     when: When = "in forward and backward" if ranks.on_gpus else "always"
     parts.append(Part("activations of a micro-batch", when, activations.peak(config.gradient_checkpointing)))
@@ -179,7 +183,7 @@ def memory_savings(
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Elements of a model's weights; `item` is bytes of a weight."""
+    """Elements of a model's weights, of `item` bytes; packed weights count as the elements that take their bytes."""
 
     item: int
     ranks: int
@@ -194,9 +198,9 @@ class _Sizes:
         weights = list(model.parameters())
         trained = [each for each in weights if each.requires_grad]
         matrices = sum(each.numel() for each in trained if each.ndim > 1)
-        own = (sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules())
+        own = (sum(_elements(each, item) for each in module.parameters(recurse=False)) for module in model.modules())
         return cls(
-            item, ranks, tuple(each.numel() for each in weights), tuple(each.numel() for each in trained),
+            item, ranks, tuple(_elements(each, item) for each in weights), tuple(each.numel() for each in trained),
             (matrices, sum(each.numel() for each in trained) - matrices), max(own), _tied(model),
         )  # fmt: skip
 
@@ -218,6 +222,10 @@ def _tied(model: nn.Module) -> int:
     if is_tied and isinstance(embedding, nn.Parameter) and embedding.requires_grad:
         return embedding.numel()
     return 0
+
+
+def _elements(weight: nn.Parameter, item: int) -> int:
+    return weight.numel() if weight.is_floating_point() else -(-weight.nbytes // item)
 
 
 def _stage_3(sizes: _Sizes, zero: dict[str, Any]) -> Iterator[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from training.config import LoraSettings
 RANK, ALPHA = 3, 12
 IDS = torch.arange(5, 21)[None]
 VARIANTS: list[dict[str, Any]] = [
-    {}, {"targets": ["q_proj", "down_proj"]}, {"use_dora": True}, {"use_rslora": True},
+    {"targets": "all-linear"}, {"targets": ["q_proj", "down_proj"]}, {"use_dora": True}, {"use_rslora": True},
     {"use_dora": True, "use_rslora": True},
 ]  # fmt: skip
 
@@ -57,7 +58,7 @@ def encoder(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     return model_class(config(**sizes, num_hidden_layers=1, num_attention_heads=2)).eval()
 
 
-def adapted(targets: list[str] | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def adapted(targets: list[str] | str | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
     model = llama()
     add_adapters(model, options(targets=targets, **changes), seed)
     return model
@@ -129,13 +130,25 @@ def test_merged_weights_compute_what_the_adapters_do(changes: dict[str, Any]) ->
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_rslora_divides_by_the_root_of_the_rank() -> None:
-    weights = train(adapted(["q_proj"], use_rslora=True))
-    module = "model.layers.1.self_attn.q_proj"
-    merged = adapted_model(llama(), "causal-lm", options(targets=["q_proj"], use_rslora=True), weights)
-    found = merged.merge_and_unload().state_dict()[f"{module}.weight"]
-    product = weights[f"{module}.lora_B.default.weight"] @ weights[f"{module}.lora_A.default.weight"]
-    torch.testing.assert_close(found, llama().state_dict()[f"{module}.weight"] + ALPHA / RANK**0.5 * product)
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_merged_weights_are_those_of_the_papers_formulas(changes: dict[str, Any]) -> None:
+    """LoRA: W + s BA. DoRA: the same, each output's row scaled to its magnitude. s is alpha / r, or alpha / sqrt(r)."""
+    weights = train(adapted(**changes))
+    merged = adapted_model(llama(), "causal-lm", options(**changes), weights).merge_and_unload().state_dict()
+    scale = ALPHA / (math.sqrt(RANK) if changes.get("use_rslora") else RANK)
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets = options(**changes).targets or every
+    for name, base in llama().state_dict().items():
+        layer, expected = name.removesuffix(".weight"), base.clone()
+        if name.endswith(".weight") and layer.rpartition(".")[2] in targets:
+            up, down = (weights[f"{layer}.lora_{side}.default.weight"] for side in "BA")
+            for output, row in enumerate(expected):
+                for inner in range(RANK):
+                    row += scale * up[output, inner] * down[inner]
+                if changes.get("use_dora"):
+                    length = math.sqrt(sum(float(value) ** 2 for value in row))
+                    row *= weights[f"{layer}.lora_magnitude_vector.default.weight"][output] / length
+        torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_bf16_model_is_merged_in_fp32_and_rounded_once() -> None:

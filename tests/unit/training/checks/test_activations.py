@@ -134,6 +134,18 @@ def activations_of(config: RunConfig, kind: str, attention: Any) -> activations.
     return activations.count_activations(config, model_config(kind), attention, dtype, SHAPE, blank_of(config))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_quantised_weights_are_not_kept_for_the_backward_pass(dora: bool) -> None:
+    """So a micro-batch keeps what it does with whole weights; with DoRA, peft keeps no more of them either."""
+    lora = {"rank": 4, "alpha": 8, "use_dora": dora}
+    counts = [
+        activations_of(config_of(objective={"name": "sft"}, model=model, tokenizer={}), "llama", "sdpa")
+        for model in ({"path": "m", "lora": lora}, {"path": "m", "lora": lora, "quantise": "nf4"})
+    ]
+    assert counts[0] == counts[1]
+    assert counts[1].counted
+
+
 def test_with_checkpointing_only_layer_inputs_and_one_layer_are_kept() -> None:
     kept = activations.Activations(
         (100, 120, 110), outside=30, layer_input=7, layer_work=5, outside_work=9, counted=True

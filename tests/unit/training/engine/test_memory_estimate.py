@@ -16,6 +16,7 @@ from steps import load_on_ranks
 from tiny_run import XMIXUP, PreparedRun, run_values, write_data, write_task_data
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from modeling.quantisation.linear import dense_elements, quantised_blocks
 from training.assembly import assemble_data
 from training.check import check_run, largest_batch
 from training.config import LoraSettings, RunConfig
@@ -137,6 +138,21 @@ def test_frozen_weights_have_no_optimizer_states(use_dora: bool) -> None:
     parts = {part.name: part.gpu for part in memory_estimate(config_of(), model, NOTHING, Ranks(1, 1)).parts}
     assert parts["Adam's two moments, fp32"] == 8 * trained
     assert parts["weights, sharded"] == 4 * sum(each.numel() for each in model.parameters())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_quantised_weights_count_with_their_bytes(stage: int) -> None:
+    """4.13 bits for each weight of the linear layers of 8B Llama's blocks, 16 for embeddings, head and norms."""
+    with torch.device("meta"), quantised_blocks(eight_billion, "nf4", torch.bfloat16):
+        model = eight_billion()
+    linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    others = (2 * 128256 + 65) * 4096
+    assert dense_elements(model) == linear + others
+    estimate = memory_estimate(config_of(precision="bf16", zero_stage=stage), model, NOTHING, Ranks(2, 2))
+    parts = {part.name: part.gpu for part in estimate.parts}
+    name, ranks = {1: ("weights, whole", 1), 3: ("weights, sharded", 2)}[stage]
+    assert parts[name] * ranks == pytest.approx((4 + 1 / 8 + 1 / 512) / 8 * linear + 2 * others, rel=1e-5)
+    assert parts["a quantised layer's weight"] == 2 * 4096 * 14336
 
 
 def test_suggested_settings_are_listed_with_the_memory_they_need() -> None:
