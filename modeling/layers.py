@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, H hidden, S segments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,16 +23,25 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modeling.architectures import Architecture, auto_class
 from modeling.errors import ModelError
 
+# In a model's config.json, which every checkpoint and export copies: the path of the layers, where they are not found.
+LAYERS_KEY = "crosslift_layers"
 # Names of position embeddings in transformers: BERT and its variants, GPT-2, OPT and BART, OpenAI-GPT.
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
 def backbone(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face module that owns the layers, inside any wrappers."""
+    outermost = _outermost(model)
+    # ModernBERT's decoder names its head `decoder`, which transformers then takes for the module of the layers
+    choices = (outermost.get_decoder(), outermost.base_model, outermost)
+    return next(module for module in choices if isinstance(module, PreTrainedModel))
+
+
+def _outermost(model: nn.Module) -> PreTrainedModel:
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if pretrained is None:
         raise ModelError(f"{type(model).__name__} contains no Hugging Face model, so its layers cannot be found")
-    return pretrained.get_decoder()
+    return pretrained
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -54,24 +63,36 @@ def position_table(model: nn.Module) -> nn.Embedding | None:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of a decoder or encoder in order: the outermost list of `num_hidden_layers` modules.
 
+    For a model that has no such list, the key LAYERS_KEY of its config.json names the list, by its path in the module
+    that owns the layers (`backbone`).
+
     Raises:
-        ModelError: there is no such list, or more than one.
+        ModelError: there is no such list, or more than one; or the key names none. The message lists what there is.
     """
     inner = backbone(model)
-    number = inner.config.get_text_config(decoder=True).num_hidden_layers
-    lists = {
-        name: module
-        for name, module in inner.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == number
-    }
-    depth = min((name.count(".") for name in lists), default=0)
-    outermost = [name for name in lists if name.count(".") == depth]
+    lists = {name: module for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)}
+    if (path := getattr(_outermost(model).config, LAYERS_KEY, None)) is not None:
+        if path not in lists:
+            raise ModelError(f"config.json: {LAYERS_KEY}: {path!r} is not {_among(inner, lists)}")
+        return lists[path]
+    number = getattr(inner.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    found = [name for name, module in lists.items() if len(module) == number]
+    depth = min((name.count(".") for name in found), default=0)
+    outermost = [name for name in found if name.count(".") == depth]
     if len(outermost) != 1:
         raise ModelError(
-            f"{type(inner).__name__}: expected one list of {number} layers (num_hidden_layers), "
-            f"found {', '.join(outermost) or 'none'}"
+            f"{type(inner).__name__}: expected one list of {number} layers (num_hidden_layers), found "
+            f"{', '.join(outermost) or 'none'}; set {LAYERS_KEY!r} in the model's config.json to "
+            f"{_among(inner, lists)}"
         )
     return lists[outermost[0]]
+
+
+def _among(model: PreTrainedModel, lists: Mapping[str, nn.ModuleList]) -> str:
+    """The lists of modules from which the layers can be chosen, those inside another list left out."""
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    named = ", ".join(f"{name!r} (of {len(lists[name])})" for name in outer)
+    return f"one of the lists of modules in {type(model).__name__}: {named or 'it has none'}"
 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:

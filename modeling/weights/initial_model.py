@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBa
 
 from modeling.architectures import Architecture, auto_class, model_class
 from modeling.errors import ModelError
+from modeling.layers import LAYERS_KEY
 from modeling.weights.weight_files import one_line
 
 LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # become part of rope_parameters
@@ -54,7 +55,7 @@ def write_initial_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = auto_class(architecture).from_config(model_config, dtype=model_config.dtype or torch.float32)
-        model.save_pretrained(output)
+        model.save_pretrained(output, save_original_format=False)  # experts as they are trained, not one by one
     else:
         model_config.architectures = [model_class(model_config, architecture).__name__]
         model_config.save_pretrained(output)
@@ -75,7 +76,7 @@ def _initial_config(config: Mapping[str, Any] | str | Path, tokenizer: PreTraine
         hint = f"; the nearest is {near[0]!r}" if near else ""
         raise ModelError(f"model_type: {model_type!r} is not a model type of transformers{hint}")
     config_class = CONFIG_MAPPING[model_type]
-    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    known = {field.name for field in dataclasses.fields(config_class)} | {*config_class.attribute_map, LAYERS_KEY}
     if "rope_parameters" in known:
         known |= set(LEGACY_ROPE_KEYS)
     for key in keys:

@@ -1,5 +1,7 @@
 """The layer stack is found in any model and wrapper; hooks run exactly at h[l], once per forward pass."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from modeling.errors import ModelError
 from modeling.layers import decoder_layers, hidden_size, membership, state_hook
+from modeling.loading import load_pretrained
 
 DECODERS = ["llama", "qwen3", "mistral", "gpt_neox", "bloom", "gpt2", "opt", "gemma2", "mixtral", "olmo2"]
 SIZES = {
@@ -106,6 +109,33 @@ def test_lists_of_equal_length_inside_a_layer_are_not_the_layers() -> None:
     model.model.twins = nn.ModuleList(nn.Linear(2, 2) for _ in layers)
     with pytest.raises(ModelError, match=r"expected one list of 4 layers .* found layers, twins"):
         decoder_layers(model)
+
+
+def test_the_config_names_the_layers_where_they_are_not_found(tmp_path: Path) -> None:
+    """As in LongCat-Flash, which counts two attentions in a layer; a copy of the model keeps the key."""
+    model = tiny("llama")
+    layers = decoder_layers(model)
+    model.config.num_hidden_layers = 8
+    expected = (
+        r"LlamaModel: expected one list of 8 layers \(num_hidden_layers\), found none; set 'crosslift_layers' in the "
+        r"model's config\.json to one of the lists of modules in LlamaModel: 'layers' \(of 4\)$"
+    )
+    with pytest.raises(ModelError, match=expected):
+        decoder_layers(model)
+    model.config.crosslift_layers = "layers"
+    for wrapped in (model, model.model, nn.Sequential(model)):
+        assert decoder_layers(wrapped) is layers
+    model.config.num_hidden_layers = 4
+    model.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path, torch.float32, "sdpa", "cpu").config.crosslift_layers == "layers"
+    model.config.crosslift_layers = "model.layers"
+    with pytest.raises(ModelError, match=r"crosslift_layers: 'model\.layers' is not one of .* 'layers' \(of 4\)"):
+        decoder_layers(model)
+
+
+def test_layers_are_found_beside_a_head_that_is_named_as_a_decoder() -> None:
+    config = AutoConfig.for_model("modernbert-decoder", **{**SIZES, "global_attn_every_n_layers": 2})
+    assert len(decoder_layers(AutoModelForCausalLM.from_config(config))) == 4
 
 
 def test_layers_of_an_encoder_are_found() -> None:

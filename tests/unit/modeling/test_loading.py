@@ -316,6 +316,10 @@ def test_the_initial_config_may_be_a_file_and_its_mistakes_are_named(
     model = filled(write_initial_model(file, tokenizer, tmp_path / "model", 0))
     assert model.config.rope_parameters["rope_theta"] == 500.0
     assert model.get_input_embeddings().weight.shape == (64, 32)
+    experts = {**LLAMA, "model_type": "mixtral", "num_local_experts": 2}
+    assert filled(write_initial_model(experts, tokenizer, tmp_path / "experts", 0)).config.num_local_experts == 2
+    named = write_initial_model({**LLAMA, "crosslift_layers": "layers"}, tokenizer, tmp_path / "named", 0)
+    assert filled(named).config.crosslift_layers == "layers"
     for change, message in [
         ({"hiden_size": 8}, "hiden_size: not a key of LlamaConfig; the nearest is 'hidden_size'"),
         ({"model_type": "lama"}, "'lama' is not a model type of transformers; the nearest is 'llama'"),
