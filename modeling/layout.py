@@ -85,15 +85,20 @@ def choose_layout(config: PreTrainedConfig, attention: str) -> LayoutChoice:
 
 
 def tiny_model(
-    config: PreTrainedConfig, attention: str, auto: Any = AutoModelForCausalLM, pad_token_id: int | None = None
+    config: PreTrainedConfig,
+    attention: str,
+    auto: Any = AutoModelForCausalLM,
+    pad_token_id: int | None = None,
+    all_layers: bool = False,
 ) -> PreTrainedModel:
     """A small random model of the config's class, in eval mode, whose logits depend clearly on its attention.
 
     Args:
         auto: transformers' class that makes it.
         pad_token_id: encoders need one.
+        all_layers: see `tiny_config`.
     """
-    tiny = tiny_config(config)
+    tiny = tiny_config(config, all_layers)
     tiny.get_text_config(decoder=True).pad_token_id = pad_token_id
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -105,14 +110,15 @@ def tiny_model(
     return model.eval()
 
 
-def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with small sizes: one layer of each kind; head size and position encoding unchanged."""
+def tiny_config(config: PreTrainedConfig, all_layers: bool = False) -> PreTrainedConfig:
+    """The config with small sizes: one layer of each kind, or all; head size and position encoding unchanged."""
     tiny = copy.deepcopy(config)
     text = tiny.get_text_config(decoder=True)
     heads = text.num_attention_heads
     grouped = (getattr(text, "num_key_value_heads", None) or heads) < heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    _keep_layers(text)
+    if not all_layers:
+        _keep_layers(text)
     small: dict[str, Any] = {
         **SMALL,
         "num_key_value_heads": 1 if grouped else 2,

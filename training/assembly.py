@@ -42,6 +42,7 @@ from modeling.layers import label_cost
 from modeling.layout import choose_layout
 from modeling.loading import build_model, load_weights, resolve_attention, resolve_directory
 from modeling.loading import load_config as load_model_config
+from modeling.module_calls import check_module_calls
 from modeling.weights.untrusted import read_tokenizer
 from modeling.weights.weight_files import directory_hash
 from training.checkpoints.search import newest_seen
@@ -167,8 +168,10 @@ def assemble(config: RunConfig, prepared: Prepared) -> Run:
         log.warning("%s", line)
     settings = deepspeed_settings(config, this.world_size, in_run=True)
     directory = resolve_directory(prepared.model_dir)
-    embeddings = load_model_config(directory, ARCHITECTURE_OF[config.data.kind]).get_text_config().vocab_size
-    check_vocabulary(data.tokenizer, prepared.tokenizer_dir, embeddings)
+    head = ARCHITECTURE_OF[config.data.kind]
+    model_config = load_model_config(directory, head)
+    check_vocabulary(data.tokenizer, prepared.tokenizer_dir, model_config.get_text_config().vocab_size)
+    check_module_calls(model_config, head, this.world_size)
     model = starting_model(config, directory, settings)
     objective = build_objective(config.data, config.objective, model, data.tokenizer, data.probe_batches(this))
     engine = Engine(model, config, settings, this.world_size)

@@ -236,12 +236,14 @@ def _model(
     from modeling.architectures import ARCHITECTURE_OF, auto_class
     from modeling.layers import decoder_layers, position_limit
     from modeling.loading import load_config, resolve_attention, resolve_directory
+    from modeling.module_calls import check_module_calls
     from modeling.quantisation.linear import dense_elements, quantised_blocks
     from training.checks.activations import count_activations
     from training.engine.engine import DTYPES
 
     head = ARCHITECTURE_OF[config.data.kind]
     model_config = load_config(resolve_directory(prepared.model_dir), head)
+    check_module_calls(model_config, head, ranks.total)
     attention = resolve_attention(config.model.attention, model_config, head)
     dtype = DTYPES[config.precision]
 

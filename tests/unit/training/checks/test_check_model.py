@@ -14,7 +14,10 @@ from tiny_run import XMIXUP, run_values, write_data, write_task_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from data_pipeline.config import merged
-from training.assembly import assemble_data, check_contrast_sets, check_model
+from data_pipeline.loader import ThisRank
+from modeling.errors import ModelError
+from training import assembly
+from training.assembly import assemble, assemble_data, check_contrast_sets, check_model
 from training.check import check_run
 from training.config import RunConfig
 from training.engine.engine import deepspeed, deepspeed_settings, refusing
@@ -68,6 +71,38 @@ def test_a_decoder_with_rotary_positions_may_exceed_its_max_position_embeddings(
     missing_layer = config.objective.model_copy(update={"layers": (1, 3)})
     with pytest.raises(ConfigError, match=r"^objective\.layers: \[1, 3\], but the model has 2 layers"):
         check_model(config.data, missing_layer, model)
+
+
+LONGCAT = {
+    "model_type": "longcat_flash", "hidden_size": 32, "intermediate_size": 64, "num_layers": 2,
+    "num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "head_dim": 8, "v_head_dim": 8, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2,
+    "moe_topk": 2,
+}  # fmt: skip
+
+
+def test_a_model_whose_layers_are_not_found_needs_their_path(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", 20)
+    with pytest.raises(
+        ModelError, match=r"found none; set 'crosslift_layers' .* in LongcatFlashModel: 'layers' \(of 2\)"
+    ):
+        list(check_run(config_of(data, tmp_path, **{"model.init": LONGCAT})))
+
+
+def test_a_model_whose_modules_depend_on_the_tokens_runs_on_one_rank_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data(tmp_path / "data", 20)
+    config = config_of(data, tmp_path, **{"model.init": {**LONGCAT, "crosslift_layers": "layers"}})
+    assert list(check_run(config, gpus_per_node=0, nproc_per_node=1))[-1] == "ready to train"
+    refused = r"LongcatFlashForCausalLM: the modules that run depend on the tokens .* so 2 ranks would wait"
+    with pytest.raises(ModelError, match=refused):
+        list(check_run(config, gpus_per_node=0, nproc_per_node=2))
+    monkeypatch.setattr(assembly, "this_rank", lambda: ThisRank(0, 2, 2))
+    monkeypatch.setattr(assembly, "deepspeed_settings", lambda *_, **__: {})
+    monkeypatch.setattr(assembly, "starting_model", None)  # is not reached
+    with pytest.raises(ModelError, match=refused):
+        assemble(config, prepare(config))
 
 
 def test_a_deepspeed_config_error_is_one_line_before_any_file_is_written(tmp_path: Path) -> None:
