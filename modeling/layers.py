@@ -32,9 +32,9 @@ POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_e
 def backbone(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face module that owns the layers, inside any wrappers."""
     outermost = _outermost(model)
+    inner = outermost.get_decoder()
     # ModernBERT's decoder names its head `decoder`, which transformers then takes for the module of the layers
-    choices = (outermost.get_decoder(), outermost.base_model, outermost)
-    return next(module for module in choices if isinstance(module, PreTrainedModel))
+    return inner if isinstance(inner, PreTrainedModel) else outermost
 
 
 def _outermost(model: nn.Module) -> PreTrainedModel:
