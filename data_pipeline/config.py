@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from data_pipeline.settings import PathText, Section
 
 PLACEHOLDER = "{language}"
+LINE = "line"  # the column of a file of lines (format: lines)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,15 +161,16 @@ class SourceConfig(Section):
     """One source: files or a hub dataset with one column map. Long layout unless `languages` is given."""
 
     name: str = Field(min_length=1, description="Name in messages, statistics and fingerprints; unique in a run.")
-    files: PathText | tuple[PathText, ...] | None = Field(
+    files: PathText | tuple[PathText, ...] | dict[str, PathText] | None = Field(
         None,
-        description='Paths, globs or fsspec addresses; relative ones, and "{data_dir}", are under data_dir.',
+        description='Paths, globs or fsspec addresses; relative ones, and "{data_dir}", are under data_dir. A mapping'
+        " of language codes to one file each: line i of every file is the same item.",
     )
     hub: PathText | None = Field(None, description="A Hugging Face dataset, or a local dataset directory.")
     hub_config: str | None = Field(None, description="The hub dataset's configuration.")
     split: str = Field("train", description="The hub dataset's split.")
-    format: Literal["auto", "jsonl", "parquet", "csv", "tsv"] = Field(
-        "auto", description="Format of the files; auto: by each file's suffix."
+    format: Literal["auto", "jsonl", "parquet", "csv", "tsv", "lines"] = Field(
+        "auto", description="Format of the files; auto: by each file's suffix. lines (.txt): one text a line."
     )
     quoting: Literal["none"] | None = Field(
         None,
@@ -183,6 +185,14 @@ class SourceConfig(Section):
         None, description="The answer's language, if no column holds it; default: the prompt's."
     )
     columns: ColumnMap
+
+    @model_validator(mode="before")
+    @classmethod
+    def _line_columns(cls, values: Any) -> Any:
+        """One file a language has lines of text, unless columns are given."""
+        if isinstance(values, dict) and isinstance(values.get("files"), dict) and "columns" not in values:
+            return {"format": "lines", **values, "columns": {"text": LINE}}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
@@ -199,7 +209,12 @@ class SourceConfig(Section):
         if self.response_language is not None and self.columns.kind != "chat":
             raise ValueError(f"response_language goes with conversations, not with {self.columns.kind}")
         wide_columns = [name for name in self.columns.named().values() if PLACEHOLDER in name]
-        if self.languages is None:
+        if isinstance(self.files, dict):
+            if self.languages is not None or self.language is not None or self.columns.language is not None:
+                raise ValueError("files names each file's language: leave out languages, language, columns.language")
+            if wide_columns:
+                raise ValueError(f"column {wide_columns[0]!r} holds {PLACEHOLDER}, but files names a file a language")
+        elif self.languages is None:
             if wide_columns:
                 raise ValueError(f"column {wide_columns[0]!r} holds {PLACEHOLDER}: list the languages it stands for")
             if self.columns.language is None and self.language is None:
@@ -212,6 +227,17 @@ class SourceConfig(Section):
             if self.columns.language is not None or self.language is not None:
                 raise ValueError("languages (wide layout) excludes language and columns.language (long layout)")
         return self
+
+    @property
+    def file_languages(self) -> tuple[str, ...] | None:
+        """The language of each file, where each language has one."""
+        return tuple(self.files) if isinstance(self.files, dict) else None
+
+    @property
+    def named_languages(self) -> tuple[str, ...]:
+        """All languages that the section names."""
+        single = [each for each in (self.language, self.response_language) if each is not None]
+        return (*(self.languages or ()), *(self.file_languages or ()), *single)
 
     def column_maps(self) -> dict[str | None, ColumnMap]:
         """The column map for each language of the wide layout; for None in the long layout."""

@@ -17,7 +17,7 @@ import numpy as np
 from data_pipeline.config import Overlong
 from data_pipeline.order.pairing import Partners
 from data_pipeline.order.plan import FILL, Slot
-from data_pipeline.records import BadRow, DataError, Record, Sample
+from data_pipeline.records import BadRow, DataError, Record, Sample, Split
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.text.tokenizer import UnencodableText
 
@@ -139,7 +139,8 @@ class Reader:
         """The slot of a row of a fixed set, which is read as in step `step`."""
         language = int(self.index.language[row])
         partner = None if self.partners is None else self.partners.of(row, language, step)
-        return Slot(FILL, row, language, True, partner, (self.seed, step))
+        labelled = self.index.split[row] != Split.PARALLEL
+        return Slot(FILL, row, language, bool(labelled), partner, (self.seed, step))
 
     def readable(self, rows: Sequence[int]) -> Readable:
         """Reads the rows of a fixed set. Raises DataError."""

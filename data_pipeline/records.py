@@ -16,6 +16,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,14 @@ import numpy.typing as npt
 
 Role = Literal["system", "user", "assistant"]
 NO_LANGUAGE = -1
+
+
+class Split(IntEnum):
+    """What a row is used for."""
+
+    TRAIN = 0
+    HELD_OUT = 1
+    PARALLEL = 2  # a text of the parallel corpus, `data.pairs`
 
 
 class DataError(Exception):
@@ -54,7 +63,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The content of a row for decoders. The last message is the assistant's answer, in `response_language`."""
+    """The content of a row for decoders. The last message is the assistant's answer, in `response_language`.
+
+    A text of the parallel corpus is a user's message without an answer.
+    """
 
     messages: tuple[Message, ...]
     response_language: str
@@ -101,6 +113,7 @@ class Record:
     origin: str  # the row's place for messages, such as "file.jsonl:17"
     content: Conversation | Example  # texts and labels
     back: Example | None = None  # the Example translated into the dominant language, if the row has one
+    parallel: bool = False  # a text of the parallel corpus, which has no answer
 
     @property
     def conversation(self) -> Conversation:
@@ -173,7 +186,7 @@ class ChatSample(Sample):
     """A tokenised conversation. All arrays are (T,).
 
     Prompt tokens are in `language`, tokens of `labels` and `answer` in `response_language`. An unlabelled sample
-    (pairing `fill`) has no labels.
+    (pairing `fill`, or a text of the parallel corpus) has no labels.
     """
 
     content_hash: int  # stable_hash of Record.user_text
@@ -182,6 +195,7 @@ class ChatSample(Sample):
     labels: npt.NDArray[np.bool_]  # tokens to be predicted: answers and their end tokens, except in turns of weight 0
     content: npt.NDArray[np.bool_]  # tokens of user text: no template, no special token, never the first token
     answer: npt.NDArray[np.bool_]  # tokens of assistant text, predicted or not: no end token, no template
+    parallel: bool = False  # a text of the parallel corpus
 
     def __len__(self) -> int:
         return len(self.input_ids)

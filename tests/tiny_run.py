@@ -85,6 +85,14 @@ def write_data(folder: Path, items: int = ITEMS) -> Path:
     return folder
 
 
+def write_parallel(folder: Path, lines: int = ITEMS) -> dict[str, str]:
+    """`<language>.txt` whose lines are translations of each other, other texts than those of `write_data`: `files`."""
+    for language in LANGUAGES:
+        texts = [row["question"] for row in corpus_rows(language, RANK_ITEMS + lines)[RANK_ITEMS:]]
+        (folder / f"{language}.txt").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    return {language: f"{language}.txt" for language in LANGUAGES}
+
+
 def write_task_data(folder: Path, items: int = ITEMS) -> Path:
     """`<language>.jsonl` of the same questions as words, numbers tagged; all but English with a back-translation."""
     folder.mkdir(parents=True, exist_ok=True)

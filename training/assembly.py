@@ -27,9 +27,10 @@ from data_pipeline.batching.tasks import TaskCollator
 from data_pipeline.loader import Loader, ThisRank, fixed_batches
 from data_pipeline.order.mixture import Quotas, language_weights
 from data_pipeline.order.pairing import Partners, PlannedPairing
+from data_pipeline.order.parallel import ParallelPairs
 from data_pipeline.order.plan import Planner, StepPlan
 from data_pipeline.reader import Reader, TextStage, overlong_error
-from data_pipeline.records import BadRow, ChatSample, DataError, Sample
+from data_pipeline.records import BadRow, ChatSample, DataError, Sample, Split
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.stage import TaskStage
 from data_pipeline.tasks.tokenize import TaskTokenizer
@@ -78,8 +79,9 @@ class DataParts:
     reader: Reader
     planner: Planner
     packer: Packer
-    probe: tuple[tuple[Sample, ...], ...]  # by language, the objective's probe set; empty if it has none
-    uncontrasted: frozenset[int]  # languages with too few probe samples to be in contrast sets
+    # the objective's probe set by language, followed by that of the parallel corpus; empty if it has none
+    probe: tuple[tuple[Sample, ...], ...]
+    uncontrasted: frozenset[int]  # places in `probe` with too few samples to be in contrast sets
     fingerprint: dict[str, str]  # of data and tokenizer, which determine the tokens of each step
 
     def loader(self, this_rank: ThisRank | None = None, workers: int = 1) -> Loader:
@@ -118,7 +120,8 @@ def assemble_data(config: RunConfig, prepared: Prepared) -> DataParts:
     reader = build_reader(config, index, tokenizer)
     check_longest(reader)
     costs = tokens_per_byte(config.data, reader)
-    probe = probe_samples(reader, config.objective.probe_size())
+    parallel = uses_corpus(config.data, config.objective)
+    probe = probe_samples(reader, config.objective.probe_size(), parallel=parallel)
     uncontrasted = too_few_samples(config.data, config.objective, probe)
     planner = build_planner(config.data, config.objective, reader, costs, uncontrasted)
     packer = build_packer(config.data, config.objective, config.model.attention, prepared.model_dir, tokenizer)
@@ -140,7 +143,13 @@ def text_stage(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TextStag
     """The text stage for the kind of rows."""
     if data.task is not None:
         return TaskStage(TaskTokenizer(tokenizer, data.task, data.sequence_length), data.overlong)
-    return ChatStage(Chat(tokenizer, data.template, data.languages), data.sequence_length, data.overlong)
+    longest = data.pairs.longest if data.pairs is not None else None
+    return ChatStage(Chat(tokenizer, data.template, data.languages), data.sequence_length, data.overlong, longest)
+
+
+def uses_corpus(data: DataConfig, objective: ObjectiveConfig) -> bool:
+    """Whether a step has pairs of the parallel corpus: there is one, and the objective learns from pairs."""
+    return data.pairs is not None and objective.pairing().needed
 
 
 def build_partners(data: DataConfig, objective: ObjectiveConfig, index: DataIndex, seed: int) -> Partners | None:
@@ -184,10 +193,13 @@ def pair_and_set_warnings(config: RunConfig, data: DataParts) -> Iterator[str]:
     """Warnings about the pairs of an objective that learns from them."""
     yield from pair_warnings(config.data, config.objective, data.index)
     yield from set_warnings(config.data, config.objective, config.max_steps, data.planner)
-    for language in sorted(data.uncontrasted):
+    languages = config.data.languages
+    for number in sorted(data.uncontrasted):
+        parallel, language = divmod(number, len(languages))
+        where = " with pairs of data.pairs" if parallel else ""
         yield (
-            f"language {config.data.languages[language]!r} takes no part in the contrastive loss: it has "
-            f"{len(data.probe[language])} usable probe samples, and {config.objective.pairing().min_probe_samples} are "
+            f"language {languages[language]!r} takes no part in the contrastive loss{where}: it has "
+            f"{len(data.probe[number])} usable probe samples, and {config.objective.pairing().min_probe_samples} are "
             "needed"
         )
 
@@ -230,7 +242,8 @@ def build_objective(
     probe: list[Batch[Any]],
 ) -> Objective:
     """The objective of a run; its hooks are placed on `model`, so this comes before the engine is made."""
-    parts = ObjectiveParts(data.kind, data.languages, data.dominant, tuple(tokenizer.all_special_ids), probe)
+    special_ids, parallel = tuple(tokenizer.all_special_ids), uses_corpus(data, objective)
+    parts = ObjectiveParts(data.kind, data.languages, data.dominant, special_ids, probe, parallel)
     return objective.build(model, parts)
 
 
@@ -253,7 +266,10 @@ def build_planner(
         uncontrasted=uncontrasted,
     )
     quotas = Quotas(weights, data.languages, data.mixture.period)
-    return Planner(index, quotas, pairing, data.slots_per_step, reader.seed, costs)
+    corpus = None
+    if data.pairs is not None and uses_corpus(data, objective):
+        corpus = ParallelPairs(index, pairing.dominant, data.pairs.mixture, data.pairs.per_step, reader.seed)
+    return Planner(index, quotas, pairing, data.slots_per_step, reader.seed, costs, corpus)
 
 
 def build_packer(
@@ -356,11 +372,15 @@ def estimated_lengths(plan: StepPlan, data: DataConfig) -> npt.NDArray[np.float6
     return np.where(plan.costs <= data.sequence_length, plan.costs, longest)
 
 
-def probe_samples(reader: Reader, n_items: int) -> tuple[tuple[Sample, ...], ...]:
-    """The probe set: `n_items` usable samples of each language, as far as its first rows have so many."""
+def probe_samples(reader: Reader, n_items: int, *, parallel: bool = False) -> tuple[tuple[Sample, ...], ...]:
+    """The probe set: `n_items` usable samples of each language, as far as its first rows have so many.
 
-    def of_language(language: int) -> tuple[Sample, ...]:
-        rows = sample_rows(reader.index, language, PROBE_ROWS * n_items, reader.seed)
+    Args:
+        parallel: followed by as many texts of each language in the parallel corpus.
+    """
+
+    def of_language(language: int, split: Split) -> tuple[Sample, ...]:
+        rows = sample_rows(reader.index, language, PROBE_ROWS * n_items, reader.seed, split)
         found: list[Sample] = []
         while rows and len(found) < n_items:  # more rows only where some are unusable or too long
             wanted = n_items - len(found)
@@ -368,23 +388,27 @@ def probe_samples(reader: Reader, n_items: int) -> tuple[tuple[Sample, ...], ...
             rows = rows[wanted:]
         return tuple(found)
 
-    return tuple(map(of_language, range(len(reader.index.languages)))) if n_items else ()
+    splits = (Split.TRAIN, Split.PARALLEL) if parallel else (Split.TRAIN,)
+    languages = range(len(reader.index.languages))
+    return tuple(of_language(language, split) for split in splits for language in languages) if n_items else ()
 
 
 def too_few_samples(data: DataConfig, objective: ObjectiveConfig, probe: Sequence[Sequence[Sample]]) -> frozenset[int]:
-    """Languages with fewer probe samples than the objective's contrast sets need.
+    """Places in the probe set with fewer samples than the objective's contrast sets need.
 
     Raises:
         ConfigError: the dominant language is one.
     """
     needed = objective.pairing().min_probe_samples
     found = [sum(map(_has_content, samples)) for samples in probe] if needed else []
-    if found and found[dominant := data.languages.index(data.dominant)] < needed:
-        raise ConfigError(
-            f"data.dominant: {data.dominant!r} has {found[dominant]} usable samples for the probe set, but "
-            f"objective.contrastive.normalise needs {needed}; add rows, or set it to none"
-        )
-    return frozenset(language for language, number in enumerate(found) if number < needed)
+    for first, where in ((0, ""), (len(data.languages), " of data.pairs")):
+        dominant = first + data.languages.index(data.dominant)
+        if dominant < len(found) and found[dominant] < needed:
+            raise ConfigError(
+                f"data.dominant: {data.dominant!r} has {found[dominant]} usable samples{where} for the probe set, but "
+                f"objective.contrastive.normalise needs {needed}; add rows, or set it to none"
+            )
+    return frozenset(place for place, number in enumerate(found) if number < needed)
 
 
 def _has_content(sample: Sample) -> bool:

@@ -16,7 +16,7 @@ from data_pipeline.batching.micro_steps import Balance, Spread
 from data_pipeline.console import table
 from data_pipeline.loader import Scan, ThisRank
 from data_pipeline.order.plan import Planner
-from data_pipeline.records import BadRow
+from data_pipeline.records import BadRow, Split
 from data_pipeline.sources.index import DataIndex
 from modeling.weights.untrusted import read_tokenizer
 from training.assembly import (
@@ -193,11 +193,14 @@ def balance_lines(config: RunConfig, data: DataParts, ranks: Ranks) -> Iterator[
 
 
 def _rows(index: DataIndex) -> Iterator[str]:
+    splits = {"training rows": Split.TRAIN, "held out": Split.HELD_OUT, "parallel corpus": Split.PARALLEL}
+    if Split.PARALLEL not in index.split:
+        del splits["parallel corpus"]
     rows = [
-        (language, f"{len(index.rows(number)):,}", f"{len(index.rows(number, heldout=True)):,}")
+        (language, *(f"{len(index.rows(number, split)):,}" for split in splits.values()))
         for number, language in enumerate(index.languages)
     ]
-    yield from table(["language", "training rows", "held out"], rows).splitlines()
+    yield from table(["language", *splits], rows).splitlines()
     if index.bad_rows:
         origin, reason = index.bad_rows[0]
         yield f"unusable rows: {len(index.bad_rows)}, such as {origin}: {reason}"
@@ -307,7 +310,8 @@ def largest_batch(data: DataConfig, objective: ObjectiveConfig, parts: DataParts
     row = parts.packer.grid.longest_row if parts.packer.layout == "packed" else data.sequence_length
     pairing = objective.pairing()
     sides = 2 if pairing.with_partner or data.mixture.pairing != "none" else 1
-    most = -(-data.slots_per_step // ranks) * sides * data.sequence_length  # a rank's share of a step
+    of_corpus = 2 * data.pairs.per_step if data.pairs is not None else 0
+    most = (-(-data.slots_per_step // ranks) * sides + -(-of_corpus // ranks)) * data.sequence_length  # of a rank
     rows = max(min(data.micro_batch_tokens, most) // row, 1)
     if pairing.with_partner:
         rows = max(rows // 2, 1) * 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config import Overlong, RowKind, SourceConfig, merged
-from data_pipeline.order.mixture import MixtureConfig
+from data_pipeline.order.mixture import MixtureConfig, PairSharesConfig
 from data_pipeline.settings import PathText, Plain, Raw, RunPath, Section, refuse
 from data_pipeline.tasks.config import WINDOWED, TaskConfig
 from data_pipeline.text.templates import TemplateConfig
@@ -105,6 +105,21 @@ class TokenizerConfig(Section):
         return self.path is None and self.train is None
 
 
+class PairsConfig(Section):
+    """A parallel corpus: texts without labels, whose translations the contrastive loss compares."""
+
+    sources: tuple[SourceConfig, ...] = Field(
+        min_length=1,
+        description="files of translations: `files: {en: a.txt, sw: b.txt}` with parallel lines, or rows with a column "
+        "`text` and a `group` that is the same in translations",
+    )
+    per_step: int = Field(gt=0, description="pairs in a step's global batch, over all ranks, beside those of the slots")
+    longest: int | None = Field(
+        None, gt=1, description="tokens of a text, above which its pair is left out; by default data.sequence_length"
+    )
+    mixture: PairSharesConfig = PairSharesConfig()
+
+
 RESERVED_LANGUAGES = ("auto", "none")  # values of `crosslift generate --language` that are not codes
 
 
@@ -115,6 +130,7 @@ class DataConfig(Section):
     dominant: str = Field("en", description="the language that the others are shifted into, or translated to")
     task: TaskConfig | None = Field(None, description="the task of an encoder; without it, rows are conversations")
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="files or data sets, read as one corpus")
+    pairs: PairsConfig | None = Field(None, description="translations without labels, for the contrastive loss")
     template: TemplateConfig = TemplateConfig()
     mixture: MixtureConfig = MixtureConfig()
     slots_per_step: int = Field(gt=0, description="labelled samples in a step's global batch, over all ranks")
@@ -135,6 +151,11 @@ class DataConfig(Section):
     heldout_items: int = Field(0, ge=0, description="items held out of training, in every language")
     patience_seconds: float = Field(300.0, ge=0, description="how long reading an unreadable source file is retried")
     workers: int = Field(1, gt=0, le=256, description="background threads per rank that read, tokenise and pack")
+
+    @property
+    def parallel_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the parallel corpus."""
+        return self.pairs.sources if self.pairs is not None else ()
 
     @property
     def kind(self) -> RowKind:
@@ -182,16 +203,26 @@ class DataConfig(Section):
                 f"'overlong' is {self.overlong!r}, but kind {self.kind!r} reads long texts in windows: none is "
                 "too long; leave it out"
             )
-        names = [source.name for source in self.sources]
+        parallel = self.parallel_sources
+        names = [source.name for source in (*self.sources, *parallel)]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"two sources have the name {name!r}"
-        for source in self.sources:
+        for source in (*self.sources, *parallel):
             for key in ("language", "response_language"):
                 if (language := getattr(source, key)) is not None and language not in self.languages:
                     yield f"source {source.name!r} has {key} {language!r}; {known}"
-            for language in source.languages or ():
+            for language in (*(source.languages or ()), *(source.file_languages or ())):
                 if language not in self.languages:
                     yield f"source {source.name!r} has the language {language!r}; {known}"
+        for source in parallel:
+            if source.columns.kind != "text":
+                yield f"source {source.name!r} of 'pairs' needs the column 'text', not those of {source.columns.kind}"
+        if self.task is not None and parallel:
+            yield "'pairs' are for conversations, not for a 'task'"
+        for language in self.pairs.mixture.weights or () if self.pairs is not None else ():
+            if language not in self.languages:
+                yield f"'pairs.mixture.weights' names {language!r}; {known}"
+        for source in self.sources:
             if source.columns.kind != self.kind:
                 expected = "there is no 'task'" if self.kind == "chat" else f"'task.kind' is {self.kind!r}"
                 yield f"source {source.name!r} has columns of kind {source.columns.kind!r}, but {expected}"
@@ -344,7 +375,8 @@ class RunConfig(Section):
             found = "which is missing" if kind == "chat" else f"not {kind!r}"
             yield f"objective {self.objective.name!r} needs {wanted}, {found}"
         else:
-            yield from self.objective.mistakes(self.data.languages, self.data.mixture.pairing)
+            has_pairs = self.data.mixture.pairing != "none" or self.data.pairs is not None
+            yield from self.objective.mistakes(self.data.languages, has_pairs)
         if self.objective.pairing().with_partner and 2 * self.data.sequence_length > self.data.micro_batch_tokens:
             yield (
                 f"'data.micro_batch_tokens' ({self.data.micro_batch_tokens}) is below twice 'data.sequence_length' "

@@ -18,7 +18,7 @@ import torch
 from data_pipeline.atomic import write_text
 from data_pipeline.batching.packer import Packer
 from data_pipeline.loader import ThisRank, fixed_batches
-from data_pipeline.records import ChatSample, Sample
+from data_pipeline.records import ChatSample, Sample, Split
 from training.assembly import build_packer, build_reader
 from training.checkpoints.run_state import RunState
 from training.config import RunConfig
@@ -80,11 +80,13 @@ def _chosen(config: RunConfig, prepared: Prepared, file: Path, inputs: dict[str,
     data = config.data
     reader = build_reader(config, prepared.index, tokenizer)
     packer = build_packer(data, config.objective, config.model.attention, prepared.model_dir, tokenizer)
+    # Retrieval needs translations: those of the parallel corpus, if training samples are not paired.
+    split = Split.PARALLEL if data.pairs is not None and data.mixture.pairing == "none" else Split.TRAIN
     device, dtype = resolve_device(config.precision)
     model: Any = load_pretrained(resolve_directory(prepared.model_dir), dtype, config.model.attention, device)
 
     def batches(language: str) -> Iterator[ProbeBatch]:
-        rows = sample_rows(prepared.index, data.languages.index(language), ITEMS, config.seed)
+        rows = sample_rows(prepared.index, data.languages.index(language), ITEMS, config.seed, split)
         return probe_batches(reader.readable(rows).samples, packer, device)
 
     order = sorted(data.languages, key=lambda language: language != data.dominant)

@@ -124,10 +124,11 @@ class ChatTargets:
     n_segments: int  # S, at least 1
     languages: Tensor  # (B, T) int64: each token's language (the prompt's or the answer's), -1 on padding
     # (B, T) int64: the same for tokens that count towards language vectors, else -1. These are user content, and the
-    # answer if it is in the sample's language (docs/methods.md, section 1.1).
+    # answer if it is in the sample's language (docs/methods.md, section 1.1); none of the parallel corpus.
     vector_languages: Tensor
     content: Tensor  # (B, T) bool: tokens of user content
     segment_languages: Tensor  # (S,) int64: each sample's language; -1 for one without content
+    segment_parallel: Tensor  # (S,) bool: the sample is a text of the parallel corpus
     contrast: ContrastSets | None  # None: the micro-step has no sets, on any rank
 
 

@@ -56,6 +56,7 @@ class ChatCollator(Collator):
             TokenTargets(labels_N, labels_N), segment_ids=ids_BT, n_segments=max(shape.segments, 1), languages=ids_BT,
             vector_languages=ids_BT, content=ids_BT.bool(), contrast=_blank_sets(shape.pairs),
             segment_languages=torch.zeros(max(shape.segments, 1), dtype=torch.int64),
+            segment_parallel=torch.zeros(max(shape.segments, 1), dtype=torch.bool),
         )  # fmt: skip
         return Batch(
             input_ids=ids_BT, attention_mask=None, position_ids=ids_BT, label_weights=labels_N.float(),
@@ -97,7 +98,8 @@ class _Grid:
         self.languages[here] = np.where(sample.labels | sample.answer, sample.response_language, sample.language)
         same = sample.response_language == sample.language
         counted = sample.content | sample.answer if same else sample.content
-        self.vector_languages[here] = np.where(counted, sample.language, NO_LANGUAGE)
+        if not sample.parallel:
+            self.vector_languages[here] = np.where(counted, sample.language, NO_LANGUAGE)
         self.content[here] = sample.content
         self.filled[row] = stop
         targets = np.flatnonzero(sample.labels)
@@ -128,6 +130,7 @@ class _Grid:
             vector_languages=torch.from_numpy(self.vector_languages),
             content=torch.from_numpy(self.content),
             segment_languages=torch.tensor(segment_languages or [NO_LANGUAGE]),
+            segment_parallel=torch.tensor([sample.parallel for sample in order] or [False]),
             contrast=contrast,
         )
         return Batch(

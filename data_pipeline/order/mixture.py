@@ -22,12 +22,13 @@ from data_pipeline.settings import Section
 
 LARGEST_WEIGHT = 1e12  # sums of a few thousand stay exact enough
 Pairing = Literal["none", "reuse", "fill"]
+Strategy = Literal["proportional", "temperature", "uniform", "explicit"]
 
 
-class MixtureConfig(Section):
-    """How often each language is sampled, and how translations are paired."""
+class SharesConfig(Section):
+    """How often each language is sampled."""
 
-    strategy: Literal["proportional", "temperature", "uniform", "explicit"] = Field(
+    strategy: Strategy = Field(
         "proportional",
         description="proportional to rows, or to rows ** (1 / temperature); uniform; explicit: `weights`",
     )
@@ -38,14 +39,9 @@ class MixtureConfig(Section):
         " excluded",
     )
     period: int = Field(65536, ge=1, le=10**8, description="slots after which the sequence of languages repeats")
-    pairing: Pairing = Field(
-        "reuse",
-        description="none; reuse: dominant-language slots take the translations of the step's other items; "
-        "fill: reuse, plus unlabelled dominant-language prompts for the items that remain unpaired",
-    )
 
     @model_validator(mode="after")
-    def _weights_fit_strategy(self) -> MixtureConfig:
+    def _weights_fit_strategy(self) -> SharesConfig:
         if (self.weights is not None) != (self.strategy == "explicit"):
             raise ValueError("weights and strategy: explicit need each other; give both or neither")
         for language, weight in (self.weights or {}).items():
@@ -58,8 +54,29 @@ class MixtureConfig(Section):
         return self
 
 
-def language_weights(config: MixtureConfig, rows_per_language: Mapping[str, int]) -> dict[str, float]:
+class MixtureConfig(SharesConfig):
+    """How often each language is sampled, and how translations are paired."""
+
+    pairing: Pairing = Field(
+        "reuse",
+        description="none; reuse: dominant-language slots take the translations of the step's other items; "
+        "fill: reuse, plus unlabelled dominant-language prompts for the items that remain unpaired",
+    )
+
+
+class PairSharesConfig(SharesConfig):
+    """How often each language is among the pairs of the parallel corpus."""
+
+    strategy: Strategy = Field("uniform", description="as in data.mixture, over the languages that have pairs")
+
+
+def language_weights(
+    config: SharesConfig, rows_per_language: Mapping[str, int], key: str = "data.mixture", what: str = "training rows"
+) -> dict[str, float]:
     """Normalised weights of the languages in the mixture, in the order of `rows_per_language`.
+
+    Args:
+        key, what: the section, and what is counted; for messages.
 
     Raises:
         DataError: a weight names an undeclared language, or a language of the mixture has no rows.
@@ -68,11 +85,11 @@ def language_weights(config: MixtureConfig, rows_per_language: Mapping[str, int]
     for language in weights:
         if language not in rows_per_language:
             known = ", ".join(rows_per_language)
-            raise DataError(f"data.mixture.weights.{language}: not a declared language; declared are {known}")
+            raise DataError(f"{key}.weights.{language}: not a declared language; declared are {known}")
     languages = [code for code in rows_per_language if config.strategy != "explicit" or weights.get(code)]
     for language in languages:
         if rows_per_language[language] < 1:
-            raise DataError(f"data.mixture: language '{language}' has no training rows; add rows or leave it out")
+            raise DataError(f"{key}: language '{language}' has no {what}; add some or leave it out")
     if config.strategy == "explicit":
         raw = [weights[code] for code in languages]
     elif config.strategy == "uniform":

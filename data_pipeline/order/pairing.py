@@ -86,4 +86,5 @@ class PlannedPairing:
     mode: Pairing = "none"
     set_size: int | None = None
     partners: Partners | None = None
-    uncontrasted: frozenset[int] = frozenset()  # languages whose translations are in no contrast set
+    # languages whose translations are in no contrast set; those of the parallel corpus are numbered behind the others
+    uncontrasted: frozenset[int] = frozenset()

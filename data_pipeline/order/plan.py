@@ -3,13 +3,16 @@
 A `StepPlan` holds the step's samples and its contrast sets; `batching/micro_steps.py` distributes the samples over
 micro-steps and ranks, and `reader.py` reads them. See docs/methods.md, section 3.
 
+Behind the slots and fills follow the texts of the parallel corpus, which have contrast sets of their own.
+
 Pairing reuses slots: a dominant-language slot may hold the translation of another slot's item. Its cursor advances
 nevertheless, so the unpaired row of a slot depends only on the slot's number. A row that turns out to be bad when it
 is read leaves its slot empty and removes its own pair; nothing else changes. A row that the index marks as bad also
 keeps its slot, but its item cannot be read, so it is not used as a translation, and the dominant-language slots of
 its step may take other items (the fingerprint of the data differs).
 
-Shapes: S slots per step, N positions: 0 .. S-1 are the slots, S .. N-1 unlabelled fills; P pairs.
+Shapes: S slots per step, N positions: 0 .. S-1 are the slots, S .. N-1 unlabelled: fills, then texts of the parallel
+corpus; P pairs.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy.typing as npt
 from data_pipeline.order.mixture import Quotas
 from data_pipeline.order.order import order_key, places_at
 from data_pipeline.order.pairing import Partner, Partners, PlannedPairing
+from data_pipeline.order.parallel import ParallelPairs
 from data_pipeline.records import DataError, stable_hash
 
 if TYPE_CHECKING:
@@ -37,10 +41,10 @@ Integers = npt.NDArray[np.int64]
 class Slot:
     """One sample of a step."""
 
-    number: int  # counted from the run's first slot; -1 for a fill, and for a row of a fixed set (probe, held-out)
+    number: int  # counted from the run's first slot; -1 without labels, and for a row of a fixed set (probe, held-out)
     row: int  # row id in the data index
     language: int  # index into the declared languages
-    labelled: bool  # False for a fill, which has no labels
+    labelled: bool  # False for a fill and for a text of the parallel corpus
     partner: Partner | None = None  # the text that the sample is read together with, if the objective uses partners
     seed: tuple[int, int] = (0, 0)  # (run's seed, step), from which all randomness of the sample is derived
 
@@ -90,6 +94,7 @@ class Planner:
         slots_per_step: int,
         seed: int,
         tokens_per_byte: Sequence[float] | None = None,
+        corpus: ParallelPairs | None = None,
     ) -> None:
         """Checks the mixture against the index.
 
@@ -97,13 +102,14 @@ class Planner:
             pairing: without `set_size`, the same rows are planned without contrast sets and without fills.
             slots_per_step: slots of a step on all ranks together.
             tokens_per_byte: one value per language; None: costs are in bytes.
+            corpus: pairs of the parallel corpus, in addition to those of the slots.
 
         Raises:
             DataError: a language of the mixture has no training rows.
         """
         if slots_per_step < 1 or (pairing.set_size is not None and pairing.set_size < 1):
             raise ValueError(f"slots_per_step {slots_per_step} and set_size {pairing.set_size} must be at least 1")
-        self._index, self._quotas, self._pairing = index, quotas, pairing
+        self._index, self._quotas, self._pairing, self._corpus = index, quotas, pairing, corpus
         self._dominant, self._set_size = pairing.dominant, pairing.set_size
         self._slots_per_step, self._seed = slots_per_step, seed
         self._rows = [index.rows(language) for language in range(len(index.languages))]
@@ -140,11 +146,28 @@ class Planner:
         chunks = [chunk[~bad[chunk]] for chunk in _split_into_sets(np.flatnonzero(~unfit), self._set_size)]
         rows, sets = self._without_unused_fills(rows, [pairs[chunk] for chunk in chunks if len(chunk)])
         languages = np.concatenate([languages, np.full(len(rows) - len(languages), self._dominant)])
+        dropped = int(unfit.sum())
+        if self._corpus is not None and self._set_size is not None:
+            of_corpus, kept = self._corpus_pairs(self._corpus, t)
+            positions = len(rows) + np.arange(of_corpus.size).reshape(2, -1).T
+            rows, languages = np.concatenate([rows, of_corpus.T.ravel()]), np.concatenate([languages, kept.T.ravel()])
+            numbers = _split_into_sets(np.arange(len(positions)), self._set_size)
+            sets = (*sets, *(positions[chunk] for chunk in numbers))
+            dropped += self._corpus.per_step - len(of_corpus)
         costs = index.n_bytes[rows].astype(np.float64) * self._tokens_per_byte[languages]
         return StepPlan(
             t, rows, languages, index.group[rows], index.content[rows], costs, self._slots_per_step, sets,
-            int(unfit.sum()), self._seed, self._pairing.partners,
+            dropped, self._seed, self._pairing.partners,
         )  # fmt: skip
+
+    def _corpus_pairs(self, corpus: ParallelPairs, t: int) -> tuple[Integers, Integers]:
+        """(P, 2) rows and (P, 2) languages of the pairs of the parallel corpus that are in contrast sets."""
+        rows, languages = corpus.step(t)
+        contents = self._index.content[rows]
+        fit = contents[:, 0] != contents[:, 1]
+        fit &= ~np.isin(len(self._rows) + languages, list(self._pairing.uncontrasted))
+        both = np.stack([np.full(len(languages), self._dominant), languages], axis=1)
+        return rows[fit], both[fit]
 
     def _without_unused_fills(self, rows: Integers, sets: list[Integers]) -> tuple[Integers, tuple[Integers, ...]]:
         """Removes the fills that are in no set, and renumbers the others."""

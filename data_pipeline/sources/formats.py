@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import fsspec
 
+from data_pipeline.config import LINE
 from data_pipeline.records import BadRow, DataError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class JsonLines(TextShard):
         try:
             row = json.loads(content.decode().removeprefix(BOM).rstrip())
         except UnicodeDecodeError as error:
-            reason = f"not UTF-8 (byte 0x{content[error.start]:02x}, number {error.start + 1} of the line)"
+            reason = _not_utf8(content, error)
         except json.JSONDecodeError as error:
             reason = f"not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
         except (ValueError, RecursionError) as error:
@@ -134,6 +135,29 @@ class JsonLines(TextShard):
                 return row
             reason = f"a JSON {type(row).__name__}; each line must be one JSON object"
         return BadRow(self.origin(place), reason)
+
+
+class Lines(TextShard):
+    """One text a line, in the column `line`. Blank lines are skipped, and counted in the numbers of the others."""
+
+    def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            place = Place(number, offset, len(line))
+            offset += len(line)
+            if not line.isspace():
+                yield place, self.parse(line, place)
+
+    def parse(self, content: bytes, place: Place) -> Row | BadRow:
+        try:
+            return {LINE: content.decode().removeprefix(BOM).strip()}
+        except UnicodeDecodeError as error:
+            return BadRow(self.origin(place), _not_utf8(content, error))
+
+    def number_of_lines(self) -> int:
+        """Of the whole file, with blank ones."""
+        with open_binary(self.address) as file:
+            return sum(1 for _ in file)
 
 
 class _Lines:
@@ -237,6 +261,10 @@ class Delimited(TextShard):
         if len(fields) != len(header):
             return BadRow(self.origin(place), f"{len(fields)} fields, but the header has {len(header)}")
         return dict(zip(header, fields, strict=True))
+
+
+def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte 0x{line[error.start]:02x}, number {error.start + 1} of the line)"
 
 
 def _reason(error: str, quoting: bool) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,25 @@ import numpy.typing as npt
 from data_pipeline.atomic import atomic_folder
 from data_pipeline.config import SourceConfig
 from data_pipeline.console import Progress
-from data_pipeline.records import BadRow, DataError, Record, stable_hash
+from data_pipeline.records import BadRow, DataError, Record, Split, stable_hash
 from data_pipeline.sources.formats import Place, Row, Shard
 from data_pipeline.sources.patience import retry_reading
-from data_pipeline.sources.scan import COLUMNS, Scan, check_columns, check_rows, lookups, refuse_bad
+from data_pipeline.sources.scan import (
+    COLUMNS,
+    Scan,
+    check_columns,
+    check_lines,
+    check_rows,
+    lookups,
+    refuse_bad,
+)
 from data_pipeline.sources.sources import RecordReader, open_source
 from data_pipeline.tasks.config import TaskConfig
 
 VERSION = 2  # of the folder's layout and of the rules that determine its content
 ARRAYS = (
     *COLUMNS,
-    "heldout",
+    "split",
     "groups_heldout",
     "by_language",
     "language_starts",
@@ -67,7 +75,7 @@ class DataIndex:
         self.n_bytes: npt.NDArray[np.int32] = arrays["n_bytes"]  # UTF-8 bytes of all texts
         self.has_back: npt.NDArray[np.bool_] = arrays["has_back"]  # the row has a back-translation
         self.bad: npt.NDArray[np.bool_] = arrays["bad"]  # the row is unusable and keeps its place in the order
-        self.heldout: npt.NDArray[np.bool_] = arrays["heldout"]  # the row is in no training batch
+        self.split: npt.NDArray[np.int8] = arrays["split"]  # `Split`
         self.groups_heldout: Integers = arrays["groups_heldout"]  # (items,), sorted
         self._shard: npt.NDArray[np.int32] = arrays["shard"]
         self._arrays = arrays
@@ -80,9 +88,9 @@ class DataIndex:
     def __len__(self) -> int:
         return len(self.language)
 
-    def rows(self, language: int, heldout: bool = False) -> Integers:
+    def rows(self, language: int, split: Split = Split.TRAIN) -> Integers:
         """The entries of a language in one split, in file order, including bad ones: (rows,) int64."""
-        return self._section("by_language", "language_starts", language, heldout)
+        return self._section("by_language", "language_starts", language, split)
 
     def translation(self, row: int, language: int) -> int:
         """`translations` of one entry."""
@@ -95,9 +103,9 @@ class DataIndex:
         returned as one.
         """
         found = np.full(len(rows), -1, np.int64)
-        heldout = self.heldout[rows]
-        for split in (False, True):
-            chosen = np.flatnonzero(heldout == split)
+        splits = self.split[rows]
+        for split in Split:
+            chosen = np.flatnonzero(splits == split)
             groups = self._section("sorted_group", "group_starts", language, split)
             entries = self._section("by_group", "group_starts", language, split)
             wanted = self.group[rows[chosen]]
@@ -174,8 +182,8 @@ class DataIndex:
     def _place(self, row: int) -> Place:
         return Place(*(int(self._arrays[name][row]) for name in ("number", "offset", "length")))
 
-    def _section(self, values: str, starts: str, language: int, heldout: bool) -> Integers:
-        position = int(heldout) * len(self.languages) + language
+    def _section(self, values: str, starts: str, language: int, split: Split) -> Integers:
+        position = split * len(self.languages) + language
         first, last = self._arrays[starts][position : position + 2]
         return self._arrays[values][first:last]
 
@@ -190,6 +198,7 @@ def build_index(
     seed: int = 0,
     max_bad_rows: int = 0,
     task: TaskConfig | None = None,
+    pairs: Sequence[SourceConfig] = (),
     patience: float = 0.0,
 ) -> DataIndex:
     """Opens the index of the sources, and builds it first if no earlier run did.
@@ -197,25 +206,29 @@ def build_index(
     Args:
         heldout_items: items to hold out, in all their languages: those with the smallest hash of (seed, item).
         task: requires sources of this kind; a row without a label, or with one not in `task.labels`, is unusable.
+        pairs: sources of the parallel corpus.
         patience: seconds that later reads wait for an unreadable file; building does not wait.
 
     Raises:
         DataError: a file or column does not exist, a source has no rows, a language has no training rows, or there
             are more than `max_bad_rows` unusable rows (names the first).
     """
-    _check_languages(sources, languages)
+    _check_languages([*sources, *pairs], languages)
     _check_kinds(sources, task)
     readers = [
-        RecordReader(source, shard, languages, task)
-        for source in sources
-        for shard in open_source(source, data_dir, cache_dir / "arrow")
+        RecordReader(source, shard, languages, task, language=language, parallel=number >= len(sources))
+        for number, source in enumerate([*sources, *pairs])
+        for shard, language in _files(source, open_source(source, data_dir, cache_dir / "arrow"))
     ]
     settings = {
         "version": str(VERSION),
         "languages": " ".join(languages),
         "held out": f"{heldout_items} items, seed {seed}" if heldout_items else "none",
         "sources": " ".join(source.name for source in sources),
-    } | {f"source {source.name}": source.model_dump_json(exclude={"files"}, exclude_none=True) for source in sources}
+    }
+    for kind, of_kind in (("source", sources), ("pairs", pairs)):
+        for source in of_kind:
+            settings[f"{kind} {source.name}"] = source.model_dump_json(exclude={"files"}, exclude_none=True)
     if task is not None:
         settings["task"] = f"{task.kind}: {' '.join(task.labels)}"
     shards = [(reader.source.name, reader.shard.address, reader.shard.identity) for reader in readers]
@@ -245,11 +258,13 @@ def _build(
     with Progress("index", None, "rows") as progress:
         contents = {reader.shard.name: scan.read(number, reader, progress) for number, reader in enumerate(readers)}
     check_columns(readers)
+    check_lines(readers)
     refuse_bad(scan.bad_rows, scan.bad_count, max_bad_rows)
     arrays = scan.arrays()
     try:
         check_rows(arrays, readers)
-        arrays |= lookups(arrays, languages, heldout_items, seed)
+        parallel = np.array([reader.parallel for reader in readers])[arrays["shard"]]
+        arrays |= lookups(arrays, parallel, languages, heldout_items, seed)
     except DataError as error:
         if not scan.bad_rows:
             raise
@@ -270,6 +285,12 @@ def _opened(directory: Path, readers: Sequence[RecordReader]) -> DataIndex | Non
         return DataIndex(directory, readers)
     except (OSError, ValueError, KeyError):  # missing or incomplete: it is rebuilt
         return None
+
+
+def _files(source: SourceConfig, shards: Sequence[Shard]) -> Iterator[tuple[Shard, str | None]]:
+    """Each shard with its language, where the source names one file a language."""
+    languages = source.file_languages
+    yield from zip(shards, languages or [None] * len(shards), strict=True)
 
 
 def _check_kinds(sources: Sequence[SourceConfig], task: TaskConfig | None) -> None:
@@ -294,8 +315,8 @@ def _check_languages(sources: Sequence[SourceConfig], languages: Sequence[str]) 
         if names.count(name) > 1:
             raise DataError(f"two sources are named {name!r}; each needs a unique name")
     for source in sources:
-        for language in (*(source.languages or ()), source.language, source.response_language):
-            if language is not None and language not in languages:
+        for language in source.named_languages:
+            if language not in languages:
                 raise DataError(
                     f"source {source.name!r}: language {language!r} is not declared; data.languages are"
                     f" {', '.join(languages)}"

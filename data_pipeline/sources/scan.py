@@ -5,7 +5,7 @@ There is one entry per Record, in the order of sources, files and rows; `index.p
 A bad row keeps its place in the order of its language, as an entry marked `bad`, if its language is known: from the
 row, from the source, or because its file has one language only. Otherwise it is only counted.
 
-Shapes: N entries, L declared languages; a section is a (split, language), split 0 for training, 1 held out.
+Shapes: N entries, L declared languages; a section is a (Split, language).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.console import Progress
-from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, Record, normalized, stable_hash
+from data_pipeline.records import NO_LANGUAGE, BadRow, DataError, Record, Split, normalized, stable_hash
+from data_pipeline.sources.formats import Lines
 from data_pipeline.sources.sources import RecordReader
 
 PROGRESS_ROWS = 1000  # rows between two reports of progress
@@ -102,28 +103,35 @@ def _measure(record: Record) -> tuple[int, int, int, int, bool]:
     return stable_hash(record.group), stable_hash(text), stable_hash(normalized(text)), record.n_bytes, has_back
 
 
-def lookups(arrays: Arrays, languages: Sequence[str], heldout_items: int, seed: int) -> Arrays:
-    """The held-out items, and the entries sorted by (split, language) and by (split, language, item)."""
+def lookups(
+    arrays: Arrays, parallel: npt.NDArray[np.bool_], languages: Sequence[str], heldout_items: int, seed: int
+) -> Arrays:
+    """The held-out items, and the entries sorted by section and by (section, item).
+
+    Args:
+        parallel: (N,) which entries are texts of the parallel corpus.
+    """
     group, bad, language = arrays["group"], arrays["bad"], arrays["language"]
-    items = np.unique(group[~bad])
+    items = np.unique(group[~bad & ~parallel])
     if heldout_items and heldout_items >= len(items):
         raise DataError(f"heldout_items is {heldout_items}, but the sources have only {len(items)} items")
     chosen = heapq.nsmallest(heldout_items, items.tolist(), key=lambda item: stable_hash(seed, item))
     groups_heldout = np.sort(np.array(chosen, dtype=np.int64))
-    heldout = np.isin(group, groups_heldout)
-    section = heldout.astype(np.int64) * len(languages) + language
-    edges = np.arange(2 * len(languages) + 1)
+    split = np.isin(group, groups_heldout).astype(np.int8)
+    split[parallel] = Split.PARALLEL
+    section = split.astype(np.int64) * len(languages) + language
+    edges = np.arange(len(Split) * len(languages) + 1)
     by_language = np.argsort(section, kind="stable")
     good = np.flatnonzero(~bad)
     by_group = good[np.lexsort((group[good], section[good]))]
     language_starts = np.searchsorted(section[by_language], edges)
     for code, name in enumerate(languages):
         if bad[by_language[language_starts[code] : language_starts[code + 1]]].all():
-            whole = (language == code) & ~bad
+            whole = (language == code) & ~bad & ~parallel
             why = "all its items are held out" if whole.any() else "no source has a usable row in it"
             raise DataError(f"language {name!r} of data.languages has nothing to train on: {why}")
     return {
-        "heldout": heldout,
+        "split": split,
         "groups_heldout": groups_heldout,
         "by_language": by_language,
         "language_starts": language_starts,
@@ -143,6 +151,20 @@ def check_columns(readers: Sequence[RecordReader]) -> None:
             raise DataError(
                 f"{reader.shard.address}: source {name!r} maps column {min(nowhere)!r}, which no row of it has; the"
                 f" columns of the first are {', '.join(map(repr, present))}"
+            )
+
+
+def check_lines(readers: Sequence[RecordReader]) -> None:
+    """Raises DataError where the files of a source that are parallel line by line have different numbers of lines."""
+    for name in dict.fromkeys(reader.source.name for reader in readers):
+        files = [reader for reader in readers if reader.source.name == name and reader.source.file_languages]
+        shards = [reader.shard for reader in files if isinstance(reader.shard, Lines)]
+        lengths = {shard.address: shard.number_of_lines() for shard in shards}
+        if len(set(lengths.values())) > 1:
+            (one, shorter), (other, longer) = (pick(lengths.items(), key=lambda each: each[1]) for pick in (min, max))
+            raise DataError(
+                f"{one}: {shorter:,} lines, but {other} has {longer:,}; in source {name!r} line i of every file must be"
+                " the same item"
             )
 
 

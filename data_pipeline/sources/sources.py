@@ -18,7 +18,7 @@ import fsspec
 from data_pipeline.config import OPTIONAL_COLUMNS, PLACEHOLDER, TEXT_COLUMNS, ColumnMap, SourceConfig
 from data_pipeline.records import BadRow, Conversation, DataError, Message, Record, item_key
 from data_pipeline.sources.cells import Cells, blank
-from data_pipeline.sources.formats import Delimited, JsonLines, Place, Row, Shard
+from data_pipeline.sources.formats import Delimited, JsonLines, Lines, Place, Row, Shard
 from data_pipeline.sources.paths import literal_folders
 from data_pipeline.sources.tables import HubSplit, Parquet, load_hub
 from data_pipeline.tasks.config import TaskConfig
@@ -32,6 +32,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".csv": "csv",
     ".tsv": "tsv",
+    ".txt": "lines",
 }
 
 
@@ -88,25 +89,35 @@ def _sparse(source: SourceConfig) -> set[str]:
 
 
 def _files(source: SourceConfig, data_dir: Path | None) -> list[str]:
+    if isinstance(source.files, dict):
+        return [_only(source, language, _matches(source, file, data_dir)) for language, file in source.files.items()]
     patterns = (source.files,) if isinstance(source.files, str) else source.files or ()
-    found: dict[str, None] = {}  # an ordered set
-    for pattern in patterns:
-        if "{data_dir}" in pattern and data_dir is None:
-            raise DataError(f"source {source.name!r}: files {pattern!r} names {{data_dir}}, but data_dir is not set")
-        address = pattern.replace("{data_dir}", str(data_dir))
-        if "://" in address:
-            fs, path = fsspec.core.url_to_fs(address)
-            names = fs.glob(literal_folders(path, fs.exists))
-            matches = sorted(fs.unstrip_protocol(match) for match in names if fs.isfile(match))
-        else:
-            address = os.path.join(data_dir or "", address)
-            names = sorted(glob.glob(literal_folders(address), recursive=True))
-            matches = [name for name in names if os.path.isfile(name)]
-        if not matches:
-            hint = f"; it is a directory: name the files in it, as {address}/*.jsonl" if os.path.isdir(address) else ""
-            raise DataError(f"source {source.name!r}: no file matches {address}{hint}")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+    return list(dict.fromkeys(name for pattern in patterns for name in _matches(source, pattern, data_dir)))
+
+
+def _only(source: SourceConfig, language: str, names: Sequence[str]) -> str:
+    if len(names) > 1:
+        raise DataError(f"source {source.name!r}: {len(names)} files match files.{language}, which must name one")
+    return names[0]
+
+
+def _matches(source: SourceConfig, pattern: str, data_dir: Path | None) -> list[str]:
+    """The files of a pattern, at least one."""
+    if "{data_dir}" in pattern and data_dir is None:
+        raise DataError(f"source {source.name!r}: files {pattern!r} names {{data_dir}}, but data_dir is not set")
+    address = pattern.replace("{data_dir}", str(data_dir))
+    if "://" in address:
+        fs, path = fsspec.core.url_to_fs(address)
+        names = fs.glob(literal_folders(path, fs.exists))
+        matches = sorted(fs.unstrip_protocol(match) for match in names if fs.isfile(match))
+    else:
+        address = os.path.join(data_dir or "", address)
+        names = sorted(glob.glob(literal_folders(address), recursive=True))
+        matches = [name for name in names if os.path.isfile(name)]
+    if not matches:
+        hint = f"; it is a directory: name the files in it, as {address}/*.jsonl" if os.path.isdir(address) else ""
+        raise DataError(f"source {source.name!r}: no file matches {address}{hint}")
+    return matches
 
 
 def _file_shard(
@@ -130,10 +141,12 @@ def _file_shard(
         return Parquet(address, name, identity, wanted, str(cache_dir))
     if kind == "jsonl":
         return JsonLines(address, name, identity)
+    if kind == "lines":
+        return Lines(address, name, identity)
     if kind is None:
         raise DataError(
             f"{address}: source {source.name!r} has format: auto, and the suffix {suffix!r} indicates no format;"
-            " set format: jsonl, parquet, csv or tsv (compressed text must be unpacked first)"
+            " set format: jsonl, parquet, csv, tsv or lines (compressed text must be unpacked first)"
         )
     return Delimited(address, name, identity, "," if kind == "csv" else "\t", quoting=source.quoting != "none")
 
@@ -149,16 +162,30 @@ def _hub_shard(source: SourceConfig, hub: str, data_dir: Path | None, wanted: tu
 class RecordReader:
     """Converts the rows of one shard to Records of conversations or of a task, according to the column map.
 
-    With `task`, rows must have the labels that training on the task needs (`tasks/rows.py`).
+    With `task`, rows must have the labels that training on the task needs (`tasks/rows.py`). A text of the parallel
+    corpus (`parallel`) is read as a user's turn without an answer.
     """
 
     def __init__(
-        self, source: SourceConfig, shard: Shard, languages: Sequence[str], task: TaskConfig | None = None
+        self,
+        source: SourceConfig,
+        shard: Shard,
+        languages: Sequence[str],
+        task: TaskConfig | None = None,
+        *,
+        language: str | None = None,
+        parallel: bool = False,
     ) -> None:
+        """
+        Args:
+            language: the file's, where `source.files` names one file a language.
+        """
         self.source = source
         self.shard = shard
         self.languages = frozenset(languages)
         self.task = task
+        self.parallel = parallel
+        self.language = language or source.language
         self.maps = source.column_maps()
         # a row lacks a translation if a cell of that language's own columns is empty; shared columns do not count
         self.own = {
@@ -184,7 +211,7 @@ class RecordReader:
             self.unseen.difference_update(row)
         empty = True
         for wide in self.maps:
-            language = wide or (self.source.language if self.source.columns.language is None else None)
+            language = wide or (self.language if self.source.columns.language is None else None)
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -215,9 +242,13 @@ class RecordReader:
         language = wide or self._language(cells)
         self._declared(language, cells)
         name = cells.name(columns.id)
-        group = cells.name(columns.group) or name or f"{self.source.name}/{self.shard.name}:{place.number}"
+        of_file = "" if self.source.file_languages is not None else f"/{self.shard.name}"
+        group = cells.name(columns.group) or name or f"{self.source.name}{of_file}:{place.number}"
         group = item_key(group)
         id = name or f"{self.stem}:{place.number}"
+        if self.parallel:
+            sentence = Conversation((Message("user", cells.text(cast(str, columns.text))),), language)
+            return Record(id, group, language, cells.origin, sentence, parallel=True)
         if columns.kind != "chat":
             example, back = read_example(cells, columns)
             if self.task is not None:
@@ -228,7 +259,7 @@ class RecordReader:
         return Record(id, group, language, cells.origin, Conversation(_messages(cells, columns), response))
 
     def _language(self, cells: Cells) -> str:
-        language = cells.optional_text(self.source.columns.language) or self.source.language
+        language = cells.optional_text(self.source.columns.language) or self.language
         if language is None:
             raise cells.bad(f"{self.source.columns.language!r} is empty; it must name the row's language")
         return language

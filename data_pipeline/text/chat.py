@@ -124,15 +124,17 @@ class Chat:
     def _layout(self, record: Record, labelled: bool) -> list[_Part] | BadRow:
         """The texts of a record's sample."""
         messages, response_language = record.conversation.messages, record.conversation.response_language
-        if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
-            return BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
-        if not any(message.trained for message in messages if message.role == "assistant"):
-            return BadRow(record.origin, "no assistant turn is trained on: each has weight 0")
+        if not record.parallel:
+            if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
+                return BadRow(record.origin, "the last turn must be the assistant's answer, and not empty")
+            if not any(message.trained for message in messages if message.role == "assistant"):
+                return BadRow(record.origin, "no assistant turn is trained on: each has weight 0")
         for code in (record.language, response_language):
             if code not in self._language_ids:
                 return BadRow(record.origin, f"the language {code!r} is not one of {', '.join(self.languages)}")
         try:
-            return self._parts(messages if labelled else messages[:-1], record.language, response_language)
+            prompt = messages if labelled or record.parallel else messages[:-1]
+            return self._parts(prompt, record.language, response_language)
         except DataError as error:
             return BadRow(record.origin, str(error))
 
@@ -147,6 +149,7 @@ class Chat:
             labels=(marks >= _ANSWER) & labelled,
             content=marks == _CONTENT,
             answer=((marks == _ANSWER) | (marks == _UNTRAINED)) & labelled,
+            parallel=record.parallel,
         )
 
     def _parts(self, messages: Sequence[Message], language: str, response_language: str) -> list[_Part]:

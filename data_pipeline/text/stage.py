@@ -20,17 +20,21 @@ class ChatStage(TextStage):
     chat: Chat
     sequence_length: int
     overlong: Overlong = "drop"
+    longest_parallel: int | None = None  # tokens of a text of the parallel corpus; None: `sequence_length`
 
     def _lengths(self, records: Sequence[Record]) -> list[int | BadRow]:
         samples = self.chat.tokenize_all(records, [True] * len(records))
         return [each if isinstance(each, BadRow) else len(each) for each in samples]
 
     def _samples(self, items: Sequence[SlotRecord]) -> list[Outcome]:
-        """With `overlong` "truncate", None only if the prompt cannot be shortened enough."""
+        """With `overlong` "truncate", None only if the prompt cannot be shortened enough.
+
+        A text of the parallel corpus that is too long is never shortened: the pair would no longer be a translation.
+        """
         fitted = self._fitted([item.record for item in items], [item.slot.labelled for item in items])
         if self.overlong == "error":
             for item, outcome in zip(items, fitted, strict=True):
-                if outcome is None:
+                if outcome is None and not item.record.parallel:
                     length = len(self.chat.tokenize(item.record))
                     raise overlong_error(item.record.origin, length, self.sequence_length)
         return [*fitted]
@@ -47,7 +51,7 @@ class ChatStage(TextStage):
         found: list[ChatSample | BadRow | None] = [*self.chat.tokenize_all(records, labelled)]
         written = [*records]  # as they are tokenised
         for place, sample in enumerate(found):
-            if isinstance(sample, ChatSample) and len(sample) > self.sequence_length:
+            if isinstance(sample, ChatSample) and len(sample) > self._most(records[place]):
                 written[place], found[place] = self._shortened(records[place], sample, labelled[place])
         checked = [
             (place, sample) for place, sample in enumerate(found) if isinstance(sample, ChatSample) and labelled[place]
@@ -57,11 +61,17 @@ class ChatStage(TextStage):
             found[place] = each or found[place]
         return found
 
+    def _most(self, record: Record) -> int:
+        """Tokens of the longest sample."""
+        if record.parallel and self.longest_parallel is not None:
+            return min(self.sequence_length, self.longest_parallel)
+        return self.sequence_length
+
     def _shortened(
         self, record: Record, sample: ChatSample, labelled: bool
     ) -> tuple[Record, ChatSample | BadRow | None]:
         """A record that is too long, with a shorter prompt if `overlong` is "truncate"; its sample, or None."""
-        if self.overlong != "truncate":
+        if self.overlong != "truncate" or record.parallel:
             return record, None
         try:
             return truncate(self.chat, record, sample, self.sequence_length, labelled=labelled) or (record, None)

@@ -9,7 +9,10 @@ over the sentences of the probe set, at each layer and in each dimension (docs/m
 The moments are constants in the loss. Both sides of a pair are divided by the same numbers, and a constant that is
 added to all states of a language, as the shift adds it, drops out.
 
-Shapes: S sentences (samples), L languages, K pooled layers, H hidden.
+A parallel corpus is another population than the training samples: its texts are normalised by moments of their own.
+
+Shapes: S sentences (samples), L languages, G populations (the languages, or twice as many with those of a parallel
+corpus behind them), K pooled layers, H hidden.
 """
 
 from __future__ import annotations
@@ -30,40 +33,40 @@ SMALLEST_DEVIATION = 0.01  # relative to the median over the dimensions of a lay
 Normalise: TypeAlias = Literal["standardised", "centred", "none"]
 
 _FORMAT = CheckedFormat(
-    "crosslift pooled moments 1", ("mean", "deviation", "sentences"), "moments of pooled states", "estimate them again"
+    "crosslift pooled moments 2", ("mean", "deviation", "sentences"), "moments of pooled states", "estimate them again"
 )
 
 
 class PooledMoments:
-    """Means and sums of squared deviations of pooled states by language, in fp64, batch by batch.
+    """Means and sums of squared deviations of pooled states by population, in fp64, batch by batch.
 
     Batches, and then ranks, are merged by the formulas of Chan, Golub and LeVeque (1983), so that no digits are lost
     where a mean is much larger than the deviations from it.
 
     Attributes:
-        sentences: (L,) their number.
-        mean: (L, K, H).
-        squares: (L, K, H) sums of squared deviations from the mean.
+        sentences: (G,) their number.
+        mean: (G, K, H).
+        squares: (G, K, H) sums of squared deviations from the mean.
     """
 
-    def __init__(self, n_languages: int, n_layers: int, hidden_size: int) -> None:
-        self.sentences = torch.zeros(n_languages, dtype=torch.float64)
-        self.mean = torch.zeros(n_languages, n_layers, hidden_size, dtype=torch.float64)
+    def __init__(self, n_populations: int, n_layers: int, hidden_size: int) -> None:
+        self.sentences = torch.zeros(n_populations, dtype=torch.float64)
+        self.mean = torch.zeros(n_populations, n_layers, hidden_size, dtype=torch.float64)
         self.squares = torch.zeros_like(self.mean)
 
-    def add(self, pooled: Sequence[Tensor], languages: Tensor) -> None:
+    def add(self, pooled: Sequence[Tensor], populations: Tensor) -> None:
         """Adds a micro-batch.
 
         Args:
             pooled: K tensors (S, H).
-            languages: (S,) int64; samples of -1 are left out.
+            populations: (S,) int64; samples of -1 are left out.
         """
         states_SKH = torch.stack([each.detach() for each in pooled], dim=1).double().cpu()
-        members_LS = membership(languages.cpu(), len(self.sentences)).double()
-        sentences = members_LS.sum(dim=1)
-        mean = torch.einsum("ls,skh->lkh", members_LS, states_SKH) / _column(sentences).clamp(min=1)
-        from_mean = (states_SKH - mean[languages.cpu()]).square()
-        self._merge(sentences, mean, torch.einsum("ls,skh->lkh", members_LS, from_mean))
+        members_GS = membership(populations.cpu(), len(self.sentences)).double()
+        sentences = members_GS.sum(dim=1)
+        mean = torch.einsum("gs,skh->gkh", members_GS, states_SKH) / _column(sentences).clamp(min=1)
+        from_mean = (states_SKH - mean[populations.cpu()]).square()
+        self._merge(sentences, mean, torch.einsum("gs,skh->gkh", members_GS, from_mean))
 
     def _merge(self, sentences: Tensor, mean: Tensor, squares: Tensor) -> None:
         total = self.sentences + sentences
@@ -86,7 +89,7 @@ class PooledMoments:
         return merged
 
     def variance(self) -> Tensor:
-        """(L, K, H) of a sentence's state; NaN for a language with fewer than two sentences."""
+        """(G, K, H) of a sentence's state; NaN for a population with fewer than two sentences."""
         return torch.where(_column(self.sentences) > 1, self.squares / _column(self.sentences - 1), torch.nan)
 
 
@@ -96,9 +99,9 @@ class Normalisation:
 
     languages: tuple[str, ...]
     layers: tuple[int, ...]  # the l of each pooled h[l]
-    mean: Tensor  # (L, K, H) fp32
-    deviation: Tensor  # (K, H) fp32, of the dominant language; ones without division
-    sentences: Tensor  # (L,) int64
+    mean: Tensor  # (G, K, H) fp32
+    deviation: Tensor  # (G, K, H) fp32, of the dominant language's texts of the same kind; ones without division
+    sentences: Tensor  # (G,) int64
 
     @classmethod
     def of(
@@ -109,26 +112,28 @@ class Normalisation:
         Raises:
             ModelError: the states of the dominant language do not vary.
         """
-        deviation = moments.variance()[languages.index(dominant)].sqrt()
-        floored = with_floor(deviation)
+        number = len(languages)
+        floored = with_floor(moments.variance()[languages.index(dominant) :: number].sqrt())
         if not (floored > 0).all():
             raise ModelError(f"contrastive.normalise: the pooled states of {dominant!r} do not vary")
-        scale = floored if kind == "standardised" else torch.ones_like(deviation)
+        scale = (floored if kind == "standardised" else torch.ones_like(floored)).float()
         return cls(
-            tuple(languages), tuple(layers), moments.mean.float(), scale.float(), moments.sentences.to(torch.int64)
-        )
+            tuple(languages), tuple(layers), moments.mean.float(), scale.repeat_interleave(number, dim=0),
+            moments.sentences.to(torch.int64),
+        )  # fmt: skip
 
-    def apply(self, pooled: Sequence[Tensor], languages: Tensor) -> list[Tensor]:
+    def apply(self, pooled: Sequence[Tensor], populations: Tensor) -> list[Tensor]:
         """The normalised states, K tensors (S, H) fp32.
 
         Args:
             pooled: K tensors (S, H), on the device of the moments.
-            languages: (S,) int64; states of -1 are divided, but not centred.
+            populations: (S,) int64; states of -1 are divided, but not centred.
         """
-        mean_LKH = torch.cat([self.mean, torch.zeros_like(self.mean[:1])])
-        with without_autocast(languages.device):
+        mean_GKH = torch.cat([self.mean, torch.zeros_like(self.mean[:1])])
+        with without_autocast(populations.device):
             return [
-                (state_SH - mean_LKH[languages, layer]) / self.deviation[layer] for layer, state_SH in enumerate(pooled)
+                (state_SH - mean_GKH[populations, layer]) / self.deviation[populations, layer]
+                for layer, state_SH in enumerate(pooled)
             ]
 
     def to(self, device: torch.device) -> Normalisation:

@@ -2,7 +2,8 @@
 
 A cell is an objective at a step; rank 0 saves its gradients. X-Mixup has two cells: a step with gold sources and one
 with back-translations. ShifCon has three: as distributed; with every sample on a rank drawn at random, no sample of the
-middle micro-steps on the last rank; and with a row of a pair that is bad when it is read. Two ranks also run under
+middle micro-steps on the last rank; and with a row of a pair that is bad when it is read. With pairs of a parallel
+corpus in addition, it is another objective here. Two ranks also run under
 every ZeRO stage: they save the parameters after two updates, with and without a checkpoint in between, and the
 gradients and losses of a capped head in chunks and from whole logits.
 
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tiny_run import XMIXUP, rank_values
+from tiny_run import LANGUAGES, XMIXUP, rank_values
 from torch import Tensor
 
 from data_pipeline.batching.batch import ContrastSets
@@ -48,6 +49,12 @@ from training.run_folder.prepare import prepare
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"name": "sft"}},
     "shifcon": {},
+    "shifcon-corpus": {
+        "data.pairs": {
+            "sources": [{"name": "sentences", "files": {code: f"{code}.txt" for code in LANGUAGES}}],
+            "per_step": 20,
+        },
+    },
     # Larger weights than usual: otherwise attention is uniform and the learned ratio has almost no gradient.
     "xmixup": {**XMIXUP, "model.init.initializer_range": 0.3, "data.slots_per_step": 48},
 }
@@ -79,9 +86,9 @@ def main() -> None:
             for micro_batches in (1, 2, 4):
                 _cell(run, cell, step, micro_batches, output / f"{cell}-{micro_batches}")
         run.engine.destroy()
-    if world_size() == 1:
-        run = _run(data_dir, work, "shifcon")
-        _cell(run, "shifcon-plain", STEP, 1, output / "shifcon-plain-1")
+    for objective in ("shifcon", "shifcon-corpus") if world_size() == 1 else ():
+        run = _run(data_dir, work, objective)
+        _cell(run, f"{objective}-plain", STEP, 1, output / f"{objective}-plain-1")
         run.engine.destroy()
     if world_size() == 2:
         for objective in ("shifcon", "xmixup"):
@@ -98,7 +105,7 @@ def _cell(run: Run, cell: str, step: int, micro_batches: int, output: Path) -> N
     batch = _batch(trainer, cell, step, micro_batches)
     idle = all_sum([sum(not each.samples for each in batch.micro_batches)], run.engine.device)
     received = sum(sum(each.received_from) for each in _contrasts(batch))
-    if cell == "shifcon-plain":
+    if cell.endswith("-plain"):
         (micro_batch,) = batch.micro_batches
         moments = _plain_moments(run)
         run.objective.normalisation = None  # type: ignore[attr-defined]
@@ -132,17 +139,23 @@ def _pooled_alone(run: Run, sample: Sample) -> list[Tensor]:
     return [states[0] for states in pooled]
 
 
-def _plain_moments(run: Run) -> list[tuple[list[Tensor], Tensor]]:
-    """For each layer the mean pooled state of each language, and the dominant language's standard deviation."""
-    found = [[_pooled_alone(run, sample) for sample in samples] for samples in run.data.probe]
+def _plain_moments(run: Run) -> list[dict[tuple[int, bool], tuple[Tensor, Tensor]]]:
+    """For each layer, by language and whether of the parallel corpus: the mean pooled state, and the dominant
+    language's standard deviation.
+    """
+    languages = len(run.config.data.languages)
     dominant = run.config.data.languages.index(run.config.data.dominant)
-    return [
-        (
-            [torch.stack([each[layer] for each in of_language]).mean(dim=0) for of_language in found],
-            torch.stack([each[layer] for each in found[dominant]]).std(dim=0),
-        )
-        for layer in range(len(found[0][0]))
-    ]
+    found = [[_pooled_alone(run, sample) for sample in samples] for samples in run.data.probe]
+    layers = []
+    for layer in range(len(found[0][0])):
+        states = [torch.stack([each[layer] for each in of_language]) for of_language in found]
+        of_layer = {}
+        for place, each in enumerate(states):
+            language = place % languages
+            deviation = states[place - language + dominant].std(dim=0)
+            of_layer[language, place >= languages] = (each.mean(dim=0), deviation)
+        layers.append(of_layer)
+    return layers
 
 
 def _plain_terms(
@@ -150,9 +163,12 @@ def _plain_terms(
 ) -> tuple[dict[str, LossTerm], None]:
     """The terms by loops over the plan's pairs, on one rank that has all samples in one micro-batch."""
     pooled = []
-    for states, (means, deviation) in zip(raw, moments, strict=True):
-        assert (deviation > 0.01 * deviation.median()).all()
-        normalised = [(state - means[s.language]) / deviation for state, s in zip(states, samples, strict=True)]
+    for states, of_layer in zip(raw, moments, strict=True):
+        normalised = []
+        for state, sample in zip(states, samples, strict=True):
+            mean, deviation = of_layer[sample.language, sample.parallel]  # type: ignore[attr-defined]
+            assert (deviation > 0.01 * deviation.median()).all()
+            normalised.append((state - mean) / deviation)
         pooled.append(torch.stack(normalised))
     found = 0.0
     plan = run.data.planner.step(step)

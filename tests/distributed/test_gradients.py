@@ -13,13 +13,13 @@ import pytest
 import torch
 from ranks import checked, run_ranks
 from safetensors.torch import load_file
-from tiny_run import RANK_ITEMS, write_data, write_task_data
+from tiny_run import RANK_ITEMS, write_data, write_parallel, write_task_data
 
 WORKER = str(Path(__file__).with_name("gradient_cells.py"))
 WORLD_SIZES = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4)
 SHIFCON = ("shifcon", "shifcon-scattered", "shifcon-bad")
-CELLS = ("sft", *SHIFCON, "xmixup", "xmixup-back")
+CELLS = ("sft", *SHIFCON, "shifcon-corpus", "xmixup", "xmixup-back")
 
 # The first test includes all launches of the fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(1200)
@@ -31,6 +31,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gradients")
     data = write_data(folder / "data", RANK_ITEMS)
     write_task_data(data / "tasks", RANK_ITEMS)
+    write_parallel(data)
     for world_size in WORLD_SIZES:
         output = folder / str(world_size)
         output.mkdir()
@@ -58,17 +59,25 @@ def test_gradients_are_those_of_the_whole_batch(cells: Path, cell: str, world_si
     assert (split - whole).norm() / whole.norm() < 1e-5
 
 
-@pytest.mark.parametrize("cell", ["shifcon", "shifcon-scattered"])
+@pytest.mark.parametrize("cell", ["shifcon", "shifcon-scattered", "shifcon-corpus"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_gradients_are_those_of_a_plain_loop_over_the_pairs(cells: Path, cell: str, world_size: int) -> None:
     """In one process, without sets in tensors and without an exchange."""
-    plain = flat(cells, "shifcon-plain", 1, 1)
+    objective = cell.removesuffix("-scattered")
+    plain = flat(cells, f"{objective}-plain", 1, 1)
     for micro_batches in MICRO_BATCHES:
         split = flat(cells, cell, world_size, micro_batches)
         assert (split - plain).norm() / plain.norm() < 1e-5
         assert facts(cells, cell, world_size, micro_batches)["terms"] == pytest.approx(
-            facts(cells, "shifcon-plain", 1, 1)["terms"], rel=1e-5
+            facts(cells, f"{objective}-plain", 1, 1)["terms"], rel=1e-5
         )
+
+
+def test_pairs_of_a_parallel_corpus_are_in_sets_of_their_own_beside_those_of_the_slots(cells: Path) -> None:
+    without, corpus = facts(cells, "shifcon", 4, 2), facts(cells, "shifcon-corpus", 4, 2)
+    assert corpus["sets"] == without["sets"] + 20 // 2
+    assert corpus["pairs"] == without["pairs"] + 20
+    assert corpus["label_tokens"] == without["label_tokens"]
 
 
 @pytest.mark.parametrize("cell", ["xmixup", "xmixup-back"])
@@ -85,7 +94,7 @@ def test_gradients_of_the_mixing_ratio_are_those_of_the_whole_batch(cells: Path,
 @pytest.mark.parametrize("cell", CELLS)
 def test_all_splits_have_the_same_counts(cells: Path, cell: str) -> None:
     found = [facts(cells, cell, n_ranks, n) for n_ranks in WORLD_SIZES for n in MICRO_BATCHES]
-    assert found[0]["sets"] >= (16 if cell in SHIFCON else 0)
+    assert found[0]["sets"] >= (16 if cell.startswith("shifcon") else 0)
     varying = {"norm": 0, "idle": 0, "exchanged": 0, "terms": 0}
     for each in found:
         assert {**each, **varying} == {**found[0], **varying}

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from ranks import SOURCE, checked, environment, run_command, run_ranks
 from tiny_run import LANGUAGES, RANK_ITEMS, XMIXUP, rank_values, write_config, write_data, write_task_data
 
-from data_pipeline.records import ChatSample, Message
+from data_pipeline.records import ChatSample, Message, Split
 from modeling.export_info import VECTORS_FILE
 from training.config import RunConfig
 from training.objectives.base import ObjectiveParts
@@ -198,7 +198,7 @@ def test_generation_from_the_export_has_the_losses_of_training(trained: Path, fi
     logged = [event["values"] for event in events if event["kind"] == "metrics" and event["step"] == 6][-1]
     index, items = open_index(finished.config), finished.config.evaluation.items
     for number, language in enumerate(LANGUAGES):
-        records = [index.record(int(row)) for row in index.rows(number, heldout=True)[:items]]
+        records = [index.record(int(row)) for row in index.rows(number, Split.HELD_OUT)[:items]]
         samples = [finished.chat.tokenize(record) for record in records]
         found, plain = (
             torch.cat([finished.losses(sample, language, language, shifted) for sample in samples])

@@ -382,7 +382,7 @@ def test_language_vectors(walk: Walk, forward: Forward) -> None:
     moments = forward.objective.normalisation
     assert moments is not None
     assert PAGE.quoted("`Normalisation.mean` is ({}, {}, {})") == list(moments.mean.shape)
-    assert PAGE.quoted("`deviation` ({}, {})") == list(moments.deviation.shape)
+    assert PAGE.quoted("`deviation` ({}, {}, {})") == list(moments.deviation.shape)
     assert moments.sentences.tolist() == [walk.config.objective.probe_items] * 3
 
 

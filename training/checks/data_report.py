@@ -14,7 +14,7 @@ from data_pipeline.console import table
 from data_pipeline.contamination import contaminated_rows
 from data_pipeline.order.order import order_key, places_at
 from data_pipeline.reader import Reader, overlong_error
-from data_pipeline.records import BadRow
+from data_pipeline.records import BadRow, Split
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.config import WINDOWED
 from training.assembly import DataParts
@@ -91,7 +91,7 @@ def contamination(index: DataIndex) -> Iterator[str]:
         named = ", ".join(f"{index.origin(row)} = {index.origin(training)}" for row, training in of_language[:NAMED])
         more = f" and {len(of_language) - NAMED} more" if len(of_language) > NAMED else ""
         yield (
-            f"warning: {language}: {len(of_language):,} of {len(index.rows(number, heldout=True)):,} held-out texts "
+            f"warning: {language}: {len(of_language):,} of {len(index.rows(number, Split.HELD_OUT)):,} held-out texts "
             f"are also in training, under another id (ignoring case, white space, Unicode form): {named}{more}; "
             "their held-out loss is too low: remove either row, or give both the same columns.group"
         )

@@ -40,16 +40,27 @@ def missing_inputs(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{section}.path: {name}: no such folder"
     if data_dir is not None and not Path(data_dir).is_dir():
         return  # then its files are missing too
-    sources = _section(values.get("data")).get("sources")
+    data = _section(values.get("data"))
+    for key, holder in (("data.sources", data), ("data.pairs.sources", _section(data.get("pairs")))):
+        yield from _missing_files(key, holder.get("sources"), data_dir)
+
+
+def _missing_files(key: str, sources: Any, data_dir: str | None) -> Iterator[str]:
     for number, source in enumerate(sources if isinstance(sources, list | tuple) else ()):
-        patterns = _section(source).get("files")
-        for pattern in patterns if isinstance(patterns, list | tuple) else [patterns]:
+        for pattern in _patterns(_section(source).get("files")):
             text = _text(pattern)
             if text is None or "://" in text or ("{data_dir}" in text and data_dir is None):
                 continue
             address = os.path.join(data_dir or "", text.replace("{data_dir}", data_dir or ""))
             if not any(os.path.isfile(name) for name in glob.iglob(literal_folders(address), recursive=True)):
-                yield f"data.sources.{number}.files: no file matches {address}"
+                yield f"{key}.{number}.files: no file matches {address}"
+
+
+def _patterns(files: Any) -> list[Any]:
+    """The values of a source's `files`: one, a list, or one for each language."""
+    if isinstance(files, Mapping):
+        return list(files.values())
+    return list(files) if isinstance(files, list | tuple) else [files]
 
 
 def _text(value: Any) -> str | None:
@@ -70,9 +81,9 @@ def _is_local(name: str) -> bool:
 
 
 def _of_sources(values: Mapping[str, Any], data_dir: str) -> Iterator[str]:
-    for source in values["data"]["sources"]:
-        patterns = [source["hub"]] if source["hub"] is not None else source["files"]
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    data = values["data"]
+    for source in (*data["sources"], *(data["pairs"] or {"sources": ()})["sources"]):
+        for pattern in _patterns(source["hub"] if source["hub"] is not None else source["files"]):
             if "://" not in pattern:
                 yield _before_glob(os.path.join(data_dir, pattern.replace("{data_dir}", data_dir)))
 

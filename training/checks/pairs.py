@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from data_pipeline.order.pairing import PairingRule
 from data_pipeline.order.pairs import Shared, repeated_ids, shared_items, unlike_texts, why_unpaired
 from data_pipeline.order.plan import Planner, StepPlan
-from data_pipeline.records import DataError
+from data_pipeline.records import DataError, Split
 from data_pipeline.sources.index import DataIndex
 from training.config import DataConfig
 from training.objectives.base import ObjectiveConfig
@@ -20,9 +20,9 @@ TEXT = 200  # characters shown of a text
 
 
 def refuse_unpaired(data: DataConfig, objective: ObjectiveConfig, index: DataIndex) -> None:
-    """Raises DataError if the objective learns from pairs and no language has any."""
+    """Raises DataError if the objective learns from pairs and no language has any (of a corpus: `ParallelPairs`)."""
     rule, dominant = objective.pairing(), index.languages.index(data.dominant)
-    if not rule.needed:
+    if not rule.needed or data.pairs is not None:
         return
     found = _unpaired(rule, index, dominant)
     if len(found) < len(index.languages) - 1 or (not found and _has_back(index, dominant)):
@@ -41,8 +41,12 @@ def pair_warnings(data: DataConfig, objective: ObjectiveConfig, index: DataIndex
     rule, dominant = objective.pairing(), index.languages.index(data.dominant)
     if not rule.needed:
         return
+    if data.mixture.pairing == "none" and data.pairs is not None:
+        return
     found = _unpaired(rule, index, dominant)
     for language, shared in found.items():
+        if len(index.rows(language, Split.PARALLEL)):
+            continue
         yield (
             f"language {index.languages[language]!r} has no pairs: none of its {shared.items:,} items is in"
             f" {data.dominant!r} too; {why_unpaired(index, language, dominant)}"

@@ -64,6 +64,7 @@ class ObjectiveParts:
     dominant: str
     special_ids: tuple[int, ...] = ()  # of the tokenizer
     probe: Sequence[Any] = ()  # micro-batches of this rank's share of the probe set, `ObjectiveConfig.probe_size`
+    parallel: bool = False  # there are pairs of a parallel corpus, also in the probe set
 
 
 class ObjectiveConfig(Section):
@@ -93,8 +94,8 @@ class ObjectiveConfig(Section):
         """Whether the layer area is left to the probe (`layers: auto`, training/layer_area.py)."""
         return False
 
-    def mistakes(self, languages: Sequence[str], pairing: str) -> Iterator[str]:
-        """Conflicts with `data.languages` and `data.mixture.pairing`, one line each."""
+    def mistakes(self, languages: Sequence[str], has_pairs: bool) -> Iterator[str]:
+        """Conflicts with `data.languages` and the pairs of translations that the data give, one line each."""
         return iter(())
 
     def model_mistakes(self, n_layers: int) -> Iterator[str]:

@@ -73,9 +73,9 @@ class ContrastiveObjectiveConfig(ObjectiveConfig):
             min_probe_samples=MIN_SENTENCES if self.normalises else 0,
         )
 
-    def mistakes(self, languages: Sequence[str], pairing: str) -> Iterator[str]:
-        if pairing == "none" and self.contrastive.weight:
-            yield "the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill'"
+    def mistakes(self, languages: Sequence[str], has_pairs: bool) -> Iterator[str]:
+        if not has_pairs and self.contrastive.weight:
+            yield "the contrastive loss needs pairs: set 'data.mixture.pairing' to 'reuse' or 'fill', or 'data.pairs'"
         if len(languages) < 2:
             yield f"objective {self.name!r} needs the dominant language and at least one other in 'data.languages'"
         if self.normalises and self.probe_items < MIN_SENTENCES:
@@ -102,6 +102,7 @@ class ContrastiveFineTuning(SupervisedFineTuning):
         self.sft_weight = config.sft_weight
         self.contrastive = config.contrastive
         self.languages, self.dominant, self.probe = parts.languages, parts.dominant, parts.probe
+        self._parallel = parts.parallel
         self.normalisation: Normalisation | None = None
         self.pooling = ContentPooling(model, layers)
         self._normalises = config.normalises
@@ -112,9 +113,9 @@ class ContrastiveFineTuning(SupervisedFineTuning):
         with self._pooled(batch) as pooled:
             fine_tuning = super().loss_terms(engine, batch)
         if self.normalisation is not None:
-            languages = batch.targets.segment_languages
-            self.normalisation = self.normalisation.to(languages.device)  # loaded ones are on the CPU
-            pooled = self.normalisation.apply(pooled, languages)
+            populations = self._populations(batch)
+            self.normalisation = self.normalisation.to(populations.device)  # loaded ones are on the CPU
+            pooled = self.normalisation.apply(pooled, populations)
         terms, retrieved = contrastive_terms(pooled, batch.targets.contrast, self.contrastive)
         if self._check is not None and retrieved is not None:
             self._check.add(retrieved)
@@ -175,13 +176,24 @@ class ContrastiveFineTuning(SupervisedFineTuning):
     def _moments(self) -> PooledMoments:
         from modeling.shifcon.normalisation import PooledMoments
 
-        return PooledMoments(len(self.languages), len(self.pooling.layers), self.pooling.hidden_size)
+        n_populations = (1 + self._parallel) * len(self.languages)
+        return PooledMoments(n_populations, len(self.pooling.layers), self.pooling.hidden_size)
+
+    def _populations(self, batch: ChatBatch) -> Tensor:
+        """(S,) int64: what each sample's state is normalised among; -1 for one without content.
+
+        These are the samples of its language, and numbered behind them the texts of its language in the parallel
+        corpus, whose states differ from those of training samples as their domains do.
+        """
+        languages = batch.targets.segment_languages
+        in_corpus = batch.targets.segment_parallel & (languages >= 0)
+        return languages + len(self.languages) * in_corpus if self._parallel else languages
 
     @contextmanager
     def _adding(self, batch: ChatBatch, moments: PooledMoments) -> Iterator[None]:
         with self._pooled(batch) as pooled:
             yield
-        moments.add(pooled, batch.targets.segment_languages)
+        moments.add(pooled, self._populations(batch))
 
     def _normalise_by(self, moments: PooledMoments, engine: Engine) -> None:
         from modeling.shifcon.normalisation import Normalisation

@@ -16,7 +16,7 @@ from data_pipeline.batching.batch import Batch
 from data_pipeline.batching.packer import Packer
 from data_pipeline.loader import ThisRank, fixed_batches
 from data_pipeline.reader import Reader
-from data_pipeline.records import DataError, Sample
+from data_pipeline.records import DataError, Sample, Split
 from training.config import EvaluationConfig
 from training.distributed import all_sum
 from training.engine.engine import Engine
@@ -62,7 +62,7 @@ class HeldOut:
 
 def _choose(reader: Reader, language: int, items: int) -> tuple[list[int], list[Sample]]:
     """The first held-out rows of a language that are usable and not too long, and their samples."""
-    rows = reader.index.rows(language, heldout=True)
+    rows = reader.index.rows(language, Split.HELD_OUT)
     usable = [int(row) for row in rows if not reader.index.bad[row]]
     found = reader.readable(usable[: 4 * items])
     if not found.rows and found.bad:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.atomic import atomic_folder, write_text
 from data_pipeline.order.order import row_at
-from data_pipeline.records import BadRow, stable_hash
+from data_pipeline.records import BadRow, Split, stable_hash
 from data_pipeline.sources.index import DataIndex, build_index
 from training.checkpoints.checkpoint import step_folders
 from training.checks.pairs import refuse_unpaired
@@ -124,17 +124,17 @@ def open_index(config: RunConfig, cache: Path | None = None) -> DataIndex:
     return build_index(
         data.sources, data.languages, config.data_dir, cache or config.output_dir / CACHE,
         heldout_items=data.heldout_items, seed=config.seed, max_bad_rows=data.max_bad_rows, task=data.task,
-        patience=data.patience_seconds,
+        pairs=data.parallel_sources, patience=data.patience_seconds,
     )  # fmt: skip
 
 
-def sample_rows(index: DataIndex, language: int, n: int, seed: int) -> list[int]:
-    """`n` usable training rows of a language, or all if there are fewer.
+def sample_rows(index: DataIndex, language: int, n: int, seed: int, split: Split = Split.TRAIN) -> list[int]:
+    """`n` usable rows of a language, by default of training, or all if there are fewer.
 
     Rows are ranked by a hash of their item, so languages that share items get the same ones: probe sets are as parallel
     as the data allow.
     """
-    rows = index.rows(language)
+    rows = index.rows(language, split)
     usable = [int(row) for row in rows if not index.bad[row]]
     usable.sort(key=lambda row: stable_hash(seed, "probe", int(index.group[row])))
     return usable[:n]

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline import contamination
 from data_pipeline.config import SourceConfig
 from data_pipeline.contamination import contaminated_rows
-from data_pipeline.records import normalized
+from data_pipeline.records import Split, normalized
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.tasks.config import TaskConfig
 
@@ -54,7 +54,7 @@ def test_a_held_out_text_in_training_is_found_despite_case_and_spacing(
 ) -> None:
     held = build(tmp_path, corpus(), columns, heldout_items=10)
     assert contaminated_rows(held) == []
-    texts = questions(held, [*held.rows(0, heldout=True), *held.rows(1, heldout=True)])
+    texts = questions(held, [*held.rows(0, Split.HELD_OUT), *held.rows(1, Split.HELD_OUT)])
     assert len(texts) == 10
     copies = [
         {"id": f"copy-{number}", "language": "en", "question": written(text), "answer": "1"}
@@ -64,10 +64,10 @@ def test_a_held_out_text_in_training_is_found_despite_case_and_spacing(
     index = build(tmp_path, corpus() + copies, columns, heldout_items=10)
     found = contaminated_rows(index)
     for row, training in found:
-        assert index.heldout[row]
-        assert not index.heldout[training]
+        assert index.split[row] == Split.HELD_OUT
+        assert index.split[training] == Split.TRAIN
         assert normalized(index.record(row).user_text) == normalized(index.record(training).user_text)
-    held_now = [*index.rows(0, heldout=True).tolist(), *index.rows(1, heldout=True).tolist()]
+    held_now = [*index.rows(0, Split.HELD_OUT).tolist(), *index.rows(1, Split.HELD_OUT).tolist()]
     in_training = {
         normalized(index.record(row).user_text) for language in (0, 1) for row in index.rows(language).tolist()
     }

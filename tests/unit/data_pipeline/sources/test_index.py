@@ -18,7 +18,7 @@ import pytest
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.console import Progress
-from data_pipeline.records import BadRow, DataError, stable_hash
+from data_pipeline.records import BadRow, DataError, Split, stable_hash
 from data_pipeline.sources.formats import JsonLines, Place
 from data_pipeline.sources.index import DataIndex, build_index
 from data_pipeline.sources.scan import Arrays, Scan
@@ -63,14 +63,15 @@ def check_whole(index: DataIndex) -> None:
         assert index.group[number] == stable_hash(record.group)
         assert index.content[number] == stable_hash(record.user_text)
         assert index.n_bytes[number] == sum(len(message.content.encode()) for message in record.conversation.messages)
-        assert index.heldout[number] == (stable_hash(record.group) in index.groups_heldout.tolist())
-        sections.setdefault((language, bool(index.heldout[number])), []).append(number)
-    for (language, heldout), numbers in sections.items():
-        assert index.rows(language, heldout).tolist() == numbers  # file order
+        split = Split.HELD_OUT if stable_hash(record.group) in index.groups_heldout.tolist() else Split.TRAIN
+        assert index.split[number] == split
+        sections.setdefault((language, split), []).append(number)
+    for (language, split), numbers in sections.items():
+        assert index.rows(language, split).tolist() == numbers  # file order
         for number in range(len(index)):
             same = [n for n in numbers if index.group[n] == index.group[number]]
-            expected = same[0] if same and index.heldout[number] == heldout else -1
-            if index.heldout[number] == heldout:
+            expected = same[0] if same and index.split[number] == split else -1
+            if index.split[number] == split:
                 assert index.translation(number, language) == expected
 
 
@@ -89,7 +90,7 @@ def test_wide_parquet_agrees_with_the_records(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "x.parquet", row_group_size=8)
     wide = source(files="x.parquet", languages=LANGUAGES, columns={"prompt": "q_{language}", "completion": "a"})
     index = build(tmp_path, wide, heldout_items=5)
-    assert [len(index.rows(code)) + len(index.rows(code, heldout=True)) for code in range(3)] == [50, 50, 25]
+    assert [len(index.rows(code)) + len(index.rows(code, Split.HELD_OUT)) for code in range(3)] == [50, 50, 25]
     check_whole(index)
 
 
@@ -164,7 +165,7 @@ def test_items_are_held_out_in_every_language_and_depend_on_the_seed(parallel: P
     assert index.groups_heldout.tolist() == sorted(expected)
     for code in range(3):
         training = {index.record(n).group for n in index.rows(code).tolist()}
-        held_out = {index.record(n).group for n in index.rows(code, heldout=True).tolist()}
+        held_out = {index.record(n).group for n in index.rows(code, Split.HELD_OUT).tolist()}
         assert {stable_hash(group) for group in held_out} <= set(expected)
         assert not {stable_hash(group) for group in training} & set(expected)
     assert build(parallel, heldout_items=6, seed=2).groups_heldout.tolist() != sorted(expected)

@@ -109,7 +109,7 @@ def test_a_dimension_that_hardly_varies_is_not_divided_by_its_deviation() -> Non
         each[:, 2] = 7.0
     found = normalisation(pooled, languages)
     for layer in range(len(LAYERS)):
-        assert found.deviation[layer, 2] == pytest.approx(0.01 * float(found.deviation[layer].median()), rel=0.05)
+        assert found.deviation[0, layer, 2] == pytest.approx(0.01 * float(found.deviation[0, layer].median()), rel=0.05)
     for each in pooled:
         each[:] = 7.0
     with pytest.raises(ModelError, match="states of 'en' do not vary"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_run import LANGUAGES, PreparedRun, corpus_rows, write_data
 
-from data_pipeline.records import DataError
+from data_pipeline.records import DataError, Split
 from data_pipeline.sources.index import build_index
 from data_pipeline.text.stage import ChatStage
 from training.assembly import DataParts, assemble_data, build_planner, check_longest
@@ -132,13 +132,13 @@ def test_held_out_texts_in_training_are_counted_and_named_by_file_and_line(chang
     index = build_index(
         (config := changed()[0]).data.sources, LANGUAGES, folder, tmp_path / "first", heldout_items=10, seed=3
     )
-    held = index.rows(2, heldout=True).tolist()
+    held = index.rows(2, Split.HELD_OUT).tolist()
     copies = [{**corpus_rows("sw")[int(index.record(row).id[5:])], "id": f"copy-{row}"} for row in held]
     with (folder / "sw.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**row, "question": row["question"].upper()}) + "\n" for row in copies)
     assert list(contamination(index)) == []
     index = build_index(config.data.sources, LANGUAGES, folder, tmp_path / "second", heldout_items=10, seed=3)
-    again = index.rows(2, heldout=True).tolist()
+    again = index.rows(2, Split.HELD_OUT).tolist()
     texts = {index.record(row).user_text.casefold() for row in index.rows(2).tolist()}
     duplicates = [row for row in again if index.record(row).user_text.casefold() in texts]
     (warning,) = contamination(index)

@@ -217,10 +217,10 @@ def test_an_export_without_shift_says_so() -> None:
 
 def test_conflicts_of_the_section() -> None:
     few = shifcon(probe_items=8)
-    (line,) = few.mistakes(["en", "de"], "reuse")
+    (line,) = few.mistakes(["en", "de"], True)
     assert line.startswith("objective.probe_items: 8, but a language needs 16 probe samples for contrastive.normalise")
     assert (
-        list(shifcon(probe_items=8, contrastive={**CONTRASTIVE, "normalise": "none"}).mistakes(["en", "de"], "reuse"))
+        list(shifcon(probe_items=8, contrastive={**CONTRASTIVE, "normalise": "none"}).mistakes(["en", "de"], True))
         == []
     )
     with pytest.raises(ValueError, match=r"'shift' is false and 'contrastive\.weight' 0"):
