@@ -195,11 +195,11 @@ class ShiftedGenerator:
 
     @torch.inference_mode()
     def nearest_language(self, ids: Sequence[int], content: Sequence[bool]) -> str | None:
-        """The language whose vector is nearest to the mean of `h[toward]` over a prompt's content tokens, unshifted.
+        """The language whose texts are nearest to a prompt (`LanguageVectors.nearest`).
 
         Args:
             ids: of the prompt.
-            content: marks the user's own words, over which the vectors are means (docs/methods.md, section 1.1). If it
+            content: marks the user's own words, over which the means are taken (docs/methods.md, section 1.1). If it
                 marks none, all tokens count. The first token, an attention sink, is left out if there are others.
 
         Returns:
@@ -218,7 +218,7 @@ class ShiftedGenerator:
             hook.remove()
         others = range(1, len(ids))
         chosen = [place for place in others if content[place]] or list(others) or [0]
-        return self.vectors.nearest(states[0][0, chosen].float().mean(dim=0), toward)
+        return self.vectors.nearest(states[0][0, chosen].float().mean(dim=0))
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[Prompt], config: GenerationConfig) -> list[Generation]:

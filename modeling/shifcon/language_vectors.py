@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ from modeling.weights.checked_file import CheckedFormat
 CHUNK_ELEMENTS = 1 << 19  # fp64 numbers of a chunk: 4 MiB
 
 _FORMAT = CheckedFormat(
-    "crosslift language vectors 1", ("mean", "state_norm", "tokens"), "language vectors", "estimate them again"
+    "crosslift language vectors 1",
+    ("mean", "state_norm", "tokens"),
+    "language vectors",
+    "estimate them again",
+    optional=("text_mean", "text_deviation"),
 )
 
 
@@ -48,6 +52,10 @@ class LanguageVectors:
     estimator: str  # description of what was averaged
     model_hash: str  # of the model measured; vectors fit no other model
     strength: float = 1.0  # factor of the shift
+    # of texts' mean states entering `area[0]`, for `nearest`: (L, H) means, and (H,) standard deviations over texts of
+    # the dominant language; both fp32, empty if they were not measured
+    text_mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    text_deviation: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         shape = len(self.languages), len(self.layers)
@@ -62,7 +70,12 @@ class LanguageVectors:
             f"area {self.area} is not two measured layers in order": len(self.area) != 2
             or self.area[0] >= self.area[1]
             or not {*self.area} <= {*self.layers},
-            "a value is not finite": not (self.mean.isfinite().all() and self.state_norm.isfinite().all()),
+            "a value is not finite": not all(
+                each.isfinite().all() for each in (self.mean, self.state_norm, self.text_mean, self.text_deviation)
+            ),
+            "text_mean and text_deviation do not fit the vectors": self.text_mean.numel() > 0
+            and (self.text_mean.shape, self.text_deviation.shape)
+            != ((shape[0], *self.mean.shape[2:]), self.mean.shape[2:]),
         }
         for problem, is_wrong in wrong.items():
             if is_wrong:
@@ -80,15 +93,28 @@ class LanguageVectors:
             raise ModelError(f"language vectors: layer {layer} was not measured, only {self.layers}")
         return self.mean[:, self.layers.index(layer)]
 
-    def nearest(self, state: Tensor, layer: int) -> str:
-        """The language whose vector is nearest (Euclidean) to `state` (H,), a text's mean `h[layer]`."""
-        distances = (self.at(layer) - state.float().cpu()).norm(dim=1)
+    def nearest(self, state: Tensor) -> str:
+        """The language whose texts have the mean state nearest to that of a text.
+
+        Distances are Euclidean after a division by the standard deviations over texts, dimension by dimension: in a
+        pretrained model, a few dimensions with a very large variance would decide them otherwise.
+
+        Args:
+            state: (H,), the mean of the unshifted `h[toward]` over the text's content tokens.
+
+        Raises:
+            ModelError: means of texts were not measured.
+        """
+        if not self.text_mean.numel():
+            raise ModelError("the language vectors hold no means of texts, so a text's language must be given")
+        distances = ((self.text_mean - state.float().cpu()) / self.text_deviation).norm(dim=1)
         return self.languages[int(distances.masked_fill(self.tokens == 0, torch.inf).argmin())]
 
     def save(self, path: Path | str) -> None:
         """Writes one safetensors file in place."""
-        about = {name: value for name, value in vars(self).items() if name not in _FORMAT.tensors}
-        _FORMAT.save(Path(path), about, {name: getattr(self, name) for name in _FORMAT.tensors})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and value.numel()}
+        about = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+        _FORMAT.save(Path(path), about, tensors)
 
     @classmethod
     def load(cls, path: Path | str) -> LanguageVectors:
@@ -176,11 +202,15 @@ class StateMeans:
         dominant: str,
         area: tuple[int, int],
         *,
+        mean: Tensor | None = None,
         estimator: str = "mean over tokens, unshifted",
         model_hash: str = "",
         strength: float = 1.0,
     ) -> LanguageVectors:
         """The means of what was summed.
+
+        Args:
+            mean: (L, N, H) fp32 by another estimator instead of the means over tokens.
 
         Raises:
             ModelError: the dominant language had no token.
@@ -191,7 +221,7 @@ class StateMeans:
             dominant=dominant,
             layers=self.layers,
             area=area,
-            mean=self.means(),
+            mean=self.means() if mean is None else mean,
             state_norm=(self.norms.cpu() / counts.clamp(min=1)[:, None]).float(),
             tokens=counts.clone(),
             estimator=estimator,

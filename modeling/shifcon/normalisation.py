@@ -83,10 +83,14 @@ class PooledMoments:
         """
         merged = PooledMoments(*self.mean.shape)
         merged.sentences = all_sum(self.sentences)
-        merged.mean = all_sum(self.mean * _column(self.sentences)) / _column(merged.sentences).clamp(min=1)
+        merged.mean = all_sum(self.sums()) / _column(merged.sentences).clamp(min=1)
         apart = (self.mean - merged.mean).square() * _column(self.sentences)
         merged.squares = all_sum(self.squares + apart)
         return merged
+
+    def sums(self) -> Tensor:
+        """(G, K, H) fp64."""
+        return self.mean * _column(self.sentences)
 
     def variance(self) -> Tensor:
         """(G, K, H) of a sentence's state; NaN for a population with fewer than two sentences."""

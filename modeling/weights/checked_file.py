@@ -24,6 +24,7 @@ class CheckedFormat:
     Attributes:
         name: names the kind and its version in the file.
         tensors: names of the tensors in the file.
+        optional: names of tensors that files of earlier versions lack.
         content: what the file holds, for error messages.
         remedy: what a user can do about a file that cannot be used.
     """
@@ -32,6 +33,7 @@ class CheckedFormat:
     tensors: tuple[str, ...]
     content: str
     remedy: str
+    optional: tuple[str, ...] = ()
 
     def save(self, path: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Writes a file in place; callers that need it whole after a crash write into a folder that they rename.
@@ -56,7 +58,9 @@ class CheckedFormat:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != self.name:
                     raise ModelError(f"its format is {metadata.get('format')!r}, not {self.name!r}")
-                tensors = {name: file.get_tensor(name).clone() for name in self.tensors}
+                there = list(file.keys())
+                names = (*self.tensors, *(name for name in self.optional if name in there))
+                tensors = {name: file.get_tensor(name).clone() for name in names}
             if _checksum(metadata["about"], tensors) != metadata["sha256"]:
                 raise ModelError("its content does not match its checksum")
             return json.loads(metadata["about"]), tensors

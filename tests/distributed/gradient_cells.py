@@ -178,31 +178,27 @@ def _plain_terms(
         slot = plan.slot(position)
         return order.index((run.data.index.record(slot.row).id, slot.language, slot.labelled))
 
-    loss = torch.zeros(())
+    loss, scale = torch.zeros(()), run.config.objective.contrastive.scale
+    (states,) = pooled  # the area has one layer
+
+    def similar(one: int, other: int) -> Tensor:
+        return torch.cosine_similarity(states[segment(one)], states[segment(other)], dim=0)
+
     for pairs in plan.sets:
-        for states in pooled:
-            for i, (dominant, other) in enumerate(pairs.tolist()):
-                different = [
-                    j == i or (
-                        plan.groups[pairs[j, 0]] != plan.groups[dominant]
-                        and not set(plan.contents[pairs[j]]) & set(plan.contents[pairs[i]])
-                    )
-                    for j in range(len(pairs))
-                ]  # fmt: skip
-                candidates = [pair for pair, chosen in zip(pairs.tolist(), different, strict=True) if chosen]
-                one, two = states[segment(dominant)], states[segment(other)]
-                rows = [torch.cosine_similarity(one, states[segment(b)], dim=0) for _, b in candidates]
-                columns = [torch.cosine_similarity(states[segment(a)], two, dim=0) for a, _ in candidates]
-                scale, pair = run.config.objective.contrastive.scale, torch.cosine_similarity(one, two, dim=0)
-                both = torch.stack(rows).mul(scale).logsumexp(0) + torch.stack(columns).mul(scale).logsumexp(0)
-                loss = loss + (both / 2 - scale * pair) / len(pooled)
-        for dominant, other in pairs.tolist():
-            (states,) = pooled  # the mean over the layers is that of one layer
-            similar = [
-                float(torch.cosine_similarity(states[segment(a)], states[segment(other)], dim=0)) for a, _ in pairs
-            ]
-            own = float(torch.cosine_similarity(states[segment(dominant)], states[segment(other)], dim=0))
-            found += len(pairs) > 1 and own == max(similar)
+        for i, (dominant, other) in enumerate(pairs.tolist()):
+            different = [
+                j == i or (
+                    plan.groups[pairs[j, 0]] != plan.groups[dominant]
+                    and not set(plan.contents[pairs[j]]) & set(plan.contents[pairs[i]])
+                )
+                for j in range(len(pairs))
+            ]  # fmt: skip
+            candidates = [pair for pair, chosen in zip(pairs.tolist(), different, strict=True) if chosen]
+            rows = torch.stack([similar(dominant, b) for _, b in candidates])
+            columns = torch.stack([similar(a, other) for a, _ in candidates])
+            pair = similar(dominant, other)
+            loss = loss + ((scale * rows).logsumexp(0) + (scale * columns).logsumexp(0)) / 2 - scale * pair
+            found += len(candidates) > 1 and float(pair) == float(columns.max())
     terms = {
         "contrastive": LossTerm(loss, "pairs", run.config.objective.contrastive.weight, loss),
         "retrieval": LossTerm(torch.tensor(found), "pairs", 0.0),

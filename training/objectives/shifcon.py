@@ -7,8 +7,8 @@ states (docs/methods.md, section 1).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from data_pipeline.batching.batch import ChatBatch
     from modeling.shifcon.language_vectors import LanguageVectors, StateMeans
+    from modeling.shifcon.normalisation import PooledMoments
     from training.engine.engine import Engine
 
 AUTHORS_SHIFCON: Mapping[str, Any] = {
@@ -32,6 +33,9 @@ AUTHORS_SHIFCON: Mapping[str, Any] = {
     "contrastive": {"weight": 2.0, "scale": 1.0, "set_size": 12, "normalise": "none"},
     "layers": (12, 15),
 }
+
+
+Estimator = Literal["token-means", "sentence-means", "normalised-sums"]
 
 
 class ShifConConfig(ContrastiveObjectiveConfig):
@@ -47,6 +51,14 @@ class ShifConConfig(ContrastiveObjectiveConfig):
     shift: bool = Field(True, description="false: the contrastive loss alone, on states that are not shifted")
     strength: float = Field(1.0, gt=0, description="factor of the shift")
     strength_warmup_steps: int = Field(0, ge=0, description="steps over which `strength` rises linearly from 0")
+    estimator: Estimator = Field(
+        "token-means",
+        description="of the language vectors: token-means; sentence-means: of each sample's mean over its own words; "
+        "normalised-sums: the sum of these at length 1, as the authors' code has it, which grows with probe_items",
+    )
+    vector_momentum: float = Field(
+        0.0, ge=0, lt=1, description="share of the vectors before in those after a refresh: running means"
+    )
     random_vectors: bool = Field(False, description="ablation: shifts of the same lengths in random directions")
     shift_first_token: bool = Field(True, description="also shift a sequence's first token, an attention sink")
 
@@ -67,6 +79,8 @@ class ShifConConfig(ContrastiveObjectiveConfig):
             raise ValueError("'sft_weight' and 'contrastive.weight' are both 0: nothing would be trained")
         if not self.shift and not self.contrastive.weight:
             raise ValueError("'shift' is false and 'contrastive.weight' 0: use objective={name: sft}")
+        if self.random_vectors and self.vector_momentum:
+            raise ValueError("'random_vectors' have no running means: leave out 'vector_momentum'")
         return self
 
     @field_validator("layers")
@@ -117,17 +131,39 @@ class ShifConConfig(ContrastiveObjectiveConfig):
         return {"shifted": self.shift, "shift_first_token": self.shift_first_token}
 
 
+@dataclass(frozen=True, slots=True)
+class _ProbeMeans:
+    """States entering `toward` and `back`, by language."""
+
+    tokens: StateMeans
+    texts: PooledMoments  # of each sample's mean over its own words
+    directions: PooledMoments  # of these means at length 1
+
+    def of_texts(self, dominant: int) -> tuple[Tensor, Tensor]:
+        """`LanguageVectors.text_mean` and `text_deviation`; empty if the dominant language has fewer than two texts."""
+        import torch
+
+        from modeling.shifcon.normalisation import with_floor
+
+        if self.texts.sentences[dominant] < 2:
+            return torch.empty(0), torch.empty(0)
+        deviation = with_floor(self.texts.variance()[dominant, 0].sqrt())
+        return self.texts.mean[:, 0].float(), deviation.float()
+
+
 class ShifCon(ContrastiveFineTuning):
     """Supervised fine-tuning with shifted states, and the contrastive loss over the plan's contrast sets."""
 
     def __init__(
         self, model: PreTrainedModel, config: ShifConConfig, area: tuple[int, int], parts: ObjectiveParts
     ) -> None:
+        from modeling.shifcon.contrastive import ContentPooling
         from modeling.shifcon.shift import LanguageShift
 
         # Order matters: pooling must see the states after the shift.
         self.shift = LanguageShift(model, *area)
         super().__init__(model, config, range(*area), parts)
+        self.texts = ContentPooling(model, area)
         self.config, self.area = config, area
         self.vectors: LanguageVectors | None = None
 
@@ -151,13 +187,24 @@ class ShifCon(ContrastiveFineTuning):
         """
         from modeling.shifcon.language_vectors import random_directions, restoration_error
 
-        strength = self.config.strength if self.vectors is None else self.vectors.strength
+        before, momentum = self.vectors, self.config.vector_momentum
         with self.shift.disabled():
-            measured = self._means_over_probe(engine)
-        vectors = measured.vectors(self.languages, self.dominant, self.area, strength=strength)
+            found = self._means_over_probe(engine)
+        mean = self._estimated(found)
+        if before is not None and momentum:
+            mean = momentum * before.mean + (1 - momentum) * mean
+        text_mean, text_deviation = found.of_texts(self.languages.index(self.dominant))
+        vectors = replace(
+            found.tokens.vectors(
+                self.languages, self.dominant, self.area, mean=mean, estimator=f"{self.config.estimator}, unshifted",
+                strength=self.config.strength if before is None else before.strength,
+            ),
+            text_mean=text_mean,
+            text_deviation=text_deviation,
+        )  # fmt: skip
         self.set_vectors(random_directions(vectors) if self.config.random_vectors else vectors)
         shifted = self._means_over_probe(engine, normalise=self._normalises)
-        error = restoration_error(vectors, shifted.means()[:, 1])
+        error = restoration_error(vectors, self._estimated(shifted)[:, 1])
         metrics = {f"shift/restoration_error/{language}": value for language, value in error.items()}
         return metrics | {f"shift/norm/{name}": value for name, value in self.shift.shift_norms().items()}
 
@@ -185,18 +232,32 @@ class ShifCon(ContrastiveFineTuning):
     def _is_stale(self) -> bool:
         return self.vectors is None or super()._is_stale
 
-    def _means_over_probe(self, engine: Engine, normalise: bool = False) -> StateMeans:
-        """Mean states entering `toward` and `back`, by language, over the probe set of all ranks.
+    def _estimated(self, found: _ProbeMeans) -> Tensor:
+        """(L, 2, H) fp32: the means at both ends of the area by the configured estimator."""
+        if self.config.estimator == "token-means":
+            return found.tokens.means()
+        if self.config.estimator == "sentence-means":
+            return found.texts.mean.float()
+        return found.directions.sums().float()
+
+    def _means_over_probe(self, engine: Engine, normalise: bool = False) -> _ProbeMeans:
+        """Means of the states entering `toward` and `back`, by language, over the probe set of all ranks.
 
         Args:
-            normalise: also measures the moments of the pooled states.
+            normalise: also measures the moments of the contrastive loss.
         """
         from modeling.shifcon.language_vectors import StateMeans
+        from modeling.shifcon.normalisation import PooledMoments
         from training.distributed import all_sum
 
         moments = self._moments()
+        texts, directions = (PooledMoments(len(self.languages), 2, self.texts.hidden_size) for _ in range(2))
         with StateMeans(engine.module, self.area, len(self.languages)) as means:
-            measures = [self._shifting, lambda batch: means.batch(batch.targets.vector_languages)]
+            measures = [
+                self._shifting,
+                lambda batch: means.batch(batch.targets.vector_languages),
+                lambda batch: self._adding_texts(batch, texts, directions),
+            ]
             if normalise:
                 measures.append(lambda batch: self._adding(batch, moments))
             self.over_probe(engine, *measures)
@@ -204,7 +265,22 @@ class ShifCon(ContrastiveFineTuning):
             total.copy_(all_sum(total, engine.device))
         if normalise:
             self._normalise_by(moments, engine)
-        return means
+
+        def over_ranks(own: PooledMoments) -> PooledMoments:
+            return own.over_ranks(lambda values: all_sum(values, engine.device))
+
+        return _ProbeMeans(means, over_ranks(texts), over_ranks(directions))
+
+    @contextmanager
+    def _adding_texts(self, batch: ChatBatch, texts: PooledMoments, directions: PooledMoments) -> Iterator[None]:
+        from torch.nn import functional as F
+
+        targets = batch.targets
+        with self.texts.batch(targets.segment_ids, targets.content, targets.n_segments) as pooled:
+            yield
+        languages = targets.segment_languages.masked_fill(targets.segment_parallel, NO_LANGUAGE)
+        texts.add(pooled, languages)
+        directions.add([F.normalize(states, dim=1) for states in pooled], languages)
 
     def _shifting(self, batch: ChatBatch) -> AbstractContextManager[object]:
         return self.shift.batch(self._shifted_languages(batch))

@@ -48,7 +48,7 @@ def write_model(directory: Path, *, shifts: bool = False, plain: bool = False, *
     return directory
 
 
-def write_vectors(directory: Path, mean: torch.Tensor) -> None:
+def write_vectors(directory: Path, mean: torch.Tensor, text_mean: torch.Tensor | None = None) -> None:
     LanguageVectors(
         languages=LANGUAGES,
         dominant="en",
@@ -59,6 +59,7 @@ def write_vectors(directory: Path, mean: torch.Tensor) -> None:
         tokens=torch.tensor([9, 9, 9, 0]),
         estimator="test",
         model_hash=directory_hash(directory),
+        **({} if text_mean is None else {"text_mean": text_mean, "text_deviation": torch.ones(32)}),
     ).save(directory / "language_vectors.safetensors")
 
 
@@ -155,9 +156,9 @@ def test_language_auto_uses_the_question_and_not_the_template(tmp_path: Path) ->
     generator, chat = open_model(str(model))
     ids, content = chat.prompt_ids([Message("user", "安娜有三个苹果？")], "en", "en")
     states = generator.model(torch.tensor(ids[None]).long(), output_hidden_states=True).hidden_states[AREA[0]][0]
-    mean = torch.zeros(4, 2, 32)
-    mean[0], mean[1], mean[2] = states[1:].mean(0), states[torch.tensor(content)].mean(0), 99.0
-    write_vectors(model, mean.detach())
+    text_mean = torch.zeros(4, 32)
+    text_mean[0], text_mean[1], text_mean[2] = states[1:].mean(0), states[torch.tensor(content)].mean(0), 99.0
+    write_vectors(model, torch.randn(4, 2, 32), text_mean.detach())
     opened = open_model(str(model))
     (row,) = ask(opened, Question("安娜有三个苹果？", "auto"))
     assert (row["language"], row["response_language"], row["shifted"]) == ("zh", "zh", True)

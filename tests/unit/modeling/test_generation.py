@@ -65,6 +65,8 @@ def write_export(directory: Path, model_type: str = "llama", vectors: bool = Tru
             tokens=torch.tensor([9, 9, 9, 0]),
             estimator="test",
             model_hash=directory_hash(directory),
+            text_mean=torch.randn(4, 32) * 2,
+            text_deviation=torch.rand(32) + 0.5,
         ).save(directory / "language_vectors.safetensors")
     about = {
         "format": 1,
@@ -201,10 +203,10 @@ def reference_nearest(generator: ShiftedGenerator, ids: list[int], content: list
     if n == 0:
         total, n = states[0], 1
     assert generator.vectors is not None
-    distances = {}
-    for language, mean, tokens in zip(LANGUAGES, generator.vectors.mean, generator.vectors.tokens, strict=True):
+    distances, vectors = {}, generator.vectors
+    for language, mean, tokens in zip(LANGUAGES, vectors.text_mean, vectors.tokens, strict=True):
         if tokens > 0:
-            distances[language] = float(((mean[0].double() - total / n) ** 2).sum())
+            distances[language] = float((((mean.double() - total / n) / vectors.text_deviation) ** 2).sum())
     return min(distances, key=distances.__getitem__)
 
 
@@ -222,9 +224,9 @@ def test_auto_is_the_language_nearest_to_the_content_tokens(tmp_path: Path) -> N
         # one language's mean is that of the right tokens, the others' are those of wrong ones
         chosen = [place for place, inside in enumerate(content) if inside and place]
         places = [chosen or [*range(1, len(ids))], [*range(len(ids))], [0]]
-        vectors = replace(generator.vectors, mean=generator.vectors.mean.clone())
+        vectors = replace(generator.vectors, text_mean=generator.vectors.text_mean.clone())
         for language, tokens in zip(torch.randperm(3, generator=drawn).tolist(), places, strict=True):
-            vectors.mean[language, 0] = states[tokens].mean(dim=0)
+            vectors.text_mean[language] = states[tokens].mean(dim=0)
         generator.vectors = vectors
         generator.shift.set_vectors(vectors)
         language = generator.nearest_language(ids, content)
@@ -243,7 +245,7 @@ def test_auto_ignores_template_tokens(tmp_path: Path) -> None:
             layer.self_attn.o_proj.weight.zero_()  # no attention between tokens
         states = generator.model(torch.arange(64)[None], output_hidden_states=True).hidden_states[AREA[0]][0]
     for language, token in enumerate((30, 40, 50)):
-        generator.vectors.mean[language, 0] = states[token]
+        generator.vectors.text_mean[language] = states[token]
     for language, token in zip(("en", "de", "sw"), (30, 40, 50), strict=True):
         for template in (30, 40, 50):
             for before in range(1, 6):

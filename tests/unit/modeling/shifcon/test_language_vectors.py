@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,15 +149,36 @@ def test_the_restoration_error_equals_values_computed_by_hand() -> None:
     assert errors["de"] > 0.01
 
 
-def test_nearest_finds_the_language_of_a_state() -> None:
-    vectors = measured(tiny())
-    for language in ("en", "de", "sw"):
-        index = NAMES.index(language)
-        assert vectors.nearest(vectors.at(1)[index] + 0.01, 1) == language
+def test_nearest_is_decided_by_all_dimensions_and_not_by_two_of_huge_variance() -> None:
+    """In two dimensions states are large and vary without regard to the language; the other 14 tell the language."""
+    drawn = torch.Generator().manual_seed(5)
+    centre = torch.zeros(4, 16)
+    known = [0, 1, 3]  # the third has no vector
+    centre[known, 2:] = torch.randn(3, 14, generator=drawn)
+    centre[known, :2] = torch.randn(3, 2, generator=drawn)
+    deviation = torch.full((16,), 0.3)
+    deviation[:2] = 300.0
+    vectors = replace(measured(tiny()), text_mean=centre, text_deviation=deviation)
+    states = centre[known, None] + deviation * torch.randn(3, 100, 16, generator=drawn)
+    found = [[vectors.nearest(state) for state in of_language] for of_language in states]
+    share = sum(each == NAMES[number] for number, names in zip(known, found, strict=True) for each in names) / 300
+    assert share > 0.95
+    without = replace(vectors, text_mean=centre * (deviation < 1), text_deviation=deviation)
+    same = [
+        without.nearest(state * (deviation < 1)) == name
+        for of_language, names in zip(states, found, strict=True)
+        for state, name in zip(of_language, names, strict=True)
+    ]
+    assert sum(same) >= 297
+    raw = replace(vectors, text_deviation=torch.ones(16))
+    assert sum(raw.nearest(state) == "en" for state in states[0]) < 60  # chance is 33
     # A language without a vector is never the nearest, though its zeros are.
-    assert vectors.nearest(torch.zeros(16), 1) != "xx"
-    with pytest.raises(ModelError, match="layer 2 was not measured"):
-        vectors.nearest(torch.zeros(16), 2)
+    assert vectors.nearest(torch.zeros(16)) != "xx"
+
+
+def test_nearest_needs_means_of_texts() -> None:
+    with pytest.raises(ModelError, match="hold no means of texts"):
+        measured(tiny()).nearest(torch.zeros(16))
 
 
 def test_a_loaded_file_equals_what_was_saved_bit_for_bit(tmp_path: Path) -> None:

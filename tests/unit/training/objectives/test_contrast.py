@@ -132,6 +132,71 @@ def test_the_shift_grows_to_its_strength(make: Made, data: DataParts) -> None:
     assert whole.vectors.strength == 1.0
 
 
+def alone(objective: Any, engine: Any, data: DataParts, layer: int) -> list[list[torch.Tensor]]:
+    """By language, the unshifted states of each probe sample by itself: its content tokens at a layer."""
+    found = []
+    for samples in data.probe:
+        states = []
+        for sample in samples:
+            batch = data.packer.batch([sample])
+            with torch.no_grad(), objective.shift.disabled():
+                hidden = engine.module(**batch.model_inputs(), output_hidden_states=True).hidden_states[layer]
+            states.append(hidden[batch.targets.content])
+        found.append(states)
+    return found
+
+
+def test_vectors_are_those_of_the_chosen_estimator(make: Made, data: DataParts) -> None:
+    """Against sentences one by one: the mean of their means, and the sum of these at length 1."""
+    found = {}
+    for estimator in ("token-means", "sentence-means", "normalised-sums"):
+        objective, engine = make(shifcon(estimator=estimator))
+        objective.before_step(engine, 0)
+        found[estimator] = objective.vectors
+        assert objective.vectors.estimator == f"{estimator}, unshifted"
+    for place, layer in enumerate((1, 3)):
+        for language, sentences in enumerate(alone(objective, engine, data, layer)):
+            means = torch.stack([states.mean(dim=0) for states in sentences])
+            directions = torch.stack([mean / mean.norm() for mean in means])
+            torch.testing.assert_close(found["sentence-means"].mean[language, place], means.mean(dim=0))
+            torch.testing.assert_close(found["normalised-sums"].mean[language, place], directions.sum(dim=0))
+            assert (found["token-means"].mean[language, place] - means.mean(dim=0)).norm() > 1e-3
+    english = torch.stack([states.mean(dim=0) for states in alone(objective, engine, data, 1)[0]])
+    for vectors in found.values():
+        torch.testing.assert_close(vectors.text_mean, found["sentence-means"].mean[:, 0])
+        torch.testing.assert_close(vectors.text_deviation, english.std(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_the_text_of_a_probe_sample_has_its_own_language(make: Made, data: DataParts) -> None:
+    objective, engine = make(shifcon())
+    objective.before_step(engine, 0)
+    texts = alone(objective, engine, data, 1)
+    found = [[objective.vectors.nearest(states.mean(dim=0)) for states in sentences] for sentences in texts]
+    right = sum(name == code for code, names in zip(data.index.languages, found, strict=True) for name in names)
+    assert right > 0.75 * sum(map(len, found))  # the model is random; chance is 0.25
+
+
+def test_running_means_keep_a_share_of_the_vectors_before(make: Made, data: DataParts, tmp_path: Path) -> None:
+    objective, engine = make(shifcon(vector_momentum=0.75, refresh_every=1))
+    objective.before_step(engine, 0)
+    first = objective.vectors.mean.clone()
+    with torch.no_grad():
+        engine.module.model.embed_tokens.weight.mul_(1.5)
+    objective.save(engine, tmp_path)
+    objective.before_step(engine, 1)
+    plain, other = make(shifcon())
+    other.module.load_state_dict(engine.module.state_dict())
+    plain.before_step(other, 0)
+    torch.testing.assert_close(objective.vectors.mean, 0.75 * first + 0.25 * plain.vectors.mean)
+    resumed, engine_of_resumed = make(shifcon(vector_momentum=0.75, refresh_every=1))
+    engine_of_resumed.module.load_state_dict(engine.module.state_dict())
+    resumed.load(tmp_path)
+    resumed.before_step(engine_of_resumed, 1)
+    assert torch.equal(resumed.vectors.mean, objective.vectors.mean)
+    with pytest.raises(ValueError, match="'random_vectors' have no running means"):
+        shifcon(vector_momentum=0.5, random_vectors=True)
+
+
 def test_random_vectors_are_those_of_the_shift_and_the_error_is_measured_against_the_means(
     make: Made, data: DataParts
 ) -> None:
