@@ -252,6 +252,7 @@ def _vectors(
     import torch
 
     from modeling.shifcon.language_vectors import LanguageVectors
+    from modeling.shifcon.normalisation import with_floor
 
     found = means.values()
     mean = torch.stack([each.mean for each in found]).float().cpu()
@@ -259,6 +260,8 @@ def _vectors(
         tuple(means), dominant, tuple(range(mean.shape[1])), area, mean,
         torch.stack([each.length for each in found]).float().cpu(), torch.tensor([each.tokens for each in found]),
         estimator="mean over the tokens of sentences, unshifted", model_hash=model_hash,
+        text_mean=torch.stack([each.text_mean[area[0]] for each in found]),
+        text_deviation=with_floor(means[dominant].text_deviation[area[0]]),
     )  # fmt: skip
 
 

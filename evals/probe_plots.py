@@ -25,7 +25,7 @@ PANELS = {
     "sum": ("Distance between subspaces", "covariances (a dimension) + means (relative)"),
     "retrieval": ("Retrieval of translations", "share found, standardised states"),
     "riemannian": ("Covariances alone", "Riemannian distance / sqrt(width)"),
-    "mean_distance": ("Means alone", "share of a state's mean length"),
+    "mean_distance": ("Means alone", "standard deviations"),
 }
 Z = 1.96  # of a 95 % interval
 

@@ -5,6 +5,10 @@ Each language is compared with the dominant one at every layer, in the stream wi
 model, some layers in each pass. Sentences are in G groups by their item; what each measure would be without one group
 gives its standard error (jackknife).
 
+In a pretrained model a few dimensions have a variance that is orders of magnitude larger than the others'. Every
+dimension is therefore divided by its standard deviation over the dominant language's tokens or sentences, so that no
+few dimensions decide a measure. The Riemannian distance does not depend on it, but what is added to the variances does.
+
 Shapes: N + 1 layers (states h[0] to h[N]), G groups, R replicates (all sentences, then without each group: G + 1), B
 rows, T tokens, S sentences, H hidden.
 """
@@ -22,7 +26,7 @@ from torch.nn import functional as F
 from modeling.cka import CrossCovariance
 from modeling.layers import backbone, decoder_layers, hidden_size, membership, state_hook
 from modeling.shifcon.normalisation import with_floor
-from modeling.shifcon.subspace import TokenMoments, principal_angles, riemannian_distance, with_ridge
+from modeling.shifcon.subspace import TokenMoments, TokenStatistics, principal_angles, riemannian_distance, with_ridge
 
 N_GROUPS = 8
 DIRECTIONS = 16  # principal directions whose angles are reported
@@ -30,10 +34,10 @@ MEMORY = 8 << 30  # bytes for the moments of two languages
 MOST_SENTENCES = 512  # of a language, kept for what needs pairs of sentences
 MEASURES = {
     "riemannian": "distance between the covariances of tokens, per dimension: D / sqrt(H)",
-    "mean_distance": "distance between the means of tokens, relative to the mean length of a state",
+    "mean_distance": "distance between the means of tokens, root mean square over standardised dimensions",
     "sum": "riemannian + mean_distance",
-    "principal_angle": f"mean angle between the spaces of the {DIRECTIONS} largest principal directions, radians",
-    "cka": "debiased linear CKA of the means of translated sentences",
+    "principal_angle": f"mean angle between {DIRECTIONS} largest principal directions, radians, standardised states",
+    "cka": "debiased linear CKA of the means of translated sentences, standardised states",
     "retrieval": "share of sentences whose translation is the most similar one, both ways, standardised states",
 }
 
@@ -64,6 +68,8 @@ class LanguageMeans:
     tokens: int
     mean: Tensor  # (N + 1, H) fp64, on the CPU
     length: Tensor  # (N + 1,) fp64, mean length of a state
+    text_mean: Tensor  # (N + 1, H) fp32, mean over sentences of the mean over their tokens
+    text_deviation: Tensor  # (N + 1, H) fp32, its standard deviation over sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,11 @@ def probe_languages(
     measures = {language: LayerMeasures.joined([part[language] for part in parts]) for language in parts[0]}
     joined = {
         language: LanguageMeans(
-            each[0].tokens, torch.cat([part.mean for part in each]), torch.cat([part.length for part in each])
+            each[0].tokens,
+            *(
+                torch.cat([getattr(part, name) for part in each])
+                for name in ("mean", "length", "text_mean", "text_deviation")
+            ),
         )
         for language, each in means.items()
     }
@@ -124,7 +134,8 @@ def layer_passes(n_states: int, hidden: int, memory: int, n_groups: int = N_GROU
 def _means(states: LanguageStates, n_layers: int) -> LanguageMeans:
     whole = [states.moments.replicates(layer)[0] for layer in range(n_layers)]
     mean, length = torch.stack([each.mean for each in whole]), torch.stack([each.length for each in whole])
-    return LanguageMeans(whole[0].tokens, mean.cpu(), length.cpu())
+    pooled_SNH = torch.stack(states.pooled)
+    return LanguageMeans(whole[0].tokens, mean.cpu(), length.cpu(), pooled_SNH.mean(dim=0), pooled_SNH.std(dim=0))
 
 
 def measure_language(
@@ -207,16 +218,23 @@ def compare(dominant: LanguageStates, other: LanguageStates) -> LayerMeasures:
     few = min(int(each.moments.tokens.sum()) for each in (dominant, other)) <= hidden
     for layer in range(n_layers):
         pairs = list(zip(dominant.moments.replicates(layer), other.moments.replicates(layer), strict=True))
-        one, two = pairs[0]
-        distances = _riemannian_replicates([(a.covariance, b.covariance) for a, b in pairs], few)
-        values["riemannian"][:, layer] = distances / hidden**0.5
-        apart = torch.stack([2 * (a.mean - b.mean).norm() / (a.length + b.length) for a, b in pairs])
+        deviation_H = _deviation(pairs[0][0])
+        scales_HH = deviation_H.outer(deviation_H)
+        covariances = [(a.covariance / scales_HH, b.covariance / scales_HH) for a, b in pairs]
+        values["riemannian"][:, layer] = _riemannian_replicates(covariances, few) / hidden**0.5
+        apart = torch.stack([((a.mean - b.mean) / _deviation(a)).square().mean().sqrt() for a, b in pairs])
         values["mean_distance"][:, layer] = apart.cpu()
-        values["principal_angle"][:, layer] = principal_angles(one.covariance, two.covariance, DIRECTIONS).mean()
+        values["principal_angle"][:, layer] = principal_angles(*covariances[0], DIRECTIONS).mean()
     values["sum"] = values["riemannian"] + values["mean_distance"]
     values |= _paired_measures(dominant, other, n_replicates)
     n_pairs = len(set(dominant.items) & set(other.items))
     return LayerMeasures(int(other.moments.tokens.sum()), len(other.items), n_pairs, few, values)
+
+
+def _deviation(dominant: TokenStatistics) -> Tensor:
+    """(H,) standard deviations over the dominant language's tokens; 1 where all of them are 0."""
+    found = with_floor(dominant.covariance.diagonal().clamp(min=0).sqrt())
+    return torch.where(found > 0, found, 1.0)
 
 
 def _riemannian_replicates(covariances: Sequence[tuple[Tensor, Tensor]], few: bool) -> Tensor:
@@ -249,7 +267,8 @@ def _paired_measures(dominant: LanguageStates, other: LanguageStates, n_replicat
     groups = torch.tensor([dominant.items[number] for number, _ in pairs]) % (n_replicates - 1)
     cka, found = undefined, undefined.clone()
     for layer in range(n_layers):
-        one, two = one_PNH[:, layer], two_PNH[:, layer]
+        deviation = with_floor(one_PNH[:, layer].std(dim=0))
+        one, two = one_PNH[:, layer] / deviation, two_PNH[:, layer] / deviation
         both = CrossCovariance(one.shape[1], two.shape[1])
         both.add(one, two)
         cka[:, layer] = both.linear_cka(debiased=True)

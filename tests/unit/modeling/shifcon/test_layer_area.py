@@ -21,6 +21,7 @@ from modeling.shifcon.layer_probe import (
     probe_languages,
     retrieved,
 )
+from modeling.shifcon.subspace import TokenMoments
 
 LAYERS, HIDDEN = 6, 16
 SENTENCES, WORDS = 48, 7
@@ -140,7 +141,8 @@ def test_layers_are_measured_in_as_many_passes_as_the_memory_needs(model: LlamaF
     assert list(parts.means) == ["en", "de"]
     for name, values in whole.measures["de"].values.items():
         torch.testing.assert_close(parts.measures["de"].values[name], values, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(parts.means["de"].mean, whole.means["de"].mean)
+    for part, name in ((part, name) for part in ("en", "de") for name in ("mean", "text_mean", "text_deviation")):
+        torch.testing.assert_close(getattr(parts.means[part], name), getattr(whole.means[part], name))
 
 
 def test_retrieval_is_not_decided_by_two_dimensions() -> None:
@@ -151,6 +153,34 @@ def test_retrieval_is_not_decided_by_two_dimensions() -> None:
     for side in (one, two):
         side[:, :2] = 5000 + 800 * torch.randn(60, 2, generator=generator)
     assert float(retrieved(one, two).mean()) > 0.9
+
+
+def of_states(states_STH: Tensor) -> LanguageStates:
+    """Measured states of one layer, (sentences, tokens, H)."""
+    items = list(range(len(states_STH)))
+    moments = TokenMoments(8, 1, states_STH.shape[2])
+    groups = torch.tensor(items).repeat_interleave(states_STH.shape[1]) % 8
+    moments.add(0, states_STH.flatten(0, 1), groups)
+    return LanguageStates(moments, list(states_STH.mean(dim=1, keepdim=True)), items)
+
+
+def test_no_measure_is_decided_by_two_dimensions() -> None:
+    """In two of 32 dimensions both languages have large states that vary without regard to the sentence."""
+    generator = torch.Generator().manual_seed(6)
+    sentences = torch.randn(240, 1, 32, generator=generator)
+    tokens = [0.5 * torch.randn(240, 12, 32, generator=generator) for _ in range(2)]
+    spread = torch.linspace(0.4, 1.6, 32)
+    one, two = (spread * (sentences + each) for each in tokens)
+    two = two[..., torch.randperm(32, generator=generator)] + 0.4
+    plain = compare(of_states(one), of_states(two))
+    for side in (one, two):
+        side[..., :2] = 5000 + 800 * torch.randn(240, 12, 2, generator=generator)
+    found = compare(of_states(one), of_states(two))
+    for name in ("riemannian", "mean_distance", "principal_angle", "cka"):
+        before, after = (float(each.values[name][0, 0]) for each in (plain, found))
+        assert after == pytest.approx(before, rel=0.25, abs=0.05), name
+    for name, size in (("riemannian", 0.3), ("mean_distance", 0.2), ("principal_angle", 0.3)):
+        assert float(plain.values[name][0, 0]) > size, name
 
 
 def test_states_without_translations_have_no_retrieval(model: LlamaForCausalLM) -> None:
