@@ -7,12 +7,13 @@ Heavy imports happen inside commands, so that `--help` answers at once. Mistakes
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +21,18 @@ from data_pipeline.sources.paths import check_folder, expanded_path
 from evals.commands import add_commands as add_evaluation
 from evals.commands import xtreme_app
 from slurm.commands import add_commands as add_slurm_commands
+
+if TYPE_CHECKING:
+    from modeling.shifted_model import load_shifted
+
+__all__ = ["load_shifted"]  # of Python code; imported when it is used, since it needs torch
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("modeling.shifted_model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,17 +21,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from modeling.errors import ModelError
-from modeling.export_info import VECTORS_FILE, ExportInfo
+from modeling.export_info import ExportInfo
 from modeling.layers import position_limit, position_table, state_hook
-from modeling.loading import AttentionName, load_pretrained, resolve_directory
+from modeling.loading import AttentionName
 from modeling.shifcon.language_vectors import LanguageVectors
-from modeling.shifcon.shift import LanguageShift
+from modeling.shifcon.row_shift import RowShift
+from modeling.shifted_model import open_export
 from modeling.stopping import Stops, TextStop
 from modeling.weights.untrusted import read_tokenizer
-from modeling.weights.weight_files import directory_hash
 
 log = logging.getLogger(__name__)
-NO_LANGUAGE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +91,8 @@ class ShiftedGenerator:
         self.model, self.tokenizer, self.info, self.vectors = model, tokenizer, info, vectors
         # most tokens of prompt and answer together, for a model with learned positions
         self.positions = position_limit(model) if position_table(model) is not None else None
-        self.shift: LanguageShift | None = None
-        if vectors is not None:
-            self.shift = LanguageShift(model, *vectors.area)
-            self.shift.set_vectors(vectors)
+        self.rows = RowShift(model, info, vectors)
+        self.shift = self.rows.shift
         self.end_ids = _end_ids(model, tokenizer)
         self.stops = Stops()  # further ends of an answer, set by callers from the chat template
         # Replaced, because sampling and penalties that the model's authors set would apply to every call of generate.
@@ -111,20 +108,10 @@ class ShiftedGenerator:
         device: str | torch.device = "cpu",
         attention: AttentionName = "auto",
     ) -> ShiftedGenerator:
-        """Opens an export, a plain Hugging Face directory, or a hub name.
-
-        Raises:
-            ModelError: an encoder, a ShifCon model without its vectors or with those of other weights, or what
-                `load_pretrained` raises.
-        """
-        directory = resolve_directory(path)
-        info = ExportInfo.read(directory)
-        info.warn_if_check_failed(directory)
-        if info.task is not None:
-            raise ModelError(f"{directory}: an encoder trained for {info.task['kind']}: it cannot generate text")
-        vectors = _own_vectors(directory) if info.shifted else None
-        tokenizer = read_tokenizer(directory, local_files_only=True)
-        return cls(load_pretrained(directory, dtype, attention, device), tokenizer, info, vectors)
+        """Opens a model and its tokenizer. Raises ModelError as `open_export` does."""
+        opened = open_export(path, dtype, device, attention)
+        tokenizer = read_tokenizer(opened.directory, local_files_only=True)
+        return cls(opened.model, tokenizer, opened.info, opened.vectors)
 
     def generate(
         self,
@@ -241,20 +228,14 @@ class ShiftedGenerator:
             answer = row[:end] if cut is None else cut
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
             finished = end is not None or cut is not None
-            answers.append(Generation(str(text), answer, finished, self._is_shifted(prompt)))
+            shifted = self.rows.is_shifted(prompt.language, prompt.response_language)
+            answers.append(Generation(str(text), answer, finished, shifted))
         return answers
 
     def shifted(self, prompts: Sequence[Prompt], mask_BT: Tensor) -> AbstractContextManager[None]:
         """Inside, forward passes over these rows are shifted; `mask_BT` (B, T) is 0 at padding."""
-        if self.shift is None:
-            return nullcontext()
-        prompt_B = torch.tensor([self._index(prompt.language) for prompt in prompts])
-        response_B = torch.tensor([self._index(self._response_language(prompt)) for prompt in prompts])
-        shifts_BT = mask_BT.bool()
-        if not self.info.shift_first_token:
-            shifts_BT = shifts_BT & (mask_BT.cumsum(1) > 1)
-        languages_BT = prompt_B.to(mask_BT.device)[:, None].masked_fill(~shifts_BT, NO_LANGUAGE)
-        return self.shift.batch(languages_BT, response_B.to(mask_BT.device))
+        both = [prompt.language for prompt in prompts], [prompt.response_language for prompt in prompts]
+        return self.rows.batch(*both, mask_BT)
 
     def _left_padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and mask, (B, T) int64 on the model's device, every row ending in the last column."""
@@ -265,32 +246,6 @@ class ShiftedGenerator:
 
     def _padding_id(self) -> int:
         return next(id for id in (self.tokenizer.pad_token_id, *self.end_ids, 0) if id is not None)
-
-    def _response_language(self, prompt: Prompt) -> str | None:
-        if prompt.language is None:
-            return prompt.response_language
-        return prompt.response_language or self.info.response_language or prompt.language
-
-    def _index(self, language: str | None) -> int:
-        if self.vectors is None or language is None or not self.vectors.has(language):
-            return NO_LANGUAGE
-        return self.vectors.languages.index(language)
-
-    def _is_shifted(self, prompt: Prompt) -> bool:
-        return NO_LANGUAGE not in (self._index(prompt.language), self._index(self._response_language(prompt)))
-
-
-def _own_vectors(directory: Path) -> LanguageVectors:
-    file = directory / VECTORS_FILE
-    if not file.is_file():
-        raise ModelError(f"{file}: missing, and a ShifCon model does not run without it; copy it from the export")
-    vectors = LanguageVectors.load(file)
-    if vectors.model_hash != (found := directory_hash(directory)):
-        raise ModelError(
-            f"{file}: belongs to the weights {vectors.model_hash or '(no hash)'}, but those beside it are {found}; "
-            "copy both from one export, or export again"
-        )
-    return vectors
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

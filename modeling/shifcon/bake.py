@@ -23,12 +23,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from transformers.pytorch_utils import Conv1D
 
 from modeling.errors import ModelError
-from modeling.export_info import EXPORT_FILE, FORMAT, VECTORS_FILE, ExportInfo
+from modeling.export_info import EXPORT_FILE, FORMAT, ExportInfo
 from modeling.layers import backbone, decoder_layers
 from modeling.loading import load_config, load_pretrained, resolve_directory
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.shifcon.shift import LanguageShift, shift_tables
-from modeling.weights.weight_files import directory_hash
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32
 SAMPLE = (2, 24)  # rows and tokens of the comparison
@@ -53,7 +52,8 @@ def bake(directory: Path | str, language: str, output: Path) -> float:
         ModelError: the model cannot carry the shift of this language, with the reason.
     """
     folder = resolve_directory(directory)
-    info, vectors = ExportInfo.read(folder), _vectors(folder, language)
+    info = ExportInfo.read(folder)
+    vectors = _vectors(folder, info, language)
     _refuse_other_shifts(folder, info, language)
     stored_dtype = getattr(load_config(folder), "dtype", None) or torch.float32
     shifted = load_pretrained(folder, torch.float32, "eager", "cpu")
@@ -86,12 +86,10 @@ def bake(directory: Path | str, language: str, output: Path) -> float:
     return difference
 
 
-def _vectors(folder: Path, language: str) -> LanguageVectors:
-    if not (folder / VECTORS_FILE).is_file():
-        raise ModelError(f"{folder}: no {VECTORS_FILE}, so there is no shift to write into the weights")
-    vectors = LanguageVectors.load(folder / VECTORS_FILE)
-    if vectors.model_hash != directory_hash(folder):
-        raise ModelError(f"{folder / VECTORS_FILE}: belongs to other weights; export the checkpoint again")
+def _vectors(folder: Path, info: ExportInfo, language: str) -> LanguageVectors:
+    if not info.shifted:
+        raise ModelError(f"{folder}: not trained with the shift, so there is none to write into the weights")
+    vectors = LanguageVectors.of_export(folder)
     if language == vectors.dominant:
         raise ModelError(f"{language!r} is the dominant language, which is not shifted: the export itself serves it")
     if not vectors.has(language):

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modeling.errors import ModelError
+from modeling.export_info import VECTORS_FILE
 from modeling.layers import hidden_size, membership, state_hook
 from modeling.weights.checked_file import CheckedFormat
+from modeling.weights.weight_files import directory_hash
 
 CHUNK_ELEMENTS = 1 << 19  # fp64 numbers of a chunk: 4 MiB
 
@@ -130,6 +132,24 @@ class LanguageVectors:
             return cls(**values)
         except (ModelError, TypeError) as error:
             raise _FORMAT.unusable(Path(path), error) from error
+
+    @classmethod
+    def of_export(cls, directory: Path) -> LanguageVectors:
+        """Those beside the weights of an export.
+
+        Raises:
+            ModelError: the file is missing, or belongs to other weights.
+        """
+        file = directory / VECTORS_FILE
+        if not file.is_file():
+            raise ModelError(f"{file}: missing, and a ShifCon model does not run without it; copy it from the export")
+        vectors = cls.load(file)
+        if vectors.model_hash != (found := directory_hash(directory)):
+            raise ModelError(
+                f"{file}: belongs to the weights {vectors.model_hash or '(no hash)'}, but those beside it are {found}; "
+                "copy both from one export, or export again"
+            )
+        return vectors
 
 
 class StateMeans:

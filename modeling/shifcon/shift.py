@@ -98,6 +98,11 @@ class LanguageShift:
             self._languages_BT, self._response_B = before
             self._index_BT = None
 
+    @property
+    def in_batch(self) -> bool:
+        """Whether forward passes are inside `batch()`."""
+        return self._languages_BT is not None
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, nothing is shifted, as when vectors are measured."""

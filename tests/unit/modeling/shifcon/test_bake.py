@@ -159,8 +159,11 @@ def test_what_a_bias_cannot_do_is_refused(tmp_path: Path, language: str, info: d
 def test_vectors_of_other_weights_and_missing_ones_are_refused(tmp_path: Path) -> None:
     folder, vectors = export(tmp_path / "export", "llama")
     replace(vectors, model_hash="another").save(folder / VECTORS_FILE)
-    with pytest.raises(ModelError, match="belongs to other weights"):
+    with pytest.raises(ModelError, match="belongs to the weights"):
         bake(folder, "sw", tmp_path / "baked")
     (folder / VECTORS_FILE).unlink()
-    with pytest.raises(ModelError, match="there is no shift to write"):
+    with pytest.raises(ModelError, match="missing, and a ShifCon model does not run without it"):
         bake(folder, "sw", tmp_path / "baked")
+    plain, _ = export(tmp_path / "sft", "llama", objective="sft", shifted=False)
+    with pytest.raises(ModelError, match="not trained with the shift"):
+        bake(plain, "sw", tmp_path / "baked")
