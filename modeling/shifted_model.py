@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from modeling.errors import ModelError
 from modeling.export_info import EXPORT_FILE, VECTORS_FILE, ExportInfo
-from modeling.loading import AttentionName, load_pretrained, resolve_directory
+from modeling.loading import AttentionName, load_config, load_pretrained, resolve_directory
 from modeling.shifcon.language_vectors import LanguageVectors
 from modeling.shifcon.row_shift import RowShift
 from modeling.weights.weight_files import directory_hash
@@ -65,7 +65,7 @@ def open_export(
 
 def load_shifted(
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = "auto",
     device: str | torch.device = "cpu",
     attention: AttentionName = "auto",
 ) -> ShiftedModel:
@@ -73,13 +73,15 @@ def load_shifted(
 
     Args:
         path: directory or hub name.
-        dtype: number format of weights and activations.
+        dtype: number format of weights and activations; auto: that of the stored weights.
         device: where the model is put.
         attention: as `model.attention` in a run file.
 
     Raises:
         ModelError: the model was not trained with the shift (a baked one needs none), or what `open_export` raises.
     """
+    if dtype == "auto":
+        dtype = getattr(load_config(resolve_directory(path)), "dtype", None) or torch.float32
     opened = open_export(path, dtype, device, attention)
     if opened.vectors is None:
         raise ModelError(

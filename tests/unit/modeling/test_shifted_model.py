@@ -65,6 +65,8 @@ def test_it_is_a_model_of_transformers(model: ShiftedModel, export: Path) -> Non
     assert type(model).__name__ == "LlamaForCausalLM"
     assert AutoTokenizer.from_pretrained(export).padding_side in ("left", "right")
     assert model.generation_config.eos_token_id == 1
+    assert model.dtype == torch.float32
+    assert load_shifted(export, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("beams", [1, 3])
