@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from modeling.cka import CrossCovariance
 from modeling.layers import backbone, decoder_layers, hidden_size, membership, state_hook
 from modeling.shifcon.normalisation import with_floor
-from modeling.shifcon.subspace import TokenMoments, TokenStatistics, principal_angles, riemannian_distance, with_ridge
+from modeling.shifcon.subspace import TokenMoments, angles, principal_directions, riemannian, with_ridge
 
 N_GROUPS = 8
 DIRECTIONS = 16  # principal directions whose angles are reported
@@ -59,6 +59,7 @@ class LanguageStates:
     moments: TokenMoments  # at the layers measured, here n
     pooled: list[Tensor] = field(default_factory=list)  # of each sentence (n, H) fp32 on the CPU, its content's mean
     items: list[int] = field(default_factory=list)  # of each sentence in `pooled`
+    directions: dict[int, Tensor] = field(default_factory=dict)  # of the dominant language, kept for the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def layer_passes(n_states: int, hidden: int, memory: int, n_groups: int = N_GROU
 
 
 def _means(states: LanguageStates, n_layers: int) -> LanguageMeans:
-    whole = [states.moments.replicates(layer)[0] for layer in range(n_layers)]
+    whole = [states.moments.statistics(layer) for layer in range(n_layers)]
     mean, length = torch.stack([each.mean for each in whole]), torch.stack([each.length for each in whole])
     pooled_SNH = torch.stack(states.pooled)
     return LanguageMeans(whole[0].tokens, mean.cpu(), length.cpu(), pooled_SNH.mean(dim=0), pooled_SNH.std(dim=0))
@@ -217,41 +218,50 @@ def compare(dominant: LanguageStates, other: LanguageStates) -> LayerMeasures:
     }
     few = min(int(each.moments.tokens.sum()) for each in (dominant, other)) <= hidden
     for layer in range(n_layers):
-        pairs = list(zip(dominant.moments.replicates(layer), other.moments.replicates(layer), strict=True))
-        deviation_H = _deviation(pairs[0][0])
-        scales_HH = deviation_H.outer(deviation_H)
-        covariances = [(a.covariance / scales_HH, b.covariance / scales_HH) for a, b in pairs]
-        values["riemannian"][:, layer] = _riemannian_replicates(covariances, few) / hidden**0.5
-        apart = torch.stack([((a.mean - b.mean) / _deviation(a)).square().mean().sqrt() for a, b in pairs])
-        values["mean_distance"][:, layer] = apart.cpu()
-        values["principal_angle"][:, layer] = principal_angles(*covariances[0], DIRECTIONS).mean()
+        distances = _riemannian_replicates(dominant.moments, other.moments, layer, few)
+        values["riemannian"][:, layer] = distances / hidden**0.5
+        (mean_RH, deviation_RH), (other_mean_RH, _) = (each.moments.means(layer) for each in (dominant, other))
+        apart_RH = (mean_RH - other_mean_RH) / _divisor(deviation_RH)
+        values["mean_distance"][:, layer] = apart_RH.square().mean(dim=1).sqrt().cpu()
+        scale_H = _divisor(deviation_RH[0])
+        if layer not in dominant.directions:
+            dominant.directions[layer] = _directions(dominant, layer, scale_H)
+        found = angles(dominant.directions[layer], _directions(other, layer, scale_H))
+        values["principal_angle"][:, layer] = found.mean()
     values["sum"] = values["riemannian"] + values["mean_distance"]
     values |= _paired_measures(dominant, other, n_replicates)
     n_pairs = len(set(dominant.items) & set(other.items))
     return LayerMeasures(int(other.moments.tokens.sum()), len(other.items), n_pairs, few, values)
 
 
-def _deviation(dominant: TokenStatistics) -> Tensor:
-    """(H,) standard deviations over the dominant language's tokens; 1 where all of them are 0."""
-    found = with_floor(dominant.covariance.diagonal().clamp(min=0).sqrt())
+def _directions(states: LanguageStates, layer: int, scale_H: Tensor) -> Tensor:
+    """(H, DIRECTIONS) principal directions of standardised states."""
+    covariance = states.moments.statistics(layer).covariance / scale_H.outer(scale_H)
+    return principal_directions(covariance, DIRECTIONS)
+
+
+def _divisor(deviation: Tensor) -> Tensor:
+    """(..., H): standard deviations with their floor; 1 where all of them are 0."""
+    found = with_floor(deviation)
     return torch.where(found > 0, found, 1.0)
 
 
-def _riemannian_replicates(covariances: Sequence[tuple[Tensor, Tensor]], few: bool) -> Tensor:
+def _riemannian_replicates(dominant: TokenMoments, other: TokenMoments, layer: int, few: bool) -> Tensor:
     """(R,): the distance of all sentences, and to first order in the covariances' change those without each group.
 
     One eigenvalue problem serves all replicates. NaN if the states of a language do not vary, such as one token's.
     """
-    if not all(float(each.diagonal().sum()) > 0 for each in covariances[0]):
-        return torch.full((len(covariances),), torch.nan, dtype=torch.float64)
-    (a, b), *rest = [(with_ridge(one, few), with_ridge(two, few)) for one, two in covariances]
-    with torch.enable_grad():
-        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
-        distance = riemannian_distance(a, b)
-        of_a, of_b = torch.autograd.grad(distance, (a, b))
-    changes = [(of_a * (one - a)).sum() + (of_b * (two - b)).sum() for one, two in rest]
-    whole = distance.detach()
-    return torch.stack([whole, *(whole + each.detach() for each in changes)]).cpu()
+    scale_H = _divisor(dominant.means(layer)[1][0])
+    scales_HH = scale_H.outer(scale_H)
+    a, b = (each.statistics(layer).covariance / scales_HH for each in (dominant, other))
+    if not all(float(each.diagonal().sum()) > 0 for each in (a, b)):
+        return torch.full((len(dominant.tokens) + 1,), torch.nan, dtype=torch.float64)
+    found = riemannian(with_ridge(a, few), with_ridge(b, few))
+    changes = torch.zeros(len(dominant.tokens) + 1, dtype=torch.float64, device=a.device)
+    for moments, derivative_HH in ((dominant, found.by_a), (other, found.by_b)):
+        weighted_R = moments.weighted_covariances(layer, with_ridge(derivative_HH, few) / scales_HH)
+        changes += weighted_R - weighted_R[0]
+    return found.distance + changes.cpu()
 
 
 def _paired_measures(dominant: LanguageStates, other: LanguageStates, n_replicates: int) -> dict[str, Tensor]:

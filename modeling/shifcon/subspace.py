@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -87,17 +86,41 @@ class TokenMoments:
             merged.products[:, layer] = all_sum(self.products[:, layer] + crossed_GHH + crossed_GHH.mT + own)
         return merged
 
-    def replicates(self, layer: int) -> list[TokenStatistics]:
-        """The statistics at layer number `layer` of all sentences, then those without each group, G + 1 in all."""
-        kept = ~torch.eye(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
-        return [self._statistics(layer, each) for each in (torch.ones_like(kept[0]), *kept)]
-
-    def _statistics(self, layer: int, kept_G: Tensor) -> TokenStatistics:
-        number = self.tokens[kept_G].sum().clamp(min=1)
-        off_H = self.sums[kept_G, layer].sum(dim=0) / number
-        covariance = self.products[kept_G, layer].sum(dim=0) / number - torch.outer(off_H, off_H)
-        length = self.lengths[kept_G, layer].sum() / number
+    def statistics(self, layer: int, without: int | None = None) -> TokenStatistics:
+        """The statistics at layer number `layer`, of all sentences or without those of a group."""
+        kept = self._kept_RG[0 if without is None else without + 1].bool()
+        number = self.tokens[kept].sum().clamp(min=1)
+        off_H = self.sums[kept, layer].sum(dim=0) / number
+        covariance = self.products[kept, layer].sum(dim=0) / number - torch.outer(off_H, off_H)
+        length = self.lengths[kept, layer].sum() / number
         return TokenStatistics(int(number), self.centre[layer] + off_H, covariance, length)
+
+    def means(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations of states, (G + 1, H) each: of all sentences, then without each group."""
+        number_R1 = self._numbers_R[:, None]
+        off_RH = self._kept_RG @ self.sums[:, layer] / number_R1
+        squares_RH = self._kept_RG @ self.products[:, layer].diagonal(dim1=1, dim2=2) / number_R1
+        return self.centre[layer] + off_RH, (squares_RH - off_RH.square()).clamp(min=0).sqrt()
+
+    def weighted_covariances(self, layer: int, weight_HH: Tensor) -> Tensor:
+        """(G + 1,): the sum over all entries of a matrix times the covariance, of all sentences, then without a group.
+
+        One product of matrices a group is summed, and no covariance is computed.
+        """
+        of_groups_G = torch.stack([(weight_HH * group_HH).sum() for group_HH in self.products[:, layer]])
+        off_RH = self._kept_RG @ self.sums[:, layer] / self._numbers_R[:, None]
+        return self._kept_RG @ of_groups_G / self._numbers_R - ((off_RH @ weight_HH) * off_RH).sum(dim=1)
+
+    @property
+    def _kept_RG(self) -> Tensor:
+        """(G + 1, G) 1 at the groups of each replicate: all, then all but one."""
+        everything = torch.ones(1, len(self.tokens), dtype=torch.float64, device=self.tokens.device)
+        return torch.cat([everything, 1 - torch.eye(len(self.tokens), dtype=torch.float64, device=self.tokens.device)])
+
+    @property
+    def _numbers_R(self) -> Tensor:
+        """(G + 1,) tokens of each replicate, at least 1."""
+        return (self._kept_RG @ self.tokens).clamp(min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +133,32 @@ class TokenStatistics:
     length: Tensor  # 0-d, mean length of a state
 
 
-def with_ridge(covariance_HH: Tensor, few: bool) -> Tensor:
+def with_ridge(matrix_HH: Tensor, few: bool) -> Tensor:
     """A covariance whose smallest eigenvalue is above 0: a share of the mean variance is added to every variance.
+
+    The same function takes a derivative by such a covariance to that by the one without the addition.
 
     Args:
         few: there are no more tokens than dimensions, so that the covariance is singular.
     """
-    ridge = RIDGE_OF_FEW if few else RIDGE
-    return covariance_HH + ridge * covariance_HH.diagonal().mean() * torch.eye(
-        len(covariance_HH), dtype=covariance_HH.dtype, device=covariance_HH.device
-    )
+    ridge = (RIDGE_OF_FEW if few else RIDGE) * matrix_HH.diagonal().mean()
+    return matrix_HH + ridge * torch.eye(len(matrix_HH), dtype=matrix_HH.dtype, device=matrix_HH.device)
 
 
-def riemannian_distance(a_HH: Tensor, b_HH: Tensor) -> Tensor:
-    """0-d: the affine-invariant distance between two positive definite matrices; differentiable.
+@dataclass(frozen=True, slots=True)
+class Riemannian:
+    """The distance of two positive definite matrices and its derivatives by each of them."""
+
+    distance: float
+    by_a: Tensor  # (H, H)
+    by_b: Tensor  # (H, H)
+
+
+def riemannian(a_HH: Tensor, b_HH: Tensor) -> Riemannian:
+    """The affine-invariant distance between two positive definite matrices, from one eigenvalue problem.
+
+    With `b x_i = lambda_i a x_i` and `x_i' a x_j = (i = j)`, the derivative of an eigenvalue is
+    `d lambda_i = x_i' (db - lambda_i da) x_i`. The derivatives of equal matrices' distance, which has none, are zeros.
 
     Raises:
         torch.linalg.LinAlgError: `a_HH` is not positive definite.
@@ -131,17 +166,23 @@ def riemannian_distance(a_HH: Tensor, b_HH: Tensor) -> Tensor:
     lower = torch.linalg.cholesky(a_HH)
     half = torch.linalg.solve_triangular(lower, b_HH, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    return torch.linalg.eigvalsh((whitened + whitened.mT) / 2).log().norm()
+    values, directions = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    vectors = torch.linalg.solve_triangular(lower.mT, directions, upper=True)
+    logs = values.log()
+    distance = logs.norm()
+    shares = logs / distance if distance > 0 else torch.zeros_like(logs)
+    return Riemannian(float(distance), -(vectors * shares) @ vectors.mT, (vectors * (shares / values)) @ vectors.mT)
 
 
-def principal_angles(a_HH: Tensor, b_HH: Tensor, k: int) -> Tensor:
-    """(k,) radians, ascending, on the CPU: angles between the spaces of the k largest principal directions.
+def principal_directions(covariance_HH: Tensor, k: int) -> Tensor:
+    """(H, k): the directions of the k largest variances."""
+    # All eigenvectors: SciPy computes some of them alone, and took 28 times as long (H = 640).
+    return torch.linalg.eigh(covariance_HH)[1][:, -k:]
+
+
+def angles(one_Hk: Tensor, other_Hk: Tensor) -> Tensor:
+    """(k,) radians, ascending: angles between the spaces of two orthonormal bases.
 
     Computed from cosines by the singular values of the product of the bases (Björck and Golub 1973).
     """
-    last = len(a_HH) - 1
-    bases = [  # SciPy computes these eigenvectors alone
-        torch.from_numpy(scipy.linalg.eigh(each.cpu().numpy(), subset_by_index=[last - k + 1, last])[1])
-        for each in (a_HH, b_HH)
-    ]
-    return torch.linalg.svdvals(bases[0].mT @ bases[1]).clamp(max=1).acos()
+    return torch.linalg.svdvals(one_Hk.mT @ other_Hk).clamp(max=1).acos()

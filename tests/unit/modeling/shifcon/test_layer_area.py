@@ -61,7 +61,7 @@ def test_states_of_a_language_are_those_of_its_content_tokens(model: LlamaForCau
         hidden = model(rows, output_hidden_states=True).hidden_states
     for layer in range(LAYERS):  # transformers reports the last state after the final norm
         tokens = hidden[layer][:, 1:].flatten(0, 1).double()
-        statistics = found.moments.replicates(layer)[0]
+        statistics = found.moments.statistics(layer)
         torch.testing.assert_close(statistics.mean, tokens.mean(dim=0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(statistics.covariance, torch.cov(tokens.T, correction=0), rtol=1e-4, atol=1e-6)
         pooled = torch.stack([each[layer] for each in found.pooled])

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from modeling.shifcon.subspace import TokenMoments, principal_angles, riemannian_distance, with_ridge
+from modeling.shifcon.subspace import TokenMoments, angles, principal_directions, riemannian, with_ridge
 
 
 def covariance(width: int, seed: int, rows: int = 200) -> Tensor:
@@ -28,19 +28,29 @@ def by_scipy(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_distance_is_that_of_scipys_matrix_logarithm(seed: int) -> None:
     a, b = covariance(6, seed), covariance(6, seed + 50)
-    assert float(riemannian_distance(a, b)) == pytest.approx(by_scipy(a, b), rel=1e-9)
-    assert float(riemannian_distance(a, b)) == pytest.approx(float(riemannian_distance(b, a)), rel=1e-9)
-    assert float(riemannian_distance(a, a)) == pytest.approx(0, abs=1e-9)
+    assert float(riemannian(a, b).distance) == pytest.approx(by_scipy(a, b), rel=1e-9)
+    assert float(riemannian(a, b).distance) == pytest.approx(float(riemannian(b, a).distance), rel=1e-9)
+    assert float(riemannian(a, a).distance) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_distance_is_the_same_in_other_coordinates_and_known_for_diagonal_matrices() -> None:
     a, b = covariance(5, 1), covariance(5, 2)
     change = torch.randn(5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    moved = riemannian_distance(change @ a @ change.T, change @ b @ change.T)
-    torch.testing.assert_close(moved, riemannian_distance(a, b), rtol=1e-8, atol=0)
+    moved = riemannian(change @ a @ change.T, change @ b @ change.T)
+    assert moved.distance == pytest.approx(riemannian(a, b).distance, rel=1e-8)
     one = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
     other = torch.diag(torch.tensor([math.e, 2 * math.e**2, 4.0], dtype=torch.float64))
-    assert float(riemannian_distance(one, other)) == pytest.approx(math.sqrt(1 + 4))
+    assert float(riemannian(one, other).distance) == pytest.approx(math.sqrt(1 + 4))
+
+
+def test_derivatives_of_the_distance_are_those_of_finite_differences() -> None:
+    a, b = covariance(5, 1), covariance(5, 2)
+    found = riemannian(a, b)
+    change = covariance(5, 3) * 1e-6
+    for by, moved in ((found.by_a, (change, 0)), (found.by_b, (0, change))):
+        up, down = (riemannian(a + sign * moved[0], b + sign * moved[1]).distance for sign in (1, -1))
+        assert (up - down) / 2 == pytest.approx(float((by * change).sum()), rel=1e-5)
+    assert not riemannian(a, a).by_a.isnan().any()
 
 
 def test_angles_between_principal_directions() -> None:
@@ -50,7 +60,7 @@ def test_angles_between_principal_directions() -> None:
     turned[1, 1] = turned[2, 2] = math.cos(angle)
     turned[1, 2], turned[2, 1] = -math.sin(angle), math.sin(angle)
     one = torch.diag(torch.tensor([9.0, 5.0, 0.3, 0.2, 0.1], dtype=torch.float64))
-    found = principal_angles(one, turned @ one @ turned.T, 2)
+    found = angles(*(principal_directions(each, 2) for each in (one, turned @ one @ turned.T)))
     torch.testing.assert_close(found, torch.tensor([0.0, angle], dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
@@ -76,7 +86,14 @@ def test_moments_are_those_of_all_tokens_without_the_group(without: int | None) 
     groups = torch.cat([each for _, each in parts])
     for layer in range(2):
         kept = torch.cat([each[layer] for each, _ in parts])[groups != (-1 if without is None else without)].double()
-        found = moments.replicates(layer)[0 if without is None else without + 1]
+        found = moments.statistics(layer, without)
+        number = 0 if without is None else without + 1
+        means, deviations = (each[number] for each in moments.means(layer))
+        torch.testing.assert_close(means, found.mean)
+        torch.testing.assert_close(deviations, found.covariance.diagonal().sqrt(), rtol=1e-9, atol=0)
+        weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        weighted = moments.weighted_covariances(layer, weight)[number]
+        assert float(weighted) == pytest.approx(float((weight * found.covariance).sum()), rel=1e-9)
         assert found.tokens == len(kept)
         torch.testing.assert_close(found.mean, kept.mean(dim=0), rtol=1e-12, atol=0)
         torch.testing.assert_close(found.covariance, torch.cov(kept.T, correction=0), rtol=1e-7, atol=1e-9)
@@ -84,9 +101,9 @@ def test_moments_are_those_of_all_tokens_without_the_group(without: int | None) 
 
 
 def test_large_batches_are_added_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = added([states(50, 3)]).replicates(1)[0]
+    whole = added([states(50, 3)]).statistics(1)
     monkeypatch.setattr("modeling.shifcon.subspace.CHUNK_ELEMENTS", 5 * 7)
-    chunked = added([states(50, 3)]).replicates(1)[0]
+    chunked = added([states(50, 3)]).statistics(1)
     torch.testing.assert_close(chunked.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
 
 
@@ -98,7 +115,7 @@ def test_moments_over_ranks_are_those_of_all_tokens() -> None:
     # All ranks call `over_ranks` in step; here they are generators of what they would sum.
     recorded = _in_step(ranks)
     for name in ("tokens", "mean", "covariance", "length"):
-        one, other = (getattr(each.replicates(1)[2], name) for each in (recorded, whole))
+        one, other = (getattr(each.statistics(1, without=1), name) for each in (recorded, whole))
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-7, atol=1e-9)
 
 
@@ -128,4 +145,4 @@ def test_a_singular_covariance_has_a_distance_with_its_ridge(few: bool) -> None:
     singular = torch.outer(torch.arange(4.0, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64))
     ridged = with_ridge(singular, few)
     assert float(torch.linalg.eigvalsh(ridged)[0]) == pytest.approx((1e-3 if few else 1e-6) * 14 / 4, rel=1e-3)
-    assert math.isfinite(float(riemannian_distance(ridged, with_ridge(covariance(4, 0), few))))
+    assert math.isfinite(riemannian(ridged, with_ridge(covariance(4, 0), few)).distance)
