@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from data_pipeline.order.pairing import Partners, PlannedPairing
 from data_pipeline.order.parallel import ParallelPairs
 from data_pipeline.order.plan import Planner, StepPlan
 from data_pipeline.reader import Reader, TextStage, overlong_error
-from data_pipeline.records import BadRow, ChatSample, DataError, Sample, Split
+from data_pipeline.records import BadRow, DataError, Sample
 from data_pipeline.sources.index import DataIndex
 from data_pipeline.tasks.stage import TaskStage
 from data_pipeline.tasks.tokenize import TaskTokenizer
@@ -57,6 +57,7 @@ from training.errors import ConfigError
 from training.launch.heartbeat import WAITING_FOR_DATA, heartbeat
 from training.objectives.base import Objective, ObjectiveConfig, ObjectiveParts
 from training.objectives.evaluation import HeldOut
+from training.probe_set import probe_samples, too_few_samples, uses_corpus
 from training.run_folder.date import with_date
 from training.run_folder.prepare import Prepared, sample_rows
 
@@ -66,7 +67,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 COST_SAMPLES = 32  # rows per language on which tokens per byte are measured
 SWITCH_INTERVAL_S = 2e-4  # how long the training thread waits for a loader's thread that runs Python code
-PROBE_ROWS = 8  # rows that are looked at for each sample of the probe set, if the first ones are not usable
 CHECKED_STEPS = 64  # steps whose contrast sets are compared with the micro-batch budget at the start
 
 
@@ -145,11 +145,6 @@ def text_stage(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TextStag
         return TaskStage(TaskTokenizer(tokenizer, data.task, data.sequence_length), data.overlong)
     longest = data.pairs.longest if data.pairs is not None else None
     return ChatStage(Chat(tokenizer, data.template, data.languages), data.sequence_length, data.overlong, longest)
-
-
-def uses_corpus(data: DataConfig, objective: ObjectiveConfig) -> bool:
-    """Whether a step has pairs of the parallel corpus: there is one, and the objective learns from pairs."""
-    return data.pairs is not None and objective.pairing().needed
 
 
 def build_partners(data: DataConfig, objective: ObjectiveConfig, index: DataIndex, seed: int) -> Partners | None:
@@ -370,46 +365,3 @@ def estimated_lengths(plan: StepPlan, data: DataConfig) -> npt.NDArray[np.float6
     """(N,) estimated tokens of each sample of a step as read; 0 if it is too long and dropped."""
     longest = data.sequence_length if data.overlong == "truncate" else 0
     return np.where(plan.costs <= data.sequence_length, plan.costs, longest)
-
-
-def probe_samples(reader: Reader, n_items: int, *, parallel: bool = False) -> tuple[tuple[Sample, ...], ...]:
-    """The probe set: `n_items` usable samples of each language, as far as its first rows have so many.
-
-    Args:
-        parallel: followed by as many texts of each language in the parallel corpus.
-    """
-
-    def of_language(language: int, split: Split) -> tuple[Sample, ...]:
-        rows = sample_rows(reader.index, language, PROBE_ROWS * n_items, reader.seed, split)
-        found: list[Sample] = []
-        while rows and len(found) < n_items:  # more rows only where some are unusable or too long
-            wanted = n_items - len(found)
-            found += reader.readable(rows[:wanted]).samples
-            rows = rows[wanted:]
-        return tuple(found)
-
-    splits = (Split.TRAIN, Split.PARALLEL) if parallel else (Split.TRAIN,)
-    languages = range(len(reader.index.languages))
-    return tuple(of_language(language, split) for split in splits for language in languages) if n_items else ()
-
-
-def too_few_samples(data: DataConfig, objective: ObjectiveConfig, probe: Sequence[Sequence[Sample]]) -> frozenset[int]:
-    """Places in the probe set with fewer samples than the objective's contrast sets need.
-
-    Raises:
-        ConfigError: the dominant language is one.
-    """
-    needed = objective.pairing().min_probe_samples
-    found = [sum(map(_has_content, samples)) for samples in probe] if needed else []
-    for first, where in ((0, ""), (len(data.languages), " of data.pairs")):
-        dominant = first + data.languages.index(data.dominant)
-        if dominant < len(found) and found[dominant] < needed:
-            raise ConfigError(
-                f"data.dominant: {data.dominant!r} has {found[dominant]} usable samples{where} for the probe set, but "
-                f"objective.contrastive.normalise needs {needed}; add rows, or set it to none"
-            )
-    return frozenset(place for place, number in enumerate(found) if number < needed)
-
-
-def _has_content(sample: Sample) -> bool:
-    return isinstance(sample, ChatSample) and bool(sample.content.any())

@@ -18,7 +18,8 @@ import fsspec
 from data_pipeline.config import OPTIONAL_COLUMNS, PLACEHOLDER, TEXT_COLUMNS, ColumnMap, SourceConfig
 from data_pipeline.records import BadRow, Conversation, DataError, Message, Record, item_key
 from data_pipeline.sources.cells import Cells, blank
-from data_pipeline.sources.formats import Delimited, JsonLines, Lines, Place, Row, Shard
+from data_pipeline.sources.delimited import Delimited
+from data_pipeline.sources.formats import JsonLines, Lines, Place, Row, Shard
 from data_pipeline.sources.paths import literal_folders
 from data_pipeline.sources.tables import HubSplit, Parquet, load_hub
 from data_pipeline.tasks.config import TaskConfig

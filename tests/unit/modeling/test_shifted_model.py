@@ -86,8 +86,13 @@ def test_one_code_serves_all_rows(model: ShiftedModel) -> None:
     assert generated(model, languages="sw") == generated(model, languages=["sw"] * 4)
 
 
-def test_the_mask_is_inferred_from_padding_as_transformers_does(model: ShiftedModel) -> None:
+def test_the_mask_is_inferred_from_padding_as_transformers_does(tmp_path: Path) -> None:
+    """Where the first token is not shifted, it is the first one after the padding."""
+    folder = write_export(tmp_path, shift_first_token=False)
+    GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2).save_pretrained(folder)
+    model = load_shifted(folder)
     assert generated(model, attention_mask=None) == generated(model)
+    assert generated(model) == expected(folder)
 
 
 # Ways to decode that give what plain greedy decoding gives.

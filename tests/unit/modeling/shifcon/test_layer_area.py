@@ -183,6 +183,18 @@ def test_no_measure_is_decided_by_two_dimensions() -> None:
         assert float(plain.values[name][0, 0]) > size, name
 
 
+def test_measures_do_not_depend_on_the_scale_of_a_dimension() -> None:
+    generator = torch.Generator().manual_seed(7)
+    one, two = (
+        torch.randn(120, 12, 32, generator=generator) @ torch.randn(32, 32, generator=generator) for _ in range(2)
+    )
+    scale = torch.ones(32)
+    scale[:2] = 1000
+    plain, scaled = compare(of_states(one), of_states(two)), compare(of_states(one * scale), of_states(two * scale))
+    for name, values in plain.values.items():
+        torch.testing.assert_close(scaled.values[name], values, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_states_without_translations_have_no_retrieval(model: LlamaForCausalLM) -> None:
     one, two = measured(model, 0), measured(model, 100)
     two.items = [item + 1000 for item in two.items]

@@ -18,13 +18,14 @@ from data_pipeline.batching.batch import ChatBatch
 from data_pipeline.loader import ThisRank
 from modeling.export_info import VECTORS_FILE
 from modeling.shifcon.language_vectors import LanguageVectors
-from training.assembly import DataParts, assemble_data, build_planner, pair_and_set_warnings, too_few_samples
+from training.assembly import DataParts, assemble_data, build_planner, pair_and_set_warnings
 from training.errors import ConfigError
 from training.objectives import contrast
 from training.objectives.align import AlignConfig
 from training.objectives.base import ObjectiveParts
 from training.objectives.contrast import CHECKED_STEPS, MOMENTS_FILE
 from training.objectives.shifcon import ShifCon, ShifConConfig
+from training.probe_set import too_few_samples
 
 CONTRASTIVE = {"weight": 0.5, "scale": 10.0, "set_size": 2}
 
