@@ -236,6 +236,8 @@ def _place(location: Sequence[Any]) -> tuple[list[Any], list[str]]:
             keys.append(part)
             known, annotation = list(fields), fields[part].annotation
             options = _models_in(annotation)
+        elif "[" in part:  # a branch, such as dict[str,...]; no key has brackets
+            continue
         elif fields or any(get_origin(each) is dict for each in (annotation, *get_args(annotation))):
             keys.append(part)
             known, options = list(fields), []

@@ -114,7 +114,7 @@ def test_a_pickle_beside_safetensors_is_not_read(model: Path, evil: bytes, canar
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("array", ["language", "by_language", "heldout"])
+@pytest.mark.parametrize("array", ["language", "by_language", "split"])
 def test_pickled_arrays_of_an_index_are_rebuilt(tmp_path: Path, corpus: Path, canary: Path, array: str) -> None:
     source = SourceConfig.model_validate(run_values(corpus, tmp_path)["data"]["sources"][0])
     before = build_index([source], LANGUAGES, corpus, tmp_path / "index")

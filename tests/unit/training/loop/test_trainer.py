@@ -65,8 +65,9 @@ def trainer(tmp_path: Path, tiny_run: Callable[..., dict[str, Any]], monkeypatch
             objective=SimpleNamespace(save=lambda engine, directory: None, load=lambda directory: None),
             data=SimpleNamespace(
                 tokenizer=SimpleNamespace(save_pretrained=lambda directory: None),
-                fingerprint={},
+                fingerprint={}, index=SimpleNamespace(rows=lambda language: range(3)),
             ),
+            base=None,
         )  # fmt: skip
         made = Trainer(cast(Run, run), None)
         made.config.output_dir.mkdir()
