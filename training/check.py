@@ -310,7 +310,7 @@ def largest_batch(data: DataConfig, objective: ObjectiveConfig, parts: DataParts
     row = parts.packer.grid.longest_row if parts.packer.layout == "packed" else data.sequence_length
     pairing = objective.pairing()
     sides = 2 if pairing.with_partner or data.mixture.pairing != "none" else 1
-    of_corpus = 2 * data.pairs.per_step if data.pairs is not None else 0
+    of_corpus = 2 * data.pairs.per_step if data.pairs is not None and objective.pairing().needed else 0
     most = (-(-data.slots_per_step // ranks) * sides + -(-of_corpus // ranks)) * data.sequence_length  # of a rank
     rows = max(min(data.micro_batch_tokens, most) // row, 1)
     if pairing.with_partner:

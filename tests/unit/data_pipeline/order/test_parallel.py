@@ -18,6 +18,7 @@ from data_pipeline.reader import Reader
 from data_pipeline.records import ChatSample, DataError, Split
 from data_pipeline.sources.index import DataIndex, build_index
 from training.assembly import DataParts, assemble_data, text_stage
+from training.check import largest_batch
 from training.checks.inputs import missing_inputs
 from training.run_file import validate
 from training.run_folder.prepare import Prepared, open_index
@@ -181,6 +182,19 @@ def test_a_pair_of_identical_texts_is_in_no_set_and_counted(
     plan, expected = parts.planner.step(0), whole.planner.step(0)
     assert plan.dropped_pairs == expected.dropped_pairs + 2  # a third of the six
     assert len(plan) == len(expected) - 4
+
+
+def test_check_counts_the_corpus_in_a_micro_batch_only_where_it_is_read(
+    data_dir: Path, prepared_run: PreparedRun
+) -> None:
+    found = {}
+    for objective in ("shifcon", "sft"):
+        changes = {} if objective == "shifcon" else {"objective": {"name": "sft"}}
+        for pairs in (True, False):
+            config, parts = parts_of(data_dir, prepared_run, **changes, **({} if pairs else {"data.pairs": None}))
+            found[objective, pairs] = largest_batch(config.data, config.objective, parts, ranks=8).tokens
+    assert found["shifcon", True] > found["shifcon", False]
+    assert found["sft", True] == found["sft", False]
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
