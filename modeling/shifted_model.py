@@ -80,9 +80,10 @@ def load_shifted(
     Raises:
         ModelError: the model was not trained with the shift (a baked one needs none), or what `open_export` raises.
     """
+    directory = resolve_directory(path)
     if dtype == "auto":
-        dtype = getattr(load_config(resolve_directory(path)), "dtype", None) or torch.float32
-    opened = open_export(path, dtype, device, attention)
+        dtype = getattr(load_config(directory), "dtype", None) or torch.float32
+    opened = open_export(directory, dtype, device, attention)
     if opened.vectors is None:
         raise ModelError(
             f"{opened.directory}: has no shift; open it with transformers' AutoModelForCausalLM.from_pretrained"

@@ -158,6 +158,11 @@ class DataConfig(Section):
         return self.pairs.sources if self.pairs is not None else ()
 
     @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """Those of the rows, and of the parallel corpus."""
+        return (*self.sources, *self.parallel_sources)
+
+    @property
     def kind(self) -> RowKind:
         """Kind of the rows: those of the task, or conversations."""
         return "chat" if self.task is None else self.task.kind
@@ -204,10 +209,10 @@ class DataConfig(Section):
                 "too long; leave it out"
             )
         parallel = self.parallel_sources
-        names = [source.name for source in (*self.sources, *parallel)]
+        names = [source.name for source in self.all_sources]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"two sources have the name {name!r}"
-        for source in (*self.sources, *parallel):
+        for source in self.all_sources:
             for key in ("language", "response_language"):
                 if (language := getattr(source, key)) is not None and language not in self.languages:
                     yield f"source {source.name!r} has {key} {language!r}; {known}"

@@ -102,7 +102,7 @@ def prefetch(config: RunConfig) -> Iterator[str]:
     tokenizer = config.tokenizer.path
     if tokenizer is not None and tokenizer != config.model.path:
         yield _tokenizer(tokenizer)
-    for source in (*config.data.sources, *config.data.parallel_sources):
+    for source in config.data.all_sources:
         yield from _source(source, config.data_dir, config.output_dir / CACHE)
     _check_offline(config)
     yield "opened again with HF_HUB_OFFLINE=1: model, tokenizer, data"
@@ -114,7 +114,7 @@ def open_all(config: RunConfig) -> None:
     from data_pipeline.sources.sources import open_source
 
     check_model_files(config)
-    for source in (*config.data.sources, *config.data.parallel_sources):
+    for source in config.data.all_sources:
         open_source(source, config.data_dir, config.output_dir / CACHE)
 
 

@@ -75,9 +75,14 @@ class Shard(ABC):
 class TextShard(Shard):
     """A file of lines, local or at any fsspec address."""
 
-    @abstractmethod
     def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
-        """The rows of an open file, from its beginning."""
+        """The rows of an open file, from its beginning: each line is one, and blank lines are skipped."""
+        offset = 0
+        for number, line in enumerate(file, 1):
+            place = Place(number, offset, len(line))
+            offset += len(line)
+            if not line.isspace():
+                yield place, self.parse(line, place)
 
     def columns(self) -> list[str]:
         with open_binary(self.address) as file:
@@ -105,15 +110,7 @@ class TextShard(Shard):
 
 
 class JsonLines(TextShard):
-    """One JSON object a line. Blank lines are skipped."""
-
-    def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
-        offset = 0
-        for number, line in enumerate(file, 1):
-            place = Place(number, offset, len(line))
-            offset += len(line)
-            if not line.isspace():
-                yield place, self.parse(line, place)
+    """One JSON object a line."""
 
     def parse(self, content: bytes, place: Place) -> Row | BadRow:
         try:
@@ -132,15 +129,7 @@ class JsonLines(TextShard):
 
 
 class Lines(TextShard):
-    """One text a line, in the column `line`. Blank lines are skipped, and counted in the numbers of the others."""
-
-    def rows(self, file: IO[bytes]) -> Iterator[tuple[Place, Row | BadRow]]:
-        offset = 0
-        for number, line in enumerate(file, 1):
-            place = Place(number, offset, len(line))
-            offset += len(line)
-            if not line.isspace():
-                yield place, self.parse(line, place)
+    """One text a line, in the column `line`."""
 
     def parse(self, content: bytes, place: Place) -> Row | BadRow:
         try:

@@ -26,7 +26,14 @@ from torch.nn import functional as F
 from modeling.cka import CrossCovariance
 from modeling.layers import backbone, decoder_layers, hidden_size, membership, state_hook
 from modeling.shifcon.normalisation import with_floor
-from modeling.shifcon.subspace import TokenMoments, angles, principal_directions, riemannian, with_ridge
+from modeling.shifcon.subspace import (
+    Riemannian,
+    TokenMoments,
+    angles,
+    principal_directions,
+    riemannian,
+    with_ridge,
+)
 
 N_GROUPS = 8
 DIRECTIONS = 16  # principal directions whose angles are reported
@@ -218,26 +225,23 @@ def compare(dominant: LanguageStates, other: LanguageStates) -> LayerMeasures:
     }
     few = min(int(each.moments.tokens.sum()) for each in (dominant, other)) <= hidden
     for layer in range(n_layers):
-        distances = _riemannian_replicates(dominant.moments, other.moments, layer, few)
-        values["riemannian"][:, layer] = distances / hidden**0.5
         (mean_RH, deviation_RH), (other_mean_RH, _) = (each.moments.means(layer) for each in (dominant, other))
-        apart_RH = (mean_RH - other_mean_RH) / _divisor(deviation_RH)
-        values["mean_distance"][:, layer] = apart_RH.square().mean(dim=1).sqrt().cpu()
-        scale_H = _divisor(deviation_RH[0])
+        divisor_RH = _divisor(deviation_RH)
+        values["mean_distance"][:, layer] = ((mean_RH - other_mean_RH) / divisor_RH).square().mean(dim=1).sqrt().cpu()
+        scales_HH = divisor_RH[0].outer(divisor_RH[0])
+        a, b = (each.moments.statistics(layer).covariance / scales_HH for each in (dominant, other))
         if layer not in dominant.directions:
-            dominant.directions[layer] = _directions(dominant, layer, scale_H)
-        found = angles(dominant.directions[layer], _directions(other, layer, scale_H))
+            dominant.directions[layer] = principal_directions(a, DIRECTIONS)
+        found = angles(dominant.directions[layer], principal_directions(b, DIRECTIONS))
         values["principal_angle"][:, layer] = found.mean()
+        if float(a.diagonal().sum()) > 0 and float(b.diagonal().sum()) > 0:  # undefined for one token's states
+            distance = riemannian(with_ridge(a, few), with_ridge(b, few))
+            replicates_R = _riemannian_replicates(distance, dominant.moments, other.moments, layer, scales_HH, few)
+            values["riemannian"][:, layer] = replicates_R / hidden**0.5
     values["sum"] = values["riemannian"] + values["mean_distance"]
     values |= _paired_measures(dominant, other, n_replicates)
     n_pairs = len(set(dominant.items) & set(other.items))
     return LayerMeasures(int(other.moments.tokens.sum()), len(other.items), n_pairs, few, values)
-
-
-def _directions(states: LanguageStates, layer: int, scale_H: Tensor) -> Tensor:
-    """(H, DIRECTIONS) principal directions of standardised states."""
-    covariance = states.moments.statistics(layer).covariance / scale_H.outer(scale_H)
-    return principal_directions(covariance, DIRECTIONS)
 
 
 def _divisor(deviation: Tensor) -> Tensor:
@@ -246,22 +250,18 @@ def _divisor(deviation: Tensor) -> Tensor:
     return torch.where(found > 0, found, 1.0)
 
 
-def _riemannian_replicates(dominant: TokenMoments, other: TokenMoments, layer: int, few: bool) -> Tensor:
+def _riemannian_replicates(
+    found: Riemannian, dominant: TokenMoments, other: TokenMoments, layer: int, scales_HH: Tensor, few: bool
+) -> Tensor:
     """(R,): the distance of all sentences, and to first order in the covariances' change those without each group.
 
-    One eigenvalue problem serves all replicates. NaN if the states of a language do not vary, such as one token's.
+    One eigenvalue problem serves all replicates.
     """
-    scale_H = _divisor(dominant.means(layer)[1][0])
-    scales_HH = scale_H.outer(scale_H)
-    a, b = (each.statistics(layer).covariance / scales_HH for each in (dominant, other))
-    if not all(float(each.diagonal().sum()) > 0 for each in (a, b)):
-        return torch.full((len(dominant.tokens) + 1,), torch.nan, dtype=torch.float64)
-    found = riemannian(with_ridge(a, few), with_ridge(b, few))
-    changes = torch.zeros(len(dominant.tokens) + 1, dtype=torch.float64, device=a.device)
+    changes_R = torch.zeros(len(dominant.tokens) + 1, dtype=torch.float64)
     for moments, derivative_HH in ((dominant, found.by_a), (other, found.by_b)):
-        weighted_R = moments.weighted_covariances(layer, with_ridge(derivative_HH, few) / scales_HH)
-        changes += weighted_R - weighted_R[0]
-    return found.distance + changes.cpu()
+        weighted_R = moments.weighted_covariances(layer, with_ridge(derivative_HH, few) / scales_HH).cpu()
+        changes_R += weighted_R - weighted_R[0]
+    return found.distance + changes_R
 
 
 def _paired_measures(dominant: LanguageStates, other: LanguageStates, n_replicates: int) -> dict[str, Tensor]:
