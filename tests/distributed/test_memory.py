@@ -27,7 +27,9 @@ HELD = {**NAMES, "bucket": ("bucket for reducing gradients",), "small": ("small 
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Any]:
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cpu_adam: None
+) -> tuple[int, Path, Any]:
     ranks, folder = request.param, tmp_path_factory.mktemp("memory")
     data = write_data(folder / "data", RANK_ITEMS)
     program = Path(__file__).with_name("memory_cells.py")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cells(tmp_path_factory: pytest.TempPathFactory, cpu_adam: None) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     data = write_data(folder / "data", RANK_ITEMS)
     program, output = [str(Path(__file__).with_name("zero_cells.py")), str(data), str(folder)], []

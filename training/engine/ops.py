@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,17 @@ def build_problem(name: str) -> str | None:
 
 
 def _lasting_lock(name: str) -> Path | None:
-    """The lock of a build of the op that goes on for longer than a build takes; torch would wait for it forever."""
+    """The lock of a build of the op that began longer ago than a build takes; torch would wait for it forever.
+
+    A younger one is waited for: it ends, or it becomes that old. The other ranks are in a collective call meanwhile.
+    """
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    end = time.monotonic() + BUILD_TIMEOUT_S
-    while (lock := next(root.glob(f"**/{name}/lock"), None)) is not None and time.monotonic() < end:
+    while (lock := next(root.glob(f"**/{name}/lock"), None)) is not None:
+        with suppress(FileNotFoundError):  # that build has just ended
+            if time.time() - lock.stat().st_mtime > BUILD_TIMEOUT_S:
+                break
         time.sleep(1)
     return lock
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +237,7 @@ def test_without_a_cpu_adam_an_offloaded_optimizer_is_torchs_and_the_log_says_wh
     if error is None:
         lock.parent.mkdir()
         lock.touch()
-        monkeypatch.setattr("training.engine.ops.BUILD_TIMEOUT_S", 0)
+        os.utime(lock, (0, time.time() - 301))  # younger ones are waited for
     monkeypatch.setattr("training.engine.engine.build_op", build)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     config = config_of(tmp_path, tmp_path, deepspeed=OFFLOADED)
@@ -243,6 +245,25 @@ def test_without_a_cpu_adam_an_offloaded_optimizer_is_torchs_and_the_log_says_wh
     (line,) = [message for message in caplog.messages if message.startswith("offloaded optimizer: ")]
     assert line.startswith(f"offloaded optimizer: torch's, as {reason.format(lock=lock)}")
     assert line.endswith("(crosslift prefetch --build-ops compiles it before the job)")
+
+
+def test_another_build_of_the_op_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    built: list[str] = []
+
+    def build(name: str) -> Path:
+        assert not lock.exists()
+        built.append(name)
+        return tmp_path
+
+    monkeypatch.setattr("training.engine.ops.time.sleep", lambda _: lock.unlink())
+    monkeypatch.setattr("training.engine.engine.build_op", build)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    config = config_of(tmp_path, tmp_path, deepspeed=OFFLOADED)
+    assert deepspeed_settings(config, 1, in_run=True)["optimizer"]["params"]["torch_adam"] is False
+    assert built == ["cpu_adam"]
 
 
 def test_a_first_look_at_the_settings_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
