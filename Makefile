@@ -19,9 +19,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Three test files at a time: tests that start ranks mostly import, tests of a Slurm cluster mostly wait.
+# Four test files at a time: tests that start ranks mostly import, tests of a Slurm cluster mostly wait.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10
 
 # torch is installed first: otherwise the resolver may choose a build with several GB of CUDA packages. deepspeed comes as
 # source and is built without its CUDA ops. Everything else has the versions of constraints.txt, which the tests last
