@@ -37,7 +37,6 @@ PLOT_FILE, SCATTER_FILE = "probe.png", "scatter.png"
 BATCH_SIZE = 32  # sentences
 LEAST_SENTENCES = 16  # of a language
 MOST_BYTES = 0.9  # tokens per UTF-8 byte from which on a text consists of single bytes
-SHOWN = 64  # sentences of each language in the scatter plot
 
 
 class Sentence(NamedTuple):
@@ -182,7 +181,7 @@ def probe(
     vectors = _vectors(found.means, dominant, choice.area, directory_hash(resolve_directory(model)))
     return ProbeReport(
         model, vectors, opened.layers, opened.width, str(number_format).removeprefix("torch."), opened.truncated,
-        found.measures, choice, _scatter(opened, encoded, vectors),
+        found.measures, choice, _scatter(opened, sentences, encoded, found.means, vectors),
     )  # fmt: skip
 
 
@@ -266,28 +265,32 @@ def _vectors(
 
 
 def _scatter(
-    opened: SentenceStates, encoded: Mapping[str, Sequence[EncodedText]], vectors: LanguageVectors
+    opened: SentenceStates,
+    sentences: Mapping[str, Sequence[Sentence]],
+    encoded: Mapping[str, Sequence[EncodedText]],
+    means: Mapping[str, LanguageMeans],
+    vectors: LanguageVectors,
 ) -> ScatterStates:
-    """Pooled states of the first sentences of each language, without and with the shift."""
+    """Pooled states of some sentences of each language, without the shift as they were measured, and with it."""
     import torch
 
     from modeling.shifcon.shift import LanguageShift
 
     shift = LanguageShift(opened.model, *vectors.area)
     shift.set_vectors(vectors)
-    parts: dict[bool, list[Tensor]] = {False: [], True: []}
-    languages = []
+    shifted, languages = [], []
     for number, language in enumerate(vectors.languages):
-        chosen = encoded[language][:SHOWN]
+        by_item = {each.item: text for each, text in zip(sentences[language], encoded[language], strict=True)}
+        chosen = [by_item[item] for item in means[language].items]
         languages += [language] * len(chosen)
         for start in range(0, len(chosen), BATCH_SIZE):
             chunk = chosen[start : start + BATCH_SIZE]
             width = max(len(each.ids) for each in chunk)
-            parts[False].append(opened.pooled(chunk).transpose(0, 1).cpu())
             with shift.batch(torch.full((len(chunk), width), number, device=opened.model.device)):
-                parts[True].append(opened.pooled(chunk).transpose(0, 1).cpu())
+                shifted.append(opened.pooled(chunk).transpose(0, 1).cpu())
     shift.remove()
-    return ScatterStates(torch.cat(parts[False]), torch.cat(parts[True]), languages)
+    plain = torch.cat([means[language].texts for language in vectors.languages])
+    return ScatterStates(plain, torch.cat(shifted), languages)
 
 
 def probe_table(report: ProbeReport) -> str:

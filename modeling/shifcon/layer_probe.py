@@ -39,6 +39,7 @@ N_GROUPS = 8
 DIRECTIONS = 16  # principal directions whose angles are reported
 MEMORY = 8 << 30  # bytes for the moments of two languages
 MOST_SENTENCES = 512  # of a language, kept for what needs pairs of sentences
+SHOWN = 48  # of a language, whose states are returned
 MEASURES = {
     "riemannian": "distance between the covariances of tokens, per dimension: D / sqrt(H)",
     "mean_distance": "distance between the means of tokens, root mean square over standardised dimensions",
@@ -78,6 +79,8 @@ class LanguageMeans:
     length: Tensor  # (N + 1,) fp64, mean length of a state
     text_mean: Tensor  # (N + 1, H) fp32, mean over sentences of the mean over their tokens
     text_deviation: Tensor  # (N + 1, H) fp32, its standard deviation over sentences
+    texts: Tensor  # (S, N + 1, H) fp32, the mean over the tokens of some sentences, SHOWN at most
+    items: list[int]  # (S,) of these sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +123,7 @@ def probe_languages(
                 parts[-1][language] = compare(dominant, states)
             means.setdefault(language, []).append(_means(states, len(layers)))
     measures = {language: LayerMeasures.joined([part[language] for part in parts]) for language in parts[0]}
-    joined = {
-        language: LanguageMeans(
-            each[0].tokens,
-            *(
-                torch.cat([getattr(part, name) for part in each])
-                for name in ("mean", "length", "text_mean", "text_deviation")
-            ),
-        )
-        for language, each in means.items()
-    }
-    return ProbedLanguages(measures, joined)
+    return ProbedLanguages(measures, {language: _all_layers(each) for language, each in means.items()})
 
 
 def layer_passes(n_states: int, hidden: int, memory: int, n_groups: int = N_GROUPS) -> list[range]:
@@ -143,7 +136,18 @@ def _means(states: LanguageStates, n_layers: int) -> LanguageMeans:
     whole = [states.moments.statistics(layer) for layer in range(n_layers)]
     mean, length = torch.stack([each.mean for each in whole]), torch.stack([each.length for each in whole])
     pooled_SNH = torch.stack(states.pooled)
-    return LanguageMeans(whole[0].tokens, mean.cpu(), length.cpu(), pooled_SNH.mean(dim=0), pooled_SNH.std(dim=0))
+    spread = slice(None, None, -(-len(states.items) // SHOWN))  # batches are sorted by length
+    return LanguageMeans(
+        whole[0].tokens, mean.cpu(), length.cpu(), pooled_SNH.mean(dim=0), pooled_SNH.std(dim=0), pooled_SNH[spread],
+        states.items[spread],
+    )  # fmt: skip
+
+
+def _all_layers(parts: Sequence[LanguageMeans]) -> LanguageMeans:
+    """A language's means at all layers, from those of consecutive ones."""
+    by_layer = ("mean", "length", "text_mean", "text_deviation")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in by_layer}
+    return replace(parts[0], **joined, texts=torch.cat([part.texts for part in parts], dim=1))
 
 
 def measure_language(
