@@ -168,7 +168,7 @@ class Benchmark:
             "optimizer": {"learning_rate": run.rate, "betas": [0.9, 0.95]},
             "schedule": {"name": "cosine", "warmup_ratio": 0.1},
             "precision": "fp32",
-            "checkpoint": {"every": 1000, "keep": 1},
+            "checkpoint": {"every": 15, "keep": 1},
             "tracking": {"log_every": 5},
         }  # fmt: skip
 

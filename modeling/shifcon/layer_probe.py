@@ -39,7 +39,7 @@ N_GROUPS = 8
 DIRECTIONS = 16  # principal directions whose angles are reported
 MEMORY = 8 << 30  # bytes for the moments of two languages
 MOST_SENTENCES = 512  # of a language, kept for what needs pairs of sentences
-SHOWN = 48  # of a language, whose states are returned
+SHOWN = 32  # of a language, whose states are returned
 MEASURES = {
     "riemannian": "distance between the covariances of tokens, per dimension: D / sqrt(H)",
     "mean_distance": "distance between the means of tokens, root mean square over standardised dimensions",
@@ -146,7 +146,7 @@ def _means(states: LanguageStates, n_layers: int) -> LanguageMeans:
 def _all_layers(parts: Sequence[LanguageMeans]) -> LanguageMeans:
     """A language's means at all layers, from those of consecutive ones."""
     by_layer = ("mean", "length", "text_mean", "text_deviation")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in by_layer}
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in by_layer}
     return replace(parts[0], **joined, texts=torch.cat([part.texts for part in parts], dim=1))
 
 
