@@ -137,7 +137,8 @@ def test_the_shift_moves_languages_onto_the_dominant_one(model: Path, files: lis
 
     assert distance(scatter.shifted, toward) < 0.3 * distance(scatter.plain, toward)
     assert distance(scatter.shifted, back) > 0.5 * distance(scatter.plain, back)
-    torch.testing.assert_close(scatter.shifted[:, :toward], scatter.plain[:, :toward], rtol=1e-5, atol=1e-6)
+    # Below the shift, the same sentences have the same states, up to the rounding of other batches.
+    torch.testing.assert_close(scatter.shifted[:, :toward], scatter.plain[:, :toward], rtol=0, atol=1e-5)
 
 
 def test_discriminant_directions_separate_languages() -> None:
