@@ -88,7 +88,7 @@ def _has_back(index: DataIndex, language: int) -> bool:
 def show_pairs(
     data: DataConfig, objective: ObjectiveConfig, max_steps: int, index: DataIndex, planner: Planner
 ) -> Iterator[str]:
-    """Number of pairs per step and language over the first steps, and two pairs as text."""
+    """Number of pairs per step and language over the first steps, and two pairs as text; two more of a corpus."""
     rule, dominant = objective.pairing(), index.languages.index(data.dominant)
     if not rule.needed:
         return
@@ -97,10 +97,11 @@ def show_pairs(
     counts = Counter(index.languages[index.language[other]] for _, other in planned)
     each = (f"{code} {counts[code] / n_steps:.1f}" for code in index.languages if code != data.dominant)
     yield f"pairs a step with {data.dominant!r}, over the first {n_steps} steps: {', '.join(each)}"
-    first_of_language = {int(index.language[pair[1]]): pair for pair in reversed(planned)}
-    shown = [*first_of_language.values(), *planned]
-    for first, other in list(dict.fromkeys(shown))[:SHOWN]:
-        yield from _shown(index, first, other)
+    for split in (Split.TRAIN, Split.PARALLEL):
+        own = [pair for pair in planned if index.split[pair[1]] == split]
+        first_of_language = {int(index.language[pair[1]]): pair for pair in reversed(own)}
+        for first, other in list(dict.fromkeys([*first_of_language.values(), *own]))[:SHOWN]:
+            yield from _shown(index, first, other)
 
 
 def _planned(rule: PairingRule, index: DataIndex, dominant: int, plan: StepPlan) -> Iterator[tuple[int, int]]:
@@ -118,7 +119,8 @@ def _planned(rule: PairingRule, index: DataIndex, dominant: int, plan: StepPlan)
 
 def _shown(index: DataIndex, first: int, other: int) -> Iterator[str]:
     one, two = index.record(first), index.record(other)
-    yield f"--- a pair of item {two.group!r}"
+    of_corpus = "the parallel corpus, " if index.split[other] == Split.PARALLEL else ""
+    yield f"--- a pair of {of_corpus}item {two.group!r}"
     if first == other and one.back is not None:
         yield f"back-translation  {one.origin}  {one.id!r}: {_short(' '.join(one.back.texts))}"
     else:

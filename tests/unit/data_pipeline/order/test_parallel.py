@@ -20,6 +20,7 @@ from data_pipeline.sources.index import DataIndex, build_index
 from training.assembly import DataParts, assemble_data, text_stage
 from training.check import largest_batch
 from training.checks.inputs import missing_inputs
+from training.checks.pairs import show_pairs
 from training.run_file import validate
 from training.run_folder.prepare import Prepared, open_index
 
@@ -182,6 +183,20 @@ def test_a_pair_of_identical_texts_is_in_no_set_and_counted(
     plan, expected = parts.planner.step(0), whole.planner.step(0)
     assert plan.dropped_pairs == expected.dropped_pairs + 2  # a third of the six
     assert len(plan) == len(expected) - 4
+
+
+def test_check_shows_two_pairs_of_the_corpus_beside_two_of_the_rows(data_dir: Path, prepared_run: PreparedRun) -> None:
+    config, data = parts_of(data_dir, prepared_run)
+    shown = list(show_pairs(config.data, config.objective, config.max_steps, data.index, data.planner))[1:]
+    heads = [line.partition("item")[0] for line in shown[::3]]
+    assert heads == ["--- a pair of "] * 2 + ["--- a pair of the parallel corpus, "] * 2
+    for english, other in zip(shown[7::3], shown[8::3], strict=True):
+        code, place = other.split()[:2]
+        number = place.rpartition(":")[2]
+        for language, line in (("en", english), (code, other)):
+            text = (data_dir / f"{language}.txt").read_text("utf-8").splitlines()[int(number) - 1]
+            assert line == f"{language}  {data_dir}/{language}.txt:{number}  '{language}:{number}': {text}"
+    assert len({other.split()[0] for other in shown[8::3]}) == 2, "of two languages"
 
 
 def test_check_counts_the_corpus_in_a_micro_batch_only_where_it_is_read(
