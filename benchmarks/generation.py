@@ -105,11 +105,10 @@ def main() -> None:
         for name, (model, languages) in systems.items():
             times[name].append(seconds(model, inputs, options.tokens, **languages))
     medians = {name: statistics.median(each) for name, each in times.items()}
-    rounds = {
-        name: [plain / own for plain, own in zip(times["without shift"], each, strict=True)]
+    speed = {
+        name: statistics.median(plain / own for plain, own in zip(times["without shift"], each, strict=True))
         for name, each in times.items()
     }
-    speed = {name: statistics.median(each) for name, each in rounds.items()}
     produced = options.rows * options.tokens
     rows = [(name, f"{produced / medians[name]:.1f}", f"{speed[name]:.3f}") for name in systems]
     print(table(["system", "tokens/s", "relative to without shift"], rows))

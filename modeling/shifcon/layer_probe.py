@@ -138,7 +138,8 @@ def _means(states: LanguageStates, n_layers: int) -> LanguageMeans:
     pooled_SNH = torch.stack(states.pooled)
     spread = slice(None, None, -(-len(states.items) // SHOWN))  # batches are sorted by length
     return LanguageMeans(
-        whole[0].tokens, mean.cpu(), length.cpu(), pooled_SNH.mean(dim=0), pooled_SNH.std(dim=0), pooled_SNH[spread],
+        whole[0].tokens, mean.cpu(), length.cpu(), pooled_SNH.mean(dim=0), pooled_SNH.std(dim=0),
+        pooled_SNH[spread].clone(),  # a view would keep the states of all sentences in memory
         states.items[spread],
     )  # fmt: skip
 
